@@ -1,0 +1,167 @@
+"""The command line: the same words as the Python functions, one command a question.
+
+Answers go to standard output, progress and log lines to standard error. Every refusal is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+
+from ndreamer_dist.errors import NDreamerError, SettingsError
+from ndreamer_dist.settings import parse_assignments
+
+app = typer.Typer(
+    name="ndreamer-dist",
+    help="Remove batch effects from single-cell RNA-seq and estimate what a condition does to every cell.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Preset = Literal["paper", "small"]
+Normalise = Literal["auto", "counts", "none"]
+Layout = Literal["crossed", "nested"]
+Layer = Literal["ite", "denoised", "batch_effect", "expression"]
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.NAME=VALUE", help="Any setting; repeatable.")]
+
+
+@app.command()
+def run(
+    cohort: Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store, by path or URL.")],
+    out: Annotated[str, typer.Option(help="Run directory, local or on object storage.")],
+    condition_key: Annotated[str | None, typer.Option(help="Column of obs that holds the condition.")] = None,
+    control: Annotated[str | None, typer.Option(help="Name of the control condition.")] = None,
+    batch_key: Annotated[list[str] | None, typer.Option(help="Column of obs that holds the batch; repeatable.")] = None,
+    preset: Annotated[Preset, typer.Option(help="paper: the method's defaults; small: for laptops.")] = "paper",
+    normalise: Annotated[Normalise | None, typer.Option(help="What the values are: counts, or normalised.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.", dir_okay=False)] = None,
+    assignments: Set = None,
+    workers: Annotated[int | None, typer.Option(help="Training workers.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to run on.")] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Run stages whose settings changed again.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete the run that --out holds.")] = False,
+) -> None:
+    """Run the whole job on a cohort; an interrupted run goes on, a finished one does nothing."""
+    from ndreamer_dist.pipeline import run as run_job
+
+    overrides = parse_assignments(assignments or [])
+    given = {"train.workers": workers, "run.address": address, "cohort.normalise": normalise}
+    overrides |= {name: value for name, value in given.items() if value is not None}
+    finished = run_job(
+        cohort,
+        out=out,
+        condition_key=condition_key,
+        control=control,
+        batch_key=tuple(batch_key) if batch_key else None,
+        preset=preset,
+        config=_read_config(config),
+        settings=overrides,
+        redo=redo,
+        fresh=fresh,
+    )
+    print(f"done: {finished.url}\nlook at it with: ndreamer-dist info {finished.url}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the simulated cohort and the run.")] = Path("ndreamer_demo"),
+    cells: Annotated[int, typer.Option(min=2000, help="Cells to simulate.")] = 20_000,
+    genes: Annotated[int, typer.Option(min=200, help="Genes to simulate.")] = 2_000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    assignments: Set = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
+) -> None:
+    """Simulate a small cohort, run the whole job on it, and say how well the truth was recovered."""
+    from ndreamer_dist.demo import run_demo
+
+    print(
+        run_demo(out, cells=cells, genes=genes, seed=seed, settings=parse_assignments(assignments or []), fresh=fresh)
+    )
+
+
+@app.command()
+def simulate(
+    out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="zarr store to write.")],
+    cells: Annotated[int, typer.Option(min=1)] = 20_000,
+    genes: Annotated[int, typer.Option(min=1)] = 2_000,
+    batches: Annotated[int, typer.Option(min=1, help="Donors.")] = 4,
+    conditions: Annotated[int, typer.Option(min=2)] = 2,
+    design: Annotated[Layout, typer.Option(help="Donors in every condition, or each in one.")] = "crossed",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a cohort whose true effects are known, chunk by chunk."""
+    from ndreamer_dist.demo import simulate_with_bar
+
+    simulate_with_bar(out, cells=cells, genes=genes, batches=batches, conditions=conditions, design=design, seed=seed)
+    print(f"wrote {out}: columns condition (control: control), donor, cell_type")
+
+
+@app.command()
+def info(
+    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+) -> None:
+    """Say what a run holds."""
+    from ndreamer_dist.demo import describe
+
+    print(describe(run_directory))
+
+
+@app.command()
+def get(
+    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    out: Annotated[Path, typer.Option(help="File to write: .h5ad, .zarr, .csv or .parquet.")],
+    layer: Annotated[Layer, typer.Option(help="What to read.")] = "ite",
+    cells: Annotated[str | None, typer.Option(help="""Query on obs: 'cell_type == "B cells"'.""")] = None,
+    genes: Annotated[str | None, typer.Option(help="Gene names, separated by commas.")] = None,
+) -> None:
+    """Write a part of the results to a file; only the chunks that hold it are read."""
+    from ndreamer_dist.results.export import save
+    from ndreamer_dist.results.reader import open_results
+
+    names = [name.strip() for name in genes.split(",") if name.strip()] if genes else None
+    part = getattr(open_results(run_directory), layer)(cells=cells, genes=names)
+    save(part, out)
+    print(f"wrote {out}: {part.n_obs} cells x {part.n_vars} genes of {layer}")
+
+
+def _read_config(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        msg = f"--config {path}: cannot be read ({str(error).splitlines()[0]})"
+        raise SettingsError(msg) from None
+    if not isinstance(values, dict):
+        msg = f"--config {path}: expected settings by stage, found {json.dumps(values)[:60]}"
+        raise SettingsError(msg)
+    return values
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; the process ends with 0, or with 2 and one line that says why."""
+    # Threads that wait must sleep, not spin, or the job starves itself on a busy machine; torch reads this when loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("ndreamer_dist").setLevel(logging.INFO)
+    try:
+        app(args=arguments)
+    except NDreamerError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

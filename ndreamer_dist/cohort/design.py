@@ -1,0 +1,404 @@
+"""The design of a cohort: names <-> codes of conditions, batches and groups, and the contrasts they allow.
+
+Pure. Names come in (columns of obs), names go out; integer codes live only between. The control has code 0, the other
+conditions follow in order of appearance; a *batch* is an observed combination of the batch covariates; a *group* is
+one observed (batch, condition) pair. Groups are numbered batch by batch, conditions inside, and own contiguous rows
+of the packed store.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist.errors import CohortError, QueryError, listing, suggest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One observed (batch, condition) pair and its rows `start:stop` in the packed store."""
+
+    code: int
+    name: str
+    condition: int
+    batch: int
+    batch_codes: tuple[int, ...]  # one per batch covariate
+    start: int
+    stop: int
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Design:
+    """Conditions, batch covariates and groups of the kept cells.
+
+    Attributes
+    ----------
+    conditions
+        Names; the control first.
+    batch_levels
+        Names of the levels of each batch covariate; empty without a batch key.
+    batches
+        Names of the observed combinations, levels joined by `+`; one empty name without a batch key.
+    groups
+        In packed order: `groups[i].code == i`.
+    """
+
+    condition_key: str
+    batch_keys: tuple[str, ...]
+    conditions: tuple[str, ...]
+    batch_levels: tuple[tuple[str, ...], ...]
+    batches: tuple[str, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def n_cells(self) -> int:
+        """Number of kept cells."""
+        return self.groups[-1].stop
+
+    @property
+    def control(self) -> str:
+        """Name of the control condition."""
+        return self.conditions[0]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """First packed row of every group, and the number of cells at the end: (groups + 1,) int64."""
+        return np.array([group.start for group in self.groups] + [self.n_cells], dtype=np.int64)
+
+    def group_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the group code of packed rows: (rows,) int64."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    @cached_property
+    def group_conditions(self) -> np.ndarray:
+        """Condition code of every group: (groups,) int64."""
+        return np.array([group.condition for group in self.groups], dtype=np.int64)
+
+    @cached_property
+    def group_batch_codes(self) -> np.ndarray:
+        """Level code of every group and batch covariate: (groups, covariates) int64."""
+        codes = [group.batch_codes for group in self.groups]
+        return np.array(codes, dtype=np.int64).reshape(len(self.groups), len(self.batch_levels))
+
+    def with_condition(self, condition: int) -> list[Group]:
+        """Return the groups of a condition."""
+        return [group for group in self.groups if group.condition == condition]
+
+    def condition_code(self, name: str) -> int:
+        """Return a condition's code; `QueryError` lists the names where there is none of this name."""
+        if name not in self.conditions:
+            msg = (
+                f"there is no condition {name!r}; there are {listing(self.conditions)}.{suggest(name, self.conditions)}"
+            )
+            raise QueryError(msg)
+        return self.conditions.index(name)
+
+    def needed_edges(self, edges: Literal["needed", "all"]) -> list[tuple[int, int]]:
+        """Return the (query group, target group) pairs to search, by query group and then by target group.
+
+        `needed`: every group to the groups of its own condition (itself among them: the nearest *other* cell) and of
+        the control. `all`: every pair.
+        """
+        return [
+            (query.code, target.code)
+            for query in self.groups
+            for target in self.groups
+            if edges == "all" or target.condition in (0, query.condition)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the design as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Design:
+        """Read what `to_json` gave."""
+        groups = tuple(Group(**{**group, "batch_codes": tuple(group["batch_codes"])}) for group in value["groups"])
+        return cls(
+            condition_key=value["condition_key"],
+            batch_keys=tuple(value["batch_keys"]),
+            conditions=tuple(value["conditions"]),
+            batch_levels=tuple(tuple(levels) for levels in value["batch_levels"]),
+            batches=tuple(value["batches"]),
+            groups=groups,
+        )
+
+
+def escaped(name: str) -> str:
+    r"""Escape `\`, `|` and `+` in a name, so that joined names can be told apart."""
+    return name.replace("\\", "\\\\").replace("|", "\\|").replace("+", "\\+")
+
+
+def batch_name(levels: Iterable[str]) -> str:
+    """Return the name of a batch: its levels joined by `+`."""
+    return "+".join(escaped(level) for level in levels)
+
+
+def group_name(levels: Iterable[str], condition: str) -> str:
+    """Return the name of a group, `batch|condition`; without a batch key, the condition alone."""
+    batch = batch_name(levels)
+    return f"{batch}|{escaped(condition)}" if batch else escaped(condition)
+
+
+def build_design(
+    obs: pd.DataFrame,
+    *,
+    condition_key: str | None,
+    control: str | None,
+    batch_keys: Sequence[str] = (),
+    keep: np.ndarray | None = None,
+    min_group_cells: int = 1,
+    small_groups: Literal["drop", "keep", "error"] = "drop",
+) -> tuple[Design, np.ndarray, np.ndarray]:
+    """Return the design of a cohort, the group of every input cell, and why a cell was left out here.
+
+    Parameters
+    ----------
+    obs
+        The cells' table; columns that are not text are named by `str()`.
+    keep
+        (cells,) bool, the cells to look at; none: all.
+    min_group_cells, small_groups
+        What is done with groups of fewer cells: `drop` leaves their cells out, `error` refuses.
+
+    Returns
+    -------
+    design
+        METHOD's notation: control first, the rest by appearance among the kept cells.
+    groups
+        (cells,) int32 group codes; -1 for cells left out, by `keep` or here.
+    reasons
+        (cells,) text; empty for kept cells and for those left out by `keep`.
+
+    Raises
+    ------
+    CohortError
+        A column is missing or has missing values; the control or a second condition is not there, or would vanish.
+    """
+    keep = np.ones(len(obs), dtype=bool) if keep is None else keep
+    condition_key, control, batch_keys = _check_keys(obs, condition_key, control, batch_keys)
+    columns = [_named(obs, name) for name in (*batch_keys, condition_key)]
+    _check_conditions(columns[-1], condition_key, control, keep)
+    pairs = _combined([column.codes for column in columns])
+    reasons = np.full(len(obs), "", dtype=object)
+    small = _small_groups(pairs, columns, keep, min_group_cells)
+    if small and small_groups == "error":
+        msg = (
+            f"{_count(len(small), 'group')} hold fewer than {min_group_cells} cells: {_sizes(small)}; leave them out "
+            "(--set cohort.small_groups=drop) or keep them (--set cohort.small_groups=keep)"
+        )
+        raise CohortError(msg)
+    if small and small_groups == "drop":
+        cut = keep & np.isin(pairs, [pair for pair, _, _ in small])
+        reasons[cut] = f"group of fewer than {min_group_cells} cells"
+        _check_nothing_vanishes(columns[-1], keep, keep & ~cut, control, min_group_cells)
+        keep = keep & ~cut
+    design, codes = _coded(condition_key, control, tuple(batch_keys), columns, keep)
+    return design, codes, reasons
+
+
+def report_design(design: Design, small: dict[str, int], min_group_cells: int, small_groups: str) -> list[str]:
+    """Log what is worth knowing about a design and return it as notes: small groups, and batches without controls."""
+    notes = []
+    if small:
+        done = "left out" if small_groups == "drop" else "kept"
+        sizes = ", ".join(f"{name} ({cells})" for name, cells in small.items())
+        notes.append(f"{_count(len(small), 'group')} of fewer than {min_group_cells} cells {done}: {sizes}")
+        logger.warning(notes[-1])
+    with_control = {group.batch for group in design.with_condition(0)}
+    without = len(design.batches) - len(with_control)
+    if without:
+        notes.append(
+            f"{without} of {len(design.batches)} batches hold no control: their controls come from the other batches"
+        )
+        logger.info(notes[-1])
+    return notes
+
+
+def group_sizes(obs: pd.DataFrame, condition_key: str, batch_keys: Sequence[str], keep: np.ndarray) -> dict[str, int]:
+    """Return the number of kept cells of every group, small ones too, by name in order of appearance."""
+    columns = [_named(obs, name) for name in (*batch_keys, condition_key)]
+    pairs = _combined([column.codes for column in columns])
+    return {name: cells for _, name, cells in _small_groups(pairs, columns, keep, len(obs) + 1)}
+
+
+def pair_codes(obs: pd.DataFrame, condition_key: str, batch_keys: Sequence[str]) -> np.ndarray:
+    """Return a code of every cell's (batch, condition) pair, whatever its size: (cells,) int64."""
+    return _combined([_named(obs, name).codes for name in (*batch_keys, condition_key)])
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of names: its levels by appearance, and every cell's code."""
+
+    levels: tuple[str, ...]
+    codes: np.ndarray
+
+
+def _named(obs: pd.DataFrame, name: str) -> _Column:
+    """Read a column as names; `CohortError` counts its missing values."""
+    values = obs[name]
+    absent = values.isna().to_numpy()
+    if absent.any():
+        first = obs.index[int(absent.argmax())]
+        msg = (
+            f"column {name!r} has {_count(int(absent.sum()), 'missing value')}, cell {str(first)!r} first; "
+            "fill them in or leave those cells out"
+        )
+        raise CohortError(msg)
+    codes, levels = pd.factorize(values)
+    # 1 and "1" are two values with one name, so names are made codes once more.
+    again, names = pd.factorize(np.array([str(level) for level in levels], dtype=object))
+    return _Column(tuple(str(n) for n in names), again[codes].astype(np.int64))
+
+
+def _check_keys(
+    obs: pd.DataFrame, condition_key: str | None, control: str | None, batch_keys: Sequence[str]
+) -> tuple[str, str, tuple[str, ...]]:
+    if condition_key is None:
+        msg = f"no condition key was given; name the column of obs that holds the condition (there are {_columns(obs)})"
+        raise CohortError(msg)
+    for what, name in (("condition key", condition_key), *(("batch key", name) for name in batch_keys)):
+        if name not in obs:
+            msg = f"{what} {name!r} is no column of obs; there are {_columns(obs)}.{suggest(name, obs.columns)}"
+            raise CohortError(msg)
+    if condition_key in batch_keys:
+        msg = f"column {condition_key!r} is both condition and batch; a batch effect needs a column of its own"
+        raise CohortError(msg)
+    if len(set(batch_keys)) < len(batch_keys):
+        msg = f"a batch key is given twice: {listing(batch_keys)}"
+        raise CohortError(msg)
+    if control is None:
+        msg = f"no control was given; {condition_key!r} holds {listing(_named(obs, condition_key).levels)}"
+        raise CohortError(msg)
+    return condition_key, str(control), tuple(batch_keys)
+
+
+def _columns(obs: pd.DataFrame) -> str:
+    return listing(obs.columns) or "none"
+
+
+def _check_conditions(column: _Column, key: str, control: str, keep: np.ndarray) -> None:
+    if control not in column.levels:
+        msg = (
+            f"no cell has the control {control!r} in {key!r}; there are {listing(column.levels)}."
+            f"{suggest(control, column.levels)}"
+        )
+        raise CohortError(msg)
+    if len(column.levels) < 2:
+        msg = f"{key!r} holds one condition, {control!r}; effects need a second one"
+        raise CohortError(msg)
+    gone = _absent(column, keep)
+    if gone:
+        msg = (
+            f"no cell is left of {_what(gone, control)}: all were left out for their counts (see min_genes, min_cells)"
+        )
+        raise CohortError(msg)
+
+
+def _check_nothing_vanishes(column: _Column, before: np.ndarray, after: np.ndarray, control: str, limit: int) -> None:
+    gone = [name for name in _absent(column, after) if name not in _absent(column, before)]
+    if gone:
+        msg = (
+            f"{_what(gone, control)} would vanish: no group of it has {limit} cells (min_group_cells); lower it "
+            "(--set cohort.min_group_cells=N) or keep small groups (--set cohort.small_groups=keep)"
+        )
+        raise CohortError(msg)
+
+
+def _absent(column: _Column, keep: np.ndarray) -> list[str]:
+    counts = np.bincount(column.codes[keep], minlength=len(column.levels))
+    return [name for name, count in zip(column.levels, counts, strict=True) if count == 0]
+
+
+def _what(names: list[str], control: str) -> str:
+    return f"the control {control!r}" if control in names else f"condition {names[0]!r}"
+
+
+def _combined(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Return one code per row for the observed combinations of several columns of codes, by appearance."""
+    joined = np.zeros(len(columns[0]), dtype=np.int64)
+    for codes in columns:
+        joined = pd.factorize(joined * (int(codes.max(initial=0)) + 1) + codes)[0].astype(np.int64)
+    return joined
+
+
+def _small_groups(
+    pairs: np.ndarray, columns: Sequence[_Column], keep: np.ndarray, limit: int
+) -> list[tuple[int, str, int]]:
+    """Return code, name and size of the groups that have kept cells, but fewer than the limit."""
+    counts = np.bincount(pairs[keep], minlength=int(pairs.max(initial=-1)) + 1)
+    _, first = np.unique(pairs, return_index=True)
+    found = []
+    for pair in np.flatnonzero((counts > 0) & (counts < limit)):
+        *levels, condition = (column.levels[column.codes[first[pair]]] for column in columns)
+        found.append((int(pair), group_name(levels, condition), int(counts[pair])))
+    return found
+
+
+def _sizes(small: Sequence[tuple[int, str, int]]) -> str:
+    return ", ".join(f"{name} ({cells})" for _, name, cells in small[:8]) + (", ..." if len(small) > 8 else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _coded(
+    condition_key: str, control: str, batch_keys: tuple[str, ...], columns: Sequence[_Column], keep: np.ndarray
+) -> tuple[Design, np.ndarray]:
+    """Return the design of the kept cells, all numbered by appearance among them, and every cell's group."""
+    *batch_columns, condition = (_restricted(column, keep) for column in columns)
+    conditions = (control, *(name for name in condition.levels if name != control))
+    place = np.array([conditions.index(name) for name in condition.levels])
+    condition_codes = place[condition.codes]
+    batch = _combined([column.codes for column in batch_columns]) if batch_columns else np.zeros_like(condition_codes)
+    _, first = np.unique(batch, return_index=True)
+    level_codes = [tuple(int(column.codes[row]) for column in batch_columns) for row in first]
+    level_names = [
+        tuple(column.levels[c] for column, c in zip(batch_columns, codes, strict=True)) for codes in level_codes
+    ]
+    pairs, codes, counts = np.unique(batch * len(conditions) + condition_codes, return_inverse=True, return_counts=True)
+    stops = np.cumsum(counts)
+    groups = tuple(
+        Group(
+            code=code,
+            name=group_name(level_names[pair // len(conditions)], conditions[pair % len(conditions)]),
+            condition=int(pair % len(conditions)),
+            batch=int(pair // len(conditions)),
+            batch_codes=level_codes[pair // len(conditions)],
+            start=int(stops[code] - counts[code]),
+            stop=int(stops[code]),
+        )
+        for code, pair in enumerate(pairs)
+    )
+    all_codes = np.full(len(keep), -1, dtype=np.int32)
+    all_codes[keep] = codes
+    design = Design(
+        condition_key=condition_key,
+        batch_keys=batch_keys,
+        conditions=conditions,
+        batch_levels=tuple(column.levels for column in batch_columns),
+        batches=tuple(batch_name(names) for names in level_names),
+        groups=groups,
+    )
+    return design, all_codes
+
+
+def _restricted(column: _Column, keep: np.ndarray) -> _Column:
+    """Return a column of the kept cells only, its levels by appearance among them."""
+    codes, levels = pd.factorize(column.codes[keep])
+    return _Column(tuple(column.levels[level] for level in levels), codes.astype(np.int64))

@@ -1,0 +1,293 @@
+"""The cohort stage: who the groups are, which cells are kept, and which genes are modelled (METHOD section 1.1, 1.2).
+
+A source comes in; the design and the tables of cells, dropped cells and genes go out, below `DIR/cohort`. The matrix is
+passed over once (twice with `min_cells`); the genes are those that scanpy's `seurat` flavour selects in memory with
+`batch_key=group`, computed here from sums per group and gene.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design, build_design, group_sizes, pair_codes, report_design
+from ndreamer_dist.cohort.packed import table_bytes
+from ndreamer_dist.cohort.scan import Recipe, Scan, Values, decide_values, frame_of_cells, scan
+from ndreamer_dist.cohort.source import MemoryMatrix, Source
+from ndreamer_dist.cohort.transpose import rows_first
+from ndreamer_dist.errors import CohortError
+from ndreamer_dist.rundir import RunDirectory, Shard
+from ndreamer_dist.runtime import Runtime
+from ndreamer_dist.settings import CohortSettings, Settings
+
+logger = logging.getLogger(__name__)
+
+BINS = 20
+"""Bins of mean expression in which dispersions are compared."""
+NO_COUNTS = "no counts"
+FILES = (keys.DESIGN_JSON, keys.GENES_TABLE, keys.CELLS_TABLE, keys.DROPPED, keys.COHORT_SUMMARY)
+
+
+def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: Runtime, key: str) -> Design:
+    """Check the cohort, choose its cells and genes, and write the design; nothing is redone that is there.
+
+    Raises
+    ------
+    CohortError
+        The cohort cannot be used; whatever the names and shapes tell is told before the matrix is read.
+    """
+    shard = Shard("all", FILES)
+    if not run.pending(keys.STAGE_COHORT, key, [shard]):
+        return Design.from_json(run.read_json(keys.DESIGN_JSON))
+    cohort = settings.cohort
+    check_cohort(source, cohort)
+    values, integers = decide_values(source, cohort.normalise)
+    run.unmark(keys.STAGE_COHORT)
+    pairs = pair_codes(source.obs, str(cohort.condition_key), cohort.batch_key)
+    found, genes_left = _scanned(run, source, cohort, runtime, key, pairs, values, integers)
+    keep, dropped_for = _kept_cells(found, cohort)
+    design, groups, reasons = build_design(source.obs, keep=keep, **_design_arguments(cohort))
+    reasons = np.where(dropped_for != "", dropped_for, reasons)
+    genes = _selected(source, found, groups, pairs, genes_left, settings.hvg.num_hvg)
+    notes = _report(source, cohort, design, keep, reasons)
+    summary = _summary(cohort, values, design, reasons, genes, notes)
+    _write(run, source, design, groups, found, genes, reasons, summary)
+    run.mark(keys.STAGE_COHORT, key, shard)
+    return design
+
+
+def check_cohort(source: Source, cohort: CohortSettings) -> Design:
+    """Refuse what the names in obs tell, before the matrix is read; return the design if every cell were kept."""
+    return build_design(source.obs, **_design_arguments(cohort))[0]
+
+
+def seurat_hvg(
+    sums: Iterable[np.ndarray], squares: Iterable[np.ndarray], cells: np.ndarray, names: np.ndarray, num_hvg: int
+) -> pd.DataFrame:
+    """Select the most variable genes as scanpy's `seurat` flavour does with `batch_key=group` (METHOD section 1.2).
+
+    Parameters
+    ----------
+    sums, squares
+        For each group (genes,) float64: sums over a group's cells of the expression, and of its square, without the log.
+    cells
+        (groups,) number of cells.
+    names
+        (genes,) gene names; they break ties, as in scanpy.
+    num_hvg
+        How many genes to select; all, where there are no more.
+
+    Returns
+    -------
+    A row per gene: `selected`, `mean` and `dispersion` (logarithms, averaged over groups), `dispersion_norm` and
+    `n_groups_variable`, the number of groups in which the gene is among the most variable.
+    """
+    averages = {name: _Average(len(names)) for name in ("mean", "dispersion", "norm")}
+    times = np.zeros(len(names), dtype=np.int64)
+    for group_sums, group_squares, group_cells in zip(sums, squares, cells, strict=True):
+        statistics, variable = _group_statistics(group_sums, group_squares, int(group_cells), num_hvg)
+        times += variable
+        for name, average in averages.items():
+            average.add(statistics[name])
+    norm = averages["norm"].value()
+    by_name = np.argsort(np.argsort(names, kind="stable"), kind="stable")
+    order = np.lexsort((by_name, np.where(np.isnan(norm), np.inf, -norm), -times))
+    selected = np.zeros(len(names), dtype=bool)
+    selected[order[:num_hvg]] = True
+    return pd.DataFrame(
+        {
+            "name": names,
+            "selected": selected,
+            "mean": averages["mean"].value(),
+            "dispersion": averages["dispersion"].value(),
+            "dispersion_norm": norm,
+            "n_groups_variable": times,
+        }
+    )
+
+
+class _Average:
+    """The mean over groups, gene by gene, of the values that are known; NaN where none is."""
+
+    def __init__(self, n_genes: int) -> None:
+        self._sum, self._known = np.zeros(n_genes), np.zeros(n_genes)
+
+    def add(self, values: np.ndarray) -> None:
+        known = ~np.isnan(values)
+        self._sum += np.where(known, values, 0.0)
+        self._known += known
+
+    def value(self) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return self._sum / self._known
+
+
+def _group_statistics(
+    sums: np.ndarray, squares: np.ndarray, cells: int, num_hvg: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return one group's log mean, log dispersion and normalised dispersion, and its most variable genes: (genes,)."""
+    expressed = sums > 0
+    mean = sums[expressed] / cells
+    variance = squares[expressed] / cells - mean**2
+    if cells > 1:
+        variance = variance * (cells / (cells - 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        dispersion = variance / mean
+        dispersion[dispersion == 0] = np.nan
+        dispersion = np.log(dispersion)
+    mean = np.log1p(mean)
+    norm = _normalised_dispersion(mean, dispersion)
+    # A gene that no cell of the group expresses counts as 0 everywhere, as in scanpy.
+    table = {name: np.zeros(len(sums)) for name in ("mean", "dispersion", "norm")}
+    for name, values in (("mean", mean), ("dispersion", dispersion), ("norm", norm)):
+        table[name][expressed] = values
+    variable = np.zeros(len(sums), dtype=bool)
+    variable[expressed] = _top(norm, num_hvg)
+    return table, variable
+
+
+def _normalised_dispersion(mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:
+    """Centre and scale dispersions inside 20 bins of the mean; a gene alone in its bin gets 1."""
+    frame = pd.DataFrame({"bin": pd.cut(pd.Series(mean), bins=BINS), "dispersion": dispersion})
+    inside = frame.groupby("bin", observed=True)["dispersion"]
+    average, deviation = inside.transform("mean").to_numpy(), inside.transform("std").to_numpy()
+    alone = np.isnan(deviation)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (dispersion - np.where(alone, 0.0, average)) / np.where(alone, average, deviation)
+
+
+def _top(norm: np.ndarray, count: int) -> np.ndarray:
+    """Return which values reach the `count`-th highest; ties with it included."""
+    known = np.sort(norm[~np.isnan(norm)])[::-1]
+    if not known.size:
+        return np.zeros(len(norm), dtype=bool)
+    return np.nan_to_num(norm, nan=-np.inf) >= known[min(count, known.size) - 1]
+
+
+# --- the stage's steps -------------------------------------------------------------------------------------------
+
+
+def _design_arguments(cohort: CohortSettings) -> dict[str, Any]:
+    return {
+        "condition_key": cohort.condition_key,
+        "control": cohort.control,
+        "batch_keys": cohort.batch_key,
+        "min_group_cells": cohort.min_group_cells,
+        "small_groups": cohort.small_groups,
+    }
+
+
+def _scanned(
+    run: RunDirectory,
+    source: Source,
+    cohort: CohortSettings,
+    runtime: Runtime,
+    key: str,
+    pairs: np.ndarray,
+    values: Values,
+    integers: bool,
+) -> tuple[Scan, np.ndarray]:
+    """Pass over the matrix, twice where genes are filtered first; return the sums and the genes left."""
+    matrix = task_matrix(run, source, runtime, key)
+    recipe = Recipe(values, None, cohort.min_genes, cohort.chunk_rows)
+    found = scan(source, matrix, pairs, recipe, runtime, integers=integers, title="cohort: values")
+    left = found.expressed >= cohort.min_cells
+    if left.all():
+        return found, left
+    if not left.any():
+        msg = f"no gene is expressed in {cohort.min_cells} cells (min_cells); lower it"
+        raise CohortError(msg)
+    recipe = Recipe(values, left, cohort.min_genes, cohort.chunk_rows)
+    return scan(source, matrix, pairs, recipe, runtime, integers=integers, title="cohort: genes left"), left
+
+
+def task_matrix(run: RunDirectory, source: Source, runtime: Runtime, key: str) -> Any:
+    """Return the source's matrix as tasks read it: by rows, and with a matrix in memory put once for all of them."""
+    if isinstance(source.matrix, MemoryMatrix):
+        return source.matrix.share(runtime)
+    return rows_first(run, source.matrix, runtime, key) if source.kind == "csc" else source.matrix
+
+
+def _kept_cells(found: Scan, cohort: CohortSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Return which cells are kept before groups are looked at, and why the others are not."""
+    reasons = np.full(len(found.totals), "", dtype=object)
+    reasons[found.detected < cohort.min_genes] = f"fewer than {cohort.min_genes} genes"
+    reasons[(found.totals == 0) & (reasons == "")] = NO_COUNTS
+    reasons[found.detected == 0] = NO_COUNTS
+    return reasons == "", reasons
+
+
+def _selected(
+    source: Source, found: Scan, groups: np.ndarray, pairs: np.ndarray, left: np.ndarray, num_hvg: int
+) -> pd.DataFrame:
+    """Return the table of all input genes, in input order, with those selected among the genes left."""
+    kept, first = np.unique(groups, return_index=True)
+    kept, first = kept[kept >= 0], first[kept >= 0]
+    rows, cells = pairs[first], np.bincount(groups[groups >= 0])
+    names = source.gene_names.to_numpy(dtype=object)
+    # Columns are cut group by group: these tables are the largest thing that the driver holds here.
+    sums, squares = (found.sums[row][left] for row in rows), (found.squares[row][left] for row in rows)
+    table = seurat_hvg(sums, squares, cells, names[left], num_hvg)
+    full = table.set_index(np.flatnonzero(left)).reindex(np.arange(len(names)))
+    full["name"] = names
+    full["selected"] = full["selected"].eq(True)  # a gene filtered out holds NaN here
+    full["n_groups_variable"] = full["n_groups_variable"].fillna(0).astype(np.int32)
+    full["cells"] = found.expressed
+    return full
+
+
+def _report(source: Source, cohort: CohortSettings, design: Design, keep: np.ndarray, reasons: np.ndarray) -> list[str]:
+    sizes = group_sizes(source.obs, design.condition_key, design.batch_keys, keep)
+    small = {name: cells for name, cells in sizes.items() if cells < cohort.min_group_cells}
+    notes = report_design(design, small, cohort.min_group_cells, cohort.small_groups)
+    empty = reasons == NO_COUNTS
+    if empty.any():
+        first = str(source.cell_names[int(empty.argmax())])
+        notes.append(f"{int(empty.sum())} cells without a single count left out, {first!r} first")
+        logger.warning(notes[-1])
+    return notes
+
+
+def _summary(
+    cohort: CohortSettings, values: Values, design: Design, reasons: np.ndarray, genes: pd.DataFrame, notes: list[str]
+) -> dict[str, Any]:
+    names, counts = np.unique(reasons[reasons != ""].astype(str), return_counts=True)
+    return {
+        "normalise": values,
+        "normalise_asked": cohort.normalise,
+        "input_cells": len(reasons),
+        "cells": design.n_cells,
+        "input_genes": len(genes),
+        "genes": int(genes["selected"].sum()),
+        "dropped": {str(name): int(count) for name, count in zip(names, counts, strict=True)},
+        "notes": notes,
+    }
+
+
+def _write(
+    run: RunDirectory,
+    source: Source,
+    design: Design,
+    groups: np.ndarray,
+    found: Scan,
+    genes: pd.DataFrame,
+    reasons: np.ndarray,
+    summary: dict[str, Any],
+) -> None:
+    rows = np.flatnonzero(groups >= 0)
+    gone = np.flatnonzero(groups < 0)
+    cells = frame_of_cells(rows, groups[rows], found.totals[rows])
+    names = source.cell_names.to_numpy(dtype=object)[gone]
+    dropped = pd.DataFrame({"input_row": gone.astype(np.int64), "name": names, "reason": reasons[gone]}).astype(
+        {"name": "string", "reason": "string"}
+    )
+    run.write_json(keys.DESIGN_JSON, design.to_json())
+    run.storage.write_atomic(keys.GENES_TABLE, table_bytes(genes))
+    run.storage.write_atomic(keys.CELLS_TABLE, table_bytes(cells))
+    run.storage.write_atomic(keys.DROPPED, table_bytes(dropped))
+    run.write_json(keys.COHORT_SUMMARY, summary)

@@ -1,0 +1,136 @@
+"""Reading packed.zarr: the modelled genes of the kept cells, sorted by group, in sparse row blocks.
+
+Layout below `DIR/packed.zarr`: `X/<block>/{data,indices,indptr}` (float32, int32, int64; one CSR per `block_rows`
+rows), `input_row` (rows,) int64, `nnz` per block inside `indptr`, and per group `cluster_low/<group>`,
+`cluster_high/<group>` (cells of the group,) int32. A row's condition, batch and group follow from its place, since
+rows are sorted by group. Inside a group the order is a seeded random permutation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from scipy import sparse
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.storage import Storage, read_array, shard_files, write_array
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The packed cohort of a run; every method reads only what it returns."""
+
+    run: RunDirectory
+    design: Design
+    genes: tuple[str, ...]
+    block_rows: int
+
+    @classmethod
+    def open(cls, run: RunDirectory, block_rows: int) -> Packed:
+        """Open the packed cohort by what the cohort stage wrote."""
+        design = Design.from_json(run.read_json(keys.DESIGN_JSON))
+        genes = read_table(run.storage, keys.GENES_TABLE)
+        return cls(run, design, tuple(genes.loc[genes["selected"], "name"]), block_rows)
+
+    @property
+    def storage(self) -> Storage:
+        """The store."""
+        return self.run.storage / keys.PACKED
+
+    @property
+    def n_rows(self) -> int:
+        """Number of cells."""
+        return self.design.n_cells
+
+    @property
+    def n_genes(self) -> int:
+        """Number of modelled genes."""
+        return len(self.genes)
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of row blocks."""
+        return -(-self.n_rows // self.block_rows)
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """Return the first row of a block and the row after its last."""
+        return block * self.block_rows, min((block + 1) * self.block_rows, self.n_rows)
+
+    def block(self, block: int) -> sparse.csr_matrix:
+        """Return one block: (rows, genes) CSR float32 with sorted indices."""
+        name = f"{keys.PACKED_X}/{keys.block_name(block)}"
+        data, indices, indptr = (
+            read_array(self.storage, f"{name}/{part}") for part in (keys.DATA, keys.INDICES, keys.INDPTR)
+        )
+        start, stop = self.block_range(block)
+        # An empty array is stored with one element, since a chunk cannot have none.
+        entries = int(indptr[-1])
+        return sparse.csr_matrix(
+            (data[:entries], indices[:entries], indptr), shape=(stop - start, self.n_genes), copy=False
+        )
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Return the rows `start:stop`, over as many blocks as they span."""
+        if stop <= start:
+            return sparse.csr_matrix((0, self.n_genes), dtype=np.float32)
+        parts = []
+        for block in range(start // self.block_rows, (stop - 1) // self.block_rows + 1):
+            first, last = self.block_range(block)
+            parts.append(self.block(block)[max(start, first) - first : min(stop, last) - first])
+        return parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
+
+    @cached_property
+    def input_row(self) -> np.ndarray:
+        """Input row of every packed row: (rows,) int64."""
+        return read_array(self.storage, keys.PACKED_INPUT_ROW)
+
+    def clusters(self, level: str) -> np.ndarray:
+        """Return the cluster labels of all rows, `keys.PACKED_LOW` or `keys.PACKED_HIGH`: (rows,) int32."""
+        parts = [read_array(self.storage, f"{level}/{keys.block_name(g.code)}") for g in self.design.groups]
+        return np.concatenate(parts)
+
+
+def read_table(storage: Storage, name: str) -> pd.DataFrame:
+    """Read a parquet table of the run directory."""
+    with storage.filesystem.open(storage.path(name), "rb") as file:
+        return pq.read_table(file).to_pandas()
+
+
+def table_bytes(table: pd.DataFrame) -> bytes:
+    """Return a table as parquet, for `Storage.write_atomic`."""
+    import io
+
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def write_csr(storage: Storage, name: str, rows: sparse.csr_matrix, *, chunk: int | None = None) -> None:
+    """Write a CSR as the three arrays of a block, each by its one writer; an empty array is stored with one element.
+
+    Parameters
+    ----------
+    chunk
+        Values per chunk of `data` and `indices`; none: one chunk each.
+    """
+    parts = {
+        keys.DATA: rows.data.astype(np.float32, copy=False),
+        keys.INDICES: rows.indices.astype(np.int32, copy=False),
+        keys.INDPTR: rows.indptr.astype(np.int64),
+    }
+    for part, values in parts.items():
+        stored = values if values.size else np.zeros(1, dtype=values.dtype)
+        size = stored.size if chunk is None or part == keys.INDPTR else min(chunk, stored.size)
+        write_array(storage, f"{name}/{part}", stored, chunks=(size,))
+
+
+def csr_files(name: str) -> tuple[str, ...]:
+    """Return the files of a block written in whole chunks: metadata and values of its three arrays."""
+    arrays = [f"{name}/{part}" for part in (keys.DATA, keys.INDICES, keys.INDPTR)]
+    return tuple(path for array in arrays for path in (f"{array}/zarr.json", shard_files(array, 0)))

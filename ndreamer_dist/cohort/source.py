@@ -1,0 +1,442 @@
+"""The input cohort: opened, checked, and read by ranges of rows.
+
+An AnnData in memory, backed, or stored as h5ad or zarr (a path or a URL) comes in; a `Source` goes out: the tables of
+cells and genes, and a `Matrix` that hands out row ranges as CSR float32 and is cheap to send to a task. The matrix is
+never read whole, and nothing of the caller's is changed. Whatever can be refused by names and shapes is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import zarr
+from anndata.io import read_elem
+from scipy import sparse
+
+from ndreamer_dist import keys
+from ndreamer_dist.errors import CohortError, listing, suggest
+from ndreamer_dist.runtime import Runtime, fetch
+from ndreamer_dist.storage import Storage, open_storage
+
+Kind = Literal["csr", "csc", "dense"]
+SAMPLES = 64
+"""Row chunks that the fingerprint and the look at the values take, evenly spaced."""
+SAMPLE_ROWS = 16
+"""Rows of one of them."""
+COLUMN_ENTRIES = 2**24
+"""Stored values of a column-compressed matrix that are read at a time."""
+
+
+class Matrix(Protocol):
+    """A cells x genes matrix that is read by ranges of rows; it can be sent to a task."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and genes."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """How the matrix is stored."""
+        ...
+
+    @property
+    def nnz(self) -> int:
+        """Stored values; of a dense matrix all of them."""
+        ...
+
+    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Return the rows `start:stop`: (rows, genes) CSR float32 with sorted indices."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix in an h5ad file or a zarr store; every process opens it for itself."""
+
+    url: str
+    container: Literal["h5ad", "zarr"]
+    name: str  # "X" or "layers/..."
+    kind: Kind
+    shape: tuple[int, int]
+    nnz: int
+    dtype: str
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # the open file stays where it is
+
+    @cached_property
+    def _element(self) -> Any:
+        return open_root(self.url, self.container)[self.name]
+
+    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """See `Matrix.read_rows`; of a column-compressed matrix this passes over all of it."""
+        try:
+            return self._read_rows(start, min(stop, self.shape[0]))
+        except CohortError:
+            raise
+        except Exception as error:
+            msg = f"{self.url}: rows {start} to {stop} of {self.name} cannot be read ({_one_line(error)})"
+            raise CohortError(msg) from error
+
+    def _read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        if self.kind == "dense":
+            return as_rows(np.asarray(self._element[start:stop]))
+        if self.kind == "csc":
+            return self.pick_rows(np.arange(start, stop))
+        indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
+        first, last = (int(indptr[0]), int(indptr[-1])) if indptr.size else (0, 0)
+        indices = np.asarray(self._element["indices"][first:last])
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.shape[1]:
+            msg = f"{self.url}: {self.name} is damaged: rows {start} to {stop} name genes that are not there"
+            raise CohortError(msg)
+        data = np.asarray(self._element["data"][first:last])
+        rows = sparse.csr_matrix((data, indices, indptr - first), shape=(stop - start, self.shape[1]))
+        return as_rows(rows)
+
+    def column_ranges(self, entries: int = COLUMN_ENTRIES) -> list[tuple[int, int]]:
+        """Return ranges of columns of about `entries` stored values each, for a column-compressed matrix."""
+        indptr = np.asarray(self._element["indptr"][:]).astype(np.int64)
+        cuts = np.searchsorted(indptr, np.arange(entries, self.nnz, entries), side="left")
+        edges = np.unique(np.concatenate([[0], cuts, [self.shape[1]]]))
+        return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+
+    def read_columns(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the stored values of the columns `start:stop`: row, column and value of each, by column."""
+        indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
+        part = slice(int(indptr[0]), int(indptr[-1]))
+        rows = np.asarray(self._element["indices"][part]).astype(np.int64)
+        columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(indptr))
+        return rows, columns, np.asarray(self._element["data"][part]).astype(np.float32)
+
+    def pick_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return some rows (ascending) of a column-compressed matrix in one pass over its columns."""
+        place = np.full(self.shape[0], -1, dtype=np.int64)
+        place[rows] = np.arange(len(rows))
+        parts = []
+        for start, stop in self.column_ranges():
+            found, columns, data = self.read_columns(start, stop)
+            kept = place[found] >= 0
+            parts.append((place[found[kept]], columns[kept], data[kept]))
+        row, column, data = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        return as_rows(sparse.coo_matrix((data, (row, column)), shape=(len(rows), self.shape[1])).tocsr())
+
+
+@dataclass(frozen=True)
+class MemoryMatrix:
+    """A matrix in memory: the caller's own, or a handle to the one copy that tasks share."""
+
+    values: Any  # csr_matrix, csr_array or 2-d array; or a handle to one
+    kind: Kind
+    shape: tuple[int, int]
+    nnz: int
+    dtype: str
+    shared: bool = False
+
+    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """See `Matrix.read_rows`."""
+        values = fetch(self.values) if self.shared else self.values
+        return as_rows(values[start:stop])
+
+    def share(self, runtime: Runtime) -> MemoryMatrix:
+        """Return the same matrix with its values put once where tasks can see them."""
+        return MemoryMatrix(runtime.put(self.values), self.kind, self.shape, self.nnz, self.dtype, shared=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened and checked cohort.
+
+    Attributes
+    ----------
+    obs, var
+        Tables of cells and genes, as anndata reads them.
+    matrix
+        The values of `X`, or of the layer asked for.
+    """
+
+    name: str
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    matrix: StoredMatrix | MemoryMatrix
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return self.matrix.shape[0]
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return self.matrix.shape[1]
+
+    @property
+    def kind(self) -> Kind:
+        """How the matrix is stored."""
+        return self.matrix.kind
+
+    @property
+    def nnz(self) -> int:
+        """Stored values; of a dense matrix all of them."""
+        return self.matrix.nnz
+
+    @property
+    def cell_names(self) -> pd.Index:
+        """Names of the cells, as text."""
+        return self.obs.index.astype(str)
+
+    @property
+    def gene_names(self) -> pd.Index:
+        """Names of the genes, as text."""
+        return self.var.index.astype(str)
+
+    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Return the rows `start:stop`: (rows, genes) CSR float32 with sorted indices."""
+        return self.matrix.read_rows(start, stop)
+
+    def sample(self) -> sparse.csr_matrix:
+        """Return 64 evenly spaced chunks of 16 rows (all rows of a small cohort) on top of each other."""
+        starts = np.linspace(0, max(0, self.n_cells - SAMPLE_ROWS), SAMPLES).astype(np.int64)
+        rows = np.unique((starts[:, None] + np.arange(SAMPLE_ROWS)).ravel())
+        rows = rows[rows < self.n_cells]
+        if isinstance(self.matrix, StoredMatrix) and self.kind == "csc":
+            return self.matrix.pick_rows(rows)
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+        return sparse.vstack([self.read_rows(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")
+
+
+def open_source(source: str | os.PathLike[str] | ad.AnnData | Source, *, layer: str | None = None) -> Source:
+    """Open a cohort and check its names and shapes.
+
+    Parameters
+    ----------
+    source
+        Path or URL of an h5ad file or a zarr store (format 2 or 3), or an AnnData, in memory or backed.
+    layer
+        Layer to read instead of `X`.
+
+    Raises
+    ------
+    CohortError
+        The store is missing, truncated or not AnnData; there is no such layer; names of cells or genes repeat; columns
+        have names that are ours or that cannot be written.
+    """
+    if isinstance(source, Source):
+        return source
+    opened = _open_memory(source, layer) if isinstance(source, ad.AnnData) else _open_stored(source, layer)
+    _check_names(opened)
+    return opened
+
+
+def fingerprint(source: Source, condition_key: str | None, batch_keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what tells this cohort from another: plain values for the first stage's key.
+
+    The same data as h5ad and as zarr have the same fingerprint; path, dates and layout on disk are no part of it.
+    """
+    rows = source.sample()
+    rows.eliminate_zeros()
+    wanted = [name for name in (condition_key, *batch_keys) if name in source.obs]
+    parts = (rows.indptr.astype("<i8"), rows.indices.astype("<i8"), rows.data.astype("<f4"))
+    return {
+        "cells": source.n_cells,
+        "genes": source.n_genes,
+        "dtype": np.dtype(source.matrix.dtype).name,
+        "nonzeros": source.nnz,
+        "cell_names": _digest(source.cell_names),
+        "gene_names": _digest(source.gene_names),
+        "columns": {str(name): _digest(source.obs[name].astype(str)) for name in wanted},
+        "rows": hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest(),
+    }
+
+
+def as_rows(values: Any) -> sparse.csr_matrix:
+    """Return values as CSR float32 with sorted indices and no stored zeros; the input is not changed."""
+    rows = sparse.csr_matrix(values)
+    changed = sparse.csr_matrix(
+        (rows.data.astype(np.float32, copy=False), rows.indices, rows.indptr), shape=rows.shape, copy=False
+    )
+    if not changed.has_sorted_indices:
+        changed = changed.sorted_indices()
+    if not changed.data.all():
+        changed = changed.copy()
+        changed.eliminate_zeros()
+    if not changed.has_canonical_format:
+        msg = "the matrix is damaged: a cell holds the same gene twice"
+        raise CohortError(msg)
+    return changed
+
+
+def open_root(url: str, container: str) -> Any:
+    """Open the root group of a stored AnnData, read-only; a remote h5ad is read by ranges through a file object."""
+    storage = Storage(url)
+    if container == "zarr":
+        return zarr.open_group(storage.store(read_only=True), mode="r")
+    if storage.is_local:
+        return h5py.File(storage.root, "r")
+    return h5py.File(storage.filesystem.open(storage.root, "rb"), "r")
+
+
+# --- opening -----------------------------------------------------------------------------------------------------
+
+
+def _open_memory(adata: ad.AnnData, layer: str | None) -> Source:
+    if layer is not None and layer not in adata.layers:
+        raise CohortError(_no_layer("the AnnData", layer, adata.layers))
+    if adata.isbacked and layer is None:
+        if adata.is_view:
+            msg = "the AnnData is a view of a backed one; pass its .to_memory(), or write it to a file of its own"
+            raise CohortError(msg)
+        matrix = _open_stored(str(adata.filename), None).matrix
+        return Source(str(adata.filename), adata.obs.copy(), adata.var.copy(), matrix)
+    values = adata.X if layer is None else adata.layers[layer]
+    return Source("the AnnData", adata.obs.copy(), adata.var.copy(), _memory_matrix(values))
+
+
+def _memory_matrix(values: Any) -> MemoryMatrix:
+    if sparse.issparse(values):
+        kind: Kind = "csc" if values.format == "csc" else "csr"
+        rows = values.tocsr()
+        return MemoryMatrix(rows, kind, rows.shape, int(rows.nnz), str(rows.dtype))
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        return MemoryMatrix(values, "dense", values.shape, int(values.size), str(values.dtype))
+    found = "nothing" if values is None else type(values).__name__
+    msg = f"the AnnData's matrix holds {found}; expected a sparse matrix or an array (or name a layer)"
+    raise CohortError(msg)
+
+
+def _open_stored(address: str | os.PathLike[str], layer: str | None) -> Source:
+    storage = open_storage(address)
+    container = _container(storage)
+    url = storage.url
+    try:
+        root = open_root(url, container)
+    except Exception as error:
+        what = "an h5ad file" if container == "h5ad" else "a zarr store"
+        msg = f"{url} cannot be opened as {what}: it is truncated, or something else ({_one_line(error)})"
+        raise CohortError(msg) from error
+    missing = [name for name in ("obs", "var") if name not in root]
+    if missing:
+        msg = f"{url} is not an AnnData store: it holds no {' and no '.join(missing)}; it holds {listing(root)}"
+        raise CohortError(msg)
+    matrix = _stored_matrix(root, url, container, layer)
+    try:
+        obs, var = read_elem(root["obs"]), read_elem(root["var"])
+    except Exception as error:
+        msg = f"{url}: obs or var cannot be read; the store is truncated or damaged ({_one_line(error)})"
+        raise CohortError(msg) from error
+    if (len(obs), len(var)) != matrix.shape:
+        msg = f"{url}: {matrix.name} is {matrix.shape}, but obs and var have {len(obs)} and {len(var)} rows"
+        raise CohortError(msg)
+    return Source(url, obs, var, matrix)
+
+
+def _container(storage: Storage) -> Literal["h5ad", "zarr"]:
+    url = storage.url.split("?")[0]
+    if not storage.is_local and url.endswith((".h5ad", ".h5", ".zarr")):
+        return "zarr" if url.endswith(".zarr") else "h5ad"
+    if not storage.exists():
+        msg = f"{storage.url} does not exist"
+        raise CohortError(msg)
+    return "h5ad" if storage.filesystem.isfile(storage.root) else "zarr"
+
+
+def _stored_matrix(root: Any, url: str, container: Literal["h5ad", "zarr"], layer: str | None) -> StoredMatrix:
+    if layer is not None and layer not in root.get("layers", {}):
+        raise CohortError(_no_layer(url, layer, root.get("layers", {})))
+    name = "X" if layer is None else f"layers/{layer}"
+    if name not in root:
+        layers = listing(root.get("layers", {})) or "none"
+        msg = f"{url} holds no X; name a layer to read instead (layers there: {layers})"
+        raise CohortError(msg)
+    element: Any = root[name]
+    kind = str(element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "array")))
+    if not _is_group(element):
+        return StoredMatrix(
+            url, container, name, "dense", element.shape, int(np.prod(element.shape)), str(element.dtype)
+        )
+    if kind[:3] not in ("csr", "csc"):
+        msg = f"{url}: {name} is stored as {kind!r}; expected csr_matrix, csc_matrix or array"
+        raise CohortError(msg)
+    shape = tuple(int(n) for n in element.attrs.get("shape", element.attrs.get("h5sparse_shape", (0, 0))))
+    _check_sparse(element, url, name, shape[0] if kind.startswith("csr") else shape[1])
+    data = element["data"]
+    stored: Kind = "csr" if kind.startswith("csr") else "csc"
+    return StoredMatrix(url, container, name, stored, (shape[0], shape[1]), int(data.shape[0]), str(data.dtype))
+
+
+def _is_group(element: Any) -> bool:
+    return isinstance(element, h5py.Group | zarr.Group)
+
+
+def _check_sparse(element: Any, url: str, name: str, major: int) -> None:
+    """Refuse a sparse matrix whose parts do not fit together, or a zarr one with chunks missing."""
+    lacking = [part for part in ("data", "indices", "indptr") if part not in element]
+    if lacking:
+        msg = f"{url}: {name} is truncated: it has no {', '.join(lacking)}"
+        raise CohortError(msg)
+    indptr = np.asarray(element["indptr"][:])
+    ends = {int(element[part].shape[0]) for part in ("data", "indices")}
+    fits = (
+        len(indptr) == major + 1 and ends == {int(indptr[-1])} and indptr[0] == 0 and bool((np.diff(indptr) >= 0).all())
+    )
+    if not fits:
+        msg = f"{url}: {name} is truncated or damaged: indptr does not fit data and indices"
+        raise CohortError(msg)
+    data = element["data"]
+    if isinstance(data, zarr.Array) and (lost := _missing_chunks(data)):
+        msg = f"{url}: {name} is truncated: {lost} of {data.nchunks} chunks of {name}/data are missing"
+        raise CohortError(msg)
+
+
+def _missing_chunks(array: Any) -> int:
+    try:
+        return max(0, int(array.nchunks) - int(array.nchunks_initialized))
+    except Exception:  # noqa: BLE001 - a store that cannot list (https) cannot be checked this way
+        return 0
+
+
+def _check_names(source: Source) -> None:
+    for what, names in (("cell", source.cell_names), ("gene", source.gene_names)):
+        repeated = names[names.duplicated()].unique()
+        if len(repeated):
+            table = "obs" if what == "cell" else "var"
+            msg = f"{what} names are used more than once: {listing(repeated)}; adata.{table}_names_make_unique() helps"
+            raise CohortError(msg)
+    for table, columns in (("obs", source.obs.columns), ("var", source.var.columns)):
+        ours = [name for name in columns if str(name).startswith(keys.OBS_PREFIX)]
+        if ours:
+            msg = (
+                f"{table} columns {listing(ours)} start with {keys.OBS_PREFIX!r}, which names our results; rename them"
+            )
+            raise CohortError(msg)
+        slashed = [name for name in columns if "/" in str(name)]
+        if slashed:
+            msg = f"{table} columns {listing(slashed)} hold '/', which cannot be stored; rename them"
+            raise CohortError(msg)
+    if not source.n_cells or not source.n_genes:
+        msg = f"{source.name} is empty: {source.n_cells} cells x {source.n_genes} genes"
+        raise CohortError(msg)
+
+
+def _no_layer(where: str, layer: str, present: Iterable[str]) -> str:
+    names = list(present)
+    return f"{where} has no layer {layer!r}; there are {listing(names) or 'none'}.{suggest(layer, names)}"
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+def _digest(values: Iterable[object]) -> str:
+    return hashlib.sha256("\0".join(map(str, values)).encode()).hexdigest()

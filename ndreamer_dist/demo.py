@@ -1,0 +1,119 @@
+"""What the command line says of a run: the demo's scores, and `info`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+from tqdm.auto import tqdm
+
+from ndreamer_dist import keys
+from ndreamer_dist.datasets import CELL_TYPE, CONDITION, DONOR, Truth, load_truth, simulate, truth_path
+from ndreamer_dist.errors import StoreError
+from ndreamer_dist.pipeline import run
+from ndreamer_dist.recovery import Recovery, recovery
+from ndreamer_dist.results.reader import Results, open_results
+from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.storage import open_storage
+
+DEMO_EPOCHS = 60
+"""Fewer than the preset's 100: enough for this cohort, and the demo is over sooner."""
+
+
+def run_demo(out: Path, *, cells: int, genes: int, seed: int, settings: Mapping[str, Any], fresh: bool = False) -> str:
+    """Simulate a cohort of four donors in two conditions, run the small preset on it and score it; return the report."""
+    cohort, directory = out / "cohort.zarr", out / "run"
+    if fresh:
+        open_storage(cohort).delete()
+        open_storage(truth_path(cohort)).delete()
+    simulated = time.perf_counter()
+    if not open_storage(cohort).exists("zarr.json"):
+        simulate_with_bar(cohort, cells=cells, genes=genes, seed=seed)
+    started = time.perf_counter()
+    finished = run(
+        cohort, out=directory, condition_key=CONDITION, control="control", batch_key=DONOR, preset="small",
+        settings={"seed": seed, "train.epochs": DEMO_EPOCHS, **settings}, fresh=fresh,
+    )  # fmt: skip
+    ended = time.perf_counter()
+    lines = [
+        score(finished.results, load_truth(cohort)).table(),
+        "",
+        f"Simulated in {started - simulated:.0f} s, ran in {ended - started:.0f} s.",
+        f"The cohort is {cohort}, the run {directory}. Look further:",
+        f"  ndreamer-dist info {directory}",
+        f"  ndreamer-dist get {directory} --layer ite --cells 'cell_type == \"type_1\"' --out type_1.h5ad",
+    ]
+    return "\n".join(lines)
+
+
+def simulate_with_bar(path: str | Path, *, cells: int, **sizes: Any) -> None:
+    """Simulate a cohort (see `datasets.simulate`), with a bar on a terminal."""
+    with tqdm(total=cells, desc="simulate", disable=None) as bar:
+        simulate(path, cells=cells, **sizes, progress=lambda done, _: bar.update(done - bar.n))
+
+
+def score(results: Results, truth: Truth) -> Recovery:
+    """Score a run on a simulated cohort against its truth; layers are read in the order they are stored."""
+    obs = results.packed_obs
+    readers: dict[str, Callable[..., AnnData]] = {
+        "X": results.expression,
+        keys.LAYER_DENOISED: results.denoised,
+        keys.LAYER_ITE: partial(results.ite, drop_undefined=False),
+    }
+
+    def read(layer: str, start: int, stop: int) -> np.ndarray:
+        values = readers[layer](cells=list(obs.index[start:stop])).X
+        return values.toarray() if sparse.issparse(values) else np.asarray(values)
+
+    return recovery(
+        truth, read, cell_type=obs[CELL_TYPE], condition=obs[CONDITION], donor=obs[DONOR],
+        genes=list(results.var_names),
+    )  # fmt: skip
+
+
+def describe(address: str) -> str:
+    """Return what a run directory holds: the design and the results where it is finished, else how far it is."""
+    run = RunDirectory.at(address)
+    if not run.storage.exists():
+        msg = f"{run.url} does not exist"
+        raise StoreError(msg)
+    try:
+        results = open_results(address)
+    except StoreError:
+        if not run.storage.exists(keys.RUN_JSON):
+            raise
+        return _progress(run)
+    return _summary(results)
+
+
+def _progress(run: RunDirectory) -> str:
+    done = {stage: len(run.storage.list(f"{keys.DONE}/{stage}")) for stage in keys.STAGES}
+    lines = [f"{run.url}: not finished; the same `run` command goes on", "", f"{'stage':<12}{'shards done':>12}"]
+    return "\n".join([*lines, *(f"{stage:<12}{count:>12}" for stage, count in done.items())])
+
+
+def _summary(results: Results) -> str:
+    design, told = results.design, results.uns
+    cells = results.packed_obs
+    lines = [
+        f"{results.url}: {design.n_cells} cells x {len(results.var_names)} genes",
+        f"effects are {told['sign']}",
+        f"layers: {', '.join(results.layers) or 'none'}; columns: {', '.join(map(str, cells.columns))}",
+        "",
+        (
+            f"{design.condition_key} (control: {design.control}); "
+            f"{', '.join(design.batch_keys) or 'no batch key'}: {len(design.batches)} batches"
+        ),
+        f"{'group':<32}{'cells':>10}{'match distance':>16}",
+    ]
+    for group in design.groups:
+        distance = cells[keys.OBS_MATCH_DISTANCE].iloc[group.start : group.stop]
+        mean = f"{distance.mean():.2f}" if distance.notna().any() else "-"
+        lines.append(f"{group.name:<32}{group.cells:>10}{mean:>16}")
+    return "\n".join([*lines, "", f"settings: {told['settings']}"])

@@ -1,0 +1,96 @@
+"""Every name that is written to a store, once.
+
+Nothing else in the package spells the name of an array, a column, a file or a stage.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+FORMAT_VERSION: Final = 1
+"""Version of the stores' layout; part of every stage key."""
+
+# --- stages, in the order of the flow; also the names under done/ ------------------------------------------------
+STAGE_COHORT: Final = "cohort"
+STAGE_PACK: Final = "pack"
+STAGE_CLUSTERS: Final = "clusters"
+STAGE_TRAIN: Final = "train"
+STAGE_EMBED: Final = "embed"
+STAGE_PCA: Final = "pca"
+STAGE_MATCH: Final = "match"
+STAGE_EFFECTS: Final = "effects"
+STAGE_ROWS: Final = "rows"  # not a stage of the flow: a column-compressed input is turned into row blocks first
+STAGES: Final = (
+    STAGE_COHORT, STAGE_PACK, STAGE_CLUSTERS, STAGE_TRAIN, STAGE_EMBED, STAGE_PCA, STAGE_MATCH, STAGE_EFFECTS,
+)  # fmt: skip
+
+# --- the run directory -------------------------------------------------------------------------------------------
+RUN_JSON: Final = "run.json"
+PACKED: Final = "packed.zarr"
+EMBEDDING: Final = "embedding.zarr"
+MATCHES: Final = "matches.zarr"
+RESULTS: Final = "results.zarr"
+TRAIN_DIR: Final = "train"
+MODEL_WEIGHTS: Final = "model/weights.safetensors"
+MODEL_JSON: Final = "model/model.json"
+DROPPED: Final = "dropped.parquet"
+METRICS: Final = "logs/metrics.csv"
+STAGES_LOG: Final = "logs/stages.jsonl"
+DONE: Final = "done"
+LOCK: Final = "lock"
+COHORT_DIR: Final = "cohort"  # what the cohort stage found: design.json, genes.parquet, cells.parquet, obs.parquet
+DESIGN_JSON: Final = "cohort/design.json"
+GENES_TABLE: Final = "cohort/genes.parquet"
+CELLS_TABLE: Final = "cohort/cells.parquet"
+COHORT_SUMMARY: Final = "cohort/summary.json"  # what was decided: normalisation, dropped cells by reason, notes
+ROWS: Final = "cohort/rows.zarr"  # a column-compressed input, turned into row blocks
+
+# --- packed.zarr -------------------------------------------------------------------------------------------------
+PACKED_X: Final = "X"  # X/00042/{data,indices,indptr}
+DATA: Final = "data"
+INDICES: Final = "indices"
+INDPTR: Final = "indptr"
+PACKED_GROUP: Final = "group"
+PACKED_CONDITION: Final = "condition"
+PACKED_BATCH: Final = "batch"  # (cells, batch covariates)
+PACKED_LOW: Final = "cluster_low"
+PACKED_HIGH: Final = "cluster_high"
+PACKED_INPUT_ROW: Final = "input_row"
+PACKED_NNZ: Final = "nnz"  # stored values per row
+
+# --- embedding.zarr ----------------------------------------------------------------------------------------------
+MU: Final = "X_ndreamer"
+PCA: Final = "X_ndreamer_pca"
+MOMENT_SUM: Final = "moment_sum"  # (blocks, z) float64
+MOMENT_OUTER: Final = "moment_outer"  # (blocks, z, z) float64
+PCA_MEAN: Final = "pca_mean"
+PCA_COMPONENTS: Final = "pca_components"  # (z, dimensions) float64
+PCA_VARIANCE: Final = "pca_variance"
+
+# --- matches.zarr ------------------------------------------------------------------------------------------------
+MATCH_ROW: Final = "row"  # <query group>/row: (cells of the group, groups, k); the chunk of an edge has one writer
+MATCH_DISTANCE: Final = "distance"
+
+# --- results.zarr ------------------------------------------------------------------------------------------------
+OBS_PREFIX: Final = "ndreamer_"
+OBS_CONDITION: Final = "ndreamer_condition"
+OBS_BATCH: Final = "ndreamer_batch"
+OBS_GROUP: Final = "ndreamer_group"
+OBS_LOW: Final = "ndreamer_cluster_low"
+OBS_HIGH: Final = "ndreamer_cluster_high"
+OBS_INPUT_ROW: Final = "ndreamer_input_row"
+OBS_MATCH_DISTANCE: Final = "ndreamer_match_distance"
+OBSM_MU: Final = "X_ndreamer"
+OBSM_PCA: Final = "X_ndreamer_pca"
+OBSM_MATCH: Final = "ndreamer_match"
+OBSM_MATCH_DISTANCE: Final = "ndreamer_match_distance"
+LAYER_DENOISED: Final = "denoised"
+LAYER_BATCH_EFFECT: Final = "batch_effect"
+LAYER_ITE: Final = "ite"
+LAYERS: Final = (LAYER_DENOISED, LAYER_BATCH_EFFECT, LAYER_ITE)
+UNS: Final = "ndreamer"
+
+
+def block_name(index: int) -> str:
+    """Return the name of a row block, a group or a shard: its number in five digits, so that names sort."""
+    return f"{index:05d}"

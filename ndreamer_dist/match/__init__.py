@@ -1,0 +1,1 @@
+"""Counterfactual matching and the effects through it (METHOD section 6)."""

@@ -1,0 +1,1 @@
+"""The model: network, codebooks, losses, and the sums over workers that make W workers compute what one would."""

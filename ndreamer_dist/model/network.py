@@ -1,0 +1,184 @@
+"""The network: encoder, codebooks, head and decoder (METHOD section 2).
+
+In goes a `MiniBatch` with its noise, out come `Outputs`, from which `losses.total_loss` computes the loss. At
+inference `embed` gives the effect modifier of any cells, deterministically.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ndreamer_dist.model.batch import Labels, MiniBatch, gather_labels
+from ndreamer_dist.model.codebooks import Quantised, Quantiser, look_up
+from ndreamer_dist.model.collectives import Collective
+from ndreamer_dist.model.noise import StepNoise
+from ndreamer_dist.model.normalise import BatchNorm
+from ndreamer_dist.settings import ModelSettings
+
+SMALLEST_VARIANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a training step's forward pass gives for a worker's cells.
+
+    Attributes
+    ----------
+    mean, variance
+        (cells, z); the mean is the effect modifier.
+    reconstruction
+        (cells, genes), from one sample of the latent.
+    quantised
+        What the codebooks say.
+    labels
+        Codes of the global mini-batch.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    reconstruction: Tensor
+    quantised: Quantised
+    labels: Labels
+
+
+class NDreamerNetwork(nn.Module):
+    """The model of METHOD section 2.
+
+    Parameters
+    ----------
+    genes, conditions
+        How many there are.
+    batch_levels
+        Number of codes of each batch covariate; empty where there is no batch.
+    settings
+        Widths.
+    nonnegative
+        Whether expression has no negative values; the reconstruction then has none either.
+    seed
+        Of the initial parameters; torch's global generator is left as it was.
+    """
+
+    def __init__(
+        self, genes: int, conditions: int, batch_levels: tuple[int, ...], settings: ModelSettings,
+        *, nonnegative: bool = True, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.settings = settings
+        self.conditions = conditions
+        self.nonnegative = nonnegative
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.encoder = Encoder((genes, *settings.encoder))
+            self.quantiser = Quantiser(settings.encoder[-1], settings)
+            self.head = Head(settings.codebooks * settings.code_dim, settings.latent)
+            self.decoder = Decoder(settings.latent, settings.decoder, genes, conditions, batch_levels)
+
+    def forward(self, batch: MiniBatch, noise: StepNoise, collective: Collective) -> Outputs:
+        """Run a training step's forward pass on a worker's share of the mini-batch."""
+        labels = gather_labels(batch, collective)
+        quantised: Quantised = self.quantiser(self.encoder(batch.x, collective), labels.segments, noise, collective)
+        mean, variance = self.head(_side_by_side(quantised.vectors), collective)
+        epsilon, eta = noise.latent
+        sample = mean + variance.sqrt() * epsilon + self.settings.latent_noise * eta
+        reconstruction = self._decode(sample, batch.condition, batch.batch)
+        return Outputs(mean, variance, reconstruction, quantised, labels)
+
+    @torch.no_grad()
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the effect modifier, (cells, z), of expression x, (cells, genes): no noise, hard codes (section 8)."""
+        return self.infer(self.project(x))[0]
+
+    @torch.no_grad()
+    def project(self, x: Tensor) -> Tensor:
+        """Return the projections, (codebooks, cells, dim), of expression x by the running statistics."""
+        return self.quantiser.project(self.encoder(x, None), None)
+
+    @torch.no_grad()
+    def infer(self, projections: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance, (cells, z), of projections, by the most probable codes."""
+        vectors = look_up(self.quantiser.embedding, self.quantiser.codes(projections))
+        mean, variance = self.head(_side_by_side(vectors), None)
+        return mean, variance
+
+    @torch.no_grad()
+    def reconstruct(self, mean: Tensor, condition: Tensor, batch: Tensor) -> Tensor:
+        """Return expression, (cells, genes), of effect modifiers under the given condition and batch codes."""
+        return self._decode(mean, condition, batch)
+
+    def _decode(self, latent: Tensor, condition: Tensor, batch: Tensor) -> Tensor:
+        decoded: Tensor = self.decoder(latent, condition, batch)
+        return functional.relu(decoded) if self.nonnegative else decoded
+
+
+class Encoder(nn.Module):
+    """Linear-BN-ReLU for every width but the last, then a Linear: (cells, genes) to h, (cells, width)."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = _linears(widths)
+        self.norms = nn.ModuleList(BatchNorm(width) for width in widths[1:-1])
+
+    def forward(self, x: Tensor, collective: Collective | None) -> Tensor:
+        """Return h; without collective by the running statistics."""
+        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
+            x = functional.relu(norm(layer(x), collective))
+        h: Tensor = self.layers[-1](x)
+        return h
+
+
+class Head(nn.Module):
+    """Quantised vectors side by side, (cells, codebooks * dim), to mean and variance, (cells, z)."""
+
+    def __init__(self, width: int, latent: int) -> None:
+        super().__init__()
+        self.merge = nn.Linear(width, 2 * latent)
+        self.norm_in = BatchNorm(2 * latent)
+        self.widen = nn.Linear(2 * latent, 8 * latent)
+        self.narrow = nn.Linear(8 * latent, 2 * latent)
+        self.norm_out = BatchNorm(2 * latent)
+        self.mean = nn.Linear(2 * latent, latent)
+        self.log_variance = nn.Linear(2 * latent, latent)
+
+    def forward(self, q: Tensor, collective: Collective | None) -> tuple[Tensor, Tensor]:
+        """Return mean and variance; without collective by the running statistics."""
+        y = self.norm_in(functional.relu(self.merge(q)), collective)
+        inner = self.narrow(functional.gelu(self.widen(y)))
+        y = functional.relu(y + self.norm_out(inner, collective))
+        return self.mean(y), self.log_variance(y).exp().clamp_min(SMALLEST_VARIANCE)
+
+
+class Decoder(nn.Module):
+    """Latent, (cells, z), with condition and batch codes, to expression before the last ReLU, (cells, genes)."""
+
+    def __init__(
+        self, latent: int, widths: Sequence[int], genes: int, conditions: int, batch_levels: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.condition = nn.Embedding(conditions, widths[0])
+        self.batch = nn.ModuleList(nn.Embedding(levels, widths[0]) for levels in batch_levels)
+        self.layers = _linears((latent, *widths, genes))
+
+    def forward(self, latent: Tensor, condition: Tensor, batch: Tensor) -> Tensor:
+        """Return (cells, genes); `batch` is (cells, covariates)."""
+        y = self.layers[0](latent) + self.condition(condition)
+        for embedding, code in zip(self.batch, batch.unbind(1), strict=True):
+            y = y + embedding(code)
+        for layer in self.layers[1:]:
+            y = layer(functional.relu(y))
+        decoded: Tensor = y
+        return decoded
+
+
+def _linears(widths: Sequence[int]) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(widths))
+
+
+def _side_by_side(vectors: Tensor) -> Tensor:
+    """Bring (codebooks, cells, dim) to (cells, codebooks * dim)."""
+    return vectors.transpose(0, 1).flatten(1)

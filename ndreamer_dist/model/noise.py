@@ -1,0 +1,109 @@
+"""Everything random in a training step, drawn so that it depends neither on workers nor on threads.
+
+A mini-batch is cut in blocks of `NOISE_ROWS` cells and each block has its own generator, keyed by (seed, stage, step,
+block); a worker draws the blocks it owns. Numbers come from numpy's SFC64 on every device, in threads over blocks.
+
+The Gumbel noise of the code assignment is drawn as a *race* (see `codebooks.race`): where the temperature is low
+only the first few codes to arrive can have a weight, so a few numbers per cell and codebook, `race_draws`, replace
+one per code.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ndreamer_dist.model.batch import MiniBatch
+from ndreamer_dist.settings import NOISE_ROWS, ModelSettings
+
+Floats = NDArray[np.float32]
+
+RACE_TEMPERATURE = 0.1
+"""Temperature up to which the assignment is drawn as a race; above it there is one number per code."""
+SMALLEST_EXPONENTIAL = 2.0**-25
+"""Exponentials are drawn on a grid of about 2**-24 that includes 0, whose logarithm must stay finite."""
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """The random numbers of one worker's cells in one step.
+
+    Attributes
+    ----------
+    exponentials
+        (codebooks, cells, draws), standard exponential: waiting times of the race, or one per code (no `marks` then).
+    marks
+        (codebooks, cells, draws), uniform on [0, 1): which code each arrival is. No draws above `RACE_TEMPERATURE`.
+    latent
+        (2, cells, z), standard normal: eps and eta of the latent sample.
+    keys
+        (cells, global cells), uniform: the order in which a cell's positives and negatives are taken.
+    """
+
+    exponentials: Tensor
+    marks: Tensor
+    latent: Tensor
+    keys: Tensor
+
+
+def generator(seed: int, stage: str, step: int, block: int = 0) -> np.random.Generator:
+    """Return the generator of one block of one step of a stage; blocks of a step are independent streams."""
+    key = (zlib.crc32(stage.encode()), step, block)
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=key)))
+
+
+def race_draws(temperature: float) -> int:
+    """Return how many arrivals of the race are needed, or 0 where one number per code is.
+
+    A code that arrives at f = exp(17 temperature) times the first arrival has weight exp(-17), less than float32's
+    rounding. n further arrivals all come before that with probability (1 - 1/f)**n; one in a million is accepted.
+    """
+    if temperature > RACE_TEMPERATURE:
+        return 0
+    earlier = -math.expm1(-17 * temperature)
+    return 1 + math.ceil(math.log(1e-6) / math.log(earlier))
+
+
+def draw(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "train") -> StepNoise:
+    """Return the noise of the cells of `batch`, on their device and in their floating type (METHOD sections 2, 3)."""
+    draws = race_draws(model.temperature)
+
+    def block_noise(rng: np.random.Generator) -> tuple[Floats, ...]:
+        # A short block draws for all its rows, so that a cell's noise never depends on how many cells follow it.
+        latent = rng.standard_normal((NOISE_ROWS, 2, model.latent), np.float32)
+        waits = rng.standard_exponential((NOISE_ROWS, model.codebooks, draws or model.codes), np.float32)
+        marks = rng.random((NOISE_ROWS, model.codebooks, draws), np.float32)
+        return latent, waits, marks, rng.random((NOISE_ROWS, batch.cells), np.float32)
+
+    parts = _per_block(block_noise, [generator(seed, stage, batch.step, block) for block in batch.blocks])
+    shapes = ((2, model.latent), (model.codebooks, draws or model.codes), (model.codebooks, draws), (batch.cells,))
+    latent, waits, marks, keys = (
+        _rows([part[i] for part in parts], shape, batch.x) for i, shape in enumerate(shapes)
+    )  # fmt: skip
+    return StepNoise(
+        exponentials=waits.transpose(0, 1).contiguous().clamp_min_(SMALLEST_EXPONENTIAL),
+        marks=marks.transpose(0, 1).contiguous(),
+        latent=latent.transpose(0, 1),
+        keys=keys,
+    )
+
+
+def _per_block(
+    work: Callable[[np.random.Generator], tuple[Floats, ...]], generators: Sequence[np.random.Generator]
+) -> list[tuple[Floats, ...]]:
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        return list(pool.map(work, generators))
+
+
+def _rows(blocks: list[Floats], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Join blocks, cut them to the cells of `like`, and bring them to its device and type."""
+    joined = np.concatenate(blocks) if blocks else np.empty((0, *shape), np.float32)
+    return torch.from_numpy(joined[: len(like)]).to(device=like.device, dtype=like.dtype)

@@ -1,0 +1,55 @@
+"""Batch norm whose statistics are those of the global mini-batch, whatever the number of workers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ndreamer_dist.model.collectives import Collective
+
+EPSILON = 1e-5
+MOMENTUM = 0.1
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over rows; equal to `torch.nn.BatchNorm1d` for one worker (METHOD section 4: eps 1e-5, momentum 0.1).
+
+    Given a collective it normalises by the statistics of all workers' rows and updates the running ones; given none,
+    which is inference, it normalises by the running ones.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x: Tensor, collective: Collective | None) -> Tensor:
+        """Normalise `x`, (rows, features)."""
+        if collective is not None and (collective.world > 1 or len(x) == 1):
+            return self._over_workers(x, collective)
+        return functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias,
+            training=collective is not None, momentum=MOMENTUM, eps=EPSILON,
+        )  # fmt: skip
+
+    def _over_workers(self, x: Tensor, collective: Collective) -> Tensor:
+        rows = x.new_full((1,), len(x))
+        sums = collective.all_sum(torch.cat([x.sum(0), rows]))
+        count = int(sums[-1].detach())
+        mean = sums[:-1] / count
+        # The variance is taken around the mean in a second sum: the difference of two large sums would cancel.
+        centred = x - mean
+        variance = collective.all_sum(centred.square().sum(0)) / count
+        self._update(mean.detach(), variance.detach(), count)
+        return centred * (variance + EPSILON).rsqrt() * self.weight + self.bias
+
+    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        # In place, as torch does, and with the unbiased variance; that of a single row is taken as it is, 0.
+        self.running_mean.lerp_(mean, MOMENTUM)
+        self.running_var.lerp_(variance * (count / max(count - 1, 1)), MOMENTUM)

@@ -1,0 +1,268 @@
+"""The job: the sequence of the stages, and what is checked before the first of them.
+
+Follow a cell: `cohort` finds its group and its genes, `pack` gives it a row, `clusters` two labels, `train` learns from
+it, `embed` and `pca` place it, `match` finds its counterparts, `effects` writes its denoised expression, the batch
+effect it lost and its treatment effect into results.zarr. Each stage is a function of settings and the stores before
+it; it skips what is already there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from anndata import AnnData
+
+from ndreamer_dist import keys, promise
+from ndreamer_dist.cohort.clusters import run_clusters
+from ndreamer_dist.cohort.genes import check_cohort, run_cohort
+from ndreamer_dist.cohort.pack import run_pack
+from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.cohort.source import Source, fingerprint, open_source
+from ndreamer_dist.embed import run_embed, run_pca
+from ndreamer_dist.errors import RunError, SettingsError
+from ndreamer_dist.match.effects import run_effects
+from ndreamer_dist.match.search import run_match
+from ndreamer_dist.metering import metered
+from ndreamer_dist.results.reader import Results, open_results
+from ndreamer_dist.results.store import check_tables
+from ndreamer_dist.rundir import GRAPH, RunDirectory, stage_keys
+from ndreamer_dist.runtime import (
+    LazyRuntime,
+    Runtime,
+    check_resources,
+    cpu_count,
+    memory_limit,
+    object_store_bytes,
+)
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.train.trainer import check_layout, run_train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes
+    ----------
+    url
+        Address of the run directory.
+    """
+
+    url: str
+
+    @property
+    def results(self) -> Results:
+        """The results, read in pieces."""
+        return open_results(self.url)
+
+
+def run(
+    cohort: str | os.PathLike[str] | AnnData,
+    *,
+    out: str | os.PathLike[str],
+    condition_key: str | None = None,
+    control: str | None = None,
+    batch_key: str | Sequence[str] | None = None,
+    preset: str = "paper",
+    config: Mapping[str, Any] | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
+    redo: bool = False,
+    fresh: bool = False,
+) -> Run:
+    """Remove batch effects and estimate what the condition does to every cell (the whole of METHOD).
+
+    A run that was interrupted goes on; a finished one does nothing. `run(...).results` reads what it wrote.
+
+    Parameters
+    ----------
+    cohort
+        (cells, genes): an AnnData, or the path or URL of an h5ad file or a zarr store. Never modified.
+    out
+        Run directory, local or on object storage.
+    condition_key, control
+        Column of `obs` that holds the condition, and the name of the control in it.
+    batch_key
+        Column or columns of `obs` that hold the batch (donor, site, platform); none for one batch.
+    preset
+        `paper` (the method's defaults) or `small` (for laptops).
+    config
+        Nested settings, as a YAML file holds them.
+    settings
+        Complete `Settings`, or dotted overrides of the preset: `{"train.workers": 2}`.
+    redo
+        Run again the stages whose settings have changed, and those after them.
+    fresh
+        Delete what `out` holds of another run first.
+
+    Raises
+    ------
+    NDreamerError
+        The settings, the cohort, the directory or the machine will not do; nothing has been started then.
+    """
+    made = _settings(preset, config, settings, condition_key, control, batch_key)
+    source = open_source(cohort, layer=made.cohort.layer)
+    directory = RunDirectory.at(out)
+    design = check_cohort(source, made.cohort)
+    check_tables(source.obs, source.var)
+    size = promise.CohortSize.of(design, made, genes=source.n_genes, stored_values=source.nnz)
+    on_a_cluster = made.run.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()
+    if made.run.serial or not on_a_cluster:
+        _check_machine(directory, made, size)
+    told = fingerprint(source, made.cohort.condition_key, made.cohort.batch_key)
+    _check_owner(directory, told, fresh=fresh)
+    with directory.locked():
+        stage_key = _claim(directory, made, told, redo=redo, fresh=fresh)
+        with LazyRuntime(made.run) as runtime:
+            run_stages(directory, made, source, runtime, stage_key)
+    return Run(directory.url)
+
+
+def run_stages(
+    run: RunDirectory, settings: Settings, source: Source, runtime: Runtime, stage_key: Mapping[str, str]
+) -> None:
+    """Run all stages, each with its key; every one skips what it has already done."""
+
+    def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> Any:
+        with metered(run, stage):
+            return work(run, settings, *inputs, runtime, stage_key[stage])
+
+    staged(keys.STAGE_COHORT, run_cohort, source)
+    staged(keys.STAGE_PACK, run_pack, source)
+    packed = Packed.open(run, settings.pack.block_rows)
+    staged(keys.STAGE_CLUSTERS, run_clusters, packed)
+    staged(keys.STAGE_TRAIN, run_train, packed)
+    staged(keys.STAGE_EMBED, run_embed, packed)
+    staged(keys.STAGE_PCA, run_pca, packed)
+    staged(keys.STAGE_MATCH, run_match, packed.design)
+    with metered(run, keys.STAGE_EFFECTS):
+        summary = run.read_json(keys.COHORT_SUMMARY)
+        run_effects(run, settings, packed, source, runtime, stage_key[keys.STAGE_EFFECTS], summary)
+
+
+def _settings(
+    preset: str,
+    config: Mapping[str, Any] | None,
+    settings: Settings | Mapping[str, Any] | None,
+    condition_key: str | None,
+    control: str | None,
+    batch_key: str | Sequence[str] | None,
+) -> Settings:
+    """Return the settings, the cohort's names among them; `SettingsError` where one of these is not given."""
+    given = {"cohort.condition_key": condition_key, "cohort.control": control, "cohort.batch_key": batch_key}
+    named = {name: value for name, value in given.items() if value is not None}
+    if isinstance(settings, Settings):
+        config, settings = settings.model_dump(), {}
+    made = Settings.build(preset=preset, config=config, overrides={**(settings or {}), **named})
+    for name in ("condition_key", "control"):
+        if getattr(made.cohort, name) is None:
+            msg = f"{name} is not given: name it (--{name.replace('_', '-')} on the command line)"
+            raise SettingsError(msg)
+    return made
+
+
+def _check_machine(run: RunDirectory, settings: Settings, size: promise.CohortSize) -> None:
+    """Refuse what this machine cannot hold; on a cluster the nodes are not this machine, so nothing is asked."""
+    cpus = 1 if settings.run.serial else settings.run.cpus or cpu_count()
+    alone = settings.run.serial  # one process trains and reads in turn, so no processor need be left to readers
+    check_layout(settings, 2**20 if alone else cpus, gpus=0 if alone else torch.cuda.device_count())
+    store = 0 if settings.run.serial else object_store_bytes(settings.run)
+    memory = int(settings.run.memory_gb * 1e9) if settings.run.memory_gb else memory_limit()
+    needs = promise.needs(size, settings, cpus=cpus, object_store=store)
+    check_resources(needs, memory=memory, disk=_free_disk(run), where=run.url)
+
+
+def _free_disk(run: RunDirectory) -> int:
+    if not run.storage.is_local:
+        return 2**62
+    path = run.storage.root
+    while not os.path.isdir(path):  # noqa: PTH112 - the nearest folder that exists
+        path = os.path.dirname(path)  # noqa: PTH120
+    used = sum(run.storage.list().values()) if run.storage.exists() else 0
+    return shutil.disk_usage(path).free + used
+
+
+def _check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> None:
+    """Refuse a directory that holds something else: files that are not a run's, or a run of another input."""
+    if not run.storage.exists():
+        return
+    if not run.storage.exists(keys.RUN_JSON):
+        if set(run.storage.list()) - {keys.LOCK}:
+            msg = f"{run.url} holds files that are not a run's; choose another --out"
+            raise RunError(msg)
+        return
+    if fresh:
+        return
+    before = run.read_json(keys.RUN_JSON)
+    if before["input"] != dict(told) and run.storage.list(keys.DONE):
+        msg = f"{run.url} holds a run of another input; choose another --out, or start over there with --fresh"
+        raise RunError(msg)
+
+
+def _claim(
+    run: RunDirectory, settings: Settings, told: Mapping[str, Any], *, redo: bool, fresh: bool
+) -> dict[str, str]:
+    """Write run.json and return the stage keys; refuse where finished stages would have to be run again.
+
+    Raises
+    ------
+    RunError
+        The settings differ from those of finished stages; the message lists the stages and the settings.
+    """
+    if fresh:
+        _delete_run(run)
+    stage_key = stage_keys(settings, told)
+    if run.storage.exists(keys.RUN_JSON):
+        before = run.read_json(keys.RUN_JSON)
+        changed = [stage for stage in keys.STAGES if before["keys"].get(stage) != stage_key[stage]]
+        stale = [stage for stage in changed if run.storage.list(f"{keys.DONE}/{stage}")]
+        if stale and not redo:
+            which = ", ".join(_differences(before["settings"], settings.model_dump(mode="json"), stale))
+            msg = (
+                f"{run.url} was made with other settings ({which or 'another version'}); --redo runs these stages "
+                f"again: {', '.join(stale)}; --fresh starts over"
+            )
+            raise RunError(msg)
+    run.write_json(
+        keys.RUN_JSON,
+        {
+            "format": keys.FORMAT_VERSION,
+            "input": dict(told),
+            "settings": settings.model_dump(mode="json"),
+            "keys": stage_key,
+        },
+    )
+    return stage_key
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
+    """Return the changed settings that bear on the given stages, as `stage.name: old -> new`."""
+    parts = {part for stage in stages for part in GRAPH[stage].settings}
+    found = [f"seed: {before['seed']} -> {now['seed']}"] if before.get("seed") != now["seed"] else []
+    bearing = Settings()
+    for part in sorted(parts):
+        for name in getattr(bearing, part).bearing():
+            old, new = before.get(part, {}).get(name), now[part][name]
+            if old != new:
+                found.append(f"{part}.{name}: {old} -> {new}")
+    return found
+
+
+def _delete_run(run: RunDirectory) -> None:
+    """Delete what a run wrote, and nothing else that may lie in the directory."""
+    if not run.storage.exists(keys.RUN_JSON):
+        return
+    own = (
+        keys.DONE, keys.RESULTS, keys.MATCHES, keys.EMBEDDING, keys.PACKED, keys.TRAIN_DIR, "model", "cohort", "logs",
+        keys.DROPPED, keys.RUN_JSON,
+    )  # fmt: skip
+    for name in own:
+        run.storage.delete(name)

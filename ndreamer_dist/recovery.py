@@ -1,0 +1,300 @@
+"""How well a run found what is true of a simulated cohort.
+
+In: the truth of `datasets.simulate`, a function that reads rows of the run's layers, and the cells' cell type,
+condition and donor. Out: per cell type and condition, how the mean individual treatment effects agree with the true
+ones, and how much of the variance between donors is left in the denoised expression. One pass over chunks of rows;
+only sums per (cell type, condition, donor) and gene are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ndreamer_dist import keys
+from ndreamer_dist.datasets import Truth
+from ndreamer_dist.errors import QueryError
+
+THRESHOLD: Final = 0.25
+"""Log-normalised units beyond which a mean effect counts as found, in cell types where there is none."""
+
+SCORED: Final = ("X", keys.LAYER_DENOISED, keys.LAYER_ITE)
+
+Read = Callable[[str, int, int], NDArray[Any]]
+"""`read(layer, start, stop)` gives (rows, genes): `X` (log-normalised expression), `denoised` or `ite`."""
+
+
+@dataclass(frozen=True)
+class EffectScore:
+    """Estimated against true mean ITE of one condition in one cell type, over the genes scored."""
+
+    cell_type: str
+    condition: str
+    cells: int
+    affected: int  # genes with a true effect
+    correlation: float  # Pearson, over all genes scored; NaN where no gene has an effect
+    slope: float  # of the estimate on the truth: below 1 effects are too small; NaN where no gene has an effect
+    false_genes: int  # genes without a true effect whose mean ITE is beyond the threshold
+    false_share: float  # of the genes without a true effect
+    largest_false: float  # largest |mean ITE| of a gene without a true effect
+
+
+@dataclass(frozen=True)
+class BatchScore:
+    """Variance between donors within one cell type and condition, a mean over genes."""
+
+    cell_type: str
+    condition: str
+    donors: int
+    before: float  # of the log-normalised expression, sampling variance taken off
+    after: float  # of the denoised expression, likewise
+    before_plain: float  # plain variance of the donors' means
+    after_plain: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Scores of a run on a simulated cohort; `table()` tells them in words."""
+
+    effects: tuple[EffectScore, ...]
+    batches: tuple[BatchScore, ...]
+    genes: int
+    threshold: float
+
+    @property
+    def correlation(self) -> float:
+        """Mean correlation over the cell types and conditions with an effect; NaN where there is none."""
+        return _mean([e.correlation for e in self.effects if e.affected])
+
+    @property
+    def false_genes(self) -> int:
+        """Genes called in cell types that do not respond, in all."""
+        return sum(e.false_genes for e in self.effects if not e.affected)
+
+    @property
+    def batch_variance_removed(self) -> float:
+        """Share of the variance between donors that went (1: all; negative: there is more); NaN without donors."""
+        before = sum(b.before for b in self.batches)
+        return 1 - sum(b.after for b in self.batches) / before if before > 0 else float("nan")
+
+    def table(self) -> str:
+        """Return the scores as text."""
+        effect_head = f"{'cell type':<14}{'condition':<12}{'cells':>8}{'affected':>10}{'r':>8}{'slope':>8}"
+        batch_head = f"{'cell type':<14}{'condition':<12}{'donors':>8}{'before':>10}{'after':>10}{'removed':>10}"
+        lines = [
+            f"Mean treatment effects over {self.genes} genes, estimated against true",
+            "",
+            f"{effect_head}{'false':>8}{'largest':>9}",
+            *(_effect_line(e) for e in self.effects),
+            "",
+            f"false: genes without a true effect whose mean effect exceeds {self.threshold} (log-normalised units);",
+            "largest: the largest mean effect of such a gene. Cell types with 0 affected genes do not respond.",
+            "",
+            "Variance between donors, within cell type and condition (mean over genes, x 1000)",
+            "",
+            batch_head,
+            *(_batch_line(b) for b in self.batches),
+            "",
+            "What donors' means vary by because cells are few is taken off, as if cells were independent. Denoised",
+            "cells share their matches, so for them too little is taken off: what is left is at most this.",
+            "",
+            f"Mean correlation {self.correlation:.3f}; {self.false_genes} genes called in cell types without effect;",
+            f"{self.batch_variance_removed:.0%} of the variance between donors removed.",
+        ]
+        return "\n".join(lines)
+
+
+def recovery(
+    truth: Truth,
+    read: Read,
+    *,
+    cell_type: ArrayLike,
+    condition: ArrayLike,
+    donor: ArrayLike,
+    genes: Sequence[str],
+    chunk_rows: int = 4096,
+    threshold: float = THRESHOLD,
+    progress: Callable[[int, int], None] | None = None,
+) -> Recovery:
+    """Score a run's layers against the truth, reading them once.
+
+    Parameters
+    ----------
+    truth
+        Of the simulated cohort.
+    read
+        `read(layer, start, stop)`: rows of `X`, `denoised` and `ite`, (rows, genes). `ite` is not looked at for
+        control cells.
+    cell_type, condition, donor
+        Names (rows,), of the rows that `read` gives; any order of cells, and cells may have been dropped.
+    genes
+        Names of the columns.
+
+    Raises
+    ------
+    QueryError
+        A name is not the cohort's, or lengths differ.
+    """
+    sums = _Sums(truth, cell_type, condition, donor, len(genes))
+    truth.mean_ite(truth.cell_types[0], truth.conditions[0], genes)  # refuses unknown genes before the long pass
+    for start in range(0, sums.rows, chunk_rows):
+        stop = min(start + chunk_rows, sums.rows)
+        sums.add(start, stop, {layer: read(layer, start, stop) for layer in SCORED})
+        if progress is not None:
+            progress(stop, sums.rows)
+    means, cells = sums.mean_effects()
+    effects = score_effects(truth, means, genes=genes, cells=cells, threshold=threshold)
+    return Recovery(effects, sums.batch_scores(), len(genes), threshold)
+
+
+def score_effects(
+    truth: Truth,
+    means: Mapping[tuple[str, str], NDArray[Any]],
+    *,
+    genes: Sequence[str],
+    cells: Mapping[tuple[str, str], int] | None = None,
+    threshold: float = THRESHOLD,
+) -> tuple[EffectScore, ...]:
+    """Score mean effects (genes,), keyed by (cell type, condition), against the truth."""
+    scores = []
+    for (kind, condition), estimate in means.items():
+        true = truth.mean_ite(kind, condition, genes).astype(np.float64)
+        affected = true != 0
+        null = np.abs(np.asarray(estimate, dtype=np.float64)[~affected])
+        false = int((null > threshold).sum())
+        correlation, slope = _agreement(true, np.asarray(estimate, dtype=np.float64))
+        scores.append(
+            EffectScore(
+                cell_type=kind, condition=condition, cells=(cells or {}).get((kind, condition), 0),
+                affected=int(affected.sum()), correlation=correlation, slope=slope, false_genes=false,
+                false_share=false / max(1, len(null)), largest_false=float(null.max(initial=0.0)),
+            )
+        )  # fmt: skip
+    return tuple(scores)
+
+
+@dataclass
+class _Moments:
+    """Counts, sums and sums of squares of one layer, per (cell type, condition, donor) and gene."""
+
+    total: NDArray[np.float64]  # (kinds, genes)
+    squares: NDArray[np.float64]  # (kinds, genes)
+
+    def add(self, values: NDArray[Any], kind: NDArray[Any]) -> None:
+        for k in np.unique(kind):
+            rows = values[kind == k].astype(np.float64)
+            self.total[k] += rows.sum(0)
+            self.squares[k] += (rows * rows).sum(0)
+
+
+@dataclass
+class _Sums:
+    """What is summed over the cells, by the observed combinations of cell type, condition and donor."""
+
+    truth: Truth
+    cell_type: ArrayLike
+    condition: ArrayLike
+    donor: ArrayLike
+    genes: int
+    layers: dict[str, _Moments] = field(init=False)
+
+    def __post_init__(self) -> None:
+        columns = [np.asarray(c) for c in (self.cell_type, self.condition, self.donor)]
+        self.rows = len(columns[0])
+        if len({len(column) for column in columns}) > 1:
+            msg = f"cell_type, condition and donor have {', '.join(str(len(c)) for c in columns)} rows; they must agree"
+            raise QueryError(msg)
+        known = (self.truth.cell_types, self.truth.conditions, self.truth.donors)
+        coded = np.stack([_codes(c, k) for c, k in zip(columns, known, strict=True)])
+        self.kinds, self.kind = np.unique(coded, axis=1, return_inverse=True)  # (3, kinds), (rows,)
+        self.kind = self.kind.ravel()
+        self.count = np.bincount(self.kind, minlength=self.kinds.shape[1])
+        shape = (self.kinds.shape[1], self.genes)
+        self.layers = {name: _Moments(np.zeros(shape), np.zeros(shape)) for name in SCORED}
+
+    def add(self, start: int, stop: int, layers: Mapping[str, NDArray[Any]]) -> None:
+        kind = self.kind[start:stop]
+        for name, values in layers.items():
+            if values.shape != (stop - start, self.genes):
+                expected = (stop - start, self.genes)
+                msg = f"layer '{name}' gave {values.shape} for rows {start} to {stop}, expected {expected}"
+                raise QueryError(msg)
+            treated = self.kinds[1, kind] > 0
+            use = treated if name == keys.LAYER_ITE else np.ones(len(kind), bool)
+            self.layers[name].add(values[use], kind[use])
+
+    def groups(self) -> list[tuple[int, int, NDArray[Any]]]:
+        """Return (cell type, condition, its rows of the sums) for every pair that has cells."""
+        pairs = np.unique(self.kinds[:2], axis=1).T
+        return [(int(t), int(c), np.flatnonzero((self.kinds[0] == t) & (self.kinds[1] == c))) for t, c in pairs]
+
+    def mean_effects(self) -> tuple[dict[tuple[str, str], NDArray[Any]], dict[tuple[str, str], int]]:
+        means, cells = {}, {}
+        for kind, condition, rows in self.groups():
+            if condition > 0:
+                name = (self.truth.cell_types[kind], self.truth.conditions[condition])
+                cells[name] = int(self.count[rows].sum())
+                means[name] = self.layers[keys.LAYER_ITE].total[rows].sum(0) / cells[name]
+        return means, cells
+
+    def batch_scores(self) -> tuple[BatchScore, ...]:
+        scores = []
+        for kind, condition, rows in self.groups():
+            rows = rows[self.count[rows] > 1]  # one cell tells nothing of its own variance
+            if len(rows) > 1:
+                parts = [
+                    _between(self.count[rows], layer.total[rows], layer.squares[rows])
+                    for layer in (self.layers["X"], self.layers[keys.LAYER_DENOISED])
+                ]
+                (before, before_plain), (after, after_plain) = parts
+                names = (self.truth.cell_types[kind], self.truth.conditions[condition])
+                scores.append(BatchScore(*names, len(rows), before, after, before_plain, after_plain))
+        return tuple(scores)
+
+
+def _codes(names: NDArray[Any], known: Sequence[str]) -> NDArray[np.intp]:
+    unique, inverse = np.unique(names.astype(str), return_inverse=True)
+    unknown = [name for name in unique if name not in known]
+    if unknown:
+        msg = f"{str(unknown[0])!r} is no name of the simulated cohort; expected one of {', '.join(known)}"
+        raise QueryError(msg)
+    return np.array([known.index(name) for name in unique], dtype=np.intp)[inverse]
+
+
+def _between(count: NDArray[Any], total: NDArray[Any], squares: NDArray[Any]) -> tuple[float, float]:
+    """Return the mean over genes of the variance of the donors' means, without and with their sampling variance."""
+    n = count[:, None].astype(np.float64)
+    mean = total / n
+    within = np.maximum(squares - n * mean * mean, 0) / (n - 1)
+    plain = mean.var(axis=0, ddof=1)
+    return float((plain - (within / n).mean(0)).mean()), float(plain.mean())
+
+
+def _agreement(true: NDArray[Any], estimate: NDArray[Any]) -> tuple[float, float]:
+    """Return correlation and slope; a constant estimate has correlation 0 with a truth that varies."""
+    t, e = true - true.mean(), estimate - estimate.mean()
+    if not t.any():
+        return float("nan"), float("nan")
+    norm = float(np.sqrt((t @ t) * (e @ e)))
+    return (float(t @ e) / norm if norm > 0 else 0.0), float(t @ e) / float(t @ t)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _effect_line(e: EffectScore) -> str:
+    agreement = f"{e.correlation:>8.3f}{e.slope:>8.2f}" if e.affected else f"{'-':>8}{'-':>8}"
+    return (
+        f"{e.cell_type:<14}{e.condition:<12}{e.cells:>8}{e.affected:>10}{agreement}"
+        f"{e.false_genes:>8}{e.largest_false:>9.3f}"
+    )
+
+
+def _batch_line(b: BatchScore) -> str:
+    removed = f"{1 - b.after / b.before:>10.0%}" if b.before > 0 else f"{'-':>10}"
+    return f"{b.cell_type:<14}{b.condition:<12}{b.donors:>8}{b.before * 1000:>10.2f}{b.after * 1000:>10.2f}{removed}"

@@ -1,0 +1,250 @@
+"""The run directory: what has been done, under which settings, and by whom it is being worked on now.
+
+A stage is cut into shards: the units of work, of retry and of resume. The driver makes a stage's array metadata; a
+task writes its shard's files and then its marker `done/<stage>/<shard>.json`. A marker counts only if it carries the
+stage's key and if every file it lists is there at its full size, so a deleted or truncated shard is simply work to do.
+
+A stage key is the sha256 of the stage's result-bearing settings, the keys of the stages it reads and the format
+version; the first one also takes the input's fingerprint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ndreamer_dist import keys
+from ndreamer_dist.errors import RunError
+from ndreamer_dist.settings import Settings, canonical_json
+from ndreamer_dist.storage import Storage, open_storage
+
+logger = logging.getLogger(__name__)
+
+LEASE_SECONDS = 120.0
+"""A lock on object storage that was not renewed for this long is taken over."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage reads, and which settings bear on it."""
+
+    name: str
+    settings: tuple[str, ...]
+    reads: tuple[str, ...]
+    seeded: bool = False
+
+
+GRAPH: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(keys.STAGE_COHORT, ("cohort", "hvg"), ()),
+        Stage(keys.STAGE_PACK, ("pack",), (keys.STAGE_COHORT,), seeded=True),
+        Stage(keys.STAGE_CLUSTERS, ("clusters",), (keys.STAGE_PACK,), seeded=True),
+        Stage(keys.STAGE_TRAIN, ("model", "loss", "train"), (keys.STAGE_CLUSTERS,), seeded=True),
+        Stage(keys.STAGE_EMBED, ("embed",), (keys.STAGE_PACK, keys.STAGE_TRAIN)),
+        Stage(keys.STAGE_PCA, ("embed",), (keys.STAGE_EMBED,)),
+        Stage(keys.STAGE_MATCH, ("match",), (keys.STAGE_PCA,)),
+        Stage(keys.STAGE_EFFECTS, ("effects", "match"), (keys.STAGE_CLUSTERS, keys.STAGE_MATCH)),
+    )
+}
+
+
+def stage_keys(settings: Settings, fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """Return the key of every stage, in the order of the flow."""
+    found: dict[str, str] = {}
+    for name in keys.STAGES:
+        stage = GRAPH[name]
+        content: dict[str, Any] = {
+            "format": keys.FORMAT_VERSION,
+            "stage": name,
+            "settings": {part: getattr(settings, part).bearing() for part in stage.settings},
+            "reads": {other: found[other] for other in stage.reads},
+        }
+        if stage.seeded:
+            content["seed"] = settings.seed
+        if name == keys.STAGE_COHORT:
+            content["input"] = dict(fingerprint)
+        found[name] = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return found
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work: its name, and the files it writes, by their path in the run directory."""
+
+    name: str
+    files: tuple[str, ...]
+    task: Any = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's folder, local or remote; cheap to make, safe to send to a task."""
+
+    storage: Storage
+
+    @classmethod
+    def at(cls, address: str | os.PathLike[str] | Storage) -> RunDirectory:
+        """Return the run directory of an address, whether or not anything is there yet."""
+        return cls(open_storage(address))
+
+    @property
+    def url(self) -> str:
+        """The directory's address."""
+        return self.storage.url
+
+    def read_json(self, name: str) -> Any:
+        """Return a JSON file's content."""
+        return json.loads(self.storage.read(name))
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.storage.write_atomic(name, json.dumps(value, indent=1, sort_keys=True).encode())
+
+    def mark(self, stage: str, key: str, shard: Shard) -> None:
+        """Write a shard's marker; the shard's files must be complete."""
+        sizes = {name: int(self.storage.filesystem.size(self.storage.path(name))) for name in shard.files}
+        marker = {"key": key, "attempt": _attempt(), "bytes": sum(sizes.values()), "files": sizes}
+        self.write_json(f"{keys.DONE}/{stage}/{shard.name}.json", marker)
+
+    def unmark(self, stage: str) -> None:
+        """Forget all that a stage has done."""
+        self.storage.delete(f"{keys.DONE}/{stage}")
+
+    def pending(self, stage: str, key: str, shards: Sequence[Shard]) -> list[Shard]:
+        """Return the shards still to be done: without a marker of this key, or with files missing or cut short."""
+        markers = self.storage.list(f"{keys.DONE}/{stage}")
+        tops = sorted({name.split("/")[0] for shard in shards for name in shard.files})
+        sizes: dict[str, int] = {}
+        for top in tops:
+            sizes.update(self.storage.list(top))
+        return [shard for shard in shards if not self._is_done(stage, key, shard, markers, sizes)]
+
+    def _is_done(
+        self, stage: str, key: str, shard: Shard, markers: Mapping[str, int], sizes: Mapping[str, int]
+    ) -> bool:
+        name = f"{keys.DONE}/{stage}/{shard.name}.json"
+        if name not in markers:
+            return False
+        try:
+            marker = self.read_json(name)
+        except ValueError:
+            return False
+        files = marker.get("files", {})
+        whole = all(sizes.get(path) == size for path, size in files.items())
+        return bool(marker.get("key") == key and set(files) == set(shard.files) and whole)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory's one lock; `RunError` where another live process holds it."""
+        with _file_lock(self.storage) if self.storage.is_local else _lease(self.storage):
+            yield
+
+
+def _attempt() -> int:
+    """Return which attempt of its Ray task this is; 0 outside Ray."""
+    import ray
+
+    worker = ray._private.worker.global_worker  # Ray tells the attempt nowhere else
+    if not ray.is_initialized() or worker.mode != ray.WORKER_MODE:
+        return 0
+    return int(worker.core_worker.get_current_task_attempt_number())
+
+
+def _holder() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+
+
+def _locked_message(storage: Storage, holder: str) -> str:
+    return f"{storage.url} is being worked on by another run ({holder}); wait for it, or choose another --out"
+
+
+@contextmanager
+def _file_lock(storage: Storage) -> Iterator[None]:
+    """Lock a local directory by `flock`, which the system lets go when its holder dies, however it dies."""
+    path = Path(storage.path(keys.LOCK))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RunError(_locked_message(storage, file.read().strip() or "unknown")) from None
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps(_holder()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _lease(storage: Storage) -> Iterator[None]:
+    """Lock a remote directory by a lease that is renewed while its holder lives."""
+    if storage.exists(keys.LOCK):
+        held = json.loads(storage.read(keys.LOCK))
+        if time.time() - float(held["time"]) < LEASE_SECONDS:
+            raise RunError(_locked_message(storage, canonical_json(held)))
+    stop = threading.Event()
+
+    token = uuid.uuid4().hex
+
+    def is_ours() -> bool:
+        return storage.exists(keys.LOCK) and json.loads(storage.read(keys.LOCK)).get("token") == token
+
+    def write() -> None:
+        storage.write_atomic(keys.LOCK, json.dumps(_holder() | {"token": token}).encode())
+
+    def renew() -> None:
+        while not stop.wait(LEASE_SECONDS / 4):
+            try:
+                if is_ours():
+                    write()
+            except Exception:  # a store that is away for a moment must not end the lease
+                logger.warning("the lock of %s could not be renewed; trying again", storage.url, exc_info=True)
+
+    write()
+    renewal = threading.Thread(target=renew, daemon=True, name="ndreamer-lease")
+    renewal.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        renewal.join()
+        if is_ours():
+            storage.delete(keys.LOCK)
+
+
+def run_task(run: RunDirectory, stage: str, key: str, function: Callable[..., None], shard: Shard, *args: Any) -> str:
+    """Do one shard and then mark it; this is what runs in a task. Returns the shard's name."""
+    function(shard.task, *args)
+    run.mark(stage, key, shard)
+    return shard.name
+
+
+def begin_stage(
+    run: RunDirectory, stage: str, key: str, shards: Sequence[Shard], create: Callable[[bool], None]
+) -> list[Shard]:
+    """Return a stage's pending shards, after making its array metadata where there is anything to do.
+
+    `create(fresh)` writes the metadata: over whatever is there where no shard is done under this key (fresh), otherwise
+    without touching what finished shards wrote.
+    """
+    todo = run.pending(stage, key, shards)
+    if todo:
+        fresh = len(todo) == len(shards)
+        if fresh:
+            run.unmark(stage)
+        create(fresh)
+    return todo

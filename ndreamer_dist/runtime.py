@@ -1,0 +1,379 @@
+"""Where tasks run: on Ray, or one after the other in this process.
+
+Both runtimes offer the same few verbs, so that a stage is written once: `map` hands out idempotent tasks and yields
+their answers as they come, `put` shares a value, `submit` starts one task whose answers stay where they were made, and
+`fetch` gets them. The serial runtime is for debugging and for most tests. Processors, memory and disk are read here
+too: a container's limits, not the machine's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
+
+from ndreamer_dist.errors import NDreamerError, ResourceError
+from ndreamer_dist.settings import RunSettings
+
+GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
+logger = logging.getLogger(__name__)
+
+
+class Runtime(Protocol):
+    """What a stage may ask of the place it runs in."""
+
+    progress: bool | None
+
+    @property
+    def serial(self) -> bool:
+        """Whether everything runs in this process."""
+        ...
+
+    @property
+    def cpus(self) -> int:
+        """Processors of the cluster."""
+        ...
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the cluster."""
+        ...
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        """Call `function(item, *shared)` for every item; yield the answers in order of completion."""
+        ...
+
+    def put(self, value: Any) -> Any:
+        """Share a value; `fetch` gives it back in any task."""
+        ...
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        """Start one task of `returns` answers and return a handle for each, without waiting."""
+        ...
+
+
+def fetch(handle: Any) -> Any:
+    """Return the value behind a handle, in the driver or in a task, under either runtime."""
+    if isinstance(handle, Deferred):
+        return handle.value()
+    import ray
+
+    return _unwrapped(lambda: ray.get(handle))
+
+
+class Deferred:
+    """The serial runtime's handle: one answer of a call that runs when it is first wanted."""
+
+    def __init__(self, call: Callable[[], Any], index: int | None = None) -> None:
+        self._call = call
+        self._index = index
+
+    def value(self) -> Any:
+        """Return the answer."""
+        answer = self._call()
+        return answer if self._index is None else answer[self._index]
+
+
+class SerialRuntime:
+    """Everything in this process, one after the other."""
+
+    serial = True
+    cpus = 1
+    gpus = 0
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.progress = settings.progress
+        self._threads = settings.task_threads
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        """See `Runtime.map`."""
+        del num_gpus
+        with progress_bar(items := list(items), title, self.progress) as bar:
+            for item in items:
+                yield with_threads(self._threads, function, item, *shared)
+                bar.update()
+
+    def put(self, value: Any) -> Any:
+        """See `Runtime.put`."""
+        return Deferred(lambda: value)
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        """See `Runtime.submit`; nothing is kept, so that memory is what one task needs."""
+        if returns == 1:
+            return [Deferred(lambda: function(*args))]
+        memo: list[Any] = []
+
+        def call() -> Any:
+            if not memo:
+                memo.append(function(*args))
+            return memo[0]
+
+        return [Deferred(call, index) for index in range(returns)]
+
+
+class RayRuntime:
+    """Tasks on a Ray cluster, or on a local Ray that ends with the run."""
+
+    serial = False
+
+    def __init__(self, settings: RunSettings) -> None:
+        import ray
+
+        resources = ray.cluster_resources()
+        self.cpus = max(1, int(resources.get("CPU", 1)))
+        self.gpus = int(resources.get("GPU", 0))
+        self.progress = settings.progress
+        self._threads = settings.task_threads
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        """See `Runtime.map`; twice as many tasks as processors are under way, so that none waits for the driver."""
+        import ray
+
+        remote = ray.remote(with_threads).options(num_cpus=1, num_gpus=num_gpus, max_retries=3)
+        handles = [ray.put(value) for value in shared]
+        waiting = list(items)
+        with progress_bar(waiting, title, self.progress) as bar:
+            queue = iter(waiting)
+            running: set[Any] = set()
+            try:
+                while True:
+                    for item in itertools.islice(queue, 2 * self.cpus - len(running)):
+                        running.add(remote.remote(self._threads, function, item, *handles))
+                    if not running:
+                        return
+                    ready, _ = ray.wait(list(running), num_returns=1)
+                    running.difference_update(ready)
+                    for done in ready:
+                        yield fetch(done)
+                        bar.update()
+            finally:
+                _end(running)
+
+    def put(self, value: Any) -> Any:
+        """See `Runtime.put`."""
+        import ray
+
+        return ray.put(value)
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        """See `Runtime.submit`."""
+        import ray
+
+        remote = ray.remote(with_threads).options(num_cpus=1, num_returns=returns, max_retries=3)
+        handles = remote.remote(self._threads, function, *args)
+        return [handles] if returns == 1 else list(handles)
+
+
+def with_threads(threads: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with BLAS, OpenMP and torch held to `threads` threads: sums then have one order everywhere."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with threadpool_limits(threads):
+            return function(*args)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _end(running: set[Any]) -> None:
+    """Cancel tasks and wait until none is left: one that wrote on after an error could write into the next run."""
+    import ray
+
+    for handle in running:
+        ray.cancel(handle, force=False)
+    if running:
+        ray.wait(list(running), num_returns=len(running), timeout=60)
+
+
+def _unwrapped(call: Callable[[], Any]) -> Any:
+    """Run a Ray call and raise what the task raised, without Ray's own trace around it."""
+    import ray
+
+    try:
+        return call()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, NDreamerError):
+            raise error.cause from None
+        raise
+
+
+@contextmanager
+def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[Any]:
+    """Show one bar for a stage; by default only on a terminal."""
+    with tqdm(total=len(items), desc=title, disable=None if shown is None else not shown, leave=True) as bar:
+        yield bar
+
+
+class LazyRuntime:
+    """The runtime that the settings ask for, started when a stage first has work; `close` ends what was started.
+
+    A Ray that is already connected is used as it is; `RAY_ADDRESS` (set inside a submitted job) and `run.address` name
+    a cluster; otherwise a local Ray is started with the container's processors and a modest object store.
+    """
+
+    def __init__(self, settings: RunSettings) -> None:
+        self._settings = settings
+        self._runtime: Runtime | None = None
+        self._started = False
+        self.progress = settings.progress
+
+    def _actual(self) -> Runtime:
+        if self._runtime is None:
+            if self._settings.serial:
+                self._runtime = SerialRuntime(self._settings)
+            else:
+                self._runtime, self._started = _connect(self._settings)
+        return self._runtime
+
+    @property
+    def serial(self) -> bool:
+        """Whether everything runs in this process."""
+        return self._settings.serial
+
+    @property
+    def cpus(self) -> int:
+        """Processors of the cluster."""
+        return self._actual().cpus
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the cluster."""
+        return self._actual().gpus
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        """See `Runtime.map`; without items nothing is started."""
+        items = list(items)
+        return self._actual().map(function, items, *shared, title=title, num_gpus=num_gpus) if items else iter(())
+
+    def put(self, value: Any) -> Any:
+        """See `Runtime.put`."""
+        return self._actual().put(value)
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        """See `Runtime.submit`."""
+        return self._actual().submit(function, *args, returns=returns)
+
+    def close(self) -> None:
+        """End a local Ray that was started here."""
+        if self._started:
+            import ray
+
+            ray.shutdown()
+        self._runtime, self._started = None, False
+
+    def __enter__(self) -> LazyRuntime:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _connect(settings: RunSettings) -> tuple[Runtime, bool]:
+    """Return a Ray runtime, and whether Ray was started for it."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        _start_ray(settings)
+    return RayRuntime(settings), started
+
+
+def _start_ray(settings: RunSettings) -> None:
+    import ray
+
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        ray.init(address=address, **common)
+        return
+    ray.init(
+        address="local",
+        num_cpus=settings.cpus or cpu_count(),
+        object_store_memory=object_store_bytes(settings),
+        include_dashboard=False,
+        **common,
+    )
+
+
+def object_store_bytes(settings: RunSettings) -> int:
+    """Return the size of a local Ray's object store: an eighth of the memory, at most 2 GiB and half of /dev/shm."""
+    if settings.object_store_gb is not None:
+        return int(settings.object_store_gb * 1e9)
+    shm = Path("/dev/shm")  # noqa: S108 - where Ray keeps its objects
+    room = shutil.disk_usage(shm).free // 2 if shm.exists() else 2 * GIB
+    return max(128 * 2**20, min(2 * GIB, memory_limit() // 8, room))
+
+
+def cpu_count() -> int:
+    """Return the processors this process may use: its affinity and its container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_value("cpu.max")
+    if quota and quota[0] != "max":
+        allowed = min(allowed, max(1, -(-int(quota[0]) // int(quota[1]))))
+    return allowed
+
+
+def memory_limit() -> int:
+    """Return the bytes of memory this process may use: the container's limit (cgroup v1 or v2), else the machine's."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = [_cgroup_value("memory.max"), _cgroup_value("memory/memory.limit_in_bytes")]
+    limits = [int(value[0]) for value in found if value and value[0] != "max"]
+    return min([machine, *limits])
+
+
+def _cgroup_value(name: str) -> list[str] | None:
+    path = CGROUP / name
+    try:
+        return path.read_text().split()
+    except OSError:
+        return None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a plan asks of the machine, in bytes."""
+
+    memory: int
+    disk: int
+
+
+def check_resources(needs: Needs, *, memory: int, disk: int, where: str) -> None:
+    """Refuse a plan that memory or disk will not hold.
+
+    Raises
+    ------
+    ResourceError
+        The message says what is needed, what there is, and what to change.
+    """
+    if needs.memory > memory:
+        msg = (
+            f"the plan needs {needs.memory / 1e9:.1f} GB of memory and {memory / 1e9:.1f} GB may be used; give it fewer "
+            "processors (--set run.cpus=1), smaller blocks (--set pack.block_rows=1024), or a larger machine"
+        )
+        raise ResourceError(msg)
+    if needs.disk > disk:
+        msg = (
+            f"the plan needs {needs.disk / 1e9:.1f} GB of disk and {where} has {disk / 1e9:.1f} GB free; choose another "
+            "--out, or store fewer layers (--set effects.store=ite)"
+        )
+        raise ResourceError(msg)

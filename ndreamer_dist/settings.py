@@ -1,0 +1,323 @@
+"""Settings: one frozen, validated class per stage, read from and written to YAML.
+
+Every default is METHOD's (section numbers in the class docstrings). Each field is marked `result` (it bears on the
+numbers: a change invalidates its stage and the later ones) or `how` (workers, threads, device: a change resumes).
+A preset is a set of overrides of the defaults; explicit values win over the preset.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ndreamer_dist.errors import SettingsError, suggest
+
+RUN_ROWS = 32
+"""Rows of one contiguous run in the sampling plan."""
+NOISE_ROWS = 64
+"""Cells of one block of a mini-batch: it has one noise generator and one owner."""
+
+
+def result(default: Any, description: str, **bounds: Any) -> Any:
+    """Declare a setting that bears on the result."""
+    return Field(default, description=description, json_schema_extra={"role": "result"}, **bounds)
+
+
+def how(default: Any, description: str, **bounds: Any) -> Any:
+    """Declare a setting that only says how the work is done."""
+    return Field(default, description=description, json_schema_extra={"role": "how"}, **bounds)
+
+
+class StageSettings(BaseModel):
+    """Base of the per-stage classes: immutable, unknown names refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def bearing(self) -> dict[str, Any]:
+        """Return the fields that bear on the result, as plain JSON values."""
+        dumped = self.model_dump(mode="json")
+        return {
+            name: dumped[name]
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["role"] == "result"
+        }
+
+
+class CohortSettings(StageSettings):
+    """What the cohort is and which cells are kept (METHOD section 1.1)."""
+
+    condition_key: str | None = result(None, "column of obs that holds the condition")
+    control: str | None = result(None, "name of the control condition")
+    batch_key: tuple[str, ...] = result((), "columns of obs that hold the batch covariates; none for one batch")
+    layer: str | None = result(None, "layer to read instead of X")
+    normalise: Literal["auto", "counts", "none"] = result("auto", "counts: to 10 000 per cell, log1p; none: as is")
+    min_genes: int = result(0, "fewest genes a kept cell expresses", ge=0)
+    min_cells: int = result(0, "fewest cells a kept gene is expressed in", ge=0)
+    min_group_cells: int = result(100, "fewest cells of a (batch, condition) group", ge=1)
+    small_groups: Literal["drop", "keep", "error"] = result("drop", "what to do with smaller groups")
+    chunk_rows: int = how(4096, "rows read at a time", ge=1)
+
+    @field_validator("batch_key", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        if value is None:
+            return ()
+        return (value,) if isinstance(value, str) else value
+
+
+class HvgSettings(StageSettings):
+    """Which genes are modelled (METHOD section 1.2)."""
+
+    num_hvg: int = result(2000, "most variable genes kept", ge=1)
+
+
+class PackSettings(StageSettings):
+    """The layout of packed.zarr."""
+
+    block_rows: int = result(4096, "rows of a block, which is the unit of work of most stages", ge=64)
+
+
+class ClustersSettings(StageSettings):
+    """The two Leiden clusterings (METHOD section 1.3)."""
+
+    low_resolution: float = result(0.5, "resolution of the low clustering", gt=0)
+    high_resolution: float = result(7.0, "resolution of the high clustering", gt=0)
+    n_pcs: int = result(50, "principal components", ge=1)
+    n_neighbors: int = result(15, "neighbours of the graph, the cell itself counted", ge=2)
+    iterations: int = result(-1, "Leiden iterations; -1: until nothing moves", ge=-1)
+    within: Literal["auto", "group", "all"] = result("auto", "cluster inside each group or all cells together")
+    group_mean_cells: int = result(2000, "auto: mean group size from which groups are clustered apart", ge=1)
+    max_cells: int = result(200_000, "auto: most cells in one graph; beyond it groups are clustered apart", ge=1)
+
+
+class ModelSettings(StageSettings):
+    """Widths of the network (METHOD section 2)."""
+
+    encoder: tuple[int, ...] = result((1024, 512, 512), "widths of the encoder; the last is h", min_length=1)
+    codebooks: int = result(32, "codebooks", ge=1)
+    codes: int = result(1024, "codes per codebook", ge=2)
+    code_dim: int = result(8, "dimension of a code", ge=1)
+    latent: int = result(256, "dimension z of the effect modifier", ge=2)
+    decoder: tuple[int, ...] = result((512, 1024), "widths of the decoder; the first is the embeddings'", min_length=1)
+    temperature: float = result(0.01, "Gumbel-softmax temperature", gt=0)
+    latent_noise: float = result(1.0, "standard deviation of the extra noise eta on the latent sample", ge=0)
+
+
+class LossSettings(StageSettings):
+    """Weights and shapes of the losses (METHOD section 3)."""
+
+    reconstruction: float = result(1.0, "weight of the mean squared error", ge=0)
+    cosine: float = result(20.0, "weight of 1 - cosine similarity", ge=0)
+    kl: float = result(0.005, "weight of the KL and correlation term", ge=0)
+    independence: float = result(1000.0, "weight of the information about condition and batch", ge=0)
+    dependence: float = result(
+        50.0, "weight of the information about the clusters, over the number of conditions", ge=0
+    )
+    triplet: float = result(5.0, "weight of the triplet term", ge=0)
+    margin: float = result(5.0, "triplet margin", ge=0)
+    triplet_pairs: int = result(15, "positives, and negatives, per anchor at most", ge=1)
+    neighbourhood: float = result(1.0, "weight of the neighbourhood term", ge=0)
+    neighbours: int = result(20, "neighbours k of the neighbourhood term", ge=1)
+    sigma: float = result(1.0, "scale of the expression distances", gt=0)
+    across: float = result(20.0, "extra weight of pairs that cross clusters", ge=0)
+    cross_cluster: Literal["published", "clusters"] = result("published", "what counts as crossing (section 8)")
+    commitment: float = result(1.0, "weight of the commitment and codebook term", ge=0)
+    ceiling: float = result(1e5, "weighted terms and their sum are clamped to this from above", gt=0)
+
+
+class TrainSettings(StageSettings):
+    """Sampling and schedule (METHOD section 4)."""
+
+    batch_size: int = result(1024, "cells drawn per group and epoch; a mini-batch holds twice as many", ge=NOISE_ROWS)
+    epochs: int = result(10, "epochs asked for; more are run where the cohort is large", ge=1)
+    passes: int = result(15, "times an average cell is seen", ge=1)
+    learning_rate: float = result(1e-3, "of AdamW", gt=0)
+    weight_decay: float = result(0.01, "of AdamW, on all parameters", ge=0)
+    reset_every: int = result(30, "steps between resets of unused codes; 0: never", ge=0)
+    reset_below: float = result(1.0, "codes used less than this multiple of 1/codes are re-initialised", ge=0)
+    workers: int = how(1, "data-parallel training workers", ge=1)
+    threads: int = how(2, "threads of one training worker", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train")
+    checkpoint_steps: int = how(200, "steps between checkpoints", ge=1)
+    max_failures: int = how(3, "worker failures survived before giving up", ge=0)
+
+    @field_validator("batch_size")
+    @classmethod
+    def _whole_blocks(cls, value: int) -> int:
+        if value % NOISE_ROWS:
+            msg = f"must be a multiple of {NOISE_ROWS}"
+            raise ValueError(msg)
+        return value
+
+
+class EmbedSettings(StageSettings):
+    """The embedding and its PCA (METHOD section 5)."""
+
+    tile_rows: int = result(1024, "cells encoded at once", ge=1)
+    dimensions: int = result(50, "principal components of the embedding", ge=1)
+
+
+class MatchSettings(StageSettings):
+    """Counterfactual matching (METHOD section 6)."""
+
+    neighbours: int = result(1, "nearest neighbours k per target group", ge=1)
+    bandwidth: float = result(1.0, "kernel bandwidth where k > 1", gt=0)
+    edges: Literal["needed", "all"] = result("needed", "own and control condition, or every pair of groups")
+    query_rows: int = result(65_536, "query cells of one unit of work", ge=1)
+
+
+class EffectsSettings(StageSettings):
+    """What is stored per cell and gene (METHOD section 6)."""
+
+    store: tuple[Literal["denoised", "batch_effect", "ite"], ...] = result(
+        ("denoised", "batch_effect", "ite"), "layers written to results.zarr"
+    )
+    chunk_genes: int = result(32, "genes of a chunk of a layer", ge=1)
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        if value == "none":
+            return ()
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+class RunSettings(StageSettings):
+    """How the job is run; nothing here bears on the result."""
+
+    address: str | None = how(None, "Ray address; none: the cluster of the environment, else a local Ray")
+    cpus: int | None = how(None, "processors given to a local Ray; none: all of the container's", ge=1)
+    object_store_gb: float | None = how(None, "size of a local Ray's object store; none: chosen from the memory", gt=0)
+    task_threads: int = how(1, "threads of one task outside training", ge=1)
+    progress: bool | None = how(None, "progress bars; none: only on a terminal")
+    serial: bool = how(False, "run everything in this process, without Ray; for debugging and tests")
+    memory_gb: float | None = how(None, "memory the job may use; none: the container's", gt=0)
+
+
+class Settings(BaseModel):
+    """All settings of a run.
+
+    `Settings.build(preset="small", overrides={"match.neighbours": 5})` is the usual way to make one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    seed: int = Field(0, description="seed of everything random", ge=0)
+    cohort: CohortSettings = CohortSettings()
+    hvg: HvgSettings = HvgSettings()
+    pack: PackSettings = PackSettings()
+    clusters: ClustersSettings = ClustersSettings()
+    model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
+    train: TrainSettings = TrainSettings()
+    embed: EmbedSettings = EmbedSettings()
+    match: MatchSettings = MatchSettings()
+    effects: EffectsSettings = EffectsSettings()
+    run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _resets_need_codes(self) -> Self:
+        if self.embed.tile_rows > self.pack.block_rows:
+            msg = f"embed.tile_rows ({self.embed.tile_rows}) exceeds pack.block_rows ({self.pack.block_rows})"
+            raise ValueError(msg)
+        return self
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        preset: str = "paper",
+        config: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Settings:
+        """Return the settings of a preset, changed by a configuration and then by dotted overrides.
+
+        Parameters
+        ----------
+        preset
+            `paper` or `small`.
+        config
+            Nested values, as a YAML file holds them: `{"train": {"epochs": 50}}`.
+        overrides
+            Dotted names, as `--set` takes them: `{"train.epochs": 50}`. Strings are read as YAML.
+
+        Raises
+        ------
+        SettingsError
+            A name is unknown or a value is out of range; the message says which and what is accepted.
+        """
+        if preset not in PRESETS:
+            msg = f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}.{suggest(preset, PRESETS)}"
+            raise SettingsError(msg)
+        values: dict[str, Any] = {stage: dict(fields) for stage, fields in PRESETS[preset].items()}
+        for stage, fields in (config or {}).items():
+            _check_name(cls, stage)
+            values[stage] = {**values.get(stage, {}), **fields} if isinstance(fields, Mapping) else fields
+        for name, value in (overrides or {}).items():
+            stage, _, field = name.partition(".")
+            _check_name(cls, stage, field)
+            if field:
+                values.setdefault(stage, {})[field] = value
+            else:
+                values[stage] = value
+        return _validated(cls, values)
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML that `build(config=...)` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {"train": {"epochs": 100}},
+    "small": {
+        "clusters": {"iterations": 2},
+        "model": {
+            "encoder": (256, 128, 128), "codebooks": 8, "codes": 256, "latent": 64, "decoder": (128, 256),
+        },
+        "train": {"epochs": 100, "passes": 3, "batch_size": 512},
+    },
+}  # fmt: skip
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Turn `["train.epochs=50"]`, as the command line gives them, into overrides; values are read as YAML."""
+    overrides: dict[str, Any] = {}
+    for text in assignments:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            msg = f"--set takes stage.name=value, found {text!r}"
+            raise SettingsError(msg)
+        overrides[name.strip()] = yaml.safe_load(value)
+    return overrides
+
+
+def canonical_json(value: object) -> str:
+    """Return JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _check_name(cls: type[BaseModel], stage: str, field: str = "") -> None:
+    if stage not in cls.model_fields:
+        msg = f"there is no setting {stage!r}.{suggest(stage, cls.model_fields)}"
+        raise SettingsError(msg)
+    inner = cls.model_fields[stage].annotation
+    fields = inner.model_fields if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
+    if field and field not in fields:
+        names = [f"{stage}.{name}" for name in fields]
+        msg = f"there is no setting '{stage}.{field}'.{suggest(f'{stage}.{field}', names)}"
+        raise SettingsError(msg)
+
+
+def _validated(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        found = "" if not first["loc"] else f" (found {first['input']!r})"
+        msg = f"setting '{name}': {first['msg']}{found}"
+        raise SettingsError(msg) from None

@@ -1,0 +1,1 @@
+"""Statistics over effects (METHOD section 7)."""

@@ -1,0 +1,114 @@
+"""The sampling plan: which packed rows make step s (METHOD section 4). Pure.
+
+Each group is a circular sequence of its packed rows, which are in random order. An epoch starts at a keyed offset in
+every group and walks `batch_size` rows, so its draw is without replacement (a smaller group is walked round more than
+once). The walks are cut into runs of 32 rows; a keyed permutation of all runs is cut into mini-batches of
+`2 * batch_size` rows. Any step is known without the steps before it.
+
+A mini-batch is a row of fixed blocks of 64 cells; a worker owns whole blocks, so noise depends on neither the number
+of workers nor of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ndreamer_dist.settings import NOISE_ROWS, RUN_ROWS, TrainSettings
+
+PLAN_STREAM = 1
+"""Number of this plan's random stream under the seed."""
+
+
+def scheduled_epochs(*, asked: int, cells: int, groups: int, batch_size: int, passes: int = 15) -> int:
+    """Return the epochs to train (METHOD section 4).
+
+    A cell is to be seen about `passes` times. Where that takes more epochs than asked for, and the groups are few, the
+    number is moved so that training ends long after a reset of codes.
+    """
+    enough = passes * cells // (batch_size * groups) + 1
+    if enough <= asked:
+        return asked
+    return enough + 30 - enough % 30 - 2 if groups <= 10 else enough
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Which rows make which step.
+
+    Attributes
+    ----------
+    starts
+        First packed row of each group, and the number of rows at the end: groups + 1 numbers.
+    batch_size
+        Rows drawn per group and epoch, a multiple of 64.
+    epochs, seed
+        Length of the plan, and the seed that all draws are keyed by.
+    """
+
+    starts: tuple[int, ...]
+    batch_size: int
+    epochs: int
+    seed: int
+
+    @classmethod
+    def for_cohort(cls, starts: np.ndarray, settings: TrainSettings, seed: int) -> SamplingPlan:
+        """Return the plan for groups with these row offsets (groups + 1,)."""
+        epochs = scheduled_epochs(
+            asked=settings.epochs,
+            cells=int(starts[-1]),
+            groups=len(starts) - 1,
+            batch_size=settings.batch_size,
+            passes=settings.passes,
+        )
+        return cls(tuple(int(s) for s in starts), settings.batch_size, epochs, seed)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return len(self.starts) - 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Mini-batches of an epoch; the last is half as long where the groups are odd in number."""
+        return -(-self.n_groups // 2)
+
+    @property
+    def steps(self) -> int:
+        """All steps."""
+        return self.epochs * self.steps_per_epoch
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the packed rows of a step's global mini-batch, in order: (cells,) int64."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        runs = _epoch_runs(self, epoch)
+        per_step = 2 * self.batch_size // RUN_ROWS
+        return runs[place * per_step : (place + 1) * per_step].ravel()
+
+    def cells(self, step: int) -> int:
+        """Return the number of cells of a step's global mini-batch."""
+        place = step % self.steps_per_epoch
+        return min(2 * self.batch_size, self.n_groups * self.batch_size - place * 2 * self.batch_size)
+
+    def share(self, step: int, rank: int, world: int) -> range:
+        """Return the numbers of the 64-cell blocks that a worker owns; shares differ by a block at most."""
+        blocks = self.cells(step) // NOISE_ROWS
+        return range(rank * blocks // world, (rank + 1) * blocks // world)
+
+    def share_rows(self, step: int, rank: int, world: int) -> np.ndarray:
+        """Return the packed rows of a worker's share of a step: (cells of the share,) int64."""
+        share = self.share(step, rank, world)
+        return self.rows(step)[share.start * NOISE_ROWS : share.stop * NOISE_ROWS]
+
+
+@lru_cache(maxsize=8)
+def _epoch_runs(plan: SamplingPlan, epoch: int) -> np.ndarray:
+    """Return an epoch's runs in their order: (runs, 32) packed rows."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((plan.seed, PLAN_STREAM, epoch))))
+    sizes: np.ndarray = np.diff(np.asarray(plan.starts, dtype=np.int64))
+    offsets = (generator.random(plan.n_groups) * sizes).astype(np.int64)
+    walk = (offsets[:, None] + np.arange(plan.batch_size)) % sizes[:, None]  # (groups, batch_size)
+    runs = (walk + np.asarray(plan.starts[:-1])[:, None]).reshape(-1, RUN_ROWS)
+    return runs[generator.permutation(len(runs))]

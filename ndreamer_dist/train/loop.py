@@ -1,0 +1,157 @@
+"""The training loop, on one screen (METHOD sections 2 to 4).
+
+What comes in: mini-batches in the order of the plan. What goes out: a trained network, and one row of measures per
+step. Nothing here knows Ray or zarr; with several workers every one runs this loop on its share and computes the
+gradient of the one global mini-batch. All that is random is keyed by the step, so the state of a run is the network,
+the optimiser and the number of steps done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from ndreamer_dist.errors import NDreamerError
+from ndreamer_dist.model import noise
+from ndreamer_dist.model.batch import MiniBatch
+from ndreamer_dist.model.codebooks import Quantised
+from ndreamer_dist.model.collectives import Collective, average_gradients
+from ndreamer_dist.model.losses import LossTerms, total_loss
+from ndreamer_dist.model.network import NDreamerNetwork
+from ndreamer_dist.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(NDreamerError, RuntimeError):
+    """Training cannot go on: a loss is not finite."""
+
+
+@dataclass
+class TrainState:
+    """All that a checkpoint holds."""
+
+    network: NDreamerNetwork
+    optimiser: torch.optim.AdamW
+    step: int = 0
+    measures: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def fresh(
+        cls, settings: Settings, *, genes: int, conditions: int, batch_levels: tuple[int, ...], device: Any = "cpu"
+    ) -> TrainState:
+        """Return an untrained state; the weights depend on the seed alone."""
+        network = NDreamerNetwork(genes, conditions, batch_levels, settings.model, seed=settings.seed).to(device)
+        schedule = settings.train
+        optimiser = torch.optim.AdamW(
+            network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
+        )
+        return cls(network, optimiser)
+
+    def to_bytes(self) -> dict[str, bytes]:
+        """Return the files of a checkpoint: two of tensors, one of text; nothing is pickled."""
+        moments = {
+            f"{index}.{name}": value.detach().cpu().contiguous()
+            for index, values in self.optimiser.state_dict()["state"].items()
+            for name, value in values.items()
+        }
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
+        told = json.dumps({"step": self.step, "measures": self.measures})
+        return {
+            "weights.safetensors": save_tensors(weights),
+            "optimiser.safetensors": save_tensors(moments),
+            "state.json": told.encode(),
+        }
+
+    def load_bytes(self, files: dict[str, bytes]) -> None:
+        """Take up the state that `to_bytes` gave."""
+        self.network.load_state_dict(load_tensors(files["weights.safetensors"]))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in load_tensors(files["optimiser.safetensors"]).items():
+            index, _, moment = name.partition(".")
+            state.setdefault(int(index), {})[moment] = value
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        told = json.loads(files["state.json"])
+        self.step, self.measures = told["step"], told["measures"]
+
+
+def train(
+    state: TrainState,
+    batches: Iterable[MiniBatch],
+    settings: Settings,
+    collective: Collective,
+    after_step: Callable[[TrainState], object] = lambda _: None,
+) -> None:
+    """Take one optimiser step per mini-batch, from `state.step` on.
+
+    Raises
+    ------
+    TrainingError
+        The loss of a step is not finite.
+    """
+    network, schedule = state.network.train(), settings.train
+    for batch, waited, started in _timed(batches):
+        draws = noise.draw(batch, settings.model, settings.seed)
+        outputs = network(batch, draws, collective)
+        terms = total_loss(
+            outputs, batch, draws, settings.loss, conditions=network.conditions, collective=collective
+        )  # fmt: skip
+        state.optimiser.zero_grad(set_to_none=True)
+        terms.total.backward()
+        average_gradients(network.parameters(), collective)
+        state.optimiser.step()
+        quantised, quantiser = outputs.quantised, network.quantiser
+        quantiser.count_usage(quantised.usage, collective)
+        if schedule.reset_every and batch.step % schedule.reset_every == 0:
+            quantiser.reset(
+                quantised.projections, collective, seed=settings.seed, step=batch.step, below=schedule.reset_below
+            )  # fmt: skip
+        state.step = batch.step
+        seconds = time.perf_counter() - started
+        state.measures.append(_measured(batch, terms, quantised, seconds, waited))
+        after_step(state)
+
+
+def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, float]]:
+    """Yield each mini-batch with the seconds it was waited for, and when its step (the wait included) began."""
+    stream = iter(batches)
+    while True:
+        started = time.perf_counter()
+        batch = next(stream, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started, started
+
+
+def _measured(
+    batch: MiniBatch, terms: LossTerms, quantised: Quantised, seconds: float, waited: float
+) -> dict[str, float]:
+    """Return one step's row of metrics.csv; `TrainingError` where the loss is not finite."""
+    values = {"step": batch.step, "total": float(terms.total.detach()), **terms.unweighted.as_floats()}
+    unfit = [name for name, value in values.items() if not math.isfinite(value)]
+    if unfit:
+        msg = (
+            f"the loss is not finite at step {batch.step} ({', '.join(unfit)}); lower --set train.learning_rate, or look "
+            "for extreme values in the input"
+        )
+        raise TrainingError(msg)
+    measured = {"perplexity": perplexity(quantised), "cells_per_second": batch.cells / seconds}
+    return {**values, **measured, "waiting": waited / seconds}
+
+
+@torch.no_grad()
+def perplexity(quantised: Quantised) -> float:
+    """Return how many codes a mini-batch uses, on average over codebooks: exp of the entropy of their mean."""
+    probs = quantised.group_probs.double().sum(1)  # (codebooks, codes), over all cells
+    probs = probs / probs.sum(-1, keepdim=True)
+    return float(torch.special.entr(probs).sum(-1).exp().mean())

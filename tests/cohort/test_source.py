@@ -1,0 +1,194 @@
+"""A cohort is read the same from everywhere, by rows, and nothing of the caller's is changed."""
+
+from __future__ import annotations
+
+import pickle
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import fsspec
+import numpy as np
+import pandas as pd
+import pytest
+from anndata.tests.helpers import assert_equal
+from scipy import sparse
+
+from ndreamer_dist.cohort.source import StoredMatrix, fingerprint, open_source
+from ndreamer_dist.cohort.transpose import rows_first
+from ndreamer_dist.rundir import RunDirectory
+from tests.cohort.inputs import SERIAL, counts, files_below
+
+
+def as_zarr(version: int) -> Callable[[ad.AnnData, Path], str]:
+    def write(adata: ad.AnnData, folder: Path) -> str:
+        with warnings.catch_warnings(), ad.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
+            warnings.simplefilter("ignore")  # anndata's announcements of its next defaults
+            adata.write_zarr(folder / "in.zarr")
+        return str(folder / "in.zarr")
+
+    return write
+
+
+def as_h5ad(adata: ad.AnnData, folder: Path) -> str:
+    adata.write_h5ad(folder / "in.h5ad")
+    return str(folder / "in.h5ad")
+
+
+def backed(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.read_h5ad(as_h5ad(adata, folder), backed="r")
+
+
+PLACES = {"h5ad": as_h5ad, "zarr2": as_zarr(2), "zarr3": as_zarr(3), "memory": lambda a, _: a, "backed": backed}
+MATRICES = {
+    "csr": sparse.csr_matrix,
+    "csc": sparse.csc_matrix,
+    "csr_array": sparse.csr_array,
+    "dense": lambda x: x.toarray(),
+    "float64": lambda x: x.astype(np.float64),
+    "int": lambda x: x.astype(np.int32),
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("place", PLACES)
+def test_rows_are_the_same_from_everywhere(place: str, matrix: str, tmp_path: Path) -> None:
+    adata = counts(60, 20)
+    expected = adata.X.toarray()
+    adata.X = MATRICES[matrix](adata.X)
+    source = open_source(PLACES[place](adata, tmp_path))
+    for start, stop in ((0, 60), (0, 1), (7, 31), (59, 60)):
+        rows = source.read_rows(start, stop)
+        assert rows.dtype == np.float32
+        assert rows.has_canonical_format
+        np.testing.assert_array_equal(rows.toarray(), expected[start:stop])
+    pd.testing.assert_frame_equal(source.obs, adata.obs)
+    assert list(source.gene_names) == list(adata.var_names)
+    assert (source.n_cells, source.n_genes) == (60, 20)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_source_can_be_sent_to_a_task(place: str, tmp_path: Path) -> None:
+    source = open_source(PLACES[place](counts(30, 10), tmp_path))
+    before = source.read_rows(3, 9).toarray()  # the file is open now
+    again = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(again.read_rows(3, 9).toarray(), before)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_layer_is_read_instead_of_x(place: str, tmp_path: Path) -> None:
+    adata = counts(30, 10)
+    adata.layers["raw counts"] = adata.X * 3
+    source = open_source(PLACES[place](adata, tmp_path), layer="raw counts")
+    np.testing.assert_array_equal(source.read_rows(0, 30).toarray(), adata.X.toarray() * 3)
+
+
+def test_the_same_data_have_the_same_fingerprint_wherever_they_are(tmp_path: Path) -> None:
+    adata = counts(1500, 12)
+    found = {
+        place: fingerprint(open_source(PLACES[place](adata, tmp_path)), "condition", ["donor"]) for place in PLACES
+    }
+    adata.X = sparse.csc_matrix(adata.X)
+    (tmp_path / "csc").mkdir()
+    found["csc"] = fingerprint(open_source(as_h5ad(adata, tmp_path / "csc")), "condition", ["donor"])
+    assert all(one == found["h5ad"] for one in found.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda a: a.obs.__setitem__("condition", ["x", *a.obs["condition"][1:]]), id="condition"),
+        pytest.param(lambda a: a.obs.__setitem__("donor", ["x", *a.obs["donor"][1:]]), id="batch"),
+        pytest.param(lambda a: a.X.data.__setitem__(0, 9999), id="a_value"),
+        pytest.param(lambda a: a.obs_names.__class__ and setattr(a, "obs_names", a.obs_names + "x"), id="cell_names"),
+        pytest.param(lambda a: setattr(a, "var_names", a.var_names + "x"), id="gene_names"),
+    ],
+)
+def test_other_data_have_another_fingerprint(change: Callable[[ad.AnnData], None]) -> None:
+    adata = counts(50, 12)
+    before = fingerprint(open_source(adata), "condition", ["donor"])
+    change(adata)
+    assert fingerprint(open_source(adata), "condition", ["donor"]) != before
+
+
+def test_other_columns_are_no_part_of_the_fingerprint() -> None:
+    adata = counts(50, 12)
+    before = fingerprint(open_source(adata), "condition", ["donor"])
+    adata.obs["age"] = 1
+    assert fingerprint(open_source(adata), "condition", ["donor"]) == before
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_the_callers_anndata_is_not_modified(matrix: str) -> None:
+    adata = counts(50, 12)
+    adata.X = MATRICES[matrix](adata.X)
+    if matrix == "csr":  # rows out of order and stored zeros must not be tidied up in place
+        adata.X.indices[:2], adata.X.data[1] = adata.X.indices[:2][::-1].copy(), 0
+        adata.X.has_sorted_indices = False
+    before, parts = adata.copy(), [part.copy() for part in _parts(adata.X)]
+    source = open_source(adata)
+    source.sample()
+    source.read_rows(0, 50)
+    source.obs["mine"] = 1
+    fingerprint(source, "condition", ["donor"])
+    assert_equal(adata, before)
+    for now, then in zip(_parts(adata.X), parts, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def _parts(x: object) -> list[np.ndarray]:
+    return [x] if isinstance(x, np.ndarray) else [x.data, x.indices, x.indptr]
+
+
+def test_a_remote_h5ad_is_read_through_a_file_object(tmp_path: Path) -> None:
+    adata = counts(40, 10)
+    content = Path(as_h5ad(adata, tmp_path)).read_bytes()
+    fsspec.filesystem("memory").pipe_file("/cohorts/in.h5ad", content)
+    source = open_source("memory://cohorts/in.h5ad")
+    np.testing.assert_array_equal(source.read_rows(5, 25).toarray(), adata.X[5:25].toarray())
+
+
+def test_a_remote_zarr_is_read_by_slices(tmp_path: Path) -> None:
+    adata = counts(40, 10)
+    as_zarr(3)(adata, tmp_path)
+    fsspec.filesystem("memory").put(str(tmp_path / "in.zarr"), "/cohorts/in.zarr", recursive=True)
+    source = open_source("memory://cohorts/in.zarr")
+    np.testing.assert_array_equal(source.read_rows(5, 25).toarray(), adata.X[5:25].toarray())
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+def test_reading_never_holds_the_matrix(kind: str, tmp_path: Path) -> None:
+    x = sparse.random(20_000, 400, 0.25, format="csr", dtype=np.float32, random_state=0)
+    adata = ad.AnnData(x if kind == "csr" else x.toarray())
+    path = as_h5ad(adata, tmp_path)
+    whole = x.data.nbytes + x.indices.nbytes if kind == "csr" else adata.X.nbytes
+    source = open_source(path)
+    tracemalloc.start()
+    total = sum(float(source.read_rows(start, start + 500).sum(dtype=np.float64)) for start in range(0, 20_000, 500))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == pytest.approx(float(x.sum(dtype=np.float64)))
+    assert peak < whole / 6
+
+
+def test_columns_are_turned_into_rows_out_of_core_and_resumed(tmp_path: Path) -> None:
+    adata = counts(300, 40)
+    dense = adata.X.toarray()
+    adata.X = sparse.csc_matrix(adata.X)
+    source = open_source(as_h5ad(adata, tmp_path))
+    assert isinstance(source.matrix, StoredMatrix)
+    run = RunDirectory.at(tmp_path / "run")
+    rows = rows_first(run, source.matrix, SERIAL, "key", entries=900)
+    assert rows.n_blocks > 3
+    for start, stop in ((0, 300), (17, 18), (90, 211)):
+        np.testing.assert_array_equal(rows.read_rows(start, stop).toarray(), dense[start:stop])
+    before = files_below(tmp_path / "run")
+    (tmp_path / "run/cohort/rows.zarr/00001/indptr/c/0").unlink()
+    again = rows_first(run, source.matrix, SERIAL, "key", entries=900)
+    np.testing.assert_array_equal(again.read_rows(0, 300).toarray(), dense)
+    after = files_below(tmp_path / "run")
+    assert {name: content for name, (_, content) in after.items() if "/c/" in name} == {
+        name: content for name, (_, content) in before.items() if "/c/" in name
+    }

@@ -1,0 +1,42 @@
+"""What the tests share: one local Ray for the whole session, and where the real cohorts are."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_token(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A token file of the tests' own for every Ray that they start."""
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+
+
+@pytest.fixture(scope="session")
+def local_ray(ray_token: None) -> Iterator[None]:
+    """A local Ray of two processors."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False,
+        logging_level="WARNING",
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real cohorts; the test is skipped where there is none."""
+    folder = Path(os.environ.get("NDREAMER_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real cohorts here: set NDREAMER_TEST_DATA to a folder that holds them")
+    return folder

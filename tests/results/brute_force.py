@@ -1,0 +1,80 @@
+"""A results.zarr recomputed from its own `X`, embedding and `obs` alone, by numpy and in a few lines.
+
+`check(path)` works on any results of default edges that fit in memory, also on those of real cohorts.
+"""
+
+import json
+
+import anndata
+import numpy as np
+
+
+def exact_squared(queries, targets):
+    """Return (queries, targets) float64 squared distances."""
+    return np.stack([((targets.astype(np.float64) - query) ** 2).sum(axis=1) for query in queries.astype(np.float64)])
+
+
+def nearest_rows(queries, targets, k, exclude=None):
+    """Return the k nearest targets, ties to the smaller row: rows (-1 where there are fewer) and distances."""
+    rows, distances = np.full((len(queries), k), -1), np.full((len(queries), k), np.nan)
+    for start in range(0, len(queries), 256):
+        for i, squared in enumerate(exact_squared(queries[start : start + 256], targets), start):
+            allowed = np.arange(len(targets))
+            if exclude is not None and exclude[i] >= 0:
+                allowed = np.delete(allowed, exclude[i])
+            best = allowed[np.argsort(squared[allowed], kind="stable")][:k]
+            rows[i, : len(best)], distances[i, : len(best)] = best, np.sqrt(squared[best])
+    return rows, distances
+
+
+def check(path, *, atol=1e-4):
+    """Compare matches, distances and the stored layers of a results.zarr with their recomputation."""
+    stored = anndata.read_zarr(path)
+    told = stored.uns["ndreamer"]
+    match = json.loads(told["settings"])["match"]
+    k, bandwidth, control = match["neighbours"], match["bandwidth"], told["control"]
+    group = np.asarray(stored.obs["ndreamer_group"].astype(str))
+    names = [str(name) for name in told["groups"]]
+    conditions = dict(zip(group, stored.obs["ndreamer_condition"].astype(str), strict=True))
+    points, x = np.asarray(stored.obsm["X_ndreamer_pca"]), stored.X.toarray().astype(np.float64)
+    own_sum, control_sum = np.zeros_like(x), np.zeros_like(x)
+    own_count, control_count = np.zeros(len(x)), np.zeros(len(x))
+    far = [[] for _ in x]
+    for query in names:
+        cells = np.flatnonzero(group == query)
+        for column, target in enumerate(names):
+            there = np.flatnonzero(group == target)
+            if conditions[target] not in (control, conditions[query]):
+                if match["edges"] == "needed":
+                    assert (stored.obsm["ndreamer_match"][cells, column] == -1).all()
+                continue
+            itself = np.arange(len(cells)) if query == target else None
+            rows, distances = nearest_rows(points[cells], points[there], k, itself)
+            packed = np.where(rows < 0, -1, there[rows])
+            np.testing.assert_array_equal(stored.obsm["ndreamer_match"][cells, column], packed[:, 0])
+            np.testing.assert_allclose(
+                stored.obsm["ndreamer_match_distance"][cells, column], distances[:, 0], rtol=1e-6
+            )
+            if query == target:
+                values = x[cells]
+            else:
+                weights = np.exp(-(distances - distances[:, :1]) / bandwidth)
+                weights = np.nan_to_num(weights / np.nansum(weights, axis=1, keepdims=True))
+                values = np.einsum("ck,ckg->cg", weights, x[np.where(packed < 0, 0, packed)])
+            if conditions[target] == conditions[query]:
+                own_sum[cells] += values
+                own_count[cells] += 1
+            if conditions[target] == control:
+                control_sum[cells] += values
+                control_count[cells] += 1
+                if query != target:
+                    for cell, distance in zip(cells, distances[:, 0], strict=True):
+                        far[cell].append(distance)
+    own, base = own_sum / own_count[:, None], control_sum / control_count[:, None]
+    expected = {"denoised": own, "batch_effect": x - own, "ite": own - base}
+    expected["ite"][np.asarray(stored.obs["ndreamer_condition"] == control)] = np.nan
+    for name in stored.layers:
+        np.testing.assert_allclose(stored.layers[name], expected[name], atol=atol, err_msg=name)
+    mean = [np.mean(distances) if distances else np.nan for distances in far]
+    np.testing.assert_allclose(stored.obs["ndreamer_match_distance"], mean, rtol=1e-5)
+    return stored

@@ -1,0 +1,41 @@
+"""A finished run directory, made once a session; tests that change it take a copy."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from ndreamer_dist.match.effects import run_effects
+from ndreamer_dist.match.search import run_match
+from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.runtime import SerialRuntime
+
+from .fabricate import fabricate
+
+SIZES = {(0, 0): 90, (0, 1): 70, (1, 0): 1, (1, 1): 50, (1, 2): 33}
+"""Cells per (batch, condition): three conditions, a missing combination, a group of one cell; blocks have 64 rows."""
+
+
+def finish(made, runtime=None):
+    """Run matching and effects on what `fabricate` made."""
+    runtime = runtime or SerialRuntime(made.settings.run)
+    run_match(made.run, made.settings, made.design, runtime, "key of match")
+    summary = {"dropped": {"empty": 3}, "stage": "fabricated"}
+    run_effects(made.run, made.settings, made.packed, made.source, runtime, "key of effects", summary)
+    return made
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run that no test may change."""
+    return finish(fabricate(tmp_path_factory.mktemp("finished"), SIZES))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run to be damaged."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.run.url, folder)
+    run = RunDirectory.at(folder)
+    packed = type(finished.packed)(run, finished.design, finished.packed.genes, finished.packed.block_rows)
+    return SimpleNamespace(**{**vars(finished), "run": run, "packed": packed, "folder": folder})

@@ -1,0 +1,156 @@
+"""The command line does the job, and every refusal is one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from ndreamer_dist import cli, keys
+from tests.tiny import SETTINGS, run_words, tiny_cohort
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+def spoken(arguments: Sequence[str], capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
+    """Run the command line in this process; return its exit code and what it said on both streams."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(arguments))
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def finished(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(run_words(cohort, out, SETTINGS))
+    assert not ended.value.code
+    return out
+
+
+def test_a_finished_run_is_described(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = spoken(["info", str(finished)], capsys)
+    assert code == 0
+    assert "900 cells x 150 genes" in out
+    assert "own condition minus control" in out
+    assert "donor_01|treated" in out
+
+
+def test_an_unfinished_run_says_how_far_it_is(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / keys.RUN_JSON).write_text((finished / keys.RUN_JSON).read_text())
+    (tmp_path / keys.DONE / "pack").mkdir(parents=True)
+    (tmp_path / keys.DONE / "pack" / "00000.json").write_text("{}")
+    code, out, _ = spoken(["info", str(tmp_path)], capsys)
+    assert code == 0
+    assert "not finished; the same `run` command goes on" in out
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr", ".csv", ".parquet"])
+def test_a_part_of_the_results_is_written_to_a_file(
+    finished: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture
+) -> None:
+    whole = anndata.read_zarr(finished / keys.RESULTS)
+    genes = list(whole.var_names[[7, 3]])
+    out = tmp_path / f"part{suffix}"
+    code, said, _ = spoken(
+        ["get", str(finished), "--layer", "ite", "--cells", 'cell_type == "type_1"', "--genes", ",".join(genes),
+         "--out", str(out)], capsys,
+    )  # fmt: skip
+    assert code == 0
+    assert "x 2 genes of ite" in said
+    wanted = whole[(whole.obs["cell_type"] == "type_1") & (whole.obs["condition"] == "treated"), genes]
+    table = {
+        ".h5ad": lambda: anndata.read_h5ad(out).to_df(),
+        ".zarr": lambda: anndata.read_zarr(out).to_df(),
+        ".csv": lambda: pd.read_csv(out, index_col=0),
+        ".parquet": lambda: pd.read_parquet(out),
+    }[suffix]()
+    assert list(table.columns) == genes
+    expected = pd.DataFrame(wanted.layers["ite"], index=wanted.obs_names, columns=genes).loc[list(table.index)]
+    assert np.allclose(table, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["get", "{run}", "--genes", "EFECT00001", "--out", "x.csv"], "Did you mean", id="gene"),
+        pytest.param(["get", "{run}", "--cells", "cell_tpe == 1", "--out", "x.csv"], "the columns are", id="query"),
+        pytest.param(["get", "{run}", "--out", "x.docx"], ".docx", id="suffix"),
+        pytest.param(["info", "{tmp}/nothing"], "does not exist", id="no_run"),
+        pytest.param(["run", "{tmp}/no.h5ad", "--out", "{tmp}/o", "--condition-key", "c", "--control", "a"],
+                     "no.h5ad does not exist", id="no_input"),
+        pytest.param(["run", "{cohort}", "--out", "{tmp}/o", "--condition-key", "conditon", "--control", "control"],
+                     "Did you mean 'condition'", id="key"),
+        pytest.param(["run", "{cohort}", "--out", "{tmp}/o"], "--condition-key", id="no_key"),
+        pytest.param(["run", "{cohort}", "--out", "{tmp}/o", "--set", "train.epoch=3"], "'train.epochs'", id="setting"),
+        pytest.param(["run", "{cohort}", "--out", "{tmp}/o", "--set", "nonsense"], "--set takes", id="set"),
+        pytest.param(["run", "{cohort}", "--out", "{tmp}/o", "--config", "{tmp}/no.yaml"], "cannot be read", id="config"),
+        pytest.param(["simulate", "{cohort}"], "exists already", id="simulate_over"),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, cohort: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    filled = [word.format(run=finished, tmp=tmp_path, cohort=cohort) for word in arguments]
+    code, out, err = spoken(filled, capsys)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_settings_may_come_from_a_file(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("cohort: {condition_key: condition, control: control, batch_key: donor}\ntrain: {epochs: 3}\n")
+    sets = [w for n, v in SETTINGS.items() if n != "train.epochs" for w in ("--set", f"{n}={v}".replace("'", ""))]
+    code, _, err = spoken(
+        ["run", str(cohort), "--out", str(tmp_path / "run"), "--preset", "small", "--config", str(config), *sets],
+        capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    assert len(pd.read_csv(tmp_path / "run" / keys.METRICS)) == 9
+
+
+def test_a_cohort_is_simulated_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "cohort.zarr"
+    code, said, _ = spoken(
+        ["simulate", str(out), "--cells", "300", "--genes", "120", "--batches", "4", "--design", "nested"], capsys
+    )
+    assert code == 0
+    assert str(out) in said
+    obs = anndata.read_zarr(out).obs
+    assert len(obs) == 300
+    assert (obs.groupby("donor", observed=True)["condition"].nunique() == 1).all()
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = spoken(["--help"], capsys)
+    assert code == 0
+    assert all(name in out for name in ("run", "demo", "simulate", "info", "get"))
+
+
+def test_importing_the_package_loads_nothing_heavy_and_changes_nothing() -> None:
+    script = (
+        "import sys, zarr; before = zarr.config.get('codec_pipeline.path')\n"
+        "import ndreamer_dist\n"
+        "assert not {'torch', 'ray', 'scanpy'} & set(sys.modules)\n"
+        "ndreamer_dist.run, ndreamer_dist.open_results, ndreamer_dist.simulate\n"
+        "import torch\n"
+        "assert zarr.config.get('codec_pipeline.path') == before\n"
+        "assert torch.get_num_threads() == int(sys.argv[1])\n"
+    )
+    import torch
+
+    subprocess.run([sys.executable, "-c", script, str(torch.get_num_threads())], check=True, timeout=120)

@@ -1,0 +1,57 @@
+"""Real cohorts: the known biology comes out, and results follow from themselves by brute force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys
+from tests.results.brute_force import check
+
+pytestmark = [pytest.mark.realdata, pytest.mark.timeout(400)]
+SERIAL = {"run.serial": True, "run.progress": False}
+EVERYWHERE = ("ISG15", "TNFSF10")
+IN_MONOCYTES = ("IFITM3", "CXCL10", "CCL8", "CCL2", "APOBEC3A")
+
+
+def test_interferon_genes_lead_in_every_cell_type_of_stimulated_pbmc(real_data: Path, tmp_path: Path) -> None:
+    run = nd.run(
+        real_data / "kang_pbmc_ifnb.h5ad", out=tmp_path / "run", condition_key="condition", control="ctrl",
+        preset="small", settings=SERIAL,
+    )  # fmt: skip
+    results = run.results
+    cells = results.obs.query("condition == 'stim'")["cell_type"].value_counts()
+    for cell_type in cells[cells > 100].index:
+        effects = results.ite(cells=f"cell_type == {cell_type!r}").to_df().mean()
+        ranks = effects.rank(ascending=False)
+        expected = EVERYWHERE + (IN_MONOCYTES if "Mono" in cell_type else ())
+        assert (ranks[list(expected)] <= 30).all(), (cell_type, ranks[list(expected)])
+        assert (effects[list(expected)] > 0).all()
+        assert effects["ISG15"] > 3
+
+
+@pytest.mark.parametrize(
+    ("file", "control", "genes", "cells"),
+    [
+        pytest.param("ctcl_skin.h5ad", "healthy", 2000, 1800, id="ctcl_nested_21309_genes"),
+        pytest.param("kang_pbmc_3donors_100genes.h5ad", "ctrl", 100, 9517, id="kang_crossed_100_genes"),
+    ],
+)
+def test_results_of_cohorts_with_donors_follow_from_themselves(
+    real_data: Path, tmp_path: Path, file: str, control: str, genes: int, cells: int
+) -> None:
+    out = tmp_path / "run"
+    nd.run(
+        real_data / file, out=out, condition_key="condition", control=control, batch_key="donor", preset="small",
+        settings={**SERIAL, "train.epochs": 3, "train.passes": 1},
+    )  # fmt: skip
+    stored = check(out / keys.RESULTS, atol=1e-5)
+    assert stored.n_vars == genes
+    assert stored.n_obs + len(pd.read_parquet(out / keys.DROPPED)) == cells
+    control_cells = (stored.obs["condition"] == control).to_numpy()
+    assert np.isnan(stored.layers["ite"][control_cells]).all()
+    assert np.isfinite(stored.layers["ite"][~control_cells]).all()

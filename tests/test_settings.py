@@ -1,0 +1,83 @@
+"""Settings: METHOD's defaults, two presets, and messages that name what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ndreamer_dist.errors import SettingsError
+from ndreamer_dist.settings import Settings, StageSettings, parse_assignments
+
+
+def test_the_paper_preset_is_the_method() -> None:
+    s = Settings.build(preset="paper")
+    assert (s.model.encoder, s.model.codebooks, s.model.codes, s.model.code_dim) == ((1024, 512, 512), 32, 1024, 8)
+    assert (s.model.latent, s.model.decoder, s.model.temperature, s.model.latent_noise) == (256, (512, 1024), 0.01, 1)
+    weights = (s.loss.reconstruction, s.loss.cosine, s.loss.kl, s.loss.independence, s.loss.dependence)
+    assert weights == (1, 20, 0.005, 1000, 50)
+    assert (s.loss.triplet, s.loss.margin, s.loss.triplet_pairs) == (5, 5, 15)
+    assert (s.loss.neighbourhood, s.loss.neighbours, s.loss.sigma, s.loss.across) == (1, 20, 1, 20)
+    assert (s.train.batch_size, s.train.epochs, s.train.passes, s.train.reset_every) == (1024, 100, 15, 30)
+    assert (s.hvg.num_hvg, s.clusters.low_resolution, s.clusters.high_resolution) == (2000, 0.5, 7)
+    assert (s.embed.dimensions, s.match.neighbours, s.cohort.min_group_cells) == (50, 1, 100)
+
+
+def test_the_small_preset_is_small() -> None:
+    s = Settings.build(preset="small")
+    assert (s.model.encoder, s.model.codebooks, s.model.codes, s.model.latent) == ((256, 128, 128), 8, 256, 64)
+    assert (s.model.decoder, s.hvg.num_hvg, s.train.batch_size, s.train.passes) == ((128, 256), 2000, 512, 3)
+    assert s.clusters.iterations == 2
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_preset() -> None:
+    made = Settings.build(
+        preset="small", config={"train": {"epochs": 7, "passes": 2}}, overrides=parse_assignments(["train.epochs=9"])
+    )
+    assert (made.train.epochs, made.train.passes, made.train.batch_size) == (9, 2, 512)
+
+
+def test_settings_survive_yaml() -> None:
+    made = Settings.build(preset="small", overrides={"cohort.batch_key": ["donor", "site"], "effects.store": "none"})
+    assert Settings.build(config=yaml.safe_load(made.to_yaml())) == made
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        pytest.param({"train.epoch": 3}, r"no setting 'train\.epoch'\. Did you mean 'train\.epochs'", id="misspelt"),
+        pytest.param({"trian.epochs": 3}, r"no setting 'trian'\. Did you mean 'train'", id="misspelt_stage"),
+        pytest.param({"train.epochs": 0}, r"'train\.epochs': .*greater than or equal to 1 \(found 0\)", id="range"),
+        pytest.param({"train.batch_size": 100}, "must be a multiple of 64", id="whole_blocks"),
+        pytest.param({"loss.cross_cluster": "maybe"}, "'published' or 'clusters'", id="choice"),
+        pytest.param({"embed.tile_rows": 9999}, r"exceeds pack\.block_rows", id="tile_in_block"),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_is_accepted(overrides: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Settings.build(overrides=overrides)
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match=r"there are paper, small\. Did you mean 'small'"):
+        Settings.build(preset="smal")
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().train.epochs = 3  # type: ignore[misc]
+
+
+def test_every_setting_says_whether_it_bears_on_the_result() -> None:
+    for stage in Settings.model_fields.values():
+        if isinstance(stage.annotation, type) and issubclass(stage.annotation, StageSettings):
+            for name, field in stage.annotation.model_fields.items():
+                assert isinstance(field.json_schema_extra, dict), name
+                assert field.json_schema_extra["role"] in {"result", "how"}
+                assert field.description
+
+
+@pytest.mark.parametrize("text", ["epochs", "=3"])
+def test_an_assignment_needs_a_name_and_a_value(text: str) -> None:
+    with pytest.raises(SettingsError, match="--set takes"):
+        parse_assignments([text])

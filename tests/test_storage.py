@@ -1,0 +1,127 @@
+"""Storage: files appear whole, and no damaged or missing chunk passes for data."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ndreamer_dist.errors import StoreError
+from ndreamer_dist.storage import (
+    Storage,
+    create_array,
+    open_array,
+    open_storage,
+    read_array,
+    shard_files,
+    write_array,
+)
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A local folder, and one that is only reached through fsspec."""
+    return open_storage(tmp_path if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_a_file_is_written_whole_read_back_listed_and_deleted(storage: Storage) -> None:
+    storage.write_atomic("a/b.json", b"12345")
+    storage.write_atomic("a/b.json", b"123")
+    assert storage.read("a/b.json") == b"123"
+    assert storage.list() == {"a/b.json": 3}
+    assert storage.exists("a")
+    storage.delete("a")
+    assert storage.list() == {}
+    storage.delete("a")
+
+
+def test_a_missing_file_is_named(storage: Storage) -> None:
+    with pytest.raises(StoreError, match=r"nothing\.json does not exist"):
+        storage.read("nothing.json")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(tmp_path)
+    storage.write_atomic("x", b"old")
+
+    def refuse(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        storage.write_atomic("x", b"new")
+    assert storage.list() == {"x": 3}
+    assert storage.read("x") == b"old"
+
+
+def test_a_storage_travels_to_another_process(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    _ = storage.filesystem
+    assert pickle.loads(pickle.dumps(storage)) == storage
+
+
+def test_arrays_round_trip(storage: Storage) -> None:
+    values = np.random.default_rng(0).normal(size=(500, 70)).astype(np.float32)
+    write_array(storage, "x", values, chunks=(64, 8), shards=(128, 72))
+    assert np.array_equal(read_array(storage, "x"), values)
+    assert np.array_equal(read_array(storage, "x", (slice(100, 300), slice(3, 9))), values[100:300, 3:9])
+
+
+def test_making_an_array_does_not_make_the_root(tmp_path: Path) -> None:
+    create_array(open_storage(tmp_path), "layers/ite", shape=(4, 4), dtype="f4", chunks=(2, 2))
+    assert not (tmp_path / "zarr.json").exists()
+    assert not (tmp_path / "layers/zarr.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "shards"), [pytest.param((64, 16), (128, 64), id="sharded"), pytest.param((64, 64), None, id="plain")]
+)
+@pytest.mark.parametrize("kind", ["values", "zeros"])
+def test_no_flipped_bit_passes_for_data(tmp_path: Path, chunks: tuple, shards: tuple | None, kind: str) -> None:
+    values = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32) * (kind == "values")
+    storage = open_storage(tmp_path)
+    write_array(storage, "x", values, chunks=chunks, shards=shards)
+    files = [tmp_path / name for name in storage.list() if "/c/" in name]
+    draw = random.Random(0)
+    for _ in range(60):
+        file = draw.choice(files)
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        position = tuple(int(part) for part in file.relative_to(tmp_path / "x/c").parts)
+        with pytest.raises(StoreError) as raised:
+            read_array(storage, "x")
+        assert str(tmp_path) in str(raised.value)
+        assert f"array 'x', chunk {position} is damaged" in str(raised.value)
+        file.write_bytes(whole)
+    assert np.array_equal(read_array(storage, "x"), values)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, 1.0])
+def test_a_missing_chunk_is_an_error_and_a_chunk_of_fill_values_is_not(tmp_path: Path, value: float) -> None:
+    storage = open_storage(tmp_path)
+    create_array(storage, "x", shape=(8, 8), dtype="f4", chunks=(2, 4), shards=(4, 8), fill_value=np.nan)
+    open_array(storage, "x", mode="r+")[...] = np.full((8, 8), value, dtype=np.float32)
+    assert np.array_equal(read_array(storage, "x"), np.full((8, 8), value), equal_nan=True)
+    (tmp_path / shard_files("x", 1, 0)).unlink()
+    assert read_array(storage, "x", slice(0, 4)).shape == (4, 8)
+    with pytest.raises(StoreError, match=r"chunk \(1, 0\) is missing"):
+        read_array(storage, "x")
+
+
+def test_a_truncated_chunk_is_named(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    write_array(storage, "x", np.arange(1000.0))
+    file = tmp_path / shard_files("x", 0)
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(StoreError, match=r"array 'x', chunk \(0,\) is damaged"):
+        read_array(storage, "x")
+
+
+def test_an_array_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="array 'nothing' cannot be opened"):
+        read_array(open_storage(tmp_path), "nothing")
