@@ -200,7 +200,7 @@ def test_a_refused_cohort_leaves_the_directory_free_for_the_mended_one(cohort: P
         pytest.param({"settings": {"run.memory_gb": 0.1}}, ResourceError, "GB of memory", id="memory"),
         pytest.param({"settings": {"train.device": "cuda"}}, ResourceError, "need 1 GPUs and Ray has 0", id="no_gpu"),
         pytest.param(
-            {"settings": {"run.serial": False, "run.cpus": 1, "train.workers": 2}}, ResourceError,
+            {"settings": {"run.serial": False, "train.workers": 99}}, ResourceError,
             "leave none to the readers", id="no_processor_for_readers",
         ),
     ],
