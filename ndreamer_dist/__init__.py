@@ -1,6 +1,6 @@
 """NDreamer at scale: batch-effect removal and single-cell treatment effects for cohorts of any size, on Ray.
 
-`run` does the whole job, `open_results` reads what it wrote, `simulate` makes a cohort with known truth.
+`run` does the whole job and `plan` tells what it will need, `open_results` reads what it wrote, `simulate` makes a cohort with known truth.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ndreamer_dist.datasets import simulate
     from ndreamer_dist.errors import NDreamerError
-    from ndreamer_dist.pipeline import Run, run
+    from ndreamer_dist.pipeline import Run, plan, run
     from ndreamer_dist.results.reader import Results, open_results
     from ndreamer_dist.settings import Settings
 
 __version__ = version("ndreamer-dist")
-__all__ = ["NDreamerError", "Results", "Run", "Settings", "open_results", "run", "simulate"]
+__all__ = ["NDreamerError", "Results", "Run", "Settings", "open_results", "plan", "run", "simulate"]
 
 _HOMES = {
     "NDreamerError": "errors",
@@ -24,6 +24,7 @@ _HOMES = {
     "Run": "pipeline",
     "Settings": "settings",
     "open_results": "results.reader",
+    "plan": "pipeline",
     "run": "pipeline",
     "simulate": "datasets",
 }

@@ -53,9 +53,7 @@ def run(
     """Run the whole job on a cohort; an interrupted run goes on, a finished one does nothing."""
     from ndreamer_dist.pipeline import run as run_job
 
-    overrides = parse_assignments(assignments or [])
     given = {"train.workers": workers, "run.address": address, "cohort.normalise": normalise}
-    overrides |= {name: value for name, value in given.items() if value is not None}
     finished = run_job(
         cohort,
         out=out,
@@ -64,11 +62,42 @@ def run(
         batch_key=tuple(batch_key) if batch_key else None,
         preset=preset,
         config=_read_config(config),
-        settings=overrides,
+        settings=_overrides(assignments, given),
         redo=redo,
         fresh=fresh,
     )
     print(f"done: {finished.url}\nlook at it with: ndreamer-dist info {finished.url}")
+
+
+@app.command()
+def plan(
+    cohort: Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store, by path or URL.")],
+    out: Annotated[str | None, typer.Option(help="Run directory that is meant, for its free disk.")] = None,
+    condition_key: Annotated[str | None, typer.Option(help="Column of obs that holds the condition.")] = None,
+    control: Annotated[str | None, typer.Option(help="Name of the control condition.")] = None,
+    batch_key: Annotated[list[str] | None, typer.Option(help="Column of obs that holds the batch; repeatable.")] = None,
+    preset: Annotated[Preset, typer.Option(help="paper: the method's defaults; small: for laptops.")] = "paper",
+    normalise: Annotated[Normalise | None, typer.Option(help="What the values are: counts, or normalised.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.", dir_okay=False)] = None,
+    assignments: Set = None,
+    workers: Annotated[int | None, typer.Option(help="Training workers.")] = None,
+) -> None:
+    """Tell what `run` would do and need: groups, steps, memory, disk; nothing is run."""
+    from ndreamer_dist.pipeline import plan as plan_job
+
+    given = {"train.workers": workers, "cohort.normalise": normalise}
+    print(
+        plan_job(
+            cohort,
+            out=out,
+            condition_key=condition_key,
+            control=control,
+            batch_key=tuple(batch_key) if batch_key else None,
+            preset=preset,
+            config=_read_config(config),
+            settings=_overrides(assignments, given),
+        )
+    )
 
 
 @app.command()
@@ -131,6 +160,11 @@ def get(
     part = getattr(open_results(run_directory), layer)(cells=cells, genes=names)
     save(part, out)
     print(f"wrote {out}: {part.n_obs} cells x {part.n_vars} genes of {layer}")
+
+
+def _overrides(assignments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given by `--set` and by options of their own."""
+    return parse_assignments(assignments or []) | {name: value for name, value in given.items() if value is not None}
 
 
 def _read_config(path: Path | None) -> dict[str, Any] | None:

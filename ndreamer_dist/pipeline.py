@@ -21,15 +21,18 @@ from anndata import AnnData
 
 from ndreamer_dist import keys, promise
 from ndreamer_dist.cohort.clusters import run_clusters
+from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import check_cohort, run_cohort
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.source import Source, fingerprint, open_source
 from ndreamer_dist.embed import run_embed, run_pca
 from ndreamer_dist.errors import RunError, SettingsError
+from ndreamer_dist.forecast import Plan, plan_of
 from ndreamer_dist.match.effects import run_effects
 from ndreamer_dist.match.search import run_match
 from ndreamer_dist.metering import metered
+from ndreamer_dist.promise import CohortSize
 from ndreamer_dist.results.reader import Results, open_results
 from ndreamer_dist.results.store import check_tables
 from ndreamer_dist.rundir import GRAPH, RunDirectory, stage_keys
@@ -109,11 +112,8 @@ def run(
         The settings, the cohort, the directory or the machine will not do; nothing has been started then.
     """
     made = _settings(preset, config, settings, condition_key, control, batch_key)
-    source = open_source(cohort, layer=made.cohort.layer)
+    source, _, size = _checked(cohort, made)
     directory = RunDirectory.at(out)
-    design = check_cohort(source, made.cohort)
-    check_tables(source.obs, source.var)
-    size = promise.CohortSize.of(design, made, genes=source.n_genes, stored_values=source.nnz)
     on_a_cluster = made.run.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()
     if made.run.serial or not on_a_cluster:
         _check_machine(directory, made, size)
@@ -124,6 +124,55 @@ def run(
         with LazyRuntime(made.run) as runtime:
             run_stages(directory, made, source, runtime, stage_key)
     return Run(directory.url)
+
+
+def plan(
+    cohort: str | os.PathLike[str] | AnnData,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    condition_key: str | None = None,
+    control: str | None = None,
+    batch_key: str | Sequence[str] | None = None,
+    preset: str = "paper",
+    config: Mapping[str, Any] | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
+) -> Plan:
+    """Tell what `run` would do with the same arguments, and what it would need; nothing is run and nothing written.
+
+    The cohort is checked as `run` checks it. Memory and processors are those of this machine, or of `run.cpus`.
+
+    Returns
+    -------
+    Groups, edges, steps, and per stage the memory and the workers it can use; it prints as tables.
+
+    Raises
+    ------
+    NDreamerError
+        The settings or the cohort will not do.
+    """
+    made = _settings(preset, config, settings, condition_key, control, batch_key)
+    source, design, size = _checked(cohort, made)
+    serial = made.run.serial
+    return plan_of(
+        design,
+        made,
+        size,
+        input_cells=source.n_cells,
+        cpus=1 if serial else made.run.cpus or cpu_count(),
+        object_store=0 if serial else object_store_bytes(made.run),
+        memory_free=_memory(made),
+        disk_free=_free_disk(RunDirectory.at(out))
+        if out is not None and RunDirectory.at(out).storage.is_local
+        else None,
+    )
+
+
+def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tuple[Source, Design, CohortSize]:
+    """Open a cohort and refuse what cannot be; return it with its design and sizes."""
+    source = open_source(cohort, layer=settings.cohort.layer)
+    design = check_cohort(source, settings.cohort)
+    check_tables(source.obs, source.var)
+    return source, design, CohortSize.of(design, settings, genes=source.n_genes, stored_values=source.nnz)
 
 
 def run_stages(
@@ -169,15 +218,18 @@ def _settings(
     return made
 
 
-def _check_machine(run: RunDirectory, settings: Settings, size: promise.CohortSize) -> None:
+def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> None:
     """Refuse what this machine cannot hold; on a cluster the nodes are not this machine, so nothing is asked."""
     cpus = 1 if settings.run.serial else settings.run.cpus or cpu_count()
     alone = settings.run.serial  # one process trains and reads in turn, so no processor need be left to readers
     check_layout(settings, 2**20 if alone else cpus, gpus=0 if alone else torch.cuda.device_count())
     store = 0 if settings.run.serial else object_store_bytes(settings.run)
-    memory = int(settings.run.memory_gb * 1e9) if settings.run.memory_gb else memory_limit()
     needs = promise.needs(size, settings, cpus=cpus, object_store=store)
-    check_resources(needs, memory=memory, disk=_free_disk(run), where=run.url)
+    check_resources(needs, memory=_memory(settings), disk=_free_disk(run), where=run.url)
+
+
+def _memory(settings: Settings) -> int:
+    return int(settings.run.memory_gb * 1e9) if settings.run.memory_gb else memory_limit()
 
 
 def _free_disk(run: RunDirectory) -> int:
