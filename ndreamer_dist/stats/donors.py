@@ -1,0 +1,287 @@
+"""Tests with donors as replicates, on one value per donor and gene. Pure.
+
+In: `means`, (donors, genes), one row per donor (or per donor and condition, where donors are seen in several), and
+which rows are treated. Out: an effect and its p-value per gene. The main p-value comes from permuting the donors'
+labels, which no distribution of expression can mislead; Welch's stands beside it and takes over where there are too
+few labellings to tell small p-values apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+MOST_LABELLINGS = 20_000
+"""All labellings are gone through up to this many; beyond it they are drawn."""
+LEAST_DRAWS = 10_000
+DRAWS_PER_GENE = 20
+ENOUGH_LABELLINGS = 1_000
+"""From here on the permutation's p-value is the main one."""
+LEAST_DONORS = 3
+"""Donors a condition below which there are effects but no p-values."""
+FEW_DONORS = 4
+LEAST_PAIRS, LEAST_FLIPPED_PAIRS = 4, 6
+CHUNK = 2**20
+"""Statistics held at once while labellings are gone through."""
+TIE = 1e-9
+"""Relative difference within which a permuted statistic counts as equal to the observed one."""
+NOTHING = 1e-12
+"""Share of a gene's scale below which a variance is rounding."""
+
+Method = Literal["permutation", "welch", "sign flips", "paired t", "linear model", "none"]
+
+
+@dataclass(frozen=True)
+class DonorTest:
+    """What a test says of every gene; NaN where there is nothing to say.
+
+    Attributes
+    ----------
+    effect
+        Mean over treated minus mean over control donors (paired: mean difference), (genes,).
+    statistic
+        Welch's or the paired t, (genes,).
+    p
+        The main p-value, two-sided, (genes,); `p_permutation` and `p_parametric` are both where they exist.
+    method
+        Where `p` comes from.
+    p_floor
+        The smallest p-value that was possible; 0 for a parametric one.
+    few_donors
+        Whether a condition has only three or four donors.
+    """
+
+    effect: np.ndarray
+    statistic: np.ndarray
+    p: np.ndarray
+    p_permutation: np.ndarray
+    p_parametric: np.ndarray
+    method: Method
+    p_floor: float
+    few_donors: bool
+
+
+def welch_test(means: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> DonorTest:
+    """Compare treated with control donors by the permutation of Welch's t.
+
+    Parameters
+    ----------
+    means
+        (donors, genes), finite.
+    treated
+        (donors,) Boolean.
+    seed
+        Of the labellings that are drawn where there are too many to go through all.
+
+    Raises
+    ------
+    ValueError
+        A condition has no donor.
+    """
+    treated = np.asarray(treated, dtype=bool)
+    counts = int(treated.sum()), int((~treated).sum())
+    if min(counts) == 0:
+        msg = f"a test needs donors of both conditions, found {counts[0]} treated and {counts[1]} control"
+        raise ValueError(msg)
+    means = np.asarray(means, dtype=np.float64)
+    effect = means[treated].mean(axis=0) - means[~treated].mean(axis=0)
+    if min(counts) < LEAST_DONORS:
+        return _untested(effect)
+    t, freedom = _welch(_centred(means), treated[None])
+    t, freedom = t[0], freedom[0]
+    parametric = 2 * stats.t.sf(np.abs(t), freedom)
+    possible = math.comb(len(treated), counts[0])
+    complete = possible <= MOST_LABELLINGS
+    permuted = labellings(len(treated), counts[0], genes=means.shape[1], seed=seed)
+    p = _permutation_p(_centred(means), t, permuted, lambda m, labels: _welch(m, labels)[0], observed_among=complete)
+    floor = (2 if counts[0] == counts[1] else 1) / possible if complete else 1 / (len(permuted) + 1)
+    return _chosen(
+        effect, t, p, parametric, ("permutation", "welch"), possible, floor, few=min(counts) <= FEW_DONORS
+    )  # fmt: skip
+
+
+def paired_test(differences: np.ndarray, *, seed: int = 0) -> DonorTest:
+    """Test treated minus control of donors seen in both: the paired t, and from six donors on by flipping signs.
+
+    Parameters
+    ----------
+    differences
+        (donors, genes), finite.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    pairs, genes = differences.shape
+    if pairs == 0:
+        msg = "a paired test needs donors that were seen in both conditions"
+        raise ValueError(msg)
+    effect = differences.mean(axis=0)
+    if pairs < LEAST_PAIRS:
+        return _untested(effect)
+    t = _paired(differences, np.ones((1, pairs)))[0]
+    parametric = 2 * stats.t.sf(np.abs(t), pairs - 1)
+    few = pairs <= FEW_DONORS
+    if pairs < LEAST_FLIPPED_PAIRS:
+        return DonorTest(effect, t, parametric, np.full(genes, np.nan), parametric, "paired t", 0.0, few)
+    possible = 2**pairs
+    complete = possible <= MOST_LABELLINGS
+    signs = sign_flips(pairs, genes=genes, seed=seed)
+    p = _permutation_p(differences, t, signs, _paired, observed_among=complete)
+    floor = 2 / possible if complete else 1 / (len(signs) + 1)
+    return _chosen(effect, t, p, parametric, ("sign flips", "paired t"), possible, floor, few=few)
+
+
+def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) -> DonorTest:
+    """Test the condition in a linear model with donor covariates, by ordinary least squares.
+
+    Parameters
+    ----------
+    covariates
+        (donors, columns), numbers; a constant is added.
+
+    Raises
+    ------
+    ValueError
+        The covariates determine the condition, or leave no degree of freedom.
+    """
+    means = np.asarray(means, dtype=np.float64)
+    design = np.column_stack([np.asarray(treated, dtype=np.float64), np.ones(len(means)), covariates])
+    freedom = len(design) - np.linalg.matrix_rank(design)
+    others = np.linalg.lstsq(design[:, 1:], design[:, 0], rcond=None)[0]
+    own = design[:, 0] - design[:, 1:] @ others  # the part of the condition that the covariates do not tell
+    if own @ own < 1e-8:
+        msg = "the covariates determine the condition, so its effect cannot be told from theirs"
+        raise ValueError(msg)
+    if freedom < 1:
+        msg = f"{len(design)} donors are too few for {design.shape[1]} coefficients"
+        raise ValueError(msg)
+    effect = own @ means / (own @ own)
+    residual = means - design @ np.linalg.lstsq(design, means, rcond=None)[0]
+    variance = (residual**2).sum(axis=0) / freedom / (own @ own)
+    t = _ratio(effect, np.sqrt(variance), _scale(means))
+    p = 2 * stats.t.sf(np.abs(t), freedom)
+    few = min(np.sum(treated), np.sum(~np.asarray(treated, dtype=bool))) <= FEW_DONORS
+    return DonorTest(effect, t, p, np.full(len(p), np.nan), p, "linear model", 0.0, bool(few))
+
+
+def labellings(donors: int, treated: int, *, genes: int, seed: int = 0) -> np.ndarray:
+    """Return which donors are treated under each labelling: (labellings, donors) Boolean.
+
+    All of them where there are at most 20 000, else `max(10 000, 20 x genes)` draws.
+    """
+    if math.comb(donors, treated) <= MOST_LABELLINGS:
+        chosen = np.array(list(itertools.combinations(range(donors), treated)))
+    else:
+        generator = np.random.default_rng((seed, donors, treated))
+        draws = max(LEAST_DRAWS, DRAWS_PER_GENE * genes)
+        chosen = np.concatenate(
+            [generator.random((part, donors)).argsort(axis=1)[:, :treated] for part in _parts(draws, CHUNK // donors)]
+        )
+    labels = np.zeros((len(chosen), donors), dtype=bool)
+    np.put_along_axis(labels, chosen, values=True, axis=1)
+    return labels
+
+
+def sign_flips(pairs: int, *, genes: int, seed: int = 0) -> np.ndarray:
+    """Return signs, (flips, pairs) of +1 and -1: all of them, or draws, as `labellings` does."""
+    if 2**pairs <= MOST_LABELLINGS:
+        return 1.0 - 2.0 * (np.arange(2**pairs)[:, None] >> np.arange(pairs) & 1)
+    draws = max(LEAST_DRAWS, DRAWS_PER_GENE * genes)
+    return np.random.default_rng((seed, pairs)).choice([-1.0, 1.0], size=(draws, pairs))
+
+
+def _permutation_p(
+    values: np.ndarray,
+    observed: np.ndarray,
+    permuted: np.ndarray,
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    observed_among: bool,
+) -> np.ndarray:
+    """Return the share of labellings whose |t| reaches the observed one; drawn ones get +1 above and below."""
+    limit = np.abs(observed) * (1 - TIE)
+    reached = np.zeros(values.shape[1], dtype=np.int64)
+    for start in _starts(len(permuted), max(1, CHUNK // values.shape[1])):
+        size = np.abs(statistic(values, permuted[start]))
+        reached += (np.where(np.isnan(size), 0.0, size) >= limit).sum(0)
+    share = reached / len(permuted) if observed_among else (reached + 1) / (len(permuted) + 1)
+    return np.where(np.isnan(observed), np.nan, share)
+
+
+def _welch(means: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return Welch's t and its degrees of freedom under every labelling: (labellings, genes) each."""
+    weight = labels.astype(np.float64)
+    n, m = weight.sum(1)[:, None], (1 - weight).sum(1)[:, None]
+    squares = means**2
+    first, second = weight @ means, weight @ squares
+    rest, rest_second = means.sum(0) - first, squares.sum(0) - second
+    v = np.maximum(second - first**2 / n, 0) / (n - 1) / n
+    w = np.maximum(rest_second - rest**2 / m, 0) / (m - 1) / m
+    t = _ratio(first / n - rest / m, np.sqrt(v + w), _scale(means))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        freedom = (v + w) ** 2 / (v**2 / (n - 1) + w**2 / (m - 1))
+    return t, freedom
+
+
+def _paired(differences: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """Return the paired t under every flip of signs: (flips, genes)."""
+    n = len(differences)
+    mean = signs @ differences / n
+    variance = np.maximum((differences**2).sum(0) - n * mean**2, 0) / (n - 1)
+    return _ratio(mean, np.sqrt(variance / n), np.sqrt((differences**2).mean(0)))
+
+
+def _ratio(effect: np.ndarray, error: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return effect / error; without error, infinite where there is an effect, NaN where there is none."""
+    no_error = error <= math.sqrt(NOTHING) * scale
+    no_effect = np.abs(effect) <= math.sqrt(NOTHING) * scale
+    with np.errstate(invalid="ignore", divide="ignore"):
+        t = np.where(no_error, np.where(no_effect, np.nan, np.copysign(np.inf, effect)), effect / error)
+    return np.asarray(t)
+
+
+def _scale(means: np.ndarray) -> np.ndarray:
+    return np.asarray(means.std(axis=0))
+
+
+def _centred(means: np.ndarray) -> np.ndarray:
+    """Return means about their average, which no labelling changes: sums of squares then lose no digits."""
+    return means - means.mean(axis=0)
+
+
+def _chosen(
+    effect: np.ndarray,
+    t: np.ndarray,
+    permutation: np.ndarray,
+    parametric: np.ndarray,
+    methods: tuple[Method, Method],
+    possible: int,
+    floor: float,
+    *,
+    few: bool,
+) -> DonorTest:
+    """Take the permutation's p-value as the main one where there are labellings enough. No spread: no p-value."""
+    nothing = ~np.isfinite(t)
+    permutation, parametric = (np.where(nothing, np.nan, p) for p in (permutation, parametric))
+    if possible >= ENOUGH_LABELLINGS:
+        return DonorTest(effect, t, permutation, permutation, parametric, methods[0], floor, few)
+    return DonorTest(effect, t, parametric, permutation, parametric, methods[1], 0.0, few)
+
+
+def _untested(effect: np.ndarray) -> DonorTest:
+    nothing = np.full(len(effect), np.nan)
+    return DonorTest(effect, nothing, nothing, nothing, nothing, "none", math.nan, few_donors=True)
+
+
+def _parts(total: int, most: int) -> Iterator[int]:
+    for start in range(0, total, max(1, most)):
+        yield min(max(1, most), total - start)
+
+
+def _starts(total: int, step: int) -> Iterator[slice]:
+    for start in range(0, total, step):
+        yield slice(start, start + step)
