@@ -1,0 +1,221 @@
+"""What is said of a population from its cells, summed while shards stream by: effects, their spread, the matches.
+
+In: a population per cell and a finished run's matches and expression. Out: one row of sums per population and
+condition. Cells are not replicates, so nothing here is a test of a difference; the sign test only describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.results.averages import Average, average_through, segments
+from ndreamer_dist.results.virtual import Counterparts, Expression
+
+PART_VALUES = 2**22
+"""Cells times genes of one part."""
+NEAR_QUANTILE = 0.99
+"""A control match is near where its distance is within this quantile of distances inside groups."""
+
+
+@dataclass
+class Moments:
+    """Counts and sums per population, condition and gene, in float64: (populations, conditions, genes)."""
+
+    number: np.ndarray  # (populations, conditions)
+    total: np.ndarray
+    squares: np.ndarray
+    positive: np.ndarray
+    zero: np.ndarray
+
+    @classmethod
+    def empty(cls, populations: int, conditions: int, genes: int) -> Moments:
+        """Return sums of nothing."""
+        shape = (populations, conditions, genes)
+        return cls(np.zeros(shape[:2]), *(np.zeros(shape) for _ in range(4)))
+
+    def add(self, values: np.ndarray, population: np.ndarray, condition: np.ndarray) -> None:
+        """Add values, (cells, genes), of cells with these codes; a population of -1 is left out."""
+        pairs = population * self.number.shape[1] + condition
+        for pair in np.unique(pairs[population >= 0]):
+            place = np.unravel_index(int(pair), self.number.shape)
+            part = values[pairs == pair].astype(np.float64)
+            self.number[place] += len(part)
+            self.total[place] += part.sum(axis=0)
+            self.squares[place] += (part**2).sum(axis=0)
+            self.positive[place] += (part > 0).sum(axis=0)
+            self.zero[place] += (part == 0).sum(axis=0)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Means; NaN where there is no cell."""
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.total / self.number[..., None])
+
+    @property
+    def spread(self) -> np.ndarray:
+        """Standard deviations over cells; NaN below two cells."""
+        n = self.number[..., None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            variance = (self.squares - self.total**2 / n) / (n - 1)
+        return np.sqrt(np.where(n > 1, np.maximum(variance, 0), np.nan))
+
+
+@dataclass(frozen=True)
+class MatchQuality:
+    """How good the control matches of each population's cells are: (populations, conditions) each.
+
+    Attributes
+    ----------
+    purity
+        Share of matches that are of the same population.
+    effective_cells
+        `(sum w)^2 / sum w^2` over the control cells' weights w as matches.
+    without_overlap
+        Share of cells without a near control match.
+    """
+
+    purity: np.ndarray
+    effective_cells: np.ndarray
+    without_overlap: np.ndarray
+
+
+def near_limit(own_distances: np.ndarray) -> float:
+    """Return the distance up to which a match is near: what 99 % of cells have to the nearest other of their group."""
+    known = own_distances[np.isfinite(own_distances)]
+    return float(np.quantile(known, NEAR_QUANTILE)) if len(known) else np.inf
+
+
+def parts(rows: np.ndarray, genes: int) -> Iterator[np.ndarray]:
+    """Cut packed rows into parts of bounded work."""
+    step = max(1, PART_VALUES // max(genes, 1))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+def placebo_halves(design: Design) -> tuple[list[int], list[int]]:
+    """Return the control groups in two halves, by turns: the effect of one on the other is noise."""
+    controls = [group.code for group in design.with_condition(0)]
+    return controls[::2], controls[1::2]
+
+
+def placebo_average(design: Design, counterparts: Counterparts, rows: np.ndarray) -> Average:
+    """Return what the placebo effect averages: F over one half of the control groups minus F over the other.
+
+    Parameters
+    ----------
+    rows
+        Packed rows of control cells, ascending.
+    """
+    halves = placebo_halves(design)
+    signs = {code: sign / len(half) for sign, half in zip((1.0, -1.0), halves, strict=True) for code in half}
+    pairs = {(group.code, code) for group, _ in segments(design, rows) for code in signs if code != group.code}
+    edges = counterparts.edges(rows, pairs, distances=False)
+    cells, found, weights = [], [], []
+    for group, here in segments(design, rows):
+        for code, weight in signs.items():
+            near = rows[here] if code == group.code else edges[group.code, code][0][:, 0]
+            known = np.flatnonzero(near >= 0)
+            cells.append(known + here.start)
+            found.append(near[known].astype(np.int64))
+            weights.append(np.full(len(known), weight))
+    once = np.ones(len(rows), dtype=np.int64)
+    return Average(np.concatenate(cells), np.concatenate(found), np.concatenate(weights), once)
+
+
+def placebo_moments(
+    populations: np.ndarray, number: int, design: Design, counterparts: Counterparts, expression: Expression,
+    columns: np.ndarray,
+) -> Moments | None:  # fmt: skip
+    """Return the moments of the placebo effect over each population's control cells; none below two control groups."""
+    if len(design.with_condition(0)) < 2:
+        return None
+    moments = Moments.empty(number, 1, len(columns))
+    control = np.concatenate([np.arange(group.start, group.stop) for group in design.with_condition(0)])
+    for rows in parts(control[populations[control] >= 0], len(columns)):
+        average = placebo_average(design, counterparts, rows)
+        held = np.unique(average.row)
+        (values,) = average_through([average], [(held, expression.read(held, columns))], len(columns))
+        moments.add(values, populations[rows], np.zeros(len(rows), dtype=np.int64))
+    return moments
+
+
+@dataclass(frozen=True)
+class PlainExpression:
+    """Of the cells as they were measured: (populations, conditions, genes), and the cells (populations, conditions).
+
+    Attributes
+    ----------
+    counts
+        Mean of `exp(x) - 1`: normalised counts.
+    expressing
+        Share of cells with a value above 0.
+    """
+
+    cells: np.ndarray
+    counts: np.ndarray
+    expressing: np.ndarray
+
+
+def plain_expression(
+    populations: np.ndarray, number: int, design: Design, expression: Expression, columns: np.ndarray
+) -> PlainExpression:
+    """Return mean normalised counts and the share of expressing cells per population and condition."""
+    conditions = len(design.conditions)
+    codes = design.group_conditions[design.group_of(np.arange(design.n_cells))] + populations * conditions
+    chosen = np.flatnonzero(populations >= 0)
+    cells = np.bincount(codes[chosen], minlength=number * conditions).astype(np.float64)
+    counts, expressing = (np.zeros((number * conditions, len(columns))) for _ in range(2))
+    for rows in parts(chosen, len(columns)):
+        values = expression.read(rows, columns)
+        indicator = sparse.csr_matrix(
+            (np.ones(len(rows)), (codes[rows], np.arange(len(rows)))), shape=(number * conditions, len(rows))
+        )
+        counts += (indicator @ values.astype(np.float64).expm1()).toarray()
+        expressing += (indicator @ (values > 0).astype(np.float64)).toarray()
+    shape = (number, conditions, len(columns))
+    with np.errstate(invalid="ignore"):
+        means = (total / cells[:, None] for total in (counts, expressing))
+        return PlainExpression(cells.reshape(number, conditions), *(mean.reshape(shape) for mean in means))
+
+
+def match_quality(
+    populations: np.ndarray, number: int, near: np.ndarray, design: Design, counterparts: Counterparts,
+    conditions: Sequence[int],
+) -> MatchQuality:  # fmt: skip
+    """Return how good the control matches are.
+
+    Parameters
+    ----------
+    near
+        (cells,) whether a packed row has a near control match.
+    conditions
+        Codes of the conditions whose cells are looked at.
+    """
+    shape = (number, len(design.conditions))
+    pure, matched, used, squares, cells, far = (np.zeros(shape) for _ in range(6))
+    controls = [group.code for group in design.with_condition(0)]
+    for condition in conditions:
+        weight = np.zeros((number, design.n_cells), dtype=np.float32) if number else np.zeros((0, 0), np.float32)
+        for group in design.with_condition(condition):
+            rows = np.arange(group.start, group.stop)[populations[group.start : group.stop] >= 0]
+            if not len(rows):
+                continue
+            code = populations[rows]
+            cells[:, condition] += np.bincount(code, minlength=number)
+            far[:, condition] += np.bincount(code[~near[rows]], minlength=number)
+            edges = counterparts.edges(rows, [(group.code, control) for control in controls], distances=False)
+            for found, _ in edges.values():
+                first = found[:, 0]
+                known = first >= 0
+                matched[:, condition] += np.bincount(code[known], minlength=number)
+                same = known & (populations[np.maximum(first, 0)] == code)
+                pure[:, condition] += np.bincount(code[same], minlength=number)
+                np.add.at(weight, (code[known], first[known]), 1.0)
+        used[:, condition], squares[:, condition] = weight.sum(axis=1), (weight.astype(np.float64) ** 2).sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return MatchQuality(pure / matched, used**2 / squares, far / cells)

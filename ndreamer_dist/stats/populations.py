@@ -1,0 +1,247 @@
+"""Means of expression per population and donor: plain, and through the matches.
+
+In: a population per cell, a donor per cell, the matches and the expression of a finished run. Out: one value per
+population, replicate and gene, which is all that a test on donors needs: no permutation touches a cell.
+
+**Through the matches.** For a population, `A[e, d]` is the mean over replicate e's cells of the expression of each
+cell's nearest neighbour among d's cells (a cell is not its own). `m_d`, the mean of `A[e, d]` over all replicates e of
+both conditions, each weighing the same, asks every donor's cells the same questions, so donors differ in m by what
+they are and not by which cells of the population they happen to have; and m does not depend on the labels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.results.virtual import Expression
+
+logger = logging.getLogger(__name__)
+
+READ_ROWS = 8192
+"""Rows of expression held at a time."""
+
+Nearest = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Given packed rows of queries and of targets, the nearest target of each query: (queries,) packed rows, -1 for none."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The cells of one replicate in one group: `rows`, ascending."""
+
+    replicate: int
+    group: int
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """The replicates of the tests: a donor under one condition, whatever batches it was measured in.
+
+    Attributes
+    ----------
+    donors, conditions
+        Name and condition code of every replicate.
+    of_cell
+        (cells,) the replicate of every packed row.
+    """
+
+    donors: tuple[str, ...]
+    conditions: np.ndarray
+    of_cell: np.ndarray
+    design: Design
+
+    @classmethod
+    def of(cls, donors: pd.Series, design: Design) -> Replicates:
+        """Return the observed (donor, condition) pairs of the cells, which are in packed order."""
+        codes, names = pd.factorize(donors.astype(str), sort=True)
+        conditions = design.group_conditions[design.group_of(np.arange(design.n_cells))]
+        pairs, of_cell = np.unique(codes * len(design.conditions) + conditions, return_inverse=True)
+        donor, condition = np.divmod(pairs, len(design.conditions))
+        return cls(tuple(str(names[code]) for code in donor), condition, of_cell, design)
+
+    def __len__(self) -> int:
+        return len(self.donors)
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The cells of every replicate in every group it was measured in."""
+        found = []
+        for group in self.design.groups:
+            inside = self.of_cell[group.start : group.stop]
+            found += [Piece(int(r), group.code, group.start + np.flatnonzero(inside == r)) for r in np.unique(inside)]
+        return tuple(found)
+
+    def counts(self, populations: np.ndarray, number: int) -> np.ndarray:
+        """Return the cells of every population and replicate: (populations, replicates); -1 is no population."""
+        inside = populations >= 0
+        flat = populations[inside] * len(self) + self.of_cell[inside]
+        return np.bincount(flat, minlength=number * len(self)).reshape(number, len(self))
+
+
+@dataclass(frozen=True)
+class PopulationMeans:
+    """Mean expression per population, replicate and gene; NaN where a replicate has too few cells.
+
+    Attributes
+    ----------
+    cells
+        (populations, replicates) own cells.
+    included
+        (populations, replicates) whether these are enough.
+    own
+        (populations, replicates, genes) plain means, pseudobulk.
+    matched
+        By condition code: m of the replicates of that condition and the control, (populations, replicates, genes).
+    """
+
+    cells: np.ndarray
+    included: np.ndarray
+    own: np.ndarray
+    matched: dict[int, np.ndarray]
+
+
+def population_means(
+    populations: np.ndarray,
+    number: int,
+    replicates: Replicates,
+    nearest: Nearest,
+    expression: Expression,
+    columns: np.ndarray,
+    *,
+    conditions: Sequence[int],
+    min_cells: int,
+) -> PopulationMeans:
+    """Return each replicate's mean expression in every population, plain and through the matches.
+
+    Parameters
+    ----------
+    populations
+        (cells,) population of every packed row, -1 for none; there are `number` of them.
+    conditions
+        Codes to compare with the control.
+    min_cells
+        Own cells that a replicate needs in a population.
+    """
+    cells = replicates.counts(populations, number)
+    included = cells >= min_cells
+    questions = {c: included & np.isin(replicates.conditions, (0, c)) for c in conditions}
+    own = np.zeros((number, len(replicates), len(columns)))
+    matched = {c: np.zeros_like(own) for c in conditions}
+    for target in replicates.pieces:
+        share = 1 / sum(piece.replicate == target.replicate for piece in replicates.pieces)
+        weights = [_own_weights(target, populations, number, replicates)]
+        asked = [c for c in conditions if questions[c][:, target.replicate].any()]
+        found = _counterparts(target, replicates, nearest, populations) if asked else []
+        weights += [share * _weights(target, found, populations, questions[c], replicates) for c in asked]
+        for rows, part in _parts(target.rows):
+            sums = sparse.vstack([w[:, part] for w in weights], format="csr") @ expression.read(rows, columns)
+            sums = sums.toarray().reshape(len(weights), number, len(columns))
+            own[:, target.replicate] += sums[0]
+            for c, total in zip(asked, sums[1:], strict=True):
+                matched[c][:, target.replicate] += total
+    own[~included] = np.nan
+    for c in conditions:
+        matched[c][~questions[c]] = np.nan
+    return PopulationMeans(cells, included, own, matched)
+
+
+def query_means(
+    population: np.ndarray,
+    included: np.ndarray,
+    replicates: Replicates,
+    nearest: Nearest,
+    expression: Expression,
+    columns: np.ndarray,
+) -> np.ndarray:
+    """Return A of one population: (included e, included d, genes), in the order of the replicates.
+
+    Parameters
+    ----------
+    population
+        (cells,) whether a packed row is in it.
+    included
+        (replicates,) which take part.
+    """
+    place = np.cumsum(included) - 1
+    codes = np.where(population & included[replicates.of_cell], place[replicates.of_cell], -1)
+    answer = np.zeros((int(included.sum()), int(included.sum()), len(columns)))
+    for target in (piece for piece in replicates.pieces if included[piece.replicate]):
+        share = 1 / sum(piece.replicate == target.replicate for piece in replicates.pieces)
+        found = _counterparts(target, replicates, nearest, codes)
+        # With a replicate's number for a population, and each asked by itself alone, the weights are those of A.
+        asked = np.zeros((len(answer), len(replicates)), dtype=bool)
+        asked[place[included], np.flatnonzero(included)] = True
+        weights = share * _weights(target, found, codes, asked, replicates)
+        for rows, part in _parts(target.rows):
+            answer[:, place[target.replicate]] += (weights[:, part] @ expression.read(rows, columns)).toarray()
+    return answer
+
+
+def _counterparts(
+    target: Piece, replicates: Replicates, nearest: Nearest, populations: np.ndarray
+) -> list[tuple[Piece, np.ndarray, np.ndarray]]:
+    """Return, for every piece, its cells that are in a population and their places of nearest neighbours in the target."""
+    found = []
+    for query in replicates.pieces:
+        rows = query.rows[populations[query.rows] >= 0]
+        if not len(rows):
+            continue
+        near = nearest(rows, target.rows)
+        known = near >= 0
+        found.append((query, rows[known], np.searchsorted(target.rows, near[known])))
+    return found
+
+
+def _weights(
+    target: Piece,
+    found: list[tuple[Piece, np.ndarray, np.ndarray]],
+    populations: np.ndarray,
+    asked: np.ndarray,
+    replicates: Replicates,
+) -> sparse.csr_matrix:
+    """Return how much each of the target's cells counts towards m: (populations, target's cells).
+
+    Cells weigh the same inside a piece, pieces inside a replicate, replicates inside a population.
+    """
+    number = len(asked)
+    pieces = np.zeros((number, len(replicates)))  # of a replicate, with cells in the population
+    for query, rows, _ in found:
+        pieces[np.unique(populations[rows]), query.replicate] += 1
+    asking = (asked & (pieces > 0)).sum(axis=1)
+    total = sparse.csr_matrix((number, len(target.rows)))
+    for query, rows, place in found:
+        code = populations[rows]
+        cells = np.bincount(code, minlength=number)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            each = asked[:, query.replicate] / (cells * pieces[:, query.replicate] * asking)
+        total = total + sparse.coo_matrix((each[code], (code, place)), shape=total.shape).tocsr()
+    return total
+
+
+def _own_weights(target: Piece, populations: np.ndarray, number: int, replicates: Replicates) -> sparse.csr_matrix:
+    """Return the weights of the plain means: cells alike inside a piece, pieces inside a replicate."""
+    code = populations[target.rows]
+    inside = np.flatnonzero(code >= 0)
+    cells = np.bincount(code[inside], minlength=number)
+    pieces = np.zeros(number)
+    for piece in replicates.pieces:
+        if piece.replicate == target.replicate:
+            there = populations[piece.rows]
+            pieces[np.unique(there[there >= 0])] += 1
+    with np.errstate(divide="ignore"):
+        each = 1 / (cells * pieces)
+    return sparse.csr_matrix((each[code[inside]], (code[inside], inside)), shape=(number, len(target.rows)))
+
+
+def _parts(rows: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
+    for start in range(0, len(rows), READ_ROWS):
+        part = slice(start, start + READ_ROWS)
+        yield rows[part], part
