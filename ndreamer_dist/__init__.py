@@ -11,18 +11,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ndreamer_dist.datasets import simulate
     from ndreamer_dist.errors import NDreamerError
-    from ndreamer_dist.pipeline import Run, plan, run
+    from ndreamer_dist.pipeline import Run, add_matches, plan, run
     from ndreamer_dist.results.reader import Results, open_results
     from ndreamer_dist.settings import Settings
+    from ndreamer_dist.wide import all_genes
 
 __version__ = version("ndreamer-dist")
-__all__ = ["NDreamerError", "Results", "Run", "Settings", "open_results", "plan", "run", "simulate"]
+__all__ = [
+    "NDreamerError",
+    "Results",
+    "Run",
+    "Settings",
+    "add_matches",
+    "all_genes",
+    "open_results",
+    "plan",
+    "run",
+    "simulate",
+]
 
 _HOMES = {
     "NDreamerError": "errors",
     "Results": "results.reader",
     "Run": "pipeline",
     "Settings": "settings",
+    "add_matches": "pipeline",
+    "all_genes": "wide",
     "open_results": "results.reader",
     "plan": "pipeline",
     "run": "pipeline",

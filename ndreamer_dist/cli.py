@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,8 @@ app = typer.Typer(
 Preset = Literal["paper", "small"]
 Normalise = Literal["auto", "counts", "none"]
 Layout = Literal["crossed", "nested"]
-Layer = Literal["ite", "denoised", "batch_effect", "expression"]
+Asking = Literal["all", "treated"]
+Layer = Literal["ite", "denoised", "batch_effect", "expression", "effect", "counterfactual"]
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.NAME=VALUE", help="Any setting; repeatable.")]
 
@@ -101,6 +103,20 @@ def plan(
 
 
 @app.command()
+def match(
+    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory.")],
+    edges: Annotated[str, typer.Option(help="all, or a condition: from every group to the groups of it.")] = "all",
+    assignments: Set = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to run on.")] = None,
+) -> None:
+    """Search more matches into a finished run's matches.zarr; its results stay as they are."""
+    from ndreamer_dist.pipeline import add_matches
+
+    added = add_matches(run_directory, edges=edges, settings=_overrides(assignments, {"run.address": address}))
+    print(f"added {added} pairs of groups to {run_directory}/matches.zarr")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the simulated cohort and the run.")] = Path("ndreamer_demo"),
     cells: Annotated[int, typer.Option(min=2000, help="Cells to simulate.")] = 20_000,
@@ -151,15 +167,70 @@ def get(
     layer: Annotated[Layer, typer.Option(help="What to read.")] = "ite",
     cells: Annotated[str | None, typer.Option(help="""Query on obs: 'cell_type == "B cells"'.""")] = None,
     genes: Annotated[str | None, typer.Option(help="Gene names, separated by commas.")] = None,
+    embedding: Annotated[bool, typer.Option(help="Add obsm X_ndreamer_pca to .h5ad and .zarr, for plots.")] = True,
+    condition: Annotated[str | None, typer.Option(help="Whose effect, or counterfactual, on any cell.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="What an effect is compared with; the control.")] = None,
+    cohort: Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")] = None,
 ) -> None:
     """Write a part of the results to a file; only the chunks that hold it are read."""
-    from ndreamer_dist.results.export import save
+    from ndreamer_dist.results.export import fetch
+
+    (n_cells, n_genes), reads = fetch(
+        run_directory, out, layer, cells=cells, genes=_names(genes), embedding=embedding, cohort=cohort, condition=condition,
+        baseline=baseline,
+    )  # fmt: skip
+    print(f"wrote {out}: {n_cells} cells x {n_genes} genes of {layer}; read {reads}")
+
+
+@app.command()
+def cate(
+    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    by: Annotated[str, typer.Option(help="Column of obs that names populations: cell_type, say.")],
+    out: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")],
+    condition: Annotated[str | None, typer.Option(help="Which to compare with the control; every one.")] = None,
+    genes: Annotated[str | None, typer.Option(help="Gene names, separated by commas.")] = None,
+    cohort: Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")] = None,
+    donor_key: Annotated[str | None, typer.Option(help="Column of obs that names the donor; the batch.")] = None,
+    min_cells: Annotated[int, typer.Option(min=1, help="Own cells that a donor needs in a population.")] = 10,
+    population: Annotated[Asking, typer.Option(help="Whose cells ask: all donors', or the treated ones'.")] = "all",
+    covariates: Annotated[str | None, typer.Option(help="Donor covariates of a linear model, by commas.")] = None,
+) -> None:
+    """Write the effect of the condition per population and gene, with donors as the replicates."""
+    from ndreamer_dist.results.export import TABLES, checked, save_table
     from ndreamer_dist.results.reader import open_results
 
-    names = [name.strip() for name in genes.split(",") if name.strip()] if genes else None
-    part = getattr(open_results(run_directory), layer)(cells=cells, genes=names)
-    save(part, out)
-    print(f"wrote {out}: {part.n_obs} cells x {part.n_vars} genes of {layer}")
+    checked(out, TABLES)
+    table = open_results(run_directory).cate(
+        by, condition=condition, genes=_names(genes), cohort=cohort, donor_key=donor_key, min_cells=min_cells,
+        population=population, covariates=_names(covariates) or (),
+    )  # fmt: skip
+    save_table(table, out)
+    called = int((table["p_adjusted"] < 0.05).sum())
+    print(
+        f"wrote {out}: {table['population'].nunique()} populations, {len(table)} rows, {called} with p_adjusted < 0.05"
+    )
+
+
+@app.command("all-genes")
+def all_genes(
+    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    cohort: Annotated[str, typer.Argument(metavar="INPUT", help="The cohort that the run was given.")],
+    out: Annotated[str, typer.Option(help="Directory to write, local or on object storage.")],
+    layers: Annotated[
+        str, typer.Option(help="What to store, separated by commas: ite, denoised, batch_effect.")
+    ] = "ite",
+    assignments: Set = None,
+) -> None:
+    """Write the effects of all genes of the cohort, not only the modelled ones, through the run's matches."""
+    from ndreamer_dist.wide import all_genes as write_all
+
+    made = write_all(run_directory, cohort, out=out, layers=_names(layers) or [], settings=_overrides(assignments, {}))
+    print(f"wrote {out}: {len(made.obs)} cells x {len(made.var_names)} genes; layers: {', '.join(made.layers)}")
+
+
+def _names(text: str | None) -> list[str] | None:
+    """Return the names that are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()] if text else None
 
 
 def _overrides(assignments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -183,12 +254,17 @@ def _read_config(path: Path | None) -> dict[str, Any] | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the process ends with 0, or with 2 and one line that says why."""
+    speak(lambda: app(args=arguments))
+
+
+def speak(work: Callable[[], object]) -> None:
+    """Do some work as a program: its refusals are one line and exit code 2, its progress goes to standard error."""
     # Threads that wait must sleep, not spin, or the job starves itself on a busy machine; torch reads this when loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("ndreamer_dist").setLevel(logging.INFO)
     try:
-        app(args=arguments)
+        work()
     except NDreamerError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

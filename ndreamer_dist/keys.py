@@ -31,13 +31,17 @@ EMBEDDING: Final = "embedding.zarr"
 MATCHES: Final = "matches.zarr"
 RESULTS: Final = "results.zarr"
 TRAIN_DIR: Final = "train"
+TRAIN_SERIAL: Final = "train/serial"  # checkpoints of the serial runtime; the rest of train/ is Ray Train's
 MODEL_WEIGHTS: Final = "model/weights.safetensors"
 MODEL_JSON: Final = "model/model.json"
 DROPPED: Final = "dropped.parquet"
 METRICS: Final = "logs/metrics.csv"
+EPOCHS: Final = "logs/epochs.csv"
+TENSORBOARD: Final = "logs/tensorboard"
 STAGES_LOG: Final = "logs/stages.jsonl"
 DONE: Final = "done"
 LOCK: Final = "lock"
+WIDE_JSON: Final = "all_genes.json"  # in a directory of all genes: the results that it was made from
 COHORT_DIR: Final = "cohort"  # what the cohort stage found: design.json, genes.parquet, cells.parquet, obs.parquet
 DESIGN_JSON: Final = "cohort/design.json"
 GENES_TABLE: Final = "cohort/genes.parquet"
@@ -68,6 +72,7 @@ PCA_COMPONENTS: Final = "pca_components"  # (z, dimensions) float64
 PCA_VARIANCE: Final = "pca_variance"
 
 # --- matches.zarr ------------------------------------------------------------------------------------------------
+MATCH_SUMMARY: Final = "match/summary.json"  # which search, how many queries had to widen, measured recall
 MATCH_ROW: Final = "row"  # <query group>/row: (cells of the group, groups, k); the chunk of an edge has one writer
 MATCH_DISTANCE: Final = "distance"
 
@@ -80,15 +85,19 @@ OBS_LOW: Final = "ndreamer_cluster_low"
 OBS_HIGH: Final = "ndreamer_cluster_high"
 OBS_INPUT_ROW: Final = "ndreamer_input_row"
 OBS_MATCH_DISTANCE: Final = "ndreamer_match_distance"
+OBS_TIMES_MATCHED: Final = "ndreamer_times_matched"
+OBS_TOTAL: Final = "ndreamer_total_counts"
 OBSM_MU: Final = "X_ndreamer"
 OBSM_PCA: Final = "X_ndreamer_pca"
 OBSM_MATCH: Final = "ndreamer_match"
 OBSM_MATCH_DISTANCE: Final = "ndreamer_match_distance"
+OBSM: Final = (OBSM_MU, OBSM_PCA, OBSM_MATCH, OBSM_MATCH_DISTANCE)
 LAYER_DENOISED: Final = "denoised"
 LAYER_BATCH_EFFECT: Final = "batch_effect"
 LAYER_ITE: Final = "ite"
 LAYERS: Final = (LAYER_DENOISED, LAYER_BATCH_EFFECT, LAYER_ITE)
 UNS: Final = "ndreamer"
+VAR_MODELLED: Final = "ndreamer_modelled"  # in results of all genes: whether the run modelled the gene
 
 
 def block_name(index: int) -> str:

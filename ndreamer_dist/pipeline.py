@@ -10,27 +10,25 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 import torch
 from anndata import AnnData
 
 from ndreamer_dist import keys, promise
 from ndreamer_dist.cohort.clusters import run_clusters
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.genes import check_cohort, run_cohort
+from ndreamer_dist.cohort.genes import check_cohort, check_genes, run_cohort
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.source import Source, fingerprint, open_source
 from ndreamer_dist.embed import run_embed, run_pca
-from ndreamer_dist.errors import RunError, SettingsError
+from ndreamer_dist.errors import RunError, SettingsError, suggest
 from ndreamer_dist.forecast import Plan, plan_of
 from ndreamer_dist.match.effects import run_effects
-from ndreamer_dist.match.search import run_match
+from ndreamer_dist.match.search import add_edges, match_facts, run_match
 from ndreamer_dist.metering import metered
 from ndreamer_dist.promise import CohortSize
 from ndreamer_dist.results.reader import Results, open_results
@@ -38,11 +36,13 @@ from ndreamer_dist.results.store import check_tables
 from ndreamer_dist.rundir import GRAPH, RunDirectory, stage_keys
 from ndreamer_dist.runtime import (
     LazyRuntime,
+    NoWork,
     Runtime,
     check_resources,
     cpu_count,
     memory_limit,
     object_store_bytes,
+    on_a_cluster,
 )
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.train.trainer import check_layout, run_train
@@ -80,6 +80,7 @@ def run(
     settings: Settings | Mapping[str, Any] | None = None,
     redo: bool = False,
     fresh: bool = False,
+    stage: str | None = None,
 ) -> Run:
     """Remove batch effects and estimate what the condition does to every cell (the whole of METHOD).
 
@@ -105,24 +106,28 @@ def run(
         Run again the stages whose settings have changed, and those after them.
     fresh
         Delete what `out` holds of another run first.
+    stage
+        Run this stage alone (`keys.STAGES`); those before it must be finished.
 
     Raises
     ------
     NDreamerError
         The settings, the cohort, the directory or the machine will not do; nothing has been started then.
+    RunError
+        A stage before `stage` is not finished.
     """
+    _check_stage(stage)
     made = _settings(preset, config, settings, condition_key, control, batch_key)
     source, _, size = _checked(cohort, made)
     directory = RunDirectory.at(out)
-    on_a_cluster = made.run.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()
-    if made.run.serial or not on_a_cluster:
+    if not on_a_cluster(made.run):
         _check_machine(directory, made, size)
     told = fingerprint(source, made.cohort.condition_key, made.cohort.batch_key)
     _check_owner(directory, told, fresh=fresh)
     with directory.locked():
         stage_key = _claim(directory, made, told, redo=redo, fresh=fresh)
         with LazyRuntime(made.run) as runtime:
-            run_stages(directory, made, source, runtime, stage_key)
+            run_stages(directory, made, source, runtime, stage_key, only=stage)
     return Run(directory.url)
 
 
@@ -161,7 +166,7 @@ def plan(
         cpus=1 if serial else made.run.cpus or cpu_count(),
         object_store=0 if serial else object_store_bytes(made.run),
         memory_free=_memory(made),
-        disk_free=_free_disk(RunDirectory.at(out))
+        disk_free=RunDirectory.at(out).free_disk()
         if out is not None and RunDirectory.at(out).storage.is_local
         else None,
     )
@@ -171,18 +176,77 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     """Open a cohort and refuse what cannot be; return it with its design and sizes."""
     source = open_source(cohort, layer=settings.cohort.layer)
     design = check_cohort(source, settings.cohort)
+    check_genes(source, settings.hvg)
     check_tables(source.obs, source.var)
     return source, design, CohortSize.of(design, settings, genes=source.n_genes, stored_values=source.nnz)
 
 
-def run_stages(
-    run: RunDirectory, settings: Settings, source: Source, runtime: Runtime, stage_key: Mapping[str, str]
-) -> None:
-    """Run all stages, each with its key; every one skips what it has already done."""
+def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Mapping[str, Any] | None = None) -> int:
+    """Search more edges of a finished run into its matches.zarr; results.zarr stays as it is (METHOD section 6).
 
-    def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> Any:
-        with metered(run, stage):
-            return work(run, settings, *inputs, runtime, stage_key[stage])
+    Parameters
+    ----------
+    out
+        Run directory.
+    edges
+        `all`: from every group to every group; or a condition: from every group to the groups of that condition.
+    settings
+        Dotted settings that say how to work: `{"run.address": "auto"}`.
+
+    Returns
+    -------
+    added
+        Number of (group, group) edges searched now; what was there is not searched again.
+
+    Raises
+    ------
+    RunError
+        There is no run, it has not got that far, it is being worked on, or the settings given bear on its results.
+    QueryError
+        There is no such condition.
+    """
+    directory = RunDirectory.at(out)
+    if not directory.storage.exists(keys.RUN_JSON):
+        msg = f"{directory.url} holds no run"
+        raise RunError(msg)
+    before = directory.read_json(keys.RUN_JSON)
+    made = Settings.build(config=before["settings"], overrides=settings)
+    if stage_keys(made, before["input"]) != before["keys"]:
+        msg = (
+            f"{directory.url} was made with other settings or by another version: only settings that say how to work "
+            "(--set run.name=value) can be given here"
+        )
+        raise RunError(msg)
+    with directory.locked(), LazyRuntime(made.run) as runtime, metered(directory, keys.STAGE_MATCH):
+        design = Design.from_json(directory.read_json(keys.DESIGN_JSON))
+        return add_edges(directory, made, design, runtime, before["keys"][keys.STAGE_MATCH], edges)
+
+
+def run_stages(
+    run: RunDirectory,
+    settings: Settings,
+    source: Source,
+    runtime: Runtime,
+    stage_key: Mapping[str, str],
+    *,
+    only: str | None = None,
+) -> None:
+    """Run all stages, each with its key; every one skips what it has already done.
+
+    With `only`, the stages before that one get a runtime that has no work to give, and the later ones are left alone.
+    """
+
+    def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> None:
+        if only is None or stage == only:
+            with metered(run, stage):
+                work(run, settings, *inputs, runtime, stage_key[stage])
+        elif keys.STAGES.index(stage) < keys.STAGES.index(only):
+            work(run, settings, *inputs, NoWork(run.url, stage, before=only), stage_key[stage])
+
+    def effects(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
+        told = {"input": run.read_json(keys.RUN_JSON)["input"], **match_facts(run)}
+        summary = {**run.read_json(keys.COHORT_SUMMARY), **told}
+        run_effects(run, settings, packed, source, runtime, key, summary)
 
     staged(keys.STAGE_COHORT, run_cohort, source)
     staged(keys.STAGE_PACK, run_pack, source)
@@ -192,9 +256,13 @@ def run_stages(
     staged(keys.STAGE_EMBED, run_embed, packed)
     staged(keys.STAGE_PCA, run_pca, packed)
     staged(keys.STAGE_MATCH, run_match, packed.design)
-    with metered(run, keys.STAGE_EFFECTS):
-        summary = run.read_json(keys.COHORT_SUMMARY)
-        run_effects(run, settings, packed, source, runtime, stage_key[keys.STAGE_EFFECTS], summary)
+    staged(keys.STAGE_EFFECTS, effects, packed)
+
+
+def _check_stage(stage: str | None) -> None:
+    if stage is not None and stage not in keys.STAGES:
+        msg = f"there is no stage {stage!r}; there are {', '.join(keys.STAGES)}.{suggest(stage, keys.STAGES)}"
+        raise SettingsError(msg)
 
 
 def _settings(
@@ -225,21 +293,11 @@ def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> N
     check_layout(settings, 2**20 if alone else cpus, gpus=0 if alone else torch.cuda.device_count())
     store = 0 if settings.run.serial else object_store_bytes(settings.run)
     needs = promise.needs(size, settings, cpus=cpus, object_store=store)
-    check_resources(needs, memory=_memory(settings), disk=_free_disk(run), where=run.url)
+    check_resources(needs, memory=_memory(settings), disk=run.free_disk(), where=run.url)
 
 
 def _memory(settings: Settings) -> int:
     return int(settings.run.memory_gb * 1e9) if settings.run.memory_gb else memory_limit()
-
-
-def _free_disk(run: RunDirectory) -> int:
-    if not run.storage.is_local:
-        return 2**62
-    path = run.storage.root
-    while not os.path.isdir(path):  # noqa: PTH112 - the nearest folder that exists
-        path = os.path.dirname(path)  # noqa: PTH120
-    used = sum(run.storage.list().values()) if run.storage.exists() else 0
-    return shutil.disk_usage(path).free + used
 
 
 def _check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> None:
@@ -314,7 +372,7 @@ def _delete_run(run: RunDirectory) -> None:
         return
     own = (
         keys.DONE, keys.RESULTS, keys.MATCHES, keys.EMBEDDING, keys.PACKED, keys.TRAIN_DIR, "model", "cohort", "logs",
-        keys.DROPPED, keys.RUN_JSON,
+        keys.DROPPED, keys.MATCH_SUMMARY, keys.RUN_JSON,
     )  # fmt: skip
     for name in own:
         run.storage.delete(name)

@@ -70,7 +70,7 @@ def stage_memory(size: CohortSize, settings: Settings, *, cpus: int, object_stor
         keys.STAGE_CLUSTERS: clustered * (own * 24 + settings.clusters.n_neighbors * 60 + 50 * 12),
         keys.STAGE_EMBED: block * 2 + rows * settings.model.latent * 12 + _parameters(settings, modelled) * 4,
         keys.STAGE_PCA: rows * settings.model.latent * 24,
-        keys.STAGE_MATCH: min(size.largest_group, settings.match.query_rows) * 50 * 24 + size.largest_group * 50 * 12,
+        keys.STAGE_MATCH: _matching_bytes(size, settings),
         keys.STAGE_EFFECTS: rows * modelled * 24 + block * 3,
     }
     driver = DRIVER_BYTES + DRIVER_BYTES_PER_CELL * size.cells + object_store
@@ -106,6 +106,12 @@ def _parameters(settings: Settings, genes: int) -> int:
     widths = [model.latent, *model.decoder, genes]
     decoder = sum(a * b for a, b in itertools.pairwise(widths))
     return encoder + codes + head + decoder
+
+
+def _matching_bytes(size: CohortSize, settings: Settings) -> float:
+    """Return the bytes of a target group's index and its copies on the way, a batch of queries, a tile per thread."""
+    queries = min(size.cells, settings.match.query_rows + 65_536)
+    return size.largest_group * 50 * 20 + queries * 50 * 8 + settings.run.task_threads * 80e6
 
 
 def _training_bytes(size: CohortSize, settings: Settings, genes: int, stored: float) -> float:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -38,12 +39,24 @@ LEASE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage reads, and which settings bear on it."""
+    """What a stage reads, and which settings bear on it: whole parts, less those that only later stages heed."""
 
     name: str
     settings: tuple[str, ...]
     reads: tuple[str, ...]
     seeded: bool = False
+    unheeded: tuple[str, ...] = ()
+
+    def bearing(self, settings: Settings) -> dict[str, dict[str, Any]]:
+        """Return the settings that bear on this stage, by part."""
+        return {
+            part: {
+                name: value
+                for name, value in getattr(settings, part).bearing().items()
+                if f"{part}.{name}" not in self.unheeded
+            }
+            for part in self.settings
+        }
 
 
 GRAPH: dict[str, Stage] = {
@@ -55,7 +68,7 @@ GRAPH: dict[str, Stage] = {
         Stage(keys.STAGE_TRAIN, ("model", "loss", "train"), (keys.STAGE_CLUSTERS,), seeded=True),
         Stage(keys.STAGE_EMBED, ("embed",), (keys.STAGE_PACK, keys.STAGE_TRAIN)),
         Stage(keys.STAGE_PCA, ("embed",), (keys.STAGE_EMBED,)),
-        Stage(keys.STAGE_MATCH, ("match",), (keys.STAGE_PCA,)),
+        Stage(keys.STAGE_MATCH, ("match",), (keys.STAGE_PCA,), unheeded=("match.edges", "match.bandwidth")),
         Stage(keys.STAGE_EFFECTS, ("effects", "match"), (keys.STAGE_CLUSTERS, keys.STAGE_MATCH)),
     )
 }
@@ -69,7 +82,7 @@ def stage_keys(settings: Settings, fingerprint: Mapping[str, Any]) -> dict[str, 
         content: dict[str, Any] = {
             "format": keys.FORMAT_VERSION,
             "stage": name,
-            "settings": {part: getattr(settings, part).bearing() for part in stage.settings},
+            "settings": stage.bearing(settings),
             "reads": {other: found[other] for other in stage.reads},
         }
         if stage.seeded:
@@ -113,11 +126,27 @@ class RunDirectory:
         """Write a JSON file, whole or not at all."""
         self.storage.write_atomic(name, json.dumps(value, indent=1, sort_keys=True).encode())
 
-    def mark(self, stage: str, key: str, shard: Shard) -> None:
-        """Write a shard's marker; the shard's files must be complete."""
+    def free_disk(self) -> int:
+        """Return the bytes that may be written here, those of what is there already included."""
+        if not self.storage.is_local:
+            return 2**62
+        folder = Path(self.storage.root)
+        while not folder.is_dir():  # the nearest that exists
+            folder = folder.parent
+        used = sum(self.storage.list().values()) if self.storage.exists() else 0
+        return shutil.disk_usage(folder).free + used
+
+    def mark(self, stage: str, key: str, shard: Shard, facts: Mapping[str, Any] | None = None) -> None:
+        """Write a shard's marker, with facts for `facts` to give back; the shard's files must be complete."""
         sizes = {name: int(self.storage.filesystem.size(self.storage.path(name))) for name in shard.files}
         marker = {"key": key, "attempt": _attempt(), "bytes": sum(sizes.values()), "files": sizes}
+        if facts is not None:
+            marker["facts"] = dict(facts)
         self.write_json(f"{keys.DONE}/{stage}/{shard.name}.json", marker)
+
+    def facts(self, stage: str, shard: Shard) -> dict[str, Any]:
+        """Return the facts that were put into a finished shard's marker."""
+        return dict(self.read_json(f"{keys.DONE}/{stage}/{shard.name}.json")["facts"])
 
     def unmark(self, stage: str) -> None:
         """Forget all that a stage has done."""

@@ -21,11 +21,14 @@ from typing import Any, Protocol
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from ndreamer_dist.errors import NDreamerError, ResourceError
+from ndreamer_dist.errors import NDreamerError, ResourceError, RunError
 from ndreamer_dist.settings import RunSettings
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
+IDLE_WORKER_SECONDS = 60
+"""How long a local Ray keeps a worker that has nothing to do. Ray's own second ends the readers of a training between
+two of their tasks, and each new one spends seconds of processor time on imports."""
 logger = logging.getLogger(__name__)
 
 
@@ -134,8 +137,9 @@ class RayRuntime:
         import ray
 
         resources = ray.cluster_resources()
-        self.cpus = max(1, int(resources.get("CPU", 1)))
-        self.gpus = int(resources.get("GPU", 0))
+        # An autoscaled cluster grows as it is asked to: work is handed out for what it may become.
+        self.cpus = max(1, int(resources.get("CPU", 1)), settings.cpus or 0)
+        self.gpus = max(int(resources.get("GPU", 0)), settings.gpus or 0)
         self.progress = settings.progress
         self._threads = settings.task_threads
 
@@ -178,6 +182,55 @@ class RayRuntime:
         remote = ray.remote(with_threads).options(num_cpus=1, num_returns=returns, max_retries=3)
         handles = remote.remote(self._threads, function, *args)
         return [handles] if returns == 1 else list(handles)
+
+
+class NoWork:
+    """The runtime of a stage that must be finished already: asked for work, it says that the stage is not.
+
+    Raises
+    ------
+    RunError
+        From every member, since a finished stage uses none of them.
+    """
+
+    progress: bool | None = False
+
+    def __init__(self, url: str, stage: str, *, before: str) -> None:
+        self._message = f"stage {stage!r} of {url} is not finished; run it before {before!r}, or the whole job"
+
+    @property
+    def serial(self) -> bool:
+        """See `Runtime.serial`."""
+        raise RunError(self._message)
+
+    @property
+    def cpus(self) -> int:
+        """See `Runtime.cpus`."""
+        raise RunError(self._message)
+
+    @property
+    def gpus(self) -> int:
+        """See `Runtime.gpus`."""
+        raise RunError(self._message)
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        """See `Runtime.map`."""
+        del function, shared, title, num_gpus
+        if list(items):
+            raise RunError(self._message)
+        return iter(())
+
+    def put(self, value: Any) -> Any:
+        """See `Runtime.put`."""
+        del value
+        raise RunError(self._message)
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        """See `Runtime.submit`."""
+        del function, args, returns
+        raise RunError(self._message)
 
 
 def with_threads(threads: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -311,8 +364,16 @@ def _start_ray(settings: RunSettings) -> None:
         num_cpus=settings.cpus or cpu_count(),
         object_store_memory=object_store_bytes(settings),
         include_dashboard=False,
+        _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_SECONDS * 1000},
         **common,
     )
+
+
+def on_a_cluster(settings: RunSettings) -> bool:
+    """Return whether tasks will run on a Ray that is there already, whose machines are not known here."""
+    import ray
+
+    return not settings.serial and bool(settings.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
 
 
 def object_store_bytes(settings: RunSettings) -> int:

@@ -73,6 +73,24 @@ class HvgSettings(StageSettings):
     """Which genes are modelled (METHOD section 1.2)."""
 
     num_hvg: int = result(2000, "most variable genes kept", ge=1)
+    by: Literal["group", "batch", "none"] = result("group", "inside what variability is looked at; none: all cells")
+    keep: tuple[str, ...] = result((), "genes that are modelled whatever their variability, among the num_hvg")
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _each_once(cls, value: object) -> object:
+        value = None if value == "none" else value
+        names = value.split(",") if isinstance(value, str) else value or ()
+        if not isinstance(names, (list, tuple)):
+            return names
+        return tuple(sorted({str(name).strip() for name in names} - {""}))
+
+    @model_validator(mode="after")
+    def _room_for_kept(self) -> Self:
+        if len(self.keep) > self.num_hvg:
+            msg = f"keep names {len(self.keep)} genes, more than num_hvg ({self.num_hvg})"
+            raise ValueError(msg)
+        return self
 
 
 class PackSettings(StageSettings):
@@ -139,10 +157,13 @@ class TrainSettings(StageSettings):
     weight_decay: float = result(0.01, "of AdamW, on all parameters", ge=0)
     reset_every: int = result(30, "steps between resets of unused codes; 0: never", ge=0)
     reset_below: float = result(1.0, "codes used less than this multiple of 1/codes are re-initialised", ge=0)
+    precision: Literal["float32", "bf16"] = result("float32", "of the products after the codebooks; bf16 is for GPUs")
+    compile: bool = how(False, "torch.compile the layers; falls back, and says so, where that fails")
     workers: int = how(1, "data-parallel training workers", ge=1)
     threads: int = how(2, "threads of one training worker", ge=1)
     device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train")
     checkpoint_steps: int = how(200, "steps between checkpoints", ge=1)
+    checkpoint_minutes: float | None = how(10.0, "minutes between checkpoints, if sooner; none: by steps alone", gt=0)
     max_failures: int = how(3, "worker failures survived before giving up", ge=0)
 
     @field_validator("batch_size")
@@ -168,6 +189,8 @@ class MatchSettings(StageSettings):
     bandwidth: float = result(1.0, "kernel bandwidth where k > 1", gt=0)
     edges: Literal["needed", "all"] = result("needed", "own and control condition, or every pair of groups")
     query_rows: int = result(65_536, "query cells of one unit of work", ge=1)
+    search: Literal["exact", "approximate"] = result("exact", "approximate: only in the cells nearest to a query")
+    probes: int = result(12, "approximate: cells of a target group that a query looks into", ge=1)
 
 
 class EffectsSettings(StageSettings):
@@ -177,6 +200,8 @@ class EffectsSettings(StageSettings):
         ("denoised", "batch_effect", "ite"), "layers written to results.zarr"
     )
     chunk_genes: int = result(32, "genes of a chunk of a layer", ge=1)
+    dtype: Literal["float32", "float16"] = result("float32", "type of the layers' values")
+    keep_bits: int | None = result(None, "bits of the values' mantissa that are kept; none: all", ge=1, le=23)
 
     @field_validator("store", mode="before")
     @classmethod
@@ -190,7 +215,10 @@ class RunSettings(StageSettings):
     """How the job is run; nothing here bears on the result."""
 
     address: str | None = how(None, "Ray address; none: the cluster of the environment, else a local Ray")
-    cpus: int | None = how(None, "processors given to a local Ray; none: all of the container's", ge=1)
+    cpus: int | None = how(
+        None, "processors given to a local Ray, or that a cluster may grow to; none: all there are", ge=1
+    )
+    gpus: int | None = how(None, "GPUs that a cluster may grow to; none: those there are", ge=1)
     object_store_gb: float | None = how(None, "size of a local Ray's object store; none: chosen from the memory", gt=0)
     task_threads: int = how(1, "threads of one task outside training", ge=1)
     progress: bool | None = how(None, "progress bars; none: only on a terminal")

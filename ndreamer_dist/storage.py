@@ -9,6 +9,7 @@ array and chunk, never a wrong number.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ from typing import Any
 import fsspec
 import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.core.sync import sync
-from zarr.storage import FsspecStore, LocalStore
+from zarr.core.array import AsyncArray
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import FsspecStore, LocalStore, StorePath
 
+from ndreamer_dist.chunks import HttpStore, Position, Reads, count, read_chunks
 from ndreamer_dist.errors import StoreError
 
 COMPRESSORS = (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec())
@@ -85,11 +87,24 @@ class Storage:
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes; `StoreError` where there is none."""
-        try:
-            return bytes(self.filesystem.cat_file(self.path(name)))
-        except FileNotFoundError:
+        data = self.read_if_there(name)
+        if data is None:
             msg = f"{self.url}/{name} does not exist"
-            raise StoreError(msg) from None
+            raise StoreError(msg)
+        return data
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """Return a file's bytes; none where there is no such file."""
+        try:
+            data = bytes(self.filesystem.cat_file(self.path(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            data = None
+        count(Reads(requests=1, bytes=len(data or b"")))
+        return data
+
+    def node(self, name: str) -> dict[str, Any] | None:  # noqa: ARG002 - for those that know
+        """Return the metadata of an array or a group where it is known without a request; here it is not."""
+        return None
 
     def write_atomic(self, name: str, data: bytes) -> None:
         """Write a file so that a reader sees all of it or none.
@@ -129,24 +144,31 @@ class Storage:
         where = self / name if name else self
         if where.is_local:
             return LocalStore(where.root, read_only=read_only)
-        kind = _HttpStore if where.url.startswith("http") else FsspecStore
+        kind = HttpStore if where.url.startswith("http") else FsspecStore
         return kind.from_url(where.url, read_only=read_only)
 
 
-class _HttpStore(FsspecStore):
-    """A store behind a web server, which may ignore that only a part of a file is asked for and send all of it."""
+class ConsolidatedStorage(Storage):
+    """A finished zarr store, whose root holds the metadata of all below it: arrays open without a request."""
 
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return a file's bytes, or the range asked for."""
-        found = await super().get(key, prototype, byte_range)
-        if found is None or byte_range is None:
-            return found
-        if isinstance(byte_range, RangeByteRequest):
-            asked = byte_range.end - byte_range.start
-            return found if len(found) <= asked else found[byte_range.start : byte_range.end]
-        if isinstance(byte_range, SuffixByteRequest):
-            return found[-byte_range.suffix :] if len(found) > byte_range.suffix else found
-        return found
+    @cached_property
+    def root_metadata(self) -> dict[str, Any] | None:
+        """The root's `zarr.json`; none where there is none. `StoreError` where it cannot be read."""
+        found = self.read_if_there("zarr.json")
+        try:
+            return None if found is None else dict(json.loads(found))
+        except ValueError as error:
+            msg = f"{self.url}/zarr.json is damaged ({error})"
+            raise StoreError(msg) from error
+
+    @property
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """Metadata of every array and group, by path; empty where the root holds none."""
+        return ((self.root_metadata or {}).get("consolidated_metadata") or {}).get("metadata", {})
+
+    def node(self, name: str) -> dict[str, Any] | None:
+        """Return the metadata of an array or a group; none where there is no such."""
+        return self.nodes.get(name)
 
 
 def open_storage(address: str | os.PathLike[str] | Storage) -> Storage:
@@ -215,7 +237,11 @@ def write_part(storage: Storage, name: str, selection: Any, values: np.ndarray[A
 def open_array(storage: Storage, name: str, *, mode: str = "r") -> zarr.Array[Any]:
     """Open an array by its path; `StoreError` names it where it is missing or its metadata cannot be read."""
     try:
-        array = zarr.open_array(storage.store(name, read_only=mode == "r"), mode=mode)
+        store = storage.store(name, read_only=mode == "r")
+        known = storage.node(name) if mode == "r" else None
+        if known is not None:
+            return zarr.Array(AsyncArray(ArrayV3Metadata.from_dict(known), StorePath(store)))
+        array = zarr.open_array(store, mode=mode)
         # Empty chunks are stored, so that a missing one can be told from one full of zeros.
         return array.with_config({"write_empty_chunks": True})
     except Exception as error:
@@ -229,7 +255,7 @@ def shard_files(name: str, *positions: int) -> str:
 
 
 def read_array(storage: Storage, name: str, selection: Any = ...) -> np.ndarray[Any, Any]:
-    """Read a part of an array, or all of it.
+    """Read a part of an array, or all of it, from the chunks that hold it.
 
     Parameters
     ----------
@@ -242,14 +268,19 @@ def read_array(storage: Storage, name: str, selection: Any = ...) -> np.ndarray[
         A chunk is missing, truncated or fails its checksum: the message names store, array and chunk.
     """
     array = open_array(storage, name)
-    try:
-        values = np.asarray(array[selection])
-    except Exception as error:
-        raise _named_damage(storage, name, array, selection, error) from error
-    missing = _missing_shard(array, selection)
-    if missing is not None:
-        msg = f"{storage.url}: array '{name}', chunk {missing} is missing; run the same command again to repair it"
-        raise StoreError(msg)
+    spans = _spans(array, selection)
+    values = np.empty([span.stop - span.start for span in spans], dtype=array.dtype)
+
+    def place(position: Position, chunk: np.ndarray[Any, Any]) -> None:
+        cuts = [
+            (max(p * size, span.start), min((p + 1) * size, span.stop))
+            for p, size, span in zip(position, array.chunks, spans, strict=True)
+        ]
+        there = tuple(slice(a - span.start, b - span.start) for (a, b), span in zip(cuts, spans, strict=True))
+        here = tuple(slice(a - p * n, b - p * n) for (a, b), p, n in zip(cuts, position, array.chunks, strict=True))
+        values[there] = chunk[here]
+
+    read_chunks(array, f"{storage.url}: array '{name}'", _touched(spans, array.chunks), place)
     return values
 
 
@@ -260,42 +291,25 @@ def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwa
     open_array(storage, name, mode="r+")[...] = values
 
 
-def touched_shards(array: zarr.Array[Any], selection: Any) -> list[tuple[int, ...]]:
+def touched_shards(array: zarr.Array[Any], selection: Any) -> list[Position]:
     """Return the positions of the shards (chunks where there are none) that a selection by slices touches."""
-    unit = array.shards or array.chunks
-    slices = _as_slices(array, selection)
-    ranges = []
-    for part, size, length in zip(slices, unit, array.shape, strict=True):
-        start, stop, _ = part.indices(length)
-        ranges.append(range(start // size, -(-stop // size) if stop > start else start // size))
-    return list(itertools.product(*ranges))
+    return _touched(_spans(array, selection), array.shards or array.chunks)
 
 
-def _as_slices(array: zarr.Array[Any], selection: Any) -> list[slice]:
+def _touched(spans: Sequence[range], unit: Sequence[int]) -> list[Position]:
+    touched = (
+        range(span.start // size, -(-span.stop // size) if span.stop > span.start else span.start // size)
+        for span, size in zip(spans, unit, strict=True)
+    )
+    return list(itertools.product(*touched))
+
+
+def _spans(array: zarr.Array[Any], selection: Any) -> list[range]:
+    """Return the first place and the one after the last that a selection by slices means on each axis."""
     given = [] if selection is ... else list(selection if isinstance(selection, tuple) else (selection,))
-    given = [part if isinstance(part, slice) else slice(int(part), int(part) + 1) for part in given]
-    return given + [slice(None)] * (array.ndim - len(given))
-
-
-def _missing_shard(array: zarr.Array[Any], selection: Any) -> tuple[int, ...] | None:
-    store = array.store
-    for position in touched_shards(array, selection):
-        key = array.metadata.encode_chunk_key(position)
-        if not sync(store.exists(f"{array.path}/{key}".lstrip("/"))):
-            return position
-    return None
-
-
-def _named_damage(storage: Storage, name: str, array: zarr.Array[Any], selection: Any, error: Exception) -> StoreError:
-    """Find which chunk of a failed read is at fault by reading them one by one."""
-    for position in touched_shards(array, selection):
-        unit = array.shards or array.chunks
-        part = tuple(slice(p * u, (p + 1) * u) for p, u in zip(position, unit, strict=True))
-        try:
-            array[part]
-        except Exception as cause:  # noqa: BLE001 - whatever the codec says of this chunk is the finding
-            return StoreError(
-                f"{storage.url}: array '{name}', chunk {position} is damaged ({cause}); "
-                "delete it and run the same command again to repair it"
-            )
-    return StoreError(f"{storage.url}: array '{name}' cannot be read ({type(error).__name__}: {error})")
+    given += [slice(None)] * (array.ndim - len(given))
+    spans = [range(*part.indices(length)) for part, length in zip(given, array.shape, strict=True)]
+    if any(span.step != 1 for span in spans):
+        msg = f"a selection is slices without steps, found {selection!r}"
+        raise ValueError(msg)
+    return [range(span.start, max(span.start, span.stop)) for span in spans]

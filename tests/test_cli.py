@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import ndreamer_dist as nd
 from ndreamer_dist import cli, keys
 from tests.tiny import SETTINGS, run_words, tiny_cohort
 
@@ -86,6 +88,10 @@ def test_a_part_of_the_results_is_written_to_a_file(
         pytest.param(["get", "{run}", "--genes", "EFECT00001", "--out", "x.csv"], "Did you mean", id="gene"),
         pytest.param(["get", "{run}", "--cells", "cell_tpe == 1", "--out", "x.csv"], "the columns are", id="query"),
         pytest.param(["get", "{run}", "--out", "x.docx"], ".docx", id="suffix"),
+        pytest.param(["get", "{run}", "--layer", "effect", "--out", "x.csv"], "--condition NAME", id="no_condition"),
+        pytest.param(["get", "{run}", "--layer", "effect", "--condition", "treated", "--cells", "condition == 'control'",
+                      "--out", "x.csv"], "match {run} --edges 'treated'", id="no_edges"),
+        pytest.param(["all-genes", "{run}", "{run}/results.zarr", "--out", "{tmp}/all"], "'ndreamer_", id="no_cohort"),
         pytest.param(["info", "{tmp}/nothing"], "does not exist", id="no_run"),
         pytest.param(["run", "{tmp}/no.h5ad", "--out", "{tmp}/o", "--condition-key", "c", "--control", "a"],
                      "no.h5ad does not exist", id="no_input"),
@@ -106,7 +112,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(
     assert code == 2
     assert out == ""
     assert err.startswith("error: ")
-    assert message in err
+    assert message.format(run=finished) in err
     assert err.count("\n") == 1
     assert "Traceback" not in err
 
@@ -121,6 +127,36 @@ def test_settings_may_come_from_a_file(cohort: Path, tmp_path: Path, capsys: pyt
     )  # fmt: skip
     assert code == 0, err
     assert len(pd.read_csv(tmp_path / "run" / keys.METRICS)) == 9
+
+
+def test_more_edges_are_matched(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    assert spoken(["match", str(run), "--edges", "treated"], capsys)[:2] == (
+        0, f"added 9 pairs of groups to {run}/matches.zarr\n",
+    )  # fmt: skip
+    code, _, told = spoken(["match", str(run), "--edges", "treatd"], capsys)
+    assert code == 2
+    assert "Did you mean 'treated'" in told
+
+
+def test_effects_of_all_genes_are_written_and_read(
+    cohort: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    every, one = tmp_path / "all", tmp_path / "one.csv"
+    serial = ["--set", "run.serial=true", "--set", "run.progress=false"]
+    code, said, err = spoken(["all-genes", str(finished), str(cohort), "--out", str(every), *serial], capsys)
+    assert code == 0, err
+    assert said == f"wrote {every}: 900 cells x 200 genes; layers: ite\n"
+    stored = anndata.read_zarr(every / keys.RESULTS)
+    gene = stored.var_names[~stored.var["ndreamer_modelled"]][0]
+    names = ["--condition", "treated", "--genes", gene, "--cells", "condition == 'treated'"]
+    code, _, err = spoken(
+        ["get", str(finished), "--layer", "effect", "--cohort", str(cohort), *names, "--out", str(one)], capsys
+    )
+    assert code == 0, err
+    effect = pd.read_csv(one, index_col=0)[gene]
+    assert len(effect) == (stored.obs["condition"] == "treated").sum() > 100
+    np.testing.assert_allclose(stored[effect.index, gene].layers["ite"].ravel(), effect, rtol=1e-6)
 
 
 def test_a_cohort_is_simulated_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -138,7 +174,7 @@ def test_a_cohort_is_simulated_as_asked(tmp_path: Path, capsys: pytest.CaptureFi
 def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
     code, out, _ = spoken(["--help"], capsys)
     assert code == 0
-    assert all(name in out for name in ("run", "demo", "simulate", "info", "get"))
+    assert all(name in out for name in ("run", "match", "all-genes", "demo", "simulate", "info", "get"))
 
 
 def test_importing_the_package_loads_nothing_heavy_and_changes_nothing() -> None:
@@ -154,3 +190,25 @@ def test_importing_the_package_loads_nothing_heavy_and_changes_nothing() -> None
     import torch
 
     subprocess.run([sys.executable, "-c", script, str(torch.get_num_threads())], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_population_effects_are_written_as_a_table(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, suffix: str
+) -> None:
+    out = tmp_path / f"cate{suffix}"
+    words = ["cate", str(finished), "--by", "cell_type", "--out", str(out), "--min-cells", "3", "--genes"]
+    genes = list(nd.open_results(finished).var_names[:2])
+    code, said, _ = spoken([*words, ",".join(genes)], capsys)
+    assert code == 0
+    table = pd.read_csv(out) if suffix == ".csv" else pd.read_parquet(out)
+    assert set(table["gene"]) == set(genes)
+    assert f"{len(table)} rows" in said
+    code, _, said = spoken([*words[:-3], "--genes", "XXX"], capsys)
+    assert (code, said.count("\n")) == (2, 1)
+
+
+def test_a_table_goes_to_no_other_format(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, _, said = spoken(["cate", str(finished), "--by", "cell_type", "--out", str(tmp_path / "x.h5ad")], capsys)
+    assert code == 2
+    assert "there are '.csv', '.parquet'" in said

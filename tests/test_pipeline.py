@@ -165,6 +165,27 @@ def test_other_ways_of_working_are_not_other_settings(cohort: Path, run: Path) -
     assert arrays(run / keys.RESULTS).keys() == before.keys()
 
 
+def test_more_edges_are_matched_later_and_results_stay_as_they_are(cohort: Path, run: Path) -> None:
+    def times(store: str) -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in (run / store).rglob("*") if file.is_file()}
+
+    matches, results = times(keys.MATCHES), times(keys.RESULTS)
+    assert nd.add_matches(run, edges="treated") == 9  # from every donor's controls to every donor's treated cells
+    assert nd.add_matches(run, edges="all") == 0
+    assert {file: time for file, time in times(keys.MATCHES).items() if file in matches} == matches
+    assert len(times(keys.MATCHES)) == len(matches) + 2 * 9
+    again(cohort, run)
+    assert times(keys.RESULTS) == results
+
+
+def test_more_edges_are_refused_where_there_is_no_such_run(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run"):
+        nd.add_matches(tmp_path)
+    with pytest.raises(RunError, match="only settings that say how to work"):
+        nd.add_matches(run, settings={"match.neighbours": 2})
+    assert nd.add_matches(run, edges="control", settings={"run.task_threads": 2}) == 0
+
+
 def test_another_input_is_refused_and_started_over_on_request(run: Path, tmp_path: Path) -> None:
     other = tiny_cohort(tmp_path / "other", seed=2)
     with pytest.raises(RunError, match="holds a run of another input"):

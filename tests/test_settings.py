@@ -81,3 +81,13 @@ def test_every_setting_says_whether_it_bears_on_the_result() -> None:
 def test_an_assignment_needs_a_name_and_a_value(text: str) -> None:
     with pytest.raises(SettingsError, match="--set takes"):
         parse_assignments([text])
+
+
+def test_kept_genes_are_a_set_and_fit_among_the_modelled() -> None:
+    made = [Settings.build(overrides={"hvg.keep": keep}) for keep in ("IFI6, ISG15", ["ISG15", "IFI6", "IFI6"])]
+    assert made[0].hvg.keep == made[1].hvg.keep == ("IFI6", "ISG15")
+    assert Settings.build().hvg.keep == Settings.build(overrides={"hvg.keep": "none"}).hvg.keep == ()
+    with pytest.raises(SettingsError, match="keep names 3 genes, more than num_hvg"):
+        Settings.build(overrides={"hvg.keep": "a,b,c", "hvg.num_hvg": 2})
+    with pytest.raises(SettingsError, match=r"hvg\.by"):
+        Settings.build(overrides={"hvg.by": "donor"})

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import pickle
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ndreamer_dist import chunks
+from ndreamer_dist.chunks import counting, merged
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.storage import (
     Storage,
@@ -113,6 +120,15 @@ def test_a_missing_chunk_is_an_error_and_a_chunk_of_fill_values_is_not(tmp_path:
         read_array(storage, "x")
 
 
+def test_a_chunk_that_other_writers_left_out_is_its_fill_value(tmp_path: Path) -> None:
+    storage, values = open_storage(tmp_path), np.arange(64, dtype=np.float32).reshape(8, 8)
+    create_array(storage, "x", shape=(8, 8), dtype="f4", chunks=(2, 4), shards=(4, 8), fill_value=np.nan)
+    values[:2, :4] = np.nan
+    open_array(storage, "x", mode="r+").with_config({"write_empty_chunks": False})[...] = values
+    assert np.array_equal(read_array(storage, "x"), values, equal_nan=True)
+    assert np.array_equal(read_array(storage, "x", (slice(1, 3), slice(3))), values[1:3, :3], equal_nan=True)
+
+
 def test_a_truncated_chunk_is_named(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
     write_array(storage, "x", np.arange(1000.0))
@@ -125,3 +141,88 @@ def test_a_truncated_chunk_is_named(tmp_path: Path) -> None:
 def test_an_array_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="array 'nothing' cannot be opened"):
         read_array(open_storage(tmp_path), "nothing")
+
+
+# --- what a read costs -----------------------------------------------------------------------------------------------
+
+LAYOUTS = [((7, 5), (21, 15)), ((7, 5), (7, 45)), ((7, 5), None)]
+
+
+@functools.cache
+def made(layout: int) -> tuple[Storage, np.ndarray]:
+    """Return an array of one layout, kept for the session, and its values."""
+    chunk, shard = LAYOUTS[layout]
+    storage = open_storage(tempfile.mkdtemp())
+    values = np.random.default_rng(layout).normal(size=(50, 42)).astype(np.float32)
+    write_array(storage, "x", values, chunks=chunk, shards=shard)
+    return storage, values
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, len(LAYOUTS) - 1), st.tuples(*[st.integers(-60, 60) | st.none()] * 4))
+def test_any_slices_are_what_numpy_makes_of_them(layout: int, bounds: tuple) -> None:
+    storage, values = made(layout)
+    part = (slice(*bounds[:2]), slice(*bounds[2:]))
+    assert np.array_equal(read_array(storage, "x", part), values[part])
+
+
+def test_a_selection_with_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="without steps"):
+        read_array(made(0)[0], "x", slice(None, None, 2))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 99)), min_size=1, max_size=9), st.integers(0, 300))
+def test_ranges_are_joined_over_small_gaps_and_no_further(steps: list, spare: int) -> None:
+    spans, place = [], 0
+    for gap, length in steps:
+        spans.append((place + gap, place + gap + length))
+        place += gap + length
+    runs = merged(spans[::-1], spare)
+    wanted = {byte for span in spans for byte in range(*span)}
+    read = [byte for run in runs for byte in range(*run)]
+    assert len(read) == len(set(read))
+    assert wanted <= set(read)
+    assert len(read) - len(wanted) <= spare
+    gaps = sorted(later[0] - earlier[1] for earlier, later in itertools.pairwise(spans))
+    assert len(spans) - len(runs) == sum(np.cumsum(gaps) <= spare)
+
+
+def test_ranges_that_touch_are_one_request() -> None:
+    assert merged([(5, 9), (0, 5), (9, 20)], 0) == [(0, 20)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "requests"),
+    [
+        pytest.param(slice(0, 16), 2, id="one_chunk_and_the_index"),
+        pytest.param(slice(10, 50), 2, id="neighbours_in_one_request"),
+        pytest.param(slice(0, 80), 1, id="a_whole_shard_in_one"),
+    ],
+)
+def test_a_read_costs_the_chunks_it_touches_and_the_index(storage: Storage, columns: slice, requests: int) -> None:
+    values = np.random.default_rng(0).normal(size=(96, 80)).astype(np.float32)
+    write_array(storage, "x", values, chunks=(32, 16), shards=(32, 80))
+    with counting() as reads:
+        assert np.array_equal(read_array(storage, "x", (slice(40, 50), columns)), values[40:50, columns])
+    shard = storage.read(shard_files("x", 1, 0))
+    lengths = np.frombuffer(shard[-84:-4], dtype="<u8").reshape(5, 2)[:, 1]
+    touched = int(lengths[columns.start // 16 : -(-columns.stop // 16)].sum()) + 84
+    assert (reads.requests, reads.bytes, reads.touched) == (requests, touched, touched)
+    assert reads.chunks == -(-columns.stop // 16) - columns.start // 16
+
+
+def test_shards_are_read_side_by_side_only_as_far_as_memory_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, values = made(0)
+    monkeypatch.setattr(chunks, "DECODED_BYTES", 1)
+    assert np.array_equal(read_array(storage, "x"), values)
+
+
+def test_counts_are_of_the_block_they_stand_in(storage: Storage) -> None:
+    storage.write_atomic("a", b"12345")
+    with counting() as outer:
+        storage.read("a")
+        with counting() as inner:
+            storage.read("a")
+    storage.read("a")
+    assert (inner.requests, inner.bytes, outer.requests, outer.bytes) == (1, 5, 2, 10)

@@ -2,7 +2,7 @@
 
 A source comes in; the design and the tables of cells, dropped cells and genes go out, below `DIR/cohort`. The matrix is
 passed over once (twice with `min_cells`); the genes are those that scanpy's `seurat` flavour selects in memory with
-`batch_key=group`, computed here from sums per group and gene.
+`batch_key=group` (`hvg.by`: with the batch, or with none), computed here from sums per group and gene.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from ndreamer_dist.cohort.packed import table_bytes
 from ndreamer_dist.cohort.scan import Recipe, Scan, Values, decide_values, frame_of_cells, scan
 from ndreamer_dist.cohort.source import MemoryMatrix, Source
 from ndreamer_dist.cohort.transpose import rows_first
-from ndreamer_dist.errors import CohortError
+from ndreamer_dist.errors import CohortError, listing, suggest
 from ndreamer_dist.rundir import RunDirectory, Shard
 from ndreamer_dist.runtime import Runtime
-from ndreamer_dist.settings import CohortSettings, Settings
+from ndreamer_dist.settings import CohortSettings, HvgSettings, Settings
 
 logger = logging.getLogger(__name__)
 
 BINS = 20
 """Bins of mean expression in which dispersions are compared."""
+LEAST_MEAN = 1e-12
+"""Mean of a gene that no cell expresses, as in scanpy."""
 NO_COUNTS = "no counts"
 FILES = (keys.DESIGN_JSON, keys.GENES_TABLE, keys.CELLS_TABLE, keys.DROPPED, keys.COHORT_SUMMARY)
 
@@ -46,14 +48,15 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
         return Design.from_json(run.read_json(keys.DESIGN_JSON))
     cohort = settings.cohort
     check_cohort(source, cohort)
+    kept_genes = check_genes(source, settings.hvg)
     values, integers = decide_values(source, cohort.normalise)
     run.unmark(keys.STAGE_COHORT)
     pairs = pair_codes(source.obs, str(cohort.condition_key), cohort.batch_key)
-    found, genes_left = _scanned(run, source, cohort, runtime, key, pairs, values, integers)
+    found, genes_left = _scanned(run, source, cohort, runtime, key, pairs, values, integers, kept_genes)
     keep, dropped_for = _kept_cells(found, cohort)
     design, groups, reasons = build_design(source.obs, keep=keep, **_design_arguments(cohort))
     reasons = np.where(dropped_for != "", dropped_for, reasons)
-    genes = _selected(source, found, groups, pairs, genes_left, settings.hvg.num_hvg)
+    genes = _selected(source, found, design, groups, pairs, genes_left, kept_genes, settings.hvg)
     notes = _report(source, cohort, design, keep, reasons)
     summary = _summary(cohort, values, design, reasons, genes, notes)
     _write(run, source, design, groups, found, genes, reasons, summary)
@@ -66,8 +69,25 @@ def check_cohort(source: Source, cohort: CohortSettings) -> Design:
     return build_design(source.obs, **_design_arguments(cohort))[0]
 
 
+def check_genes(source: Source, hvg: HvgSettings) -> np.ndarray:
+    """Return which input genes are always modelled, (genes,) bool; `CohortError` names those that are not there."""
+    absent = [name for name in hvg.keep if name not in source.gene_names]
+    if absent:
+        near = suggest(absent[0], source.gene_names)
+        msg = f"hvg.keep names {listing(absent)}, not among the {source.n_genes} genes of the cohort.{near}"
+        raise CohortError(msg)
+    return np.asarray(source.gene_names.isin(hvg.keep))
+
+
 def seurat_hvg(
-    sums: Iterable[np.ndarray], squares: Iterable[np.ndarray], cells: np.ndarray, names: np.ndarray, num_hvg: int
+    sums: Iterable[np.ndarray],
+    squares: Iterable[np.ndarray],
+    cells: np.ndarray,
+    names: np.ndarray,
+    num_hvg: int,
+    *,
+    keep: np.ndarray | None = None,
+    unexpressed: bool = False,
 ) -> pd.DataFrame:
     """Select the most variable genes as scanpy's `seurat` flavour does with `batch_key=group` (METHOD section 1.2).
 
@@ -81,6 +101,11 @@ def seurat_hvg(
         (genes,) gene names; they break ties, as in scanpy.
     num_hvg
         How many genes to select; all, where there are no more.
+    keep
+        (genes,) bool, genes that are selected before any other; they count toward `num_hvg`.
+    unexpressed
+        Whether genes that no cell of a group expresses stand with the others in the bins, as in scanpy without a
+        `batch_key`. There scanpy takes every gene that ties with the last; here the names decide.
 
     Returns
     -------
@@ -90,13 +115,14 @@ def seurat_hvg(
     averages = {name: _Average(len(names)) for name in ("mean", "dispersion", "norm")}
     times = np.zeros(len(names), dtype=np.int64)
     for group_sums, group_squares, group_cells in zip(sums, squares, cells, strict=True):
-        statistics, variable = _group_statistics(group_sums, group_squares, int(group_cells), num_hvg)
+        statistics, variable = _group_statistics(group_sums, group_squares, int(group_cells), num_hvg, unexpressed)
         times += variable
         for name, average in averages.items():
             average.add(statistics[name])
     norm = averages["norm"].value()
     by_name = np.argsort(np.argsort(names, kind="stable"), kind="stable")
-    order = np.lexsort((by_name, np.where(np.isnan(norm), np.inf, -norm), -times))
+    first = np.zeros(len(names), dtype=bool) if keep is None else keep
+    order = np.lexsort((by_name, np.where(np.isnan(norm), np.inf, -norm), -times, ~first))
     selected = np.zeros(len(names), dtype=bool)
     selected[order[:num_hvg]] = True
     return pd.DataFrame(
@@ -128,14 +154,15 @@ class _Average:
 
 
 def _group_statistics(
-    sums: np.ndarray, squares: np.ndarray, cells: int, num_hvg: int
+    sums: np.ndarray, squares: np.ndarray, cells: int, num_hvg: int, unexpressed: bool
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return one group's log mean, log dispersion and normalised dispersion, and its most variable genes: (genes,)."""
-    expressed = sums > 0
+    expressed = (sums > 0) | unexpressed
     mean = sums[expressed] / cells
     variance = squares[expressed] / cells - mean**2
     if cells > 1:
         variance = variance * (cells / (cells - 1))
+    mean[mean == 0] = LEAST_MEAN
     with np.errstate(invalid="ignore", divide="ignore"):
         dispersion = variance / mean
         dispersion[dispersion == 0] = np.nan
@@ -191,12 +218,13 @@ def _scanned(
     pairs: np.ndarray,
     values: Values,
     integers: bool,
+    kept_genes: np.ndarray,
 ) -> tuple[Scan, np.ndarray]:
     """Pass over the matrix, twice where genes are filtered first; return the sums and the genes left."""
     matrix = task_matrix(run, source, runtime, key)
     recipe = Recipe(values, None, cohort.min_genes, cohort.chunk_rows)
     found = scan(source, matrix, pairs, recipe, runtime, integers=integers, title="cohort: values")
-    left = found.expressed >= cohort.min_cells
+    left = (found.expressed >= cohort.min_cells) | kept_genes
     if left.all():
         return found, left
     if not left.any():
@@ -223,22 +251,41 @@ def _kept_cells(found: Scan, cohort: CohortSettings) -> tuple[np.ndarray, np.nda
 
 
 def _selected(
-    source: Source, found: Scan, groups: np.ndarray, pairs: np.ndarray, left: np.ndarray, num_hvg: int
+    source: Source,
+    found: Scan,
+    design: Design,
+    groups: np.ndarray,
+    pairs: np.ndarray,
+    left: np.ndarray,
+    keep: np.ndarray,
+    hvg: HvgSettings,
 ) -> pd.DataFrame:
     """Return the table of all input genes, in input order, with those selected among the genes left."""
-    kept, first = np.unique(groups, return_index=True)
-    kept, first = kept[kept >= 0], first[kept >= 0]
-    rows, cells = pairs[first], np.bincount(groups[groups >= 0])
+    rows = _rows_looked_at(design, groups, pairs, hvg)
+    sizes = np.array([group.cells for group in design.groups])
+    cells = np.array([sizes[members].sum() for members, _ in rows])
     names = source.gene_names.to_numpy(dtype=object)
     # Columns are cut group by group: these tables are the largest thing that the driver holds here.
-    sums, squares = (found.sums[row][left] for row in rows), (found.squares[row][left] for row in rows)
-    table = seurat_hvg(sums, squares, cells, names[left], num_hvg)
+    sums = (found.sums[row].sum(axis=0)[left] for _, row in rows)
+    squares = (found.squares[row].sum(axis=0)[left] for _, row in rows)
+    table = seurat_hvg(sums, squares, cells, names[left], hvg.num_hvg, keep=keep[left], unexpressed=hvg.by == "none")
     full = table.set_index(np.flatnonzero(left)).reindex(np.arange(len(names)))
     full["name"] = names
     full["selected"] = full["selected"].eq(True)  # a gene filtered out holds NaN here
     full["n_groups_variable"] = full["n_groups_variable"].fillna(0).astype(np.int32)
     full["cells"] = found.expressed
     return full
+
+
+def _rows_looked_at(
+    design: Design, groups: np.ndarray, pairs: np.ndarray, hvg: HvgSettings
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the sets of cells inside which variability is looked at: codes of their groups, and rows of their sums."""
+    kept, first = np.unique(groups, return_index=True)
+    rows = pairs[first[kept >= 0]]
+    batches = np.array([group.batch for group in design.groups])
+    labels = {"group": np.arange(len(batches)), "batch": batches, "none": np.zeros(len(batches), np.int64)}[hvg.by]
+    return [(members, rows[members]) for members in (np.flatnonzero(labels == label) for label in np.unique(labels))]
 
 
 def _report(source: Source, cohort: CohortSettings, design: Design, keep: np.ndarray, reasons: np.ndarray) -> list[str]:

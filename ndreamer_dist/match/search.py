@@ -1,24 +1,28 @@
-"""Exact nearest neighbours, and the stage that finds every needed one (METHOD section 6).
+"""The stage that finds every needed nearest neighbour, and the reader of what it wrote (METHOD section 6).
 
 In: the embedding's PCA coordinates and the design's edges (query group, target group). Out: matches.zarr, which all
-effects and statistics read. float32 search proposes, float64 distances of the original coordinates decide, the smaller
-row wins ties, and a bound on float32's rounding certifies that no better target was overlooked; where it cannot (near
-copies are ordinary here, as cells with the same codes have the same embedding), every target within the bound is
-looked at. So neither tiles nor threads nor devices change the answer.
+effects and statistics read, and match/summary.json, which says how the search went. Search is exact by default, by
+`exact` or, on a GPU, by `flat`: the same bits. Approximate search is asked for by name and measures its own recall.
+Edges can be added to a finished run; nothing that is there is searched again or changed.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.errors import StoreError
-from ndreamer_dist.match.index import QUERY_TILE, centred, has_gpu, propose
+from ndreamer_dist.errors import RunError, StoreError
+from ndreamer_dist.match import flat
+from ndreamer_dist.match.exact import Neighbours, nearest
+from ndreamer_dist.match.index import build_index
 from ndreamer_dist.rundir import RunDirectory, Shard
 from ndreamer_dist.runtime import Runtime
 from ndreamer_dist.settings import Settings
@@ -26,166 +30,21 @@ from ndreamer_dist.storage import Storage, ensure_array, read_array, shard_files
 
 logger = logging.getLogger(__name__)
 
-SPARE = 8
-"""Candidates proposed beyond the k asked for."""
-PAIRS = 16_384
-"""Query-target pairs whose exact distances are computed at once."""
-WIDE_QUERIES, WIDE_TARGETS = 256, 16_384
-"""Tile of the distance matrix in which uncertified queries look at all targets."""
-UNIT_DISTANCES = 4_000_000_000
-"""Distances of one unit of work, some tens of seconds; a single edge tile may have more."""
+Pairs = Sequence[tuple[int, int]]
+"""Edges: (query group, target group)."""
 
-
-def nearest(
-    queries: np.ndarray, targets: np.ndarray, k: int, *, exclude: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the k nearest targets of every query, exactly (METHOD section 6).
-
-    Parameters
-    ----------
-    queries, targets
-        (q, d) and (t, d) float32 coordinates.
-    exclude
-        (q,) target row that is no candidate for a query, or -1: the cell itself in its own group.
-
-    Returns
-    -------
-    rows, distances
-        (q, k) int64 and (q, k) float32, nearest first, ties by smaller row; -1 and NaN where there are fewer targets.
-    widened
-        Number of queries whose first candidates could not be certified.
-    """
-    skipped = np.full(len(queries), -1, dtype=np.int64) if exclude is None else np.asarray(exclude, dtype=np.int64)
-    rows, squared = _nothing_found(len(queries), k)
-    if not len(queries) or not len(targets):
-        return rows, _distances(squared), 0
-    centre = targets.mean(axis=0, dtype=np.float64)
-    final = np.zeros(len(queries), dtype=bool)
-    for start in range(0, len(queries), QUERY_TILE):
-        tile = slice(start, start + QUERY_TILE)
-        rows[tile], squared[tile], final[tile] = _first_pass(queries[tile], targets, centre, k, skipped[tile])
-    pending = np.flatnonzero(~final)
-    if len(pending):
-        limits = certain_limit(squared[pending, k - 1], queries[pending], centre)
-        found = _all_within(queries[pending], targets, centre, k, skipped[pending], limits)
-        rows[pending], squared[pending] = found
-    return rows, _distances(squared), len(pending)
-
-
-def certain_limit(kth: np.ndarray, queries: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Return the float32 squared distance beyond which no target can be among a query's k nearest.
-
-    A target at most as far as the k-th candidate, e, has a centred norm of at most |q| + e, so float32 puts its
-    squared distance at most (d + 16) 2^-24 (2 |q| + e)^2 too high: d roundings in each of the three sums, a few in
-    adding them, two in centring. The constant at the end is for underflow.
-
-    Parameters
-    ----------
-    kth
-        (q,) exact squared distance of the k-th candidate; infinite where there is none.
-    """
-    dimensions = queries.shape[1]
-    norms = np.sqrt(((queries.astype(np.float64) - centre) ** 2).sum(axis=1))
-    error = (dimensions + 16) * 2.0**-24 * (2 * norms + np.sqrt(kth)) ** 2
-    return kth + error + dimensions * 2.0**-140
-
-
-def exact_squared(queries: np.ndarray, targets: np.ndarray, query: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Return float64 squared distances of pairs (query, row): (pairs,).
-
-    Each is a sum along its own contiguous row of coordinates, so its bits depend on the pair alone.
-    """
-    squared = np.empty(len(query))
-    for start in range(0, len(query), PAIRS):
-        part = slice(start, start + PAIRS)
-        difference = queries[query[part]].astype(np.float64) - targets[row[part]]
-        difference *= difference
-        squared[part] = difference.sum(axis=1)
-    return squared
-
-
-def _first_pass(
-    queries: np.ndarray, targets: np.ndarray, centre: np.ndarray, k: int, skipped: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the best of the proposed candidates, and for which queries they are certainly the best of all."""
-    count = min(len(targets), k + 1 + SPARE)
-    candidates, approximate = propose(queries, targets, centre, count)
-    query, place = np.nonzero((candidates >= 0) & (candidates != skipped[:, None]))
-    row = candidates[query, place]
-    exact = exact_squared(queries, targets, query, row)
-    rows, squared = _k_best(len(queries), k, query, row, exact)
-    last = approximate[:, -1].astype(np.float64)
-    final = np.isfinite(last) & (last > certain_limit(squared[:, k - 1], queries, centre))
-    # Where FAISS met an infinity it hands out no row at all, so that even a full list proves nothing.
-    final |= (count == len(targets)) & (candidates >= 0).all(axis=1)
-    return rows, squared, final
-
-
-def _all_within(
-    queries: np.ndarray, targets: np.ndarray, centre: np.ndarray, k: int, skipped: np.ndarray, limits: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best of all targets whose float32 squared distance is within each query's limit."""
-    rows, squared = _nothing_found(len(queries), k)
-    ceilings = np.nextafter(limits.astype(np.float32), np.float32(np.inf))
-    for first in range(0, len(targets), WIDE_TARGETS):
-        block = centred(targets[first : first + WIDE_TARGETS], centre)
-        for start in range(0, len(queries), WIDE_QUERIES):
-            tile = slice(start, start + WIDE_QUERIES)
-            far = _float32_squared(centred(queries[tile], centre), block) > ceilings[tile, None]
-            query, row = np.nonzero(~far)  # a NaN, from overflow, is no proof of distance
-            row += first
-            kept = row != skipped[tile][query]
-            query, row = query[kept], row[kept]
-            exact = exact_squared(queries[tile], targets, query, row)
-            rows[tile], squared[tile] = _merged(rows[tile], squared[tile], query, row, exact)
-    return rows, squared
-
-
-def _float32_squared(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):
-        squared = np.matmul(queries * np.float32(-2), block.T)
-        squared += np.einsum("td,td->t", block, block)
-        squared += np.einsum("qd,qd->q", queries, queries)[:, None]
-    return squared
-
-
-def _nothing_found(count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.full((count, k), -1, dtype=np.int64), np.full((count, k), np.inf)
-
-
-def _k_best(count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each query's k smallest pairs, by distance and then by row: (count, k) rows and squared distances."""
-    rows, squared = _nothing_found(count, k)
-    order = np.lexsort((row, exact, query))
-    query = query[order]
-    rank = np.arange(len(query)) - np.searchsorted(query, query)
-    kept = rank < k
-    rows[query[kept], rank[kept]] = row[order[kept]]
-    squared[query[kept], rank[kept]] = exact[order[kept]]
-    return rows, squared
-
-
-def _merged(
-    rows: np.ndarray, squared: np.ndarray, query: np.ndarray, row: np.ndarray, exact: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k best of what was found and of further pairs."""
-    if not len(query):
-        return rows, squared
-    old, place = np.nonzero(rows >= 0)
-    return _k_best(
-        rows.shape[0],
-        rows.shape[1],
-        np.concatenate([old, query]),
-        np.concatenate([rows[old, place], row]),
-        np.concatenate([squared[old, place], exact]),
-    )
-
-
-def _distances(squared: np.ndarray) -> np.ndarray:
-    return np.where(np.isinf(squared), np.nan, np.sqrt(squared)).astype(np.float32)
-
-
-# --- the stage -------------------------------------------------------------------------------------------------------
+UNIT_DISTANCES = 20_000_000_000
+"""Query-target pairs of one unit of work at most, some tens of seconds; a single edge tile may have more."""
+LEAST_DISTANCES = 200_000_000
+"""Query-target pairs up to which a unit is not cut for balance; some tenths of a second."""
+EDGE_DISTANCES = 2_000_000
+"""What an edge costs besides its distances, in distances: files to write."""
+BATCH_QUERIES = 65_536
+"""Queries of a target group that are searched together."""
+RECALL_EVERY = 64
+"""Approximate search: every so many queries of an edge tile are searched exactly too."""
+RECALL_ASKED = 0.995
+"""Approximate search: a recall below this is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +58,8 @@ class EdgeTile:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task does: edge tiles that share a target group."""
+    """What one task does: edge tiles, those of a target group next to each other."""
 
-    target: int
     shards: tuple[Shard, ...]
     distances: int
 
@@ -235,27 +93,169 @@ class Matches:
 
 
 def run_match(run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str) -> None:
-    """Find the nearest neighbours along every needed edge and write matches.zarr (METHOD section 6).
+    """Find the nearest neighbours along every edge and write matches.zarr (METHOD section 6).
 
     Raises
     ------
     StoreError
         The embedding is missing, damaged or not finite.
     """
-    shards = list(_shards(settings, design))
+    shards = edge_shards(settings, design, design.needed_edges(settings.match.edges))
     todo = run.pending(keys.STAGE_MATCH, key, shards)
-    if not todo:
-        return
-    if len(todo) == len(shards):
+    if todo and len(todo) == len(shards):
         run.unmark(keys.STAGE_MATCH)
         run.storage.delete(keys.MATCHES)
-    _make_arrays(run.storage / keys.MATCHES, settings, design)
-    gpus = 1.0 if runtime.gpus and has_gpu() else 0.0
-    done = runtime.map(
-        _search_unit, _units(todo, settings, design), run, settings, design, key, title="match", num_gpus=gpus
+    found = _search(run, settings, design, runtime, key, todo)
+    if todo or _summary_key(run) != key:
+        write_summary(run, settings, design, key, found)
+
+
+def add_edges(run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str, edges: str) -> int:
+    """Search more edges of a finished run and add them to its matches.zarr; results.zarr does not change.
+
+    Parameters
+    ----------
+    key
+        The run's key of the match stage.
+    edges
+        `all`, or the name of a condition: from every group to the groups of that condition.
+
+    Returns
+    -------
+    added
+        Number of edges searched now; those that were there are left as they are.
+
+    Raises
+    ------
+    QueryError
+        There is no such condition.
+    RunError
+        The run has not got as far as its own matches.
+    """
+    pairs = asked_edges(design, edges)
+    needed = edge_shards(settings, design, design.needed_edges("needed"))
+    if run.pending(keys.STAGE_MATCH, key, needed):
+        msg = f"{run.url} has not finished matching; give its `run` command again first"
+        raise RunError(msg)
+    todo = run.pending(keys.STAGE_MATCH, key, edge_shards(settings, design, pairs))
+    _search(run, settings, design, runtime, key, todo)
+    return len({(shard.task.query, shard.task.target) for shard in todo})
+
+
+def asked_edges(design: Design, edges: str) -> Pairs:
+    """Return the edges behind a word: `needed`, `all`, or a condition's name, which means all edges to its groups."""
+    if edges == "needed":
+        return design.needed_edges("needed")
+    pairs = design.needed_edges("all")
+    if edges == "all":
+        return pairs
+    condition = design.condition_code(edges)
+    return [(query, target) for query, target in pairs if design.groups[target].condition == condition]
+
+
+# --- how the search went ---------------------------------------------------------------------------------------------
+
+
+def write_summary(
+    run: RunDirectory, settings: Settings, design: Design, key: str, found: Mapping[str, Mapping[str, int]]
+) -> dict[str, Any]:
+    """Write match/summary.json, which covers the needed edges, and return what it holds.
+
+    Parameters
+    ----------
+    found
+        Counts of the edge tiles searched just now, by shard; those of the others are in their markers.
+    """
+    shards = edge_shards(settings, design, design.needed_edges("needed"))
+    counts = [found.get(shard.name) or run.facts(keys.STAGE_MATCH, shard) for shard in shards]
+    total = {name: sum(count[name] for count in counts) for name in ("queries", "widened", "sampled", "recalled")}
+    recall = total["recalled"] / total["sampled"] if total["sampled"] else 1.0
+    summary = {
+        "key": key,
+        "search": settings.match.search,
+        "searches": total["queries"],
+        "widened": total["widened"],
+        "widened_share": total["widened"] / max(total["queries"], 1),
+        "recall_sample": total["sampled"],
+        "recall": recall,
+    }
+    run.write_json(keys.MATCH_SUMMARY, summary)
+    _report(summary, settings)
+    return summary
+
+
+def match_facts(run: RunDirectory) -> dict[str, Any]:
+    """Return what the results should say of the search: which it was, and its recall.
+
+    These depend on data and settings alone. How many queries had to widen depends on how the work was cut, too.
+    """
+    summary = run.read_json(keys.MATCH_SUMMARY)
+    return {f"match_{name}": summary[name] for name in ("search", "recall", "recall_sample")}
+
+
+def _report(summary: Mapping[str, Any], settings: Settings) -> None:
+    logger.info(
+        "match: %d of %d searches had to look beyond their first candidates", summary["widened"], summary["searches"]
     )
-    widened, queries = (sum(numbers) for numbers in zip(*done, strict=True))
-    logger.info("match: %d of %d searches had to look beyond their first candidates", widened, queries)
+    if settings.match.search == "approximate":
+        level = logging.WARNING if summary["recall"] < RECALL_ASKED else logging.INFO
+        more = f"; more probes (match.probes, {settings.match.probes} now) find more" if level > logging.INFO else ""
+        logger.log(
+            level, "match: approximate, recall %.4f on %d neighbours%s",
+            summary["recall"], summary["recall_sample"], more,
+        )  # fmt: skip
+
+
+def _summary_key(run: RunDirectory) -> str | None:
+    return run.read_json(keys.MATCH_SUMMARY)["key"] if run.storage.exists(keys.MATCH_SUMMARY) else None
+
+
+# --- the work and its cuts -------------------------------------------------------------------------------------------
+
+
+def edge_shards(settings: Settings, design: Design, pairs: Pairs) -> list[Shard]:
+    """Return the edge tiles of some edges."""
+    shards = []
+    for query, target in pairs:
+        for tile in range(-(-design.groups[query].cells // settings.match.query_rows)):
+            files = tuple(
+                f"{keys.MATCHES}/{shard_files(f'{keys.block_name(query)}/{name}', tile, target, 0)}"
+                for name in (keys.MATCH_ROW, keys.MATCH_DISTANCE)
+            )
+            shards.append(Shard(f"{query:05d}-{tile:05d}-{target:05d}", files, EdgeTile(query, tile, target)))
+    return shards
+
+
+def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: int) -> list[Unit]:
+    """Gather edge tiles into units of bounded work, a few per worker, the largest first.
+
+    Tiles of one target group stay together, so that its index is made once or a few times; tiny edges share a unit.
+    """
+    ordered = sorted(todo, key=lambda shard: (shard.task.target, shard.task.query, shard.task.tile))
+    costs = [_cost(shard.task, settings, design) for shard in ordered]
+    limit = min(UNIT_DISTANCES, max(LEAST_DISTANCES, sum(costs) // (4 * workers)))
+    made: list[Unit] = []
+    gathered: list[Shard] = []
+    total = 0
+    for shard, cost in zip(ordered, costs, strict=True):
+        if gathered and total + cost > limit:
+            made.append(Unit(tuple(gathered), total))
+            gathered, total = [], 0
+        gathered.append(shard)
+        total += cost
+    made.append(Unit(tuple(gathered), total))
+    return sorted(made, key=lambda unit: -unit.distances)
+
+
+def _cost(edge: EdgeTile, settings: Settings, design: Design) -> int:
+    start, stop = _tile_range(edge, settings, design)
+    return (stop - start) * design.groups[edge.target].cells + EDGE_DISTANCES
+
+
+def _tile_range(edge: EdgeTile, settings: Settings, design: Design) -> tuple[int, int]:
+    """Return the rows of a tile, counted from the start of its group."""
+    start = edge.tile * settings.match.query_rows
+    return start, min(start + settings.match.query_rows, design.groups[edge.query].cells)
 
 
 def _make_arrays(storage: Storage, settings: Settings, design: Design) -> None:
@@ -275,72 +275,142 @@ def row_dtype(cells: int) -> str:
     return "int32" if cells <= np.iinfo(np.int32).max else "int64"
 
 
-def _shards(settings: Settings, design: Design) -> Iterator[Shard]:
-    for query, target in design.needed_edges(settings.match.edges):
-        for tile in range(-(-design.groups[query].cells // settings.match.query_rows)):
-            files = tuple(
-                f"{keys.MATCHES}/{shard_files(f'{keys.block_name(query)}/{name}', tile, target, 0)}"
-                for name in (keys.MATCH_ROW, keys.MATCH_DISTANCE)
-            )
-            yield Shard(f"{query:05d}-{tile:05d}-{target:05d}", files, EdgeTile(query, tile, target))
+# --- searching -------------------------------------------------------------------------------------------------------
 
 
-def _units(todo: Sequence[Shard], settings: Settings, design: Design) -> list[Unit]:
-    """Gather the edge tiles of each target group into units of bounded work, the largest first."""
-    units: list[Unit] = []
-    for target in sorted({shard.task.target for shard in todo}):
-        gathered: list[Shard] = []
-        total = 0
-        for shard in (shard for shard in todo if shard.task.target == target):
-            start, stop = _tile_range(shard.task, settings, design)
-            distances = (stop - start) * design.groups[target].cells
-            if gathered and total + distances > UNIT_DISTANCES:
-                units.append(Unit(target, tuple(gathered), total))
-                gathered, total = [], 0
-            gathered.append(shard)
-            total += distances
-        units.append(Unit(target, tuple(gathered), total))
-    return sorted(units, key=lambda unit: (-unit.distances, unit.target))
+def _search(
+    run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str, todo: Sequence[Shard]
+) -> dict[str, dict[str, int]]:
+    """Search edge tiles and return their counts, by shard."""
+    if not todo:
+        return {}
+    _make_arrays(run.storage / keys.MATCHES, settings, design)
+    points = coordinates(run)
+    gpus = 1.0 if settings.match.search == "exact" and runtime.gpus and flat.has_gpu() else 0.0
+    parts = units(todo, settings, design, workers=runtime.gpus if gpus else runtime.cpus)
+    counts: dict[str, dict[str, int]] = {}
+    for found in runtime.map(search_unit, parts, run, settings, design, key, points, title="match", num_gpus=gpus):
+        counts |= found
+    return counts
 
 
-def _tile_range(edge: EdgeTile, settings: Settings, design: Design) -> tuple[int, int]:
-    """Return the rows of a tile, counted from the start of its group."""
-    start = edge.tile * settings.match.query_rows
-    return start, min(start + settings.match.query_rows, design.groups[edge.query].cells)
+def coordinates(run: RunDirectory) -> np.ndarray:
+    """Return the PCA coordinates of all cells: (cells, d) float32, in packed order.
 
-
-def _search_unit(unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str) -> tuple[int, int]:
-    """Search a unit's edge tiles; return how many queries were widened, and how many there were."""
-    group = design.groups[unit.target]
-    targets = _coordinates(run, group.start, group.stop)
-    widened = queries = 0
-    for shard in unit.shards:
-        start, stop = _tile_range(shard.task, settings, design)
-        widened += _search_edge(shard.task, start, stop, targets, run, settings, design)
-        queries += stop - start
-        run.mark(keys.STAGE_MATCH, key, shard)
-    return widened, queries
-
-
-def _search_edge(
-    edge: EdgeTile, start: int, stop: int, targets: np.ndarray, run: RunDirectory, settings: Settings, design: Design
-) -> int:
-    query, target = design.groups[edge.query], design.groups[edge.target]
-    points = _coordinates(run, query.start + start, query.start + stop)
-    itself = np.arange(start, stop) if edge.query == edge.target else None
-    rows, distances, widened = nearest(points, targets, settings.match.neighbours, exclude=itself)
-    packed = np.where(rows < 0, -1, rows + target.start)
-    storage, name = run.storage / keys.MATCHES, keys.block_name(edge.query)
-    part = (slice(start, stop), slice(edge.target, edge.target + 1), slice(None))
-    write_part(storage, f"{name}/{keys.MATCH_ROW}", part, packed[:, None, :])
-    write_part(storage, f"{name}/{keys.MATCH_DISTANCE}", part, distances[:, None, :])
-    return widened
-
-
-def _coordinates(run: RunDirectory, start: int, stop: int) -> np.ndarray:
-    points = read_array(run.storage / keys.EMBEDDING, keys.PCA, slice(start, stop))
-    if not np.isfinite(points).all():
-        row = start + int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
+    Raises
+    ------
+    StoreError
+        They are missing, damaged or not finite.
+    """
+    points = read_array(run.storage / keys.EMBEDDING, keys.PCA)
+    finite = np.isfinite(points).all(axis=1)
+    if not finite.all():
+        row = int(np.flatnonzero(~finite)[0])
         msg = f"{run.url}/{keys.EMBEDDING}: '{keys.PCA}' is not finite in row {row}; training has diverged"
         raise StoreError(msg)
     return points
+
+
+def search_unit(
+    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, points: np.ndarray
+) -> dict[str, dict[str, int]]:
+    """Search a unit's edge tiles, write and mark them, and return their counts, by shard."""
+    counts: dict[str, dict[str, int]] = {}
+    with threadpool_limits(1):  # cells then come out the same whatever `run.task_threads` says
+        for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
+            group = design.groups[target]
+            search = Searcher(points[group.start : group.stop], settings)
+            for batch in batches(list(shards), settings, design):
+                for shard, found in zip(batch, _search_batch(batch, search, points, settings, design), strict=True):
+                    _write(shard.task, found, run, settings, design)
+                    counts[shard.name] = found.counts
+                    run.mark(keys.STAGE_MATCH, key, shard, counts[shard.name])
+    return counts
+
+
+@dataclass(frozen=True)
+class Found:
+    """Neighbours of an edge tile's cells, rows counted from the start of the target group, and how they were found."""
+
+    rows: np.ndarray
+    distances: np.ndarray
+    counts: dict[str, int]
+
+
+class Searcher:
+    """Searches one target group as the settings ask; its index is made once."""
+
+    def __init__(self, targets: np.ndarray, settings: Settings) -> None:
+        self._targets = targets
+        self._k = settings.match.neighbours
+        self._threads = settings.run.task_threads
+        self._probes = settings.match.probes if settings.match.search == "approximate" else None
+        self._flat = self._probes is None and flat.has_gpu()
+        self._index = None if self._flat else build_index(targets)
+
+    def search(self, queries: np.ndarray, exclude: np.ndarray) -> Neighbours:
+        """Return the neighbours of queries; `exclude` is the target row that is no candidate, or -1."""
+        if self._index is None:
+            return flat.nearest(queries, self._targets, self._k, exclude=exclude, threads=self._threads)
+        return nearest(queries, self._index, self._k, exclude=exclude, probes=self._probes, threads=self._threads)
+
+    def recalled(self, queries: np.ndarray, exclude: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return of each query how many true neighbours it has, and how many of them are among `rows`: (q,) each."""
+        if self._probes is None or self._index is None:
+            return np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
+        true = nearest(queries, self._index, self._k, exclude=exclude, threads=self._threads).rows
+        there = (true[:, :, None] == rows[:, None, :]).any(axis=2) & (true >= 0)
+        return (true >= 0).sum(axis=1), there.sum(axis=1)
+
+
+def batches(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
+    """Give the edge tiles of one target group in runs of bounded numbers of queries."""
+    batch: list[Shard] = []
+    total = 0
+    for shard in shards:
+        start, stop = _tile_range(shard.task, settings, design)
+        if batch and total + stop - start > BATCH_QUERIES:
+            yield batch
+            batch, total = [], 0
+        batch.append(shard)
+        total += stop - start
+    yield batch
+
+
+def _search_batch(
+    batch: Sequence[Shard], search: Searcher, points: np.ndarray, settings: Settings, design: Design
+) -> Iterator[Found]:
+    """Search edge tiles of one target group together and give what was found for each."""
+    spans = [_tile_range(shard.task, settings, design) for shard in batch]
+    begins = [design.groups[shard.task.query].start for shard in batch]
+    queries = np.concatenate([points[b + start : b + stop] for b, (start, stop) in zip(begins, spans, strict=True)])
+    exclude = np.concatenate(
+        [
+            np.arange(start, stop) if shard.task.query == shard.task.target else np.full(stop - start, -1)
+            for shard, (start, stop) in zip(batch, spans, strict=True)
+        ]
+    )
+    found = search.search(queries, exclude)
+    cuts = np.cumsum([0, *(stop - start for start, stop in spans)])
+    parts = [slice(first, last) for first, last in itertools.pairwise(cuts.tolist())]
+    chosen = [np.arange(part.start, part.stop, RECALL_EVERY) for part in parts]
+    every = np.concatenate(chosen)
+    sampled, recalled = search.recalled(queries[every], exclude[every], found.rows[every])
+    ends = np.cumsum([0, *(len(one) for one in chosen)])
+    for part, (first, last) in zip(parts, itertools.pairwise(ends.tolist()), strict=True):
+        counts = {
+            "queries": part.stop - part.start,
+            "widened": int(found.widened[part].sum()),
+            "sampled": int(sampled[first:last].sum()),
+            "recalled": int(recalled[first:last].sum()),
+        }
+        yield Found(found.rows[part], found.distances[part], counts)
+
+
+def _write(edge: EdgeTile, found: Found, run: RunDirectory, settings: Settings, design: Design) -> None:
+    start, stop = _tile_range(edge, settings, design)
+    rows = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
+    storage, name = run.storage / keys.MATCHES, keys.block_name(edge.query)
+    part = (slice(start, stop), slice(edge.target, edge.target + 1), slice(None))
+    write_part(storage, f"{name}/{keys.MATCH_ROW}", part, rows[:, None, :])
+    write_part(storage, f"{name}/{keys.MATCH_DISTANCE}", part, found.distances[:, None, :])

@@ -8,7 +8,8 @@ sums over groups and clusters are taken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class MiniBatch:
     x
         Expression, (cells, genes), floating.
     condition, group, low, high
-        Codes, (cells,), int64: condition, packed group, and the two cluster labels.
+        Codes, (cells,), int64: condition, packed group, and the two cluster labels. On the device of x, or on the host,
+        where a GPU need not be waited for to read them.
     batch
         One code per batch covariate, (cells, covariates), int64; no columns where there is no batch.
     first_block
@@ -58,6 +60,9 @@ class MiniBatch:
 class Labels:
     """Codes of all cells of the global mini-batch, the same on every worker but for `first` and `own`.
 
+    All but `segments` lie on the host, whatever device trains: what follows from codes alone is found there while the
+    device works.
+
     Attributes
     ----------
     group
@@ -69,7 +74,7 @@ class Labels:
     group_condition, group_batch
         (groups,) and (groups, covariates): the condition and batch codes that make the group.
     segments
-        The (group, low) and (group, high) pairs that occur.
+        The (group, low) and (group, high) pairs that occur; on the device that trains.
     first, own
         The worker's own cells are global cells `first` to `first + own`.
     """
@@ -118,6 +123,12 @@ class Segments:
     rows_of_cell: Tensor
     group_offsets: Tensor
 
+    def to(self, device: torch.device) -> Segments:
+        """Return the same on another device."""
+        names = [field.name for field in fields(self) if field.name != "low_rows"]
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
+
     @property
     def low_order(self) -> Tensor:
         """The (group, low) rows one after the other, as `group_offsets` cuts them."""
@@ -140,8 +151,10 @@ def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
     own = len(batch.x)
     first = batch.first_block * NOISE_ROWS if own else -1
     where = torch.full_like(batch.group, first).add_(torch.arange(own, device=batch.group.device))
-    packed = torch.stack([where, batch.condition, batch.group, batch.low, batch.high], 1)
-    everyone = collective.all_gather_rows(torch.cat([packed, batch.batch], 1))
+    packed = torch.cat([torch.stack([where, batch.condition, batch.group, batch.low, batch.high], 1), batch.batch], 1)
+    if collective.world > 1:
+        packed = packed.to(batch.x.device)
+    everyone = collective.all_gather_rows(packed).cpu()
     _check_shares(everyone[:, 0], batch.cells)
     codes, group, cells = torch.unique(everyone[:, 2], return_inverse=True, return_counts=True)
     # Any cell of a group tells the group's condition and batch, since a group is one (batch, condition) pair.
@@ -151,7 +164,7 @@ def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
     return Labels(
         group=group, low=low, high=high, group_cells=cells.double(),
         group_condition=everyone[cell_of_group, 1], group_batch=everyone[cell_of_group, 5:],
-        segments=find_segments(group, low, high, mine), first=mine.start, own=own,
+        segments=find_segments(group, low, high, mine).to(batch.x.device), first=mine.start, own=own,
     )  # fmt: skip
 
 

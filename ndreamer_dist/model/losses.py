@@ -31,6 +31,10 @@ SAME_WITHIN = 1e-5
 """Distances below this share of the norms count as 0."""
 DIRECT_PAIRS = 16_384
 """Pairs of cells whose difference is held at a time."""
+PAIRS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+"""Pairs of cells, padding included, that are compared at a time, unless one group has more."""
+MOST_PADDING = {"cpu": 0.8, "cuda": 0.0}
+"""Groups smaller than this share of the largest beside them are compared apart."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Terms:
 
     def as_floats(self) -> dict[str, float]:
         """Return name and value of each term, for logs."""
-        return {field.name: float(getattr(self, field.name).detach()) for field in fields(self)}
+        return _as_floats({field.name: getattr(self, field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ class LossTerms:
     total: Tensor
     unweighted: Terms
     weighted: Terms
+
+    def as_floats(self) -> dict[str, float]:
+        """Return the total and the unweighted terms, for logs."""
+        return _as_floats({"total": self.total} | {f.name: getattr(self.unweighted, f.name) for f in fields(Terms)})
+
+
+def _as_floats(values: dict[str, Tensor]) -> dict[str, float]:
+    """Read values off their device, all at once: each reading would wait for it."""
+    return dict(zip(values, torch.stack([value.detach() for value in values.values()]).tolist(), strict=True))
 
 
 def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -121,8 +134,9 @@ def dependence(quantised: Quantised, labels: Labels) -> Tensor:
     """
     segments, dtype = labels.segments, quantised.group_probs.dtype
     groups = len(labels.group_cells)
-    of_code = entropy(quantised.group_probs / labels.group_cells.to(dtype)[:, None])
-    shares = segments.row_cells / labels.group_cells[segments.row_group]
+    group_cells = labels.group_cells.to(segments.row_cells.device)
+    of_code = entropy(quantised.group_probs / group_cells.to(dtype)[:, None])
+    shares = segments.row_cells / group_cells[segments.row_group]
     row_terms = torch.cat([(shares * (shares + LOG_FLOOR).log()).to(dtype)[None], quantised.negentropy])
     total = of_code.new_zeros(())
     for half in (slice(segments.low_rows), slice(segments.low_rows, None)):
@@ -136,7 +150,7 @@ def _merge_groups(group_probs: Tensor, label: Tensor) -> Tensor:
     """Sum (codebooks, groups, codes) over the groups of equal label: (codebooks, labels, codes)."""
     names, row = torch.unique(label, return_inverse=True)
     shape = (len(group_probs), len(names), group_probs.shape[2])
-    return group_probs.new_zeros(shape).index_add(1, row, group_probs)
+    return group_probs.new_zeros(shape).index_add(1, row.to(group_probs.device), group_probs)
 
 
 def commitment(quantised: Quantised) -> Tensor:
@@ -153,12 +167,12 @@ def triplet(squared: Tensor, positive: Tensor, negative: Tensor, keys: Tensor, *
     Parameters
     ----------
     squared, positive, negative, keys
-        (anchors, candidates): squared distances, who is a positive and who a negative, random numbers in [0, 1).
+        (..., anchors, candidates): squared distances, who is a positive and who a negative, random numbers in [0, 1).
     """
-    m = torch.minimum(positive.sum(1), negative.sum(1)).clamp_max(pairs)
-    taken = torch.arange(min(pairs, squared.shape[1]), device=squared.device) < m[:, None]
+    m = torch.minimum(positive.sum(-1), negative.sum(-1)).clamp_max(pairs)
+    taken = torch.arange(min(pairs, squared.shape[-1]), device=squared.device) < m[..., None]
     picked = [
-        squared.gather(1, torch.where(among, keys, 2).topk(taken.shape[1], largest=False).indices)
+        squared.gather(-1, torch.where(among, keys, 2).topk(taken.shape[-1], largest=False).indices)
         for among in (positive, negative)
     ]
     terms = functional.relu(picked[0] - picked[1] + margin) * taken
@@ -168,139 +182,239 @@ def triplet(squared: Tensor, positive: Tensor, negative: Tensor, keys: Tensor, *
 def neighbourhood(
     expression: Tensor,
     embedding: Tensor,
-    itself: Tensor,
+    others: Tensor,
     crosses: Tensor,
     *,
     neighbours: int,
     sigma: float,
     across: float,
 ) -> Tensor:
-    """Return, per anchor, the sum over its neighbours of `((P - Q) * weight)^2`, (anchors,).
+    """Return, per anchor, the sum over its neighbours of `((P - Q) * weight)^2`, (..., anchors).
 
     Parameters
     ----------
     expression, embedding
-        Distances of anchors to the cells of their group, (anchors, cells).
-    itself, crosses
-        (anchors, cells): where a cell meets itself, and which pairs cross clusters.
+        Distances of anchors to cells, (..., anchors, cells).
+    others, crosses
+        (..., anchors, cells): which cells are other cells of the anchor's group, and which pairs cross clusters.
     neighbours
         k; the k + 1 nearest by either distance are compared.
     """
-    others = expression.shape[1] - 1
-    if others < 1:
-        return embedding.sum(1) * 0
-    count = min(min(others, neighbours) + 1, others)
-    near = nearest_mask(expression, itself, count) | nearest_mask(embedding.detach(), itself, count)
-    p = (-expression / sigma).masked_fill(~near, -torch.inf).softmax(1)
-    q = (-embedding).masked_fill(~near, -torch.inf).softmax(1)
-    return ((p - q) * (1 + across * crosses)).square().sum(1)
+    found = others.sum(-1)
+    count = torch.minimum(found.clamp_max(neighbours) + 1, found)
+    most = min(neighbours + 1, others.shape[-1])
+    near = nearest_mask(expression, others, count, most) | nearest_mask(embedding.detach(), others, count, most)
+    # Where there is no neighbour P and Q are both uniform, so that neither a value nor a gradient is left.
+    nowhere = torch.finfo(embedding.dtype).min
+    p = (-expression / sigma).masked_fill(~near, nowhere).softmax(-1)
+    q = (-embedding).masked_fill(~near, nowhere).softmax(-1)
+    return ((p - q) * (1 + across * crosses)).square().sum(-1)
 
 
-def nearest_mask(distance: Tensor, itself: Tensor, count: int) -> Tensor:
-    """Mark the `count` nearest of each row, itself left out; of equals, and of nearly equals, the first.
+def nearest_mask(distance: Tensor, others: Tensor, count: Tensor, most: int) -> Tensor:
+    """Mark the nearest `count`, (...,), of each row's `others`, (..., cells); of equals, and of nearly equals, the first.
 
     Copies of a cell are ordinary, and rounding must not choose among them: distances are cut to 32 significant bits
-    (16 in single precision) and the column number is put in the bits below.
+    (16 in single precision) and the column number is put in the bits below. `most` is the largest count there may be.
     """
     bits = 20 if distance.dtype == torch.float64 else 8
     scaled = distance * (2**bits + 1)
     coarse = (scaled - (scaled - distance)).double()
-    column = torch.arange(distance.shape[1], dtype=torch.float64, device=distance.device)
-    ranked = ((coarse + 1e-300) * (1 + column * 2.0**-48)).masked_fill(itself, torch.inf)
-    return torch.zeros_like(itself).scatter_(1, ranked.topk(count, largest=False).indices, True)
+    column = torch.arange(distance.shape[-1], dtype=torch.float64, device=distance.device)
+    ranked = ((coarse + 1e-300) * (1 + column * 2.0**-48)).masked_fill(~others, torch.inf)
+    chosen = torch.arange(most, device=distance.device) < count[..., None]
+    return torch.zeros_like(others).scatter_(-1, ranked.topk(most, largest=False).indices, chosen)
 
 
 class Distance(torch.autograd.Function):
-    """Euclidean distances of rows a, (m, d), to rows b, (n, d); the gradient of a distance of 0 is 0.
+    """Euclidean distances of rows a, (..., m, d), to rows b, (..., n, d); the gradient of a distance of 0 is 0.
 
     Cells with the same codes have the same embedding but for rounding and traces of other codes. The direction
     between them is noise, of full weight in the gradient and different on other hardware, so they count as equal.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        """Return the distances, by a product of the centred rows, and directly where that loses digits."""
-        same = SAME_WITHIN**2 * (a.square().sum(1)[:, None] + b.square().sum(1))
-        centre = b.mean(0)
+    def forward(ctx: Any, a: Tensor, b: Tensor, wanted: Tensor) -> Tensor:
+        """Return the distances, those that are `wanted` to all digits."""
+        same = SAME_WITHIN**2 * _squared_norms(a, b)
+        centre = b.mean(-2, keepdim=True)
         a, b = a - centre, b - centre
-        scale = a.square().sum(1)[:, None] + b.square().sum(1)
-        squared = torch.addmm(scale, a, b.T, alpha=-2)
-        rows, columns = (squared < DIRECT_BELOW * scale).nonzero(as_tuple=True)
-        for pair in zip(rows.split(DIRECT_PAIRS), columns.split(DIRECT_PAIRS), strict=True):
-            squared[pair] = (a[pair[0]] - b[pair[1]]).square().sum(1)
+        squared = squared_in_double(a, b) if a.is_cuda else squared_with_repairs(a, b, wanted)
         distance = squared.masked_fill_(squared <= same, 0).sqrt_()
         ctx.save_for_backward(a, b, distance)
         return distance
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return the gradients of a and b."""
         a, b, distance = ctx.saved_tensors
         weight = torch.where(distance > 0, gradients[0] / distance, 0)
-        d_a = torch.addmm(weight.sum(1)[:, None] * a, weight, b, alpha=-1)
-        d_b = torch.addmm(weight.sum(0)[:, None] * b, weight.T, a, alpha=-1)
-        return d_a, d_b
+        d_a = torch.baddbmm(weight.sum(-1)[..., None] * a, weight, b, alpha=-1)
+        d_b = torch.baddbmm(weight.sum(-2)[..., None] * b, weight.mT, a, alpha=-1)
+        return d_a, d_b, None
 
 
-def pairwise_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return Euclidean distances, (m, n), of rows a, (m, d), to rows b, (n, d)."""
-    distance: Tensor = Distance.apply(a, b)
+def _squared_norms(a: Tensor, b: Tensor) -> Tensor:
+    """Return |a|^2 + |b|^2, (..., m, n)."""
+    return a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :]
+
+
+def squared_with_repairs(a: Tensor, b: Tensor, wanted: Tensor) -> Tensor:
+    """Return squared distances by a product, and directly where that loses digits and they are wanted."""
+    scale = _squared_norms(a, b)
+    squared = torch.baddbmm(scale, a, b.mT, alpha=-2)
+    group, row, column = ((squared < DIRECT_BELOW * scale) & wanted).nonzero(as_tuple=True)
+    for at in zip(*(where.split(DIRECT_PAIRS) for where in (group, row, column)), strict=True):
+        squared[at] = (a[at[:2]] - b[at[0], at[2]]).square().sum(1)
+    return squared
+
+
+def squared_in_double(a: Tensor, b: Tensor) -> Tensor:
+    """Return squared distances by a product in double precision: no repairs, so no GPU is waited for."""
+    squared = torch.baddbmm(_squared_norms(a.double(), b.double()), a.double(), b.double().mT, alpha=-2)
+    return squared.clamp_min_(0).to(a.dtype)
+
+
+def pairwise_distance(a: Tensor, b: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """Return Euclidean distances, (groups, m, n), of rows a, (groups, m, d), to rows b, (groups, n, d).
+
+    Where `wanted`, (groups, m, n), is given and False, digits may be lost.
+    """
+    everything = a.new_ones((1, 1, 1), dtype=torch.bool)
+    distance: Tensor = Distance.apply(a, b, everything if wanted is None else wanted)
     return distance
 
 
 @dataclass(frozen=True)
 class GroupCells:
-    """One group of the mini-batch: its own cells that are anchors here, and all its cells.
+    """Some groups of the mini-batch, padded to one size: own cells that are anchors here, and all cells of the groups.
 
     Attributes
     ----------
     anchors, members
-        Rows of the anchors among own cells, (anchors,), and of the members among all cells, (members,).
-    itself, same_low, same_high, crosses
-        (anchors, members): where a cell meets itself, label equality, and the published test of crossing clusters.
+        Rows of the anchors among own cells, (groups, anchors), and of the members among all cells, (groups, members).
+        The same object where all cells are own. Padding is row 0.
+    sizes
+        (groups,), cells of each group over all workers.
+    others
+        (groups, anchors, members), pairs of two different cells, neither of them padding.
+    same_low, same_high, crosses
+        (groups, anchors, members): label equality, and the chosen test of crossing clusters.
     """
 
     anchors: Tensor
     members: Tensor
-    itself: Tensor
+    sizes: Tensor
+    others: Tensor
     same_low: Tensor
     same_high: Tensor
     crosses: Tensor
 
 
-def groups_of(labels: Labels, cross_cluster: str) -> Iterator[GroupCells]:
-    """Yield the groups of the mini-batch in which this worker has a cell (METHOD sections 3 and 8 on crossing)."""
-    mine = labels.group[labels.mine]
-    for group in torch.unique(mine).tolist():
-        anchors = (mine == group).nonzero().squeeze(1)
-        members = (labels.group == group).nonzero().squeeze(1)
+def groups_of(
+    labels: Labels, cross_cluster: str, device: torch.device, *, at_once: int | None = None
+) -> Iterator[GroupCells]:
+    """Yield the groups of the mini-batch in which this worker has a cell (METHOD sections 3 and 8 on crossing).
+
+    Parameters
+    ----------
+    at_once
+        Pairs, padding included, that may be compared together; none: as the device likes it.
+    """
+    everyone, mine = _by_group(labels.group, labels), _by_group(labels.group[labels.mine], labels)
+    own = mine.counts.tolist()
+    present = [group for group in everyone.counts.argsort(descending=True, stable=True).tolist() if own[group]]
+    for groups in _alike(present, everyone.counts.tolist(), own, device, at_once):
+        members, is_member = everyone.padded(groups)
+        anchors, is_anchor = (members, is_member) if labels.own == len(labels.group) else mine.padded(groups)
         at = anchors + labels.first
-        low, high = labels.low[at, None], labels.high[at, None]
-        same_low, same_high = low == labels.low[members], high == labels.high[members]
-        across_high = low != labels.high[members] if cross_cluster == "published" else ~same_high
-        yield GroupCells(anchors, members, at[:, None] == members, same_low, same_high, ~same_low | across_high)
+        low, high = labels.low[at][..., None], labels.high[at][..., None]
+        same_low = low == labels.low[members][:, None]
+        same_high = high == labels.high[members][:, None]
+        across_high = low != labels.high[members][:, None] if cross_cluster == "published" else ~same_high
+        others = is_anchor[..., None] & is_member[:, None] & (at[..., None] != members[:, None])
+        sent = members.to(device, non_blocking=True)
+        yield GroupCells(
+            sent if anchors is members else anchors.to(device, non_blocking=True), sent,
+            *(part.to(device, non_blocking=True) for part in (
+                everyone.counts[groups], others, same_low, same_high, ~same_low | across_high
+            )),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _ByGroup:
+    """Rows sorted by group, how many each group has, and where its rows start."""
+
+    order: Tensor
+    counts: Tensor
+    starts: Tensor
+
+    def padded(self, groups: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the rows of some groups, (groups, most rows), and which of them are no padding."""
+        column = torch.arange(int(self.counts[groups].max()))
+        filled = column < self.counts[groups, None]
+        return torch.where(filled, self.order[(self.starts[groups, None] + column) * filled], 0), filled
+
+
+def _by_group(group: Tensor, labels: Labels) -> _ByGroup:
+    counts = torch.bincount(group, minlength=len(labels.group_cells))
+    return _ByGroup(group.argsort(stable=True), counts, counts.cumsum(0) - counts)
+
+
+def _alike(
+    groups: list[int], sizes: list[int], own: list[int], device: torch.device, at_once: int | None
+) -> Iterator[list[int]]:
+    """Cut groups, largest first, in runs of groups of like size that are padded to few enough pairs."""
+    most = at_once or PAIRS_AT_ONCE.get(device.type, PAIRS_AT_ONCE["cpu"])
+    smallest = MOST_PADDING.get(device.type, MOST_PADDING["cpu"])
+    run: list[int] = []
+    for group in groups:
+        if run:
+            largest, anchors = sizes[run[0]], max(own[member] for member in [*run, group])
+            if (len(run) + 1) * largest * anchors > most or sizes[group] < smallest * largest:
+                yield run
+                run = []
+        run.append(group)
+    if run:
+        yield run
 
 
 def pair_losses(
-    mean: Tensor, all_means: Tensor, x: Tensor, all_x: Tensor, labels: Labels, keys: Tensor, loss: LossSettings
+    mean: Tensor,
+    all_means: Tensor,
+    x: Tensor,
+    all_x: Tensor,
+    labels: Labels,
+    keys: Tensor,
+    loss: LossSettings,
+    *,
+    at_once: int | None = None,
 ) -> Tensor:
     """Return, over own anchors, the triplet sum, its number of pairs, and the neighbourhood term, (3,)."""
     # An empty slice ties the result to everyone's means on every worker, so that all take part in its backward sum.
     total = torch.stack([all_means[:0].sum()] * 3)
-    groups = len(labels.group_cells)
-    for group in groups_of(labels, loss.cross_cluster):
-        apart = pairwise_distance(mean[group.anchors], all_means[group.members])
-        apart_x = pairwise_distance(x[group.anchors], all_x[group.members])
+    for group in groups_of(labels, loss.cross_cluster, mean.device, at_once=at_once):
+        apart = _apart(group, mean, all_means)
         pairs = triplet(
-            apart.square(), group.same_low & group.same_high & ~group.itself, ~group.same_low & ~group.same_high,
-            keys[group.anchors[:, None], group.members], pairs=loss.triplet_pairs, margin=loss.margin,
+            apart.square(), group.others & group.same_low & group.same_high,
+            group.others & ~group.same_low & ~group.same_high,
+            keys[group.anchors[..., None], group.members[:, None]], pairs=loss.triplet_pairs, margin=loss.margin,
         )  # fmt: skip
         near = neighbourhood(
-            apart_x, apart, group.itself, group.crosses,
+            _apart(group, x, all_x), apart, group.others, group.crosses,
             neighbours=loss.neighbours, sigma=loss.sigma, across=loss.across,
         )  # fmt: skip
-        total = total + torch.cat([pairs, near.sum()[None] / (len(group.members) * groups)])
+        means = near.sum(-1) / group.sizes
+        total = total + torch.cat([pairs, means.sum()[None] / len(labels.group_cells)])
     return total
+
+
+def _apart(group: GroupCells, own: Tensor, everyone: Tensor) -> Tensor:
+    """Return the distances of anchors to members, (groups, anchors, members)."""
+    members = functional.embedding(group.members, everyone)
+    anchors = members if group.anchors is group.members else functional.embedding(group.anchors, own)
+    return pairwise_distance(anchors, members, group.others)
 
 
 def total_loss(

@@ -1,7 +1,9 @@
 """Everything random in a training step, drawn so that it depends neither on workers nor on threads.
 
 A mini-batch is cut in blocks of `NOISE_ROWS` cells and each block has its own generator, keyed by (seed, stage, step,
-block); a worker draws the blocks it owns. Numbers come from numpy's SFC64 on every device, in threads over blocks.
+block); a worker draws the blocks it owns. For a CPU numbers come from numpy's SFC64, in threads over blocks. A GPU
+draws its own: one generator, keyed by (seed, stage, step), draws for all blocks of the global mini-batch, which costs
+it nothing beside the launches, and a worker keeps those it owns.
 
 The Gumbel noise of the code assignment is drawn as a *race* (see `codebooks.race`): where the temperature is low
 only the first few codes to arrive can have a weight, so a few numbers per cell and codebook, `race_draws`, replace
@@ -75,6 +77,8 @@ def race_draws(temperature: float) -> int:
 def draw(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "train") -> StepNoise:
     """Return the noise of the cells of `batch`, on their device and in their floating type (METHOD sections 2, 3)."""
     draws = race_draws(model.temperature)
+    if batch.x.is_cuda:
+        return draw_on_device(batch, model, seed, stage=stage)
 
     def block_noise(rng: np.random.Generator) -> tuple[Floats, ...]:
         # A short block draws for all its rows, so that a cell's noise never depends on how many cells follow it.
@@ -94,6 +98,34 @@ def draw(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "tra
         latent=latent.transpose(0, 1),
         keys=keys,
     )
+
+
+def draw_on_device(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "train") -> StepNoise:
+    """Return what `draw` does, other numbers from the same distributions, drawn where the cells of `batch` are."""
+    draws = race_draws(model.temperature)
+    like = batch.x
+    rng = torch.Generator(like.device).manual_seed(_step_key(seed, stage, batch.step))
+    start = batch.first_block * NOISE_ROWS if len(like) else 0
+    own = slice(start, start + len(like))
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty((batch.cells, *shape), device=like.device)
+
+    latent = empty(2, model.latent).normal_(generator=rng)[own]
+    waits = empty(model.codebooks, draws or model.codes).exponential_(generator=rng)[own]
+    marks = empty(model.codebooks, draws).uniform_(generator=rng)[own]
+    keys = empty(batch.cells).uniform_(generator=rng)[own]
+    return StepNoise(
+        exponentials=waits.transpose(0, 1).contiguous().clamp_min_(SMALLEST_EXPONENTIAL).to(like.dtype),
+        marks=marks.transpose(0, 1).contiguous().to(like.dtype),
+        latent=latent.transpose(0, 1).to(like.dtype),
+        keys=keys.to(like.dtype),
+    )
+
+
+def _step_key(seed: int, stage: str, step: int) -> int:
+    sequence = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(stage.encode()), step))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _per_block(

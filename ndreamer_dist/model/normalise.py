@@ -30,7 +30,8 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(features))
 
     def forward(self, x: Tensor, collective: Collective | None) -> Tensor:
-        """Normalise `x`, (rows, features)."""
+        """Normalise `x`, (rows, features), in the precision of the parameters."""
+        x = x.to(self.weight.dtype)
         if collective is not None and (collective.world > 1 or len(x) == 1):
             return self._over_workers(x, collective)
         return functional.batch_norm(

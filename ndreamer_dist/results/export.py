@@ -10,17 +10,92 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import anndata
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from scipy import sparse
 from zarr.errors import ZarrUserWarning
 
+from ndreamer_dist.chunks import Reads, counting
 from ndreamer_dist.errors import QueryError, listing
+from ndreamer_dist.results.given import Cohort
+from ndreamer_dist.results.reader import Cells, open_results
 
 CELL = "cell"
+FORMATS = (".h5ad", ".zarr", ".csv", ".parquet")
+TABLES = (".csv", ".parquet")
+CONDITIONAL = ("effect", "counterfactual")
+LARGE_BYTES = 2**30
+"""Values beyond this many bytes are not held in memory."""
+BLOCK_VALUES = 2**24
+"""Values of a table that are written at a time."""
+
+
+def fetch(
+    address: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    what: str,
+    *,
+    cells: Cells = None,
+    genes: Sequence[str] | None = None,
+    embedding: bool = True,
+    cohort: Cohort | None = None,
+    condition: str | None = None,
+    baseline: str | None = None,
+) -> tuple[tuple[int, int], Reads]:
+    """Write a part of some results to a file; return its numbers of cells and genes, and what was read for it.
+
+    Values beyond `LARGE_BYTES` pass through a file beside it, so that memory holds one block of them at a time.
+
+    Parameters
+    ----------
+    what
+        The name of a layer, or `expression`, `effect` or `counterfactual`.
+    embedding
+        Add `obsm["X_ndreamer_pca"]`, where the format has room for it.
+    cohort
+        The input cohort, for genes that were not modelled.
+    condition, baseline
+        Of an `effect` (the latter: the control if not given) or a `counterfactual` (which has no baseline).
+    """
+    target = checked(path)
+    if (condition is not None) != (what in CONDITIONAL):
+        msg = f"{what} {'needs a' if what in CONDITIONAL else 'takes no'} condition (--condition NAME)"
+        raise QueryError(msg)
+    with counting() as reads, _room_beside(target) as room:
+        results = open_results(address)
+        if what == "expression":
+            part = results.expression(cells, genes, cohort=cohort)
+        elif what == "effect":
+            part = results.effect(str(condition), cells, genes, baseline=baseline, cohort=cohort, room=room)
+        elif what == "counterfactual":
+            part = results.counterfactual(str(condition), cells, genes, cohort=cohort, room=room)
+        else:
+            part = results.layer(what, cells, genes, cohort=cohort, drop_undefined=True, room=room)
+        if embedding and target.suffix.lower() in (".h5ad", ".zarr"):
+            results.add_embedding(part)
+        save(part, target)
+        return part.shape, reads
+
+
+@contextmanager
+def _room_beside(target: Path) -> Iterator[Callable[[tuple[int, int]], np.ndarray]]:
+    """Give what makes an array of float32: in memory, or where it is large, in a file that is gone at the end."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+
+        def room(shape: tuple[int, int]) -> np.ndarray:
+            if shape[0] * shape[1] * 4 <= LARGE_BYTES:
+                return np.empty(shape, dtype=np.float32)
+            # As a plain array: anndata writes no other.
+            return np.memmap(Path(folder) / "values", dtype=np.float32, mode="w+", shape=shape).view(np.ndarray)
+
+        yield room
 
 
 def save(adata: anndata.AnnData, path: str | os.PathLike[str]) -> None:
@@ -33,10 +108,37 @@ def save(adata: anndata.AnnData, path: str | os.PathLike[str]) -> None:
     QueryError
         The suffix is another one, the folder does not exist, or the name is taken by a folder.
     """
+    target = checked(path)
+    with _replaced(target) as part:
+        WRITERS[target.suffix.lower()](adata, part)
+
+
+def save_table(told: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Write a table, a row per line, to `.csv` or `.parquet`; errors as of `save`."""
+    target = checked(path, TABLES)
+    with _replaced(target) as part:
+        if target.suffix.lower() == ".csv":
+            told.to_csv(part, index=False)
+        else:
+            told.to_parquet(part, index=False)
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """Give a path to write to; what is there at the end takes the target's name."""
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="."))
+    try:
+        yield scratch / target.name
+        (scratch / target.name).replace(target)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def checked(path: str | os.PathLike[str], suffixes: Collection[str] = FORMATS) -> Path:
+    """Return a path that can be written; `QueryError` says why one cannot."""
     target = Path(path).expanduser().absolute()
-    write = WRITERS.get(target.suffix.lower())
-    if write is None:
-        msg = f"{target.name}: the suffix {target.suffix!r} says no format; there are {listing(WRITERS)}"
+    if target.suffix.lower() not in suffixes:
+        msg = f"{target.name}: the suffix {target.suffix!r} says no format; there are {listing(suffixes)}"
         raise QueryError(msg)
     if not target.parent.is_dir():
         msg = f"{target.parent} is no folder; make it, or choose another file"
@@ -44,13 +146,7 @@ def save(adata: anndata.AnnData, path: str | os.PathLike[str]) -> None:
     if target.is_dir():
         msg = f"{target} is there already and is a folder; delete it, or choose another name"
         raise QueryError(msg)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="."))
-    try:
-        part = scratch / target.name
-        write(adata, part)
-        part.replace(target)
-    finally:
-        shutil.rmtree(scratch)
+    return target
 
 
 def table(adata: anndata.AnnData) -> pd.DataFrame:
@@ -72,11 +168,24 @@ def _write_zarr(adata: anndata.AnnData, path: Path) -> None:
 
 
 def _write_csv(adata: anndata.AnnData, path: Path) -> None:
-    table(adata).to_csv(path)
+    for start, block in _blocks(adata):
+        block.to_csv(path, header=start == 0, mode="a")
 
 
 def _write_parquet(adata: anndata.AnnData, path: Path) -> None:
-    table(adata).to_parquet(path)
+    with ExitStack() as stack:
+        writer = None
+        for _, block in _blocks(adata):
+            rows = pa.Table.from_pandas(block)
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, rows.schema))
+            writer.write_table(rows)
+
+
+def _blocks(adata: anndata.AnnData) -> Iterator[tuple[int, pd.DataFrame]]:
+    """Give the table in blocks of cells, so that only one is in memory; one empty block where there is no cell."""
+    step = max(1, BLOCK_VALUES // max(1, adata.n_vars))
+    for start in range(0, max(1, adata.n_obs), step):
+        yield start, table(adata[start : start + step])
 
 
 WRITERS: dict[str, Callable[[anndata.AnnData, Path], None]] = {

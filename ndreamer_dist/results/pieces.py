@@ -6,9 +6,8 @@ is an error that names it, never a wrong number.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anndata
@@ -17,41 +16,61 @@ import zarr
 from scipy import sparse
 
 from ndreamer_dist import keys
+from ndreamer_dist.chunks import Position, read_chunks, read_files
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.results.store import ROOT, memory_store
-from ndreamer_dist.storage import Storage, open_array, read_array, touched_shards
-
-READ_BYTES = 128 * 2**20
-"""Dense values decoded by one read; more rows are read in several."""
-READ_ENTRIES = 2**24
-"""Stored values of the sparse expression decoded by one read."""
-GAP_ROWS = 256
-"""Unwanted rows of the sparse expression that are read along rather than starting another read."""
-CONCURRENT_READS = 16
-"""Files of a table that are fetched at the same time."""
+from ndreamer_dist.storage import ConsolidatedStorage, Storage, open_array, touched_shards
 
 
-def read_dense(storage: Storage, name: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Read rows and columns of a two-dimensional array, in the order given, from the chunks that hold them.
+def read_dense(
+    storage: Storage, name: str, rows: np.ndarray, columns: np.ndarray, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Read rows and columns of a two-dimensional array, in the order given, each chunk that holds some once.
 
-    Neighbouring chunks are read together, up to a bounded size.
+    Parameters
+    ----------
+    out
+        Where they go, (rows, columns), if not into new memory: a `numpy.memmap`, say.
     """
     array = open_array(storage, name)
-    height, width = array.chunks
-    values = np.empty((len(rows), len(columns)), dtype=array.dtype)
-    order = np.argsort(rows, kind="stable")
-    sorted_rows = rows[order]
-    for left, right in _runs(columns // width):
-        span = slice(left * width, min(right * width, array.shape[1]))
-        inside = np.flatnonzero((columns >= span.start) & (columns < span.stop))
-        tall = max(1, READ_BYTES // (height * (span.stop - span.start) * array.dtype.itemsize))
-        for top, bottom in _runs(rows // height, longest=tall):
-            part = slice(top * height, min(bottom * height, array.shape[0]))
-            low, high = np.searchsorted(sorted_rows, [part.start, part.stop])
-            block = read_array(storage, name, (part, span))
-            here = order[low:high]
-            values[np.ix_(here, inside)] = block[np.ix_(rows[here] - part.start, columns[inside] - span.start)]
+    # Half-precision layers come out in float32: few tools take them as they are.
+    dtype = np.float32 if array.dtype == np.float16 else array.dtype
+    values = np.empty((len(rows), len(columns)), dtype=dtype) if out is None else out
+    down, across = (_wanted(places, size) for places, size in zip((rows, columns), array.chunks, strict=True))
+
+    def place(position: Position, chunk: np.ndarray) -> None:
+        (there, inner), (beside, within) = down[position[0]], across[position[1]]
+        values[_crossed(there, beside)] = chunk[_crossed(inner, within)]
+
+    read_chunks(array, f"{storage.url}: array '{name}'", itertools.product(down, across), place)
     return values
+
+
+Places = slice | np.ndarray
+
+
+def _wanted(places: np.ndarray, size: int) -> dict[int, tuple[Places, Places]]:
+    """Return, for each chunk along an axis that holds some of the places, where they go and where they are in it."""
+    order = np.argsort(places, kind="stable")
+    numbers, starts = np.unique(places[order] // size, return_index=True)
+    parts = np.split(order, starts)[1:]
+    return {
+        number: (_sliced(part), _sliced(places[part] - number * size))
+        for number, part in zip(numbers.tolist(), parts, strict=True)
+    }
+
+
+def _sliced(places: np.ndarray) -> Places:
+    """Return places as a slice where they follow each other, which is faster to copy through."""
+    if len(places) and (np.diff(places) == 1).all():
+        return slice(int(places[0]), int(places[-1]) + 1)
+    return places
+
+
+def _crossed(rows: Places, columns: Places) -> tuple[Any, Any]:
+    if isinstance(rows, np.ndarray) and isinstance(columns, np.ndarray):
+        return rows[:, None], columns[None, :]
+    return rows, columns
 
 
 def read_sparse(storage: Storage, rows: np.ndarray, pointers: np.ndarray, genes: int) -> sparse.csr_matrix:
@@ -63,20 +82,47 @@ def read_sparse(storage: Storage, rows: np.ndarray, pointers: np.ndarray, genes:
         Its `indptr`, (all rows + 1,).
     """
     wanted = np.unique(rows)
-    parts = []
-    for first, last in _stretches(wanted, pointers):
-        low, high = int(pointers[first]), int(pointers[last])
-        data, indices = (
-            read_array(storage, f"X/{part}", slice(low, high)) if high > low else np.zeros(0, dtype)
-            for part, dtype in ((keys.DATA, np.float32), (keys.INDICES, np.int32))
-        )
-        stretch = sparse.csr_matrix((data, indices, pointers[first : last + 1] - low), shape=(last - first, genes))
-        parts.append(stretch[wanted[(wanted >= first) & (wanted < last)] - first])
-    return sparse.vstack(parts, format="csr")[np.searchsorted(wanted, rows)]
+    starts, stops = pointers[wanted], pointers[wanted + 1]
+    data, indices = (_read_stretches(storage, f"X/{part}", starts, stops) for part in (keys.DATA, keys.INDICES))
+    found = sparse.csr_matrix((data, indices, _ends(stops - starts)), shape=(len(wanted), genes))
+    return found if np.array_equal(wanted, rows) else found[np.searchsorted(wanted, rows)]
+
+
+def _read_stretches(storage: Storage, name: str, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Read stretches of a one-dimensional array, in ascending order, end to end."""
+    array = open_array(storage, name)
+    (size,), offsets = array.chunks, _ends(stops - starts)
+    values = np.empty(int(offsets[-1]), dtype=array.dtype)
+
+    def place(position: Position, chunk: np.ndarray) -> None:
+        low, high = position[0] * size, (position[0] + 1) * size
+        here = slice(np.searchsorted(stops, low, side="right"), np.searchsorted(starts, high))
+        first, last = np.maximum(starts[here], low), np.minimum(stops[here], high)
+        ends = _ends(last - first)
+        begin = int(offsets[here.start] + first[0] - starts[here.start])
+        inner = np.repeat(first - low - ends[:-1], last - first) + np.arange(ends[-1])
+        values[begin : begin + len(inner)] = chunk[inner]
+
+    read_chunks(array, f"{storage.url}: array '{name}'", _held(starts, stops, size), place)
+    return values
+
+
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    """Return where stretches that are laid end to end begin, and where the last ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _held(starts: np.ndarray, stops: np.ndarray, size: int) -> list[Position]:
+    """Return the chunks that hold some of the stretches."""
+    filled = stops > starts
+    first, last = starts[filled] // size, (stops[filled] - 1) // size
+    longest = int((last - first).max(initial=0))
+    numbers = [np.minimum(first + step, last) for step in range(longest + 1)]
+    return [(number,) for number in np.unique(np.concatenate(numbers)).tolist()]
 
 
 def read_element(storage: Storage, name: str) -> Any:
-    """Read `obs`, `var` or `uns` by anndata, from files that were checked to be all there.
+    """Read `obs`, `var`, `uns` or a part of them by anndata, from files that were checked to be all there.
 
     Raises
     ------
@@ -86,13 +132,19 @@ def read_element(storage: Storage, name: str) -> Any:
     files = _metadata(storage, name)
     root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
     arrays = [member for _, member in root.members(max_depth=None) if isinstance(member, zarr.Array)]
-    chunks = [
-        (array.path, position, _chunk_file(array, position))
+    chunks = {
+        f"{array.path}/{array.metadata.encode_chunk_key(position)}": (array.path, position)
         for array in arrays
         for position in touched_shards(array, ...)
-    ]
-    with ThreadPoolExecutor(CONCURRENT_READS) as pool:
-        files |= pool.map(lambda chunk: _read_chunk(storage, *chunk), chunks)
+    }
+    for file, data in zip(chunks, read_files(storage.store(read_only=True), storage.url, list(chunks)), strict=True):
+        if data is None:
+            array, position = chunks[file]
+            msg = (
+                f"{storage.url}: array '{array}', chunk {position} is missing; run the same command again to repair it"
+            )
+            raise StoreError(msg)
+        files[file] = data
     root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
     try:
         return anndata.io.read_elem(root[name])
@@ -102,10 +154,13 @@ def read_element(storage: Storage, name: str) -> Any:
 
 def _metadata(storage: Storage, name: str) -> dict[str, bytes]:
     """Return the metadata files of an element, which the store's root holds all of."""
-    root = json.loads(storage.read(ROOT))
-    nodes = root["consolidated_metadata"]["metadata"]
-    found = {path: node for path, node in nodes.items() if path == name or path.startswith(f"{name}/")}
-    if not found:
+    nodes = (storage if isinstance(storage, ConsolidatedStorage) else ConsolidatedStorage(storage.url)).nodes
+    found = {
+        path: dict(node)
+        for path, node in nodes.items()
+        if path == name or path.startswith(f"{name}/") or name.startswith(f"{path}/")
+    }
+    if name not in found:
         msg = f"{storage.url} has no '{name}'; it is not a results.zarr"
         raise StoreError(msg)
     for node in found.values():
@@ -114,18 +169,6 @@ def _metadata(storage: Storage, name: str) -> dict[str, bytes]:
     return {ROOT: json.dumps(plain).encode()} | {
         f"{path}/{ROOT}": json.dumps(node).encode() for path, node in found.items()
     }
-
-
-def _chunk_file(array: zarr.Array[Any], position: tuple[int, ...]) -> str:
-    return f"{array.path}/{array.metadata.encode_chunk_key(position)}"
-
-
-def _read_chunk(storage: Storage, array: str, position: tuple[int, ...], file: str) -> tuple[str, bytes]:
-    try:
-        return file, storage.read(file)
-    except StoreError:
-        msg = f"{storage.url}: array '{array}', chunk {position} is missing; run the same command again to repair it"
-        raise StoreError(msg) from None
 
 
 def _named_damage(storage: Storage, name: str, root: zarr.Group, error: Exception) -> StoreError:
@@ -142,25 +185,3 @@ def _named_damage(storage: Storage, name: str, root: zarr.Group, error: Exceptio
                         "delete it and run the same command again to repair it"
                     )
     return StoreError(f"{storage.url}: '{name}' cannot be read ({type(error).__name__}: {error})")
-
-
-def _runs(places: np.ndarray, *, longest: int | None = None) -> Iterator[tuple[int, int]]:
-    """Give the stretches of consecutive numbers, `first:last`, that the places fill, none longer than `longest`."""
-    numbers = np.unique(places)
-    for stretch in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
-        if len(stretch):
-            first, last = int(stretch[0]), int(stretch[-1]) + 1
-            step = longest or last - first
-            yield from ((start, min(start + step, last)) for start in range(first, last, step))
-
-
-def _stretches(rows: np.ndarray, pointers: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Give stretches of sparse rows to read at once: neighbours joined over small gaps, entries bounded."""
-    first = last = int(rows[0])
-    for row in rows.tolist():
-        if row - last > GAP_ROWS or pointers[row + 1] - pointers[first] > READ_ENTRIES:
-            if last > first:
-                yield first, last
-            first = row
-        last = row + 1
-    yield first, last

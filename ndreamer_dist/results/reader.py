@@ -7,27 +7,50 @@ names it, never a wrong number.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import anndata
 import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
+from ndreamer_dist.chunks import Reads, counting
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.errors import QueryError, StoreError, listing, suggest
+from ndreamer_dist.results.given import Cohort, GivenExpression, given_expression
 from ndreamer_dist.results.pieces import read_dense, read_element, read_sparse
-from ndreamer_dist.results.store import ROOT
-from ndreamer_dist.storage import Storage, open_array, open_storage, read_array
+from ndreamer_dist.results.provenance import matches_table
+from ndreamer_dist.results.rounding import Rounding
+from ndreamer_dist.results.virtual import (
+    Counterparts,
+    Expression,
+    Question,
+    StoredExpression,
+    compute,
+    counterfactual_question,
+    effect_question,
+    layer_question,
+)
+from ndreamer_dist.storage import ConsolidatedStorage, Storage, open_array, open_storage, read_array
 
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
 Order = Literal["input", "packed"]
+Whose = Literal["all", "treated"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
+Room = Callable[[tuple[int, int]], np.ndarray]
 
+MIN_CELLS = 10
+"""Own cells that a donor needs in a population to enter its test."""
 SUGGEST_AMONG = 50_000
 """Beyond this many names, none is suggested for a misspelt one: looking for it would take minutes."""
 
@@ -46,16 +69,29 @@ def open_results(address: str | os.PathLike[str] | Storage) -> Results:
         There are no results, or the run that makes them has not finished.
     """
     given = open_storage(address)
-    for storage in (given, given / keys.RESULTS):
-        if storage.exists(ROOT):
-            attributes = json.loads(storage.read(ROOT)).get("attributes", {})
-            if attributes.get("encoding-type") == "anndata":
-                return Results(storage)
+    for address in (given.url, (given / keys.RESULTS).url):
+        storage = ConsolidatedStorage(address)
+        if (storage.root_metadata or {}).get("attributes", {}).get("encoding-type") == "anndata":
+            return Results(storage)
     if any(given.exists(name) for name in (keys.RUN_JSON, keys.RESULTS, "X")):
         msg = f"the run in {given.url} has not finished; give the same `run` command again and it goes on"
         raise StoreError(msg)
     msg = f"{given.url} holds no results: expected a run directory or a results.zarr"
     raise StoreError(msg)
+
+
+def counted(query: Callable[Concatenate[Results, P], Answer]) -> Callable[Concatenate[Results, P], Answer]:
+    """Make a query say how many bytes it read, in the log and as `last_read`."""
+
+    @functools.wraps(query)
+    def counting_query(self: Results, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        with counting() as reads:
+            answer = query(self, *args, **kwargs)
+        object.__setattr__(self, "_last_read", reads)
+        logger.info("%s: read %s", query.__name__, reads)
+        return answer
+
+    return counting_query
 
 
 @dataclass(frozen=True)
@@ -67,9 +103,13 @@ class Results:
     - `cells` is a pandas query on `obs` (`'cell_type == "Microglia"'`), a list of cell names (which then come in that
       order), a Boolean mask over `obs`, or none for all cells;
     - `genes` is a list of gene names, which come in that order, or none for all modelled genes;
+    - `cohort`, the input cohort (an AnnData, a path or a URL), lets `genes` name any of its genes, or none for all;
+      `open_cohort` opens and checks one for many questions;
     - `order` is `"input"`, the input cohort's, or `"packed"`, the store's (by group). Dropped cells are in neither.
 
-    `QueryError` is raised where a name is unknown or no cell is selected, `StoreError` where a chunk is damaged.
+    A layer that is not stored, and everything of a cohort given, is computed through the matches, with the same bits:
+    `StoreError` says where the matches must be added first. `QueryError` is raised where a name is unknown or no cell
+    is selected, `StoreError` where a chunk is damaged, `CohortError` where a cohort is not the one of these results.
     """
 
     storage: Storage
@@ -82,7 +122,7 @@ class Results:
     @property
     def obs(self) -> pd.DataFrame:
         """The cells' table, in input order: the input's columns and ours, which start with `ndreamer_`."""
-        return self._cells.iloc[self._input_order].copy()
+        return self._input_cells.copy()
 
     @property
     def packed_obs(self) -> pd.DataFrame:
@@ -107,7 +147,7 @@ class Results:
     @cached_property
     def design(self) -> Design:
         """Conditions, batches and groups; groups own contiguous rows of the packed order."""
-        return Design.from_json(json.loads(self.uns["design"]))
+        return Design.from_json(json.loads(self._fact("design")))
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -119,16 +159,22 @@ class Results:
         """Name of the control condition."""
         return self.design.control
 
-    @property
+    @cached_property
     def layers(self) -> tuple[str, ...]:
         """Names of the stored layers."""
-        return tuple(str(name) for name in self.uns["layers"])
+        return tuple(str(name) for name in self._fact("layers"))
+
+    @property
+    def last_read(self) -> Reads:
+        """What the last query read of the store: bytes, requests, chunks, and bytes of what it touched."""
+        return getattr(self, "_last_read", Reads())
 
     def ite(
         self,
         cells: Cells = None,
         genes: Sequence[str] | None = None,
         *,
+        cohort: Cohort | None = None,
         order: Order = "input",
         drop_undefined: bool = True,
     ) -> anndata.AnnData:
@@ -139,47 +185,176 @@ class Results:
         drop_undefined
             Leave out control cells, which have no effect of a treatment; otherwise their rows are NaN.
         """
-        return self.layer(keys.LAYER_ITE, cells, genes, order=order, drop_undefined=drop_undefined)
+        return self.layer(keys.LAYER_ITE, cells, genes, cohort=cohort, order=order, drop_undefined=drop_undefined)
 
     def denoised(
-        self, cells: Cells = None, genes: Sequence[str] | None = None, *, order: Order = "input"
+        self,
+        cells: Cells = None,
+        genes: Sequence[str] | None = None,
+        *,
+        cohort: Cohort | None = None,
+        order: Order = "input",
     ) -> anndata.AnnData:
         """Return denoised expression: each cell's expected expression over its condition's batches (section 6)."""
-        return self.layer(keys.LAYER_DENOISED, cells, genes, order=order)
+        return self.layer(keys.LAYER_DENOISED, cells, genes, cohort=cohort, order=order)
 
     def batch_effect(
-        self, cells: Cells = None, genes: Sequence[str] | None = None, *, order: Order = "input"
+        self,
+        cells: Cells = None,
+        genes: Sequence[str] | None = None,
+        *,
+        cohort: Cohort | None = None,
+        order: Order = "input",
     ) -> anndata.AnnData:
         """Return the batch effect that was removed, and with it the cell's own noise (METHOD section 6)."""
-        return self.layer(keys.LAYER_BATCH_EFFECT, cells, genes, order=order)
+        return self.layer(keys.LAYER_BATCH_EFFECT, cells, genes, cohort=cohort, order=order)
 
+    @counted
     def layer(
         self,
         name: str,
         cells: Cells = None,
         genes: Sequence[str] | None = None,
         *,
+        cohort: Cohort | None = None,
         order: Order = "input",
         drop_undefined: bool = False,
+        room: Room | None = None,
     ) -> anndata.AnnData:
-        """Return a part of a stored layer: `X` (cells, genes) float32, with the tables' rows that belong to it."""
-        if name not in self.layers:
-            kept = listing(self.layers) if self.layers else "none"
-            msg = f"{self.url} has no layer {name!r}; it stores {kept}.{suggest(name, self.layers)}"
+        """Return a part of a layer: `X` (cells, genes) float32, with the tables' rows that belong to it.
+
+        It is read where it is stored, else computed.
+
+        Parameters
+        ----------
+        room
+            Makes the array that what is read goes into, by its shape: a `numpy.memmap` for what memory cannot hold.
+        """
+        if name not in keys.LAYERS:
+            msg = f"there is no layer {name!r}; there are {listing(keys.LAYERS)}.{suggest(name, keys.LAYERS)}"
             raise QueryError(msg)
         rows = self._rows(cells, order)
         if drop_undefined and name == keys.LAYER_ITE:
             rows = self._with_effect(rows)
+        if cohort is not None or name not in self.layers:
+            return self._computed(layer_question(name, self._rounding), rows, genes, cohort, room)
         columns = self._columns(genes)
-        return self._part(read_dense(self.storage, f"layers/{name}", rows, columns), rows, columns)
+        out = room((len(rows), len(columns))) if room else None
+        values = read_dense(self.storage, f"layers/{name}", rows, columns, out=out)
+        return self._part(values, rows, self._genes.iloc[columns])
 
+    @counted
+    def effect(
+        self,
+        condition: str,
+        cells: Cells = None,
+        genes: Sequence[str] | None = None,
+        *,
+        baseline: str | None = None,
+        cohort: Cohort | None = None,
+        order: Order = "input",
+        room: Room | None = None,
+    ) -> anndata.AnnData:
+        """Return the effect of a condition on any cells, controls included (METHOD section 6 and 8).
+
+        It is the expected expression of cells like each under the condition, minus that under the baseline. On cells of
+        the condition, with the control as baseline, it is the `ite`.
+
+        Parameters
+        ----------
+        baseline
+            The condition to compare with; none: the control.
+        room
+            Makes the array that the values go to; none: memory.
+
+        Raises
+        ------
+        StoreError
+            The matches between the cells' groups and those of either condition have not been searched.
+        """
+        codes = self.design.condition_code(condition), self.design.condition_code(baseline or self.control)
+        return self._computed(effect_question(*codes), self._rows(cells, order), genes, cohort, room)
+
+    @counted
+    def counterfactual(
+        self,
+        condition: str,
+        cells: Cells = None,
+        genes: Sequence[str] | None = None,
+        *,
+        cohort: Cohort | None = None,
+        order: Order = "input",
+        room: Room | None = None,
+    ) -> anndata.AnnData:
+        """Return the expected expression of cells like each under a condition (METHOD section 6).
+
+        On cells of that condition it is `denoised`.
+
+        Parameters
+        ----------
+        room
+            Makes the array that the values go to; none: memory.
+
+        Raises
+        ------
+        StoreError
+            The matches between the cells' groups and the condition's have not been searched.
+        """
+        question = counterfactual_question(self.design.condition_code(condition))
+        return self._computed(question, self._rows(cells, order), genes, cohort, room)
+
+    @counted
     def expression(
-        self, cells: Cells = None, genes: Sequence[str] | None = None, *, order: Order = "input"
+        self,
+        cells: Cells = None,
+        genes: Sequence[str] | None = None,
+        *,
+        cohort: Cohort | None = None,
+        order: Order = "input",
     ) -> anndata.AnnData:
         """Return the log-normalised expression that went in: `X` (cells, genes) CSR float32."""
-        rows, columns = self._rows(cells, order), self._columns(genes)
-        return self._part(read_sparse(self.storage, rows, self._pointers, len(self._genes))[:, columns], rows, columns)
+        rows = self._rows(cells, order)
+        if cohort is None:
+            columns = self._columns(genes)
+            values = read_sparse(self.storage, rows, self._pointers, len(self._genes))[:, columns]
+            return self._part(values, rows, self._genes.iloc[columns])
+        expression, table = self._expression(cohort)
+        columns = self._columns(genes, table.index)
+        wanted, back = np.unique(rows, return_inverse=True)
+        return self._part(expression.read(wanted, columns)[back], rows, table.iloc[columns])
 
+    def open_cohort(self, cohort: Cohort) -> GivenExpression:
+        """Open and check the input cohort once, to be given as `cohort` in many questions.
+
+        Raises
+        ------
+        CohortError
+            It is not the cohort that these results were made from.
+        """
+        return given_expression(cohort, self.uns, self._cells)
+
+    @counted
+    def matches(self, cell: str) -> pd.DataFrame:
+        """Return the counterparts of a cell in every group that it was matched with, by name (METHOD section 6).
+
+        The expected expression under a condition is the mean, over the condition's groups, of the sum of `weight` times
+        the counterpart's expression.
+
+        Returns
+        -------
+        A row per counterpart: `cell`, its name; `batch`, `condition` and `group`, where it is from; `neighbour`, 1 for
+        the nearest in its group, 0 for the cell itself; `distance` in the embedding's principal components; `weight` in
+        its group's mean. In its own group a cell is its own counterpart, and its nearest other cells have weight 0.
+
+        Raises
+        ------
+        StoreError
+            More than one neighbour is averaged, or results.zarr holds none, and there is no matches.zarr beside it.
+        """
+        (row,) = _places(self._cells.index, [cell], "cell")
+        return matches_table(self.counterparts, self._cells.index, int(row))
+
+    @counted
     def embedding(self, cells: Cells = None, *, pca: bool = False, order: Order = "input") -> pd.DataFrame:
         """Return effect-modifier coordinates, or their principal components: one row a cell, by name."""
         rows = self._rows(cells, order)
@@ -188,11 +363,102 @@ class Results:
         values = read_dense(self.storage, f"obsm/{name}", rows, np.arange(width))
         return pd.DataFrame(values, index=self._cells.index[rows])
 
+    def add_embedding(self, adata: anndata.AnnData) -> None:
+        """Add the principal components to a part of these results, as `obsm["X_ndreamer_pca"]`, for plots."""
+        adata.obsm[keys.OBSM_PCA] = self.embedding(list(adata.obs_names), pca=True).to_numpy()
+
+    def cate(
+        self,
+        by: str,
+        *,
+        condition: str | None = None,
+        genes: Sequence[str] | None = None,
+        cohort: Cohort | None = None,
+        donor_key: str | None = None,
+        min_cells: int = MIN_CELLS,
+        population: Whose = "all",
+        covariates: Sequence[str] = (),
+    ) -> pd.DataFrame:
+        """Return the effect of the condition in every population, with donors as the replicates (METHOD section 7).
+
+        A population's donors are compared by what its cells find in them: the mean, over the cells of every donor, of
+        the expression of each cell's nearest neighbour among one donor's cells. The main p-value permutes the donors'
+        labels; where there are fewer than 1000 labellings it is Welch's. Donors seen in both conditions are paired.
+
+        Parameters
+        ----------
+        by
+            Column of `obs` that names populations, a cell type say.
+        condition
+            The one to compare with the control; none: every one.
+        genes, cohort
+            As elsewhere; genes that were not modelled are found in the input cohort, if given.
+        donor_key
+            Column of `obs` that names the donor; none: the batch.
+        min_cells
+            Own cells that a donor needs in a population to enter its test; the others are listed.
+        population
+            Whose cells ask: all donors' (then nothing depends on the labels), or the treated donors' alone.
+        covariates
+            Columns of `obs`, constant in every donor, for a linear model in place of the permutation.
+
+        Returns
+        -------
+        A row per population, condition and gene. From the cells, which only describe: `cells`, `mean_ite`, `sd_ite`
+        beside `sd_placebo` (one half of the control donors against the other), `log2_fold_change`, `expressing`,
+        `expressing_control`, the sign test `sign_z` and `sign_p`. From the donors: `effect`, `statistic`, `p`,
+        `p_method`, `p_floor` (the smallest possible), `p_permutation`, `p_parametric`, `few_donors`, `treated_donors`,
+        `control_donors`, `donors_left_out`, and the same test on plain means, `pseudobulk_effect` and `pseudobulk_p`.
+        `p_adjusted` is Benjamini-Hochberg's over the genes of one population and condition, `p_adjusted_all` over the
+        whole table. Of the matches: `match_purity` (share inside the population; `impure` below 0.7),
+        `effective_control_cells`, `without_overlap` (share of cells without a near control match) and
+        `mean_ite_overlap` (the mean without those).
+
+        Raises
+        ------
+        QueryError
+            A name is unknown, or nothing says who the donors are.
+        """
+        from ndreamer_dist.stats.inference import cate_table
+
+        return cate_table(
+            self._given(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
+            population=population, covariates=covariates,
+        )  # fmt: skip
+
+    def donor_means(
+        self,
+        by: str,
+        *,
+        condition: str | None = None,
+        genes: Sequence[str] | None = None,
+        cohort: Cohort | None = None,
+        donor_key: str | None = None,
+        min_cells: int = MIN_CELLS,
+    ) -> anndata.AnnData:
+        """Return donors x genes per population, for models of one's own (limma, dreamlet); arguments as in `cate`.
+
+        Returns
+        -------
+        `X` (population, donor and condition; genes) are the means that `cate` tests, `layers["pseudobulk"]` plain
+        ones; `obs` says of what, with every column of the cohort that is constant in each donor. Where there are
+        several conditions, the control donors are there once for each contrast.
+        """
+        from ndreamer_dist.stats.inference import donor_means
+
+        given = self._given(genes, cohort)
+        return donor_means(given, by=by, condition=condition, donor_key=donor_key, min_cells=min_cells)
+
     # --- what is behind them -----------------------------------------------------------------------------------------
 
     @cached_property
     def _cells(self) -> pd.DataFrame:
         return self._table("obs")
+
+    @cached_property
+    def _input_cells(self) -> pd.DataFrame:
+        """`obs` in input order, kept: its index then knows that its names differ."""
+        return self._cells.iloc[self._input_order]
 
     @cached_property
     def _genes(self) -> pd.DataFrame:
@@ -207,11 +473,63 @@ class Results:
     def _pointers(self) -> np.ndarray:
         return read_array(self.storage, f"X/{keys.INDPTR}")
 
+    def _fact(self, name: str) -> Any:
+        """Return one entry of `uns["ndreamer"]`, without reading the others."""
+        return self._table(f"uns/{keys.UNS}/{name}")
+
+    @cached_property
+    def _rounding(self) -> Rounding:
+        """How the values of layers are kept; of a store that does not say, whole."""
+        settings = json.loads(self._fact("settings"))["effects"]
+        return Rounding(settings.get("dtype", "float32"), settings.get("keep_bits"))
+
     def _table(self, name: str) -> Any:
         return read_element(self.storage, name)
 
-    def _part(self, values: Any, rows: np.ndarray, columns: np.ndarray) -> anndata.AnnData:
-        return anndata.AnnData(X=values, obs=self._cells.iloc[rows].copy(), var=self._genes.iloc[columns].copy())
+    def _part(self, values: Any, rows: np.ndarray, genes: pd.DataFrame) -> anndata.AnnData:
+        obs = self._input_cells if rows is self._input_order else self._cells.iloc[rows]
+        return anndata.AnnData(X=values, obs=obs.copy(), var=genes.copy())
+
+    @cached_property
+    def counterparts(self) -> Counterparts:
+        """The matches behind the effects."""
+        match = json.loads(self._fact("settings"))["match"]
+        return Counterparts(self.storage, self.design, int(match["neighbours"]), float(match["bandwidth"]))
+
+    def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
+        """Return the expression to compute with, and the table of its genes."""
+        if cohort is None:
+            return StoredExpression(self.storage, self._pointers, len(self._genes)), self._genes
+        given = self.open_cohort(cohort)
+        table = given.source.var.copy()
+        table.index = pd.Index(given.source.gene_names, name=table.index.name)
+        return given, table
+
+    def _computed(
+        self,
+        question: Question,
+        rows: np.ndarray,
+        genes: Sequence[str] | None,
+        cohort: Cohort | None,
+        room: Room | None,
+    ) -> anndata.AnnData:
+        """Answer a question through the matches."""
+        expression, table = self._expression(cohort)
+        columns = self._columns(genes, table.index)
+        out = room((len(rows), len(columns))) if room else None
+        values = compute(question, self.counterparts, expression, rows, columns, out=out)
+        return self._part(values, rows, table.iloc[columns])
+
+    def _given(self, genes: Sequence[str] | None, cohort: Cohort | None) -> Any:
+        from ndreamer_dist.stats.inference import Given
+
+        expression, table = self._expression(cohort)
+        columns = self._columns(genes, table.index)
+        stored = cohort is None and keys.LAYER_ITE in self.layers
+        return Given(
+            self.storage, self.design, self._cells, self.counterparts, expression, columns, table.index[columns],
+            stored_ite=stored, seed=int(self.uns.get("seed", 0)),
+        )  # fmt: skip
 
     def _rows(self, cells: Cells, order: Order) -> np.ndarray:
         """Return the packed rows that a selection means, in the order asked for: (rows,) int64."""
@@ -252,10 +570,12 @@ class Results:
             return self._input_order[values]
         return _places(self._cells.index, values.tolist(), "cell")
 
-    def _columns(self, genes: Sequence[str] | None) -> np.ndarray:
+    def _columns(self, genes: Sequence[str] | None, among: pd.Index | None = None) -> np.ndarray:
+        """Return where genes stand among the modelled ones, or others that are given."""
+        index = self._genes.index if among is None else among
         if genes is None:
-            return np.arange(len(self._genes))
-        chosen = _places(self._genes.index, [genes] if isinstance(genes, str) else list(genes), "gene")
+            return np.arange(len(index))
+        chosen = _places(index, [genes] if isinstance(genes, str) else list(genes), "gene")
         if not len(chosen):
             msg = "no gene is selected"
             raise QueryError(msg)
@@ -278,7 +598,7 @@ def _places(index: pd.Index, names: Sequence[Any], what: str) -> np.ndarray:
     absent = [str(name) for name, place in zip(names, places, strict=True) if place < 0]
     if absent:
         near = suggest(absent[0], index) if len(index) <= SUGGEST_AMONG else ""
-        hint = " Only the modelled genes have effects." if what == "gene" else ""
-        msg = f"there is no {what} {listing(absent)} among the {len(index)} in the results.{near}{hint}"
+        hint = " Genes that were not modelled are found in the input cohort, if given." if what == "gene" else ""
+        msg = f"there is no {what} {listing(absent)} among the {len(index)} here.{near}{hint}"
         raise QueryError(msg)
     return np.asarray(places, dtype=np.int64)

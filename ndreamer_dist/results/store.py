@@ -18,6 +18,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import zarr
+from anndata.experimental import write_dispatched
 from zarr.core.buffer import cpu
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
@@ -25,10 +26,15 @@ from zarr.storage import MemoryStore
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.errors import CohortError
+from ndreamer_dist.results.rounding import FULL, Rounding
 from ndreamer_dist.rundir import RunDirectory, Shard
 from ndreamer_dist.settings import Settings, canonical_json
 from ndreamer_dist.storage import COMPRESSORS, Storage, ensure_array, open_array, read_array, shard_files, write_part
 
+SHARD_GENES = 2048
+"""Genes of one shard of a layer at most; where there are more, a row block is several shards."""
+CHUNK_ROWS = 2**20
+"""Rows of one chunk of a table's column."""
 CHUNK_ENTRIES = 131_072
 """Stored values of one chunk of `X`."""
 SHARD_ENTRIES = 32 * CHUNK_ENTRIES
@@ -47,27 +53,41 @@ VERSIONED = ("ndreamer-dist", "anndata", "numpy", "scipy", "scanpy", "torch", "z
 
 
 @dataclass(frozen=True)
+class RowPart:
+    """A row block and a span of genes, `first:last`: one shard of every layer."""
+
+    block: int
+    genes: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Layout:
     """Shapes and cuts of a results.zarr.
 
     Attributes
     ----------
+    chunk_genes, shard_genes
+        Genes of a chunk and of a shard of a layer, the latter a multiple of the former.
     block_entries
         First entry of `X` of every row block, and the number of entries at the end.
     obsm
         Width of each array in `obsm`.
     layers
         Names of the layers that are stored.
+    rounding
+        How their values are kept.
     """
 
     cells: int
     genes: int
     block_rows: int
     chunk_genes: int
+    shard_genes: int
     block_entries: tuple[int, ...]
     obsm: Mapping[str, int]
     layers: tuple[str, ...]
     row_dtype: str
+    rounding: Rounding = FULL
 
     @property
     def entries(self) -> int:
@@ -85,18 +105,27 @@ def layout_of(run: RunDirectory, settings: Settings, packed: Packed) -> Layout:
     embedding = run.storage / keys.EMBEDDING
     obsm = {name: int(open_array(embedding, name).shape[1]) for name in (keys.OBSM_MU, keys.OBSM_PCA)}
     groups = len(packed.design.groups)
-    pointers = row_pointers(packed)
     if packed.n_rows * groups <= MATCH_LIMIT:
         obsm |= {keys.OBSM_MATCH: groups, keys.OBSM_MATCH_DISTANCE: groups}
+    return layout_with(settings, packed, obsm)
+
+
+def layout_with(settings: Settings, packed: Packed, obsm: Mapping[str, int]) -> Layout:
+    """Return the layout of results that hold these arrays, by name and width, in `obsm`."""
+    pointers = row_pointers(packed)
+    chunk = min(settings.effects.chunk_genes, packed.n_genes)
+    shard = min(-(-packed.n_genes // chunk), max(1, SHARD_GENES // chunk)) * chunk
     return Layout(
         cells=packed.n_rows,
         genes=packed.n_genes,
         block_rows=packed.block_rows,
-        chunk_genes=min(settings.effects.chunk_genes, packed.n_genes),
+        chunk_genes=chunk,
+        shard_genes=shard,
         block_entries=(*(int(pointers[packed.block_range(b)[0]]) for b in range(packed.n_blocks)), int(pointers[-1])),
         obsm=obsm,
         layers=settings.effects.store,
         row_dtype="int32" if packed.n_rows <= np.iinfo(np.int32).max else "int64",
+        rounding=Rounding(settings.effects.dtype, settings.effects.keep_bits),
     )
 
 
@@ -125,13 +154,23 @@ def expression_shards(layout: Layout) -> list[Shard]:
     ]
 
 
+def gene_spans(layout: Layout) -> list[tuple[int, int]]:
+    """Return the spans of genes, `first:last`, that layers are cut into; one where there are no layers."""
+    step = layout.shard_genes if layout.layers else layout.genes
+    return [(first, min(first + step, layout.genes)) for first in range(0, layout.genes, step)]
+
+
 def row_shards(layout: Layout) -> list[Shard]:
-    """Return the units of everything dense: row blocks."""
-    arrays = [f"obsm/{name}" for name in layout.obsm] + [f"layers/{name}" for name in layout.layers]
-    return [
-        Shard(f"rows-{block:05d}", tuple(f"{keys.RESULTS}/{shard_files(array, block, 0)}" for array in arrays), block)
-        for block in range(-(-layout.cells // layout.block_rows))
-    ]
+    """Return the units of everything dense: row blocks by spans of genes; `obsm` comes with the first span."""
+    spans, shards = gene_spans(layout), []
+    for place, genes in enumerate(spans):
+        arrays = [(f"obsm/{name}", 0) for name in layout.obsm] if place == 0 else []
+        arrays += [(f"layers/{name}", place) for name in layout.layers]
+        suffix = f"-{place:05d}" if len(spans) > 1 else ""
+        for block in range(-(-layout.cells // layout.block_rows)):
+            files = tuple(f"{keys.RESULTS}/{shard_files(array, block, column)}" for array, column in arrays)
+            shards.append(Shard(f"rows-{block:05d}{suffix}", files, RowPart(block, genes)))
+    return shards
 
 
 def annotation_shard(run: RunDirectory) -> Shard:
@@ -165,10 +204,9 @@ def prepare(run: RunDirectory, layout: Layout, *, fresh: bool) -> None:
             chunks=(layout.block_rows, width),
         )  # fmt: skip
     for name in layout.layers:
-        columns = -(-layout.genes // layout.chunk_genes) * layout.chunk_genes
         ensure_array(
-            storage, f"layers/{name}", shape=(layout.cells, layout.genes), dtype="float32", fill_value=np.nan,
-            attributes=ARRAY, chunks=(layout.block_rows, layout.chunk_genes), shards=(layout.block_rows, columns),
+            storage, f"layers/{name}", shape=(layout.cells, layout.genes), dtype=layout.rounding.dtype, fill_value=np.nan,
+            attributes=ARRAY, chunks=(layout.block_rows, layout.chunk_genes), shards=(layout.block_rows, layout.shard_genes),
         )  # fmt: skip
 
 
@@ -193,9 +231,9 @@ def write_obsm(run: RunDirectory, name: str, start: int, values: np.ndarray) -> 
     write_part(run.storage / keys.RESULTS, f"obsm/{name}", part, values)
 
 
-def write_layer(run: RunDirectory, name: str, start: int, values: np.ndarray) -> None:
-    """Write one row block of a layer."""
-    part = (slice(start, start + len(values)), slice(None))
+def write_layer(run: RunDirectory, name: str, corner: tuple[int, int], values: np.ndarray) -> None:
+    """Write one shard of a layer; its corner is its first row and gene."""
+    part = tuple(slice(first, first + size) for first, size in zip(corner, values.shape, strict=True))
     write_part(run.storage / keys.RESULTS, f"layers/{name}", part, values)
 
 
@@ -206,17 +244,17 @@ def finish(
     run: RunDirectory,
     settings: Settings,
     packed: Packed,
-    source: Any,
+    cells: pd.DataFrame,
+    genes: pd.DataFrame,
     layout: Layout,
     key: str,
-    distances: np.ndarray,
     summary: Mapping[str, Any],
 ) -> None:
-    """Write what the driver writes: group metadata, `obs`, `var`, `uns`, and then the root."""
+    """Write what the driver writes: group metadata, the tables `obs`, `var` and `uns`, and then the root."""
     storage = run.storage / keys.RESULTS
     tables = {
-        "obs": cell_table(source, packed, distances),
-        "var": gene_table(source, packed),
+        "obs": cells,
+        "var": genes,
         "uns": {keys.UNS: facts(settings, packed, layout, key, summary)},
     }
     encoded = _encoded(tables, row_pointers(packed), layout)
@@ -229,8 +267,8 @@ def finish(
     run.mark(keys.STAGE_EFFECTS, key, Shard(ANNOTATIONS, tuple(f"{keys.RESULTS}/{name}" for name in files)))
 
 
-def cell_table(source: Any, packed: Packed, distances: np.ndarray) -> pd.DataFrame:
-    """Return `obs`: every column of the input, untouched, and ours, in packed order."""
+def cell_table(source: Any, packed: Packed, told: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Return `obs`: every column of the input, untouched, and ours, those told of by name last, in packed order."""
     design, rows = packed.design, packed.input_row
     table = source.obs.iloc[rows].copy()
     table.index = pd.Index(np.asarray(source.cell_names, dtype=object)[rows], name=source.obs.index.name)
@@ -245,8 +283,7 @@ def cell_table(source: Any, packed: Packed, distances: np.ndarray) -> pd.DataFra
     table[keys.OBS_LOW] = packed.clusters(keys.PACKED_LOW)
     table[keys.OBS_HIGH] = packed.clusters(keys.PACKED_HIGH)
     table[keys.OBS_INPUT_ROW] = rows
-    table[keys.OBS_MATCH_DISTANCE] = distances
-    return table
+    return table.assign(**told)
 
 
 def gene_table(source: Any, packed: Packed) -> pd.DataFrame:
@@ -346,7 +383,14 @@ def _write(root: zarr.Group, name: str, value: Any) -> None:
         anndata.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False),
         zarr.config.set({"array.write_empty_chunks": True}),
     ):
-        anndata.io.write_elem(root, name, value, dataset_kwargs={"compressors": COMPRESSORS})
+        write_dispatched(root, name, value, _write_long, dataset_kwargs={"compressors": COMPRESSORS})
+
+
+def _write_long(write: Any, root: zarr.Group, name: str, value: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
+    """Write an element of a table; a column is one chunk as far as that goes, so that reading it is one request."""
+    if iospec.encoding_type in ("array", "string-array"):
+        dataset_kwargs = {**dataset_kwargs, "chunks": tuple(min(max(n, 1), CHUNK_ROWS) for n in value.shape)}
+    write(root, name, value, dataset_kwargs=dataset_kwargs)
 
 
 def _encoded(tables: Mapping[str, Any], pointers: np.ndarray, layout: Layout) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import anndata
 import numpy as np
@@ -20,8 +20,9 @@ from scipy import special
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.errors import QueryError, listing, suggest
-from ndreamer_dist.match.search import nearest
+from ndreamer_dist.match.exact import nearest
 from ndreamer_dist.results.pieces import read_dense
+from ndreamer_dist.results.reader import Whose
 from ndreamer_dist.results.virtual import Counterparts, Expression, compute, layer_question
 from ndreamer_dist.stats.cate import benjamini_hochberg
 from ndreamer_dist.stats.cells import (
@@ -38,13 +39,10 @@ from ndreamer_dist.storage import Storage, open_array
 
 logger = logging.getLogger(__name__)
 
-MIN_CELLS = 10
-"""Own cells that a donor needs in a population to enter its test."""
 PURE = 0.7
 """Share of matches inside the population below which they are flagged."""
 COUNT_FLOOR = 1e-9
 """Added to mean counts before their ratio is taken, as scanpy does."""
-Whose = Literal["all", "treated"]
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,7 @@ class Neighbours:
         near, far = (self._coordinates(rows) for rows in (queries, targets))
         place = np.searchsorted(targets, queries)
         inside = targets[np.minimum(place, len(targets) - 1)] == queries
-        rows = nearest(near, far, 1, exclude=np.where(inside, place, -1))[0][:, 0]
+        rows = nearest(near, far, 1, exclude=np.where(inside, place, -1)).rows[:, 0]
         return np.where(rows < 0, -1, targets[rows])
 
     def _coordinates(self, rows: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Streaming mini-batches from packed.zarr: a Ray Data `Datasource` that executes the sampling plan.
 
-A read task covers a window of steps. It reads every row block that the window touches once, takes the worker's share
-of each step from it and yields one Arrow row per step: the rows' CSR and their packed row numbers. The training loop
-turns that into a dense `MiniBatch` on its device, with labels it looks up by row. The same windows, read in this
+A read task covers a window of steps. It reads what the window touches once, puts the worker's share of each step
+together and yields one Arrow table with a row per step: the cells' CSR and their packed row numbers. The training loop
+turns a row into a dense `MiniBatch` on its device, with labels it looks up by row. The same windows, read in this
 process, serve the serial runtime.
 """
 
@@ -12,11 +12,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -24,8 +22,8 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.stream.plan import SamplingPlan
+from ndreamer_dist.stream.rows import read_rows
 
 WINDOW_STEPS = 8
 """A read task covers the whole epochs that make at least this many steps, so that no block is read twice for them."""
@@ -42,6 +40,28 @@ class Share:
     x: sparse.csr_matrix  # (cells, genes)
 
 
+@dataclass(frozen=True)
+class Window:
+    """A worker's shares of some steps, one after the other in the same arrays."""
+
+    steps: range
+    cuts: np.ndarray  # (steps + 1,) where each step's cells start
+    rows: np.ndarray  # (cells of all steps,) packed rows
+    x: sparse.csr_matrix  # (cells of all steps, genes)
+
+    def shares(self) -> Iterator[Share]:
+        """Yield each step's share, in order."""
+        for step, (start, stop) in zip(self.steps, itertools.pairwise(self.cuts.tolist()), strict=True):
+            yield Share(step, self.rows[start:stop], _row_view(self.x, start, stop))
+
+
+def _row_view(x: sparse.csr_matrix, start: int, stop: int) -> sparse.csr_matrix:
+    """Return some rows of a CSR without copying their values, as slicing would."""
+    first, last = x.indptr[start], x.indptr[stop]
+    parts = x.data[first:last], x.indices[first:last], x.indptr[start : stop + 1] - first
+    return sparse.csr_matrix(parts, shape=(stop - start, x.shape[1]), copy=False)
+
+
 def windows(plan: SamplingPlan, first_step: int) -> list[range]:
     """Cut the steps from `first_step` on into the ranges that one read task covers."""
     epochs = -(-WINDOW_STEPS // plan.steps_per_epoch)
@@ -51,45 +71,46 @@ def windows(plan: SamplingPlan, first_step: int) -> list[range]:
 
 
 def read_window(packed: Packed, plan: SamplingPlan, steps: range, rank: int, world: int) -> Iterator[Share]:
-    """Read a worker's shares of a window of steps, in step order; each touched block is read once.
+    """Read a worker's shares of a window of steps, in step order; each touched chunk is read once.
 
-    Memory: the rows of the window, sparse, and one block.
+    Memory: the rows of the window, sparse, and the chunks of a few blocks.
     """
+    yield from load_window(packed, plan, steps, rank, world).shares()
+
+
+def load_window(packed: Packed, plan: SamplingPlan, steps: range, rank: int, world: int) -> Window:
+    """Read what `read_window` yields, in one piece."""
     wanted = [plan.share_rows(step, rank, world) for step in steps]
-    unique = np.unique(np.concatenate(wanted))
-    blocks = unique // packed.block_rows
-    parts = [
-        packed.block(int(block))[unique[blocks == block] - block * packed.block_rows] for block in np.unique(blocks)
-    ]
-    rows = sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix((0, packed.n_genes), dtype=np.float32)
-    for step, share in zip(steps, wanted, strict=True):
-        yield Share(step, share, rows[np.searchsorted(unique, share)])
+    rows = np.concatenate(wanted)
+    cuts = np.concatenate([[0], np.cumsum([len(share) for share in wanted])])
+    return Window(steps, cuts, rows, read_rows(packed, rows))
 
 
-def to_arrow(share: Share) -> pa.Table:
-    """Return a share as a table of one row, its arrays as list columns."""
-    lists = {
-        "rows": share.rows.astype(np.int64),
-        keys.INDPTR: share.x.indptr.astype(np.int64),
-        keys.INDICES: share.x.indices.astype(np.int32),
-        keys.DATA: share.x.data.astype(np.float32),
+def to_arrow(window: Window) -> pa.Table:
+    """Return a window as a table of one row per step, its arrays as list columns; nothing is copied."""
+    entries = window.x.indptr[window.cuts]
+    columns = {
+        "rows": (window.cuts, window.rows.astype(np.int64, copy=False)),
+        "counts": (window.cuts, np.diff(window.x.indptr).astype(np.int32, copy=False)),
+        keys.INDICES: (entries, window.x.indices.astype(np.int32, copy=False)),
+        keys.DATA: (entries, window.x.data.astype(np.float32, copy=False)),
     }
-    columns: dict[str, pa.Array] = {"step": pa.array([share.step], pa.int64())}
-    for name, values in lists.items():
-        columns[name] = pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), pa.array(values))
-    return pa.table(columns)
+    lists = {
+        name: pa.LargeListArray.from_arrays(pa.array(cuts, pa.int64()), pa.array(values))
+        for name, (cuts, values) in columns.items()
+    }
+    return pa.table({"step": pa.array(window.steps, pa.int64()), **lists})
 
 
 def from_arrow(table: pa.Table, genes: int) -> Share:
-    """Read what `to_arrow` gave, without copying the arrays."""
-    lists = {
-        name: table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        for name in ("rows", keys.INDPTR, keys.INDICES, keys.DATA)
-    }
-    x = sparse.csr_matrix(
-        (lists[keys.DATA], lists[keys.INDICES], lists[keys.INDPTR]), shape=(len(lists["rows"]), genes), copy=False
+    """Read one row of what `to_arrow` gave, without copying the arrays."""
+    rows, counts, indices, data = (
+        table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=True)
+        for name in ("rows", "counts", keys.INDICES, keys.DATA)
     )
-    return Share(int(table.column("step")[0].as_py()), lists["rows"], x)
+    indptr = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    x = sparse.csr_matrix((data, indices, indptr), shape=(len(rows), genes), copy=False)
+    return Share(int(table.column("step")[0].as_py()), rows, x)
 
 
 class PlanSource(Datasource):
@@ -122,52 +143,4 @@ class PlanSource(Datasource):
 
 
 def _read_tables(packed: Packed, plan: SamplingPlan, steps: range, rank: int, world: int) -> Iterable[pa.Table]:
-    return (to_arrow(share) for share in read_window(packed, plan, steps, rank, world))
-
-
-@dataclass(frozen=True)
-class RowLabels:
-    """What the losses need to know of every packed row: 8 bytes per cell and the groups' tables."""
-
-    group_starts: np.ndarray  # (groups + 1,)
-    group_condition: np.ndarray  # (groups,)
-    group_batch: np.ndarray  # (groups, covariates)
-    low: np.ndarray  # (rows,) int32
-    high: np.ndarray  # (rows,) int32
-
-    @classmethod
-    def of(cls, packed: Packed) -> RowLabels:
-        """Read the labels of a packed cohort."""
-        design = packed.design
-        return cls(
-            design.starts,
-            design.group_conditions,
-            design.group_batch_codes,
-            packed.clusters(keys.PACKED_LOW),
-            packed.clusters(keys.PACKED_HIGH),
-        )
-
-
-def densify(share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: Any) -> MiniBatch:
-    """Turn a sparse share into a mini-batch on a device; what travels there is the sparse form."""
-    group = np.searchsorted(labels.group_starts, share.rows, side="right") - 1
-
-    def send(values: np.ndarray) -> torch.Tensor:
-        return torch.tensor(values).to(device, torch.int64, non_blocking=True)
-
-    counts = send(np.diff(share.x.indptr))
-    x = torch.zeros(share.x.shape, dtype=torch.float32, device=device)
-    row = torch.repeat_interleave(torch.arange(len(share.rows), device=device), counts)
-    x[row, send(share.x.indices)] = torch.tensor(share.x.data).to(device, non_blocking=True)
-    own = plan.share(share.step, *place)
-    return MiniBatch(
-        x=x,
-        condition=send(labels.group_condition[group]),
-        batch=send(labels.group_batch[group]),
-        group=send(group),
-        low=send(labels.low[share.rows]),
-        high=send(labels.high[share.rows]),
-        first_block=own.start,
-        step=share.step + 1,  # the loop's steps count from 0, the method's from 1
-        cells=plan.cells(share.step),
-    )
+    yield to_arrow(load_window(packed, plan, steps, rank, world))

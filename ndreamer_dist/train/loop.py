@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class TrainState:
     network: NDreamerNetwork
     optimiser: torch.optim.AdamW
     step: int = 0
-    measures: list[dict[str, float]] = field(default_factory=list)
+    measures: list[dict[str, float]] = field(default_factory=list)  # one row per step
+    perplexities: list[list[float]] = field(default_factory=list)  # (steps, codebooks)
 
     @classmethod
     def fresh(
@@ -52,6 +54,7 @@ class TrainState:
         """Return an untrained state; the weights depend on the seed alone."""
         network = NDreamerNetwork(genes, conditions, batch_levels, settings.model, seed=settings.seed).to(device)
         schedule = settings.train
+        network.bf16 = schedule.precision == "bf16"
         optimiser = torch.optim.AdamW(
             network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
         )
@@ -65,7 +68,7 @@ class TrainState:
             for name, value in values.items()
         }
         weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        told = json.dumps({"step": self.step, "measures": self.measures})
+        told = json.dumps({"step": self.step, "measures": self.measures, "perplexities": self.perplexities})
         return {
             "weights.safetensors": save_tensors(weights),
             "optimiser.safetensors": save_tensors(moments),
@@ -82,7 +85,7 @@ class TrainState:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         told = json.loads(files["state.json"])
-        self.step, self.measures = told["step"], told["measures"]
+        self.step, self.measures, self.perplexities = told["step"], told["measures"], told["perplexities"]
 
 
 def train(
@@ -99,27 +102,42 @@ def train(
     TrainingError
         The loss of a step is not finite.
     """
-    network, schedule = state.network.train(), settings.train
+    prepare(state, settings, collective)
     for batch, waited, started in _timed(batches):
-        draws = noise.draw(batch, settings.model, settings.seed)
-        outputs = network(batch, draws, collective)
-        terms = total_loss(
-            outputs, batch, draws, settings.loss, conditions=network.conditions, collective=collective
-        )  # fmt: skip
-        state.optimiser.zero_grad(set_to_none=True)
-        terms.total.backward()
-        average_gradients(network.parameters(), collective)
-        state.optimiser.step()
-        quantised, quantiser = outputs.quantised, network.quantiser
-        quantiser.count_usage(quantised.usage, collective)
-        if schedule.reset_every and batch.step % schedule.reset_every == 0:
-            quantiser.reset(
-                quantised.projections, collective, seed=settings.seed, step=batch.step, below=schedule.reset_below
-            )  # fmt: skip
-        state.step = batch.step
-        seconds = time.perf_counter() - started
-        state.measures.append(_measured(batch, terms, quantised, seconds, waited))
+        terms, quantised = training_step(state, batch, settings, collective)
+        _measure(state, batch, terms, quantised, started, waited)
         after_step(state)
+
+
+def prepare(state: TrainState, settings: Settings, collective: Collective) -> None:
+    """Bring the network into training mode, compiled where `train.compile` asks for it."""
+    state.network.train()
+    if settings.train.compile:
+        from ndreamer_dist.model.compiled import compile_layers
+
+        compile_layers(state.network, collective)
+
+
+def training_step(
+    state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
+) -> tuple[LossTerms, Quantised]:
+    """Take one optimiser step; count the use of codes, and reset those that are hardly used when it is time to."""
+    network, schedule = state.network, settings.train
+    draws = noise.draw(batch, settings.model, settings.seed)
+    outputs = network(batch, draws, collective)
+    terms = total_loss(outputs, batch, draws, settings.loss, conditions=network.conditions, collective=collective)
+    state.optimiser.zero_grad(set_to_none=True)
+    terms.total.backward()
+    average_gradients(network.parameters(), collective)
+    state.optimiser.step()
+    quantised, quantiser = outputs.quantised, network.quantiser
+    quantiser.count_usage(quantised.usage, collective)
+    if schedule.reset_every and batch.step % schedule.reset_every == 0:
+        quantiser.reset(
+            quantised.projections, collective, seed=settings.seed, step=batch.step, below=schedule.reset_below
+        )  # fmt: skip
+    state.step = batch.step
+    return terms, quantised
 
 
 def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, float]]:
@@ -133,11 +151,11 @@ def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, flo
         yield batch, time.perf_counter() - started, started
 
 
-def _measured(
-    batch: MiniBatch, terms: LossTerms, quantised: Quantised, seconds: float, waited: float
-) -> dict[str, float]:
-    """Return one step's row of metrics.csv; `TrainingError` where the loss is not finite."""
-    values = {"step": batch.step, "total": float(terms.total.detach()), **terms.unweighted.as_floats()}
+def _measure(
+    state: TrainState, batch: MiniBatch, terms: LossTerms, quantised: Quantised, started: float, waited: float
+) -> None:
+    """Note what a step measured; `TrainingError` where its loss is not finite."""
+    values = {"step": batch.step, **terms.as_floats()}
     unfit = [name for name, value in values.items() if not math.isfinite(value)]
     if unfit:
         msg = (
@@ -145,13 +163,22 @@ def _measured(
             "for extreme values in the input"
         )
         raise TrainingError(msg)
-    measured = {"perplexity": perplexity(quantised), "cells_per_second": batch.cells / seconds}
-    return {**values, **measured, "waiting": waited / seconds}
+    books = [round(used, 2) for used in perplexities(quantised).tolist()]
+    seconds = time.perf_counter() - started  # a GPU has done its work only now that its numbers are here
+    values |= {
+        "learning_rate": state.optimiser.param_groups[0]["lr"],
+        "perplexity": fmean(books),
+        "cells_per_second": batch.cells / seconds,
+        "waiting": waited / seconds,
+        "seconds": seconds,
+    }
+    state.measures.append(values)
+    state.perplexities.append(books)
 
 
 @torch.no_grad()
-def perplexity(quantised: Quantised) -> float:
-    """Return how many codes a mini-batch uses, on average over codebooks: exp of the entropy of their mean."""
+def perplexities(quantised: Quantised) -> torch.Tensor:
+    """Return how many codes of each codebook a mini-batch uses, (codebooks,): exp of the entropy of their mean."""
     probs = quantised.group_probs.double().sum(1)  # (codebooks, codes), over all cells
     probs = probs / probs.sum(-1, keepdim=True)
-    return float(torch.special.entr(probs).sum(-1).exp().mean())
+    return torch.special.entr(probs).sum(-1).exp()

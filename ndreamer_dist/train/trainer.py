@@ -1,25 +1,19 @@
-"""The training loop under Ray Train: workers, streaming, checkpoints, progress.
+"""The training loop under Ray Train, or in this process: workers, streaming, checkpoints, and what is seen of it all.
 
 Each worker builds its own Ray Data stream inside the train function, after looking for a checkpoint: that is how a
-resumed run starts at its step. Ray Train keeps its own things under `DIR/train`; rank 0 writes the trained model to
-`DIR/model` and the measures to `DIR/logs/metrics.csv`.
+resumed run starts at its step. Checkpoints are kept below `DIR/train`; the first worker writes the trained model to
+`DIR/model` and the measures to `DIR/logs`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
@@ -31,16 +25,19 @@ from ndreamer_dist.rundir import RunDirectory, Shard, begin_stage
 from ndreamer_dist.runtime import Runtime
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage import Storage
+from ndreamer_dist.stream.delivery import READER_CPUS, mini_batches
+from ndreamer_dist.stream.dense import RowLabels, densify
 from ndreamer_dist.stream.plan import SamplingPlan
-from ndreamer_dist.stream.source import PlanSource, RowLabels, densify, from_arrow, read_window, windows
+from ndreamer_dist.stream.source import read_window, windows
+from ndreamer_dist.train.checkpoints import Schedule, latest_serial, save_serial
+from ndreamer_dist.train.health import concerns
 from ndreamer_dist.train.loop import TrainingError, TrainState, train
+from ndreamer_dist.train.measures import epoch_row, epoch_rows, write_logs
+from ndreamer_dist.train.progress import Display, remote_screen, screen
 
 WORKER_CPUS = 0.5
 """Processors a training worker reserves: the rest stay free for the readers that feed it."""
-READER_CPUS = 0.5
-LOOP_PAUSE_SECONDS = 0.02
 KEY_FILE = "stage_key"
-PROGRESS_NAME = "ndreamer-progress"
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +81,8 @@ def _keep_own_checkpoints(run: RunDirectory, key: str) -> None:
     name = f"{keys.TRAIN_DIR}/{KEY_FILE}"
     if run.storage.exists(name) and run.storage.read(name).decode() == key:
         return
-    for stale in (keys.TRAIN_DIR, keys.MODEL_WEIGHTS, keys.MODEL_JSON, keys.METRICS):
+    told = (keys.METRICS, keys.EPOCHS, keys.TENSORBOARD)
+    for stale in (keys.TRAIN_DIR, keys.MODEL_WEIGHTS, keys.MODEL_JSON, *told):
         run.storage.delete(stale)
     run.storage.write_atomic(name, key.encode())
 
@@ -103,40 +101,88 @@ def _fresh(settings: Settings, packed: Packed, device: Any) -> TrainState:
 def _train_serially(
     run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime
 ) -> None:
-    """Train in this process, without checkpoints."""
+    """Train in this process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.train.threads)
     try:
         state, labels = _fresh(settings, packed, "cpu"), RowLabels.of(packed)
-        shares = (share for steps in windows(plan, 0) for share in read_window(packed, plan, steps, 0, 1))
-        with tqdm(total=plan.steps, desc="train", disable=_hidden(runtime)) as bar:
-            batches = (densify(share, labels, plan, (0, 1), "cpu") for share in shares)
-            train(state, batches, settings, Single(), after_step=lambda _: bar.update())
-        _finish(run, settings, packed, plan, state)
+        files = latest_serial(run.storage)
+        if files is not None:
+            state.load_bytes(files)
+        parts = windows(plan, state.step) if state.step < plan.steps else []
+        shares = (share for steps in parts for share in read_window(packed, plan, steps, 0, 1))
+        batches = (densify(share, labels, plan, (0, 1), "cpu") for share in shares)
+        with screen(plan, runtime) as shown:
+            schedule = Schedule(settings.train, Single())
+            reporter = Reporter(run, settings, plan, state, schedule, shown, _save_serially(run))
+            reporter.train(batches, packed, Single())
     finally:
         torch.set_num_threads(threads)
 
 
-def _hidden(runtime: Runtime) -> bool | None:
-    return None if runtime.progress is None else not runtime.progress
+def _save_serially(run: RunDirectory) -> Callable[[TrainState], None]:
+    return lambda state: save_serial(run.storage, state.step, state.to_bytes())
 
 
-def _finish(run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, state: TrainState) -> None:
-    save_model(run.storage, state.network, packed, settings)
-    _write_measures(run.storage, plan, state)
+class Reporter:
+    """What a worker does beside the steps themselves: checkpoints, and on the first worker what is seen of a training.
 
+    Parameters
+    ----------
+    display
+        Where the first worker shows how it gets on; none for the others.
+    save
+        Writes a checkpoint; called on all workers at the same step.
+    """
 
-def _write_measures(storage: Storage, plan: SamplingPlan, state: TrainState) -> None:
-    """Write metrics.csv whole: one row per step done, each step once however often the run was resumed."""
-    if not state.measures:
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=["epoch", *state.measures[0]], lineterminator="\n")
-    writer.writeheader()
-    for row in state.measures:
-        rounded = {name: f"{value:.6g}" for name, value in row.items()}
-        writer.writerow({"epoch": (int(row["step"]) - 1) // plan.steps_per_epoch + 1, **rounded})
-    storage.write_atomic(keys.METRICS, text.getvalue().encode())
+    def __init__(
+        self,
+        run: RunDirectory,
+        settings: Settings,
+        plan: SamplingPlan,
+        state: TrainState,
+        schedule: Schedule,
+        display: Display | None,
+        save: Callable[[TrainState], None],
+    ) -> None:
+        self._run, self._settings, self._plan = run, settings, plan
+        self._state, self._schedule, self._display, self._save = state, schedule, display, save
+        self._epochs = epoch_rows(state.measures, state.perplexities, plan.steps_per_epoch)
+        if display is not None:
+            display.reached(state.step)
+
+    def train(self, batches: Iterator[MiniBatch], packed: Packed, collective: Single | Distributed) -> None:
+        """Train to the end of the plan; the first worker writes the model and the logs."""
+        try:
+            train(self._state, batches, self._settings, collective, after_step=lambda _: self.after_step())
+        except TrainingError:
+            self._write_logs()  # the steps before the one that failed
+            raise
+        self._write_logs()
+        if self._display is not None:
+            save_model(self._run.storage, self._state.network, packed, self._settings)
+
+    def after_step(self) -> None:
+        """Show a finished step; write a checkpoint where one is due."""
+        if self._display is not None:
+            self._show(self._display)
+        step = self._state.step
+        if step < self._plan.steps and self._schedule.due(step):
+            self._save(self._state)
+            self._write_logs()
+
+    def _show(self, display: Display) -> None:
+        state, length = self._state, self._plan.steps_per_epoch
+        row = state.measures[-1]
+        display.reached(state.step, row["total"], row["cells_per_second"])
+        if state.step % length == 0:
+            self._epochs.append(epoch_row(state.measures[-length:], state.perplexities[-length:]))
+            for kind, text in concerns(self._epochs, self._settings, self._plan.epochs).items():
+                display.warn(kind, text)
+
+    def _write_logs(self) -> None:
+        if self._display is not None:
+            write_logs(self._run.storage, self._state.measures, self._epochs, self._plan.steps_per_epoch)
 
 
 def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime) -> None:
@@ -147,25 +193,24 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
     use_gpu = settings.train.device == "cuda" or (
         settings.train.device == "auto" and runtime.gpus >= settings.train.workers
     )
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.train.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=keys.TRAIN_DIR,
-            failure_config=ray.train.FailureConfig(max_failures=settings.train.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            # OpenMP threads that wait must not spin: the readers need the processor (10 times the time without).
-            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
-            **_train_storage(run.storage),
-        ),
-    )
-    with _progress(plan.steps, runtime):
-        result = trainer.fit()
+    with remote_screen(plan, runtime) as display:
+        result = TorchTrainer(
+            _worker,
+            train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan, "display": display},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=settings.train.workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if use_gpu else {})},
+            ),
+            run_config=ray.train.RunConfig(
+                name=keys.TRAIN_DIR,
+                failure_config=ray.train.FailureConfig(max_failures=settings.train.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                # OpenMP threads that wait must not spin: the readers need the processor (10 times the time without).
+                worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+                **_train_storage(run.storage),
+            ),
+        ).fit()
     if result.return_value:
         raise TrainingError(result.return_value)
 
@@ -184,142 +229,46 @@ def _worker(config: dict[str, Any]) -> str | None:
     import ray.train
     import ray.train.torch
 
-    run, settings, packed, plan = (config[name] for name in ("run", "settings", "packed", "plan"))
+    run, settings, packed, plan, display = (config[name] for name in ("run", "settings", "packed", "plan", "display"))
     torch.set_num_threads(settings.train.threads)
     context = ray.train.get_context()
     place = (context.get_world_rank(), context.get_world_size())
     device = ray.train.torch.get_device()
+    collective = Distributed() if place[1] > 1 else Single()
     state = _fresh(settings, packed, device)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            state.load_bytes({path.name: path.read_bytes() for path in Path(folder).iterdir()})
-    reporter = _Reporter(run, settings, plan, rank=place[0], started_at=state.step)
-    batches = _stream(packed, plan, place, state.step, device)
+    files = _ray_checkpoint() or latest_serial(run.storage)
+    if files is not None:
+        state.load_bytes(files)
+    schedule = Schedule(settings.train, collective, device)
+    reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
     try:
-        train(state, batches, settings, Distributed() if place[1] > 1 else Single(), after_step=reporter.after_step)
+        reporter.train(mini_batches(packed, plan, place, state.step, device), packed, collective)
     except TrainingError as error:
         # Every worker sees the same loss; a retry would see it again, so this ends the job as a finding, not a failure.
         return str(error)
-    if place[0] == 0:
-        _finish(run, settings, packed, plan, state)
     return None
 
 
-def _stream(
-    packed: Packed, plan: SamplingPlan, place: tuple[int, int], first_step: int, device: Any
-) -> Iterator[MiniBatch]:
-    """Yield a worker's mini-batches from `first_step` on, read ahead by Ray Data."""
-    import ray.data
+def _ray_checkpoint() -> dict[str, bytes] | None:
+    """Return the files of Ray Train's last checkpoint, if there is one."""
+    import ray.train
 
-    if first_step >= plan.steps:
-        return
-    data_context = ray.data.DataContext.get_current()
-    data_context.execution_options.preserve_order = True
-    data_context.enable_progress_bars = False
-    data_context.custom_execution_callback_classes = [_rest_between_rounds()]
-    source = PlanSource(packed, plan, rank=place[0], world=place[1], first_step=first_step)
-    # As many blocks as there are windows: asked for more, Ray Data would cut each window's output again.
-    dataset = ray.data.read_datasource(
-        source, ray_remote_args={"num_cpus": READER_CPUS}, override_num_blocks=len(windows(plan, first_step))
-    )
-    labels = RowLabels.of(packed)
-    for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
-        yield densify(from_arrow(table, packed.n_genes), labels, plan, place, device)
-
-
-def _rest_between_rounds() -> type:
-    """Return a callback that lets Ray Data's loop rest.
-
-    The loop runs in a thread of the training process, and with nothing to start it goes round without a pause: it took
-    more of the processor than the training did.
-    """
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
-
-    class Rest(ExecutionCallback):
-        def on_execution_step(self, executor: Any) -> None:
-            del executor
-            time.sleep(LOOP_PAUSE_SECONDS)
-
-    return Rest
-
-
-class _Reporter:
-    """What happens between steps: checkpoints by all workers together, measures and progress by rank 0."""
-
-    def __init__(
-        self, run: RunDirectory, settings: Settings, plan: SamplingPlan, *, rank: int, started_at: int
-    ) -> None:
-        self._run, self._plan, self._rank = run, plan, rank
-        self._every = settings.train.checkpoint_steps
-        self._progress = _progress_actor() if rank == 0 else None
-        if self._progress is not None:
-            self._progress.reached.remote(started_at)
-
-    def after_step(self, state: TrainState) -> None:
-        """Note a finished step; every so many steps, write a checkpoint."""
-        if self._progress is not None:
-            self._progress.reached.remote(state.step)
-        if state.step % self._every == 0 and state.step < self._plan.steps:
-            self._checkpoint(state)
-
-    def _checkpoint(self, state: TrainState) -> None:
-        import ray.train
-
-        measures = {"step": state.step, "total": state.measures[-1]["total"]}
-        if self._rank != 0:
-            ray.train.report(measures)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            for name, data in state.to_bytes().items():
-                (Path(folder) / name).write_bytes(data)
-            ray.train.report(measures, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        _write_measures(self._run.storage, self._plan, state)
-
-
-class _Progress:
-    """How far training is; lives in an actor, since workers and driver share no screen."""
-
-    def __init__(self) -> None:
-        self._step = 0
-
-    def reached(self, step: int) -> None:
-        self._step = step
-
-    def step(self) -> int:
-        return self._step
-
-
-def _progress_actor() -> Any:
-    import ray
-
-    try:
-        return ray.get_actor(PROGRESS_NAME, namespace=PROGRESS_NAME)
-    except ValueError:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
         return None
+    with checkpoint.as_directory() as folder:
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-@contextmanager
-def _progress(steps: int, runtime: Runtime) -> Iterator[None]:
-    """Show a bar in the driver while workers train; it asks the actor once a second."""
-    import ray
+def _save_on_ray(state: TrainState) -> None:
+    """Write a checkpoint: the first worker's files, once all workers have come this far."""
+    import ray.train
 
-    actor = ray.remote(_Progress).options(
-        name=PROGRESS_NAME, namespace=PROGRESS_NAME, num_cpus=0, get_if_exists=True
-    ).remote()  # fmt: skip
-    stop = threading.Event()
-    with tqdm(total=steps, desc="train", disable=_hidden(runtime)) as bar:
-
-        def watch() -> None:
-            while not stop.wait(1.0):
-                bar.update(ray.get(actor.step.remote()) - bar.n)
-
-        watcher = threading.Thread(target=watch, daemon=True, name="ndreamer-progress")
-        watcher.start()
-        try:
-            yield
-            bar.update(steps - bar.n)
-        finally:
-            stop.set()
-            watcher.join()
-            ray.kill(actor)
+    measures = {"step": state.step, "total": state.measures[-1]["total"]}
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(measures)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in state.to_bytes().items():
+            (Path(folder) / name).write_bytes(data)
+        ray.train.report(measures, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -68,17 +68,21 @@ def opened(folder: Path, cohort: Any, settings: Settings) -> tuple[RunDirectory,
     return RunDirectory.at(folder), source, stage_keys(settings, told)
 
 
-def scanpy_selection(adata: ad.AnnData, groups: pd.Series, num_hvg: int, *, normalise: bool = True) -> ad.AnnData:
-    """Return the cohort as scanpy prepares it in memory, with its choice of genes in `var`."""
+def scanpy_selection(
+    adata: ad.AnnData, groups: pd.Series | None, num_hvg: int, *, normalise: bool = True
+) -> ad.AnnData:
+    """Return the cohort as scanpy prepares it in memory, with its choice of genes in `var`; no groups: no batch key."""
     made = adata.copy()
     made.X = sparse.csr_matrix(made.X).astype(np.float32)
     if normalise:
         sc.pp.normalize_total(made, target_sum=1e4)
         sc.pp.log1p(made)
-    made.obs["group"] = pd.Categorical(groups.to_numpy())
+    batch_key = None if groups is None else "group"
+    if groups is not None:
+        made.obs["group"] = pd.Categorical(groups.to_numpy())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what scanpy says of genes that do not vary
-        sc.pp.highly_variable_genes(made, flavor="seurat", batch_key="group", n_top_genes=num_hvg)
+        sc.pp.highly_variable_genes(made, flavor="seurat", batch_key=batch_key, n_top_genes=num_hvg)
     return made
 
 

@@ -45,6 +45,68 @@ def test_the_genes_are_those_of_scanpy_in_memory(num_hvg: int, seed: int, tmp_pa
     np.testing.assert_array_equal(table["n_groups_variable"], expected.var["highly_variable_nbatches"])
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_hvg", [5, 30])
+@pytest.mark.parametrize("by", ["batch", "none"])
+def test_by_batch_or_without_the_genes_are_scanpys_too(by: str, num_hvg: int, seed: int, tmp_path: Path) -> None:
+    adata = counts(500, 90, donors=3, conditions=("stim", "ctrl", "drug"), seed=seed)
+    x = adata.X.toarray()
+    x[:, [11, 30]] = 0  # nobody's genes: without a batch key scanpy bins them with the others
+    adata.X = sparse.csr_matrix(x)
+    settings = settings_of(hvg__num_hvg=num_hvg, hvg__by=by)
+    run, source, key = opened(tmp_path, adata, settings)
+    run_cohort(run, settings, source, SERIAL, key["cohort"])
+    expected = scanpy_selection(adata, adata.obs["donor"] if by == "batch" else None, num_hvg)
+    assert selected(tmp_path) == list(expected.var_names[expected.var["highly_variable"]])
+    assert selected(tmp_path) != selected_by_group(adata, num_hvg, tmp_path / "group")
+    table = pd.read_parquet(tmp_path / keys.GENES_TABLE)
+    np.testing.assert_allclose(table["mean"], expected.var["means"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(table["dispersion_norm"], expected.var["dispersions_norm"], rtol=1e-5, atol=1e-6)
+
+
+def selected_by_group(adata: ad.AnnData, num_hvg: int, folder: Path) -> list[str]:
+    settings = settings_of(hvg__num_hvg=num_hvg)
+    run, source, key = opened(folder, adata, settings)
+    run_cohort(run, settings, source, SERIAL, key["cohort"])
+    return selected(folder)
+
+
+def test_kept_genes_are_modelled_and_the_most_variable_fill_up(tmp_path: Path) -> None:
+    adata = counts(300, 60)
+    free = selected_by_group(adata, 60, tmp_path / "free")
+    table = pd.read_parquet(tmp_path / "free" / keys.GENES_TABLE)
+    rank = table.sort_values(["n_groups_variable", "dispersion_norm"], ascending=False)["name"].tolist()
+    keep = [rank[50], rank[3], rank[40]]
+    settings = settings_of(hvg__num_hvg=10, hvg__keep=",".join(keep), cohort__min_cells=0)
+    run, source, key = opened(tmp_path / "kept", adata, settings)
+    run_cohort(run, settings, source, SERIAL, key["cohort"])
+    chosen = selected(tmp_path / "kept")
+    assert set(keep) <= set(chosen) <= set(free)
+    assert len(chosen) == 10
+    others = [gene for gene in selected_by_group(adata, 10, tmp_path / "ten") if gene not in keep]
+    assert set(chosen) - set(keep) <= set(others)
+    assert chosen == [gene for gene in adata.var_names if gene in chosen]
+
+
+def test_a_kept_gene_passes_the_filter_of_genes(tmp_path: Path) -> None:
+    adata = counts(300, 60)
+    cells = np.asarray((adata.X > 0).sum(axis=0)).ravel()
+    rare, least_cells = adata.var_names[int(cells.argmin())], int(cells.min()) + 1
+    for keep, modelled in (((), False), ([rare], True)):
+        settings = settings_of(hvg__num_hvg=60, hvg__keep=keep, cohort__min_cells=least_cells)
+        run, source, key = opened(tmp_path / str(modelled), adata, settings)
+        run_cohort(run, settings, source, SERIAL, key["cohort"])
+        assert (rare in selected(tmp_path / str(modelled))) is modelled
+
+
+def test_a_kept_gene_that_is_not_there_is_refused_before_the_matrix_is_read(tmp_path: Path) -> None:
+    settings = settings_of(hvg__keep=["g1", "gg2"])
+    run, source, key = opened(tmp_path, counts(), settings)
+    with pytest.raises(CohortError, match=r"hvg.keep names 'gg2'.*90 genes.*Did you mean 'g2'"):
+        run_cohort(run, settings, source, SERIAL, key["cohort"])
+    assert not (tmp_path / "cohort").exists()
+
+
 def test_genes_that_tie_are_taken_by_name_as_scanpy_does(tmp_path: Path) -> None:
     adata = counts(200, 40)
     x = adata.X.toarray()

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from ndreamer_dist.match import effects
-from ndreamer_dist.match.effects import Average, average_over, average_through, kernel_weights, layer_values
 from ndreamer_dist.match.search import nearest
+from ndreamer_dist.results import averages as module
+from ndreamer_dist.results.averages import (
+    Average,
+    average_over,
+    average_through,
+    kernel_weights,
+    layer_values,
+    segments,
+)
 from tests.results.fabricate import design_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "matching.npz"
@@ -37,7 +44,8 @@ def edges_of(design, points, k):
 
 
 def blocks_of(x, rows):
-    return ((start, sparse.csr_matrix(x[start : start + rows])) for start in range(0, len(x), rows))
+    parts = (np.arange(start, min(start + rows, len(x))) for start in range(0, len(x), rows))
+    return ((part, sparse.csr_matrix(x[part])) for part in parts)
 
 
 @pytest.mark.parametrize(("k", "bandwidth"), [(1, 1.0), (5, 1.0), (5, 0.3)])
@@ -45,9 +53,14 @@ def blocks_of(x, rows):
 def test_effects_equal_the_reference_values(k, bandwidth, rows):
     golden, design, points, x, order = packed_golden()
     edges = edges_of(design, points, k)
-    averages = [average_over(design, edges, 0, len(x), bandwidth, condition=condition) for condition in (None, 0, 1)]
+    cells = np.arange(len(x))
+    averages = [
+        average_over(design, edges, cells, bandwidth, condition=condition, own_cells=False)
+        for condition in (None, 0, 1)
+    ]
     own, control, first = average_through(averages, blocks_of(x, rows), x.shape[1])
-    layers = dict(layer_values(("denoised", "batch_effect", "ite"), sparse.csr_matrix(x), own, control))
+    names = ("denoised", "batch_effect", "ite")
+    layers = {name: layer_values(name, sparse.csr_matrix(x), own, control) for name in names}
     expected = {"denoised": "denoised", "batch_effect": "batch_effect", "ite": "own_minus_control"}
     for name, reference in expected.items():
         values = golden[f"{reference}_k{k}_bw{bandwidth}"][order]
@@ -56,28 +69,42 @@ def test_effects_equal_the_reference_values(k, bandwidth, rows):
     np.testing.assert_array_equal(layers["batch_effect"], x - layers["denoised"])
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_a_condition_s_own_cells_average_themselves_and_their_likes(k):
+    _, design, points, x, _ = packed_golden()
+    edges, cells = edges_of(design, points, k), np.arange(len(x))
+    own = average_over(design, edges, cells, 0.7, condition=None)
+    of = [average_over(design, edges, cells, 0.7, condition=code) for code in range(len(design.conditions))]
+    own, *of = average_through([own, *of], blocks_of(x, 1000), x.shape[1])
+    condition = design.group_conditions[design.group_of(cells)]
+    assert set(condition) == {0, 1, 2} & set(range(len(design.conditions)))
+    for code, values in enumerate(of):
+        assert np.isfinite(values).all()
+        np.testing.assert_array_equal(values[condition == code], own[condition == code])
+
+
 def test_blocks_and_pieces_change_no_bit(monkeypatch):
     _, design, points, x, _ = packed_golden()
-    edges = edges_of(design, points, 5)
-    averages = [average_over(design, edges, 0, len(x), 0.7, condition=None)]
-    (whole,) = average_through(averages, blocks_of(x, 1000), x.shape[1])
-    monkeypatch.setattr(effects, "ENTRIES", 7)
-    (pieces,) = average_through(averages, blocks_of(x, 33), x.shape[1])
-    np.testing.assert_array_equal(whole, pieces)
-    shifted = [
-        average_through(
-            [average_over(design, {pair: (r[a:b], d[a:b]) for pair, (r, d, a, b) in cut(edges, design, lo, lo + 50)},
-                          lo, lo + 50, 0.7, condition=None)],
-            blocks_of(x, 1000), x.shape[1],
-        )[0]
-        for lo in range(0, len(x), 50)
-    ]  # fmt: skip
+    edges, cells = edges_of(design, points, 5), np.arange(len(x))
+    (whole,) = average_through(
+        [average_over(design, edges, cells, 0.7, condition=None)], blocks_of(x, 1000), x.shape[1]
+    )
+
+    def some(rows, block):
+        average = average_over(design, cut(edges, design, rows), rows, 0.7, condition=None)
+        return average_through([average], blocks_of(x, block), x.shape[1])[0]
+
+    monkeypatch.setattr(module, "ENTRIES", 7)
+    np.testing.assert_array_equal(whole, some(cells, 33))
+    shifted = [some(cells[low : low + 50], 1000) for low in range(0, len(x), 50)]
     np.testing.assert_array_equal(whole, np.concatenate(shifted))
+    scattered = np.sort(np.random.default_rng(0).choice(cells, 70))  # some of them twice
+    np.testing.assert_array_equal(whole[scattered], some(scattered, 40))
 
 
-def cut(edges, design, start, stop):
-    spans = {g.code: (a - g.start, b - g.start) for g, a, b in effects.segments(design, start, stop)}
-    return {pair: (*edge, *spans[pair[0]]) for pair, edge in edges.items() if pair[0] in spans}.items()
+def cut(edges, design, rows):
+    places = {group.code: rows[here] - group.start for group, here in segments(design, rows)}
+    return {pair: tuple(part[places[pair[0]]] for part in edge) for pair, edge in edges.items() if pair[0] in places}
 
 
 def test_one_neighbour_has_weight_one_and_absent_ones_none():

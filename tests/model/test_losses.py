@@ -37,10 +37,10 @@ def golden_batch() -> MiniBatch:
 
 def quantised_of(probs: Tensor, labels: Labels) -> Quantised:
     segments = labels.segments
-    tables = [segment_sums(book, segments.order, segments.offsets) for book in probs]
-    groups = torch.stack([segment_sums(table, segments.low_order, segments.group_offsets) for table in tables])
+    tables = segment_sums(probs, segments.order, segments.offsets)
+    groups = segment_sums(tables, segments.low_order, segments.group_offsets)
     sizes = labels.group_cells[segments.row_group, None].float()
-    rows = torch.stack([row_negentropy(table / sizes) for table in tables])
+    rows, _ = row_negentropy(tables / sizes)
     nothing = probs.new_zeros(())
     return Quantised(nothing, nothing, nothing, nothing, rows, groups)
 
@@ -127,13 +127,17 @@ def test_correlation_of_small_variances_equals_the_reference() -> None:
     close(losses.correlation_penalty(z, len(z), Single()), stored["value"])
 
 
+@pytest.mark.parametrize("at_once", [1, 300, 10**9], ids=["group_by_group", "some_groups", "all_groups_padded"])
 @pytest.mark.parametrize("cross_cluster", ["published", "clusters"])
-def test_pair_losses_equal_brute_force(cross_cluster: str) -> None:
+def test_pair_losses_equal_brute_force(cross_cluster: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(losses.MOST_PADDING, "cpu", 0.0)
     batch = random_batch(130)
     loss = LossSettings.model_validate({"cross_cluster": cross_cluster, "neighbours": 4, "triplet_pairs": 3})
     z, keys = torch.randn(130, 4, dtype=torch.float64), torch.rand(130, 130)
     z[5] = z[6]
-    found = losses.pair_losses(z, z, batch.x, batch.x, gather_labels(batch, Single()), keys, loss)
+    found = losses.pair_losses(
+        z, z, batch.x, batch.x, gather_labels(batch, Single()), keys, loss, at_once=at_once
+    )  # fmt: skip
     groups = batch.group.unique()
     near = [
         literal_neighbourhood(*(part[batch.group == group] for part in (batch.x, z, batch.low, batch.high)), loss)
@@ -160,23 +164,36 @@ def test_distances_of_near_copies_keep_their_digits(dtype: torch.dtype) -> None:
     a[0] = a[1]
     a = a.to(dtype)
     expected = (a.double()[:, None] - a.double()).square().sum(-1).sqrt()
-    close(losses.pairwise_distance(a, a), expected, rtol=1e-4 if dtype == torch.float32 else 1e-10)
-    assert losses.pairwise_distance(a, a)[0, 1] == 0
+    found = losses.pairwise_distance(a[None], a[None])[0]
+    close(found, expected, rtol=1e-4 if dtype == torch.float32 else 1e-10)
+    assert found[0, 1] == 0
+
+
+def test_both_ways_to_a_squared_distance_agree() -> None:
+    a = torch.randn(3, 20, 30)
+    a[:, 10:] = a[:, :10] + 1e-3 * torch.randn(3, 10, 30)
+    expected = (a.double()[:, :, None] - a.double()[:, None]).square().sum(-1)
+    for found in (
+        losses.squared_with_repairs(a, a, torch.ones(3, 20, 20, dtype=torch.bool)),
+        losses.squared_in_double(a, a),
+    ):
+        close(found, expected, rtol=1e-5, atol=1e-12)
 
 
 def test_distance_gradient_is_right_and_zero_between_copies() -> None:
-    a = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(losses.pairwise_distance, (a, b))
-    copies = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
+    copies = torch.ones(1, 3, 4, dtype=torch.float64, requires_grad=True)
     losses.pairwise_distance(copies, copies).sum().backward()
-    assert torch.equal(copies.grad, torch.zeros(3, 4, dtype=torch.float64))
+    assert torch.equal(copies.grad, torch.zeros(1, 3, 4, dtype=torch.float64))
 
 
 def test_of_equally_near_cells_the_first_are_neighbours() -> None:
     distance = torch.tensor([[0.0, 2.0, 1.0, 2.0, 2.0 - 1e-12, 0.0]], dtype=torch.float64)
-    itself = torch.tensor([[True, False, False, False, False, False]])
-    assert losses.nearest_mask(distance, itself, 3).tolist() == [[False, True, True, False, False, True]]
+    others = torch.tensor([[False, True, True, True, True, True]])
+    found = losses.nearest_mask(distance, others, torch.tensor([3]), 4)
+    assert found.tolist() == [[False, True, True, False, False, True]]
 
 
 def test_nmi_equals_brute_force() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
 from ndreamer_dist.model import noise as noises
+from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.codebooks import Quantised, look_up
 from ndreamer_dist.model.collectives import Single
 from ndreamer_dist.model.losses import commitment, total_loss
 from ndreamer_dist.model.network import NDreamerNetwork
+from ndreamer_dist.model.noise import StepNoise
 from ndreamer_dist.settings import LossSettings, ModelSettings
 from tests.model.helpers import CONDITIONS, TINY, close, golden, literal_loss, random_batch, tiny_network
 
@@ -40,6 +44,7 @@ GOLDEN_CODEBOOK = {
     "embedding_usage": "usage",
 }
 GOLDEN_BOOKS = 4
+MIDDLE = ModelSettings(encoder=(64, 48, 32), codebooks=8, codes=64, code_dim=8, latent=32, decoder=(32, 48))
 
 
 @pytest.fixture
@@ -147,3 +152,57 @@ def test_data_with_negatives_may_be_reconstructed_negative() -> None:
     codes = torch.zeros(50, dtype=torch.int64), torch.zeros(50, 0, dtype=torch.int64)
     assert NDreamerNetwork(5, 2, (), TINY, nonnegative=True).reconstruct(mean, *codes).min() >= 0
     assert NDreamerNetwork(5, 2, (), TINY, nonnegative=False).reconstruct(mean, *codes).min() < 0
+
+
+def terms_of(network: NDreamerNetwork, batch: MiniBatch) -> dict[str, float]:
+    noise = noises.draw(batch, network.settings, 0)
+    outputs = network(batch, noise, Single())
+    terms = total_loss(outputs, batch, noise, LossSettings(), conditions=CONDITIONS, collective=Single())
+    terms.total.backward()
+    return terms.as_floats()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("settings", [TINY, MIDDLE], ids=["tiny", "middle"])
+def test_bf16_products_keep_every_loss_to_a_hundredth(settings: ModelSettings, seed: int) -> None:
+    batch = random_batch(1024, dtype=torch.float32, seed=seed)
+    full, half = (tiny_network(settings, torch.float32) for _ in range(2))
+    half.bf16 = True
+    expected, found = terms_of(full, batch), terms_of(half, batch)
+    assert found != expected
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-6)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in half.parameters())
+
+
+def test_bf16_products_choose_the_same_codes() -> None:
+    batch = random_batch(512, dtype=torch.float32)
+    noise = noises.draw(batch, MIDDLE, 0)
+    full, half = (tiny_network(MIDDLE, torch.float32) for _ in range(2))
+    half.bf16 = True
+    assert torch.equal(*(network(batch, noise, Single()).quantised.vectors for network in (full, half)))
+
+
+def test_inference_keeps_full_precision_after_bf16_training() -> None:
+    batch = random_batch(100, dtype=torch.float32)
+    full, half = (tiny_network(dtype=torch.float32) for _ in range(2))
+    half.bf16 = True
+    assert torch.equal(full.embed(batch.x), half.embed(batch.x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_a_gpu_computes_the_losses_of_the_cpu(bf16: bool) -> None:
+    batch = random_batch(512, dtype=torch.float32)
+    noise = noises.draw(batch, TINY, 0)
+    values = {}
+    for device in ("cpu", "cuda"):
+        network = tiny_network(dtype=torch.float32).to(device)
+        network.bf16 = bf16 and device == "cuda"
+        here = replace(batch, x=batch.x.to(device))
+        drawn = StepNoise(*(getattr(noise, part.name).to(device) for part in fields(noise)))
+        outputs = network(here, drawn, Single())
+        terms = total_loss(outputs, here, drawn, LossSettings(), conditions=CONDITIONS, collective=Single())
+        terms.total.backward()
+        values[device] = terms.as_floats()
+    assert values["cuda"] == pytest.approx(values["cpu"], rel=1e-2 if bf16 else 1e-4, abs=1e-3 if bf16 else 1e-5)

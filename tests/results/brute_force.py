@@ -40,6 +40,7 @@ def check(path, *, atol=1e-4):
     own_sum, control_sum = np.zeros_like(x), np.zeros_like(x)
     own_count, control_count = np.zeros(len(x)), np.zeros(len(x))
     far = [[] for _ in x]
+    times = np.zeros(len(x), dtype=int)
     for query in names:
         cells = np.flatnonzero(group == query)
         for column, target in enumerate(names):
@@ -58,6 +59,7 @@ def check(path, *, atol=1e-4):
             if query == target:
                 values = x[cells]
             else:
+                np.add.at(times, packed[packed >= 0], 1)
                 weights = np.exp(-(distances - distances[:, :1]) / bandwidth)
                 weights = np.nan_to_num(weights / np.nansum(weights, axis=1, keepdims=True))
                 values = np.einsum("ck,ckg->cg", weights, x[np.where(packed < 0, 0, packed)])
@@ -75,6 +77,7 @@ def check(path, *, atol=1e-4):
     expected["ite"][np.asarray(stored.obs["ndreamer_condition"] == control)] = np.nan
     for name in stored.layers:
         np.testing.assert_allclose(stored.layers[name], expected[name], atol=atol, err_msg=name)
+    np.testing.assert_array_equal(stored.obs["ndreamer_times_matched"], times)
     mean = [np.mean(distances) if distances else np.nan for distances in far]
     np.testing.assert_allclose(stored.obs["ndreamer_match_distance"], mean, rtol=1e-5)
     return stored

@@ -20,8 +20,7 @@ def finish(made, runtime=None):
     """Run matching and effects on what `fabricate` made."""
     runtime = runtime or SerialRuntime(made.settings.run)
     run_match(made.run, made.settings, made.design, runtime, "key of match")
-    summary = {"dropped": {"empty": 3}, "stage": "fabricated"}
-    run_effects(made.run, made.settings, made.packed, made.source, runtime, "key of effects", summary)
+    run_effects(made.run, made.settings, made.packed, made.source, runtime, "key of effects", made.summary)
     return made
 
 
@@ -29,6 +28,13 @@ def finish(made, runtime=None):
 def finished(tmp_path_factory):
     """A finished run that no test may change."""
     return finish(fabricate(tmp_path_factory.mktemp("finished"), SIZES))
+
+
+@pytest.fixture(scope="session", params=[1, 5], ids=["one_neighbour", "kernel"])
+def every_edge(request, tmp_path_factory):
+    """A run with the matches of all edges, which no test may change."""
+    overrides = {"match.edges": "all", "match.neighbours": request.param, "match.bandwidth": 0.5}
+    return finish(fabricate(tmp_path_factory.mktemp("every_edge"), SIZES, overrides=overrides))
 
 
 @pytest.fixture

@@ -8,8 +8,12 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group, batch_name, group_name
+from ndreamer_dist.cohort.genes import run_cohort
+from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed, table_bytes
-from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.cohort.source import fingerprint, open_source
+from ndreamer_dist.rundir import RunDirectory, stage_keys
+from ndreamer_dist.runtime import SerialRuntime
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage import create_array, open_array, write_array
 
@@ -57,10 +61,7 @@ def fabricate(folder, sizes, *, levels=("a", "b+c"), genes=37, latent=6, dims=4,
     dropped = 3
     input_rows = rng.permutation(cells + dropped)[:cells]
     write_array(storage, keys.PACKED_INPUT_ROW, input_rows.astype(np.int64))
-    for group in design.groups:
-        for level, count in ((keys.PACKED_LOW, 3), (keys.PACKED_HIGH, 9)):
-            labels = rng.integers(count, size=group.cells).astype(np.int32)
-            write_array(storage, f"{level}/{keys.block_name(group.code)}", labels)
+    _clusters(storage, rng, design)
     gene_names = [f"G{number}" for number in range(genes + 5)]
     selected = np.ones(genes + 5, dtype=bool)
     selected[rng.permutation(genes + 5)[:5]] = False
@@ -70,8 +71,32 @@ def fabricate(folder, sizes, *, levels=("a", "b+c"), genes=37, latent=6, dims=4,
     _embedding(run, rng, cells, latent, dims, block_rows, crowds)
     source = _source(rng, design, input_rows, dropped, gene_names)
     return SimpleNamespace(
-        run=run, settings=settings, design=design, packed=Packed.open(run, block_rows), source=source, dense=dense
+        run=run, settings=settings, design=design, packed=Packed.open(run, block_rows), source=source, dense=dense,
+        summary={"dropped": {"empty": 3}, "stage": "fabricated"},
+    )  # fmt: skip
+
+
+def from_cohort(folder, adata, settings, *, latent=6, dims=4, seed=0):
+    """Run the stages that read a cohort and make up the others before matching; return what the stages take."""
+    rng = np.random.default_rng(seed)
+    source, runtime = open_source(adata, layer=settings.cohort.layer), SerialRuntime(settings.run)
+    told = fingerprint(source, settings.cohort.condition_key, settings.cohort.batch_key)
+    run, key = RunDirectory.at(folder), stage_keys(settings, told)
+    run_cohort(run, settings, source, runtime, key[keys.STAGE_COHORT])
+    packed = run_pack(run, settings, source, runtime, key[keys.STAGE_PACK])
+    _clusters(packed.storage, rng, packed.design)
+    _embedding(run, rng, packed.n_rows, latent, dims, packed.block_rows, 0)
+    summary = {**run.read_json(keys.COHORT_SUMMARY), "input": told}
+    return SimpleNamespace(
+        run=run, settings=settings, design=packed.design, packed=packed, source=source, summary=summary
     )
+
+
+def _clusters(storage, rng, design):
+    for group in design.groups:
+        for level, count in ((keys.PACKED_LOW, 3), (keys.PACKED_HIGH, 9)):
+            labels = rng.integers(count, size=group.cells).astype(np.int32)
+            write_array(storage, f"{level}/{keys.block_name(group.code)}", labels)
 
 
 def _embedding(run, rng, cells, latent, dims, block_rows, crowds):

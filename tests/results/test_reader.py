@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ndreamer_dist import keys
+from ndreamer_dist import chunks, keys
 from ndreamer_dist.errors import QueryError, StoreError
-from ndreamer_dist.results import pieces
 from ndreamer_dist.results.reader import open_results
 
 
@@ -92,9 +91,8 @@ def test_listed_cells_come_in_their_order(results, whole):
 
 
 def test_small_reads_change_nothing(results, whole, monkeypatch):
-    monkeypatch.setattr(pieces, "READ_BYTES", 1)
-    monkeypatch.setattr(pieces, "READ_ENTRIES", 10)
-    monkeypatch.setattr(pieces, "GAP_ROWS", 1)
+    monkeypatch.setattr(chunks, "DECODED_BYTES", 1)
+    monkeypatch.setattr(chunks, "GAP_BYTES", -1)
     np.testing.assert_array_equal(results.denoised().X, whole.layers["denoised"])
     np.testing.assert_array_equal(results.expression().X.toarray(), whole.X.toarray())
 

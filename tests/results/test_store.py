@@ -296,6 +296,23 @@ def test_shards_of_expression_span_blocks(copied, monkeypatch, finished):
     np.testing.assert_array_equal(open_results(copied.folder).expression(order="packed").X.toarray(), copied.dense)
 
 
+def test_spans_of_genes_are_shards_of_their_own_and_change_no_bit(copied, monkeypatch, finished):
+    monkeypatch.setattr(store, "SHARD_GENES", 20)
+    effects = copied.settings.effects.model_copy(update={"chunk_genes": 8})
+    settings = copied.settings.model_copy(update={"effects": effects})
+    run_effects(copied.run, settings, copied.packed, copied.source, SerialRuntime(settings.run), "another key")
+    stored, before = check(copied.folder / keys.RESULTS), anndata.read_zarr(f"{finished.run.url}/{keys.RESULTS}")
+    assert zarr.open_array(copied.folder / keys.RESULTS / "layers/ite", mode="r").shards == (64, 16)
+    for name in stored.layers:
+        np.testing.assert_array_equal(stored.layers[name], before.layers[name])
+    lost = copied.folder / keys.RESULTS / "layers/ite/c/1/2"
+    times = {path: path.stat().st_mtime_ns for path in lost.parents[1].rglob("*/*")}
+    assert len(times) == 4 * 3
+    lost.unlink()
+    run_effects(copied.run, settings, copied.packed, copied.source, SerialRuntime(settings.run), "another key")
+    assert [path for path, time in times.items() if path.stat().st_mtime_ns != time] == [lost]
+
+
 def test_matches_are_left_out_where_they_would_be_too_many(copied, monkeypatch):
     monkeypatch.setattr(store, "MATCH_LIMIT", 100)
     run_effects(copied.run, copied.settings, copied.packed, copied.source, SerialRuntime(copied.settings.run), "other")

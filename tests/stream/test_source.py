@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.settings import NOISE_ROWS
+from ndreamer_dist.stream.delivery import mini_batches
+from ndreamer_dist.stream.dense import RowLabels, densify
 from ndreamer_dist.stream.plan import SamplingPlan
 from ndreamer_dist.stream.source import (
     LONGEST_WINDOW,
-    PlanSource,
-    RowLabels,
-    densify,
     from_arrow,
+    load_window,
     read_window,
     to_arrow,
     windows,
@@ -44,14 +46,17 @@ def test_a_window_holds_the_rows_of_the_plan(tmp_path: Path, world: int) -> None
                 assert np.array_equal(share.x.toarray(), everything[share.rows])
 
 
-def test_a_share_survives_arrow(tmp_path: Path) -> None:
+def test_a_window_survives_arrow_step_by_step(tmp_path: Path) -> None:
     packed = packed_cohort(tmp_path, cells=(300, 200), genes=30, block_rows=128)
     plan = SamplingPlan((0, 300, 500), 64, epochs=2, seed=0)
-    share = next(read_window(packed, plan, range(2), 0, 1))
-    back = from_arrow(to_arrow(share), 30)
-    assert back.step == share.step
-    assert np.array_equal(back.rows, share.rows)
-    assert (back.x != share.x).nnz == 0
+    window = load_window(packed, plan, range(3), 0, 1)
+    table = to_arrow(window)
+    for place, share in enumerate(window.shares()):
+        back = from_arrow(table.slice(place, 1), 30)
+        assert back.step == share.step
+        assert np.array_equal(back.rows, share.rows)
+        for part in ("data", "indices", "indptr"):
+            assert np.array_equal(getattr(back.x, part), getattr(share.x, part))
 
 
 def test_a_mini_batch_is_dense_and_labelled_by_row(tmp_path: Path) -> None:
@@ -72,19 +77,15 @@ def test_a_mini_batch_is_dense_and_labelled_by_row(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_ray_data_delivers_the_steps_in_order_from_any_first_step(tmp_path: Path) -> None:
-    import ray
-
+def test_ray_data_delivers_what_this_process_would_read_from_any_first_step(tmp_path: Path) -> None:
     packed = packed_cohort(tmp_path, cells=(300, 90, 700), genes=40, block_rows=256)
     plan = SamplingPlan(tuple(packed.design.starts.tolist()), 128, epochs=8, seed=0)
-    everything = packed.rows(0, packed.n_rows).toarray()
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    source = PlanSource(packed, plan, rank=0, world=2, first_step=5)
-    dataset = ray.data.read_datasource(source, ray_remote_args={"num_cpus": 0.5})
-    shares = [from_arrow(t, 40) for t in dataset.iter_batches(batch_size=1, batch_format="pyarrow")]
-    assert [share.step for share in shares] == list(range(5, plan.steps))
-    for share in shares:
-        assert np.array_equal(share.rows, plan.share_rows(share.step, 0, 2))
-        assert np.array_equal(share.x.toarray(), everything[share.rows])
+    labels = RowLabels.of(packed)
+    shares = (share for steps in windows(plan, 5) for share in read_window(packed, plan, steps, 0, 2))
+    expected = [densify(share, labels, plan, (0, 2), "cpu") for share in shares]
+    delivered = list(mini_batches(packed, plan, (0, 2), 5, "cpu"))
+    assert [batch.step for batch in delivered] == list(range(6, plan.steps + 1))
+    for batch, same in zip(delivered, expected, strict=True):
+        for part in fields(MiniBatch):
+            found, wanted = getattr(batch, part.name), getattr(same, part.name)
+            assert torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted, part.name

@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.collectives import Single
-from ndreamer_dist.settings import Settings
-from ndreamer_dist.stream.plan import SamplingPlan
-from ndreamer_dist.stream.source import RowLabels, densify, read_window, windows
-from ndreamer_dist.train.loop import TrainingError, TrainState, train
-from tests.cohorts import packed_cohort
+from ndreamer_dist.train.loop import TrainingError, train
+from tests.train.helpers import SETTINGS, Cohort, fresh, weights
 
-SETTINGS = Settings.build(
-    preset="small",
-    overrides={
-        "model.encoder": [32, 16], "model.codebooks": 3, "model.codes": 8, "model.latent": 12, "model.decoder": [16],
-        "train.batch_size": 64, "train.epochs": 12, "train.reset_every": 5,
-    },
-)  # fmt: skip
-
-
-class Cohort:
-    def __init__(self, folder: Path) -> None:
-        self.packed = packed_cohort(folder, cells=(150, 101, 90), genes=40, block_rows=128)
-        self.plan = SamplingPlan(tuple(self.packed.design.starts.tolist()), 64, epochs=12, seed=0)
-        self.labels = RowLabels.of(self.packed)
-
-    def batches(self, first: int = 0, last: int | None = None) -> Iterator[MiniBatch]:
-        for steps in windows(self.plan, first):
-            for share in read_window(self.packed, self.plan, steps, 0, 1):
-                if last is not None and share.step >= last:
-                    return
-                yield densify(share, self.labels, self.plan, (0, 1), "cpu")
+OTHER_SEED = SETTINGS.model_copy(update={"seed": 9})
 
 
 @pytest.fixture
 def cohort(tmp_path: Path) -> Cohort:
-    return Cohort(tmp_path)
-
-
-def fresh(seed: int = 0) -> TrainState:
-    settings = SETTINGS.model_copy(update={"seed": seed})
-    return TrainState.fresh(settings, genes=40, conditions=2, batch_levels=(2,))
-
-
-def weights(state: TrainState) -> list[torch.Tensor]:
-    return list(state.network.state_dict().values())
+    return Cohort.write(tmp_path)
 
 
 def test_training_lowers_the_loss(cohort: Cohort) -> None:
@@ -65,18 +31,19 @@ def test_stopping_and_going_on_changes_no_bit(cohort: Cohort) -> None:
     whole, first = fresh(), fresh()
     train(whole, cohort.batches(), SETTINGS, Single())
     train(first, cohort.batches(last=7), SETTINGS, Single())  # past a reset, short of the next
-    second = fresh(seed=9)
+    second = fresh(OTHER_SEED)
     second.load_bytes(first.to_bytes())
     assert second.step == 7
     train(second, cohort.batches(first=7), SETTINGS, Single())
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
     assert [row["step"] for row in second.measures] == list(range(1, cohort.plan.steps + 1))
+    assert second.perplexities == whole.perplexities
 
 
 def test_the_seed_decides_the_weights_and_the_callers_generator_is_left_alone() -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    first, again, other = fresh(), fresh(), fresh(seed=1)
+    first, again, other = fresh(), fresh(), fresh(OTHER_SEED)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights(first), weights(other), strict=True))
@@ -101,3 +68,17 @@ def test_a_loss_that_is_not_finite_ends_training_with_what_to_do(cohort: Cohort)
         next(iter(state.network.parameters())).fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"not finite at step \d .*train\.learning_rate"):
         train(state, cohort.batches(), SETTINGS, Single())
+
+
+def test_a_step_tells_what_it_cost_and_how_many_codes_of_each_codebook_it_used(cohort: Cohort) -> None:
+    state = fresh()
+    train(state, cohort.batches(), SETTINGS, Single())
+    assert len(state.perplexities) == len(state.measures) == cohort.plan.steps
+    for row, books in zip(state.measures, state.perplexities, strict=True):
+        assert len(books) == 3
+        assert all(1 <= used <= 8 for used in books)
+        assert row["perplexity"] == pytest.approx(sum(books) / 3)
+        assert row["learning_rate"] == SETTINGS.train.learning_rate
+        cells = cohort.plan.cells(int(row["step"]) - 1)
+        assert row["cells_per_second"] * row["seconds"] == pytest.approx(cells)
+        assert 0 <= row["waiting"] < 1

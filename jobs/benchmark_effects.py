@@ -1,0 +1,153 @@
+"""How fast effects are written, where the time goes, and what scipy needs for the same averages in memory.
+
+    python jobs/benchmark_effects.py --out /tmp/effects [--cells 40000 --genes 2000 --batches 8 --cpus 2]
+
+Simulates a cohort, runs the job on it with a short training, then runs the effects stage again: on Ray with `--cpus`
+processors, and in this process, one thread, with a clock on every part. Beside it, on the same input: the same
+averages as products of scipy's sparse matrices, all in memory, one thread, nothing written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from threadpoolctl import threadpool_limits
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.match import effects
+from ndreamer_dist.results import averages, store
+from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage import open_storage
+
+NAMES = {"condition_key": "condition", "control": "control", "batch_key": "donor"}
+PLAIN = {"train.epochs": 1, "train.passes": 1}
+
+
+def main() -> None:
+    """Print the table."""
+    given = arguments()
+    given.out.mkdir(parents=True, exist_ok=True)
+    cohort, out = given.out / "cohort.zarr", given.out / "run"
+    if not cohort.exists():
+        nd.simulate(cohort, cells=given.cells, genes=given.genes, batches=given.batches)
+    job(cohort, out, given.cpus)
+    run = RunDirectory.at(out)
+    settings = Settings.build(config=run.read_json(keys.RUN_JSON)["settings"])
+    packed = Packed.open(run, settings.pack.block_rows)
+    show("effects stage, Ray", again(cohort, out, given.cpus, run), packed, run)
+    with threadpool_limits(1):
+        clock = timed(lambda: again(cohort, out, None, run))
+        show("effects stage, this process", clock.pop("all"), packed, run)
+        print("\n".join(f"    {name:<28}{seconds:8.1f} s" for name, seconds in clock.items()))
+        print(f"scipy.sparse in memory, nothing written: {packed.n_rows / in_memory(run, packed):,.0f} cells/s")
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    for name, default in {"cells": 40_000, "genes": 2_000, "batches": 8, "cpus": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser.parse_args()
+
+
+def job(cohort: Path, out: Path, cpus: int | None) -> None:
+    """Run what is missing; in this process where no processors are given."""
+    where = {"run.serial": True} if cpus is None else {"run.cpus": cpus}
+    nd.run(cohort, out=out, preset="small", settings={**PLAIN, **where}, **NAMES)
+
+
+def again(cohort: Path, out: Path, cpus: int | None, run: RunDirectory) -> float:
+    """Forget the effects, write them again and return the stage's seconds."""
+    for name in (f"{keys.DONE}/{keys.STAGE_EFFECTS}", keys.RESULTS):
+        open_storage(out).delete(name)
+    job(cohort, out, cpus)
+    lines = [json.loads(line) for line in run.storage.read(keys.STAGES_LOG).decode().splitlines()]
+    return float([line["seconds"] for line in lines if line["stage"] == keys.STAGE_EFFECTS][-1])
+
+
+def show(what: str, seconds: float, packed: Packed, run: RunDirectory) -> None:
+    """Print one line."""
+    layers = sum(size for name, size in run.storage.list(keys.RESULTS).items() if "/layers/" in name)
+    dense = packed.n_rows * packed.n_genes * 3 * 4
+    print(
+        f"{what}: {seconds:.1f} s, {packed.n_rows / seconds:,.0f} cells/s, {dense / seconds / 1e6:.0f} MB/s of dense "
+        f"values, {layers / seconds / 1e6:.0f} MB/s on disk ({layers / dense:.0%} of dense)"
+    )
+
+
+def timed(work: Callable[[], float]) -> dict[str, float]:
+    """Do some work with a clock on the parts of the stage."""
+    clock: dict[str, float] = {}
+    parts: list[tuple[Any, str, str]] = [
+        (effects.RunOrigin, "edges", "matches read"),
+        (effects, "average_over", "averages planned"),
+        (effects, "average_through", "rows averaged"),
+        (effects, "load_block", "expression read"),
+        (effects, "layer_values", "layers made"),
+        (store, "write_layer", "layers compressed, written"),
+        (store, "write_obsm", "obsm compressed, written"),
+        (store, "write_expression", "expression written"),
+        (store, "finish", "tables written"),
+    ]
+    with _clocks(parts, clock):
+        clock["all"] = work()
+    return clock
+
+
+@contextmanager
+def _clocks(parts: list[tuple[Any, str, str]], clock: dict[str, float]) -> Iterator[None]:
+    kept = [(home, name, getattr(home, name)) for home, name, _ in parts]
+    for (home, name, title), (_, _, function) in zip(parts, kept, strict=True):
+        setattr(home, name, _clocked(function, title, clock))
+    try:
+        yield
+    finally:
+        for home, name, function in kept:
+            setattr(home, name, function)
+
+
+def _clocked(function: Callable[..., Any], title: str, clock: dict[str, float]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            clock[title] = clock.get(title, 0.0) + time.perf_counter() - started
+
+    return call
+
+
+def in_memory(run: RunDirectory, packed: Packed) -> float:
+    """Return the seconds of the same averages as sparse products, all in memory."""
+    settings = Settings.build(config=run.read_json(keys.RUN_JSON)["settings"])
+    design, rows = packed.design, np.arange(packed.n_rows)
+    origin = effects.RunOrigin(run, design, (), "int32")
+    edges = origin.edges(rows, design.needed_edges("needed"))
+    x = sparse.vstack([packed.block(b) for b in range(packed.n_blocks)], format="csr").astype(np.float64)
+    weights = []
+    for condition in (None, 0):
+        average = averages.average_over(design, edges, rows, settings.match.bandwidth, condition=condition)
+        each = average.weight / average.groups[average.cell]
+        weights.append(sparse.csr_matrix((each, (average.cell, average.row)), shape=(packed.n_rows,) * 2))
+    started = time.perf_counter()
+    for first in range(0, packed.n_rows, packed.block_rows):
+        part = slice(first, first + packed.block_rows)
+        own, control = (np.asarray((weight[part] @ x).todense()) for weight in weights)
+        _ = own.astype(np.float32), x[part].toarray() - own, (own - control).astype(np.float32)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

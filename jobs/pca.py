@@ -1,0 +1,14 @@
+"""Reduce the embedding to its principal components: one stage of a run, after `embed.py`.
+
+    ray job submit --address http://127.0.0.1:8265 --working-dir jobs -- python pca.py cohort.yaml
+
+The job file is that of `run_cohort.py`, where it is described. What the stage has done already is not done again; where
+a stage before it is not finished, the job fails with one line that names it.
+"""
+
+from __future__ import annotations
+
+from run_cohort import main
+
+if __name__ == "__main__":
+    main("pca")

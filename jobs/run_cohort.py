@@ -1,0 +1,151 @@
+"""The whole job on a Ray cluster, from a YAML file; submitted again, it goes on where it was stopped.
+
+    ray job submit --address http://127.0.0.1:8265 --working-dir jobs -- python run_cohort.py cohort.yaml
+
+The cluster's nodes have the package (`cluster/Dockerfile`); who submits needs `ndreamer-dist[cluster]`, the token of the
+cluster (`RAY_AUTH_MODE=token` and `RAY_AUTH_TOKEN_PATH=FILE`), and the YAML file: in the folder that is sent
+(`jobs/`, as above), on a disk that the head sees, or at a URL (`s3://bucket/cohort.yaml`). It holds:
+
+    input: s3://bucket/cohort.h5ad     # h5ad file or zarr store, seen by every node
+    out: s3://bucket/run               # run directory, seen by every node
+    condition_key: disease             # column of obs, and the name of the control in it
+    control: normal
+    batch_key: [donor_id]              # optional, as everything below
+    preset: paper
+    normalise: auto
+    redo: false                        # run stages whose settings changed again
+    settings:                          # any setting, by stage; what `ndreamer-dist run --set stage.name=value` takes
+      train: {workers: 4, device: cuda}
+      run: {cpus: 32, gpus: 4}         # what an autoscaled cluster may grow to
+
+The driver runs on the head and asks for no processor of its own (no `--entrypoint-num-cpus`), so a head without any
+(`ray start --head --num-cpus 0`) takes it. It holds what a cohort needs per cell, never the matrix. A refusal is one line,
+exit code 2 and a job that is FAILED; `ray job stop` leaves a run that the same submission continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from ndreamer_dist.cli import Normalise, Preset, speak
+from ndreamer_dist.errors import SettingsError, suggest
+from ndreamer_dist.storage import open_storage
+
+
+class Job(BaseModel):
+    """What a job file holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: str
+    out: str
+    condition_key: str
+    control: str
+    batch_key: tuple[str, ...] = ()
+    preset: Preset = "paper"
+    normalise: Normalise = "auto"
+    redo: bool = False
+    settings: dict[str, Any] = {}
+
+    @field_validator("batch_key", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value or ()
+
+    @field_validator("input", "out")
+    @classmethod
+    def _the_same_on_every_node(cls, value: str) -> str:
+        if "://" not in value and not value.startswith("/"):
+            msg = "must be an absolute path on storage that all nodes share, or a URL"
+            raise ValueError(msg)
+        return value
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the settings by dotted name: `{"train.workers": 4}`."""
+        found: dict[str, Any] = {"cohort.normalise": self.normalise} if self.normalise != "auto" else {}
+        for stage, value in self.settings.items():
+            found |= (
+                {f"{stage}.{name}": each for name, each in value.items()}
+                if isinstance(value, Mapping)
+                else {stage: value}
+            )
+        return found
+
+
+def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
+    """Run a job file's job, or one stage of it; the process ends with 0, or with 2 and one line that says why."""
+    parser = argparse.ArgumentParser(description="Run the job that a YAML file describes, or a stage of it.")
+    parser.add_argument("job", metavar="JOB.yaml", help="path or URL of the job file")
+    given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`: let go of the run before leaving
+    speak(lambda: run_job(read_job(given.job), stage))
+
+
+def read_job(address: str) -> Job:
+    """Read a job file.
+
+    Raises
+    ------
+    SettingsError
+        It is not there, not YAML, or holds a key or a value that a job does not have.
+    """
+    address = address if "://" in address else str(Path(address).absolute())
+    folder, _, name = address.rpartition("/")
+    try:
+        data = open_storage(folder or "/").read_if_there(name)
+        values = yaml.safe_load(data) if data is not None else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        msg = f"job file {address} cannot be read as plain YAML: {error}"
+        raise SettingsError(msg) from None
+    if data is None:
+        msg = f"job file {address} does not exist"
+        raise SettingsError(msg)
+    if not isinstance(values, dict):
+        msg = f"job file {address} holds {type(values).__name__}, expected keys and values: input, out, condition_key, ..."
+        raise SettingsError(msg)
+    return checked_job(values, address)
+
+
+def checked_job(values: Mapping[str, Any], address: str) -> Job:
+    """Return a job of the values of a job file; `SettingsError` names the first that will not do."""
+    for name in values:
+        if name not in Job.model_fields:
+            known = ", ".join(Job.model_fields)
+            msg = f"job file {address}: there is no key {name!r}; there are {known}.{suggest(str(name), Job.model_fields)}"
+            raise SettingsError(msg)
+    try:
+        return Job.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = "" if first["type"] == "missing" else f" (found {first['input']!r})"
+        msg = f"job file {address}: {first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}{found}"
+        raise SettingsError(msg) from None
+
+
+def run_job(job: Job, stage: str | None = None) -> None:
+    """Run a job, or one stage of it, and say where its results are."""
+    import ndreamer_dist as nd
+
+    finished = nd.run(
+        job.input,
+        out=job.out,
+        condition_key=job.condition_key,
+        control=job.control,
+        batch_key=job.batch_key,
+        preset=job.preset,
+        settings=job.overrides(),
+        redo=job.redo,
+        stage=stage,
+    )
+    print(f"done: {stage or 'the whole job'}: {finished.url}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Reading matches.zarr: along every searched edge, each cell's nearest neighbours and their distances.
+
+`match` writes it, below `DIR/matches.zarr`; effects, virtual layers and statistics read it here. Layout:
+`<query group>/row` (cells of the group, groups, k) int32, the packed row of each neighbour, and
+`<query group>/distance` float32; -1 and NaN where a target group has fewer cells. An edge that was not searched has no
+chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ndreamer_dist import keys
+from ndreamer_dist.storage import Storage, open_array, read_array, touched_shards
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Reader of a matches.zarr."""
+
+    storage: Storage
+
+    def edge(
+        self, query_group: int, target_group: int, start: int = 0, stop: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows and distances of the cells `start:stop` of a group in a target group: (cells, k) each.
+
+        Raises
+        ------
+        StoreError
+            The edge was not searched, or a chunk is missing or damaged.
+        """
+        part = (slice(start, stop), slice(target_group, target_group + 1), slice(None))
+        rows, distances = (
+            read_array(self.storage, f"{keys.block_name(query_group)}/{name}", part)[:, 0]
+            for name in (keys.MATCH_ROW, keys.MATCH_DISTANCE)
+        )
+        return rows, distances
+
+    def holds(self, query_group: int, target_group: int) -> bool:
+        """Return whether an edge was searched; an edge of which some chunks are there counts as searched."""
+        name = f"{keys.block_name(query_group)}/{keys.MATCH_ROW}"
+        array = open_array(self.storage, name)
+        part = (slice(None), slice(target_group, target_group + 1), slice(None))
+        chunks = (array.metadata.encode_chunk_key(position) for position in touched_shards(array, part))
+        return any(self.storage.exists(f"{name}/{chunk}") for chunk in chunks)

@@ -1,0 +1,42 @@
+"""Where a cell's numbers come from: its counterparts by name, with what effects weigh them by (METHOD section 6)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist.results.averages import kernel_weights
+from ndreamer_dist.results.virtual import Counterparts
+
+COLUMNS = ("cell", "batch", "condition", "group", "neighbour", "distance", "weight")
+
+
+def matches_table(counterparts: Counterparts, names: pd.Index, row: int) -> pd.DataFrame:
+    """Return the counterparts of one cell, by group and then by distance.
+
+    Parameters
+    ----------
+    names
+        Cell names, in packed order.
+    row
+        Packed row of the cell.
+
+    Returns
+    -------
+    Columns as `Results.matches` tells them.
+    """
+    design = counterparts.design
+    own = int(design.group_of(np.array([row]))[0])
+    lines = [(row, own, 0, 0.0, 1.0)]
+    for (_, target), (rows, distances) in counterparts.known(row).items():
+        weights = kernel_weights(distances, counterparts.bandwidth)[0] * (target != own)
+        there = np.flatnonzero(rows[0] >= 0)
+        lines += [(int(rows[0, i]), target, int(i) + 1, float(distances[0, i]), float(weights[i])) for i in there]
+    table = pd.DataFrame(lines, columns=["row", "code", "neighbour", "distance", "weight"])
+    table = table.sort_values(["code", "neighbour"], ignore_index=True)
+    groups = [design.groups[code] for code in table["code"]]
+    table["cell"] = np.asarray(names, dtype=object)[table["row"]]
+    table["batch"] = [design.batches[group.batch] for group in groups]
+    table["condition"] = [design.conditions[group.condition] for group in groups]
+    table["group"] = [group.name for group in groups]
+    return table[list(COLUMNS)]

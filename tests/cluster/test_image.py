@@ -1,0 +1,104 @@
+"""The image holds what was tested, runs as nobody, and is built from a small context."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.manifests import CLUSTER, ROOT, pinned
+
+LINES = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text())
+IGNORE = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+TARGETS = ("cpu", "gpu")
+
+
+def stages() -> dict[str, list[str]]:
+    """Return the instructions of every stage of the Dockerfile, by its name."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in (line.strip() for line in LINES.splitlines()):
+        if line.startswith("FROM "):
+            name = line.split(" AS ")[1]
+            found[name] = []
+        if name and line and not line.startswith("#"):
+            found[name].append(line)
+    return found
+
+
+def chain(target: str) -> list[str]:
+    """Return the instructions of a target, those of the stages below it first."""
+    own = stages()[target]
+    below = own[0].split()[1]
+    return [*(chain(below) if below in stages() else []), *own]
+
+
+def context() -> list[Path]:
+    """Return the files that go to the builder: the last rule that fits a path or a folder above it decides."""
+    rules = [(line.removeprefix("!"), line.startswith("!")) for line in IGNORE if line and not line.startswith("#")]
+    kept = []
+    for path in ROOT.rglob("*"):
+        relative = path.relative_to(ROOT)
+        if relative.parts[0] == ".git" or not path.is_file():
+            continue
+        names = [str(relative), *map(str, relative.parents)]
+        fits = [sent for rule, sent in rules if any(fits_rule(name, rule) for name in names)]
+        if fits and fits[-1]:
+            kept.append(path)
+    return kept
+
+
+def fits_rule(name: str, rule: str) -> bool:
+    """Return whether a path fits a rule of a .dockerignore; `*` does not cross folders, `**/` is any of them."""
+    if rule.startswith("**/"):
+        return fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], rule[3:])
+    return name.count("/") == rule.count("/") and fnmatch.fnmatchcase(name, rule)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_runs_as_nobody_in_particular(target: str) -> None:
+    users = [line.split()[1] for line in chain(target) if line.startswith("USER ")]
+    assert users[-1] == "1000:1000"  # a number: runAsNonRoot can tell that it is not root
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_installed_package_is_pinned(target: str) -> None:
+    installs = [words for line in chain(target) for words in re.findall(r"pip install[^&]*", line)]
+    assert len(installs) >= 2
+    for words in installs:
+        assert " -c constraints.txt " in f"{words} "
+    swapped = [word for words in installs for word in words.split() if word.strip('"').startswith("faiss-gpu")]
+    assert all("==" in word for word in swapped)
+    assert bool(swapped) == (target == "gpu")
+    assert pinned("torch")
+    assert pinned("ray")
+
+
+def test_the_base_image_is_a_full_version_and_one_that_the_package_takes() -> None:
+    (version,) = re.findall(r"^ARG PYTHON=(\S+)$", LINES, re.MULTILINE)
+    assert re.fullmatch(r"3\.(11|12|13)\.\d+-slim-\w+", version)
+    assert "latest" not in LINES
+
+
+def test_the_context_is_small_and_holds_all_that_is_copied_and_no_more() -> None:
+    sent = context()
+    assert sum(path.stat().st_size for path in sent) < 2e6
+    copied = [word for line in LINES.splitlines() for word in copied_words(line)]
+    for word in copied:
+        assert any(path == ROOT / word or (ROOT / word) in path.parents for path in sent), word
+    for path in sent:
+        assert any(path == ROOT / word or (ROOT / word) in path.parents for word in copied), path
+        assert not path.name.startswith("benchmark_")
+
+
+def copied_words(line: str) -> list[str]:
+    """Return what a COPY takes from the context."""
+    words = line.split()
+    return words[1:-1] if words[:1] == ["COPY"] and not words[1].startswith("--from") else []
+
+
+def test_the_programs_of_the_jobs_are_in_the_image() -> None:
+    sent = {str(path.relative_to(ROOT)) for path in context()}
+    assert {"jobs/run_cohort.py", "jobs/train.py", "ndreamer_dist/cli.py", "constraints.txt"} <= sent

@@ -1,0 +1,392 @@
+"""Jobs as a cluster takes them: job files, single stages, and the real thing on a Ray whose door is locked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import runpy
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from ray.dashboard.modules.job import cli as ray_cli
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys
+from tests.results.brute_force import check
+from tests.tiny import NAMES, SETTINGS, assert_same_bits, tiny_cohort
+
+ROOT = Path(__file__).parent.parent
+JOBS = ROOT / "jobs"
+BY_STAGE = {stage: JOBS / f"{stage}.py" for stage in keys.STAGES}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+def job_file(folder: Path, cohort: Path, out: Path, settings: dict[str, Any], **more: Any) -> Path:
+    """Write a job file, with the settings by stage as people write them."""
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        stage, _, field = name.partition(".")
+        nested.setdefault(stage, {})[field] = value
+    values = {"input": str(cohort), "out": str(out), **NAMES, "preset": "small", "settings": nested, **more}
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def spoken(script: Path, job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> tuple[int, str]:
+    """Run a job's script in this process, as `python SCRIPT JOB`; return its exit code and what it said."""
+    monkeypatch.setattr(sys, "argv", [str(script), str(job)])
+    monkeypatch.syspath_prepend(str(JOBS))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr()
+    return code, (said.out if code == 0 else said.err).strip()
+
+
+# --- in this process -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    nd.run(cohort, out=out, preset="small", settings=SETTINGS, **NAMES)
+    return out
+
+
+def test_stage_after_stage_gives_the_bits_of_the_whole_job(
+    cohort: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    job = job_file(tmp_path, cohort, tmp_path / "run", SETTINGS)
+    for stage, script in BY_STAGE.items():
+        later = set(keys.STAGES[keys.STAGES.index(stage) :])
+        assert not {path.name for path in (tmp_path / "run" / keys.DONE).glob("*")} & later
+        code, said = spoken(script, job, monkeypatch, capsys)
+        assert code == 0, said
+        assert said == f"done: {stage}: {tmp_path / 'run'}"
+    assert_same_bits(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("missing", keys.STAGES[:-1])
+def test_a_stage_is_refused_where_a_shard_of_an_earlier_one_is_missing(
+    cohort: Path, finished: Path, tmp_path: Path, missing: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    sorted((run / keys.DONE / missing).iterdir())[0].unlink()
+    shutil.rmtree(run / keys.DONE / keys.STAGE_EFFECTS)
+    job = job_file(tmp_path, cohort, run, SETTINGS)
+    code, said = spoken(BY_STAGE[keys.STAGE_EFFECTS], job, monkeypatch, capsys)
+    assert code == 2
+    assert said.splitlines()[-1] == (
+        f"error: stage '{missing}' of {run} is not finished; run it before 'effects', or the whole job"
+    )
+    assert not (run / keys.DONE / keys.STAGE_EFFECTS).exists()
+
+
+def test_a_stage_that_there_is_not_is_refused(cohort: Path, tmp_path: Path) -> None:
+    with pytest.raises(nd.NDreamerError, match=r"there is no stage 'trian'; there are cohort, .*'train'"):
+        nd.run(cohort, out=tmp_path / "run", stage="trian", **NAMES)
+
+
+GOOD = {"input": "/in.zarr", "out": "/out", "condition_key": "condition", "control": "control"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param(None, "does not exist", id="no_file"),
+        pytest.param("", "holds NoneType, expected keys and values", id="empty"),
+        pytest.param("- input", "holds list, expected keys and values", id="a_list"),
+        pytest.param("input: [", "cannot be read as plain YAML", id="not_yaml"),
+        pytest.param("!!python/object/apply:os.system [touch ran]", "cannot be read as plain YAML", id="code"),
+        pytest.param({**GOOD, "contrl": "x"}, "there is no key 'contrl'; .* Did you mean 'control'?", id="misspelled_key"),
+        pytest.param({**GOOD, "fresh": True}, "there is no key 'fresh'", id="a_retry_would_start_over"),
+        pytest.param({"input": "/in.zarr"}, "out: Field required", id="no_out"),
+        pytest.param({**GOOD, "control": False}, r"control: .*valid string \(found False\)", id="yaml_made_no_a_boolean"),
+        pytest.param({**GOOD, "out": "run"}, r"out: must be an absolute path .* \(found 'run'\)", id="relative_out"),
+        pytest.param({**GOOD, "preset": "papr"}, "preset: .*'paper' or 'small'", id="preset"),
+        pytest.param({**GOOD, "settings": {"train": {"epoch": 3}}}, "Did you mean 'train.epochs'", id="setting"),
+        pytest.param({**GOOD, "settings": {"trian": {}, "tran": 3}}, "there is no setting 'tran'", id="stage_of_settings"),
+        pytest.param(GOOD, "/in.zarr does not exist", id="no_input"),
+    ],
+)  # fmt: skip
+def test_a_job_file_that_will_not_do_is_refused_in_one_line(
+    text: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "job.yaml"
+    if text is not None:
+        path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    code, line = spoken(JOBS / "run_cohort.py", path, monkeypatch, capsys)
+    assert code == 2
+    assert len(line.splitlines()) == 1
+    assert line.startswith("error: ")
+    assert re.search(said, line), line
+    assert {found.name for found in tmp_path.iterdir()} <= {"job.yaml"}
+
+
+# --- on a Ray cluster ------------------------------------------------------------------------------------------------
+
+ON_RAY = {name: value for name, value in SETTINGS.items() if name != "run.serial"} | {"run.cpus": 2}
+MEGABYTES_90 = str(90 * 2**20)
+DRIVER_MOST = 1e9
+"""Bytes of a driver with all libraries loaded; a matrix would come on top."""
+SDK = """
+import json, sys, time
+from pathlib import Path
+from ray.job_submission import JobSubmissionClient
+
+address, folder, marker = sys.argv[1:]
+client = JobSubmissionClient(address)
+
+def submit(job):
+    return client.submit_job(entrypoint=f"python run_cohort.py {job}", runtime_env={"working_dir": folder})
+
+def ended(job):
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.2)
+    told = client.get_job_info(job)
+    return {"status": told.status, "message": told.message, "node": told.driver_node_id, "logs": client.get_job_logs(job)}
+
+good, bad = submit("job.yaml"), submit("misspelled.yaml")
+while not Path(marker).exists() and not client.get_job_status(good).is_terminal():
+    time.sleep(0.1)
+client.stop_job(good)
+print(json.dumps({"good": ended(good), "bad": ended(bad)}))
+"""
+
+
+@dataclass(frozen=True)
+class LockedRay:
+    """A Ray on loopback: a head without processors and one node with two; `env` holds the key to its door."""
+
+    address: str
+    env: dict[str, str]
+
+    def get(self, path: str, *, token: str | None) -> Any:
+        """Ask the dashboard for something."""
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
+            return json.load(answer)
+
+    @property
+    def token(self) -> str:
+        return Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+
+    def nodes(self) -> list[dict[str, Any]]:
+        listed = self.get("/api/v0/nodes", token=self.token)["data"]["result"]["result"]
+        return [node for node in listed if node["state"] == "ALIVE"]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of loopback that nothing listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def ray_node(env: dict[str, str], *words: str) -> subprocess.Popen[bytes]:
+    """Start a Ray node in a process group of its own; its processes end with it."""
+    agent, grpc, metrics = free_ports(3)
+    own = [
+        "--dashboard-agent-listen-port",
+        agent,
+        "--dashboard-agent-grpc-port",
+        grpc,
+        "--metrics-export-port",
+        metrics,
+    ]
+    common = ["--object-store-memory", MEGABYTES_90, "--disable-usage-stats"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *common, *map(str, own), *words]
+    log = (Path(env["TEST_LOGS"]) / f"{agent}.log").open("wb")
+    return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_for(there: Callable[[], bool], node: subprocess.Popen[bytes]) -> bool:
+    """Wait until something is there; false where the node that it waits for has ended."""
+    deadline = time.monotonic() + 120
+    while node.poll() is None and time.monotonic() < deadline:
+        try:
+            if there():
+                return True
+        except (OSError, KeyError, TypeError, ValueError):  # not up yet
+            pass
+        time.sleep(0.3)
+    return False
+
+
+def end(node: subprocess.Popen[bytes]) -> None:
+    """End a node that was started here, and what it started."""
+    if node.poll() is not None:
+        return
+    os.killpg(node.pid, signal.SIGTERM)
+    try:
+        node.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait(10)
+
+
+def started_node(
+    nodes: contextlib.ExitStack, env: dict[str, str], words: Sequence[str], there: Callable[[], bool]
+) -> None:
+    """Start a node and wait until it is there; one that takes more than Ray's 30 seconds for it is started again."""
+    for _ in range(3):
+        node = ray_node(env, *words)
+        nodes.callback(end, node)
+        if wait_for(there, node):
+            return
+    pytest.fail("\n".join(path.read_text() for path in Path(env["TEST_LOGS"]).glob("*.log")))
+
+
+@pytest.fixture(scope="module")
+def locked_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedRay]:
+    """Ray as `cluster/` runs it: a token at the door, no processors on the head."""
+    logs, token = tmp_path_factory.mktemp("ray"), tmp_path_factory.mktemp("token") / "token"
+    token.write_text(secrets.token_hex(32))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": path, "PYTHONPATH": str(ROOT)}
+    env |= {"TEST_LOGS": str(logs), "RAY_worker_niceness": "0"}
+    env |= {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "20"}
+    port, dashboard, client = free_ports(3)
+    ray = LockedRay(f"http://127.0.0.1:{dashboard}", env)
+    # Sockets below a folder of pytest's would have names longer than the system takes.
+    with tempfile.TemporaryDirectory(prefix="nd-", dir="/tmp") as folder:
+        # Ray puts the machine's address in place of 127.0.0.1; these two it leaves on loopback.
+        head = [
+            "--head",
+            "--node-ip-address",
+            "127.0.0.2",
+            "--port",
+            str(port),
+            "--num-cpus",
+            "0",
+            "--temp-dir",
+            folder,
+        ]
+        head += ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
+        worker = ["--address", f"127.0.0.2:{port}", "--node-ip-address", "127.0.0.3", "--num-cpus", "2"]
+        with contextlib.ExitStack() as nodes:
+            started_node(nodes, env, [*head, "--ray-client-server-port", str(client)], lambda: len(ray.nodes()) == 1)
+            started_node(nodes, env, worker, lambda: len(ray.nodes()) == 2)
+            yield ray
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> Path:
+    """The folder that is sent with a job: the scripts, a job file, and one with a misspelled control."""
+    folder = Path(shutil.copytree(JOBS, tmp_path_factory.mktemp("sent") / "jobs"))
+    good = job_file(folder, cohort, folder.parent / "run", ON_RAY)
+    bad = {**yaml.safe_load(good.read_text()), "control": "contrl", "out": str(folder.parent / "bad")}
+    (folder / "misspelled.yaml").write_text(yaml.safe_dump(bad))
+    return folder
+
+
+def ray_job(ray: LockedRay, *words: str, key: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the Ray Job command line; without the key, as someone who does not have the token."""
+    env = (
+        ray.env if key else {k: v for k, v in ray.env.items() if k != "RAY_AUTH_TOKEN_PATH"} | {"HOME": "/nonexistent"}
+    )
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", words[0], "--address", ray.address, *words[1:]]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_call_without_the_token_is_refused(locked_ray: LockedRay) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        locked_ray.get("/api/jobs/", token=None)
+    assert refused.value.code == 401
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        locked_ray.get("/api/jobs/", token="0" * 64)
+    assert refused.value.code == 403
+    assert locked_ray.get("/api/jobs/", token=locked_ray.token) == []
+    told = ray_job(locked_ray, "submit", "--", "true", key=False)
+    assert told.returncode != 0
+    assert "token" in told.stderr.lower() + told.stdout.lower()
+    assert locked_ray.get("/api/jobs/", token=locked_ray.token) == []
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_stopped_job_goes_on_when_it_is_submitted_again_and_a_refused_one_has_failed_with_one_line(
+    locked_ray: LockedRay, sent: Path
+) -> None:
+    run = sent.parent / "run"
+    packed = run / keys.DONE / keys.STAGE_PACK
+    asked = subprocess.run(
+        [sys.executable, "-c", SDK, locked_ray.address, str(sent), str(packed)],
+        env=locked_ray.env, capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    told = json.loads(asked.stdout.splitlines()[-1])
+    refused, stopped = told["bad"], told["good"]
+    assert refused["status"] == "FAILED"
+    assert "exit code 2" in refused["message"]
+    assert refused["message"].splitlines()[-1].startswith("error: no cell has the control 'contrl'")
+    assert "Traceback" not in refused["logs"]
+    assert not (sent.parent / "bad").exists()
+    assert stopped["status"] == "STOPPED", stopped["logs"]
+    assert stopped["logs"].splitlines()[-1] == "stopped; the same command goes on from here"
+    heads = [node["node_id"] for node in locked_ray.nodes() if node["is_head_node"]]
+    assert stopped["node"] in heads
+    assert not (run / keys.RESULTS / "zarr.json").exists()
+    done_before = {path: path.stat().st_mtime_ns for path in (run / keys.DONE).rglob("*.json")}
+    assert done_before
+
+    again = ray_job(locked_ray, "submit", "--working-dir", str(sent), "--", "python", "run_cohort.py", "job.yaml")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"done: the whole job: {run}" in again.stdout  # the log was followed
+    assert {path: path.stat().st_mtime_ns for path in done_before} == done_before
+    check(run / keys.RESULTS)
+    stages = [json.loads(line) for line in (run / keys.STAGES_LOG).read_text().splitlines()]
+    assert max(stage["peak_bytes"] for stage in stages) < DRIVER_MOST
+
+
+def submit_lines(text: str) -> list[list[str]]:
+    """Return the words of every `ray job submit` line of a text."""
+    return [line.split()[3:] for line in text.splitlines() if line.strip().startswith("ray job submit ")]
+
+
+@pytest.mark.parametrize("script", ["run_cohort", *keys.STAGES])
+def test_the_docstring_of_a_job_holds_the_line_that_submits_it(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = submit_lines((JOBS / f"{script}.py").read_text())
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ray_cli.submit, "callback", lambda **given: asked.update(given))
+    answer = CliRunner().invoke(ray_cli.submit, words, catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    assert asked["entrypoint"] == ("python", f"{script}.py", "cohort.yaml")
+    assert (ROOT / asked["working_dir"] / asked["entrypoint"][1]).exists()
+    assert asked["entrypoint_num_cpus"] is None  # a head without processors takes it
