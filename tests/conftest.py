@@ -10,6 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LONGEST = ("test_jobs_on_ray", "test_jobs_submission", "test_real_cohorts", "test_pipeline")
+"""Modules that take longest; begun first, so that the processes that share the tests end together."""
+# Ray's workers would be polite to everything else on the machine, the other tests among it, and wait for ever.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest modules first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

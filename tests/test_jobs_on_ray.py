@@ -39,7 +39,7 @@ LEARNING: dict[str, Any] = {
     "loss.independence": 0,
 }  # fmt: skip
 ON_RAY = {name: value for name, value in SETTINGS.items() if name != "run.serial"} | LEARNING | {"run.cpus": 2}
-STEPS, WORKER_KILLED_AFTER, JOB_KILLED_AFTER = 180, 30, 75
+STEPS, WORKER_KILLED_AFTER, JOB_KILLED_AFTER, CHECKPOINT_STEPS = 180, 45, 90, 15
 WARNING = "the independence loss does not fall"
 CANCELLED = re.compile(r"(encoder\.layers\.\d|head\.narrow|quantiser)\.bias|running_mean")
 """Biases that a batch norm takes out again: their gradient is rounding, which AdamW scales up to whole steps."""
@@ -133,8 +133,14 @@ def disturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturb
 
 
 def goes_on_from(before: pd.DataFrame, after: pd.DataFrame) -> bool:
-    """Return whether all steps that were in the logs, and so in a checkpoint, were not done again."""
-    return bool(after["seconds"][: len(before)].equals(before["seconds"]))
+    """Return whether only steps since a checkpoint were done again.
+
+    Logs are written with a checkpoint, and Ray Train learns of it a moment later: what was killed in that moment goes on
+    from an earlier one.
+    """
+    same = (after["seconds"][: len(before)].to_numpy() == before["seconds"].to_numpy()).tolist()
+    kept = same.index(False) if False in same else len(same)
+    return kept > 0 and kept % CHECKPOINT_STEPS == 0 and len(before) - kept <= 2 * CHECKPOINT_STEPS
 
 
 def test_a_killed_worker_is_replaced_and_training_goes_on_from_its_checkpoint(disturbed: Disturbed) -> None:
