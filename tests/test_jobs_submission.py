@@ -304,11 +304,11 @@ def ray_job(ray: LockedRay, *words: str, key: bool = True) -> subprocess.Complet
         env["HOME"] = "/nonexistent"  # where a token of one's own would be looked for
         del env["RAY_AUTH_TOKEN_PATH"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", words[0], "--address", ray.address, *words[1:]]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=380, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_a_call_without_the_token_is_refused(locked_ray: LockedRay) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         locked_ray.get("/api/jobs/", token=None)
@@ -324,7 +324,7 @@ def test_a_call_without_the_token_is_refused(locked_ray: LockedRay) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_a_stopped_job_goes_on_when_it_is_submitted_again_and_a_refused_one_has_failed_with_one_line(
     locked_ray: LockedRay, sent: Path
 ) -> None:
@@ -332,7 +332,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again_and_a_refused_one_has_
     packed = run / keys.DONE / keys.STAGE_PACK
     asked = subprocess.run(
         [sys.executable, "-c", SDK, locked_ray.address, str(sent), str(packed)],
-        env=locked_ray.env, capture_output=True, text=True, timeout=380, check=False,
+        env=locked_ray.env, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert asked.returncode == 0, asked.stderr
     told = json.loads(asked.stdout.splitlines()[-1])
