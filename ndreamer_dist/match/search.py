@@ -64,34 +64,6 @@ class Unit:
     distances: int
 
 
-@dataclass(frozen=True)
-class Matches:
-    """Reader of matches.zarr.
-
-    Layout: `<query group>/row` (cells of the group, groups, k) int32, the packed row of each neighbour, and
-    `<query group>/distance` float32, -1 and NaN where a target group has fewer cells.
-    """
-
-    storage: Storage
-
-    def edge(
-        self, query_group: int, target_group: int, start: int = 0, stop: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows and distances of the cells `start:stop` of a group in a target group: (cells, k) each.
-
-        Raises
-        ------
-        StoreError
-            The edge was not searched, or a chunk is missing or damaged.
-        """
-        part = (slice(start, stop), slice(target_group, target_group + 1), slice(None))
-        rows, distances = (
-            read_array(self.storage, f"{keys.block_name(query_group)}/{name}", part)[:, 0]
-            for name in (keys.MATCH_ROW, keys.MATCH_DISTANCE)
-        )
-        return rows, distances
-
-
 def run_match(run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str) -> None:
     """Find the nearest neighbours along every edge and write matches.zarr (METHOD section 6).
 

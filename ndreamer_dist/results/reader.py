@@ -383,7 +383,8 @@ class Results:
 
         A population's donors are compared by what its cells find in them: the mean, over the cells of every donor, of
         the expression of each cell's nearest neighbour among one donor's cells. The main p-value permutes the donors'
-        labels; where there are fewer than 1000 labellings it is Welch's. Donors seen in both conditions are paired.
+        labels; where there are fewer than 1000 labellings it is Welch's. Where donors are seen in both conditions these are
+        paired, and the others left out.
 
         Parameters
         ----------

@@ -200,7 +200,7 @@ def match_quality(
     pure, matched, used, squares, cells, far = (np.zeros(shape) for _ in range(6))
     controls = [group.code for group in design.with_condition(0)]
     for condition in conditions:
-        weight = np.zeros((number, design.n_cells), dtype=np.float32) if number else np.zeros((0, 0), np.float32)
+        weight = np.zeros((number, design.n_cells), dtype=np.float32)
         for group in design.with_condition(condition):
             rows = np.arange(group.start, group.stop)[populations[group.start : group.stop] >= 0]
             if not len(rows):

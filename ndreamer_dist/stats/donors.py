@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from ndreamer_dist.errors import QueryError
+
 MOST_LABELLINGS = 20_000
 """All labellings are gone through up to this many; beyond it they are drawn."""
 LEAST_DRAWS = 10_000
@@ -169,6 +171,8 @@ def paired_test(differences: np.ndarray, *, seed: int = 0) -> DonorTest:
 def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) -> DonorTest:
     """Test the condition in a linear model with donor covariates, by ordinary least squares.
 
+    There is no p-value below three donors a condition, or without a degree of freedom.
+
     Parameters
     ----------
     covariates
@@ -176,8 +180,8 @@ def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) 
 
     Raises
     ------
-    ValueError
-        The covariates determine the condition, or leave no degree of freedom.
+    QueryError
+        The covariates determine the condition.
     """
     means = np.asarray(means, dtype=np.float64)
     design = np.column_stack([np.asarray(treated, dtype=np.float64), np.ones(len(means)), covariates])
@@ -186,17 +190,16 @@ def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) 
     own = design[:, 0] - design[:, 1:] @ others  # the part of the condition that the covariates do not tell
     if own @ own < 1e-8:
         msg = "the covariates determine the condition, so its effect cannot be told from theirs"
-        raise ValueError(msg)
-    if freedom < 1:
-        msg = f"{len(design)} donors are too few for {design.shape[1]} coefficients"
-        raise ValueError(msg)
+        raise QueryError(msg)
     effect = own @ means / (own @ own)
+    few = int(min(np.sum(treated), np.sum(~np.asarray(treated, dtype=bool))))
+    if few < LEAST_DONORS or freedom < 1:
+        return _untested(effect)
     residual = means - design @ np.linalg.lstsq(design, means, rcond=None)[0]
     variance = (residual**2).sum(axis=0) / freedom / (own @ own)
     t = _ratio(effect, np.sqrt(variance), _scale(means))
     p = 2 * stats.t.sf(np.abs(t), freedom)
-    few = min(np.sum(treated), np.sum(~np.asarray(treated, dtype=bool))) <= FEW_DONORS
-    return DonorTest(effect, t, p, np.full(len(p), np.nan), p, "linear model", 0.0, bool(few))
+    return DonorTest(effect, t, p, np.full(len(p), np.nan), p, "linear model", 0.0, few <= FEW_DONORS)
 
 
 def labellings(donors: int, treated: int, *, genes: int, seed: int = 0) -> np.ndarray:

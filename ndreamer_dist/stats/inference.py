@@ -2,7 +2,7 @@
 
 In: the results of a run, a column of `obs` that names populations, and who the donors are. Out: one row per
 population, condition and gene. Everything is streamed: what is held grows with populations, donors and genes, and by
-a few bytes per cell. No cell is taken for a replicate in `p`.
+four bytes per cell and population. No cell is taken for a replicate in `p`.
 """
 
 from __future__ import annotations
@@ -316,8 +316,14 @@ def _tested(
 ) -> Tested:
     """Test one population and condition, through the matches and on plain means."""
     asked = np.isin(replicates.conditions, (0, code))
-    kept = np.flatnonzero(means.included[number] & asked)
-    few = (replicates.donors[r] for r in np.flatnonzero(asked & ~means.included[number] & (means.cells[number] > 0)))
+    there = np.flatnonzero(asked & (means.cells[number] > 0))
+    enough = np.flatnonzero(means.included[number] & asked)
+    paired = _paired(replicates, enough)
+    kept = paired if len(paired) else enough
+    left_out = tuple(replicates.donors[r] for r in there if r not in kept)
+    if len(paired) and (covariates or population == "treated"):
+        msg = "donors seen in both conditions are paired: leave covariates away, and ask with all donors' cells"
+        raise QueryError(msg)
     test = _test_of(given, replicates, kept, covariates)
     if population == "treated" and len(kept):
         chosen = np.isin(np.arange(len(replicates)), kept)
@@ -326,7 +332,7 @@ def _tested(
     else:
         matched = test(means.matched[code][number, kept])
     treated = int((replicates.conditions[kept] != 0).sum())
-    return Tested(treated, len(kept) - treated, tuple(few), matched, test(means.own[number, kept]))
+    return Tested(treated, len(kept) - treated, left_out, matched, test(means.own[number, kept]))
 
 
 def _test_of(
@@ -334,18 +340,24 @@ def _test_of(
 ) -> Callable[[np.ndarray], DonorTest]:
     """Return the test that the replicates allow: paired where donors are in both conditions, else Welch's, or a model."""
     treated = replicates.conditions[kept] != 0
-    donors = np.array([replicates.donors[r] for r in kept], dtype=object)
-    both = sorted(set(donors[treated]) & set(donors[~treated]))
     if not treated.any() or treated.all():
         return lambda values: _nothing(values.shape[1])
     if covariates:
         columns = _numbers(given.cells, replicates, covariates)[kept]
         return lambda values: linear_test(values, treated, columns)
-    if not both:
+    if not len(_paired(replicates, kept)):
         return lambda values: welch_test(values, treated, seed=given.seed)
-    ups = [int(np.flatnonzero(treated & (donors == name))[0]) for name in both]
-    downs = [int(np.flatnonzero(~treated & (donors == name))[0]) for name in both]
+    order = np.argsort(
+        [replicates.donors[r] for r in kept], kind="stable"
+    )  # each donor's two rows, one after the other
+    ups, downs = order[treated[order]], order[~treated[order]]
     return lambda values: paired_test(values[ups] - values[downs], seed=given.seed)
+
+
+def _paired(replicates: Replicates, kept: np.ndarray) -> np.ndarray:
+    """Return the replicates of donors that are there in both conditions."""
+    donors = pd.Series([replicates.donors[r] for r in kept], dtype=object)
+    return kept[donors.duplicated(keep=False).to_numpy()]
 
 
 def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str]) -> np.ndarray:

@@ -14,7 +14,8 @@ import pytest
 from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError, RunError, StoreError
 from ndreamer_dist.match import exact, search
-from ndreamer_dist.match.search import Matches, add_edges, match_facts, run_match
+from ndreamer_dist.match.search import add_edges, match_facts, run_match
+from ndreamer_dist.results.matches import Matches
 from ndreamer_dist.runtime import RayRuntime, SerialRuntime
 from ndreamer_dist.storage import open_array, read_array
 from tests.results.brute_force import nearest_rows

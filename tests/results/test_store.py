@@ -17,8 +17,9 @@ import zarr
 from ndreamer_dist import keys
 from ndreamer_dist.errors import CohortError, StoreError
 from ndreamer_dist.match.effects import run_effects
-from ndreamer_dist.match.search import Matches, run_match
+from ndreamer_dist.match.search import run_match
 from ndreamer_dist.results import store
+from ndreamer_dist.results.matches import Matches
 from ndreamer_dist.results.pieces import read_element
 from ndreamer_dist.results.reader import open_results
 from ndreamer_dist.runtime import RayRuntime, SerialRuntime

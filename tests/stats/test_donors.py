@@ -119,6 +119,17 @@ def test_covariates_are_taken_out_as_least_squares_does() -> None:
         linear_test(means, labels, labels[:, None].astype(float))
 
 
+@pytest.mark.parametrize(
+    ("treated", "columns"), [pytest.param(2, 2, id="few_donors"), pytest.param(4, 7, id="no_freedom_left")]
+)
+def test_a_model_of_too_few_donors_has_no_p_value(treated: int, columns: int) -> None:
+    labels = split(treated, 5)
+    test = linear_test(drawn(len(labels)), labels, np.random.default_rng(0).normal(size=(len(labels), columns)))
+    assert test.method == "none"
+    assert np.isnan(test.p).all()
+    assert np.isfinite(test.effect).all()
+
+
 def test_without_spread_there_is_no_p_value() -> None:
     means = drawn(12, 3)
     means[:, 0] = 5.0

@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 import ndreamer_dist as nd
 from ndreamer_dist.errors import QueryError
 from ndreamer_dist.results.reader import Results
-from tests.tiny import SETTINGS, dense, tiny_cohort
+from tests.tiny import SETTINGS, as_memory, dense, tiny_cohort
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +168,33 @@ def test_without_batches_donors_are_named_and_searched_one_by_one(tmp_path: Path
         m[target] = np.mean(means, axis=0)
     sides = [np.mean([m[key] for key in m if (key[1] == "control") == side], axis=0) for side in (False, True)]
     np.testing.assert_allclose(table.loc[table["population"] == name, "effect"], sides[0] - sides[1], atol=1e-6)
+
+
+def test_donors_in_both_conditions_are_paired_and_the_others_are_listed(tmp_path: Path) -> None:
+    cohort = as_memory(tiny_cohort(tmp_path, cells=1000, batches=5))
+    alone = (cohort.obs["donor"] == "donor_05") & (cohort.obs["condition"] == "treated")
+    results = nd.run(
+        cohort[~alone.to_numpy()].copy(), out=tmp_path / "run", condition_key="condition", control="control",
+        batch_key="donor", preset="small", settings=SETTINGS,
+    ).results  # fmt: skip
+    table = results.cate("cell_type", min_cells=3)
+    assert set(table["p_method"]) == {"paired t"}
+    assert (table["treated_donors"] == 4).all()
+    assert (table["control_donors"] == 4).all()
+    assert set(table["donors_left_out"]) == {"donor_05"}
+    name = table["population"].iloc[0]
+    cells = results.expression(cells=f"cell_type == {name!r}")
+    means = pd.DataFrame(dense(cells.X).astype(float), columns=cells.var_names)
+    means = means.groupby(
+        [cells.obs["donor"].astype(str).to_numpy(), cells.obs["condition"].astype(str).to_numpy()]
+    ).mean()
+    means = means.drop(index="donor_05", level=0)
+    pairs = (means.xs(condition, level=1).to_numpy() for condition in ("treated", "control"))
+    known = stats.ttest_rel(*pairs)
+    part = table[table["population"] == name]
+    tested = part["pseudobulk_p"].notna().to_numpy()
+    assert tested.any()
+    np.testing.assert_allclose(part["pseudobulk_p"][tested], known.pvalue[tested], atol=1e-6)
+    for asked in ({"population": "treated"}, {"covariates": ["donor"]}):
+        with pytest.raises(QueryError, match="are paired"):
+            results.cate("cell_type", min_cells=3, **asked)
