@@ -8,6 +8,7 @@ rows as dense float32 tensors of the same size, in turn, `repeats` times after o
 
 - `ray`: what training does (`stream/delivery.py`), Ray with `cpus` processors, its start-up told apart;
 - `zarr`: the same steps in one process with `cpus` threads, by zarr's own calls: every touched block read whole;
+- `zarrs`: the same with the codecs of the `zarrs` package instead of zarr's own;
 - `own`: the same steps in one process with `cpus` threads, by our own reader (`stream/rows.py`);
 - `scdataset`: quasi-random rows of the h5ad through its `DataLoader`, at the best of the settings that its
   documentation names (fetch of 16 mini-batches, one more prefetched) and their neighbours, found first on fewer rows.
@@ -94,7 +95,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ways", default="ray,zarr,own,scdataset")
+    parser.add_argument("--ways", default="ray,zarr,zarrs,own,scdataset")
     parser.add_argument(
         "--memory-cells", type=int, nargs=2, metavar=("FEW", "MANY"), help="cohorts to compare memory on"
     )
@@ -151,6 +152,7 @@ def ways_of(packed: Packed, plan: SamplingPlan, given: argparse.Namespace) -> di
     ways: dict[str, Callable[[], Batches]] = {
         "ray": lambda: (batch.x for batch in mini_batches(packed, plan, (0, 1), 0, "cpu")),
         "zarr": lambda: threaded(lambda steps: zarr_window(packed, plan, steps), windows(plan, 0), given.cpus),
+        "zarrs": lambda: with_zarrs(ways["zarr"], given.cpus),
         "own": lambda: threaded(lambda steps: own_window(packed, plan, steps), windows(plan, 0), given.cpus),
     }
     asked = given.ways.split(",")
@@ -170,6 +172,12 @@ def threaded(read: Callable[[range], list[torch.Tensor]], work: list[range], thr
             if later is not None:
                 pending.append(pool.submit(read, later))
             yield from done
+
+
+def with_zarrs(way: Callable[[], Batches], threads: int) -> Iterator[torch.Tensor]:
+    """Take mini-batches while zarr decodes by `zarrs`."""
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": threads}):
+        yield from way()
 
 
 def own_window(packed: Packed, plan: SamplingPlan, steps: range) -> list[torch.Tensor]:

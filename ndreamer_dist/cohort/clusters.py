@@ -2,23 +2,23 @@
 
 The packed cohort comes in; `cluster_low/<group>` and `cluster_high/<group>` go out, int32 labels with 0 the largest
 cluster. Where groups are large they are clustered apart, a task each (labels then mean something inside their group
-only); otherwise all cells together, in one task. The graph is scanpy's default one, with exact neighbours by FAISS.
+only); otherwise all cells together, in one task, or by way of a sketch where they are too many for one graph.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-import faiss
-import igraph
-import leidenalg
 import numpy as np
-import scanpy as sc
-from scipy import sparse
 
 from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Group
+from ndreamer_dist.cohort.graph import cluster_cells
 from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.cohort.sketch import Sketch, labels_of, sketch_of, sketch_shard
 from ndreamer_dist.rundir import RunDirectory, Shard
 from ndreamer_dist.runtime import Runtime
 from ndreamer_dist.settings import ClustersSettings, Settings
@@ -27,14 +27,6 @@ from ndreamer_dist.storage import shard_files, write_array
 logger = logging.getLogger(__name__)
 
 LEVELS = (keys.PACKED_LOW, keys.PACKED_HIGH)
-FEWEST_CELLS = 4
-"""Fewer cells have no graph worth the name: they are one cluster."""
-QUERY_ROWS = 4096
-"""Cells whose neighbours are searched at once: fixed, since FAISS's arithmetic depends on it."""
-BISECTIONS, BISECTION_TOLERANCE, LEAST_SCALE = 64, 1e-5, 1e-3
-"""UMAP's constants for the scale of a cell's neighbourhood."""
-SPARE = 8
-"""Candidates taken beyond the neighbours asked for, so that exact distances can decide among near-ties."""
 
 
 @dataclass(frozen=True)
@@ -49,33 +41,59 @@ class GraphTask:
 
 def run_clusters(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
     """Write the cluster labels of every group, or of those where they are missing."""
-    shards = [_group_shard(group.code) for group in packed.design.groups]
-    todo = run.pending(keys.STAGE_CLUSTERS, key, shards)
+    groups = packed.design.groups
+    way = clustered_by(settings.clusters, packed.n_rows, len(groups))
+    shards = [_group_shard(group.code) for group in groups]
+    first = [sketch_shard()] if way == "sketch" else []
+    todo = run.pending(keys.STAGE_CLUSTERS, key, [*first, *shards])
     if not todo:
         return
-    if len(todo) == len(shards):
+    if len(todo) == len(shards) + len(first):
         run.unmark(keys.STAGE_CLUSTERS)
-        for level in LEVELS:
-            packed.storage.delete(level)
-    if clustered_apart(settings.clusters, packed.n_rows, len(shards)):
-        groups = packed.design.groups
+        for name in (*LEVELS, keys.PACKED_SKETCH):
+            packed.storage.delete(name)
+    shared = run, settings, packed, key
+    if way == "sketch":
+        sketch, apart = [shard for shard in todo if shard.task is None], [s for s in todo if s.task is not None]
+        _run(runtime, write_sketch, sketch, *shared, title="clusters: sketch")
+        _run(runtime, write_labels, apart, *shared, title="clusters")
+        return
+    if way == "group":
         tasks = [GraphTask(s.task, groups[s.task].start, groups[s.task].stop, (s,)) for s in todo]
     else:
         tasks = [GraphTask(len(shards), 0, packed.n_rows, tuple(todo))]
-    for _ in runtime.map(write_clusters, tasks, run, settings, packed, key, title="clusters"):
-        pass
+    _run(runtime, write_clusters, tasks, *shared, title="clusters")
 
 
-def clustered_apart(settings: ClustersSettings, n_cells: int, n_groups: int) -> bool:
-    """Return whether each group has a graph of its own, or all cells share one."""
+def clustered_by(settings: ClustersSettings, n_cells: int, n_groups: int) -> Literal["group", "all", "sketch"]:
+    """Return whether each group has a graph of its own, all cells share one, or a sketch of them does."""
     if settings.within != "auto":
-        return settings.within == "group"
+        return settings.within
     if n_cells >= settings.group_mean_cells * n_groups:
-        return True
-    if n_cells > settings.max_cells:
-        logger.info("%d cells are too many for one graph (clusters.max_cells): groups are clustered apart", n_cells)
-        return True
-    return False
+        return "group"
+    if n_cells <= settings.max_cells:
+        return "all"
+    logger.info(
+        "clusters: %d cells are too many for one graph (clusters.max_cells), and groups of %d cells on average too small "
+        "for graphs of their own (clusters.group_mean_cells): %d cells, the same share of every group, are clustered "
+        "together, and the others take the labels of the nearest of these",
+        n_cells, n_cells // n_groups, settings.sketch_cells,
+    )  # fmt: skip
+    return "sketch"
+
+
+def write_sketch(shard: Shard, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> None:
+    """Cluster a sketch of the cells; a task."""
+    seed = _seed(settings.seed, len(packed.design.groups))
+    sketch_of(packed, settings.clusters, seed).write(packed.storage)
+    run.mark(keys.STAGE_CLUSTERS, key, shard)
+
+
+def write_labels(shard: Shard, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> None:
+    """Write the labels of one group by the sketch; a task."""
+    group = packed.design.groups[shard.task]
+    _write(packed, group, labels_of(group, packed, Sketch.read(packed.storage), settings.clusters))
+    run.mark(keys.STAGE_CLUSTERS, key, shard)
 
 
 def write_clusters(task: GraphTask, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> int:
@@ -84,122 +102,19 @@ def write_clusters(task: GraphTask, run: RunDirectory, settings: Settings, packe
     for shard in task.shards:
         group = packed.design.groups[shard.task]
         part = slice(group.start - task.start, group.stop - task.start)
-        for level, values in zip(LEVELS, labels, strict=True):
-            write_array(packed.storage, f"{level}/{keys.block_name(group.code)}", values[part])
+        _write(packed, group, (labels[0][part], labels[1][part]))
         run.mark(keys.STAGE_CLUSTERS, key, shard)
     return len(task.shards)
 
 
-def cluster_cells(x: sparse.csr_matrix, settings: ClustersSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low and the high labels of some cells, 0 the largest cluster: (cells,) int32 each.
-
-    Parameters
-    ----------
-    x
-        (cells, genes) log-normalised expression.
-    """
-    varies = x.nnz > 0 and _varies(x)
-    if x.shape[0] < FEWEST_CELLS or x.shape[1] < 2 or not varies:
-        zeros = np.zeros(x.shape[0], dtype=np.int32)
-        return zeros, zeros.copy()
-    graph = neighbour_graph(principal_components(x, settings.n_pcs, seed), settings.n_neighbors)
-    low, high = (
-        leiden(graph, r, settings.iterations, seed) for r in (settings.low_resolution, settings.high_resolution)
-    )
-    return low, high
+def _run(runtime: Runtime, task: Callable[..., object], items: Sequence[object], *shared: object, title: str) -> None:
+    for _ in runtime.map(task, items, *shared, title=title):
+        pass
 
 
-def principal_components(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndarray:
-    """Return scanpy's principal components, fewer of them where cells or genes are few: (cells, components)."""
-    components = min(n_pcs, min(x.shape) - 1)
-    return np.asarray(sc.pp.pca(x, n_comps=components, svd_solver="arpack", random_state=seed), dtype=np.float32)
-
-
-def neighbour_graph(points: np.ndarray, n_neighbors: int) -> sparse.csr_matrix:
-    """Return scanpy's default neighbour graph (UMAP's fuzzy set union), by exact neighbours: (cells, cells).
-
-    Written out here since numba takes half a minute to compile umap's version, anew in every process.
-    """
-    cells = len(points)
-    # As scanpy does for small data.
-    k = n_neighbors if n_neighbors <= cells else 1 + cells // 2
-    indices, distances = nearest_with_self(np.ascontiguousarray(points, dtype=np.float32), k)
-    strengths = membership_strengths(distances)
-    edges = (strengths.ravel(), indices.ravel(), np.arange(0, cells * k + 1, k))
-    directed = sparse.csr_matrix(edges, shape=(cells, cells))
-    directed.eliminate_zeros()
-    union = directed + directed.T - directed.multiply(directed.T)
-    return sparse.csr_matrix(union)
-
-
-def membership_strengths(distances: np.ndarray) -> np.ndarray:
-    """Return how strongly each cell holds to its neighbours: (cells, k) in [0, 1], the first column itself and 0.
-
-    `exp(-(d - nearest) / scale)`, with the scale at which a cell's strengths sum to log2(k), found by bisection.
-    """
-    k = distances.shape[1]
-    above = np.where(distances > 0, distances, np.inf).min(axis=1)
-    nearest = np.where(np.isfinite(above), above, 0.0)[:, None]
-    excess = np.maximum(distances - nearest, 0.0)
-    low, high, scale = np.zeros(len(distances)), np.full(len(distances), np.inf), np.ones(len(distances))
-    open_cells = np.ones(len(distances), dtype=bool)
-    for _ in range(BISECTIONS):
-        total = np.exp(-excess[:, 1:] / scale[:, None]).sum(axis=1)
-        open_cells &= np.abs(total - np.log2(k)) >= BISECTION_TOLERANCE
-        over = total > np.log2(k)
-        high, low = np.where(open_cells & over, scale, high), np.where(open_cells & ~over, scale, low)
-        middle = np.where(np.isinf(high), 2 * scale, (low + np.where(np.isinf(high), 0, high)) / 2)
-        scale = np.where(open_cells, middle, scale)
-    floor = np.where(nearest[:, 0] > 0, distances.mean(axis=1), distances.mean()) * LEAST_SCALE
-    scale = np.maximum(scale, floor)[:, None]
-    strengths = np.where(excess > 0, np.exp(-excess / np.where(scale > 0, scale, 1.0)), 1.0)
-    strengths[:, 0] = 0.0
-    return strengths
-
-
-def nearest_with_self(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k nearest points of every point and their distances; itself first, ties to the smaller row."""
-    indices, distances = np.empty((len(x), k), dtype=np.int64), np.empty((len(x), k), dtype=np.float64)
-    wanted = min(len(x), k + SPARE)
-    for start in range(0, len(x), QUERY_ROWS):
-        rows = np.arange(start, min(start + QUERY_ROWS, len(x)))
-        _, found = faiss.knn(x[rows], x, wanted)
-        # Among many copies of a cell, the cell itself may not have been found.
-        found[:, -1] = np.where((found == rows[:, None]).any(axis=1), found[:, -1], rows)
-        exact = np.linalg.norm(x[rows].astype(np.float64)[:, None, :] - x[found].astype(np.float64), axis=2)
-        exact[found == rows[:, None]] = -1.0  # the cell itself comes first, whatever copies it has
-        order = np.lexsort((found, exact), axis=1)[:, :k]
-        indices[rows] = np.take_along_axis(found, order, axis=1)
-        distances[rows] = np.maximum(np.take_along_axis(exact, order, axis=1), 0.0)
-    return indices, distances
-
-
-def leiden(graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int) -> np.ndarray:
-    """Return Leiden's labels as scanpy's `leidenalg` flavour gives them, 0 the largest cluster: (cells,) int32."""
-    edges = graph.tocoo()
-    network = igraph.Graph(graph.shape[0], np.column_stack([edges.row, edges.col]), directed=True)
-    partition = leidenalg.find_partition(
-        network,
-        leidenalg.RBConfigurationVertexPartition,
-        weights=edges.data.astype(np.float64),
-        resolution_parameter=resolution,
-        n_iterations=iterations,
-        seed=seed,
-    )
-    return largest_first(np.asarray(partition.membership))
-
-
-def largest_first(labels: np.ndarray) -> np.ndarray:
-    """Return labels numbered by size, the largest 0; of two as large, the one met first: (cells,) int32."""
-    _, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
-    rank = np.empty(len(counts), dtype=np.int32)
-    rank[np.lexsort((first, -counts))] = np.arange(len(counts), dtype=np.int32)
-    return rank[inverse]
-
-
-def _varies(x: sparse.csr_matrix) -> bool:
-    """Return whether any gene differs between any two cells."""
-    return bool((x - sparse.csr_matrix(np.ones((x.shape[0], 1), dtype=x.dtype)) @ x[:1]).count_nonzero())
+def _write(packed: Packed, group: Group, labels: tuple[np.ndarray, np.ndarray]) -> None:
+    for level, values in zip(LEVELS, labels, strict=True):
+        write_array(packed.storage, f"{level}/{keys.block_name(group.code)}", values)
 
 
 def _seed(seed: int, number: int) -> int:

@@ -15,15 +15,14 @@ import scanpy as sc
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.clusters import (
+from ndreamer_dist.cohort.clusters import clustered_by, run_clusters
+from ndreamer_dist.cohort.graph import (
     cluster_cells,
-    clustered_apart,
     largest_first,
     leiden,
     nearest_with_self,
     neighbour_graph,
     principal_components,
-    run_clusters,
 )
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.rundir import stage_keys
@@ -121,22 +120,23 @@ def test_the_largest_cluster_is_0_and_ties_go_by_appearance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("within", "cells", "groups", "apart"),
+    ("within", "cells", "groups", "way"),
     [
-        pytest.param("auto", 4000, 2, True, id="large_groups"),
-        pytest.param("auto", 3999, 2, False, id="small_groups"),
-        pytest.param("auto", 250_000, 200, True, id="too_many_for_one_graph"),
-        pytest.param("all", 250_000, 2, False, id="asked_for_together"),
-        pytest.param("group", 10, 2, True, id="asked_for_apart"),
+        pytest.param("auto", 4000, 2, "group", id="large_groups"),
+        pytest.param("auto", 3999, 2, "all", id="small_groups"),
+        pytest.param("auto", 250_000, 200, "sketch", id="too_many_for_one_graph"),
+        pytest.param("all", 250_000, 2, "all", id="asked_for_together"),
+        pytest.param("group", 10, 2, "group", id="asked_for_apart"),
+        pytest.param("sketch", 10, 2, "sketch", id="asked_for_by_a_sketch"),
     ],
 )
-def test_groups_are_clustered_apart_where_they_are_large(within: str, cells: int, groups: int, apart: bool) -> None:
-    assert clustered_apart(ClustersSettings(within=within), cells, groups) == apart
+def test_groups_are_clustered_apart_where_they_are_large(within: str, cells: int, groups: int, way: str) -> None:
+    assert clustered_by(ClustersSettings(within=within), cells, groups) == way
 
 
-@pytest.mark.parametrize("within", ["group", "all"])
+@pytest.mark.parametrize("within", ["group", "all", "sketch"])
 def test_a_lost_group_is_written_again_with_the_same_bits(within: str, tmp_path: Path) -> None:
-    settings = settings_of(clusters__within=within)
+    settings = settings_of(clusters__within=within, clusters__sketch_cells=90)
     packed = clusters(tmp_path, settings)
     assert len(packed.clusters(keys.PACKED_HIGH)) == 180
     assert packed.clusters(keys.PACKED_HIGH).max() > packed.clusters(keys.PACKED_LOW).max()

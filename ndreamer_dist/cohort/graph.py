@@ -1,0 +1,152 @@
+"""Clusters of cells on one graph: scanpy's principal components, its default neighbour graph, and Leiden. Pure.
+
+Expression comes in, labels go out, 0 the largest cluster (METHOD section 1.3).
+"""
+
+from __future__ import annotations
+
+import faiss
+import igraph
+import leidenalg
+import numpy as np
+import scanpy as sc
+from scipy import sparse
+
+from ndreamer_dist.settings import ClustersSettings
+
+FEWEST_CELLS = 4
+"""Fewer cells have no graph worth the name: they are one cluster."""
+QUERY_ROWS = 4096
+"""Cells whose neighbours are searched at once: fixed, since FAISS's arithmetic depends on it."""
+BISECTIONS, BISECTION_TOLERANCE, LEAST_SCALE = 64, 1e-5, 1e-3
+"""UMAP's constants for the scale of a cell's neighbourhood."""
+SPARE = 8
+"""Candidates taken beyond the neighbours asked for, so that exact distances can decide among near-ties."""
+
+
+def cluster_cells(x: sparse.csr_matrix, settings: ClustersSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low and the high labels of some cells, 0 the largest cluster: (cells,) int32 each.
+
+    Parameters
+    ----------
+    x
+        (cells, genes) log-normalised expression.
+    """
+    if one_cluster(x):
+        zeros = np.zeros(x.shape[0], dtype=np.int32)
+        return zeros, zeros.copy()
+    return cluster_points(principal_components(x, settings.n_pcs, seed), settings, seed)
+
+
+def one_cluster(x: sparse.csr_matrix) -> bool:
+    """Return whether cells are too few, or too alike, to have a graph."""
+    return x.shape[0] < FEWEST_CELLS or x.shape[1] < 2 or x.nnz == 0 or not _varies(x)
+
+
+def cluster_points(points: np.ndarray, settings: ClustersSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low and the high labels of (cells, components) points: (cells,) int32 each."""
+    graph = neighbour_graph(points, settings.n_neighbors)
+    low, high = (
+        leiden(graph, r, settings.iterations, seed) for r in (settings.low_resolution, settings.high_resolution)
+    )
+    return low, high
+
+
+def principal_components(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndarray:
+    """Return scanpy's principal components, fewer of them where cells or genes are few: (cells, components)."""
+    components = min(n_pcs, min(x.shape) - 1)
+    return np.asarray(sc.pp.pca(x, n_comps=components, svd_solver="arpack", random_state=seed), dtype=np.float32)
+
+
+def principal_axes(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndarray:
+    """Return the axes of scanpy's principal components: (genes, components) float64."""
+    components = min(n_pcs, min(x.shape) - 1)
+    axes = sc.pp.pca(x, n_comps=components, svd_solver="arpack", random_state=seed, return_info=True)[1]
+    return np.asarray(axes, dtype=np.float64).T
+
+
+def neighbour_graph(points: np.ndarray, n_neighbors: int) -> sparse.csr_matrix:
+    """Return scanpy's default neighbour graph (UMAP's fuzzy set union), by exact neighbours: (cells, cells).
+
+    Written out here since numba takes half a minute to compile umap's version, anew in every process.
+    """
+    cells = len(points)
+    # As scanpy does for small data.
+    k = n_neighbors if n_neighbors <= cells else 1 + cells // 2
+    indices, distances = nearest_with_self(np.ascontiguousarray(points, dtype=np.float32), k)
+    strengths = membership_strengths(distances)
+    edges = (strengths.ravel(), indices.ravel(), np.arange(0, cells * k + 1, k))
+    directed = sparse.csr_matrix(edges, shape=(cells, cells))
+    directed.eliminate_zeros()
+    union = directed + directed.T - directed.multiply(directed.T)
+    return sparse.csr_matrix(union)
+
+
+def membership_strengths(distances: np.ndarray) -> np.ndarray:
+    """Return how strongly each cell holds to its neighbours: (cells, k) in [0, 1], the first column itself and 0.
+
+    `exp(-(d - nearest) / scale)`, with the scale at which a cell's strengths sum to log2(k), found by bisection.
+    """
+    k = distances.shape[1]
+    above = np.where(distances > 0, distances, np.inf).min(axis=1)
+    nearest = np.where(np.isfinite(above), above, 0.0)[:, None]
+    excess = np.maximum(distances - nearest, 0.0)
+    low, high, scale = np.zeros(len(distances)), np.full(len(distances), np.inf), np.ones(len(distances))
+    open_cells = np.ones(len(distances), dtype=bool)
+    for _ in range(BISECTIONS):
+        total = np.exp(-excess[:, 1:] / scale[:, None]).sum(axis=1)
+        open_cells &= np.abs(total - np.log2(k)) >= BISECTION_TOLERANCE
+        over = total > np.log2(k)
+        high, low = np.where(open_cells & over, scale, high), np.where(open_cells & ~over, scale, low)
+        middle = np.where(np.isinf(high), 2 * scale, (low + np.where(np.isinf(high), 0, high)) / 2)
+        scale = np.where(open_cells, middle, scale)
+    floor = np.where(nearest[:, 0] > 0, distances.mean(axis=1), distances.mean()) * LEAST_SCALE
+    scale = np.maximum(scale, floor)[:, None]
+    strengths = np.where(excess > 0, np.exp(-excess / np.where(scale > 0, scale, 1.0)), 1.0)
+    strengths[:, 0] = 0.0
+    return strengths
+
+
+def nearest_with_self(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k nearest points of every point and their distances; itself first, ties to the smaller row."""
+    indices, distances = np.empty((len(x), k), dtype=np.int64), np.empty((len(x), k), dtype=np.float64)
+    wanted = min(len(x), k + SPARE)
+    for start in range(0, len(x), QUERY_ROWS):
+        rows = np.arange(start, min(start + QUERY_ROWS, len(x)))
+        _, found = faiss.knn(x[rows], x, wanted)
+        # Among many copies of a cell, the cell itself may not have been found.
+        found[:, -1] = np.where((found == rows[:, None]).any(axis=1), found[:, -1], rows)
+        exact = np.linalg.norm(x[rows].astype(np.float64)[:, None, :] - x[found].astype(np.float64), axis=2)
+        exact[found == rows[:, None]] = -1.0  # the cell itself comes first, whatever copies it has
+        order = np.lexsort((found, exact), axis=1)[:, :k]
+        indices[rows] = np.take_along_axis(found, order, axis=1)
+        distances[rows] = np.maximum(np.take_along_axis(exact, order, axis=1), 0.0)
+    return indices, distances
+
+
+def leiden(graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int) -> np.ndarray:
+    """Return Leiden's labels as scanpy's `leidenalg` flavour gives them, 0 the largest cluster: (cells,) int32."""
+    edges = graph.tocoo()
+    network = igraph.Graph(graph.shape[0], np.column_stack([edges.row, edges.col]), directed=True)
+    partition = leidenalg.find_partition(
+        network,
+        leidenalg.RBConfigurationVertexPartition,
+        weights=edges.data.astype(np.float64),
+        resolution_parameter=resolution,
+        n_iterations=iterations,
+        seed=seed,
+    )
+    return largest_first(np.asarray(partition.membership))
+
+
+def largest_first(labels: np.ndarray) -> np.ndarray:
+    """Return labels numbered by size, the largest 0; of two as large, the one met first: (cells,) int32."""
+    _, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.empty(len(counts), dtype=np.int32)
+    rank[np.lexsort((first, -counts))] = np.arange(len(counts), dtype=np.int32)
+    return rank[inverse]
+
+
+def _varies(x: sparse.csr_matrix) -> bool:
+    """Return whether any gene differs between any two cells."""
+    return bool((x - sparse.csr_matrix(np.ones((x.shape[0], 1), dtype=x.dtype)) @ x[:1]).count_nonzero())

@@ -1,0 +1,117 @@
+"""Clusters of more cells than one graph can hold, where groups are too small for graphs of their own (METHOD section 1.3).
+
+A sketch, the same share of every group, is clustered as if it were the cohort; every other cell takes the label that
+most of its nearest sketch cells have. The packed cohort comes in; packed.zarr/sketch (the sketch's principal axes,
+points and labels) goes out, which each group's task reads to label its cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from scipy import sparse
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design, Group
+from ndreamer_dist.cohort.graph import QUERY_ROWS, cluster_points, one_cluster, principal_axes
+from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.rundir import Shard
+from ndreamer_dist.settings import ClustersSettings
+from ndreamer_dist.storage import Storage, read_array, shard_files, write_array
+
+NAMES = ("mean", "axes", "points", "low", "high")
+"""The arrays of packed.zarr/sketch."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A clustered sample of the cells.
+
+    Attributes
+    ----------
+    mean, axes
+        (genes,) float64 mean expression; (genes, components) float64 principal axes.
+    points
+        (sketch cells, components) float32, the sketch cells on these axes.
+    low, high
+        (sketch cells,) int32 labels, 0 the largest cluster of the sketch.
+    """
+
+    mean: np.ndarray
+    axes: np.ndarray
+    points: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def write(self, storage: Storage) -> None:
+        """Write all of it: one writer."""
+        for name in NAMES:
+            write_array(storage, f"{keys.PACKED_SKETCH}/{name}", getattr(self, name))
+
+    @classmethod
+    def read(cls, storage: Storage) -> Sketch:
+        """Read what `write` wrote."""
+        return cls(*(read_array(storage, f"{keys.PACKED_SKETCH}/{name}") for name in NAMES))
+
+
+def sketch_shard() -> Shard:
+    """Return the sketch as a unit of work."""
+    arrays = [(f"{keys.PACKED}/{keys.PACKED_SKETCH}/{name}", 2 if name in ("axes", "points") else 1) for name in NAMES]
+    files = (path for array, axes in arrays for path in (f"{array}/zarr.json", shard_files(array, *[0] * axes)))
+    return Shard(keys.PACKED_SKETCH, tuple(files), None)
+
+
+def sketch_spans(design: Design, cells: int) -> list[tuple[int, int]]:
+    """Return the packed rows `start:stop` of the sketch, one span a group: the same share of each, rounded up.
+
+    Packed rows are in random order inside a group, so its first ones are a random sample, and one that is read in a run.
+    """
+    share = min(1.0, cells / design.n_cells)
+    return [(group.start, group.start + int(np.ceil(group.cells * share))) for group in design.groups]
+
+
+def sketch_of(packed: Packed, settings: ClustersSettings, seed: int) -> Sketch:
+    """Return the clustered sketch of a packed cohort."""
+    spans = sketch_spans(packed.design, settings.sketch_cells)
+    x = sparse.vstack([packed.rows(*span) for span in spans], format="csr")
+    mean = np.asarray(x.mean(axis=0, dtype=np.float64)).ravel()
+    if one_cluster(x):
+        none, zeros = np.zeros((packed.n_genes, 1)), np.zeros(x.shape[0], dtype=np.int32)
+        return Sketch(mean, none, project(x, mean, none), zeros, zeros)
+    axes = principal_axes(x, settings.n_pcs, seed)
+    points = project(x, mean, axes)
+    return Sketch(mean, axes, points, *cluster_points(points, settings, seed))
+
+
+def project(x: sparse.csr_matrix, mean: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Return cells on principal axes, row by row by the same arithmetic: (cells, components) float32."""
+    return np.asarray(x @ axes - mean @ axes, dtype=np.float32)
+
+
+def labels_of(
+    group: Group, packed: Packed, sketch: Sketch, settings: ClustersSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low and the high labels of a group's cells: (cells,) int32 each; sketch cells keep their own."""
+    places = _places(packed.design, settings.sketch_cells, group)
+    low, high = [sketch.low[places.start : places.stop]], [sketch.high[places.start : places.stop]]
+    for start in range(group.start + len(places), group.stop, QUERY_ROWS):
+        points = project(packed.rows(start, min(start + QUERY_ROWS, group.stop)), sketch.mean, sketch.axes)
+        near = faiss.knn(points, sketch.points, min(settings.n_neighbors, len(sketch.points)))[1]
+        low.append(majority(sketch.low[near]))
+        high.append(majority(sketch.high[near]))
+    return np.concatenate(low), np.concatenate(high)
+
+
+def majority(labels: np.ndarray) -> np.ndarray:
+    """Return each row's most frequent label; of several the one met first, so the nearest cell's: (rows,)."""
+    times = (labels[:, :, None] == labels[:, None, :]).sum(axis=2)
+    return labels[np.arange(len(labels)), times.argmax(axis=1)]
+
+
+def _places(design: Design, cells: int, group: Group) -> range:
+    """Return where the group's cells stand in the sketch; they are the group's first ones."""
+    sizes = [stop - start for start, stop in sketch_spans(design, cells)]
+    first = sum(sizes[: group.code])
+    return range(first, first + sizes[group.code])
