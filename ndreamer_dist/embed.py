@@ -8,7 +8,7 @@ adds these in block order and diagonalises one (z, z) matrix; a second round of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,7 +24,7 @@ from ndreamer_dist.errors import StoreError
 from ndreamer_dist.model.network import NDreamerNetwork
 from ndreamer_dist.rundir import RunDirectory, Shard, begin_stage, run_task
 from ndreamer_dist.runtime import Runtime, with_threads
-from ndreamer_dist.settings import ModelSettings, Settings
+from ndreamer_dist.settings import CodeChoice, ModelSettings, Settings
 from ndreamer_dist.storage import Storage, create_array, ensure_array, read_array, shard_files, write_array, write_part
 
 _AXES_FILES = (
@@ -65,7 +65,9 @@ class TrainedModel:
         names = tuple(told["genes"]), tuple(told["conditions"]), tuple(tuple(b) for b in told["batch_levels"])
         return cls(network.to(device).eval(), *names)
 
-    def embed(self, x: sparse.csr_matrix, tile_rows: int = 1024) -> np.ndarray:
+    def embed(
+        self, x: sparse.csr_matrix, tile_rows: int = 1024, *, codes: CodeChoice = "probable", key: Sequence[int] = (0,)
+    ) -> np.ndarray:
         """Return the effect-modifier embedding mu of log-normalised cells.
 
         Parameters
@@ -74,6 +76,8 @@ class TrainedModel:
             (cells, genes), columns as in `genes`.
         tile_rows
             Cells encoded at once. The same number gives the same bits, whatever the number of cells.
+        codes, key
+            What stands for a cell (`EmbedSettings.codes`), and what the draws of `sampled` codes are keyed by.
 
         Returns
         -------
@@ -81,12 +85,14 @@ class TrainedModel:
         """
         device = next(self.network.parameters()).device
         out = np.empty((x.shape[0], self.network.settings.latent), dtype=np.float32)
-        for start in range(0, x.shape[0], tile_rows):
+        for number, start in enumerate(range(0, x.shape[0], tile_rows)):
+            state = int(np.random.SeedSequence((*key, number)).generate_state(1, np.uint64)[0] >> 1)
             rows = x[start : start + tile_rows].toarray()
             tile = np.zeros((tile_rows, x.shape[1]), dtype=np.float32)
             tile[: len(rows)] = rows
             with torch.inference_mode():
-                mu = self.network.embed(torch.from_numpy(tile).to(device))
+                generator = torch.Generator().manual_seed(state)
+                mu = self.network.embed(torch.from_numpy(tile).to(device), codes, generator)
             out[start : start + len(rows)] = mu[: len(rows)].cpu().numpy()
         return out
 
@@ -125,7 +131,7 @@ def run_embed(run: RunDirectory, settings: Settings, packed: Packed, runtime: Ru
         return
     device = "cuda" if runtime.gpus and settings.train.device != "cpu" else "cpu"
     answers = runtime.map(
-        _embed_shard, todo, run, key, packed, settings.embed.tile_rows, device, title="embed",
+        _embed_shard, todo, run, key, packed, settings, device, title="embed",
         num_gpus=1 if device == "cuda" else 0,
     )  # fmt: skip
     for _ in answers:
@@ -203,10 +209,11 @@ def _model(storage: Storage, device: str, key: str) -> TrainedModel:
     return TrainedModel.load(storage, device)
 
 
-def _embed_shard(shard: Shard, run: RunDirectory, key: str, packed: Packed, tile_rows: int, device: str) -> None:
+def _embed_shard(shard: Shard, run: RunDirectory, key: str, packed: Packed, settings: Settings, device: str) -> None:
     def work(block: int) -> None:
-        storage = run.storage / keys.EMBEDDING
-        mu = _model(run.storage, device, key).embed(packed.block(block), tile_rows)
+        storage, model = run.storage / keys.EMBEDDING, _model(run.storage, device, key)
+        drawn = settings.seed, keys.STAGES.index(keys.STAGE_EMBED), block
+        mu = model.embed(packed.block(block), settings.embed.tile_rows, codes=settings.embed.codes, key=drawn)
         if not np.isfinite(mu).all():
             msg = f"the embedding of packed rows from {block * packed.block_rows} is not finite: training went wrong"
             raise StoreError(msg)

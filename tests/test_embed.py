@@ -29,12 +29,12 @@ SETTINGS = Settings.build(
 )  # fmt: skip
 
 
-def embedded(folder: Path, runtime: LazyRuntime) -> Packed:
+def embedded(folder: Path, runtime: LazyRuntime, settings: Settings = SETTINGS) -> Packed:
     packed = packed_cohort(folder, cells=(150, 101), genes=40, block_rows=128)
-    state = TrainState.fresh(SETTINGS, genes=40, conditions=2, batch_levels=(1,))
-    save_model(packed.run.storage, state.network, packed, SETTINGS)
-    run_embed(packed.run, SETTINGS, packed, runtime, "key")
-    run_pca(packed.run, SETTINGS, packed, runtime, "key")
+    state = TrainState.fresh(settings, genes=40, conditions=2, batch_levels=(1,))
+    save_model(packed.run.storage, state.network, packed, settings)
+    run_embed(packed.run, settings, packed, runtime, "key")
+    run_pca(packed.run, settings, packed, runtime, "key")
     return packed
 
 
@@ -96,6 +96,18 @@ def test_a_lost_array_is_made_again_with_the_same_bits(tmp_path: Path, array: st
     run_embed(packed.run, SETTINGS, packed, runtime, "key")
     run_pca(packed.run, SETTINGS, packed, runtime, "key")
     assert all(np.array_equal(before[name], values) for name, values in arrays(packed).items())
+
+
+@pytest.mark.parametrize("codes", ["expected", "sampled"])
+def test_codes_are_chosen_as_asked_and_a_lost_block_has_the_same_ones(tmp_path: Path, codes: str) -> None:
+    runtime = LazyRuntime(SETTINGS.run)
+    chosen = Settings.build(config=SETTINGS.model_dump(), overrides={"embed.codes": codes})
+    packed = embedded(tmp_path / codes, runtime, chosen)
+    before = arrays(packed)[keys.MU]
+    assert not np.array_equal(before, arrays(embedded(tmp_path / "probable", runtime))[keys.MU])
+    (tmp_path / codes / keys.EMBEDDING / keys.MU / "c/1/0").unlink()
+    run_embed(packed.run, chosen, packed, runtime, "key")
+    assert np.array_equal(before, arrays(packed)[keys.MU])
 
 
 @pytest.mark.ray

@@ -27,6 +27,8 @@ from ndreamer_dist.results.averages import (
     average_through,
     control_distance,
     layer_values,
+    near_control,
+    own_distance,
     segments,
 )
 from ndreamer_dist.results.matches import Matches
@@ -119,13 +121,15 @@ def run_effects(
     stored = packed.design.needed_edges(settings.match.edges) if layout.matches else []
     origin = RunOrigin(run, packed.design, tuple(stored), layout.row_dtype)
     write_shards(run, key, packed, layout, settings, origin, runtime, todo)
-    told: dict[str, np.ndarray] = {
-        keys.OBS_MATCH_DISTANCE: np.empty(packed.n_rows, dtype=np.float32),
-        keys.OBS_TIMES_MATCHED: np.empty(packed.n_rows, dtype=np.int64),
-    }
+    distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
     parts: list[int | Group] = [*range(packed.n_blocks), *packed.design.groups]
-    for name, part, values in runtime.map(_count, parts, run, packed, title="effects: matches counted"):
-        told[name][part] = values
+    for part, values in runtime.map(_count, parts, run, packed, title="effects: matches counted"):
+        (times if values.ndim == 1 else distances)[..., part] = values
+    told: dict[str, np.ndarray] = {
+        keys.OBS_MATCH_DISTANCE: distances[0],
+        keys.OBS_OVERLAP: near_control(distances[0], distances[1], settings.effects.near_quantile),
+        keys.OBS_TIMES_MATCHED: times,
+    }
     facts = dict(summary or {})
     if facts.get("normalise") == "counts":
         told[keys.OBS_TOTAL] = cell_totals(packed)
@@ -259,24 +263,24 @@ def _needed(
 # --- what obs says of the matches -------------------------------------------------------------------------------------
 
 
-def _count(item: int | Group, run: RunDirectory, packed: Packed) -> tuple[str, slice, np.ndarray]:
-    """Return a part of a column of `obs`: a row block's distances to the control, or how often a group is matched."""
+def _count(item: int | Group, run: RunDirectory, packed: Packed) -> tuple[slice, np.ndarray]:
+    """Return a part of the columns of `obs`: a row block's distances, or how often the cells of a group are matched."""
     if isinstance(item, int):
-        return keys.OBS_MATCH_DISTANCE, slice(*packed.block_range(item)), block_distance(item, run, packed)
-    return keys.OBS_TIMES_MATCHED, slice(item.start, item.stop), times_matched(item, run, packed.design)
+        return slice(*packed.block_range(item)), block_distances(item, run, packed)
+    return slice(item.start, item.stop), times_matched(item, run, packed.design)
 
 
-def block_distance(block: int, run: RunDirectory, packed: Packed) -> np.ndarray:
-    """Return the mean distance of a row block's cells to the control: (rows,) float32."""
+def block_distances(block: int, run: RunDirectory, packed: Packed) -> np.ndarray:
+    """Return the distances of a row block's cells to the control and to their own group: (2, rows) float32."""
     controls = {group.code for group in packed.design.with_condition(0)}
     pairs = [
         (query, target)
         for query, target in packed.design.needed_edges("needed")
-        if target in controls and target != query
+        if target in controls or target == query
     ]
     rows = np.arange(*packed.block_range(block))
     edges = RunOrigin(run, packed.design, (), "int64").edges(rows, pairs)
-    return control_distance(packed.design, edges, rows)
+    return np.stack([control_distance(packed.design, edges, rows), own_distance(packed.design, edges, rows)])
 
 
 def times_matched(target: Group, run: RunDirectory, design: Design) -> np.ndarray:

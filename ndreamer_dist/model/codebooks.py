@@ -30,7 +30,7 @@ from ndreamer_dist.model.batch import Segments
 from ndreamer_dist.model.collectives import Collective
 from ndreamer_dist.model.noise import StepNoise
 from ndreamer_dist.model.normalise import BatchNorm
-from ndreamer_dist.settings import ModelSettings
+from ndreamer_dist.settings import CodeChoice, ModelSettings
 
 LOG_FLOOR = 1e-10
 """Added to probabilities inside the logarithm of an entropy (METHOD section 3)."""
@@ -151,6 +151,16 @@ class Quantiser(nn.Module):
         """Return the most probable code of each x, (codebooks, cells); of equals the first (METHOD section 8)."""
         pairs = zip(augment(x), code_columns(self.embedding), strict=True)
         return torch.stack([first_maximum(book @ codes.T)[0] for book, codes in pairs])
+
+    @torch.no_grad()
+    def vectors(self, x: Tensor, choice: CodeChoice, generator: torch.Generator | None = None) -> Tensor:
+        """Return what stands for projections x at inference, (codebooks, cells, dim): see `settings.EmbedSettings.codes`."""
+        if choice == "expected":
+            return self.probabilities(x) @ self.embedding
+        if choice == "probable":
+            return look_up(self.embedding, self.codes(x))
+        drawn = [torch.multinomial(book, 1, generator=generator)[:, 0] for book in self.probabilities(x).cpu()]
+        return look_up(self.embedding, torch.stack(drawn).to(x.device))
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Return p, (codebooks, cells, codes), of projections x: softmax of the negative squared distances."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ndreamer_dist.model.batch import Labels, MiniBatch, gather_labels
-from ndreamer_dist.model.codebooks import Quantised, Quantiser, look_up
+from ndreamer_dist.model.codebooks import Quantised, Quantiser
 from ndreamer_dist.model.collectives import Collective
 from ndreamer_dist.model.noise import StepNoise
 from ndreamer_dist.model.normalise import BatchNorm
-from ndreamer_dist.settings import ModelSettings
+from ndreamer_dist.settings import CodeChoice, ModelSettings
 
 SMALLEST_VARIANCE = 1e-6
 
@@ -103,9 +103,12 @@ class NDreamerNetwork(nn.Module):
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
-    def embed(self, x: Tensor) -> Tensor:
-        """Return the effect modifier, (cells, z), of expression x, (cells, genes): no noise, hard codes (section 8)."""
-        return self.infer(self.project(x))[0]
+    def embed(self, x: Tensor, choice: CodeChoice = "probable", generator: torch.Generator | None = None) -> Tensor:
+        """Return the effect modifier, (cells, z), of expression x, (cells, genes).
+
+        No noise and hard codes (section 8), unless another choice of codes is asked for; `generator` draws `sampled` ones.
+        """
+        return self.infer(self.project(x), choice, generator)[0]
 
     @torch.no_grad()
     def project(self, x: Tensor) -> Tensor:
@@ -113,9 +116,11 @@ class NDreamerNetwork(nn.Module):
         return self.quantiser.project(self.encoder(x, None), None)
 
     @torch.no_grad()
-    def infer(self, projections: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance, (cells, z), of projections, by the most probable codes."""
-        vectors = look_up(self.quantiser.embedding, self.quantiser.codes(projections))
+    def infer(
+        self, projections: Tensor, choice: CodeChoice = "probable", generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and variance, (cells, z), of projections, by the most probable codes or as chosen."""
+        vectors = self.quantiser.vectors(projections, choice, generator)
         mean, variance = self.head(_side_by_side(vectors), None)
         return mean, variance
 

@@ -184,3 +184,26 @@ def control_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarr
             total = sum(edges[group.code, target.code][1][:, 0].astype(np.float64) for target in others)
             means[here] = total / len(others)
     return means
+
+
+def own_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarray:
+    """Return each cell's distance to the nearest other cell of its group: (rows,) float32; NaN in a group of one."""
+    distances = np.empty(len(rows), dtype=np.float32)
+    for group, here in segments(design, rows):
+        distances[here] = edges[group.code, group.code][1][:, 0]
+    return distances
+
+
+def near_control(control: np.ndarray, own: np.ndarray, quantile: float) -> np.ndarray:
+    """Return which cells have a near counterpart in the control: (cells,) bool.
+
+    They are those whose distance to the control is within what a share of all cells has to its own kind: one quantile
+    of the distances inside groups, over the whole cohort. A cell without another control group to match is near.
+
+    Parameters
+    ----------
+    control, own
+        (cells,) of all cells, what `control_distance` and `own_distance` return.
+    """
+    known = own[np.isfinite(own)]
+    return ~(control > (np.quantile(known, quantile) if len(known) else np.inf))

@@ -18,8 +18,6 @@ from ndreamer_dist.results.virtual import Counterparts, Expression
 
 PART_VALUES = 2**22
 """Cells times genes of one part."""
-NEAR_QUANTILE = 0.99
-"""A control match is near where its distance is within this quantile of distances inside groups."""
 
 
 @dataclass
@@ -82,12 +80,6 @@ class MatchQuality:
     purity: np.ndarray
     effective_cells: np.ndarray
     without_overlap: np.ndarray
-
-
-def near_limit(own_distances: np.ndarray) -> float:
-    """Return the distance up to which a match is near: what 99 % of cells have to the nearest other of their group."""
-    known = own_distances[np.isfinite(own_distances)]
-    return float(np.quantile(known, NEAR_QUANTILE)) if len(known) else np.inf
 
 
 def parts(rows: np.ndarray, genes: int) -> Iterator[np.ndarray]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -35,6 +35,8 @@ TIE = 1e-9
 """Relative difference within which a permuted statistic counts as equal to the observed one."""
 NOTHING = 1e-12
 """Share of a gene's scale below which a variance is rounding."""
+
+PER_GENE = ("effect", "statistic", "p", "p_permutation", "p_parametric")
 
 Method = Literal["permutation", "welch", "sign flips", "paired t", "linear model", "none"]
 
@@ -86,21 +88,35 @@ def welch_test(means: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> Dono
     ValueError
         A condition has no donor.
     """
-    treated = np.asarray(treated, dtype=bool)
-    counts = int(treated.sum()), int((~treated).sum())
+    every = welch_tests(means, np.asarray(treated, dtype=bool)[None], seed=seed)
+    return with_arrays(every, lambda name: getattr(every, name)[0])
+
+
+def welch_tests(means: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> DonorTest:
+    """Take each of several labellings for the truth in turn; the draws that they are compared with are made once.
+
+    Parameters
+    ----------
+    labels
+        (labellings, donors) Boolean, of as many treated donors each.
+
+    Returns
+    -------
+    The arrays are (labellings, genes).
+    """
+    counts = int(labels[0].sum()), int((~labels[0]).sum())
     if min(counts) == 0:
         msg = f"a test needs donors of both conditions, found {counts[0]} treated and {counts[1]} control"
         raise ValueError(msg)
     means = np.asarray(means, dtype=np.float64)
-    effect = means[treated].mean(axis=0) - means[~treated].mean(axis=0)
+    effect = np.stack([means[treated].mean(axis=0) - means[~treated].mean(axis=0) for treated in labels])
     if min(counts) < LEAST_DONORS:
         return _untested(effect)
-    t, freedom = _welch(_centred(means), treated[None])
-    t, freedom = t[0], freedom[0]
+    t, freedom = _welch(_centred(means), labels)
     parametric = 2 * stats.t.sf(np.abs(t), freedom)
-    possible = math.comb(len(treated), counts[0])
+    possible = math.comb(len(means), counts[0])
     complete = possible <= MOST_LABELLINGS
-    permuted = labellings(len(treated), counts[0], genes=means.shape[1], seed=seed)
+    permuted = labellings(len(means), counts[0], genes=means.shape[1], seed=seed)
     p = _permutation_p(_centred(means), t, permuted, lambda m, labels: _welch(m, labels)[0], observed_among=complete)
     floor = (2 if counts[0] == counts[1] else 1) / possible if complete else 1 / (len(permuted) + 1)
     return _chosen(
@@ -236,12 +252,18 @@ def _permutation_p(
     *,
     observed_among: bool,
 ) -> np.ndarray:
-    """Return the share of labellings whose |t| reaches the observed one; drawn ones get +1 above and below."""
-    limit = np.abs(observed) * (1 - TIE)
-    reached = np.zeros(values.shape[1], dtype=np.int64)
+    """Return the share of labellings whose |t| reaches the observed one; drawn ones get +1 above and below.
+
+    What was observed is (genes,), or several times that.
+    """
+    limits = np.atleast_2d(np.abs(observed) * (1 - TIE))
+    counts = np.zeros(limits.shape, dtype=np.int64)
     for start in _starts(len(permuted), max(1, CHUNK // values.shape[1])):
         size = np.abs(statistic(values, permuted[start]))
-        reached += (np.where(np.isnan(size), 0.0, size) >= limit).sum(0)
+        size[np.isnan(size)] = 0.0
+        for count, limit in zip(counts, limits, strict=True):
+            count += (size >= limit).sum(0)
+    reached = counts.reshape(observed.shape)
     share = reached / len(permuted) if observed_among else (reached + 1) / (len(permuted) + 1)
     return np.where(np.isnan(observed), np.nan, share)
 
@@ -306,8 +328,14 @@ def _chosen(
     return DonorTest(effect, t, parametric, permutation, parametric, methods[1], 0.0, few)
 
 
+def with_arrays(test: DonorTest, array: Callable[[str], np.ndarray]) -> DonorTest:
+    """Return a test with other arrays, by their names."""
+    changed: dict[str, Any] = {name: array(name) for name in PER_GENE}
+    return replace(test, **changed)
+
+
 def _untested(effect: np.ndarray) -> DonorTest:
-    nothing = np.full(len(effect), np.nan)
+    nothing = np.full(effect.shape, np.nan)
     return DonorTest(effect, nothing, nothing, nothing, nothing, "none", math.nan, few_donors=True)
 
 

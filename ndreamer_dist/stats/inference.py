@@ -28,7 +28,6 @@ from ndreamer_dist.stats.cate import benjamini_hochberg
 from ndreamer_dist.stats.cells import (
     Moments,
     match_quality,
-    near_limit,
     parts,
     placebo_moments,
     plain_expression,
@@ -41,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 PURE = 0.7
 """Share of matches inside the population below which they are flagged."""
+ALL_CELLS = "all cells"
+"""The one population where no column names several."""
 COUNT_FLOOR = 1e-9
 """Added to mean counts before their ratio is taken, as scanpy does."""
 
@@ -71,7 +72,7 @@ class Given:
 def cate_table(
     given: Given,
     *,
-    by: str,
+    by: str | None,
     condition: str | None,
     donor_key: str | None,
     min_cells: int,
@@ -79,10 +80,10 @@ def cate_table(
     covariates: Sequence[str],
 ) -> pd.DataFrame:
     """Return the table; see `Results.cate`, whose arguments these are."""
-    conditions = _conditions(given.design, condition)
+    conditions = conditions_of(given.design, condition)
     names, codes = populations_of(given.cells, by)
     replicates = replicates_of(given, donor_key)
-    means = _means(given, codes, len(names), replicates, conditions, min_cells)
+    means = means_of(given, codes, len(names), replicates, conditions, min_cells)
     described = _described(given, codes, len(names), conditions)
     tables = []
     for number, name in enumerate(names):
@@ -100,10 +101,10 @@ def donor_means(
     given: Given, *, by: str, condition: str | None, donor_key: str | None, min_cells: int
 ) -> anndata.AnnData:
     """Return one row per population and donor, for models of one's own; see `Results.donor_means`."""
-    conditions = _conditions(given.design, condition)
+    conditions = conditions_of(given.design, condition)
     names, codes = populations_of(given.cells, by)
     replicates = replicates_of(given, donor_key)
-    means = _means(given, codes, len(names), replicates, conditions, min_cells)
+    means = means_of(given, codes, len(names), replicates, conditions, min_cells)
     own = covariate_table(given.cells, replicates)
     rows, matched, plain = [], [], []
     for code in conditions:
@@ -123,14 +124,16 @@ def donor_means(
     return anndata.AnnData(np.array(matched), obs=obs, var=var, layers={"pseudobulk": np.array(plain)})
 
 
-def populations_of(cells: pd.DataFrame, by: str) -> tuple[list[str], np.ndarray]:
-    """Return the names of the populations and the code of every cell's, -1 where it has none.
+def populations_of(cells: pd.DataFrame, by: str | None) -> tuple[list[str], np.ndarray]:
+    """Return the names of the populations and the code of every cell's, -1 where it has none; no column, one population.
 
     Raises
     ------
     QueryError
         There is no such column, or it names no population.
     """
+    if by is None:
+        return [ALL_CELLS], np.zeros(len(cells), dtype=np.int64)
     codes, names = pd.factorize(column(cells, by).astype(object), sort=False)
     order = np.argsort([str(name) for name in names], kind="stable")
     place = np.empty(len(names) + 1, dtype=np.int64)
@@ -206,7 +209,8 @@ class Tested:
     pseudobulk: DonorTest
 
 
-def _conditions(design: Design, condition: str | None) -> list[int]:
+def conditions_of(design: Design, condition: str | None) -> list[int]:
+    """Return the codes of the conditions to compare with the control: that of a name, or all."""
     if condition is None:
         return list(range(1, len(design.conditions)))
     code = design.condition_code(condition)
@@ -216,9 +220,10 @@ def _conditions(design: Design, condition: str | None) -> list[int]:
     return [code]
 
 
-def _means(
+def means_of(
     given: Given, codes: np.ndarray, number: int, replicates: Replicates, conditions: list[int], min_cells: int
 ) -> PopulationMeans:
+    """Return the donors' means in every population; see `population_means`."""
     return population_means(
         codes, number, replicates, Neighbours(given), given.expression, given.columns, conditions=conditions,
         min_cells=min_cells,
@@ -265,7 +270,7 @@ class Neighbours:
 
 
 def _described(given: Given, codes: np.ndarray, number: int, conditions: list[int]) -> Described:
-    near = _near(given)
+    near = column(given.cells, keys.OBS_OVERLAP).to_numpy()
     effects, near_effects = (Moments.empty(number, len(given.design.conditions), len(given.genes)) for _ in range(2))
     for rows, values in _effects(given, codes, conditions):
         condition = given.design.group_conditions[given.design.group_of(rows)]
@@ -279,16 +284,6 @@ def _described(given: Given, codes: np.ndarray, number: int, conditions: list[in
         effects.number, effects, near_effects, None if placebo is None else placebo.spread[:, 0], plain.counts,
         plain.expressing, quality.purity, quality.effective_cells, quality.without_overlap,
     )  # fmt: skip
-
-
-def _near(given: Given) -> np.ndarray:
-    """Return whether each cell has a near control match; a cell without another control group to match has."""
-    own = np.full(given.design.n_cells, np.nan, dtype=np.float32)
-    for group in given.design.groups:
-        rows = np.arange(group.start, group.stop)
-        own[rows] = given.counterparts.edges(rows, [(group.code, group.code)])[group.code, group.code][1][:, 0]
-    distance = given.cells[keys.OBS_MATCH_DISTANCE].to_numpy()
-    return ~(distance > near_limit(own))
 
 
 def _effects(given: Given, codes: np.ndarray, conditions: list[int]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
@@ -315,16 +310,13 @@ def _tested(
     covariates: Sequence[str],
 ) -> Tested:
     """Test one population and condition, through the matches and on plain means."""
-    asked = np.isin(replicates.conditions, (0, code))
-    there = np.flatnonzero(asked & (means.cells[number] > 0))
-    enough = np.flatnonzero(means.included[number] & asked)
-    paired = _paired(replicates, enough)
-    kept = paired if len(paired) else enough
+    there = np.flatnonzero(np.isin(replicates.conditions, (0, code)) & (means.cells[number] > 0))
+    kept, paired = kept_replicates(replicates, means.included[number], code)
     left_out = tuple(replicates.donors[r] for r in there if r not in kept)
-    if len(paired) and (covariates or population == "treated"):
+    if paired and (covariates or population == "treated"):
         msg = "donors seen in both conditions are paired: leave covariates away, and ask with all donors' cells"
         raise QueryError(msg)
-    test = _test_of(given, replicates, kept, covariates)
+    test = _test_of(given, replicates, kept, covariates, paired=paired)
     if population == "treated" and len(kept):
         chosen = np.isin(np.arange(len(replicates)), kept)
         asking = query_means(codes == number, chosen, replicates, Neighbours(given), given.expression, given.columns)
@@ -336,7 +328,7 @@ def _tested(
 
 
 def _test_of(
-    given: Given, replicates: Replicates, kept: np.ndarray, covariates: Sequence[str]
+    given: Given, replicates: Replicates, kept: np.ndarray, covariates: Sequence[str], *, paired: bool
 ) -> Callable[[np.ndarray], DonorTest]:
     """Return the test that the replicates allow: paired where donors are in both conditions, else Welch's, or a model."""
     treated = replicates.conditions[kept] != 0
@@ -345,19 +337,28 @@ def _test_of(
     if covariates:
         columns = _numbers(given.cells, replicates, covariates)[kept]
         return lambda values: linear_test(values, treated, columns)
-    if not len(_paired(replicates, kept)):
+    if not paired:
         return lambda values: welch_test(values, treated, seed=given.seed)
-    order = np.argsort(
-        [replicates.donors[r] for r in kept], kind="stable"
-    )  # each donor's two rows, one after the other
-    ups, downs = order[treated[order]], order[~treated[order]]
+    ups, downs = pairs_of(replicates, kept)
     return lambda values: paired_test(values[ups] - values[downs], seed=given.seed)
 
 
-def _paired(replicates: Replicates, kept: np.ndarray) -> np.ndarray:
-    """Return the replicates of donors that are there in both conditions."""
-    donors = pd.Series([replicates.donors[r] for r in kept], dtype=object)
-    return kept[donors.duplicated(keep=False).to_numpy()]
+def kept_replicates(replicates: Replicates, included: np.ndarray, code: int) -> tuple[np.ndarray, bool]:
+    """Return which replicates a test of a condition is of, and whether they are pairs.
+
+    Where donors are there in both conditions, these alone; else all that are included.
+    """
+    enough = np.flatnonzero(included & np.isin(replicates.conditions, (0, code)))
+    donors = pd.Series([replicates.donors[r] for r in enough], dtype=object)
+    paired = enough[donors.duplicated(keep=False).to_numpy()]
+    return (paired, True) if len(paired) else (enough, False)
+
+
+def pairs_of(replicates: Replicates, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where, among those kept, each donor's treated replicate stands, and where its control one."""
+    treated = replicates.conditions[kept] != 0
+    order = np.argsort([replicates.donors[r] for r in kept], kind="stable")  # each donor's two, one after the other
+    return order[treated[order]], order[~treated[order]]
 
 
 def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str]) -> np.ndarray:

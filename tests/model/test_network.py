@@ -105,6 +105,19 @@ def test_commitment_is_zero_with_hard_codes(
     close(value, reference["out_commitment_unscaled"].item())
 
 
+def test_expected_codes_are_the_mean_of_sampled_ones(
+    reference: dict[str, torch.Tensor], reference_network: NDreamerNetwork
+) -> None:
+    quantiser, projections = reference_network.quantiser, reference_network.project(reference["x"])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([quantiser.vectors(projections, "sampled", generator) for _ in range(4000)])
+    expected = torch.einsum("knj,kjd->knd", reference["out_probs"], quantiser.embedding.detach())
+    close(quantiser.vectors(projections, "expected"), expected)
+    error = draws.std(dim=0) / len(draws) ** 0.5
+    assert ((draws.mean(dim=0) - expected).abs() <= 5 * error + 1e-6).all()
+    assert draws.std(dim=0).max() > 0.1
+
+
 def test_embedding_neither_samples_nor_changes_the_network() -> None:
     network, batch = tiny_network(), random_batch()
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -80,4 +80,9 @@ def check(path, *, atol=1e-4):
     np.testing.assert_array_equal(stored.obs["ndreamer_times_matched"], times)
     mean = [np.mean(distances) if distances else np.nan for distances in far]
     np.testing.assert_allclose(stored.obs["ndreamer_match_distance"], mean, rtol=1e-5)
+    own = stored.obsm["ndreamer_match_distance"][np.arange(len(x)), stored.obs["ndreamer_group"].cat.codes]
+    limit = np.nanquantile(own, json.loads(told["settings"])["effects"]["near_quantile"])
+    without = np.isnan(stored.obs["ndreamer_match_distance"])
+    near = without | (stored.obs["ndreamer_match_distance"] <= limit)
+    np.testing.assert_array_equal(stored.obs["ndreamer_overlap"], near)
     return stored

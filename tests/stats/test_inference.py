@@ -17,17 +17,6 @@ from tests.tiny import SETTINGS, as_memory, dense, tiny_cohort
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """A finished run of eight donors nested in conditions, with kinds of cells that the embedding knows."""
-    folder = tmp_path_factory.mktemp("inference")
-    cohort = tiny_cohort(folder, cells=1600, batches=8, design="nested", conditions=2)
-    return nd.run(
-        cohort, out=folder / "run", condition_key="condition", control="control", batch_key="donor", preset="small",
-        settings=SETTINGS,
-    ).results  # fmt: skip
-
-
-@pytest.fixture(scope="module")
 def table(results: Results) -> pd.DataFrame:
     return results.cate("cell_type", min_cells=5)
 

@@ -1,0 +1,198 @@
+"""How far a run can be trusted: overlap, reuse of matches, donors and conditions, mixing of batches, distortion.
+
+In: the results of a run. Out: small tables, of groups, populations and conditions. What takes reading expression is
+measured on the first cells of every group, which are drawn at random since packed rows are in random order; all else on
+all cells. Nothing here is a test, least of all over cells of `denoised`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from scipy import linalg
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Group
+from ndreamer_dist.match.exact import nearest
+from ndreamer_dist.results.pieces import read_dense
+from ndreamer_dist.results.virtual import compute, layer_question
+from ndreamer_dist.stats.inference import Given, column, populations_of, replicates_of
+from ndreamer_dist.stats.populations import Replicates
+from ndreamer_dist.storage import open_array
+
+Kind = Literal["nested", "crossed", "partly crossed", "no donors"]
+
+NEIGHBOURS = 15
+"""Nearest cells that are looked at for mixing."""
+DIMENSIONS = 50
+"""Principal components of the input that its mixing is measured in."""
+DISTORTION_CELLS = 512
+"""Cells of a group whose denoised expression is compared with the measured one, at most."""
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What speaks for and against the results of a run; `Results.diagnostics` says what the columns are."""
+
+    layout: Kind
+    donors: str
+    groups: pd.DataFrame
+    populations: pd.DataFrame
+    mixing: pd.DataFrame
+
+
+def diagnose(given: Given, *, by: str | None, donor_key: str | None, cells: int, stored_denoised: bool) -> Diagnostics:
+    """Return the diagnostics; see `Results.diagnostics`, whose arguments these are."""
+    column(given.cells, keys.OBS_OVERLAP)  # results of an earlier version lack it
+    names, codes = populations_of(given.cells, by)
+    layout, donors = told_of_donors(given, donor_key)
+    groups = pd.DataFrame(
+        [told_of_group(group, given, stored_denoised=stored_denoised) for group in given.design.groups]
+    )
+    return Diagnostics(layout, donors, groups, told_of_populations(given, names, codes), mixing(given, codes, cells))
+
+
+def told_of_donors(given: Given, donor_key: str | None) -> tuple[Kind, str]:
+    """Return whether donors are nested in conditions or crossed with them, and say it."""
+    if donor_key is None and not given.design.batch_keys:
+        return "no donors", "Nothing says who the donors are: there is no batch, and no column was named."
+    replicates = replicates_of(given, donor_key)
+    seen = pd.Series(replicates.conditions).groupby(list(replicates.donors)).nunique()
+    conditions, several = len(given.design.conditions), int((seen > 1).sum())
+    if not several:
+        return "nested", f"Each of the {len(seen)} donors is in one condition only (nested): {_numbers(replicates)}."
+    if (seen == conditions).all():
+        return "crossed", f"Each of the {len(seen)} donors is in every condition (crossed)."
+    where = "several conditions" if conditions > 2 else "both conditions"
+    return (
+        "partly crossed",
+        f"{several} of the {len(seen)} donors are in {where} (partly crossed): {_numbers(replicates)}.",
+    )
+
+
+def _numbers(replicates: Replicates) -> str:
+    counts = np.bincount(replicates.conditions, minlength=len(replicates.design.conditions))
+    return ", ".join(f"{n} {name}" for n, name in zip(counts, replicates.design.conditions, strict=True))
+
+
+def told_of_group(group: Group, given: Given, *, stored_denoised: bool) -> dict[str, object]:
+    """Return the row of one group: overlap, reuse of its cells as matches, and distortion."""
+    rows = np.arange(group.start, group.stop)
+    cells = given.cells.iloc[group.start : group.stop]
+    own = given.counterparts.edges(rows, [(group.code, group.code)])[group.code, group.code][1][:, 0]
+    times = cells[keys.OBS_TIMES_MATCHED].to_numpy(dtype=np.float64)
+    correlation, difference = distortion(rows[:DISTORTION_CELLS], given, stored_denoised=stored_denoised)
+    return {
+        "group": group.name,
+        "batch": given.design.batches[group.batch],
+        "condition": given.design.conditions[group.condition],
+        "cells": group.cells,
+        **overlap(cells),
+        "own_distance": float(np.nanmedian(own)) if np.isfinite(own).any() else np.nan,
+        "times_matched_mean": times.mean(),
+        "times_matched_max": int(times.max()),
+        "never_matched": float((times == 0).mean()),
+        "effective_cells": times.sum() ** 2 / (times**2).sum() if times.any() else np.nan,
+        "distortion_cells": min(group.cells, DISTORTION_CELLS),
+        "correlation": correlation,
+        "squared_difference": difference,
+    }
+
+
+def overlap(cells: pd.DataFrame) -> dict[str, float]:
+    """Return the share of cells with a near control match and their median distance to the control; NaN without one."""
+    known = cells[cells[keys.OBS_MATCH_DISTANCE].notna()]
+    return {
+        "overlap": float(known[keys.OBS_OVERLAP].mean()) if len(known) else np.nan,
+        "match_distance": float(known[keys.OBS_MATCH_DISTANCE].median()) if len(known) else np.nan,
+    }
+
+
+def distortion(rows: np.ndarray, given: Given, *, stored_denoised: bool) -> tuple[float, float]:
+    """Return the mean correlation of cells' denoised with their measured expression, and the mean squared difference."""
+    raw = given.expression.read(rows, given.columns).toarray().astype(np.float64)
+    if stored_denoised:
+        denoised = read_dense(given.storage, f"layers/{keys.LAYER_DENOISED}", rows, given.columns)
+    else:
+        question = layer_question(keys.LAYER_DENOISED)
+        denoised = compute(question, given.counterparts, given.expression, rows, given.columns)
+    denoised = denoised.astype(np.float64)
+    x, y = (values - values.mean(axis=1, keepdims=True) for values in (raw, denoised))
+    scale = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    known = scale > 0
+    correlation = float(((x * y).sum(axis=1)[known] / scale[known]).mean()) if known.any() else np.nan
+    return correlation, float(((raw - denoised) ** 2).mean())
+
+
+def told_of_populations(given: Given, names: list[str], codes: np.ndarray) -> pd.DataFrame:
+    """Return the overlap of every population under every condition."""
+    conditions = given.design.group_conditions[given.design.group_of(np.arange(given.design.n_cells))]
+    table, told = given.cells[[keys.OBS_MATCH_DISTANCE, keys.OBS_OVERLAP]], []
+    for number, name in enumerate(names):
+        for code, condition in enumerate(given.design.conditions):
+            cells = table[(codes == number) & (conditions == code)]
+            if len(cells):
+                told.append({"population": name, "condition": condition, "cells": len(cells), **overlap(cells)})
+    return pd.DataFrame(told)
+
+
+# --- mixing ----------------------------------------------------------------------------------------------------------
+
+
+def mixing(given: Given, populations: np.ndarray, cells: int) -> pd.DataFrame:
+    """Return how far batches are mixed, in the input and in the embedding: a row per condition.
+
+    Parameters
+    ----------
+    populations
+        (cells,) code of every packed row; neighbours are sought inside it and the condition. -1 is left out.
+    cells
+        At most about so many are looked at, as large a share of each group.
+    """
+    design = given.design
+    share = min(1.0, cells / design.n_cells)
+    rows = np.concatenate([np.arange(g.start, g.start + int(np.ceil(share * g.cells))) for g in design.groups])
+    rows = rows[populations[rows] >= 0]
+    name = f"obsm/{keys.OBSM_PCA}"
+    embedded = read_dense(given.storage, name, rows, np.arange(open_array(given.storage, name).shape[1]))
+    measured = principal_components(given.expression.read(rows, given.columns).toarray())
+    groups = design.group_of(rows)
+    batches, conditions = np.array([group.batch for group in design.groups])[groups], design.group_conditions[groups]
+    told = []
+    for code, condition in enumerate(design.conditions):
+        here = np.flatnonzero(conditions == code)
+        strata = [here[populations[rows[here]] == p] for p in np.unique(populations[rows[here]])]
+        strata = [part for part in strata if len(np.unique(batches[part])) > 1]
+        looked = sum(len(part) for part in strata)
+        shares = [_shares(part, batches[part], (measured, embedded)) for part in strata]
+        found = np.sum(shares, axis=0) / looked if looked else np.full(3, np.nan)
+        told.append(
+            {
+                "condition": condition, "cells": looked, "batches": len(np.unique(batches[here])),
+                **dict(zip(("expected", "input", "embedding"), found.tolist(), strict=True)),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(told)
+
+
+def _shares(part: np.ndarray, batches: np.ndarray, points: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Return, summed over cells, the share of neighbours of other batches: expected of chance, and in either space."""
+    _, code, counts = np.unique(batches, return_inverse=True, return_counts=True)
+    others = len(part) - counts[code]
+    found = [float((others / (len(part) - 1)).sum())]
+    for space in points:
+        here = np.ascontiguousarray(space[part], dtype=np.float32)
+        near = nearest(here, here, min(NEIGHBOURS, len(part) - 1), exclude=np.arange(len(part))).rows
+        found.append(float((batches[near] != batches[:, None]).mean(axis=1).sum()))
+    return np.array(found)
+
+
+def principal_components(values: np.ndarray) -> np.ndarray:
+    """Return the points' coordinates along their leading principal axes: (cells, at most 50)."""
+    centred = values - values.mean(axis=0)
+    genes = centred.shape[1]
+    _, axes = linalg.eigh(centred.T @ centred, subset_by_index=(max(0, genes - DIMENSIONS), genes - 1))
+    return np.asarray(centred @ axes)

@@ -1,0 +1,266 @@
+"""What the tests say where nothing is to be found: p-values under permuted labels of donors.
+
+In: the results of a run. Out: how many p-values lie below a level, per population, labelling and test. Each labelling is
+taken for the truth and the whole test is run on it. The donors' means do not depend on the labels, so they are
+computed once and no permutation touches a cell; the sign test, which is about cells, takes a sample of them.
+
+By construction the permutation test holds its level on any one cohort: what there is to see is how far the others are
+off on these very cells. Whether *training* prefers the true labels, only training on permuted ones can tell
+(`jobs/benchmark_null.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse, special
+
+from ndreamer_dist.errors import QueryError
+from ndreamer_dist.results.virtual import HELD_VALUES, Expression
+from ndreamer_dist.stats.donors import LEAST_DONORS, LEAST_PAIRS, DonorTest, paired_test, welch_tests, with_arrays
+from ndreamer_dist.stats.inference import (
+    Given,
+    Neighbours,
+    conditions_of,
+    kept_replicates,
+    means_of,
+    pairs_of,
+    populations_of,
+    replicates_of,
+)
+from ndreamer_dist.stats.populations import Nearest, Replicates
+
+LEVELS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Levels at which p-values are counted."""
+ATTEMPTS = 200
+"""Draws per labelling wanted; few donors have few labellings that differ."""
+SIGN_CELLS = 2_000
+"""Cells of a population that the sign test is run on at most; with more it goes wrong more often."""
+NO_EFFECT = 1e-9
+"""Size below which a cell's effect is rounding."""
+
+
+def null_table(
+    given: Given, *, by: str | None, condition: str | None, donor_key: str | None, min_cells: int, count: int, seed: int
+) -> pd.DataFrame:
+    """Return the table; see `Results.null`, whose arguments these are."""
+    conditions, (names, codes) = conditions_of(given.design, condition), populations_of(given.cells, by)
+    replicates, nearest = replicates_of(given, donor_key), Neighbours(given)
+    means = means_of(given, codes, len(names), replicates, conditions, min_cells)
+    sample = sampled(codes, len(names), replicates, nearest)
+    tables = []
+    for number, name in enumerate(names):
+        for code in conditions:
+            kept, paired = kept_replicates(replicates, means.included[number], code)
+            pairs = pairs_of(replicates, kept) if paired else None
+            truth = replicates.conditions[kept] != 0
+            if min(truth.sum(), (~truth).sum()) < (LEAST_PAIRS if paired else LEAST_DONORS):
+                continue
+            labels = permuted_labels(truth, count, np.random.default_rng((seed, number, code)), pairs)
+            if not len(labels):
+                continue
+            matched, own = means.matched[code][number, kept], means.own[number, kept]
+            found = donor_p(matched, own, labels, pairs, seed=given.seed)
+            found["sign"] = sign_p(sample.of(number, kept, replicates), labels, given.expression, given.columns)
+            told: dict[str, Any] = {"population": name, "condition": given.design.conditions[code]}
+            told |= {"treated_donors": int(truth.sum()), "control_donors": int((~truth).sum())}
+            tables.append(counted_below(found).assign(**told))
+    if not tables:
+        msg = f"no population has {LEAST_DONORS} donors a condition, so there is no test to look at"
+        raise QueryError(msg)
+    table = pd.concat(tables, ignore_index=True)
+    return table[[*told, *(name for name in table if name not in told)]]
+
+
+def rates(
+    table: pd.DataFrame, by: Sequence[str] = ("test",), levels: Sequence[float] = (0.05, 0.01, 0.001)
+) -> pd.DataFrame:
+    """Return the share of p-values at or below some levels, pooled over everything but `by`: a column per level."""
+    chosen = table[table["level"].isin(levels)]
+    sums = chosen.groupby([*by, "level"], sort=False, observed=True)[["below", "tests"]].sum()
+    return (sums["below"] / sums["tests"]).unstack("level")[list(levels)]
+
+
+def permuted_labels(
+    truth: np.ndarray, count: int, generator: np.random.Generator, pairs: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """Return labellings that differ from the truth and from each other, sides exchanged or not: (labellings, donors).
+
+    Parameters
+    ----------
+    truth
+        (donors,) which are treated.
+    count
+        How many are wanted; fewer come where there are fewer.
+    pairs
+        Places of treated and control rows of the same donors: labels are then exchanged inside pairs alone.
+    """
+    found: list[np.ndarray] = []
+    seen = {truth.tobytes(), (~truth).tobytes()}
+    for _ in range(ATTEMPTS * count):
+        if len(found) == count:
+            break
+        if pairs is None:
+            labels = generator.permutation(truth)
+        else:
+            labels = truth.copy()
+            labels[pairs[0]] = generator.random(len(pairs[0])) < 0.5
+            labels[pairs[1]] = ~labels[pairs[0]]
+        if labels.tobytes() not in seen:
+            found.append(labels)
+            seen |= {labels.tobytes(), (~labels).tobytes()}
+    return np.array(found, dtype=bool).reshape(len(found), len(truth))
+
+
+def donor_p(
+    matched: np.ndarray,
+    own: np.ndarray,
+    labels: np.ndarray,
+    pairs: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Return the p-values of the tests on donors, each labelling taken for the truth: (labellings, genes) by test.
+
+    Parameters
+    ----------
+    matched, own
+        (donors, genes) means through the matches, and plain ones.
+    labels
+        (labellings, donors) Boolean.
+    pairs
+        As for `permuted_labels`.
+    """
+    through, plain = (_tests(values, labels, pairs, seed) for values in (matched, own))
+    return {
+        "main": through.p,
+        "permutation": through.p_permutation,
+        "welch": through.p_parametric,
+        "pseudobulk": plain.p,
+    }
+
+
+def _tests(values: np.ndarray, labels: np.ndarray, pairs: tuple[np.ndarray, np.ndarray] | None, seed: int) -> DonorTest:
+    if pairs is None:
+        return welch_tests(values, labels, seed=seed)
+    signs = np.where(labels[:, pairs[0]], 1.0, -1.0)
+    differences = values[pairs[0]] - values[pairs[1]]
+    tests = [paired_test(differences * sign[:, None], seed=seed) for sign in signs]
+    return with_arrays(tests[0], lambda name: np.stack([getattr(test, name) for test in tests]))
+
+
+def counted_below(found: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Return how many of the p-values, (labellings, genes) by test, are at or below each level."""
+    parts = []
+    for test, p in found.items():
+        below = np.stack([(p <= level).sum(axis=1) for level in LEVELS], axis=1)
+        frame = pd.DataFrame({"below": below.ravel(), "tests": np.isfinite(p).sum(axis=1).repeat(len(LEVELS))})
+        frame.insert(0, "labelling", np.arange(len(p)).repeat(len(LEVELS)))
+        frame.insert(1, "test", test)
+        frame.insert(2, "level", np.tile(LEVELS, len(p)))
+        parts.append(frame[frame["tests"] > 0])
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(share=table["below"] / table["tests"])
+
+
+# --- the sign test ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Cells of one population with their counterparts in every piece of the donors that a test is of.
+
+    Attributes
+    ----------
+    owner
+        (cells,) which of the donors each is of.
+    near
+        (cells, pieces) packed rows of the counterparts; in its own piece a cell is its own.
+    donor
+        (pieces,) which of the donors each is of.
+    """
+
+    owner: np.ndarray
+    near: np.ndarray
+    donor: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some cells of every population with their counterparts in all pieces; see `Asked`."""
+
+    rows: np.ndarray
+    populations: np.ndarray
+    near: np.ndarray
+
+    def of(self, population: int, kept: np.ndarray, replicates: Replicates) -> Asked:
+        """Return the cells of some replicates in one population."""
+        place = np.full(len(replicates), -1)
+        place[kept] = np.arange(len(kept))
+        donor = place[[piece.replicate for piece in replicates.pieces]]
+        owner = place[replicates.of_cell[self.rows]]
+        chosen = (self.populations == population) & (owner >= 0)
+        return Asked(owner[chosen], self.near[chosen][:, donor >= 0], donor[donor >= 0])
+
+
+def sampled(
+    populations: np.ndarray, number: int, replicates: Replicates, nearest: Nearest, most: int = SIGN_CELLS
+) -> Sample:
+    """Return at most about `most` cells of every population, the first of each piece: packed rows are in random order."""
+    sizes = np.bincount(populations[populations >= 0], minlength=number)
+    share = np.minimum(1.0, most / np.maximum(sizes, 1))
+    rows = [_first(piece.rows, populations, share) for piece in replicates.pieces]
+    near = [
+        np.stack([part if one is other else nearest(part, other.rows) for other in replicates.pieces], axis=1)
+        for one, part in zip(replicates.pieces, rows, strict=True)
+        if len(part)
+    ]
+    every = np.concatenate(rows)
+    return Sample(every, populations[every], np.concatenate(near))
+
+
+def _first(rows: np.ndarray, populations: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Return a share of the cells of each population among rows, ascending."""
+    parts = [rows[populations[rows] == code] for code in np.unique(populations[rows]) if code >= 0]
+    kept = [part[: int(np.ceil(share[populations[part[0]]] * len(part)))] for part in parts]
+    return np.sort(np.concatenate(kept)) if kept else rows[:0]
+
+
+def sign_p(asked: Asked, labels: np.ndarray, expression: Expression, columns: np.ndarray) -> np.ndarray:
+    """Return the sign test's p-values (METHOD section 7), each labelling taken for the truth: (labellings, genes).
+
+    A labelling's effects are those of the cells whose donors it calls treated: the mean of a cell's counterparts over
+    the donors called treated, its own among them, minus that over the others.
+    """
+    shape = len(labels), len(columns)
+    cells, signed = np.zeros((len(labels), 1)), np.zeros(shape)  # positive minus negative effects
+    pieces = np.bincount(asked.donor, minlength=labels.shape[1])
+    for part in _parts(len(asked.owner), len(asked.donor), expression.density * len(columns)):
+        near, owner = asked.near[part], asked.owner[part]
+        held, place = np.unique(near, return_inverse=True)
+        values, place = expression.read(held, columns), place.reshape(near.shape)
+        for number, treated in enumerate(labels):
+            side = np.where(treated, 1 / treated.sum(), -1 / (~treated).sum()) / pieces
+            here = treated[owner]
+            effects = _averaged(place[here], side[asked.donor], len(held)) @ values
+            large = np.abs(effects.data) > NO_EFFECT
+            signed[number] += np.bincount(effects.indices[large], np.sign(effects.data[large]), minlength=len(columns))
+            cells[number] += here.sum()
+    with np.errstate(invalid="ignore"):
+        return np.asarray(special.erfc(np.abs(signed) / np.sqrt(2 * cells)))
+
+
+def _averaged(place: np.ndarray, weights: np.ndarray, held: int) -> sparse.csr_matrix:
+    """Return the matrix that averages held rows for each cell: place (cells, pieces), weights (pieces,)."""
+    starts = np.arange(len(place) + 1) * place.shape[1]
+    return sparse.csr_matrix((np.tile(weights, len(place)), place.ravel(), starts), shape=(len(place), held))
+
+
+def _parts(cells: int, pieces: int, stored: float) -> Iterator[slice]:
+    step = max(1, int(HELD_VALUES / max(1.0, pieces * stored)))
+    for start in range(0, cells, step):
+        yield slice(start, start + step)

@@ -1,0 +1,20 @@
+"""A finished run of nested donors, made once a session; no test may change it."""
+
+from __future__ import annotations
+
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist.results.reader import Results
+from tests.tiny import SETTINGS, tiny_cohort
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """A finished run of eight donors nested in conditions, with kinds of cells that the embedding knows."""
+    folder = tmp_path_factory.mktemp("inference")
+    cohort = tiny_cohort(folder, cells=1600, batches=8, design="nested", conditions=2)
+    return nd.run(
+        cohort, out=folder / "run", condition_key="condition", control="control", batch_key="donor", preset="small",
+        settings=SETTINGS,
+    ).results  # fmt: skip
