@@ -1,0 +1,676 @@
+"""Figures of a finished run, in scanpy's manner: `nd.pl.embedding(results, color="cell_type")`.
+
+Every function takes `Results` first, draws on `ax` or a figure of its own, saves it under `save` (the suffix says how),
+shows it if `show` is set, and returns axes. Where a figure needs many cells' values it takes a sample: rows of a group
+are stored in a random order that the seed fixed, so the first ones of each group are one, and few chunks are read.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anndata
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from scipy.cluster import hierarchy
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.graph import neighbour_graph, principal_components
+from ndreamer_dist.errors import QueryError, StoreError
+from ndreamer_dist.report.drawing import (
+    DOWN,
+    INK,
+    MOST_NAMED,
+    PALETTE,
+    QUIET,
+    UP,
+    Save,
+    categories,
+    colours,
+    finish,
+    halo,
+    label_points,
+    legend_outside,
+    panels,
+    shortened,
+    styled,
+)
+from ndreamer_dist.results.reader import MIN_CELLS, Results
+from ndreamer_dist.stats.inference import column
+from ndreamer_dist.storage import Storage, open_storage
+
+CELLS = 10_000
+"""Cells of a UMAP, unless told otherwise."""
+ITE_VALUES = 2**24
+"""Cells times genes of effects that are held for a UMAP of them."""
+ITE_COMPONENTS = 10
+"""Principal components of effects that are laid out: the later ones are noise of single cells."""
+VIOLIN_CELLS = 50_000
+SIGNIFICANT, SMALLEST = 0.05, 1e-300
+"""Adjusted p below which a gene is called; p-values below the latter are not told apart."""
+FEWEST_LAID_OUT = 16
+"""Cells below which there is no UMAP; they are shown by their first two principal components."""
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+@styled
+def embedding(
+    results: Results,
+    color: str | Sequence[str] | None = None,
+    *,
+    cells: int = CELLS,
+    seed: int = 0,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> list[Axes]:
+    """Draw a UMAP of the effect modifiers' principal components: what cells are, whatever their condition and batch.
+
+    Conditions and batches should mix here, and kinds of cells stay apart.
+
+    Parameters
+    ----------
+    color
+        Columns of `obs`, or modelled genes; one panel each. None: the condition, and the batch if there is one.
+    cells
+        Draw about so many, a sample; of all groups in proportion.
+    seed
+        Of the UMAP.
+
+    Raises
+    ------
+    QueryError
+        There is neither a column nor a gene of this name.
+    """
+    rows = sampled(results.design, cells)
+    table = results.packed_obs.iloc[rows]
+    points = umap(results.embedding(list(table.index), pca=True).to_numpy(), seed)
+    axes = _scatter(points, _shading(results, table, color or _grouping(results)), "UMAP", ax)
+    finish(axes, show=show, save=save)
+    return axes
+
+
+@styled
+def ite_embedding(
+    results: Results,
+    color: str | Sequence[str] | None = None,
+    *,
+    cells: int = CELLS,
+    seed: int = 0,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> list[Axes]:
+    """Draw a UMAP of the individual treatment effects of cells that are not control: who responds alike.
+
+    Of the effects of all modelled genes, the first ten principal components are laid out. One cell's effect is mostly
+    noise, so groups here are kinds of responses only where they hold together.
+
+    Parameters
+    ----------
+    color
+        Columns of `obs`, or modelled genes, one panel each. None: as in `embedding`.
+    cells
+        Draw about so many, a sample; fewer where there are many genes.
+    seed
+        Of the UMAP.
+    """
+    rows = sampled(results.design, min(cells, ITE_VALUES // len(results.var_names)), treated=True)
+    table = results.packed_obs.iloc[rows]
+    effects = results.ite(list(table.index)).X
+    points = umap(principal_components(effects, ITE_COMPONENTS, seed), seed)
+    axes = _scatter(points, _shading(results, table, color or _grouping(results)), "UMAP of effects", ax)
+    finish(axes, show=show, save=save)
+    return axes
+
+
+@styled
+def ite_distribution(
+    results: Results,
+    genes: str | Sequence[str],
+    by: str | None = None,
+    *,
+    condition: str | None = None,
+    cells: int = VIOLIN_CELLS,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> list[Axes]:
+    """Draw how the individual treatment effects of cells are spread, a panel per gene and a violin per population.
+
+    The dot is the mean, the bar holds the middle half; fewer than ten cells have no violin. Most of the spread is noise of single cells, so the violins say
+    where effects are, not how sure they are.
+
+    Parameters
+    ----------
+    by
+        Column of `obs` that names populations; none: all cells of the condition.
+    condition
+        Whose effects; none: the first after the control.
+    cells
+        Draw the distribution of about so many cells, a sample.
+    """
+    genes = [genes] if isinstance(genes, str) else list(genes)
+    condition = condition or results.conditions[1]
+    rows = sampled(results.design, cells, conditions=[results.design.condition_code(condition)])
+    part = results.ite(list(results.packed_obs.index[rows]), genes)
+    names = categories(column(part.obs, by) if by else pd.Series(condition, index=part.obs.index))
+    kinds = list(names.categories)
+    axes = panels(len(genes), ax, size=(3.6, 0.9 + 0.34 * len(kinds)))
+    for place, (gene, panel) in enumerate(zip(genes, axes, strict=True)):
+        values = np.asarray(part.X[:, place], dtype=np.float64)
+        _violins(panel, [values[names == kind] for kind in kinds], colours(kinds))
+        panel.set_title(shortened(gene), style="italic")
+        panel.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds] if place % 3 == 0 else [])
+        panel.set_xlabel(f"effect of {shortened(condition, 20)}\n{units(results)}")
+    finish(axes, show=show, save=save)
+    return axes
+
+
+def sampled(
+    design: Design, number: int, *, treated: bool = False, conditions: Sequence[int] | None = None
+) -> np.ndarray:
+    """Return packed rows of a sample of about so many cells, ascending; every group in proportion, and in it.
+
+    Parameters
+    ----------
+    treated, conditions
+        Only of groups that are not control, or of these condition codes.
+    """
+    chosen = range(int(treated), len(design.conditions)) if conditions is None else conditions
+    groups = [group for group in design.groups if group.condition in chosen]
+    share = min(1.0, number / sum(group.cells for group in groups))
+    return np.concatenate([group.start + np.arange(math.ceil(share * group.cells)) for group in groups])
+
+
+def umap(points: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return scanpy's UMAP of points, (cells, 2), on scanpy's default neighbour graph of them."""
+    if len(points) < FEWEST_LAID_OUT:
+        return np.pad(points, ((0, 0), (0, 2)))[:, :2]
+    import scanpy as sc
+
+    adata = anndata.AnnData(obs=pd.DataFrame(index=np.arange(len(points)).astype(str)), obsm={keys.PCA: points})
+    adata.obsp["connectivities"] = neighbour_graph(points, 15)
+    adata.uns["neighbors"] = {"params": {"method": "umap", "use_rep": keys.PCA}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of spectral starts that did not converge: a random one is taken
+        sc.tl.umap(adata, random_state=seed)
+    return np.asarray(adata.obsm["X_umap"])
+
+
+def _grouping(results: Results) -> list[str]:
+    batch = [keys.OBS_BATCH] if len(results.design.batches) > 1 else []
+    return [keys.OBS_CONDITION, *batch]
+
+
+def _shading(results: Results, table: pd.DataFrame, color: str | Sequence[str]) -> dict[str, pd.Series]:
+    """Return the values to shade cells by, under the title of each panel."""
+    found: dict[str, pd.Series] = {}
+    titles = {keys.OBS_CONDITION: results.design.condition_key, keys.OBS_BATCH: " + ".join(results.design.batch_keys)}
+    for name in [color] if isinstance(color, str) else color:
+        if name not in table and name in results.var_names:
+            values = results.expression(list(table.index), [name]).X.toarray()[:, 0]
+            found[name] = pd.Series(values, index=table.index)
+        else:
+            found[titles.get(name, name)] = column(table, name)
+    return found
+
+
+def _scatter(points: np.ndarray, shading: Mapping[str, pd.Series], name: str, ax: Axes | None) -> list[Axes]:
+    axes = panels(len(shading), ax, size=(5.4, 4.1) if len(shading) == 1 else (4.0, 3.2))
+    order = np.random.default_rng(len(points)).permutation(len(points))  # no kind is drawn over all others
+    dots: dict[str, Any] = {
+        "s": float(np.clip(70_000 / len(points), 1.5, 26)),
+        "linewidths": 0,
+        "rasterized": True,
+        "alpha": 0.85,
+    }
+    for panel, (title, values) in zip(axes, shading.items(), strict=True):
+        x, y, shown = points[order, 0], points[order, 1], values.iloc[order]
+        if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+            drawn = panel.scatter(x, y, c=shown.to_numpy(dtype=np.float64), cmap="viridis", **dots)
+            figure = panel.get_figure()
+            assert figure is not None  # noqa: S101 - it was made above
+            figure.colorbar(drawn, ax=panel, shrink=0.6, aspect=18, pad=0.02).outline.set_visible(b=False)
+        else:
+            kinds = categories(shown)
+            shades = colours(list(kinds.categories))
+            panel.scatter(x, y, c=np.array(shades)[kinds.codes], **dots)
+            _name_kinds(panel, np.column_stack([x, y]), kinds, shades)
+        panel.set_title(shortened(title, 40))
+        panel.set(xticks=[], yticks=[])
+        panel.set_xlabel(f"{name} 1", loc="left", fontsize=8.5)
+        panel.set_ylabel(f"{name} 2", loc="bottom", fontsize=8.5)
+        panel.spines[["left", "bottom"]].set_visible(False)
+        panel.set_aspect("equal", adjustable="datalim")
+    return axes
+
+
+def _name_kinds(panel: Axes, points: np.ndarray, kinds: pd.Categorical, shades: Sequence[str]) -> None:
+    """Name categories beside the panel, and on it where there are more than colours alone tell apart."""
+    levels = list(kinds.categories)
+    if len(levels) > MOST_NAMED:
+        panel.annotate(f"{len(levels)} of them, not named", (1, 0), xycoords="axes fraction", ha="right", fontsize=8.5)
+        return
+    legend_outside(panel, levels, shades)
+    if len(levels) > 8:
+        for code, level in enumerate(levels):
+            middle = np.median(points[kinds.codes == code], axis=0)
+            panel.text(middle[0], middle[1], shortened(level, 18), ha="center", fontsize=8, path_effects=halo())
+
+
+def _violins(panel: Axes, values: Sequence[np.ndarray], shades: Sequence[str]) -> None:
+    panel.axvline(0, color="#8A9099", linewidth=0.8, zorder=0)
+    for place, (part, shade) in enumerate(zip(values, shades, strict=True)):
+        if not len(part):
+            continue
+        if len(part) >= MIN_CELLS:  # of fewer there is no distribution to draw
+            for body in panel.violinplot([part], [place], orientation="horizontal", widths=0.85, showextrema=False)["bodies"]:  # type: ignore[attr-defined]  # fmt: skip
+                body.set(facecolor=shade, edgecolor="none", alpha=0.75)
+        panel.hlines(place, *np.quantile(part, [0.25, 0.75]), color=INK, linewidth=3)
+        panel.plot(part.mean(), place, "o", markersize=5, markerfacecolor="white", markeredgecolor=INK)
+    panel.invert_yaxis()
+    panel.tick_params(axis="y", length=0)
+    panel.spines["left"].set_visible(False)
+
+
+# --- effects ---------------------------------------------------------------------------------------------------------
+
+
+@styled
+def volcano(
+    results: Results,
+    population: str,
+    by: str | None = None,
+    *,
+    condition: str | None = None,
+    table: pd.DataFrame | None = None,
+    names: int = 14,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> Axes:
+    """Draw every gene's effect in a population against the donor-level p-value.
+
+    Coloured genes have a Benjamini-Hochberg adjusted p below 0.05; the dashed line is the smallest p-value that so
+    many donors allow, where the p-values are those of a permutation.
+
+    Parameters
+    ----------
+    by
+        Column of `obs` that names populations; none: there is one, `all cells`.
+    condition
+        Which to compare with the control; none: the first after it.
+    table
+        What `results.cate(by)` gave, if it is there already.
+    names
+        Name at most so many genes, the smallest p first.
+
+    Raises
+    ------
+    QueryError
+        There is no such population, or it has no p-values: fewer than three donors a condition.
+    """
+    condition = condition or results.conditions[1]
+    part = _of_condition(results, by, condition, table)
+    part = part[part["population"] == population]
+    if part["p"].isna().all():
+        msg = f"population {population!r} has no p-values under {condition!r}: too few donors, or no such population"
+        raise QueryError(msg)
+    part = part[part["p"].notna()].sort_values(["p", "effect"], key=lambda c: -c.abs() if c.name == "effect" else c)
+    x, y = part["effect"].to_numpy(), -np.log10(np.maximum(part["p"].to_numpy(), SMALLEST))
+    called = (part["p_adjusted"] < SIGNIFICANT).to_numpy()
+    (ax,) = panels(1, ax, size=(5.6, 4.6))
+    shades = np.where(called, np.where(x > 0, UP, DOWN), QUIET)
+    ax.scatter(x, y, c=shades, s=np.where(called, 22, 12), linewidths=0, rasterized=len(x) > 5000)
+    ax.axvline(0, color="#8A9099", linewidth=0.8, zorder=0)
+    reach = float(np.abs(x).max(initial=0.1)) * 1.25
+    ax.set(xlim=(-reach, reach), ylim=(0, float(y.max()) * 1.1))
+    _floor(ax, float(part["p_floor"].iloc[0]))
+    ax.set_xlabel(effect_label(results, condition))
+    ax.set_ylabel("−log10 p, donors as replicates")
+    ax.set_title(shortened(population, 40), pad=22)
+    ax.text(0, 1.025, _counted(part.iloc[0], int(called.sum())), transform=ax.transAxes, fontsize=8.5, color="#5B616A")
+    named = np.flatnonzero(called) if called.any() else np.arange(min(5, len(x)))
+    label_points(ax, x[named], y[named], list(part["gene"].iloc[named].astype(str)), names)
+    finish([ax], show=show, save=save)
+    return ax
+
+
+@styled
+def heatmap(
+    results: Results,
+    by: str | None = None,
+    *,
+    condition: str | None = None,
+    genes: Sequence[str] | None = None,
+    table: pd.DataFrame | None = None,
+    most: int = 36,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> Axes:
+    """Draw the mean effects of the top genes in every population; a dot marks an adjusted donor-level p below 0.05.
+
+    Genes that behave alike stand beside each other. Where there are p-values the effect is the donor-level one, else
+    the mean over cells.
+
+    Parameters
+    ----------
+    condition
+        Which to compare with the control; none: the first after it.
+    genes
+        Which to draw; none: the first of every population by p-value, or where there is none by size of the effect.
+    table
+        What `results.cate(by)` gave, if it is there already.
+    most
+        Draw at most so many genes of none given.
+    """
+    condition = condition or results.conditions[1]
+    part = _of_condition(results, by, condition, table)
+    value = effect_column(part)
+    chosen = list(genes) if genes is not None else top_genes(part, most)
+    wide = part[part["gene"].isin(chosen)].pivot_table(index="population", columns="gene", values=value, dropna=False)
+    wide = wide.loc[list(categories(pd.Series(wide.index)).categories), :]
+    wide = wide[alike(wide)] if genes is None else wide[chosen]
+    adjusted = part.pivot_table(index="population", columns="gene", values="p_adjusted", dropna=False)
+    adjusted = adjusted.reindex(index=wide.index, columns=wide.columns)
+    (ax,) = panels(1, ax, size=(2.6 + 0.23 * wide.shape[1], 1.9 + 0.29 * len(wide)))
+    top = float(np.nanquantile(np.abs(wide.to_numpy()), 0.99)) or 1.0
+    ax.set_facecolor("#ECEEF0")
+    drawn = ax.imshow(wide.to_numpy(), cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
+    ax.plot(*np.argwhere((adjusted < SIGNIFICANT).to_numpy()).T[::-1], "o", markersize=4, color=INK, markeredgecolor="white",
+            markeredgewidth=0.7)  # fmt: skip
+    ax.set_xticks(
+        range(wide.shape[1]), [shortened(g, 16) for g in wide.columns], rotation=90, style="italic", fontsize=8.5
+    )
+    ax.set_yticks(range(len(wide)), [shortened(name) for name in wide.index])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(np.arange(wide.shape[1] + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(wide) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", linewidth=1.2)
+    ax.tick_params(which="minor", length=0)
+    ax.set_title(f"Effect of {shortened(condition, 30)} against {shortened(results.control, 30)}")
+    _colour_bar(ax, drawn, f"{'effect' if value == 'effect' else 'mean effect over cells'}\n{units(results)}")
+    finish([ax], show=show, save=save)
+    return ax
+
+
+# --- how far to trust them -------------------------------------------------------------------------------------------
+
+TESTS = {"main": "donor-level test", "pseudobulk": "pseudobulk", "sign": "sign test over cells"}
+"""Which tests the calibration shows, and what they are called."""
+
+
+@styled
+def null_calibration(
+    results: Results,
+    by: str | None = None,
+    *,
+    condition: str | None = None,
+    donor_key: str | None = None,
+    table: pd.DataFrame | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> Axes:
+    """Draw the share of genes below every level under permuted donor labels, where no gene has an effect.
+
+    A test that holds its level lies on the diagonal or below it; bands hold four of five labellings. That the donor-level
+    permutation does is its construction: the figure shows how far the others are off on these cells.
+
+    Parameters
+    ----------
+    by, condition, donor_key
+        As in `Results.null`.
+    table
+        What `results.null(by)` gave, if it is there already.
+
+    Raises
+    ------
+    QueryError
+        No population has three donors a condition.
+    """
+    table = results.null(by, condition=condition, donor_key=donor_key) if table is None else table
+    (ax,) = panels(1, ax, size=(5.0, 4.4))
+    low = 10.0 ** math.floor(math.log10(float(table["level"].min())))
+    ax.plot([low, 1], [low, 1], color="#8A9099", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="calibrated")
+    for (test, label), shade in zip(TESTS.items(), (PALETTE[0], PALETTE[4], UP), strict=True):
+        part = table[table["test"] == test]
+        counts = part.groupby(["labelling", "level"])[["below", "tests"]].sum()
+        each = (counts["below"] / counts["tests"]).unstack("level").to_numpy()
+        pooled = counts.groupby("level").sum()
+        share = (pooled["below"] / pooled["tests"]).to_numpy()
+        levels = pooled.index.to_numpy()
+        band = np.maximum(np.nanquantile(each, [0.1, 0.9], axis=0), low / 10)
+        ax.fill_between(levels, *band, color=shade, alpha=0.14, linewidth=0)
+        ax.plot(
+            levels, np.where(share > 0, share, np.nan), "o-", color=shade, markersize=3.5, linewidth=1.6, label=label
+        )
+    ax.set(xscale="log", yscale="log", xlim=(low, 1.15), ylim=(low / 2, 1.15))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
+    ax.set_xlabel("level")
+    ax.set_ylabel("share of genes below it, donors' labels permuted")
+    ax.legend(loc="lower right")
+    finish([ax], show=show, save=save)
+    return ax
+
+
+@styled
+def overlap(
+    results: Results,
+    by: str | None = None,
+    *,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> Axes:
+    """Draw how far cells are from their control matches, a box per population, and the share that has a near one.
+
+    Boxes hold the middle half, whiskers nine of ten. Beyond the line a match is not near: farther than 99 % of cells are
+    from the nearest other cell of their own group.
+
+    Parameters
+    ----------
+    by
+        Column of `obs` that names populations; none: a box per condition.
+
+    Raises
+    ------
+    StoreError
+        The results do not say which cells have a near match.
+    """
+    cells = results.packed_obs
+    if keys.OBS_OVERLAP not in cells:
+        msg = (
+            f"{results.url} does not say which cells have a near control match; run the same command again with --redo"
+        )
+        raise StoreError(msg)
+    cells = cells[cells[keys.OBS_MATCH_DISTANCE].notna() & (cells[keys.OBS_CONDITION] != results.control)]
+    kinds = categories(column(cells, by or keys.OBS_CONDITION))
+    distance, near = (cells[name].to_numpy() for name in (keys.OBS_MATCH_DISTANCE, keys.OBS_OVERLAP))
+    groups = [np.flatnonzero(kinds.codes == code) for code in range(len(kinds.categories))]
+    (ax,) = panels(1, ax, size=(6.2, 1.2 + 0.32 * len(groups)))
+    boxes = ax.boxplot(
+        [distance[group] for group in groups], orientation="horizontal", whis=(5, 95), showfliers=False,
+        patch_artist=True, widths=0.6, positions=range(len(groups)), medianprops={"color": INK, "linewidth": 1.4},
+        whiskerprops={"color": "#8A9099"}, capprops={"linewidth": 0},
+    )  # fmt: skip
+    for box, shade in zip(boxes["boxes"], colours(list(kinds.categories)), strict=True):
+        box.set(facecolor=shade, edgecolor="none", alpha=0.75)
+    if near.any() and not near.all():
+        ax.axvline(float(distance[near].max()), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    for place, group in enumerate(groups):
+        told = f"{100 * near[group].mean():.0f} % near"
+        ax.text(1.01, place, told, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    ax.set_yticks(range(len(groups)), [shortened(name) for name in kinds.categories])
+    ax.set_xlim(left=0)
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel("distance to the control matches in the embedding")
+    finish([ax], show=show, save=save)
+    return ax
+
+
+def _of_condition(results: Results, by: str | None, condition: str, table: pd.DataFrame | None) -> pd.DataFrame:
+    table = results.cate(by, condition=condition) if table is None else table
+    return table[table["condition"] == condition]
+
+
+def effect_column(table: pd.DataFrame) -> str:
+    """Return which column of a CATE table is the effect to show: the donors', or without p-values the cells'."""
+    return "effect" if table["p"].notna().any() else "mean_ite"
+
+
+def top_genes(table: pd.DataFrame, most: int) -> list[str]:
+    """Return the first genes of every population by p-value and size of the effect, by turns until there are enough.
+
+    Genes that were called somewhere come first; the others fill up to a third of `most`, or all of it where none was.
+    """
+    size = table[effect_column(table)].abs().fillna(0)
+    called = table["p_adjusted"] < SIGNIFICANT
+    ranked = table.assign(_quiet=~called, _p=table["p"].fillna(1), _size=-size).sort_values(
+        ["_p", "_size"], kind="stable"
+    )
+    ranked["_turn"] = ranked.groupby("population", sort=True).cumcount()
+    genes = list(dict.fromkeys(ranked.sort_values(["_quiet", "_turn"], kind="stable")["gene"]))
+    number = table.loc[called, "gene"].nunique()
+    return genes[: min(most, max(number, most // 3) if number else most)]
+
+
+def alike(wide: pd.DataFrame) -> list[str]:
+    """Return columns in an order in which those that are alike are neighbours."""
+    values = np.nan_to_num(wide.to_numpy(dtype=np.float64)).T
+    if len(values) < 3:
+        return list(wide.columns)
+    tree = hierarchy.linkage(values, "average", optimal_ordering=True)
+    return list(wide.columns[hierarchy.leaves_list(tree)])
+
+
+def units(results: Results) -> str:
+    """Return what effects are measured in."""
+    counts = str(results.uns.get("normalise", "")) == "counts"
+    return "ln(1 + counts per 10,000)" if counts else "log-normalised expression"
+
+
+def effect_label(results: Results, condition: str) -> str:
+    """Return the label of an axis of effects."""
+    return f"effect of {shortened(condition, 24)} against {shortened(results.control, 24)}, {units(results)}"
+
+
+def _counted(row: pd.Series, called: int) -> str:
+    kind = "paired donors" if row["p_method"] in ("sign flips", "paired t") else "donors"
+    number = row["treated_donors"] if kind == "paired donors" else f"{row['treated_donors']} v {row['control_donors']}"
+    return f"{number} {kind}; {row['p_method']}; {called} genes with adjusted p < {SIGNIFICANT}"
+
+
+def _floor(ax: Axes, floor: float) -> None:
+    """Draw the smallest p-value that was possible; a parametric one has none."""
+    if floor > 0:
+        ax.axhline(-math.log10(floor), color="#8A9099", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        ax.set_ylim(top=max(ax.get_ylim()[1], -math.log10(floor) * 1.1))
+        ax.text(0.995, -math.log10(floor), "smallest p possible", transform=ax.get_yaxis_transform(), ha="right",
+                va="bottom", fontsize=8, color="#5B616A")  # fmt: skip
+
+
+def _colour_bar(ax: Axes, drawn: mpl.cm.ScalarMappable, label: str) -> None:
+    figure = ax.get_figure()
+    if figure is not None:
+        bar = figure.colorbar(drawn, ax=ax, shrink=0.9, aspect=14, pad=0.015, label=label, extend="both")
+        bar.outline.set_visible(b=False)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+LOSSES = {
+    "total": "total",
+    "reconstruction": "squared error",
+    "cosine": "1 − cosine",
+    "kl": "KL and correlation",
+    "independence": "codes on condition, batch",
+    "dependence": "codes on clusters (rises)",
+    "triplet": "triplet",
+    "neighbourhood": "neighbourhood",
+    "commitment": "commitment",
+    "perplexity": "codes in use",
+}
+"""What is drawn of training, and its titles."""
+MOST_STEPS = 2000
+"""Steps drawn at most."""
+
+
+@styled
+def losses(
+    results: Results | str | os.PathLike[str],
+    *,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> list[Axes]:
+    """Draw the unweighted losses of training, a panel each: steps pale, means of epochs strong.
+
+    Parameters
+    ----------
+    results
+        Results, or the address of a run directory, finished or not.
+    ax
+        Draw the total alone, here.
+
+    Raises
+    ------
+    StoreError
+        There are no logs: nothing was trained yet, or results.zarr was moved away from its run.
+    """
+    steps, epochs = training_log(results)
+    names = [name for name in (LOSSES if ax is None else ["total"]) if name in steps]
+    axes = panels(len(names), ax, size=(2.7, 2.1), columns=5)
+    thin = max(1, len(steps) // MOST_STEPS)
+    for panel, name in zip(axes, names, strict=True):
+        panel.plot(steps["step"][::thin], steps[name][::thin], color=QUIET, linewidth=0.9, rasterized=True)
+        panel.plot(epochs["step"], epochs[name], color=DOWN, linewidth=1.7)
+        _scaled(panel, steps[name].to_numpy())
+        panel.set_title(LOSSES[name], fontsize=10)
+        panel.set_xlabel("step", fontsize=9)
+    finish(axes, show=show, save=save)
+    return axes
+
+
+def training_log(results: Results | str | os.PathLike[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return what training measured: a row per step, and a row per epoch."""
+    run = run_of(results) if isinstance(results, Results) else open_storage(results)
+    if run is None or not (run.exists(keys.METRICS) and run.exists(keys.EPOCHS)):
+        where = results.url if isinstance(results, Results) else os.fspath(results)
+        msg = f"there is no {keys.METRICS} beside {where}; open the run directory itself, once it has been trained"
+        raise StoreError(msg)
+    steps, epochs = (pd.read_csv(io.BytesIO(run.read(name))) for name in (keys.METRICS, keys.EPOCHS))
+    return steps, epochs
+
+
+def run_of(results: Results) -> Storage | None:
+    """Return the run directory that results lie in; none where they lie alone."""
+    folder, _, name = results.url.rpartition("/")
+    return open_storage(folder) if name == keys.RESULTS else None
+
+
+def _scaled(panel: Axes, values: np.ndarray) -> None:
+    """Take a logarithmic scale where the values span more than a decade and a half."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if low > 0 and high / low > 30:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_minor_formatter(ticker.NullFormatter())

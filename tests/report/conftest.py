@@ -1,0 +1,52 @@
+"""Finished runs to draw: one of named donors whose names are hostile, one where nothing says who the donors are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist.match.effects import run_effects
+from ndreamer_dist.match.search import run_match
+from ndreamer_dist.results.reader import Results
+from ndreamer_dist.runtime import SerialRuntime
+from tests.results.fabricate import fabricate
+from tests.tiny import SETTINGS, as_memory, tiny_cohort
+
+KINDS = {"type_1": "<script>alert(1)</script>", "type_2": 'B & "T" $\\frac$', "type_3": "plain"}
+GENE = "<img src=x onerror=alert(2)>"
+TREATED = '"><b>ill</b>'
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight donors nested in conditions; cell types, a gene and the condition have hostile names."""
+    folder = tmp_path_factory.mktemp("report")
+    cohort = as_memory(tiny_cohort(folder, cells=1600, batches=8, design="nested"))
+    cohort.obs["cell_type"] = cohort.obs["cell_type"].astype(str).replace(KINDS)
+    cohort.obs["condition"] = cohort.obs["condition"].astype(str).replace({"treated": TREATED})
+    cohort.obs["age"] = cohort.obs["donor"].astype("category").cat.codes.astype(float)
+    effect = next(name for name in cohort.var_names if name.startswith("EFFECT"))
+    cohort.var_names = [GENE if name == effect else name for name in cohort.var_names]
+    nd.run(
+        cohort, out=folder / "run", condition_key="condition", control="control", batch_key="donor", preset="small",
+        settings={**SETTINGS, "hvg.keep": [GENE]},
+    )  # fmt: skip
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def results(finished: Path) -> Results:
+    return nd.open_results(finished)
+
+
+@pytest.fixture(scope="session")
+def without_donors(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Results of one batch, of three conditions, without a column that names kinds of cells, and without training."""
+    sizes = {(None, 0): 90, (None, 1): 70, (None, 2): 40}
+    made = fabricate(tmp_path_factory.mktemp("alone"), sizes, levels=())
+    runtime = SerialRuntime(made.settings.run)
+    run_match(made.run, made.settings, made.design, runtime, "key of match")
+    run_effects(made.run, made.settings, made.packed, made.source, runtime, "key of effects", made.summary)
+    return nd.open_results(made.run.url)

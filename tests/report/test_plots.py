@@ -1,0 +1,196 @@
+"""Figures show what the results hold, in a style that stays inside them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys
+from ndreamer_dist.errors import QueryError, StoreError
+from ndreamer_dist.report import drawing, plots
+from ndreamer_dist.results.reader import Results
+from tests.report.conftest import GENE, KINDS, TREATED
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def table(results: Results) -> pd.DataFrame:
+    return results.cate("cell_type")
+
+
+def dots(ax: Axes, number: int = 0) -> np.ndarray:
+    return np.asarray(ax.collections[number].get_offsets())
+
+
+def inked(ax: Axes) -> float:
+    """Return how much the drawn figure's pixels differ."""
+    figure = ax.get_figure(root=True)
+    figure.canvas.draw()
+    return float(np.asarray(figure.canvas.buffer_rgba())[..., :3].std())
+
+
+def test_the_package_is_imported_without_matplotlib() -> None:
+    code = "import sys, ndreamer_dist as nd; assert 'matplotlib' not in sys.modules; assert nd.pl.volcano and callable(nd.report)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_sample_is_of_all_groups_in_proportion(results: Results) -> None:
+    design = results.design
+    rows = plots.sampled(design, 400)
+    counts = np.bincount(design.group_of(rows))
+    assert counts.tolist() == [-(-group.cells * 400 // design.n_cells) for group in design.groups]
+    treated = plots.sampled(design, 10**9, treated=True)
+    assert len(treated) == sum(group.cells for group in design.groups if group.condition)
+
+
+def test_an_embedding_draws_every_sampled_cell_in_every_panel(results: Results) -> None:
+    axes = nd.pl.embedding(results, [keys.OBS_CONDITION, "cell_type", "age", GENE], cells=300)
+    assert [ax.get_title(loc="left") for ax in axes] == ["condition", "cell_type", "age", GENE]
+    sampled = plots.sampled(results.design, 300)
+    assert all(dots(ax).shape == (len(sampled), 2) for ax in axes)
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == sorted(set(results.obs["cell_type"]))
+    assert inked(axes[0]) > 5
+    assert axes[0].collections[0].get_rasterized()
+
+
+def test_the_same_seed_gives_the_same_umap(results: Results) -> None:
+    points = results.embedding(pca=True).to_numpy()[:200]
+    assert np.array_equal(plots.umap(points, 1), plots.umap(points, 1))
+    assert not np.array_equal(plots.umap(points, 1), plots.umap(points, 2))
+
+
+def test_effects_are_laid_out_for_cells_that_have_them(results: Results) -> None:
+    (ax,) = nd.pl.ite_embedding(results, "cell_type")
+    assert len(dots(ax)) == (results.obs["condition"] == TREATED).sum()
+    assert inked(ax) > 5
+
+
+def test_violins_stand_at_the_mean_effects(results: Results) -> None:
+    genes = [GENE, str(results.var_names[3])]
+    axes = nd.pl.ite_distribution(results, genes, "cell_type")
+    for place, ax in enumerate(axes):
+        means = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
+        part = results.ite(genes=genes)
+        kinds = sorted(set(part.obs["cell_type"]))
+        expected = [part.X[(part.obs["cell_type"] == kind).to_numpy(), place].mean() for kind in kinds]
+        np.testing.assert_allclose(means, expected, rtol=1e-5)
+    assert axes[0].get_yticklabels()[0].get_text() == drawing.shortened(sorted(KINDS.values())[0])
+
+
+def test_a_volcano_holds_every_tested_gene_and_colours_those_called(results: Results, table: pd.DataFrame) -> None:
+    part = table[(table["population"] == "plain") & table["p"].notna()]
+    ax = nd.pl.volcano(results, "plain", "cell_type", table=table)
+    drawn = pd.Series(dots(ax)[:, 1], index=dots(ax)[:, 0]).sort_index()
+    expected = pd.Series(-np.log10(part["p"].to_numpy()), index=part["effect"]).sort_index()
+    np.testing.assert_allclose(drawn.index, expected.index, atol=1e-9)
+    np.testing.assert_allclose(np.sort(drawn), np.sort(expected), atol=1e-9)
+    grey = mpl.colors.to_rgba(drawing.QUIET)
+    coloured = [tuple(shade) != grey for shade in ax.collections[0].get_facecolors()]
+    assert sum(coloured) == (part["p_adjusted"] < plots.SIGNIFICANT).sum()
+    with pytest.raises(QueryError, match="no p-values"):
+        nd.pl.volcano(results, "unheard of", "cell_type", table=table)
+
+
+def test_a_heat_map_holds_the_effects(results: Results, table: pd.DataFrame) -> None:
+    ax = nd.pl.heatmap(results, "cell_type", table=table, most=12)
+    image = np.asarray(ax.images[0].get_array())
+    genes = [label.get_text() for label in ax.get_xticklabels()]
+    assert len(genes) == 12
+    for row, kind in enumerate(sorted(KINDS.values())):
+        part = table[table["population"] == kind].set_index("gene")["effect"]
+        named = {drawing.shortened(str(name), 16): value for name, value in part.items()}
+        np.testing.assert_allclose(image[row], [named[gene] for gene in genes], equal_nan=True)
+
+
+def test_the_overlap_is_that_of_the_cells_with_an_effect(results: Results) -> None:
+    ax = nd.pl.overlap(results, "cell_type")
+    cells = results.obs[results.obs["condition"] == TREATED]
+    medians = cells.groupby("cell_type")[keys.OBS_MATCH_DISTANCE].median()
+    drawn = [line.get_xdata()[0] for line in ax.lines if line.get_color() == drawing.INK and len(line.get_xdata()) == 2]
+    np.testing.assert_allclose(drawn[: len(medians)], medians.sort_index())
+    shares = cells.groupby("cell_type")[keys.OBS_OVERLAP].mean().sort_index()
+    assert [text.get_text() for text in ax.texts] == [f"{100 * share:.0f} % near" for share in shares]
+    by_itself = nd.pl.overlap(results, keys.OBS_OVERLAP)
+    assert [text.get_text() for text in by_itself.texts] == ["0 % near", "100 % near"]
+
+
+def test_the_calibration_shows_the_shares_of_the_null(results: Results) -> None:
+    null = results.null("cell_type", labellings=4)
+    ax = nd.pl.null_calibration(results, table=null)
+    drawn = {line.get_label(): line for line in ax.lines}
+    for test, label in plots.TESTS.items():
+        sums = null[null["test"] == test].groupby("level")[["below", "tests"]].sum()
+        share = sums["below"] / sums["tests"]
+        np.testing.assert_array_equal(drawn[label].get_xdata(), share.index)
+        np.testing.assert_allclose(drawn[label].get_ydata(), share.where(share > 0))
+    assert np.ptp(drawn["calibrated"].get_xdata() - drawn["calibrated"].get_ydata()) == 0
+
+
+def test_top_genes_are_taken_from_every_population_by_turns_those_called_first() -> None:
+    table = pd.DataFrame(
+        {
+            "population": list("aaabbb"), "gene": list("uvwxyz"), "p": [0.01, 0.02, 0.03, 0.5, 0.4, 0.3],
+            "effect": 1.0, "mean_ite": 0.0, "p_adjusted": 1.0,
+        }
+    )  # fmt: skip
+    assert plots.top_genes(table, 4) == ["u", "z", "v", "y"]
+    assert plots.top_genes(table.assign(p_adjusted=[0.01, 0.04, 1, 1, 1, 1]), 6) == ["u", "v"]
+    assert plots.top_genes(table.assign(p_adjusted=[0.01, 1, 1, 1, 1, 1]), 6) == ["u", "z"]
+    assert plots.top_genes(table.assign(p=np.nan, mean_ite=[1, -3, 2, 0, 1, 9]), 2) == ["z", "v"]
+
+
+def test_losses_are_those_of_the_log(results: Results, finished: Path) -> None:
+    epochs = pd.read_csv(finished / keys.EPOCHS)
+    for given in (results, finished):
+        axes = nd.pl.losses(given)
+        assert len(axes) == len(plots.LOSSES)
+        for name, ax in zip(plots.LOSSES, axes, strict=True):
+            np.testing.assert_array_equal(ax.lines[1].get_ydata(), epochs[name])
+    with pytest.raises(StoreError, match="no logs/metrics"):
+        nd.pl.losses(finished / keys.PACKED)
+
+
+def test_an_axis_given_is_drawn_on_and_one_for_several_panels_refused(results: Results) -> None:
+    _, ax = plt.subplots()
+    assert nd.pl.losses(results, ax=ax) == [ax]
+    with pytest.raises(ValueError, match="2 panels"):
+        nd.pl.ite_distribution(results, list(results.var_names[:2]), ax=ax)
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_figure_is_saved_as_its_suffix_says_and_the_style_outside_stays(
+    results: Results, tmp_path: Path, suffix: str, start: bytes
+) -> None:
+    before = dict(mpl.rcParams)
+    nd.pl.losses(results, save=tmp_path / f"losses.{suffix}")
+    assert (tmp_path / f"losses.{suffix}").read_bytes().startswith(start)
+    assert dict(mpl.rcParams) == before
+
+
+def test_names_that_would_be_formulas_are_drawn_as_they_are(results: Results) -> None:
+    (ax,) = nd.pl.embedding(results, "cell_type", cells=100)
+    assert "$\\frac$" in " ".join(text.get_text() for text in ax.get_legend().get_texts())
+    assert inked(ax) > 5
+
+
+def test_many_categories_keep_to_their_colours() -> None:
+    assert drawing.colours(["a", "b", drawing.UNKNOWN]) == [*drawing.PALETTE[:2], drawing.QUIET]
+    for number in (8, 20, 28, 102):
+        assert len(set(drawing.colours([str(n) for n in range(number)]))) == number
+    named = drawing.categories(pd.Series(["type_10", "type_2", None, "type_1"]))
+    assert list(named.categories) == ["type_1", "type_2", "type_10", drawing.UNKNOWN]
