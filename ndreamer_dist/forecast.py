@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ndreamer_dist import keys, promise
-from ndreamer_dist.cohort.clusters import clustered_apart
+from ndreamer_dist.cohort.clusters import clustered_by
 from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.errors import shown
 from ndreamer_dist.promise import CohortSize
 from ndreamer_dist.settings import NOISE_ROWS, Settings
 from ndreamer_dist.stream.plan import SamplingPlan
@@ -70,14 +71,14 @@ class Plan:
     def _cohort_lines(self) -> list[str]:
         smallest = min(self.groups, key=lambda group: group[1])
         largest = max(self.groups, key=lambda group: group[1])
-        others = ", ".join(self.conditions[1:])
+        others = ", ".join(map(shown, self.conditions[1:9])) + (", ..." if len(self.conditions) > 9 else "")
         return [
             f"cells      {self.cells:,} kept, {self.dropped:,} dropped",
             f"genes      {self.genes:,}, of which {self.modelled:,} are modelled",
-            f"conditions {self.conditions[0]} (control), {others}",
+            f"conditions {shown(self.conditions[0])} (control), {others}",
             f"groups     {len(self.groups):,}",
-            f"  smallest {smallest[0]} ({smallest[1]:,} cells)",
-            f"  largest  {largest[0]} ({largest[1]:,} cells)",
+            f"  smallest {shown(smallest[0])} ({smallest[1]:,} cells)",
+            f"  largest  {shown(largest[0])} ({largest[1]:,} cells)",
             f"matching   {self.edges:,} pairs of groups",
             f"training   {self.steps:,} steps of {self.batch_cells:,} cells, in {self.epochs:,} epochs",
         ]
@@ -142,19 +143,23 @@ def stage_tasks(
 ) -> dict[str, tuple[int, str]]:
     """Return how many workers each stage could use, and what each of them would do."""
     blocks = -(-design.n_cells // settings.pack.block_rows)
-    apart = clustered_apart(settings.clusters, design.n_cells, len(design.groups))
-    queries = (design.groups[query].cells for query, _ in design.needed_edges("needed"))
-    tiles = sum(-(-cells // settings.match.query_rows) for cells in queries)
+    way = clustered_by(settings.clusters, design.n_cells, len(design.groups))
+    tiles = sum(
+        -(-group.cells // settings.match.query_rows) * len(design.targets(group, "needed")) for group in design.groups
+    )
     return {
         keys.STAGE_COHORT: (-(-input_cells // settings.cohort.chunk_rows), "chunk(s) of rows"),
         keys.STAGE_PACK: (blocks, "row block(s)"),
-        keys.STAGE_CLUSTERS: (len(design.groups), "graph(s)") if apart else (1, "graph(s)"),
+        keys.STAGE_CLUSTERS: (1, "graph(s)") if way == "all" else (len(design.groups), _CLUSTERED[way]),
         keys.STAGE_TRAIN: (schedule.cells(0) // NOISE_ROWS, "worker(s)"),
         keys.STAGE_EMBED: (blocks, "row block(s)"),
         keys.STAGE_PCA: (blocks, "row block(s)"),
         keys.STAGE_MATCH: (tiles, "edge tile(s)"),
         keys.STAGE_EFFECTS: (blocks, "row block(s)"),
     }
+
+
+_CLUSTERED = {"group": "graph(s)", "sketch": "group(s) after a sketch"}
 
 
 def _gb(size: float) -> str:

@@ -39,6 +39,7 @@ METRICS: Final = "logs/metrics.csv"
 EPOCHS: Final = "logs/epochs.csv"
 TENSORBOARD: Final = "logs/tensorboard"
 STAGES_LOG: Final = "logs/stages.jsonl"
+PROGRESS: Final = "logs/progress.json"  # how far the stage under way is, written anew every few seconds
 DONE: Final = "done"
 LOCK: Final = "lock"
 WIDE_JSON: Final = "all_genes.json"  # in a directory of all genes: the results that it was made from
@@ -59,6 +60,7 @@ PACKED_CONDITION: Final = "condition"
 PACKED_BATCH: Final = "batch"  # (cells, batch covariates)
 PACKED_LOW: Final = "cluster_low"
 PACKED_HIGH: Final = "cluster_high"
+PACKED_SKETCH: Final = "sketch"  # where cells are too many for one graph: the clustered sample of them
 PACKED_INPUT_ROW: Final = "input_row"
 PACKED_NNZ: Final = "nnz"  # stored values per row
 
@@ -85,6 +87,7 @@ OBS_LOW: Final = "ndreamer_cluster_low"
 OBS_HIGH: Final = "ndreamer_cluster_high"
 OBS_INPUT_ROW: Final = "ndreamer_input_row"
 OBS_MATCH_DISTANCE: Final = "ndreamer_match_distance"
+OBS_OVERLAP: Final = "ndreamer_overlap"
 OBS_TIMES_MATCHED: Final = "ndreamer_times_matched"
 OBS_TOTAL: Final = "ndreamer_total_counts"
 OBSM_MU: Final = "X_ndreamer"
@@ -98,6 +101,19 @@ LAYER_ITE: Final = "ite"
 LAYERS: Final = (LAYER_DENOISED, LAYER_BATCH_EFFECT, LAYER_ITE)
 UNS: Final = "ndreamer"
 VAR_MODELLED: Final = "ndreamer_modelled"  # in results of all genes: whether the run modelled the gene
+
+# --- the layout that the published package writes, of h5ad files --------------------------------------------------
+PUBLISHED_ADATA: Final = "adata.h5ad"
+PUBLISHED_PREPROCESSED: Final = "preprocessed.h5ad"
+PUBLISHED_MAPPINGS: Final = "mappings.json"
+PUBLISHED_MODEL: Final = "model.json"
+PUBLISHED_WEIGHTS: Final = "weights.safetensors"
+PUBLISHED_ITE: Final = "b-{batch}--c-{condition}__ITE.h5ad"  # of one group, by the codes that the mappings hold
+PUBLISHED_EXPRESSION: Final = "c-{condition}--b-{batch}__expression.h5ad"
+PUBLISHED_BATCH: Final = "c-{condition}--b-{batch}__batch.h5ad"
+PUBLISHED_MU: Final = "X_effect_modifier_space"
+PUBLISHED_PCA: Final = "X_effect_modifier_space_PCA"
+PUBLISHED_ORDER: Final = "original_order"
 
 
 def block_name(index: int) -> str:

@@ -8,18 +8,23 @@ A preset is a set of overrides of the defaults; explicit values win over the pre
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ndreamer_dist.errors import SettingsError, suggest
+from ndreamer_dist.errors import SettingsError, quoted, suggest
 
 RUN_ROWS = 32
 """Rows of one contiguous run in the sampling plan."""
 NOISE_ROWS = 64
 """Cells of one block of a mini-batch: it has one noise generator and one owner."""
+LARGEST = 2**31 - 1
+"""No whole number among the settings may be larger."""
+Width = Annotated[int, Field(ge=1)]
+"""Units of a layer of the network."""
 
 
 def result(default: Any, description: str, **bounds: Any) -> Any:
@@ -33,9 +38,19 @@ def how(default: Any, description: str, **bounds: Any) -> Any:
 
 
 class StageSettings(BaseModel):
-    """Base of the per-stage classes: immutable, unknown names refused."""
+    """Base of the per-stage classes: immutable, unknown names refused, numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _not_too_large(cls, value: Any) -> Any:
+        if any(
+            isinstance(number, int) and number > LARGEST for number in (value if type(value) is tuple else (value,))
+        ):
+            msg = f"must be at most {LARGEST}"
+            raise ValueError(msg)
+        return value
 
     def bearing(self) -> dict[str, Any]:
         """Return the fields that bear on the result, as plain JSON values."""
@@ -106,21 +121,27 @@ class ClustersSettings(StageSettings):
     high_resolution: float = result(7.0, "resolution of the high clustering", gt=0)
     n_pcs: int = result(50, "principal components", ge=1)
     n_neighbors: int = result(15, "neighbours of the graph, the cell itself counted", ge=2)
+    flavor: Literal["leidenalg", "igraph"] = result("leidenalg", "whose Leiden; igraph's is several times faster")
     iterations: int = result(-1, "Leiden iterations; -1: until nothing moves", ge=-1)
-    within: Literal["auto", "group", "all"] = result("auto", "cluster inside each group or all cells together")
+    within: Literal["auto", "group", "all", "sketch"] = result(
+        "auto", "cluster inside each group, all cells together, or all by way of a sketch of them"
+    )
     group_mean_cells: int = result(2000, "auto: mean group size from which groups are clustered apart", ge=1)
-    max_cells: int = result(200_000, "auto: most cells in one graph; beyond it groups are clustered apart", ge=1)
+    max_cells: int = result(200_000, "auto: most cells in one graph; beyond it a sketch is clustered", ge=1)
+    sketch_cells: int = result(100_000, "cells of the sketch, the same share of every group", ge=1)
 
 
 class ModelSettings(StageSettings):
     """Widths of the network (METHOD section 2)."""
 
-    encoder: tuple[int, ...] = result((1024, 512, 512), "widths of the encoder; the last is h", min_length=1)
+    encoder: tuple[Width, ...] = result((1024, 512, 512), "widths of the encoder; the last is h", min_length=1)
     codebooks: int = result(32, "codebooks", ge=1)
     codes: int = result(1024, "codes per codebook", ge=2)
     code_dim: int = result(8, "dimension of a code", ge=1)
     latent: int = result(256, "dimension z of the effect modifier", ge=2)
-    decoder: tuple[int, ...] = result((512, 1024), "widths of the decoder; the first is the embeddings'", min_length=1)
+    decoder: tuple[Width, ...] = result(
+        (512, 1024), "widths of the decoder; the first is the embeddings'", min_length=1
+    )
     temperature: float = result(0.01, "Gumbel-softmax temperature", gt=0)
     latent_noise: float = result(1.0, "standard deviation of the extra noise eta on the latent sample", ge=0)
 
@@ -175,9 +196,16 @@ class TrainSettings(StageSettings):
         return value
 
 
+CodeChoice = Literal["probable", "expected", "sampled"]
+"""Of a cell's codes at inference. The published implementation samples (METHOD section 8)."""
+
+
 class EmbedSettings(StageSettings):
     """The embedding and its PCA (METHOD section 5)."""
 
+    codes: CodeChoice = result(
+        "probable", "what stands for a cell: its most probable codes, their expectation, or codes drawn as in training"
+    )
     tile_rows: int = result(1024, "cells encoded at once", ge=1)
     dimensions: int = result(50, "principal components of the embedding", ge=1)
 
@@ -202,6 +230,9 @@ class EffectsSettings(StageSettings):
     chunk_genes: int = result(32, "genes of a chunk of a layer", ge=1)
     dtype: Literal["float32", "float16"] = result("float32", "type of the layers' values")
     keep_bits: int | None = result(None, "bits of the values' mantissa that are kept; none: all", ge=1, le=23)
+    near_quantile: float = result(
+        0.99, "a control match is near within this quantile of the distances inside groups", gt=0, le=1
+    )
 
     @field_validator("store", mode="before")
     @classmethod
@@ -209,6 +240,11 @@ class EffectsSettings(StageSettings):
         if value == "none":
             return ()
         return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("store")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
 
 
 class RunSettings(StageSettings):
@@ -222,8 +258,14 @@ class RunSettings(StageSettings):
     object_store_gb: float | None = how(None, "size of a local Ray's object store; none: chosen from the memory", gt=0)
     task_threads: int = how(1, "threads of one task outside training", ge=1)
     progress: bool | None = how(None, "progress bars; none: only on a terminal")
+    log_format: Literal["text", "json"] = how("text", "lines of the log: text, or JSON objects")
     serial: bool = how(False, "run everything in this process, without Ray; for debugging and tests")
     memory_gb: float | None = how(None, "memory the job may use; none: the container's", gt=0)
+
+    @property
+    def bars(self) -> bool | None:
+        """Whether bars are shown; none: only on a terminal. They would spoil a log of JSON lines."""
+        return False if self.progress is None and self.log_format == "json" else self.progress
 
 
 class Settings(BaseModel):
@@ -234,7 +276,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    seed: int = Field(0, description="seed of everything random", ge=0)
+    seed: int = Field(0, description="seed of everything random", ge=0, le=LARGEST)
     cohort: CohortSettings = CohortSettings()
     hvg: HvgSettings = HvgSettings()
     pack: PackSettings = PackSettings()
@@ -284,12 +326,14 @@ class Settings(BaseModel):
         values: dict[str, Any] = {stage: dict(fields) for stage, fields in PRESETS[preset].items()}
         for stage, fields in (config or {}).items():
             _check_name(cls, stage)
+            fields = {} if fields is None else fields  # a heading in YAML with nothing below it
             values[stage] = {**values.get(stage, {}), **fields} if isinstance(fields, Mapping) else fields
         for name, value in (overrides or {}).items():
             stage, _, field = name.partition(".")
             _check_name(cls, stage, field)
             if field:
-                values.setdefault(stage, {})[field] = value
+                if isinstance(inner := values.setdefault(stage, {}), dict):  # else validation says what it is
+                    inner[field] = value
             else:
                 values[stage] = value
         return _validated(cls, values)
@@ -319,8 +363,21 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         if not separator or not name:
             msg = f"--set takes stage.name=value, found {text!r}"
             raise SettingsError(msg)
-        overrides[name.strip()] = yaml.safe_load(value)
+        overrides[name.strip()] = read_yaml(value, f"--set {quoted(text)}")
     return overrides
+
+
+def read_yaml(text: str | bytes, where: str) -> Any:
+    """Return the plain values of a YAML text; `SettingsError` begins with `where` and says why it is none.
+
+    Nothing in it is called: a tag that asks for a Python object is an error.
+    """
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:
+        # PyYAML lets the errors of int(), of dates and of recursion through as they are.
+        msg = f"{where} cannot be read as plain YAML ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        raise SettingsError(msg) from error
 
 
 def canonical_json(value: object) -> str:
@@ -330,13 +387,13 @@ def canonical_json(value: object) -> str:
 
 def _check_name(cls: type[BaseModel], stage: str, field: str = "") -> None:
     if stage not in cls.model_fields:
-        msg = f"there is no setting {stage!r}.{suggest(stage, cls.model_fields)}"
+        msg = f"there is no setting {quoted(stage)}.{suggest(stage, cls.model_fields)}"
         raise SettingsError(msg)
     inner = cls.model_fields[stage].annotation
     fields = inner.model_fields if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
     if field and field not in fields:
         names = [f"{stage}.{name}" for name in fields]
-        msg = f"there is no setting '{stage}.{field}'.{suggest(f'{stage}.{field}', names)}"
+        msg = f"there is no setting {quoted(f'{stage}.{field}')}.{suggest(f'{stage}.{field}', names)}"
         raise SettingsError(msg)
 
 
@@ -346,6 +403,7 @@ def _validated(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"
-        found = "" if not first["loc"] else f" (found {first['input']!r})"
+        # What YAML makes of a few nested aliases can be too long to write out.
+        found = "" if not first["loc"] else f" (found {reprlib.repr(first['input'])})"
         msg = f"setting '{name}': {first['msg']}{found}"
         raise SettingsError(msg) from None

@@ -17,9 +17,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ndreamer_dist.errors import CohortError, QueryError, listing, suggest
+from ndreamer_dist.errors import CohortError, QueryError, is_unicode, listing, quoted, suggest
 
 logger = logging.getLogger(__name__)
+
+MOST_EDGES = 20_000_000
+"""Pairs of groups to match at most: every one is a piece of work of its own."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,26 @@ class Design:
         """Return a condition's code; `QueryError` lists the names where there is none of this name."""
         if name not in self.conditions:
             msg = (
-                f"there is no condition {name!r}; there are {listing(self.conditions)}.{suggest(name, self.conditions)}"
+                f"there is no condition {quoted(name)}; there are {listing(self.conditions)}."
+                f"{suggest(name, self.conditions)}"
             )
             raise QueryError(msg)
         return self.conditions.index(name)
+
+    def targets(self, query: Group, edges: Literal["needed", "all"]) -> list[Group]:
+        """Return the groups that a group's cells are matched with, in order (see `needed_edges`)."""
+        if edges == "all":
+            return list(self.groups)
+        return self._of_conditions[query.condition]
+
+    @cached_property
+    def _of_conditions(self) -> dict[int, list[Group]]:
+        """Per condition, the groups of it and of the control, in order."""
+        own: dict[int, list[Group]] = {}
+        for group in self.groups:
+            own.setdefault(group.condition, []).append(group)
+        control = own.get(0, [])
+        return {c: sorted({*members, *control}, key=lambda group: group.code) for c, members in own.items()}
 
     def needed_edges(self, edges: Literal["needed", "all"]) -> list[tuple[int, int]]:
         """Return the (query group, target group) pairs to search, by query group and then by target group.
@@ -112,12 +131,7 @@ class Design:
         `needed`: every group to the groups of its own condition (itself among them: the nearest *other* cell) and of
         the control. `all`: every pair.
         """
-        return [
-            (query.code, target.code)
-            for query in self.groups
-            for target in self.groups
-            if edges == "all" or target.condition in (0, query.condition)
-        ]
+        return [(query.code, target.code) for query in self.groups for target in self.targets(query, edges)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the design as plain values."""
@@ -207,6 +221,7 @@ def build_design(
         _check_nothing_vanishes(columns[-1], keep, keep & ~cut, control, min_group_cells)
         keep = keep & ~cut
     design, codes = _coded(condition_key, control, tuple(batch_keys), columns, keep)
+    _check_edges(design)
     return design, codes, reasons
 
 
@@ -259,7 +274,15 @@ def _named(obs: pd.DataFrame, name: str) -> _Column:
             "fill them in or leave those cells out"
         )
         raise CohortError(msg)
-    codes, levels = pd.factorize(values)
+    try:
+        codes, levels = pd.factorize(values)
+    except TypeError as error:
+        msg = f"column {quoted(name)} holds lists or tables; expected names"
+        raise CohortError(msg) from error
+    odd = next((level for level in map(str, levels) if not is_unicode(level)), None)
+    if odd is not None:
+        msg = f"column {quoted(name)} holds the name {quoted(odd)}, which is not Unicode text; rename it"
+        raise CohortError(msg)
     # 1 and "1" are two values with one name, so names are made codes once more.
     again, names = pd.factorize(np.array([str(level) for level in levels], dtype=object))
     return _Column(tuple(str(n) for n in names), again[codes].astype(np.int64))
@@ -273,7 +296,7 @@ def _check_keys(
         raise CohortError(msg)
     for what, name in (("condition key", condition_key), *(("batch key", name) for name in batch_keys)):
         if name not in obs:
-            msg = f"{what} {name!r} is no column of obs; there are {_columns(obs)}.{suggest(name, obs.columns)}"
+            msg = f"{what} {quoted(name)} is no column of obs; there are {_columns(obs)}.{suggest(name, obs.columns)}"
             raise CohortError(msg)
     if condition_key in batch_keys:
         msg = f"column {condition_key!r} is both condition and batch; a batch effect needs a column of its own"
@@ -294,7 +317,7 @@ def _columns(obs: pd.DataFrame) -> str:
 def _check_conditions(column: _Column, key: str, control: str, keep: np.ndarray) -> None:
     if control not in column.levels:
         msg = (
-            f"no cell has the control {control!r} in {key!r}; there are {listing(column.levels)}."
+            f"no cell has the control {quoted(control)} in {key!r}; there are {listing(column.levels)}."
             f"{suggest(control, column.levels)}"
         )
         raise CohortError(msg)
@@ -310,7 +333,8 @@ def _check_conditions(column: _Column, key: str, control: str, keep: np.ndarray)
 
 
 def _check_nothing_vanishes(column: _Column, before: np.ndarray, after: np.ndarray, control: str, limit: int) -> None:
-    gone = [name for name in _absent(column, after) if name not in _absent(column, before)]
+    already = set(_absent(column, before))
+    gone = [name for name in _absent(column, after) if name not in already]
     if gone:
         msg = (
             f"{_what(gone, control)} would vanish: no group of it has {limit} cells (min_group_cells); lower it "
@@ -325,7 +349,17 @@ def _absent(column: _Column, keep: np.ndarray) -> list[str]:
 
 
 def _what(names: list[str], control: str) -> str:
-    return f"the control {control!r}" if control in names else f"condition {names[0]!r}"
+    return f"the control {quoted(control)}" if control in names else f"condition {quoted(names[0])}"
+
+
+def _check_edges(design: Design) -> None:
+    edges = sum(len(design.targets(group, "needed")) for group in design.groups)
+    if edges > MOST_EDGES:
+        msg = (
+            f"the {len(design.groups)} groups (batches x conditions) make {edges} pairs to match, more than "
+            f"{MOST_EDGES}; is a batch key unique to each cell, or nearly? Choose a coarser one"
+        )
+        raise CohortError(msg)
 
 
 def _combined(columns: Sequence[np.ndarray]) -> np.ndarray:
@@ -363,7 +397,8 @@ def _coded(
     """Return the design of the kept cells, all numbered by appearance among them, and every cell's group."""
     *batch_columns, condition = (_restricted(column, keep) for column in columns)
     conditions = (control, *(name for name in condition.levels if name != control))
-    place = np.array([conditions.index(name) for name in condition.levels])
+    code_of = {name: code for code, name in enumerate(conditions)}
+    place = np.array([code_of[name] for name in condition.levels])
     condition_codes = place[condition.codes]
     batch = _combined([column.codes for column in batch_columns]) if batch_columns else np.zeros_like(condition_codes)
     _, first = np.unique(batch, return_index=True)

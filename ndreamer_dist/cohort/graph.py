@@ -5,6 +5,7 @@ Expression comes in, labels go out, 0 the largest cluster (METHOD section 1.3).
 
 from __future__ import annotations
 
+import anndata as ad
 import faiss
 import igraph
 import leidenalg
@@ -47,7 +48,8 @@ def cluster_points(points: np.ndarray, settings: ClustersSettings, seed: int) ->
     """Return the low and the high labels of (cells, components) points: (cells,) int32 each."""
     graph = neighbour_graph(points, settings.n_neighbors)
     low, high = (
-        leiden(graph, r, settings.iterations, seed) for r in (settings.low_resolution, settings.high_resolution)
+        leiden(graph, r, settings.iterations, seed, settings.flavor)
+        for r in (settings.low_resolution, settings.high_resolution)
     )
     return low, high
 
@@ -124,19 +126,36 @@ def nearest_with_self(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return indices, distances
 
 
-def leiden(graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int) -> np.ndarray:
-    """Return Leiden's labels as scanpy's `leidenalg` flavour gives them, 0 the largest cluster: (cells,) int32."""
+def leiden(
+    graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int, flavor: str = "leidenalg"
+) -> np.ndarray:
+    """Return Leiden's labels as scanpy's flavour of that name gives them, 0 the largest cluster: (cells,) int32."""
+    return largest_first(FLAVORS[flavor](graph, resolution, iterations, seed))
+
+
+def _leidenalg(graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int) -> np.ndarray:
     edges = graph.tocoo()
-    network = igraph.Graph(graph.shape[0], np.column_stack([edges.row, edges.col]), directed=True)
     partition = leidenalg.find_partition(
-        network,
+        igraph.Graph(graph.shape[0], np.column_stack([edges.row, edges.col]), directed=True),
         leidenalg.RBConfigurationVertexPartition,
         weights=edges.data.astype(np.float64),
         resolution_parameter=resolution,
         n_iterations=iterations,
         seed=seed,
     )
-    return largest_first(np.asarray(partition.membership))
+    return np.asarray(partition.membership)
+
+
+def _igraph(graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int) -> np.ndarray:
+    # By scanpy, which lends igraph a random generator of the seed's and takes it back.
+    cells = ad.AnnData(sparse.csr_matrix((graph.shape[0], 1), dtype=np.float32))
+    sc.tl.leiden(
+        cells, resolution, adjacency=graph, flavor="igraph", directed=False, n_iterations=iterations, random_state=seed
+    )
+    return cells.obs["leiden"].to_numpy().astype(np.int64)
+
+
+FLAVORS = {"leidenalg": _leidenalg, "igraph": _igraph}
 
 
 def largest_first(labels: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ rows are sorted by group. Inside a group the order is a seeded random permutatio
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,14 +99,11 @@ class Packed:
 
 def read_table(storage: Storage, name: str) -> pd.DataFrame:
     """Read a parquet table of the run directory."""
-    with storage.filesystem.open(storage.path(name), "rb") as file:
-        return pq.read_table(file).to_pandas()
+    return pq.read_table(io.BytesIO(storage.read(name))).to_pandas()
 
 
 def table_bytes(table: pd.DataFrame) -> bytes:
     """Return a table as parquet, for `Storage.write_atomic`."""
-    import io
-
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     return buffer.getvalue()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -24,7 +25,7 @@ from anndata.io import read_elem
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.errors import CohortError, listing, suggest
+from ndreamer_dist.errors import CohortError, has_controls, is_unicode, listing, quoted, suggest
 from ndreamer_dist.runtime import Runtime, fetch
 from ndreamer_dist.storage import Storage, open_storage
 
@@ -35,6 +36,11 @@ SAMPLE_ROWS = 16
 """Rows of one of them."""
 COLUMN_ENTRIES = 2**24
 """Stored values of a column-compressed matrix that are read at a time."""
+REMOTE_BLOCK, REMOTE_BLOCKS = 2**22, 32
+"""Bytes of a block of a remote h5ad file, and how many blocks a process keeps."""
+TWICE = "the matrix is damaged: a cell holds the same gene twice"
+LONGEST_COLUMN = 200
+"""Bytes of a column's name, which is a folder's name in a store."""
 
 
 class Matrix(Protocol):
@@ -81,12 +87,18 @@ class StoredMatrix:
 
     def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """See `Matrix.read_rows`; of a column-compressed matrix this passes over all of it."""
-        try:
+        with self._reading(f"rows {start} to {stop}"):
             return self._read_rows(start, min(stop, self.shape[0]))
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Say of any error what was being read."""
+        try:
+            yield
         except CohortError:
             raise
         except Exception as error:
-            msg = f"{self.url}: rows {start} to {stop} of {self.name} cannot be read ({_one_line(error)})"
+            msg = f"{self.url}: {what} of {self.name} cannot be read ({_one_line(error)})"
             raise CohortError(msg) from error
 
     def _read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
@@ -97,12 +109,15 @@ class StoredMatrix:
         indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
         first, last = (int(indptr[0]), int(indptr[-1])) if indptr.size else (0, 0)
         indices = np.asarray(self._element["indices"][first:last])
-        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.shape[1]:
-            msg = f"{self.url}: {self.name} is damaged: rows {start} to {stop} name genes that are not there"
-            raise CohortError(msg)
+        self._check_inside(indices, self.shape[1], f"rows {start} to {stop} name genes")
         data = np.asarray(self._element["data"][first:last])
         rows = sparse.csr_matrix((data, indices, indptr - first), shape=(stop - start, self.shape[1]))
         return as_rows(rows)
+
+    def _check_inside(self, indices: np.ndarray, limit: int, what: str) -> None:
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < limit:
+            msg = f"{self.url}: {self.name} is damaged: {what} that are not there"
+            raise CohortError(msg)
 
     def column_ranges(self, entries: int = COLUMN_ENTRIES) -> list[tuple[int, int]]:
         """Return ranges of columns of about `entries` stored values each, for a column-compressed matrix."""
@@ -113,11 +128,13 @@ class StoredMatrix:
 
     def read_columns(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the stored values of the columns `start:stop`: row, column and value of each, by column."""
-        indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
-        part = slice(int(indptr[0]), int(indptr[-1]))
-        rows = np.asarray(self._element["indices"][part]).astype(np.int64)
-        columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(indptr))
-        return rows, columns, np.asarray(self._element["data"][part]).astype(np.float32)
+        with self._reading(f"columns {start} to {stop}"):
+            indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
+            part = slice(int(indptr[0]), int(indptr[-1]))
+            rows = np.asarray(self._element["indices"][part]).astype(np.int64)
+            self._check_inside(rows, self.shape[0], f"columns {start} to {stop} name cells")
+            columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(indptr))
+            return rows, columns, np.asarray(self._element["data"][part]).astype(np.float32)
 
     def pick_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return some rows (ascending) of a column-compressed matrix in one pass over its columns."""
@@ -129,7 +146,10 @@ class StoredMatrix:
             kept = place[found] >= 0
             parts.append((place[found[kept]], columns[kept], data[kept]))
         row, column, data = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        return as_rows(sparse.coo_matrix((data, (row, column)), shape=(len(rows), self.shape[1])).tocsr())
+        made = sparse.coo_matrix((data, (row, column)), shape=(len(rows), self.shape[1])).tocsr()
+        if made.nnz < len(data):  # scipy adds them up
+            raise CohortError(TWICE)
+        return as_rows(made)
 
 
 @dataclass(frozen=True)
@@ -271,8 +291,7 @@ def as_rows(values: Any) -> sparse.csr_matrix:
         changed = changed.copy()
         changed.eliminate_zeros()
     if not changed.has_canonical_format:
-        msg = "the matrix is damaged: a cell holds the same gene twice"
-        raise CohortError(msg)
+        raise CohortError(TWICE)
     return changed
 
 
@@ -283,7 +302,11 @@ def open_root(url: str, container: str) -> Any:
         return zarr.open_group(storage.store(read_only=True), mode="r")
     if storage.is_local:
         return h5py.File(storage.root, "r")
-    return h5py.File(storage.filesystem.open(storage.root, "rb"), "r")
+    # HDF5 jumps: by fsspec's own reading ahead, each jump would fetch tens of megabytes.
+    file = storage.filesystem.open(
+        storage.root, "rb", block_size=REMOTE_BLOCK, cache_type="blockcache", cache_options={"maxblocks": REMOTE_BLOCKS}
+    )
+    return h5py.File(file, "r")
 
 
 # --- opening -----------------------------------------------------------------------------------------------------
@@ -303,6 +326,8 @@ def _open_memory(adata: ad.AnnData, layer: str | None) -> Source:
 
 
 def _memory_matrix(values: Any) -> MemoryMatrix:
+    if sparse.issparse(values) or isinstance(values, np.ndarray):
+        _check_numbers(values.dtype, "the AnnData: the matrix")
     if sparse.issparse(values):
         kind: Kind = "csc" if values.format == "csc" else "csr"
         rows = values.tocsr()
@@ -328,12 +353,22 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None) -> Source:
     if missing:
         msg = f"{url} is not an AnnData store: it holds no {' and no '.join(missing)}; it holds {listing(root)}"
         raise CohortError(msg)
-    matrix = _stored_matrix(root, url, container, layer)
+    try:
+        matrix = _stored_matrix(root, url, container, layer)
+    except CohortError:
+        raise
+    except Exception as error:
+        msg = f"{url}: the matrix cannot be read; the store is truncated or damaged ({_one_line(error)})"
+        raise CohortError(msg) from error
     try:
         obs, var = read_elem(root["obs"]), read_elem(root["var"])
     except Exception as error:
         msg = f"{url}: obs or var cannot be read; the store is truncated or damaged ({_one_line(error)})"
         raise CohortError(msg) from error
+    for name, table in (("obs", obs), ("var", var)):
+        if not isinstance(table, pd.DataFrame):
+            msg = f"{url}: {name} is no table that anndata reads ({type(table).__name__}); write it by anndata >= 0.8"
+            raise CohortError(msg)
     if (len(obs), len(var)) != matrix.shape:
         msg = f"{url}: {matrix.name} is {matrix.shape}, but obs and var have {len(obs)} and {len(var)} rows"
         raise CohortError(msg)
@@ -361,6 +396,7 @@ def _stored_matrix(root: Any, url: str, container: Literal["h5ad", "zarr"], laye
     element: Any = root[name]
     kind = str(element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "array")))
     if not _is_group(element):
+        _check_numbers(element.dtype, f"{url}: {name}")
         return StoredMatrix(
             url, container, name, "dense", element.shape, int(np.prod(element.shape)), str(element.dtype)
         )
@@ -368,7 +404,8 @@ def _stored_matrix(root: Any, url: str, container: Literal["h5ad", "zarr"], laye
         msg = f"{url}: {name} is stored as {kind!r}; expected csr_matrix, csc_matrix or array"
         raise CohortError(msg)
     shape = tuple(int(n) for n in element.attrs.get("shape", element.attrs.get("h5sparse_shape", (0, 0))))
-    _check_sparse(element, url, name, shape[0] if kind.startswith("csr") else shape[1])
+    major, minor = shape if kind.startswith("csr") else shape[::-1]
+    _check_sparse(element, url, name, major, minor)
     data = element["data"]
     stored: Kind = "csr" if kind.startswith("csr") else "csc"
     return StoredMatrix(url, container, name, stored, (shape[0], shape[1]), int(data.shape[0]), str(data.dtype))
@@ -378,24 +415,40 @@ def _is_group(element: Any) -> bool:
     return isinstance(element, h5py.Group | zarr.Group)
 
 
-def _check_sparse(element: Any, url: str, name: str, major: int) -> None:
+def _check_numbers(dtype: Any, where: str) -> None:
+    """Refuse what is not whole or real numbers: an imaginary part, say, would be lost without a word."""
+    if np.dtype(dtype).kind not in "iuf":
+        msg = f"{where} holds {np.dtype(dtype).name} values; expected counts or log-normalised expression"
+        raise CohortError(msg)
+
+
+def _check_sparse(element: Any, url: str, name: str, major: int, minor: int) -> None:
     """Refuse a sparse matrix whose parts do not fit together, or a zarr one with chunks missing."""
     lacking = [part for part in ("data", "indices", "indptr") if part not in element]
     if lacking:
         msg = f"{url}: {name} is truncated: it has no {', '.join(lacking)}"
         raise CohortError(msg)
-    indptr = np.asarray(element["indptr"][:])
-    ends = {int(element[part].shape[0]) for part in ("data", "indices")}
-    fits = (
-        len(indptr) == major + 1 and ends == {int(indptr[-1])} and indptr[0] == 0 and bool((np.diff(indptr) >= 0).all())
-    )
-    if not fits:
+    _check_numbers(element["data"].dtype, f"{url}: {name}")
+    if not _fits(element, major, minor):
         msg = f"{url}: {name} is truncated or damaged: indptr does not fit data and indices"
         raise CohortError(msg)
-    data = element["data"]
-    if isinstance(data, zarr.Array) and (lost := _missing_chunks(data)):
-        msg = f"{url}: {name} is truncated: {lost} of {data.nchunks} chunks of {name}/data are missing"
-        raise CohortError(msg)
+    for part in ("data", "indices"):
+        values = element[part]
+        if isinstance(values, zarr.Array) and (lost := _missing_chunks(values)):
+            msg = f"{url}: {name} is truncated: {lost} of {values.nchunks} chunks of {name}/{part} are missing"
+            raise CohortError(msg)
+
+
+def _fits(element: Any, major: int, minor: int) -> bool:
+    """Return whether the parts of a sparse matrix fit together, as far as indptr and shapes tell."""
+    shapes = {part: tuple(element[part].shape) for part in ("data", "indices", "indptr")}
+    if shapes["indptr"] != (major + 1,) or any(element[part].dtype.kind not in "iu" for part in ("indices", "indptr")):
+        return False
+    indptr = np.asarray(element["indptr"][:]).astype(np.int64)
+    lengths = np.diff(indptr)
+    if not indptr.size or indptr[0] != 0 or not ((lengths >= 0) & (lengths <= minor)).all():
+        return False
+    return shapes["data"] == shapes["indices"] == (int(indptr[-1]),)
 
 
 def _missing_chunks(array: Any) -> int:
@@ -412,6 +465,10 @@ def _check_names(source: Source) -> None:
             table = "obs" if what == "cell" else "var"
             msg = f"{what} names are used more than once: {listing(repeated)}; adata.{table}_names_make_unique() helps"
             raise CohortError(msg)
+        odd = [] if all(map(str.isascii, names)) else [name for name in names if not is_unicode(name)]
+        if odd:
+            msg = f"{what} names {listing(odd)} are not Unicode text; rename them"
+            raise CohortError(msg)
     for table, columns in (("obs", source.obs.columns), ("var", source.var.columns)):
         ours = [name for name in columns if str(name).startswith(keys.OBS_PREFIX)]
         if ours:
@@ -419,18 +476,30 @@ def _check_names(source: Source) -> None:
                 f"{table} columns {listing(ours)} start with {keys.OBS_PREFIX!r}, which names our results; rename them"
             )
             raise CohortError(msg)
-        slashed = [name for name in columns if "/" in str(name)]
-        if slashed:
-            msg = f"{table} columns {listing(slashed)} hold '/', which cannot be stored; rename them"
+        if twice := list(columns[columns.duplicated()].unique()):
+            msg = f"{table} has more than one column {listing(twice)}; rename them"
+            raise CohortError(msg)
+        if unfit := [name for name in columns if not _is_folder_name(str(name))]:
+            msg = (
+                f"{table} columns {listing(unfit)} cannot be stored: a name is at most {LONGEST_COLUMN} bytes, without "
+                "slashes or control characters; rename them"
+            )
             raise CohortError(msg)
     if not source.n_cells or not source.n_genes:
         msg = f"{source.name} is empty: {source.n_cells} cells x {source.n_genes} genes"
         raise CohortError(msg)
 
 
+def _is_folder_name(name: str) -> bool:
+    """Return whether a column's name can name a folder, on a disk and on an object store alike."""
+    if name in ("", ".", "..", "zarr.json") or not is_unicode(name) or len(name.encode()) > LONGEST_COLUMN:
+        return False
+    return not (has_controls(name) or "/" in name or "\\" in name)
+
+
 def _no_layer(where: str, layer: str, present: Iterable[str]) -> str:
     names = list(present)
-    return f"{where} has no layer {layer!r}; there are {listing(names) or 'none'}.{suggest(layer, names)}"
+    return f"{where} has no layer {quoted(layer)}; there are {listing(names) or 'none'}.{suggest(layer, names)}"
 
 
 def _one_line(error: BaseException) -> str:

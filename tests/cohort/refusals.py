@@ -13,6 +13,7 @@ from pathlib import Path
 import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist.cohort.genes import run_cohort
@@ -39,6 +40,7 @@ Refused by the pipeline, since they depend on the run directory:
 | the directory holds another input's run | `DIR holds a run of another input; choose another --out, or start over there with --fresh` |
 | the directory holds something else | `DIR holds files that are not a run's; choose another --out` |
 | finished stages were made with other settings | `DIR was made with other settings (...); --redo runs these stages again: ...; --fresh starts over` |
+| the directory is a web server's | `https://... can only be read; choose a folder or an object store (s3://, gs://, az://) to write to` |
 | the directory is in use | `DIR is being worked on by another run (...); wait for it, or choose another --out` |
 
 ## What is not refused, but said
@@ -133,6 +135,8 @@ CASES: dict[str, Callable[[Path], object]] = {
     "gene names used twice": _cohort(lambda a: setattr(a, "var_names", ["ISG15", "ISG15", *a.var_names[2:]])),
     "input columns with our prefix": _cohort(_column("ndreamer_group", lambda _: 1)),
     "column names that cannot be stored": _cohort(_column("IFN/ctrl", lambda _: 1)),
+    "two columns of one name": _cohort(lambda a: setattr(a, "obs", pd.concat([a.obs, a.obs[["age"]]], axis=1))),
+    "values that are no real numbers": _cohort(lambda a: setattr(a, "X", a.X.astype(np.complex64))),
     "no condition key": _cohort(cohort__condition_key=None),
     "a misspelled condition key": _cohort(cohort__condition_key="conditon"),
     "a misspelled batch key": _cohort(cohort__batch_key="doner"),
@@ -144,6 +148,7 @@ CASES: dict[str, Callable[[Path], object]] = {
     "missing values in the condition": _cohort(
         _column("condition", lambda a: a.obs["condition"].where(np.arange(a.n_obs) % 50 != 9))
     ),
+    "a condition column of lists": _cohort(_column("condition", lambda a: pd.Series([["ctrl"]] * a.n_obs, a.obs_names))),
     "missing values in a batch column": _cohort(
         _column("donor", lambda a: a.obs["donor"].where(np.arange(a.n_obs) != 7))
     ),

@@ -65,14 +65,16 @@ def test_the_graph_is_scanpys_own(tmp_path: Path) -> None:
         np.testing.assert_allclose(neighbour_graph(points, 15).toarray(), expected, atol=2e-4)
 
 
-def test_leiden_is_scanpys_own() -> None:
+@pytest.mark.parametrize(("flavor", "iterations"), [("leidenalg", -1), ("igraph", 2)])
+def test_leiden_is_scanpys_own(flavor: str, iterations: int) -> None:
     points = np.random.default_rng(1).normal(size=(150, 5)).astype(np.float32)
     graph = neighbour_graph(points, 10)
     adata = ad.AnnData(np.zeros((150, 1), dtype=np.float32))
+    how: dict[str, Any] = {"flavor": flavor, "directed": flavor == "leidenalg", "n_iterations": iterations}
     for resolution in (0.5, 7.0):
-        sc.tl.leiden(adata, resolution, adjacency=graph, flavor="leidenalg", n_iterations=-1, random_state=3)
+        sc.tl.leiden(adata, resolution, adjacency=graph, random_state=3, **how)
         expected = largest_first(adata.obs["leiden"].astype(int).to_numpy())
-        np.testing.assert_array_equal(leiden(graph, resolution, -1, 3), expected)
+        np.testing.assert_array_equal(leiden(graph, resolution, iterations, 3, flavor), expected)
 
 
 def test_neighbours_are_exact_and_ties_go_to_the_smaller_row() -> None:
