@@ -26,16 +26,17 @@ exit code 2 and a job that is FAILED; `ray job stop` leaves a run that the same 
 from __future__ import annotations
 
 import argparse
+import reprlib
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ndreamer_dist.cli import Normalise, Preset, speak
 from ndreamer_dist.errors import SettingsError, suggest
+from ndreamer_dist.settings import read_yaml
 from ndreamer_dist.storage import open_storage
 
 
@@ -100,13 +101,13 @@ def read_job(address: str) -> Job:
     folder, _, name = address.rpartition("/")
     try:
         data = open_storage(folder or "/").read_if_there(name)
-        values = yaml.safe_load(data) if data is not None else None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        msg = f"job file {address} cannot be read as plain YAML: {error}"
+    except OSError as error:
+        msg = f"job file {address} cannot be read: {error}"
         raise SettingsError(msg) from None
     if data is None:
         msg = f"job file {address} does not exist"
         raise SettingsError(msg)
+    values = read_yaml(data, f"job file {address}")
     if not isinstance(values, dict):
         msg = f"job file {address} holds {type(values).__name__}, expected keys and values: input, out, condition_key, ..."
         raise SettingsError(msg)
@@ -124,7 +125,7 @@ def checked_job(values: Mapping[str, Any], address: str) -> Job:
         return Job.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        found = "" if first["type"] == "missing" else f" (found {first['input']!r})"
+        found = "" if first["type"] == "missing" else f" (found {reprlib.repr(first['input'])})"
         msg = f"job file {address}: {first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}{found}"
         raise SettingsError(msg) from None
 

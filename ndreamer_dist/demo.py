@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,13 +17,15 @@ from tqdm.auto import tqdm
 
 from ndreamer_dist import keys
 from ndreamer_dist.datasets import CELL_TYPE, CONDITION, DONOR, Truth, load_truth, simulate, truth_path
-from ndreamer_dist.errors import StoreError
+from ndreamer_dist.errors import StoreError, printable, shown
 from ndreamer_dist.pipeline import run
 from ndreamer_dist.recovery import Recovery, recovery
 from ndreamer_dist.results.reader import Results, open_results
 from ndreamer_dist.rundir import RunDirectory
 from ndreamer_dist.storage import open_storage
 
+SILENT_SECONDS = 60.0
+"""A run that has said nothing for as long is taken for stopped."""
 DEMO_EPOCHS = 60
 """Fewer than the preset's 100: enough for this cohort, and the demo is over sooner."""
 
@@ -93,9 +97,31 @@ def describe(address: str) -> str:
 
 
 def _progress(run: RunDirectory) -> str:
-    done = {stage: len(run.storage.list(f"{keys.DONE}/{stage}")) for stage in keys.STAGES}
-    lines = [f"{run.url}: not finished; the same `run` command goes on", "", f"{'stage':<12}{'shards done':>12}"]
-    return "\n".join([*lines, *(f"{stage:<12}{count:>12}" for stage, count in done.items())])
+    """Say how far an unfinished run is; two requests, whatever the number of shards."""
+    done = Counter(name.split("/")[1] for name in run.storage.list(keys.DONE))
+    written = run.storage.read_if_there(keys.PROGRESS)
+    told: dict[str, Any] = json.loads(written) if written else {}
+    silent = time.time() - told.get("seen", 0.0)
+    state = "under way" if silent < SILENT_SECONDS else "not finished; the same `run` command goes on"
+    lines = [f"{run.url}: {state}", "", f"{'stage':<12}{'shards done':>12}"]
+    lines += [f"{stage:<12}{done[stage]:>12}" for stage in keys.STAGES]
+    return "\n".join([*lines, *(_stage_lines(told, silent) if told else [])])
+
+
+def _stage_lines(told: Mapping[str, Any], silent: float) -> list[str]:
+    """Say what logs/progress.json tells of the stage that a run is at, or ended in."""
+    share, what = (told.get("done", 0), told.get("total", 0)), told.get("round", "")
+    if "steps" in told:
+        share, what = (told["step"], told["steps"]), "steps"
+    lines = [
+        "",
+        f"{told['stage']}, on {told['host']}, {silent:,.0f} s ago, after {told['seen'] - told['started']:,.0f} s",
+        f"  {share[0]:,} of {share[1]:,} {what} ({share[0] / max(share[1], 1):.0%}), {told['cells_per_second']:,.0f} cells/s",
+        f"  memory {told['memory_bytes'] / 1e9:.1f} GB, at most {told['peak_bytes'] / 1e9:.1f} GB so far",
+    ]
+    if "total" in told.get("measures", {}):
+        lines.append(f"  loss {told['measures']['total']:.4g}")
+    return lines
 
 
 def _summary(results: Results) -> str:
@@ -104,7 +130,7 @@ def _summary(results: Results) -> str:
     lines = [
         f"{results.url}: {design.n_cells} cells x {len(results.var_names)} genes",
         f"effects are {told['sign']}",
-        f"layers: {', '.join(results.layers) or 'none'}; columns: {', '.join(map(str, cells.columns))}",
+        f"layers: {', '.join(results.layers) or 'none'}; columns: {printable(', '.join(map(str, cells.columns)))}",
         "",
         (
             f"{design.condition_key} (control: {design.control}); "
@@ -115,5 +141,5 @@ def _summary(results: Results) -> str:
     for group in design.groups:
         distance = cells[keys.OBS_MATCH_DISTANCE].iloc[group.start : group.stop]
         mean = f"{distance.mean():.2f}" if distance.notna().any() else "-"
-        lines.append(f"{group.name:<32}{group.cells:>10}{mean:>16}")
+        lines.append(f"{shown(group.name):<32}{group.cells:>10}{mean:>16}")
     return "\n".join([*lines, "", f"settings: {told['settings']}"])

@@ -6,7 +6,13 @@ Every message names the thing, what was found, what was expected and what to do 
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
+
+LONGEST_NAME = 80
+"""Characters of a name that a message shows."""
+MOST_COMPARED = 20_000
+"""Names that are looked at for one that was meant."""
 
 
 class NDreamerError(Exception):
@@ -39,12 +45,39 @@ class QueryError(NDreamerError, ValueError):
 
 def suggest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """Return `` Did you mean 'a' or 'b'?``, or an empty string where no known name is near."""
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=limit, cutoff=0.6)
+    likely = [str(k) for k in itertools.islice(known, MOST_COMPARED) if len(str(k)) <= LONGEST_NAME]
+    near = difflib.get_close_matches(str(name)[:LONGEST_NAME], likely, n=limit, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def quoted(name: object) -> str:
+    """Return a name for a message: in quotes, control characters escaped, a long one cut."""
+    text = str(name)
+    return repr(text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}...")
+
+
+def has_controls(text: str) -> bool:
+    """Return whether text holds control characters: line ends, NUL, what steers a terminal."""
+    return any(ord(c) < 32 or ord(c) == 127 for c in text)
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether text can be stored as UTF-8."""
+    return not any(0xD800 <= ord(c) < 0xE000 for c in text)
+
+
+def printable(text: str) -> str:
+    """Return text on one line, what a terminal would obey rather than show escaped: names come from files."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+
+
+def shown(name: str) -> str:
+    """Return a name for a table: on one line, a long one cut."""
+    return printable(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}...")
 
 
 def listing(names: Iterable[object], *, limit: int = 8) -> str:
     """Return names for a message: the first few, quoted, and how many more there are."""
-    items = [repr(str(n)) for n in names]
+    items = [quoted(n) for n in names]
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

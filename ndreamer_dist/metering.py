@@ -1,39 +1,50 @@
-"""What a stage cost: seconds, and the peak memory of this process and all it started, shared pages counted once.
+"""What a stage costs: seconds, and the peak memory of this process and all it started, shared pages counted once.
 
 Private pages are added up over the process tree, and of the shared ones (libraries, Ray's object store) the largest
-process's are taken once. On a cluster this is the driver's share only.
+process's are taken once. On a cluster this is the driver's share only. The thread that samples the memory also writes
+down, every few seconds, how far the stage is (see `watching`).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ndreamer_dist import keys
+from ndreamer_dist import keys, watching
 from ndreamer_dist.rundir import RunDirectory
 
+logger = logging.getLogger(__name__)
+
 INTERVAL_SECONDS = 0.5
+LOCAL_SECONDS, REMOTE_SECONDS = 2.0, 15.0
+"""Time between two writings of logs/progress.json: on object storage each is a request."""
+LOG_SECONDS = 30.0
+"""Time between two lines of the log that say how far a stage is."""
 
 
 class PeakMemory:
-    """Samples the process tree's memory until closed."""
+    """Samples the process tree's memory until closed; `bytes` is the most, `now` the last."""
 
-    def __init__(self) -> None:
-        self.bytes = 0
+    def __init__(self, also: Callable[[PeakMemory], object] = lambda _: None) -> None:
+        self.bytes = self.now = 0
+        self._also = also
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True, name="ndreamer-memory")
         self._thread.start()
 
     def _sample(self) -> None:
         while True:
-            self.bytes = max(self.bytes, tree_memory(os.getpid()))
+            self.now = tree_memory(os.getpid())
+            self.bytes = max(self.bytes, self.now)
+            self._also(self)
             if self._stop.wait(INTERVAL_SECONDS):
                 return
 
@@ -73,16 +84,55 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
+class Watcher:
+    """Writes down how far a stage is: into logs/progress.json, the log, and Ray's metrics."""
+
+    def __init__(self, run: RunDirectory, stage: watching.Stage) -> None:
+        self._run, self._stage = run, stage
+        self._exporter = watching.Exporter(run.name, stage.name)
+        self._every = LOCAL_SECONDS if run.storage.is_local else REMOTE_SECONDS
+        self._written, self._logged = 0.0, time.monotonic()
+
+    def look(self, memory: PeakMemory, *, last: bool = False) -> None:
+        """Write what is due now; that it cannot be written must not end the stage."""
+        now = time.monotonic()
+        if not self._stage.has_work or (now - self._written < self._every and not last):
+            return
+        self._written = now
+        told = self._stage.told() | {
+            "memory_bytes": memory.now,
+            "peak_bytes": memory.bytes,
+            "host": socket.gethostname(),
+        }
+        try:
+            self._run.write_json(keys.PROGRESS, told)
+            self._exporter.export(self._stage, memory.now)
+        except Exception:
+            logger.debug("how far the stage is could not be told", exc_info=True)
+        if last or now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            watching.log_progress(told)
+
+
 @contextmanager
-def metered(run: RunDirectory, stage: str) -> Iterator[dict[str, Any]]:
-    """Add a line to logs/stages.jsonl when a stage ends; the block may put more facts into what it is given."""
+def metered(run: RunDirectory, stage: str, cells: int = 0) -> Iterator[dict[str, Any]]:
+    """Add a line to logs/stages.jsonl when a stage ends; the block may put more facts into what it is given.
+
+    Parameters
+    ----------
+    cells
+        Cells that the stage goes over, for what is told of its speed meanwhile.
+    """
     facts: dict[str, Any] = {"stage": stage, "started": time.time(), "host": socket.gethostname()}
-    peak, started = PeakMemory(), time.perf_counter()
-    try:
-        yield facts
-    finally:
-        peak.close()
+    with watching.staged(stage, cells) as now:
+        watcher, started = Watcher(run, now), time.perf_counter()
+        peak = PeakMemory(watcher.look)
+        try:
+            yield facts
+        finally:
+            peak.close()
+            watcher.look(peak, last=True)
     facts |= {"seconds": round(time.perf_counter() - started, 3), "peak_bytes": peak.bytes}
     storage = run.storage
-    before = storage.read(keys.STAGES_LOG) if storage.exists(keys.STAGES_LOG) else b""
+    before = storage.read_if_there(keys.STAGES_LOG) or b""
     storage.write_atomic(keys.STAGES_LOG, before + (json.dumps(facts) + "\n").encode())

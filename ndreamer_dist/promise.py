@@ -43,7 +43,7 @@ class CohortSize:
             stored_values=stored_values,
             groups=len(design.groups),
             largest_group=max(group.cells for group in design.groups),
-            edges=len(design.needed_edges(settings.match.edges)),
+            edges=sum(len(design.targets(group, settings.match.edges)) for group in design.groups),
             conditions=len(design.conditions),
         )
 

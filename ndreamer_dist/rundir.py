@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ndreamer_dist import keys
+from ndreamer_dist import keys, watching
 from ndreamer_dist.errors import RunError
 from ndreamer_dist.settings import Settings, canonical_json
 from ndreamer_dist.storage import Storage, open_storage
@@ -118,6 +118,11 @@ class RunDirectory:
         """The directory's address."""
         return self.storage.url
 
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.url.rpartition("/")[2]
+
     def read_json(self, name: str) -> Any:
         """Return a JSON file's content."""
         return json.loads(self.storage.read(name))
@@ -138,11 +143,12 @@ class RunDirectory:
 
     def mark(self, stage: str, key: str, shard: Shard, facts: Mapping[str, Any] | None = None) -> None:
         """Write a shard's marker, with facts for `facts` to give back; the shard's files must be complete."""
-        sizes = {name: int(self.storage.filesystem.size(self.storage.path(name))) for name in shard.files}
+        sizes = self.storage.sizes(shard.files)
         marker = {"key": key, "attempt": _attempt(), "bytes": sum(sizes.values()), "files": sizes}
         if facts is not None:
             marker["facts"] = dict(facts)
         self.write_json(f"{keys.DONE}/{stage}/{shard.name}.json", marker)
+        watching.wrote(self.name, stage, sum(sizes.values()))
 
     def facts(self, stage: str, shard: Shard) -> dict[str, Any]:
         """Return the facts that were put into a finished shard's marker."""
@@ -159,27 +165,36 @@ class RunDirectory:
         sizes: dict[str, int] = {}
         for top in tops:
             sizes.update(self.storage.list(top))
-        return [shard for shard in shards if not self._is_done(stage, key, shard, markers, sizes)]
+        names = {shard.name: f"{keys.DONE}/{stage}/{shard.name}.json" for shard in shards}
+        told = self.storage.read_all([name for name in names.values() if name in markers])
+        todo = [shard for shard in shards if not _is_done(key, shard, told.get(names[shard.name]), sizes)]
+        if now := watching.stage_now():
+            now.found(stage, len(shards), len(todo))
+        return todo
 
-    def _is_done(
-        self, stage: str, key: str, shard: Shard, markers: Mapping[str, int], sizes: Mapping[str, int]
-    ) -> bool:
-        name = f"{keys.DONE}/{stage}/{shard.name}.json"
-        if name not in markers:
-            return False
-        try:
-            marker = self.read_json(name)
-        except ValueError:
-            return False
-        files = marker.get("files", {})
-        whole = all(sizes.get(path) == size for path, size in files.items())
-        return bool(marker.get("key") == key and set(files) == set(shard.files) and whole)
+    def refuse_read_only(self) -> None:
+        """Raise `RunError` where nothing can be written."""
+        if self.storage.is_read_only:
+            msg = f"{self.url} can only be read; choose a folder or an object store (s3://, gs://, az://) to write to"
+            raise RunError(msg)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory's one lock; `RunError` where another live process holds it."""
+        self.refuse_read_only()
         with _file_lock(self.storage) if self.storage.is_local else _lease(self.storage):
             yield
+
+
+def _is_done(key: str, shard: Shard, told: bytes | None, sizes: Mapping[str, int]) -> bool:
+    """Return whether a shard's marker is one of this key, and the files that it lists have the sizes it lists."""
+    try:
+        marker = dict(json.loads(told or b"{}"))
+        files = dict(marker.get("files", {}))
+    except (ValueError, TypeError):
+        return False
+    whole = all(sizes.get(path) == size for path, size in files.items())
+    return bool(marker.get("key") == key and set(files) == set(shard.files) and whole)
 
 
 def _attempt() -> int:
@@ -193,7 +208,15 @@ def _attempt() -> int:
 
 
 def _holder() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "space": _process_space(), "time": time.time()}
+
+
+def _process_space() -> str:
+    """Return what tells this container's process ids from those of others; empty where the system does not tell."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def _locked_message(storage: Storage, holder: str) -> str:
@@ -218,19 +241,34 @@ def _file_lock(storage: Storage) -> Iterator[None]:
         yield
 
 
+def _lock_of(storage: Storage) -> dict[str, Any]:
+    """Return what a remote directory's lock says; nothing where there is none, or none that can be read."""
+    try:
+        return dict(json.loads(storage.read_if_there(keys.LOCK) or b"{}"))
+    except ValueError:
+        return {}
+
+
+def _is_held(held: Mapping[str, Any]) -> bool:
+    """Return whether a lease's holder may be alive; of one of this machine and container that can be seen at once."""
+    if time.time() - float(held.get("time", 0)) >= LEASE_SECONDS:
+        return False
+    here = (held.get("host"), held.get("space")) == (socket.gethostname(), _process_space())
+    return not (here and held["space"] and not Path(f"/proc/{held.get('pid')}").exists())
+
+
 @contextmanager
 def _lease(storage: Storage) -> Iterator[None]:
     """Lock a remote directory by a lease that is renewed while its holder lives."""
-    if storage.exists(keys.LOCK):
-        held = json.loads(storage.read(keys.LOCK))
-        if time.time() - float(held["time"]) < LEASE_SECONDS:
-            raise RunError(_locked_message(storage, canonical_json(held)))
+    held = _lock_of(storage)
+    if _is_held(held):
+        raise RunError(_locked_message(storage, canonical_json(held)))
     stop = threading.Event()
 
     token = uuid.uuid4().hex
 
     def is_ours() -> bool:
-        return storage.exists(keys.LOCK) and json.loads(storage.read(keys.LOCK)).get("token") == token
+        return _lock_of(storage).get("token") == token
 
     def write() -> None:
         storage.write_atomic(keys.LOCK, json.dumps(_holder() | {"token": token}).encode())
@@ -244,6 +282,8 @@ def _lease(storage: Storage) -> Iterator[None]:
                 logger.warning("the lock of %s could not be renewed; trying again", storage.url, exc_info=True)
 
     write()
+    if not is_ours():  # of two that began at once the later one has it
+        raise RunError(_locked_message(storage, canonical_json(_lock_of(storage))))
     renewal = threading.Thread(target=renew, daemon=True, name="ndreamer-lease")
     renewal.start()
     try:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+from ndreamer_dist import watching
 from ndreamer_dist.errors import NDreamerError, ResourceError, RunError
 from ndreamer_dist.settings import RunSettings
 
@@ -97,7 +98,7 @@ class SerialRuntime:
     gpus = 0
 
     def __init__(self, settings: RunSettings) -> None:
-        self.progress = settings.progress
+        self.progress = settings.bars
         self._threads = settings.task_threads
 
     def map(
@@ -105,10 +106,10 @@ class SerialRuntime:
     ) -> Iterator[Any]:
         """See `Runtime.map`."""
         del num_gpus
-        with progress_bar(items := list(items), title, self.progress) as bar:
+        with progress_bar(items := list(items), title, self.progress) as advance:
             for item in items:
                 yield with_threads(self._threads, function, item, *shared)
-                bar.update()
+                advance()
 
     def put(self, value: Any) -> Any:
         """See `Runtime.put`."""
@@ -140,7 +141,7 @@ class RayRuntime:
         # An autoscaled cluster grows as it is asked to: work is handed out for what it may become.
         self.cpus = max(1, int(resources.get("CPU", 1)), settings.cpus or 0)
         self.gpus = max(int(resources.get("GPU", 0)), settings.gpus or 0)
-        self.progress = settings.progress
+        self.progress = settings.bars
         self._threads = settings.task_threads
 
     def map(
@@ -149,10 +150,10 @@ class RayRuntime:
         """See `Runtime.map`; twice as many tasks as processors are under way, so that none waits for the driver."""
         import ray
 
-        remote = ray.remote(with_threads).options(num_cpus=1, num_gpus=num_gpus, max_retries=3)
+        remote = ray.remote(with_threads).options(name=title, num_cpus=1, num_gpus=num_gpus, max_retries=3)
         handles = [ray.put(value) for value in shared]
         waiting = list(items)
-        with progress_bar(waiting, title, self.progress) as bar:
+        with progress_bar(waiting, title, self.progress) as advance:
             queue = iter(waiting)
             running: set[Any] = set()
             try:
@@ -165,7 +166,7 @@ class RayRuntime:
                     running.difference_update(ready)
                     for done in ready:
                         yield fetch(done)
-                        bar.update()
+                        advance()
             finally:
                 _end(running)
 
@@ -179,7 +180,8 @@ class RayRuntime:
         """See `Runtime.submit`."""
         import ray
 
-        remote = ray.remote(with_threads).options(num_cpus=1, num_returns=returns, max_retries=3)
+        options = {"name": function.__name__.strip("_"), "num_returns": returns}
+        remote = ray.remote(with_threads).options(num_cpus=1, max_retries=3, **options)
         handles = remote.remote(self._threads, function, *args)
         return [handles] if returns == 1 else list(handles)
 
@@ -263,16 +265,23 @@ def _unwrapped(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, NDreamerError):
+        if isinstance(error.cause, NDreamerError | OSError):
             raise error.cause from None
         raise
 
 
 @contextmanager
-def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[Any]:
-    """Show one bar for a stage; by default only on a terminal."""
+def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[Callable[[], None]]:
+    """Show one bar for a stage, by default only on a terminal, and tell those that watch the stage."""
+    stage = watching.stage_now() or watching.Stage("")
+    stage.begin(title, len(items))
     with tqdm(total=len(items), desc=title, disable=None if shown is None else not shown, leave=True) as bar:
-        yield bar
+
+        def advance() -> None:
+            stage.advance()
+            bar.update()
+
+        yield advance
 
 
 class LazyRuntime:
@@ -286,7 +295,7 @@ class LazyRuntime:
         self._settings = settings
         self._runtime: Runtime | None = None
         self._started = False
-        self.progress = settings.progress
+        self.progress = settings.bars
 
     def _actual(self) -> Runtime:
         if self._runtime is None:
@@ -359,14 +368,37 @@ def _start_ray(settings: RunSettings) -> None:
     if address:
         ray.init(address=address, **common)
         return
-    ray.init(
-        address="local",
-        num_cpus=settings.cpus or cpu_count(),
-        object_store_memory=object_store_bytes(settings),
-        include_dashboard=False,
-        _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_SECONDS * 1000},
-        **common,
-    )
+    with _loopback_alone():
+        ray.init(
+            address="local",
+            num_cpus=settings.cpus or cpu_count(),
+            object_store_memory=object_store_bytes(settings),
+            include_dashboard=False,
+            _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_SECONDS * 1000},
+            **common,
+        )
+
+
+@contextmanager
+def _loopback_alone() -> Iterator[None]:
+    """Let a Ray that is started in the block listen to this machine alone, as Ray does on macOS and Windows.
+
+    On Linux it takes the machine's address and listens on every one, and puts it in the place of a 127.0.0.1 that is
+    asked for; this switch of its own is the only way. A user who sets it in the environment is heard.
+    """
+    from ray._private import ray_constants
+
+    switch = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    if switch in os.environ:
+        yield
+        return
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[switch] = False, "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[switch]
 
 
 def on_a_cluster(settings: RunSettings) -> bool:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +27,10 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.array import AsyncArray
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.storage import FsspecStore, LocalStore, StorePath
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
 
 from ndreamer_dist.chunks import HttpStore, Position, Reads, count, read_chunks
-from ndreamer_dist.errors import StoreError
+from ndreamer_dist.errors import StoreError, has_controls
 
 COMPRESSORS = (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec())
 """Codec chain of our arrays. The checksum comes last, so it covers the very bytes that are stored.
@@ -36,6 +38,10 @@ COMPRESSORS = (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec
 They are read and written by zarr's own codec pipeline: zarrs 0.2.3 lets flipped bits through when it decodes a whole
 shard, and leaves empty chunks out whatever the setting.
 """
+
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+"""The extra of this package that brings what an address needs."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,27 @@ class Storage:
 
     @cached_property
     def _fs_and_root(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        fs, root = fsspec.core.url_to_fs(self.url)
+        try:
+            fs, root = fsspec.core.url_to_fs(self.url, **self._options)
+        except ImportError as error:
+            extra = EXTRAS.get(self.url.partition("://")[0])
+            help_with = f"pip install 'ndreamer-dist[{extra}]'" if extra else str(error)
+            msg = f"{self.url} cannot be reached: a package for such addresses is missing: {help_with}"
+            raise StoreError(msg) from error
+        except ValueError as error:
+            msg = f"{self.url} cannot be reached: {error}; there are paths, s3://, gs://, az:// and https://"
+            raise StoreError(msg) from error
         return fs, root
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the address is a web server's, which only gives."""
+        return self.url.startswith(("http://", "https://"))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What a file system is made with: s3fs would ask for the size of every object before it reads it whole."""
+        return {"max_concurrency": 1} if self.url.startswith(("s3://", "s3a://")) else {}
 
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
@@ -102,6 +127,21 @@ class Storage:
         count(Reads(requests=1, bytes=len(data or b"")))
         return data
 
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Return the bytes of those of some files that are there, read side by side."""
+        paths = [self.path(name) for name in names]
+        answers = self.filesystem.cat_ranges(paths, None, None, on_error="return") if paths else []
+        for answer in answers:
+            if isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
+                raise answer
+        found = {name: bytes(a) for name, a in zip(names, answers, strict=True) if not isinstance(a, Exception)}
+        count(Reads(requests=len(paths), bytes=sum(map(len, found.values()))))
+        return found
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the bytes of files that are all there, asked for side by side."""
+        return dict(zip(names, map(int, self.filesystem.sizes([self.path(name) for name in names])), strict=True))
+
     def node(self, name: str) -> dict[str, Any] | None:  # noqa: ARG002 - for those that know
         """Return the metadata of an array or a group where it is known without a request; here it is not."""
         return None
@@ -136,8 +176,14 @@ class Storage:
 
     def delete(self, name: str = "") -> None:
         """Delete a file or a folder with all below it; nothing happens where there is none."""
-        if self.exists(name):
+        self.filesystem.invalidate_cache()
+        with suppress(FileNotFoundError):
             self.filesystem.rm(self.path(name), recursive=True)
+
+    def delete_file(self, name: str) -> None:
+        """Delete one file, in one request; nothing happens where there is none."""
+        with suppress(FileNotFoundError):
+            self.filesystem.rm_file(self.path(name))
 
     def store(self, name: str = "", *, read_only: bool = False) -> Store:
         """Return the zarr store of a folder."""
@@ -145,7 +191,7 @@ class Storage:
         if where.is_local:
             return LocalStore(where.root, read_only=read_only)
         kind = HttpStore if where.url.startswith("http") else FsspecStore
-        return kind.from_url(where.url, read_only=read_only)
+        return kind.from_url(where.url, storage_options=self._options, read_only=read_only)
 
 
 class ConsolidatedStorage(Storage):
@@ -176,6 +222,15 @@ def open_storage(address: str | os.PathLike[str] | Storage) -> Storage:
     if isinstance(address, Storage):
         return address
     text = os.fspath(address)
+    if has_controls(text):
+        msg = f"address {text!r} holds characters that no address has"
+        raise StoreError(msg)
+    if re.match(r"(?!https?:)[^/]*://.*[*?\[\]]", text):
+        msg = f"address {text!r} holds one of * ? [ ], which file systems read as a pattern of several names"
+        raise StoreError(msg)
+    if re.match(r"[^/]*://[^/@]*:[^/@]*@", text):
+        msg = f"a {text.partition(':')[0]}:// address holds a password; credentials come from the environment alone"
+        raise StoreError(msg)
     return Storage(text if "://" in text else str(Path(text).expanduser().absolute()))
 
 
@@ -190,7 +245,7 @@ def create_array(
     fill_value: Any = 0,
     attributes: dict[str, Any] | None = None,
 ) -> None:
-    """Write an array's metadata, and nothing else, over whatever stood there; its shards are written by their owners.
+    """Write an array's metadata over whatever stood there; its shards are written by their owners, each whole.
 
     Parameters
     ----------
@@ -199,8 +254,24 @@ def create_array(
     chunks, shards
         Shapes of the unit of reading and of the unit of writing (whole chunks; none: a chunk is its own shard).
     """
+    if storage.is_local:  # on object storage, where each look costs, what stood there is written over or not read
+        storage.delete(name)
+    layout = {"shape": shape, "dtype": dtype, "chunks": chunks, "shards": shards, "fill_value": fill_value}
+    storage.write_atomic(f"{name}/zarr.json", _metadata(**layout, attributes=attributes))
+
+
+def _metadata(
+    shape: Sequence[int],
+    dtype: Any,
+    chunks: Sequence[int],
+    shards: Sequence[int] | None = None,
+    fill_value: Any = 0,
+    attributes: dict[str, Any] | None = None,
+) -> bytes:
+    """Return the `zarr.json` of an array."""
+    files: dict[str, Any] = {}
     zarr.create_array(
-        storage.store(name),
+        MemoryStore(files),
         shape=tuple(shape),
         dtype=dtype,
         chunks=tuple(max(1, c) for c in chunks),
@@ -208,8 +279,9 @@ def create_array(
         fill_value=fill_value,
         compressors=COMPRESSORS,
         attributes=attributes,
-        overwrite=True,
+        zarr_format=3,
     )
+    return bytes(files["zarr.json"].to_bytes())
 
 
 def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
@@ -217,20 +289,18 @@ def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
 
     So a stage that was interrupted, or lost a shard, goes on without disturbing what is done.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Storage(folder)
-        create_array(scratch, name, **layout)
-        wanted = scratch.read(f"{name}/zarr.json")
+    wanted = _metadata(**layout)
     path = f"{name}/zarr.json"
-    if not storage.exists(path) or storage.read(path) != wanted:
+    if storage.read_if_there(path) != wanted:
         storage.write_atomic(path, wanted)
 
 
 def write_part(storage: Storage, name: str, selection: Any, values: np.ndarray[Any, Any]) -> None:
     """Write the whole shards of a selection by slices, whatever, damaged or not, stood there before."""
     array = open_array(storage, name, mode="r+")
-    for position in touched_shards(array, selection):
-        storage.delete(f"{name}/{array.metadata.encode_chunk_key(position)}")
+    # A chunk is written over without a look; a shard would be read first, and what was read may be damaged.
+    for position in touched_shards(array, selection) if array.shards else ():
+        storage.delete_file(f"{name}/{array.metadata.encode_chunk_key(position)}")
     array[selection] = values
 
 
@@ -241,12 +311,16 @@ def open_array(storage: Storage, name: str, *, mode: str = "r") -> zarr.Array[An
         known = storage.node(name) if mode == "r" else None
         if known is not None:
             return zarr.Array(AsyncArray(ArrayV3Metadata.from_dict(known), StorePath(store)))
-        array = zarr.open_array(store, mode=mode)
-        # Empty chunks are stored, so that a missing one can be told from one full of zeros.
-        return array.with_config({"write_empty_chunks": True})
+        array = zarr.open_array(store, mode=mode, zarr_format=3)  # else it is looked for in format 2 as well
+        return _writable(array)
     except Exception as error:
         msg = f"{storage.url}: array '{name}' cannot be opened ({type(error).__name__}: {error})"
         raise StoreError(msg) from error
+
+
+def _writable(array: zarr.Array[Any]) -> zarr.Array[Any]:
+    """Return an array that stores empty chunks too, so that a missing one can be told from one full of zeros."""
+    return array.with_config({"write_empty_chunks": True})
 
 
 def shard_files(name: str, *positions: int) -> str:
@@ -254,20 +328,24 @@ def shard_files(name: str, *positions: int) -> str:
     return f"{name}/c/{'/'.join(str(p) for p in positions)}" if positions else f"{name}/c"
 
 
-def read_array(storage: Storage, name: str, selection: Any = ...) -> np.ndarray[Any, Any]:
+def read_array(
+    storage: Storage, name: str, selection: Any = ..., *, opened: zarr.Array[Any] | None = None
+) -> np.ndarray[Any, Any]:
     """Read a part of an array, or all of it, from the chunks that hold it.
 
     Parameters
     ----------
     selection
         Slices, one per axis (a single slice for the first), or `...` for everything.
+    opened
+        The array, where the caller has opened it before; opening takes a request.
 
     Raises
     ------
     StoreError
         A chunk is missing, truncated or fails its checksum: the message names store, array and chunk.
     """
-    array = open_array(storage, name)
+    array = open_array(storage, name) if opened is None else opened
     spans = _spans(array, selection)
     values = np.empty([span.stop - span.start for span in spans], dtype=array.dtype)
 
@@ -287,8 +365,10 @@ def read_array(storage: Storage, name: str, selection: Any = ...) -> np.ndarray[
 def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwargs: Any) -> None:
     """Create an array and write all of it: for what is small and has one writer."""
     chunks = kwargs.pop("chunks", values.shape)
-    create_array(storage, name, shape=values.shape, dtype=values.dtype, chunks=chunks, **kwargs)
-    open_array(storage, name, mode="r+")[...] = values
+    layout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}
+    create_array(storage, name, **layout)
+    known = ArrayV3Metadata.from_dict(json.loads(_metadata(**layout)))  # written just now, so it need not be read
+    _writable(zarr.Array(AsyncArray(known, StorePath(storage.store(name)))))[...] = values
 
 
 def touched_shards(array: zarr.Array[Any], selection: Any) -> list[Position]:

@@ -96,7 +96,10 @@ def serving(handler, folder):
 
 @contextlib.contextmanager
 def s3():
-    """Serve an empty S3 with moto, as `serving` does; what clients need to hear of it is the caller's to set."""
+    """Serve an empty S3 with moto, as `serving` does; what clients need to hear of it is the caller's to set.
+
+    `asked` lists all requests: time, method, path, query. `answer(method, path)` may return a status to fail with.
+    """
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
@@ -104,12 +107,17 @@ def s3():
         def log(self, *args):
             pass
 
-    counts = types.SimpleNamespace(requests=0, sent=0)
+    counts = types.SimpleNamespace(requests=0, sent=0, asked=[], answer=lambda method, path: None)
     application = DomainDispatcherApplication(create_backend_app)
 
     def counted(environ, start_response):
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        counts.asked.append((time.time(), method, path, environ["QUERY_STRING"]))
+        if status := counts.answer(method, path):  # a test makes the server fail
+            start_response(status, [("Content-Length", "0")])
+            return [b""]
         body = b"".join(application(environ, start_response))
-        if environ["REQUEST_METHOD"] == "GET":
+        if method == "GET":
             counts.requests += 1
             counts.sent += len(body)
         return [body]

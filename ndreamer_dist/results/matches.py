@@ -8,9 +8,11 @@ chunks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import zarr
 
 from ndreamer_dist import keys
 from ndreamer_dist.storage import Storage, open_array, read_array, touched_shards
@@ -18,9 +20,10 @@ from ndreamer_dist.storage import Storage, open_array, read_array, touched_shard
 
 @dataclass(frozen=True)
 class Matches:
-    """Reader of a matches.zarr."""
+    """Reader of a matches.zarr; an array is opened once."""
 
     storage: Storage
+    _opened: dict[str, zarr.Array[Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def edge(
         self, query_group: int, target_group: int, start: int = 0, stop: int | None = None
@@ -33,16 +36,19 @@ class Matches:
             The edge was not searched, or a chunk is missing or damaged.
         """
         part = (slice(start, stop), slice(target_group, target_group + 1), slice(None))
-        rows, distances = (
-            read_array(self.storage, f"{keys.block_name(query_group)}/{name}", part)[:, 0]
-            for name in (keys.MATCH_ROW, keys.MATCH_DISTANCE)
-        )
+        names = [f"{keys.block_name(query_group)}/{name}" for name in (keys.MATCH_ROW, keys.MATCH_DISTANCE)]
+        rows, distances = (read_array(self.storage, name, part, opened=self._array(name))[:, 0] for name in names)
         return rows, distances
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        if name not in self._opened:
+            self._opened[name] = open_array(self.storage, name)
+        return self._opened[name]
 
     def holds(self, query_group: int, target_group: int) -> bool:
         """Return whether an edge was searched; an edge of which some chunks are there counts as searched."""
         name = f"{keys.block_name(query_group)}/{keys.MATCH_ROW}"
-        array = open_array(self.storage, name)
+        array = self._array(name)
         part = (slice(None), slice(target_group, target_group + 1), slice(None))
         chunks = (array.metadata.encode_chunk_key(position) for position in touched_shards(array, part))
         return any(self.storage.exists(f"{name}/{chunk}") for chunk in chunks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ndreamer_dist.runtime import Runtime
 from ndreamer_dist.stream.plan import SamplingPlan
+from ndreamer_dist.watching import stage_now
 
 POLL_SECONDS = 1.0
 
@@ -25,19 +26,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Told:
-    """What is known of a running training: the last step done, its loss, its speed, and the warnings by kind."""
+    """What is known of a running training: the last step done, what it measured, and the warnings by kind."""
 
     step: int = 0
-    loss: float | None = None
-    cells_per_second: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
 
 
 class Display(Protocol):
     """Where a training worker shows how it gets on."""
 
-    def reached(self, step: int, loss: float | None = None, cells_per_second: float | None = None) -> None:
-        """Note that a step is done."""
+    def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
+        """Note that a step is done, and what it measured."""
 
     def warn(self, kind: str, text: str) -> None:
         """Note that something is wrong; a kind is told once."""
@@ -48,16 +48,18 @@ class Screen:
 
     def __init__(self, plan: SamplingPlan, runtime: Runtime) -> None:
         hidden = None if runtime.progress is None else not runtime.progress
-        self._plan, self._warned = plan, set[str]()
+        self._plan, self._warned, self._stage = plan, set[str](), stage_now()
         self.bar = tqdm(total=plan.steps, desc="train", disable=hidden)
 
-    def reached(self, step: int, loss: float | None = None, cells_per_second: float | None = None) -> None:
+    def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
         """See `Display.reached`."""
-        if loss is not None and not self.bar.disable:
+        if measures and not self.bar.disable:
             epoch = (step - 1) // self._plan.steps_per_epoch + 1
-            told = f"epoch {epoch}/{self._plan.epochs}, loss {loss:.4g}, {cells_per_second:.0f} cells/s"
-            self.bar.set_postfix_str(told, refresh=False)
+            speed = f"loss {measures['total']:.4g}, {measures['cells_per_second']:.0f} cells/s"
+            self.bar.set_postfix_str(f"epoch {epoch}/{self._plan.epochs}, {speed}", refresh=False)
         self.bar.update(step - self.bar.n)
+        if self._stage is not None:
+            self._stage.trained(step, self._plan.steps, measures or {})
 
     def warn(self, kind: str, text: str) -> None:
         """See `Display.warn`."""
@@ -68,7 +70,7 @@ class Screen:
 
     def show(self, told: Told) -> None:
         """Show what an actor was told."""
-        self.reached(told.step, told.loss, told.cells_per_second)
+        self.reached(told.step, told.measures)
         for kind, text in told.warnings.items():
             self.warn(kind, text)
 
@@ -81,15 +83,15 @@ def screen(plan: SamplingPlan, runtime: Runtime) -> Iterator[Screen]:
         yield shown
 
 
-class ToldActor:
+class TrainingProgress:
     """Keeps what the first worker told until the driver asks."""
 
     def __init__(self) -> None:
         self._told = Told()
 
-    def reached(self, step: int, loss: float | None = None, cells_per_second: float | None = None) -> None:
+    def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
         """See `Display.reached`."""
-        self._told.step, self._told.loss, self._told.cells_per_second = step, loss, cells_per_second
+        self._told.step, self._told.measures = step, dict(measures or {})
 
     def warn(self, kind: str, text: str) -> None:
         """See `Display.warn`."""
@@ -106,9 +108,9 @@ class RemoteDisplay:
 
     actor: Any
 
-    def reached(self, step: int, loss: float | None = None, cells_per_second: float | None = None) -> None:
+    def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
         """See `Display.reached`; nothing is waited for."""
-        self.actor.reached.remote(step, loss, cells_per_second)
+        self.actor.reached.remote(step, measures)
 
     def warn(self, kind: str, text: str) -> None:
         """See `Display.warn`; rare, so it is waited for: training may end right after."""
@@ -123,7 +125,7 @@ def remote_screen(plan: SamplingPlan, runtime: Runtime) -> Iterator[RemoteDispla
     """Show, in the driver, what workers tell the display that is given, until the block ends."""
     import ray
 
-    actor: Any = ray.remote(ToldActor).options(num_cpus=0).remote()
+    actor: Any = ray.remote(TrainingProgress).options(num_cpus=0).remote()
     stop = threading.Event()
     with screen(plan, runtime) as shown:
 

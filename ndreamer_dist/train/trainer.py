@@ -174,7 +174,7 @@ class Reporter:
     def _show(self, display: Display) -> None:
         state, length = self._state, self._plan.steps_per_epoch
         row = state.measures[-1]
-        display.reached(state.step, row["total"], row["cells_per_second"])
+        display.reached(state.step, row)
         if state.step % length == 0:
             self._epochs.append(epoch_row(state.measures[-length:], state.perplexities[-length:]))
             for kind, text in concerns(self._epochs, self._settings, self._plan.epochs).items():

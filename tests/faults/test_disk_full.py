@@ -1,0 +1,61 @@
+"""A disk that fills up in the middle of a job is named in one line, and with room the same command ends with the same bits."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys
+from tests.fuzz.helpers import command
+from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+
+QUICK = SETTINGS | {"train.epochs": 2}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 MB in memory; the test is skipped where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def reference(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    nd.run(cohort, out=out, preset="small", settings=QUICK, **NAMES)
+    return out
+
+
+@pytest.mark.parametrize("stage", [keys.STAGE_PACK, keys.STAGE_TRAIN, keys.STAGE_EFFECTS])
+def test_a_full_disk_is_named_and_room_mends_it(stage: str, cohort: Path, reference: Path, small_disk: Path) -> None:
+    run = small_disk / "run"
+    shutil.copytree(reference, run)
+    for later in keys.STAGES[keys.STAGES.index(stage) :]:
+        shutil.rmtree(run / keys.DONE / later)
+    shutil.rmtree(run / keys.RESULTS)
+    # The plan counts files of the run as room that may be written anew, so it is let through and a write fails.
+    filler = run / "logs" / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**15))
+    assert "No space left on device" in command(run_words(cohort, run, QUICK)).refusal
+    assert not (run / keys.RESULTS / "zarr.json").exists()
+    filler.unlink()
+    nd.run(cohort, out=run, preset="small", settings=QUICK, **NAMES)
+    assert_same_bits(reference, run)

@@ -1,0 +1,65 @@
+"""A local Ray that a run starts is heard by this machine alone."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ndreamer_dist.metering import _descendants
+
+STARTED = """
+import json, os, sys
+from ndreamer_dist.runtime import LazyRuntime
+from ndreamer_dist.settings import RunSettings
+from tests.security.test_ports import listening
+with LazyRuntime(RunSettings(cpus=1, object_store_gb=0.1, progress=False)) as runtime:
+    list(runtime.map(abs, [-1], title="a task"))
+    print(json.dumps(listening(os.getpid())))
+"""
+
+
+def address_of(text: str) -> str:
+    """Return an address as /proc/net/tcp and tcp6 write it, words of 32 bits in the machine's order."""
+    words = bytes.fromhex(text)
+    return str(ipaddress.ip_address(b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))))
+
+
+def is_loopback(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def listening(pid: int) -> list[tuple[str, int, str]]:
+    """Return address, port and command of every socket on which a process or one that it started listens."""
+    owners = {}
+    for process in _descendants(pid):
+        try:
+            links = [str(file.readlink()) for file in Path(f"/proc/{process}/fd").iterdir()]
+            command = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")[:80]
+        except OSError:
+            continue  # it has ended
+        owners |= {link[8:-1]: command for link in links if link.startswith("socket:[")}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in owners:
+                address, _, port = fields[1].partition(":")
+                found.append((address_of(address), int(port, 16), owners[fields[9]]))
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_token")
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sockets are read from Linux's /proc")
+def test_a_local_ray_listens_on_loopback_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    sockets = json.loads(done.stdout.splitlines()[-1])
+    assert len(sockets) > 3
+    assert [socket for socket in sockets if not is_loopback(socket[0])] == []

@@ -1,0 +1,177 @@
+"""The whole job on object storage: the bits of a local run, whatever is interrupted, by few requests."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys, rundir
+from ndreamer_dist.errors import RunError, StoreError
+from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.storage import open_storage
+from tests.servers import S3_ENVIRONMENT, s3
+from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+
+s3fs = pytest.importorskip("s3fs")
+JOB = SETTINGS | {"train.epochs": 4}
+MOST_REQUESTS = {
+    keys.STAGE_COHORT: 36, keys.STAGE_PACK: 115, keys.STAGE_CLUSTERS: 140, keys.STAGE_TRAIN: 200, keys.STAGE_EMBED: 110,
+    keys.STAGE_PCA: 105, keys.STAGE_MATCH: 315, keys.STAGE_EFFECTS: 1280,
+}  # fmt: skip
+"""Requests of each stage for 900 cells in 4 blocks and 6 groups, a third above what was counted."""
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def local(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a local disk."""
+    out = tmp_path_factory.mktemp("local") / "run"
+    nd.run(cohort, out=out, preset="small", settings=JOB, **NAMES)
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(cohort: Path) -> Iterator[SimpleNamespace]:
+    """S3 with the cohort in it; its address and its credentials are in the environment and nowhere else."""
+    with s3() as serving, pytest.MonkeyPatch.context() as patch:
+        for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": serving.url}).items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        files = s3fs.S3FileSystem()
+        files.mkdir("bucket")
+        files.put(str(cohort), "bucket/cohort.zarr", recursive=True)
+        yield serving
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def fetched(url: str, folder: Path) -> Path:
+    """Copy a run from S3 to a folder."""
+    fsspec.filesystem("s3").get(url.removeprefix("s3://"), str(folder), recursive=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def remote(server: SimpleNamespace) -> str:
+    """A finished run on S3, of the cohort on S3."""
+    nd.run("s3://bucket/cohort.zarr", out="s3://bucket/run", preset="small", settings=JOB, **NAMES)
+    return "s3://bucket/run"
+
+
+def test_the_whole_job_on_s3_gives_the_bits_of_a_local_one(local: Path, remote: str, tmp_path: Path) -> None:
+    run = fetched(remote, tmp_path / "run")
+    assert_same_bits(local, run)
+    for name in (keys.MODEL_WEIGHTS, keys.MODEL_JSON, keys.DROPPED):
+        assert (run / name).read_bytes() == (local / name).read_bytes()
+    assert (
+        json.loads((run / keys.RUN_JSON).read_text())["input"]
+        == json.loads((local / keys.RUN_JSON).read_text())["input"]
+    )
+    assert list((run / keys.TRAIN_SERIAL).iterdir())
+    assert not (run / keys.LOCK).exists()
+    assert nd.open_results(remote).ite(cells="cell_type == 'type_1'").n_obs > 0
+
+
+def test_every_stage_asks_seldom(server: SimpleNamespace, remote: str) -> None:
+    lines = open_storage(remote).read(keys.STAGES_LOG).decode().splitlines()
+    counted = {}
+    for stage in map(json.loads, lines[: len(keys.STAGES)]):
+        span = stage["started"], stage["started"] + stage["seconds"]
+        asked = [
+            method for at, method, path, _ in server.asked if span[0] <= at <= span[1] and "cohort.zarr" not in path
+        ]
+        counted[stage["stage"]] = collections.Counter(asked)
+    assert {stage: found.total() for stage, found in counted.items() if found.total() > MOST_REQUESTS[stage]} == {}
+
+
+def test_a_finished_run_on_s3_does_nothing_and_says_so_in_few_requests(server: SimpleNamespace, remote: str) -> None:
+    before, asked = open_storage(remote).list(), len(server.asked)
+    nd.run("s3://bucket/cohort.zarr", out=remote, preset="small", settings=JOB, **NAMES)
+    written = {path for _, method, path, _ in server.asked[asked:] if method == "PUT"}
+    assert {path.partition("/run/")[2] for path in written} == {keys.LOCK, keys.RUN_JSON, keys.STAGES_LOG}
+    assert open_storage(remote).list().keys() == before.keys()
+
+
+def test_a_job_killed_on_s3_never_looks_finished_and_goes_on(
+    server: SimpleNamespace, cohort: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = run_words(cohort, "s3://bucket/killed", JOB)  # type: ignore[arg-type]
+    with subprocess.Popen([sys.executable, "-m", "ndreamer_dist.cli", *words], stderr=subprocess.PIPE) as job:
+        assert job.stderr is not None
+        while not any(method == "PUT" and "/killed/results.zarr/layers" in path for _, method, path, _ in server.asked):
+            assert job.poll() is None, job.stderr.read().decode()
+            time.sleep(0.005)
+        job.send_signal(signal.SIGKILL)
+    with pytest.raises(StoreError, match="has not finished"):
+        nd.open_results("s3://bucket/killed")
+    done = open_storage("s3://bucket/killed").list(keys.DONE)
+    # The dead job's lease is known to be dead, since it was taken on this machine.
+    nd.run(cohort, out="s3://bucket/killed", preset="small", settings=JOB, **NAMES)
+    run = fetched("s3://bucket/killed", tmp_path / "run")
+    assert_same_bits(local, run)
+    assert set(done) <= set(open_storage("s3://bucket/killed").list(keys.DONE))
+
+
+UPLOAD = """
+import sys
+from ndreamer_dist.storage import open_storage
+print("begun", flush=True)
+open_storage("s3://bucket").write_atomic("large", bytes(200 * 2**20))
+"""
+
+
+def test_an_interrupted_upload_is_not_there(server: SimpleNamespace) -> None:
+    with subprocess.Popen([sys.executable, "-c", UPLOAD], stdout=subprocess.PIPE) as writer:
+        while not any("partNumber" in query for *_, query in server.asked):
+            assert writer.poll() is None
+            time.sleep(0.005)
+        writer.send_signal(signal.SIGKILL)
+    storage = open_storage("s3://bucket")
+    assert not storage.exists("large")
+    assert "large" not in storage.list()
+
+
+def test_the_lock_of_a_living_run_holds_on_s3(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory.at("s3://bucket/locked")
+    with run.locked(), pytest.raises(RunError, match="is being worked on"), run.locked():
+        pass
+    for other in ({"host": "elsewhere", "pid": 0}, {"space": "elsewhere", "pid": 0}, {"pid": os.getpid()}):
+        run.write_json(keys.LOCK, rundir._holder() | other)
+        with pytest.raises(RunError, match="is being worked on"), run.locked():
+            pass
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    run.write_json(keys.LOCK, rundir._holder() | {"pid": gone.pid})
+    with run.locked():
+        pass
+
+
+def test_a_server_that_fails_is_named_and_the_next_run_repairs_it(
+    server: SimpleNamespace, cohort: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = "s3://bucket/failing"
+
+    def answer(method: str, path: str) -> str | None:
+        return "500 Internal Server Error" if method == "PUT" and "/failing/embedding.zarr" in path else None
+
+    monkeypatch.setattr(server, "answer", answer)
+    with pytest.raises((OSError, nd.NDreamerError), match=r"(?i)internal|500|embedding"):
+        nd.run(cohort, out=out, preset="small", settings=JOB, **NAMES)
+    monkeypatch.undo()
+    nd.run(cohort, out=out, preset="small", settings=JOB, **NAMES)
+    assert_same_bits(local, fetched(out, tmp_path / "run"))

@@ -1,0 +1,243 @@
+"""A job can be watched while it runs: its log, `info` from elsewhere, and what Prometheus scrapes."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ndreamer_dist import cli, keys, metering
+from ndreamer_dist.demo import describe
+from ndreamer_dist.metering import metered
+from ndreamer_dist.rundir import RunDirectory, Shard
+from ndreamer_dist.runtime import LazyRuntime
+from ndreamer_dist.settings import RunSettings, Settings
+from ndreamer_dist.watching import Lines, choose_format
+from tests.servers import S3_ENVIRONMENT, s3
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """The log of the command line, as `cli.speak` sets it up in a fresh process."""
+    stream, handler, root = io.StringIO(), logging.StreamHandler(), logging.getLogger()
+    handler.setStream(stream)
+    handler.setFormatter(Lines())
+    root.addHandler(handler)
+    monkeypatch.setattr(logging.getLogger("ndreamer_dist"), "level", logging.INFO)
+    yield stream
+    root.removeHandler(handler)
+
+
+def test_a_log_is_json_on_request(log: io.StringIO) -> None:
+    logger = logging.getLogger("ndreamer_dist.test")
+    logger.info('a "name"\nof two lines')
+    choose_format("json")
+    logger.warning('a "name"\nof two lines')
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logger.exception("it is")
+    text, *lines = log.getvalue().splitlines()
+    assert text == 'a "name" of two lines'
+    first, second = (json.loads(line) for line in lines)
+    assert (first["message"], first["level"], first["logger"]) == ('a "name"\nof two lines', "WARNING", logger.name)
+    assert abs(time.time() - time.mktime(time.strptime(first["time"], "%Y-%m-%dT%H:%M:%SZ"))) < 86_400
+    assert "ValueError: broken" in second["trace"]
+
+
+def test_a_refusal_is_a_line_of_json_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    words = [
+        "run",
+        "{}/no.h5ad",
+        "--out",
+        "{}/run",
+        "--condition-key",
+        "c",
+        "--control",
+        "d",
+        "--set",
+        "run.log_format=json",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([word.format(tmp_path) for word in words])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["message"] == f"{tmp_path}/no.h5ad does not exist"
+    assert json.loads(line)["level"] == "ERROR"
+
+
+def slow(item: int) -> int:
+    time.sleep(0.2)
+    return item
+
+
+def begun(run: RunDirectory) -> None:
+    run.write_json(keys.RUN_JSON, {"settings": Settings().model_dump(mode="json")})
+    for shard in ("00000", "00001"):
+        run.mark("cohort", "key", Shard(shard, ()))
+
+
+@pytest.fixture(params=["local", "s3"])
+def directory(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RunDirectory]:
+    """A run directory, local or on S3."""
+    if request.param == "local":
+        yield RunDirectory.at(tmp_path)
+        return
+    import s3fs
+
+    with s3() as server:
+        for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": server.url}).items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield RunDirectory.at("s3://bucket/run")
+
+
+def test_info_says_how_far_a_run_under_way_is(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, log: io.StringIO
+) -> None:
+    monkeypatch.setattr(metering, "LOCAL_SECONDS", 0.1)
+    monkeypatch.setattr(metering, "REMOTE_SECONDS", 0.1)
+    monkeypatch.setattr(metering, "INTERVAL_SECONDS", 0.05)
+    monkeypatch.setattr(metering, "LOG_SECONDS", 0.3)
+    begun(directory)
+    runtime = LazyRuntime(RunSettings(serial=True, progress=False))
+    with metered(directory, "pack", cells=1000):
+        directory.pending("pack", "key", [Shard(str(i), ("x",)) for i in range(10)])
+        done = runtime.map(slow, range(10), title="pack")
+        for _ in range(6):
+            next(done)
+        time.sleep(0.3)
+        told = describe(directory.url)
+    assert told.startswith(f"{directory.url}: under way")
+    assert re.search(r"cohort +2\n", told)
+    assert re.search(r"pack, on \S+, [01] s ago, after [1-4] s", told)
+    assert "5 of 10 pack (50%)" in told
+    (speed,) = re.findall(r"([\d,]+) cells/s", told)
+    assert 100 < float(speed.replace(",", "")) < 500
+    assert re.search(r"memory 0\.\d GB, at most 0\.\d GB", told) or re.search(r"memory [1-9]\.\d GB", told)
+    assert re.search(r"pack: \d of 10 tasks, [\d,]+ cells/s, \d+\.\d GB", log.getvalue())
+
+
+def test_info_tells_a_stopped_run_and_its_last_loss(tmp_path: Path) -> None:
+    run = RunDirectory.at(tmp_path)
+    begun(run)
+    with metered(run, "train", cells=1000):
+        from ndreamer_dist.watching import stage_now
+
+        stage = stage_now()
+        assert stage is not None
+        stage.trained(120, 400, {"total": 12.345, "cells_per_second": 4321.0, "seconds": 0.5})
+    told = json.loads((tmp_path / keys.PROGRESS).read_text())
+    run.write_json(keys.PROGRESS, told | {"seen": told["seen"] - 3600})
+    text = describe(str(tmp_path))
+    assert "not finished; the same `run` command goes on" in text
+    assert "train, on" in text
+    assert "120 of 400 steps (30%), 4,321 cells/s" in text
+    assert "loss 12.35" in text
+    assert "3,600 s ago" in text or "3,601 s ago" in text
+
+
+def test_a_stage_that_finds_nothing_to_do_writes_nothing(tmp_path: Path) -> None:
+    with metered(RunDirectory.at(tmp_path), "pack", cells=1000):
+        time.sleep(0.6)
+    assert not (tmp_path / keys.PROGRESS).exists()
+
+
+def test_a_resumed_stage_counts_only_the_cells_that_it_does(tmp_path: Path) -> None:
+    run, runtime = RunDirectory.at(tmp_path), LazyRuntime(RunSettings(serial=True, progress=False))
+    shards = [Shard(str(i), ()) for i in range(10)]
+    for shard in shards[:8]:
+        run.mark("pack", "key", shard)
+    with metered(run, "pack", cells=1000):
+        todo = run.pending("pack", "key", shards)
+        list(runtime.map(slow, todo, title="pack"))
+        from ndreamer_dist.watching import stage_now
+
+        stage = stage_now()
+        assert stage is not None
+        assert stage.new_cells == 200
+
+
+def scraped() -> str:
+    """Return what Prometheus gets from the nodes of the Ray that this process is connected to."""
+    import ray
+
+    ports = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes() if node["Alive"]]
+    texts = []
+    for host, port in ports:
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+            texts.append(answer.read().decode())
+    return "\n".join(texts)
+
+
+def samples(text: str, name: str) -> dict[str, float]:
+    """Return label text and value of every sample of a metric."""
+    found = re.findall(rf"^(?:ray_)?{name}(?:_total)?{{([^}}]*)}} (\S+)$", text, re.MULTILINE)
+    return {labels: float(value) for labels, value in found}
+
+
+def marked(item: int, run: RunDirectory) -> int:
+    run.storage.write_atomic(f"store/{item}", b"x" * 1000)
+    run.mark("pack", "key", Shard(str(item), (f"store/{item}",)))
+    return item
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_prometheus_finds_cells_bytes_steps_and_losses(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metering, "LOCAL_SECONDS", 0.1)
+    run, runtime = RunDirectory.at(tmp_path / "my_run"), LazyRuntime(RunSettings(progress=False))
+    with metered(run, "pack", cells=1000):
+        assert len(list(runtime.map(marked, range(20), run, title="pack"))) == 20
+    with metered(run, "train", cells=1000):
+        from ndreamer_dist.watching import stage_now
+
+        stage = stage_now()
+        assert stage is not None
+        stage.trained(30, 40, {"total": 9.5, "kl": 0.25, "seconds": 0.5, "cells_per_second": 2048.0, "waiting": 0.1})
+    deadline = time.monotonic() + 60
+    while True:
+        text = scraped()
+        found = {name: samples(text, f"ndreamer_{name}") for name in WANTED}
+        if all(found.values()) and sum(found["bytes_written"].values()) == 20_000:
+            break
+        assert time.monotonic() < deadline, found
+        time.sleep(0.5)
+    assert sum(found["cells_done"].values()) == 1000
+    assert all('run="my_run"' in labels for values in found.values() for labels in values)
+    assert next(v for labels, v in found["stage_progress"].items() if 'stage="train"' in labels) == 0.75
+    assert list(found["step_seconds"].values()) == [0.5]
+    losses = {re.search('term="(\\w+)"', labels)[1]: value for labels, value in found["loss"].items()}
+    assert losses == {"total": 9.5, "kl": 0.25}
+    assert min(found["memory_bytes"].values()) > 1e8
+
+
+WANTED = ("cells_done", "bytes_written", "stage_progress", "cells_per_second", "memory_bytes", "step_seconds", "loss")
+
+
+@pytest.mark.ray
+def test_tasks_have_the_names_of_what_they_do(local_ray: None) -> None:
+    runtime = LazyRuntime(RunSettings(progress=False))
+    assert list(runtime.map(task_name, [0], title="effects: genes 0 to 10")) == ["effects: genes 0 to 10"]
+    from ndreamer_dist.runtime import fetch
+
+    assert fetch(runtime.submit(task_name, 0)[0]) == "task_name"
+
+
+def task_name(_: int) -> str:
+    import ray
+
+    return ray.get_runtime_context().get_task_name()
