@@ -5,7 +5,6 @@ Answers go to standard output, progress and log lines to standard error. Every r
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
-from ndreamer_dist.errors import NDreamerError, SettingsError
-from ndreamer_dist.settings import parse_assignments
+from ndreamer_dist.errors import NDreamerError, SettingsError, printable
+from ndreamer_dist.settings import parse_assignments, read_yaml
+from ndreamer_dist.watching import Lines
 
 app = typer.Typer(
     name="ndreamer-dist",
@@ -31,7 +30,11 @@ Preset = Literal["paper", "small"]
 Normalise = Literal["auto", "counts", "none"]
 Layout = Literal["crossed", "nested"]
 Asking = Literal["all", "treated"]
+Format = Literal["ndreamer"]
 Layer = Literal["ite", "denoised", "batch_effect", "expression", "effect", "counterfactual"]
+
+LONGEST_LINE = 4000
+"""Characters of a refusal that are shown."""
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.NAME=VALUE", help="Any setting; repeatable.")]
 
@@ -151,6 +154,19 @@ def simulate(
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name in the registry, or the URL of a file.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; the URL's own name.")] = None,
+    registry: Annotated[Path | None, typer.Option(help="YAML: url and sha256 for each name.", dir_okay=False)] = None,
+    sha256: Annotated[str | None, typer.Option(help="Checksum of the file that a URL names.")] = None,
+) -> None:
+    """Download a public cohort, go on where that stopped, and keep it only if its checksum is right."""
+    from ndreamer_dist.datasets import fetch as download
+
+    print(f"{download(name, out=out, registry=registry, sha256=sha256)} is there, and its sha256 is the expected one")
+
+
+@app.command()
 def info(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
 ) -> None:
@@ -173,9 +189,9 @@ def get(
     cohort: Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")] = None,
 ) -> None:
     """Write a part of the results to a file; only the chunks that hold it are read."""
-    from ndreamer_dist.results.export import fetch
+    from ndreamer_dist.results.export import write_part
 
-    (n_cells, n_genes), reads = fetch(
+    (n_cells, n_genes), reads = write_part(
         run_directory, out, layer, cells=cells, genes=_names(genes), embedding=embedding, cohort=cohort, condition=condition,
         baseline=baseline,
     )  # fmt: skip
@@ -211,6 +227,29 @@ def cate(
     )
 
 
+@app.command()
+def null(
+    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    out: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")],
+    by: Annotated[str | None, typer.Option(help="Column of obs that names populations; all cells are one.")] = None,
+    condition: Annotated[str | None, typer.Option(help="Which to compare with the control; every one.")] = None,
+    donor_key: Annotated[str | None, typer.Option(help="Column of obs that names the donor; the batch.")] = None,
+    labellings: Annotated[int, typer.Option(min=1, help="Permuted labellings of the donors.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of the labellings.")] = 0,
+) -> None:
+    """Write what the tests say under permuted labels of donors, where nothing is to be found."""
+    from ndreamer_dist.results.export import TABLES, checked, save_table
+    from ndreamer_dist.results.reader import open_results
+    from ndreamer_dist.stats.null import rates
+
+    checked(out, TABLES)
+    table = open_results(run_directory).null(
+        by, condition=condition, donor_key=donor_key, labellings=labellings, seed=seed
+    )
+    save_table(table, out)
+    print(f"wrote {out}; share of p-values at or below:\n{rates(table).round(4).to_string()}")
+
+
 @app.command("all-genes")
 def all_genes(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
@@ -228,6 +267,35 @@ def all_genes(
     print(f"wrote {out}: {len(made.obs)} cells x {len(made.var_names)} genes; layers: {', '.join(made.layers)}")
 
 
+@app.command()
+def report(
+    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    out: Annotated[str | None, typer.Option(help="HTML file to write; DIR/report/report.html.")] = None,
+    by: Annotated[str | None, typer.Option(help="Column of obs that names populations; the likeliest.")] = None,
+    condition: Annotated[str | None, typer.Option(help="Which to compare with the control; every one.")] = None,
+    donor_key: Annotated[str | None, typer.Option(help="Column of obs that names the donor; the batch.")] = None,
+) -> None:
+    """Write one HTML page of what a run found, with figures and tables, and how far to trust it."""
+    from ndreamer_dist.report.html import report as write_report
+
+    print(f"wrote {write_report(run_directory, out, by=by, condition=condition, donor_key=donor_key)}")
+
+
+@app.command()
+def export(
+    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    layout: Annotated[
+        Format, typer.Option("--format", help="ndreamer: what the published package writes.")
+    ] = "ndreamer",
+) -> None:
+    """Write all results in another tool's layout, group by group."""
+    from ndreamer_dist.results.published import export as write_layout
+
+    written = write_layout(run_directory, out=out, format=layout)
+    print(f"wrote {len(written)} files to {out}")
+
+
 def _names(text: str | None) -> list[str] | None:
     """Return the names that are separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()] if text else None
@@ -242,12 +310,13 @@ def _read_config(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        msg = f"--config {path}: cannot be read ({str(error).splitlines()[0]})"
+        text = path.read_text()
+    except (OSError, ValueError) as error:
+        msg = f"--config {path}: cannot be read ({error})"
         raise SettingsError(msg) from None
+    values = read_yaml(text, f"--config {path}:")
     if not isinstance(values, dict):
-        msg = f"--config {path}: expected settings by stage, found {json.dumps(values)[:60]}"
+        msg = f"--config {path}: expected settings by stage, found {type(values).__name__}"
         raise SettingsError(msg)
     return values
 
@@ -261,12 +330,19 @@ def speak(work: Callable[[], object]) -> None:
     """Do some work as a program: its refusals are one line and exit code 2, its progress goes to standard error."""
     # Threads that wait must sleep, not spin, or the job starves itself on a busy machine; torch reads this when loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    lines, handler = Lines(), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(lines)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("ndreamer_dist").setLevel(logging.INFO)
     try:
         work()
-    except NDreamerError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (NDreamerError, OSError) as error:
+        # OSError: a full disk, a lost permission, a server that is away. Ray wraps a task's.
+        text = printable(str(getattr(error, "cause", error)))[:LONGEST_LINE]
+        if lines.as_json:
+            logging.getLogger("ndreamer_dist").error(text)  # noqa: TRY400 - a refusal has no trace
+        else:
+            print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

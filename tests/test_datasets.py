@@ -8,8 +8,17 @@ import anndata
 import numpy as np
 import pytest
 
-from ndreamer_dist import datasets
-from ndreamer_dist.datasets import BALLAST, load_truth, simulate, truth_path
+from ndreamer_dist.datasets import BALLAST, load_truth, simulate, truth_path, writing
+from ndreamer_dist.datasets.drawing import DIRECT_MEAN, _draw_counts, _positive_counts, generator
+from ndreamer_dist.datasets.law import (
+    DISPERSIONS,
+    LIBRARY_MEDIAN,
+    LIBRARY_SIGMA,
+    expectation_tables,
+    expected_log1p,
+)
+from ndreamer_dist.datasets.model import Model
+from ndreamer_dist.datasets.parameters import Cells, draw_parameters
 from ndreamer_dist.errors import CohortError, QueryError
 
 
@@ -25,9 +34,9 @@ def log_normalised(counts) -> np.ndarray:
     return np.log1p(1e4 * dense / dense.sum(1, keepdims=True))
 
 
-def model_of(**kwargs) -> datasets.Model:
+def model_of(**kwargs) -> Model:
     sizes = {"genes": 400, "donors": 4, "conditions": 2, "cell_types": 6, "nested": False} | kwargs
-    return datasets.Model(datasets.draw_parameters(datasets._generator(0, 0), **sizes))
+    return Model(draw_parameters(generator(0, 0), **sizes))
 
 
 def test_store_is_a_plain_anndata_with_names(cohort):
@@ -91,11 +100,11 @@ def test_counts_are_negative_binomial(mean, size):
     n = 200_000
     rng = np.random.default_rng(1)
     zero = np.exp(-size * np.log1p(mean / size))
-    direct = np.full(n, mean > datasets.DIRECT_MEAN)
+    direct = np.full(n, mean > DIRECT_MEAN)
     hit = (rng.random(n) >= zero) | direct
     counts = np.zeros(n, int)
     full = np.full(hit.sum(), mean, np.float32)
-    counts[hit] = datasets._positive_counts(rng, full, np.full(hit.sum(), size, np.float32), direct[hit])
+    counts[hit] = _positive_counts(rng, full, np.full(hit.sum(), size, np.float32), direct[hit])
     law = stats.nbinom(size, size / (size + mean))
     edges = np.unique(law.ppf([0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999]))
     bins = np.concatenate([[-1], edges[edges >= 0], [np.inf]])
@@ -106,17 +115,15 @@ def test_counts_are_negative_binomial(mean, size):
 
 def test_variance_of_stored_counts_follows_the_dispersion():
     model = model_of(genes=200)
-    kinds = datasets.Cells(
-        *(np.zeros(64, np.intp) for _ in range(3)), np.zeros(64, np.float32), np.full(64, 2500.0, np.float32)
-    )
+    kinds = Cells(*(np.zeros(64, np.intp) for _ in range(3)), np.zeros(64, np.float32), np.full(64, 2500.0, np.float32))
     shares = model.observed_shares(kinds, np.arange(200))
     rng = np.random.default_rng(3)
     dense = np.zeros((64 * 60, 200))
     for i in range(60):
-        data, column, nnz = datasets._draw_counts(model, rng, kinds, shares.copy())
+        data, column, nnz = _draw_counts(model, rng, kinds, shares.copy())
         dense[64 * i + np.repeat(np.arange(64), nnz), column] = data
     mean = 2500 * shares[0].astype(float)
-    size = datasets.DISPERSIONS[model.parameters.dispersion]
+    size = DISPERSIONS[model.parameters.dispersion]
     use = np.arange(199)[mean[:199] > 0.5]
     assert dense[:, use].mean(0) == pytest.approx(mean[use], rel=0.15)
     excess = (dense[:, use].var(0) - mean[use]) / mean[use] ** 2 * size[use]  # 1 for a negative binomial, 0 for Poisson
@@ -132,7 +139,7 @@ def test_batch_effect_is_centred_over_the_donors_of_a_condition(nested):
         assert len(donors) == (3 if nested else 6)
         n = len(donors)
         for kind, state in [(0, -1.5), (4, 0.7)]:
-            cells = datasets.Cells(
+            cells = Cells(
                 np.full(n, kind), np.full(n, condition), donors, np.full(n, state, np.float32), np.ones(n, np.float32)
             )
             effect = model.observed_expression(cells, genes) - model.true_expression(cells, genes)
@@ -143,9 +150,7 @@ def test_batch_effect_is_centred_over_the_donors_of_a_condition(nested):
 def test_batch_effect_depends_on_the_cell_type_and_saturates():
     model = model_of()
     genes = np.arange(399)
-    cells = datasets.Cells(
-        np.array([0, 1]), np.zeros(2, int), np.zeros(2, int), np.zeros(2, np.float32), np.ones(2, np.float32)
-    )
+    cells = Cells(np.array([0, 1]), np.zeros(2, int), np.zeros(2, int), np.zeros(2, np.float32), np.ones(2, np.float32))
     for true in (0.5, 3.0):
         same = np.full((2, 399), true, np.float32)
         effect = model._distortion(same, cells, genes)
@@ -190,7 +195,7 @@ def test_expression_is_what_counts_average_to():
     """Brute force: draw many counts of the same three cells, normalise them as a user would, and average."""
     model = model_of(genes=300)
     kinds = np.array([0, 2, 5])
-    base = datasets.Cells(
+    base = Cells(
         kinds, np.array([1, 0, 1]), np.array([0, 1, 3]), np.array([0.5, -1, 0], np.float32), np.ones(3, np.float32)
     )
     expected = model.observed_expression(base, np.arange(300))
@@ -200,9 +205,9 @@ def test_expression_is_what_counts_average_to():
         total, squares, many = np.zeros(300), np.zeros(300), base[np.full(64, i)]
         shares = model.observed_shares(base[np.array([i])], np.arange(300))
         for _ in range(draws // 64):
-            library = datasets.LIBRARY_MEDIAN * np.exp(datasets.LIBRARY_SIGMA * rng.standard_normal(64))
-            cells = datasets.Cells(many.cell_type, many.condition, many.donor, many.state, library.astype(np.float32))
-            data, column, nnz = datasets._draw_counts(model, rng, cells, np.tile(shares, (64, 1)))
+            library = LIBRARY_MEDIAN * np.exp(LIBRARY_SIGMA * rng.standard_normal(64))
+            cells = Cells(many.cell_type, many.condition, many.donor, many.state, library.astype(np.float32))
+            data, column, nnz = _draw_counts(model, rng, cells, np.tile(shares, (64, 1)))
             dense = np.zeros((64, 300))
             dense[np.repeat(np.arange(64), nnz), column] = data
             value = np.log1p(1e4 * dense / dense.sum(1, keepdims=True))
@@ -222,12 +227,12 @@ def test_expectation_equals_the_sum_over_counts():
     for share, size in [(1e-6, 1.0), (3e-4, 2.0), (0.02, 4.0), (0.2, 200.0)]:
         value = 0.0
         for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-            library = datasets.LIBRARY_MEDIAN * np.exp(datasets.LIBRARY_SIGMA * node)
+            library = LIBRARY_MEDIAN * np.exp(LIBRARY_SIGMA * node)
             law = stats.nbinom(size, size / (size + share * library)).pmf(y)
             value += weight * (law @ np.log1p(1e4 * y / library))
-        assert datasets.expected_log1p(np.array([share]), size)[0] == pytest.approx(value, rel=1e-4)
-        tables = datasets.expectation_tables()
-        kind = np.flatnonzero(size == datasets.DISPERSIONS)
+        assert expected_log1p(np.array([share]), size)[0] == pytest.approx(value, rel=1e-4)
+        tables = expectation_tables()
+        kind = np.flatnonzero(size == DISPERSIONS)
         looked_up = tables.value(np.log([[share]]).astype(np.float32), kind)
         assert looked_up[0, 0] == pytest.approx(value, rel=2e-4)
         assert tables.inverse(looked_up, kind)[0, 0] == pytest.approx(np.log(share), abs=1e-3)
@@ -245,8 +250,8 @@ def test_difference_of_means_within_a_type_finds_the_effects(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_cells(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "CELLS_CHUNK", 512)
-    monkeypatch.setattr(datasets, "ENTRIES_CHUNK", 4096)
+    monkeypatch.setattr(writing, "CELLS_CHUNK", 512)
+    monkeypatch.setattr(writing, "ENTRIES_CHUNK", 4096)
 
     def peak(cells: int) -> int:
         tracemalloc.start()

@@ -37,7 +37,7 @@ BLOCK_VALUES = 2**24
 """Values of a table that are written at a time."""
 
 
-def fetch(
+def write_part(
     address: str | os.PathLike[str],
     path: str | os.PathLike[str],
     what: str,
@@ -68,7 +68,7 @@ def fetch(
     if (condition is not None) != (what in CONDITIONAL):
         msg = f"{what} {'needs a' if what in CONDITIONAL else 'takes no'} condition (--condition NAME)"
         raise QueryError(msg)
-    with counting() as reads, _room_beside(target) as room:
+    with counting() as reads, room_beside(target) as room:
         results = open_results(address)
         if what == "expression":
             part = results.expression(cells, genes, cohort=cohort)
@@ -85,7 +85,7 @@ def fetch(
 
 
 @contextmanager
-def _room_beside(target: Path) -> Iterator[Callable[[tuple[int, int]], np.ndarray]]:
+def room_beside(target: Path) -> Iterator[Callable[[tuple[int, int]], np.ndarray]]:
     """Give what makes an array of float32: in memory, or where it is large, in a file that is gone at the end."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
 
@@ -109,14 +109,14 @@ def save(adata: anndata.AnnData, path: str | os.PathLike[str]) -> None:
         The suffix is another one, the folder does not exist, or the name is taken by a folder.
     """
     target = checked(path)
-    with _replaced(target) as part:
+    with replaced(target) as part:
         WRITERS[target.suffix.lower()](adata, part)
 
 
 def save_table(told: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     """Write a table, a row per line, to `.csv` or `.parquet`; errors as of `save`."""
     target = checked(path, TABLES)
-    with _replaced(target) as part:
+    with replaced(target) as part:
         if target.suffix.lower() == ".csv":
             told.to_csv(part, index=False)
         else:
@@ -124,7 +124,7 @@ def save_table(told: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _replaced(target: Path) -> Iterator[Path]:
+def replaced(target: Path) -> Iterator[Path]:
     """Give a path to write to; what is there at the end takes the target's name."""
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="."))
     try:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import anndata
 import numpy as np
@@ -40,6 +40,9 @@ from ndreamer_dist.results.virtual import (
 )
 from ndreamer_dist.storage import ConsolidatedStorage, Storage, open_array, open_storage, read_array
 
+if TYPE_CHECKING:
+    from ndreamer_dist.stats.diagnostics import Diagnostics
+
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
@@ -51,6 +54,8 @@ Room = Callable[[tuple[int, int]], np.ndarray]
 
 MIN_CELLS = 10
 """Own cells that a donor needs in a population to enter its test."""
+DIAGNOSED_CELLS = 4000
+"""Cells that the mixing of batches is measured on, about."""
 SUGGEST_AMONG = 50_000
 """Beyond this many names, none is suggested for a misspelt one: looking for it would take minutes."""
 
@@ -369,7 +374,7 @@ class Results:
 
     def cate(
         self,
-        by: str,
+        by: str | None = None,
         *,
         condition: str | None = None,
         genes: Sequence[str] | None = None,
@@ -389,7 +394,7 @@ class Results:
         Parameters
         ----------
         by
-            Column of `obs` that names populations, a cell type say.
+            Column of `obs` that names populations, a cell type say; none: all cells are one.
         condition
             The one to compare with the control; none: every one.
         genes, cohort
@@ -449,6 +454,94 @@ class Results:
 
         given = self._given(genes, cohort)
         return donor_means(given, by=by, condition=condition, donor_key=donor_key, min_cells=min_cells)
+
+    def null(
+        self,
+        by: str | None = None,
+        *,
+        condition: str | None = None,
+        genes: Sequence[str] | None = None,
+        cohort: Cohort | None = None,
+        donor_key: str | None = None,
+        min_cells: int = MIN_CELLS,
+        labellings: int = 10,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Return what the tests say under permuted labels of donors, where nothing is to be found.
+
+        Each labelling is taken for the truth and every test is run on it. The permutation test holds its level here by
+        construction; the table shows how far the others are off on these cells. The labels that the embedding was
+        trained with stay as they are. Arguments not listed are those of `cate`.
+
+        Parameters
+        ----------
+        labellings
+            How many; fewer where the donors have fewer. Pairs of one donor's cells are permuted inside.
+        seed
+            Of the labellings.
+
+        Returns
+        -------
+        A row per population, condition, labelling, test and level, for which there are donors enough: `population`,
+        `condition`, `treated_donors`, `control_donors`, `labelling`, `test`, `level`, `below` (p-values at or below
+        it), `tests` (p-values), `share` (one by the other; `level` is what it should be). Tests: `main`, what `cate`
+        calls p, `permutation`, `welch` (paired: the paired t), `pseudobulk` (`main` on plain means), and `sign`, on
+        at most about 2000 cells of a population. `stats.null.rates` pools them.
+
+        Raises
+        ------
+        QueryError
+            A name is unknown, or no population has three donors a condition (four pairs).
+        """
+        from ndreamer_dist.stats.null import null_table
+
+        return null_table(
+            self._given(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
+            count=labellings, seed=seed,
+        )  # fmt: skip
+
+    def diagnostics(
+        self, by: str | None = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
+    ) -> Diagnostics:
+        """Return how far the results can be trusted: small tables, none of which is a test.
+
+        Parameters
+        ----------
+        by
+            Column of `obs` that names populations, a cell type say; none: all cells are one.
+        donor_key
+            Column of `obs` that names the donor; none: the batch.
+        cells
+            About how many cells `mixing` looks at, as large a share of each group.
+
+        Returns
+        -------
+        `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`) and `donors`, which says it in words; and:
+
+        - `groups`, a row per batch and condition. Overlap: `overlap`, the share of cells with a near control match
+          (`obs["ndreamer_overlap"]`), the median `match_distance` to the control and `own_distance` to the nearest other
+          cell of the group. Reuse, as any cell's match: `times_matched_mean`, `times_matched_max`, `never_matched` (share
+          of cells), `effective_cells` ((sum w)^2 / sum w^2). Distortion, on `distortion_cells` cells: `correlation` (mean
+          over cells) and mean `squared_difference` of denoised and measured expression.
+        - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.
+        - `mixing`, a row per condition: the share of a cell's 15 nearest neighbours, within condition and population,
+          that are of other batches, in principal components of the `input` and in the `embedding`, beside what is
+          `expected` of batches mixed at random; `cells` and `batches` looked at.
+
+        NaN stands where there is nothing to compare with: no other control group, one batch.
+
+        Raises
+        ------
+        QueryError
+            A name is unknown.
+        StoreError
+            `denoised` is not stored, and the matches that it is computed from are not there.
+        """
+        from ndreamer_dist.stats.diagnostics import diagnose
+
+        stored = keys.LAYER_DENOISED in self.layers
+        given = self._given(None, None)
+        return diagnose(given, by=by, donor_key=donor_key, cells=cells, stored_denoised=stored)
 
     # --- what is behind them -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,77 @@
+"""The model of a simulated cohort: from cells' latent variables to expectations, with and without batch effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndreamer_dist.datasets.law import Floats, expectation_tables
+from ndreamer_dist.datasets.parameters import Cells, Codes, Parameters
+
+BLOCK_ROWS: Final = 64  # cells that share a generator: results depend on no other cut
+
+
+class Model:
+    """The expectations of a cohort as functions of cells' latent variables; pure, shared by simulation and truth."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+        self.tables = expectation_tables()
+        self.genes = parameters.log_share.shape[1]
+        self.ballast = self.genes - 1
+        present = (parameters.group_weight > 0).T.astype(np.float32)  # (conditions, donors)
+        # The mean of the donors that hold a condition, per condition: what centres the batch effect.
+        self.centre = np.einsum("cb,kbg->kcg", present / present.sum(1, keepdims=True), parameters.donor_shape)
+
+    def true_expression(self, cells: Cells, genes: Codes) -> Floats:
+        """Return f (cells, genes), without batch effect."""
+        log_share = self._log_share(cells, genes)
+        if self.ballast in genes:
+            others = np.arange(self.ballast)
+            control = cells.under(0)  # a condition's gains and losses cancel: the ballast is that of the control
+            taken = _by_blocks(lambda part: np.exp(self._log_share(part, others)).sum(1, dtype=np.float64), control)
+            log_share[:, genes == self.ballast] = np.log(rest(taken))[:, None]
+        return self.tables.value(log_share, self.parameters.dispersion[genes])
+
+    def observed_expression(self, cells: Cells, genes: Codes) -> Floats:
+        """Return f + g (cells, genes)."""
+        true = self.true_expression(cells, genes[genes != self.ballast])
+        value = np.empty((len(cells), len(genes)), np.float32)
+        value[:, genes != self.ballast] = true + self._distortion(true, cells, genes[genes != self.ballast])
+        if self.ballast in genes:
+            others = np.arange(self.ballast)
+            taken = _by_blocks(lambda part: self.observed_shares(part, others).sum(1, dtype=np.float64), cells)
+            share = np.log(rest(taken)).astype(np.float32)[:, None]
+            value[:, genes == self.ballast] = self.tables.value(share, self.parameters.dispersion[[self.ballast]])
+        return value
+
+    def observed_shares(self, cells: Cells, genes: Codes) -> Floats:
+        """Return the shares (cells, genes) that counts are drawn with; genes other than the ballast."""
+        classes = self.parameters.dispersion[genes]
+        true = self.tables.value(self._log_share(cells, genes), classes)
+        return np.exp(self.tables.inverse(true + self._distortion(true, cells, genes), classes))
+
+    def _log_share(self, cells: Cells, genes: Codes) -> Floats:
+        p, kind = self.parameters, cells.cell_type[:, None]
+        log_share = p.log_share[kind, genes] + p.fold[cells.condition[:, None], kind, genes]
+        log_share += cells.state[:, None] * p.state_load[kind, genes]
+        return log_share
+
+    def _distortion(self, true: Floats, cells: Cells, genes: Codes) -> Floats:
+        kind, condition, donor = (a[:, None] for a in (cells.cell_type, cells.condition, cells.donor))
+        amount = self.parameters.donor_shape[:, donor, genes] - self.centre[:, condition, genes]
+        amount *= self.parameters.type_shape[:, kind, genes]
+        return np.tanh(true) * amount[0] + true * np.exp(-true) * amount[1]  # |g| < f, since |amount| sums below 1
+
+
+def rest(taken: NDArray[Any]) -> NDArray[Any]:
+    """Return the ballast's share; the floor is reached in cohorts of a few dozen genes only."""
+    return np.maximum(1 - taken, 0.02)
+
+
+def _by_blocks(function: Callable[[Cells], NDArray[Any]], cells: Cells) -> NDArray[Any]:
+    parts = [function(cells[i : i + BLOCK_ROWS]) for i in range(0, len(cells), BLOCK_ROWS)]
+    return np.concatenate(parts) if parts else np.empty(0)

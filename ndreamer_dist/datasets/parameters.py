@@ -1,0 +1,172 @@
+"""What is drawn once per simulated cohort, the latent variables of its cells, and the names of both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndreamer_dist.datasets.law import DISPERSIONS, SCALE, Floats
+from ndreamer_dist.errors import CohortError
+
+Codes = NDArray[np.intp]
+
+CELL_TYPE: Final = "cell_type"
+CONDITION: Final = "condition"
+DONOR: Final = "donor"
+BALLAST: Final = "BALLAST"
+
+BALLAST_SHARE: Final = 0.2
+FOLD_MIN, FOLD_MAX = 0.7, 3.0  # log-fold changes of effect genes
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """All that is drawn once per cohort. Each field is an array of the truth store."""
+
+    log_share: Floats  # (types, genes) of a control cell in state 0; the ballast's is not used
+    state_load: Floats  # (types, genes) change per unit of state; 0 for most genes
+    fold: Floats  # (conditions, types, genes) log-fold change; 0 for all but effect genes
+    donor_shape: Floats  # (2, donors, genes) u1 and u2, centred later
+    type_shape: Floats  # (2, types, genes) w1 and w2
+    dispersion: NDArray[np.int8]  # (genes,) rows of DISPERSIONS
+    group_weight: Floats  # (donors, conditions) shares of the cells; 0 where a donor lacks a condition
+    type_weight: Floats  # (donors, types) shares of the donor's cells
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The latent variables of some cells, each (cells,)."""
+
+    cell_type: Codes
+    condition: Codes
+    donor: Codes
+    state: Floats
+    library: Floats
+
+    def under(self, condition: int) -> Cells:
+        """Return the same cells as they would be under another condition."""
+        return Cells(self.cell_type, np.full_like(self.condition, condition), self.donor, self.state, self.library)
+
+    def __getitem__(self, rows: Any) -> Cells:
+        return Cells(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.cell_type)
+
+
+def draw_parameters(
+    rng: np.random.Generator, *, genes: int, donors: int, conditions: int, cell_types: int, nested: bool
+) -> Parameters:
+    """Draw a cohort's parameters; the last third of the cell types does not respond to any condition."""
+    responding = responding_types(cell_types)
+    raised, lowered = _effect_sets(rng, genes, responding)
+    effect = np.unique(np.concatenate([raised, lowered], axis=None))
+    log_share = _log_shares(rng, genes, cell_types, np.unique(raised), np.unique(lowered))
+    quiet = np.setdiff1d(np.flatnonzero(log_share[:, :-1].max(0) < math.log(3e-3)), effect)
+    state_load = np.zeros((cell_types, genes))
+    moved = rng.choice(quiet, min(genes // 10, len(quiet)), replace=False)
+    state_load[:, moved] = rng.normal(0, 0.5, (cell_types, len(moved)))
+    fold = np.zeros((conditions, cell_types, genes))
+    for condition in range(1, conditions):
+        for kind in range(responding):
+            own = 1 + (kind + condition - 1) % responding  # other conditions hit other sets; set 0 is shared
+            up, down = raised[[0, own]].ravel(), lowered[[0, own]].ravel()
+            fold[condition, kind, up], fold[condition, kind, down] = _folds(rng, log_share[kind], up, down)
+    donor_shape = np.tanh(rng.normal(0, 1.5, (2, donors, genes))) * np.array([0.4, 0.09])[:, None, None]
+    type_shape = rng.uniform([[[0.4]], [[-1.0]]], 1.0, (2, cell_types, genes))
+    dispersion = rng.integers(0, len(DISPERSIONS) - 1, genes, dtype=np.int8)
+    dispersion[-1] = len(DISPERSIONS) - 1
+    present = np.arange(conditions) == np.arange(donors)[:, None] % conditions if nested else True
+    group_weight = rng.gamma(20, size=(donors, conditions)) * present
+    type_weight = rng.dirichlet(30 * rng.dirichlet(np.full(cell_types, 8.0)), donors) + 0.01
+    return Parameters(
+        log_share=log_share.astype(np.float32),
+        state_load=state_load.astype(np.float32),
+        fold=fold.astype(np.float32),
+        donor_shape=donor_shape.astype(np.float32),
+        type_shape=type_shape.astype(np.float32),
+        dispersion=dispersion,
+        group_weight=(group_weight / group_weight.sum()).astype(np.float32),
+        type_weight=(type_weight / type_weight.sum(1, keepdims=True)).astype(np.float32),
+    )
+
+
+def responding_types(cell_types: int) -> int:
+    """Return how many of the cell types respond to conditions: the first two thirds, of one type that one."""
+    return cell_types - (max(1, cell_types // 3) if cell_types > 1 else 0)
+
+
+def _effect_sets(rng: np.random.Generator, genes: int, responding: int) -> tuple[Codes, Codes]:
+    """Choose the genes that go up and those that go down: (sets, genes per set) each; set 0 is shared by the types."""
+    size = max(1, min(10, genes // 80))
+    needed = 2 * size * (responding + 1)
+    if needed > (genes - 1) // 2:
+        msg = f"{genes} genes are too few for {responding} responding cell types; at least {2 * needed + 1} are needed"
+        raise CohortError(msg)
+    chosen = rng.choice(genes - 1, needed, replace=False).reshape(2, responding + 1, size)
+    return chosen[0], chosen[1]
+
+
+def _log_shares(rng: np.random.Generator, genes: int, cell_types: int, raised: Codes, lowered: Codes) -> NDArray[Any]:
+    log_mean = np.tile(rng.normal(0, 2.7, genes), (cell_types, 1)) + rng.normal(0, 0.15, (cell_types, genes))
+    for kind in range(cell_types):
+        markers = rng.choice(genes - 1, max(2, genes // 25), replace=False)
+        log_mean[kind, markers] += rng.uniform(1.0, 2.5, len(markers))
+    effect = np.concatenate([raised, lowered])
+    # Genes that can rise start low and those that can fall start high, so that gains and losses can cancel.
+    start = np.concatenate([np.full(len(raised), 0.8), np.full(len(lowered), 4.0)])
+    target = np.log(start / SCALE) + rng.normal(0, 0.25, len(effect)) + rng.normal(0, 0.3, (cell_types, len(effect)))
+    share = np.exp(log_mean)
+    share[:, effect] = share[:, -1] = 0
+    room = 1 - BALLAST_SHARE - np.exp(target).sum(1, keepdims=True)
+    share = np.minimum(share / share.sum(1, keepdims=True) * room, 0.03 + 3 / genes)  # what is cut goes to the ballast
+    share[:, effect] = np.exp(target)
+    share[:, -1] = BALLAST_SHARE
+    return np.log(share)
+
+
+def _folds(rng: np.random.Generator, log_share: NDArray[Any], up: Codes, down: Codes) -> tuple[Any, Any]:
+    """Draw log-fold changes within the limits such that the shares gained equal the shares lost."""
+    lost = -_fold(rng.normal(size=len(down)))
+    loss = np.exp(log_share[down]) @ -np.expm1(lost)
+    z, share = rng.normal(size=len(up)), np.exp(log_share[up])
+    low, high = -12.0, 12.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if share @ np.expm1(_fold(z + middle)) > loss else (middle, high)
+    return _fold(z + low), lost
+
+
+def _fold(z: NDArray[Any]) -> NDArray[Any]:
+    return FOLD_MIN + (FOLD_MAX - FOLD_MIN) / (1 + np.exp(-z))
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a cohort, by position."""
+
+    genes: list[str]
+    categories: dict[str, list[str]]  # of each column of obs
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> Names:
+        """Return the names that follow from the parameters."""
+        conditions, cell_types, genes = parameters.fold.shape
+        effect = affected(parameters)
+        gene_names = [f"{'EFFECT' if effect[j] else 'GENE'}{j + 1:05d}" for j in range(genes - 1)]
+        later = [f"treated_{c}" for c in range(2, conditions)]
+        categories = {
+            CELL_TYPE: [f"type_{t + 1}" for t in range(cell_types)],
+            CONDITION: ["control", "treated", *later][:conditions],
+            DONOR: [f"donor_{b + 1:02d}" for b in range(len(parameters.group_weight))],
+        }
+        return cls([*gene_names, BALLAST], categories)
+
+
+def affected(parameters: Parameters) -> NDArray[np.bool_]:
+    """Return which genes some condition changes in some cell type, (genes,)."""
+    return (parameters.fold != 0).any(axis=(0, 1))

@@ -1,0 +1,109 @@
+"""Simulating a cohort: parameters, then chunks of cells drawn in parallel and written in order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+from ndreamer_dist.datasets.drawing import draw_chunk, generator
+from ndreamer_dist.datasets.model import BLOCK_ROWS, Model
+from ndreamer_dist.datasets.parameters import Names, draw_parameters
+from ndreamer_dist.datasets.truth import Truth, truth_path
+from ndreamer_dist.datasets.writing import Writer
+from ndreamer_dist.errors import CohortError, suggest
+from ndreamer_dist.storage import open_storage
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+def simulate(
+    path: str | os.PathLike[str],
+    *,
+    cells: int = 20_000,
+    genes: int = 2_000,
+    batches: int = 4,
+    conditions: int = 2,
+    design: Literal["crossed", "nested"] = "crossed",
+    cell_types: int = 6,
+    seed: int = 0,
+    chunk_rows: int = 4096,
+    threads: int = 2,
+    progress: Callable[[int, int], object] | None = None,
+) -> Truth:
+    """Write a simulated cohort as an AnnData zarr v3 store, its truth beside it, and return the truth.
+
+    Parameters
+    ----------
+    path
+        Where the cohort goes: `X` (cells x genes, CSR of counts, float32) and `obs` with `cell_type`, `condition`
+        (`control`, `treated`, `treated_2`, ...) and `donor`. The truth goes to `truth_path(path)`.
+    batches
+        Donors. `crossed`: each has cells of every condition. `nested`: each has one condition.
+    cell_types
+        The last third of them (at least one, where there are two) does not respond to any condition.
+    seed
+        The same seed and sizes give the same cohort, whatever `chunk_rows` and `threads` are.
+    chunk_rows, threads
+        Cells drawn at a time, and chunks drawn at once; they bound the memory.
+    progress
+        Called after each chunk with the cells written and the cells in all.
+
+    Raises
+    ------
+    CohortError
+        The sizes make no cohort, or there is one at `path` already.
+    """
+    _check_sizes(cells, genes, batches, conditions, cell_types, design, chunk_rows, threads)
+    cohort, truth = open_storage(path), open_storage(truth_path(path))
+    if cohort.exists("zarr.json"):
+        msg = f"{cohort.url} exists already; delete it or choose another path"
+        raise CohortError(msg)
+    truth.delete()
+    parameters = draw_parameters(
+        generator(seed, 0), genes=genes, donors=batches, conditions=conditions, cell_types=cell_types,
+        nested=design == "nested",
+    )  # fmt: skip
+    model, writer = Model(parameters), Writer(cohort, truth, Names.of(parameters))
+    step = -(-chunk_rows // BLOCK_ROWS) * BLOCK_ROWS
+    ranges = ((start, min(start + step, cells)) for start in range(0, cells, step))
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in _in_order(pool, lambda part: draw_chunk(model, seed, *part), ranges, ahead=threads + 1):
+            writer.add(chunk)
+            if progress is not None:
+                progress(writer.cells, cells)
+    writer.close(parameters)
+    return Truth(truth, model, cells)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Value], items: Iterable[Item], *, ahead: int
+) -> Iterator[Value]:
+    """Yield the function's values in order, with no more than `ahead` calls begun and not taken."""
+    begun: deque[Any] = deque()
+    for item in items:
+        begun.append(pool.submit(function, item))
+        if len(begun) >= ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def _check_sizes(
+    cells: int, genes: int, batches: int, conditions: int, cell_types: int, design: str, chunk_rows: int, threads: int
+) -> None:
+    least = {"cells": (cells, 1), "genes": (genes, 50), "batches": (batches, 1), "conditions": (conditions, 2),
+             "cell_types": (cell_types, 1), "chunk_rows": (chunk_rows, 1), "threads": (threads, 1)}  # fmt: skip
+    for name, (found, smallest) in least.items():
+        if found < smallest:
+            msg = f"{name} is {found}; a simulated cohort needs at least {smallest}"
+            raise CohortError(msg)
+    if design not in ("crossed", "nested"):
+        msg = f"design is {design!r}; it can be 'crossed' or 'nested'.{suggest(design, ('crossed', 'nested'))}"
+        raise CohortError(msg)
+    if design == "nested" and batches < conditions:
+        msg = f"a nested design of {conditions} conditions needs at least as many batches, found {batches}"
+        raise CohortError(msg)

@@ -1,0 +1,109 @@
+"""The pages of README and docs as what can be run: their code blocks, in order, and the cohort that they speak of.
+
+A block is `python`, `bash` or `yaml` (a file, whose name its first line says) and is run, or `text` and is not. One after
+`<!-- not run: why -->` is not run either: it needs what a test has not.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pytest
+
+from ndreamer_dist import cli
+from ndreamer_dist.datasets import simulate
+from ndreamer_dist.results.export import save
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"(?:<!-- not run: (?P<reason>[^>]*?) -->\n+)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block of a page.
+
+    Attributes
+    ----------
+    line
+        Of the page, where the block's text begins.
+    reason
+        Why it is not run; none: it is.
+    """
+
+    page: Path
+    line: int
+    kind: str
+    text: str
+    reason: str | None
+
+    @property
+    def where(self) -> str:
+        """The page and the line, as a test names them."""
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    def commands(self) -> list[str]:
+        """Return the commands of a shell block, each on one line, without comments."""
+        joined = re.sub(r"\\\n\s*", "", self.text)
+        return [line for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+
+    def run(self, scope: dict[str, Any]) -> None:
+        """Run it in the current folder; names of Python blocks are kept in `scope`."""
+        if self.kind == "python":
+            # Lines are numbered as in the page, so that a trace says where.
+            exec(compile("\n" * (self.line - 1) + self.text, str(self.page), "exec"), scope)
+        elif self.kind == "bash":
+            for command in self.commands():
+                run_command(command)
+        elif self.kind == "yaml":
+            name = re.match(r"# (\S+)", self.text)
+            assert name, f"{self.where}: the first line of a yaml block says the file's name"
+            Path(name.group(1)).write_text(self.text)
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Give the code blocks of a page."""
+    text = page.read_text()
+    for found in FENCE.finditer(text):
+        line = text.count("\n", 0, found.start("text")) + 1
+        yield Block(page, line, found["kind"], found["text"], found["reason"])
+
+
+def run_command(command: str) -> None:
+    """Run one command line: our own in this process, any other by the shell."""
+    words = shlex.split(command, comments=True)
+    if words[0] != "ndreamer-dist":
+        subprocess.run(["bash", "-euc", command], check=True, timeout=60)
+        return
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words[1:])
+    assert not ended.value.code, f"{command}: exit code {ended.value.code}"
+
+
+def cohort(folder: Path) -> None:
+    """Write the cohort that the pages speak of: 4 + 4 donors, nested in the disease; three cell types; genes by name."""
+    simulate(folder / "s.zarr", cells=720, genes=200, batches=8, cell_types=3, design="nested", seed=3)
+    adata = anndata.read_zarr(folder / "s.zarr")
+    obs = adata.obs
+    obs["disease"] = obs["condition"].cat.rename_categories({"control": "normal", "treated": "dementia"})
+    obs["donor_id"] = obs["donor"].cat.rename_categories(lambda name: name.replace("donor_", "D"))
+    obs["age"] = 60 + 3 * obs["donor_id"].cat.codes
+    obs["site"] = np.where(obs["donor_id"].cat.codes % 4 < 2, "north", "south")
+    obs["cell_type"] = obs["cell_type"].cat.rename_categories(["Microglia", "Astrocyte", "Neuron"])
+    adata.obs = obs.drop(columns=["condition", "donor"])
+    counts = adata.X.toarray()
+    ordered = np.argsort(-np.log1p(1e4 * counts / counts.sum(1, keepdims=True)).var(0))
+    names = adata.var_names.to_numpy(dtype=object)
+    names[ordered[:2]], names[ordered[-2:]] = ["APOE", "TREM2"], ["IFI6", "IFIT1"]
+    adata.var_names = list(names)
+    adata.obs_names = ["AAACCTG-1", "AAACGGG-1", *adata.obs_names[2:]]
+    for suffix in ("h5ad", "zarr"):
+        save(adata, folder / f"cohort.{suffix}")
