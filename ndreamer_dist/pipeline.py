@@ -46,6 +46,7 @@ from ndreamer_dist.runtime import (
 )
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.train.trainer import check_layout, run_train
+from ndreamer_dist.watching import choose_format
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,10 @@ def run(
     """
     _check_stage(stage)
     made = _settings(preset, config, settings, condition_key, control, batch_key)
-    source, _, size = _checked(cohort, made)
+    choose_format(made.run.log_format)
     directory = RunDirectory.at(out)
+    directory.refuse_read_only()
+    source, _, size = _checked(cohort, made)
     if not on_a_cluster(made.run):
         _check_machine(directory, made, size)
     told = fingerprint(source, made.cohort.condition_key, made.cohort.batch_key)
@@ -156,6 +159,9 @@ def plan(
         The settings or the cohort will not do.
     """
     made = _settings(preset, config, settings, condition_key, control, batch_key)
+    directory = None if out is None else RunDirectory.at(out)
+    if directory is not None:
+        directory.refuse_read_only()
     source, design, size = _checked(cohort, made)
     serial = made.run.serial
     return plan_of(
@@ -166,9 +172,7 @@ def plan(
         cpus=1 if serial else made.run.cpus or cpu_count(),
         object_store=0 if serial else object_store_bytes(made.run),
         memory_free=_memory(made),
-        disk_free=RunDirectory.at(out).free_disk()
-        if out is not None and RunDirectory.at(out).storage.is_local
-        else None,
+        disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
     )
 
 
@@ -238,7 +242,7 @@ def run_stages(
 
     def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> None:
         if only is None or stage == only:
-            with metered(run, stage):
+            with metered(run, stage, source.n_cells):
                 work(run, settings, *inputs, runtime, stage_key[stage])
         elif keys.STAGES.index(stage) < keys.STAGES.index(only):
             work(run, settings, *inputs, NoWork(run.url, stage, before=only), stage_key[stage])

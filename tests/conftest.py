@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LONGEST = ("test_jobs_on_ray", "test_jobs_submission", "test_real_cohorts", "test_pipeline")
+LONGEST = (
+    "test_jobs_on_ray", "test_jobs_submission", "test_real_cohorts", "test_pipeline", "test_chaos", "test_object_storage",
+    "test_docs", "test_bad_input",
+)  # fmt: skip
 """Modules that take longest; begun first, so that the processes that share the tests end together."""
 # Ray's workers would be polite to everything else on the machine, the other tests among it, and wait for ever.
 os.environ.setdefault("RAY_worker_niceness", "0")
