@@ -25,7 +25,7 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
 from ndreamer_dist.cohort import graph
-from ndreamer_dist.cohort.sketch import majority
+from ndreamer_dist.cohort.sketch import Sketch, nearest_labels, project
 from ndreamer_dist.settings import ClustersSettings
 
 Labels = tuple[np.ndarray, np.ndarray]
@@ -129,20 +129,23 @@ def by_sketch(x: sparse.csr_matrix, seed: int) -> tuple[Labels, dict[str, float]
     settings, half = ClustersSettings(), x.shape[0] // 2
     rows = np.random.default_rng(seed).permutation(x.shape[0])
     clock = Clock()
-    axes = graph.principal_axes(x[rows[:half]], settings.n_pcs, seed)
-    points = np.asarray(x[rows] @ axes, dtype=np.float32)
+    mean, axes = (
+        np.zeros(x.shape[1]),
+        graph.principal_axes(x[rows[:half]], settings.n_pcs, seed),
+    )  # a shift is no matter
+    points = project(x[rows], mean, axes)
     clock.lap("pca")
     near = graph.neighbour_graph(points[:half], settings.n_neighbors)
-    others = graph.faiss.knn(points[half:], points[:half], settings.n_neighbors)[1]
     clock.lap("graph")
-    labels = []
+    own = []
     for name, resolution in (("low", settings.low_resolution), ("high", settings.high_resolution)):
-        own = graph.leiden(near, resolution, settings.iterations, seed)
-        whole = np.empty(x.shape[0], dtype=np.int32)
-        whole[rows] = np.concatenate([own, majority(own[others])])
-        labels.append(whole)
+        own.append(graph.leiden(near, resolution, settings.iterations, seed))
         clock.lap(name)
-    return (labels[0], labels[1]), clock.seconds
+    others = nearest_labels(points[half:], Sketch(mean, axes, points[:half], *own), settings.n_neighbors)
+    labels = np.empty((2, x.shape[0]), dtype=np.int32)
+    labels[:, rows] = np.concatenate([np.stack(own), np.stack(others)], axis=1)
+    clock.lap("others")
+    return (labels[0], labels[1]), {**clock.seconds, "graph": clock.seconds["graph"] + clock.seconds["others"]}
 
 
 class Clock:

@@ -54,6 +54,7 @@ def run_clusters(run: RunDirectory, settings: Settings, packed: Packed, runtime:
             packed.storage.delete(name)
     shared = run, settings, packed, key
     if way == "sketch":
+        _say_sketched(settings.clusters, packed.n_rows, len(groups))
         sketch, apart = [shard for shard in todo if shard.task is None], [s for s in todo if s.task is not None]
         _run(runtime, write_sketch, sketch, *shared, title="clusters: sketch")
         _run(runtime, write_labels, apart, *shared, title="clusters")
@@ -73,13 +74,16 @@ def clustered_by(settings: ClustersSettings, n_cells: int, n_groups: int) -> Lit
         return "group"
     if n_cells <= settings.max_cells:
         return "all"
-    logger.info(
-        "clusters: %d cells are too many for one graph (clusters.max_cells), and groups of %d cells on average too small "
-        "for graphs of their own (clusters.group_mean_cells): %d cells, the same share of every group, are clustered "
-        "together, and the others take the labels of the nearest of these",
-        n_cells, n_cells // n_groups, settings.sketch_cells,
-    )  # fmt: skip
     return "sketch"
+
+
+def _say_sketched(settings: ClustersSettings, n_cells: int, n_groups: int) -> None:
+    logger.info(
+        "clusters: %d cells in groups of %d on average have neither one graph (clusters.max_cells) nor graphs of their own "
+        "(clusters.group_mean_cells): %d cells, the same share of every group, are clustered together, and the others take "
+        "the labels of the nearest of these",
+        n_cells, n_cells // n_groups, min(settings.sketch_cells, n_cells),
+    )  # fmt: skip
 
 
 def write_sketch(shard: Shard, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> None:

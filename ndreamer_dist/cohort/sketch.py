@@ -98,10 +98,15 @@ def labels_of(
     low, high = [sketch.low[places.start : places.stop]], [sketch.high[places.start : places.stop]]
     for start in range(group.start + len(places), group.stop, QUERY_ROWS):
         points = project(packed.rows(start, min(start + QUERY_ROWS, group.stop)), sketch.mean, sketch.axes)
-        near = faiss.knn(points, sketch.points, min(settings.n_neighbors, len(sketch.points)))[1]
-        low.append(majority(sketch.low[near]))
-        high.append(majority(sketch.high[near]))
+        for taken, labels in zip((low, high), nearest_labels(points, sketch, settings.n_neighbors), strict=True):
+            taken.append(labels)
     return np.concatenate(low), np.concatenate(high)
+
+
+def nearest_labels(points: np.ndarray, sketch: Sketch, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low and the high labels that most of each point's nearest sketch cells have: (points,) each."""
+    near = faiss.knn(points, sketch.points, min(neighbours, len(sketch.points)))[1]
+    return majority(sketch.low[near]), majority(sketch.high[near])
 
 
 def majority(labels: np.ndarray) -> np.ndarray:
