@@ -312,9 +312,8 @@ def _tested(
     """Test one population and condition, through the matches and on plain means."""
     there = np.flatnonzero(np.isin(replicates.conditions, (0, code)) & (means.cells[number] > 0))
     kept, paired = kept_replicates(replicates, means.included[number], code)
-    left_out = tuple(
-        dict.fromkeys(replicates.donors[r] for r in there if r not in kept)
-    )  # a donor once, not per condition
+    # A donor once, not per condition.
+    left_out = tuple(dict.fromkeys(replicates.donors[r] for r in there if r not in kept))
     if paired and (covariates or population == "treated"):
         msg = "donors seen in both conditions are paired: leave covariates away, and ask with all donors' cells"
         raise QueryError(msg)
