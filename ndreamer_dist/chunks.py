@@ -28,9 +28,9 @@ from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.core.dtype import UInt64
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.core.sync import sync
-from zarr.storage import FsspecStore
 
 from ndreamer_dist.errors import StoreError
+from ndreamer_dist.remote import RemoteStore
 
 GAP_BYTES = 16_384
 """Widest gap between two ranges of a shard that is read along rather than starting another request."""
@@ -95,7 +95,7 @@ def count(reads: Reads) -> None:
         counter.add(reads)
 
 
-class HttpStore(FsspecStore):
+class HttpStore(RemoteStore):
     """A store behind a web server, which may ignore that only a part of a file is asked for and send all of it."""
 
     async def sent(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
@@ -179,6 +179,8 @@ async def _ask(store: Store, key: str, where: str, reads: Reads, part: ByteReque
     get = store.sent if isinstance(store, HttpStore) else store.get
     try:
         sent = await get(key, default_buffer_prototype(), part)
+    except StoreError:
+        raise
     except Exception as error:
         msg = f"{where} cannot be fetched ({type(error).__name__}: {error})"
         raise StoreError(msg) from error

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ndreamer_dist import keys, watching
+from ndreamer_dist.remote import hurry
 from ndreamer_dist.rundir import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ class Watcher:
             "host": socket.gethostname(),
         }
         try:
-            self._run.write_json(keys.PROGRESS, told)
+            with hurry():
+                self._run.write_json(keys.PROGRESS, told)
             self._exporter.export(self._stage, memory.now)
         except Exception:
             logger.debug("how far the stage is could not be told", exc_info=True)

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ndreamer_dist import keys, watching
-from ndreamer_dist.errors import RunError
+from ndreamer_dist.errors import RunError, StoreError
+from ndreamer_dist.remote import hurry
 from ndreamer_dist.settings import Settings, canonical_json
 from ndreamer_dist.storage import Storage, open_storage
 
@@ -141,9 +142,23 @@ class RunDirectory:
         used = sum(self.storage.list().values()) if self.storage.exists() else 0
         return shutil.disk_usage(folder).free + used
 
-    def mark(self, stage: str, key: str, shard: Shard, facts: Mapping[str, Any] | None = None) -> None:
-        """Write a shard's marker, with facts for `facts` to give back; the shard's files must be complete."""
-        sizes = self.storage.sizes(shard.files)
+    def mark(
+        self,
+        stage: str,
+        key: str,
+        shard: Shard,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Write a shard's marker, with facts for `facts` to give back; the shard's files must be complete.
+
+        Parameters
+        ----------
+        sizes
+            Bytes of the files, by path, where the caller knows them; else they are asked for.
+        """
+        sizes = dict(sizes or self.storage.sizes(shard.files))
         marker = {"key": key, "attempt": _attempt(), "bytes": sum(sizes.values()), "files": sizes}
         if facts is not None:
             marker["facts"] = dict(facts)
@@ -276,10 +291,11 @@ def _lease(storage: Storage) -> Iterator[None]:
     def renew() -> None:
         while not stop.wait(LEASE_SECONDS / 4):
             try:
-                if is_ours():
-                    write()
-            except Exception:  # a store that is away for a moment must not end the lease
-                logger.warning("the lock of %s could not be renewed; trying again", storage.url, exc_info=True)
+                with hurry():
+                    if is_ours():
+                        write()
+            except Exception as error:  # noqa: BLE001 - a store that is away for a moment must not end the lease
+                logger.warning("the lock of %s could not be renewed; trying again (%s)", storage.url, error)
 
     write()
     if not is_ours():  # of two that began at once the later one has it
@@ -291,8 +307,17 @@ def _lease(storage: Storage) -> Iterator[None]:
     finally:
         stop.set()
         renewal.join()
-        if is_ours():
-            storage.delete(keys.LOCK)
+        _let_go(storage, is_ours)
+
+
+def _let_go(storage: Storage, is_ours: Callable[[], bool]) -> None:
+    """Delete a lease; where the store does not answer it runs out by itself, and must not hide why the run ended."""
+    try:
+        with hurry():
+            if is_ours():
+                storage.delete(keys.LOCK)
+    except StoreError as error:
+        logger.warning("the lock of %s runs out in %.0f s (%s)", storage.url, LEASE_SECONDS, error)
 
 
 def run_task(run: RunDirectory, stage: str, key: str, function: Callable[..., None], shard: Shard, *args: Any) -> str:

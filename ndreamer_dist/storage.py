@@ -13,8 +13,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +23,18 @@ from typing import Any
 import fsspec
 import numpy as np
 import zarr
-from zarr.abc.store import Store
+from fsspec.asyn import sync
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.array import AsyncArray
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
+from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 
 from ndreamer_dist.chunks import HttpStore, Position, Reads, count, read_chunks
 from ndreamer_dist.errors import StoreError, has_controls
+from ndreamer_dist.ranged import RangedFile
+from ndreamer_dist.remote import ABSENT, RemoteStore, alone, options, patiently, reason, short_limit, upload_limit
 
 COMPRESSORS = (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec())
 """Codec chain of our arrays. The checksum comes last, so it covers the very bytes that are stored.
@@ -60,8 +64,12 @@ class Storage:
 
     @cached_property
     def _fs_and_root(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        fs, root = self._connect(options(self.url))
+        return alone(fs), root
+
+    def _connect(self, how: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
         try:
-            fs, root = fsspec.core.url_to_fs(self.url, **self._options)
+            fs, root = fsspec.core.url_to_fs(self.url, **how)
         except ImportError as error:
             extra = EXTRAS.get(self.url.partition("://")[0])
             help_with = f"pip install 'ndreamer-dist[{extra}]'" if extra else str(error)
@@ -78,14 +86,9 @@ class Storage:
         return self.url.startswith(("http://", "https://"))
 
     @property
-    def _options(self) -> dict[str, Any]:
-        """What a file system is made with: s3fs would ask for the size of every object before it reads it whole."""
-        return {"max_concurrency": 1} if self.url.startswith(("s3://", "s3a://")) else {}
-
-    @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
-        """The fsspec file system, as Ray Train's `storage_filesystem` and h5py want it."""
-        return self._fs_and_root[0]
+        """The fsspec file system, for those that ask it directly, as Ray Train does; it tries again by itself."""
+        return self._connect(options(self.url, own_tries=True))[0]
 
     @property
     def root(self) -> str:
@@ -105,10 +108,49 @@ class Storage:
         """Return the file system's path of a name below this folder."""
         return f"{self.root}/{name}" if name else self.root
 
+    def _ask(
+        self,
+        name: str,
+        cannot: str,
+        verb: str,
+        *args: Any,
+        limit: float | None = None,
+        absent: Any = ABSENT,
+        **more: Any,
+    ) -> Any:
+        """Make a request of the file system, patiently; an error says what cannot be done with a name."""
+        fs = self._fs_and_root[0]
+
+        def ask() -> Any:
+            if not fs.async_impl:
+                return getattr(fs, verb)(*args, **more)
+            return sync(fs.loop, getattr(fs, f"_{verb}"), *args, timeout=limit or short_limit(), **more)
+
+        return patiently(fs, self._cannot(name, cannot), ask, absent)
+
+    def _cannot(self, name: str, what: str) -> str:
+        """Return how an error about a name begins."""
+        return f"{self.url}/{name} cannot be {what}" if name else f"{self.url} cannot be {what}"
+
+    def _refresh(self) -> None:
+        """Forget what was listed before: others write here too."""
+        self._fs_and_root[0].invalidate_cache()
+
     def exists(self, name: str = "") -> bool:
         """Return whether a file or a folder of this name is there."""
-        self.filesystem.invalidate_cache()
-        return bool(self.filesystem.exists(self.path(name)))
+        return self._kind(name) is not None
+
+    def is_file(self, name: str = "") -> bool:
+        """Return whether a file of this name is there."""
+        return self._kind(name) == "file"
+
+    def _kind(self, name: str) -> str | None:
+        """Return `file` or `directory`; none where there is neither."""
+        self._refresh()
+        try:
+            return str(self._ask(name, "looked for", "info", self.path(name))["type"])
+        except ABSENT:
+            return None
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes; `StoreError` where there is none."""
@@ -121,26 +163,43 @@ class Storage:
     def read_if_there(self, name: str) -> bytes | None:
         """Return a file's bytes; none where there is no such file."""
         try:
-            data = bytes(self.filesystem.cat_file(self.path(name)))
-        except (FileNotFoundError, NotADirectoryError):
+            data = bytes(self._ask(name, "read", "cat_file", self.path(name)))
+        except ABSENT:
             data = None
         count(Reads(requests=1, bytes=len(data or b"")))
         return data
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
         """Return the bytes of those of some files that are there, read side by side."""
-        paths = [self.path(name) for name in names]
-        answers = self.filesystem.cat_ranges(paths, None, None, on_error="return") if paths else []
-        for answer in answers:
-            if isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
-                raise answer
-        found = {name: bytes(a) for name, a in zip(names, answers, strict=True) if not isinstance(a, Exception)}
-        count(Reads(requests=len(paths), bytes=sum(map(len, found.values()))))
-        return found
+        found: dict[str, bytes] = {}
+        left = list(names)
+
+        def ask() -> None:
+            answers = self._cat([self.path(name) for name in left])
+            failed: dict[str, Exception] = {}
+            for name, answer in zip(left, answers, strict=True):
+                if not isinstance(answer, Exception):
+                    found[name] = bytes(answer)
+                elif not isinstance(answer, ABSENT):
+                    failed[name] = answer
+            left[:] = failed
+            for error in failed.values():
+                raise error
+
+        if left:
+            patiently(self._fs_and_root[0], self._cannot(os.path.commonpath(left), "read"), ask, ())
+        count(Reads(requests=len(names), bytes=sum(map(len, found.values()))))
+        return {name: found[name] for name in names if name in found}
+
+    def _cat(self, paths: list[str]) -> list[Any]:
+        """Return the bytes of files, or the errors that came instead."""
+        return list(self._fs_and_root[0].cat_ranges(paths, None, None, on_error="return"))
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
         """Return the bytes of files that are all there, asked for side by side."""
-        return dict(zip(names, map(int, self.filesystem.sizes([self.path(name) for name in names])), strict=True))
+        what = os.path.commonpath(names) if names else ""
+        found = self._ask(what, "looked for", "sizes", [self.path(name) for name in names], absent=())
+        return dict(zip(names, map(int, found), strict=True))
 
     def node(self, name: str) -> dict[str, Any] | None:  # noqa: ARG002 - for those that know
         """Return the metadata of an array or a group where it is known without a request; here it is not."""
@@ -153,45 +212,118 @@ class Storage:
         """
         target = self.path(name)
         if not self.is_local:
-            self.filesystem.pipe_file(target, data)
+            self._ask(name, "written", "pipe_file", target, data, limit=upload_limit(len(data)), absent=())
             return
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        handle, neighbour = tempfile.mkstemp(dir=Path(target).parent, prefix=".", suffix=".part")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(neighbour).chmod(0o644)
-            Path(neighbour).replace(target)
-        except BaseException:
-            Path(neighbour).unlink(missing_ok=True)
-            raise
+            _write_whole(Path(target), data)
+        except OSError as error:
+            msg = f"{self._cannot(name, 'written')} ({reason(error)})"
+            raise StoreError(msg) from error
 
     def list(self, name: str = "") -> dict[str, int]:
         """Return every file below a name with its size in bytes, in one listing; empty where there is nothing."""
-        top = self.path(name)
-        self.filesystem.invalidate_cache()
-        found = self.filesystem.find(top, detail=True)
-        cut = len(self.root) + 1
+        top, cut = self.path(name), len(self.root) + 1
+        if self.is_local:
+            try:
+                return dict(sorted((path[cut:], size) for path, size in _files_below(top)))
+            except OSError as error:
+                msg = f"{self._cannot(name, 'listed')} ({reason(error)})"
+                raise StoreError(msg) from error
+        self._refresh()
+        try:
+            found = self._ask(name, "listed", "find", top, detail=True)
+        except ABSENT:
+            found = {}
         return {path[cut:]: int(entry["size"] or 0) for path, entry in sorted(found.items())}
 
     def delete(self, name: str = "") -> None:
         """Delete a file or a folder with all below it; nothing happens where there is none."""
-        self.filesystem.invalidate_cache()
-        with suppress(FileNotFoundError):
-            self.filesystem.rm(self.path(name), recursive=True)
+        self._refresh()
+        with suppress(*ABSENT):
+            self._ask(name, "deleted", "rm", self.path(name), recursive=True)
+            # S3 answers "done" for many files at once, whatever became of each.
+            if not self.is_local and (left := self.list(name)):
+                msg = f"{self._cannot(next(iter(left)), 'deleted')} (it is still there: is deleting permitted?)"
+                raise StoreError(msg)
 
     def delete_file(self, name: str) -> None:
         """Delete one file, in one request; nothing happens where there is none."""
-        with suppress(FileNotFoundError):
-            self.filesystem.rm_file(self.path(name))
+        with suppress(*ABSENT):
+            self._ask(name, "deleted", "rm_file", self.path(name))
+
+    def open_file(self, block: int, blocks: int) -> RangedFile:
+        """Open the one file that this address is, to be read by ranges; the last `blocks` blocks are kept."""
+        fs, root = self._fs_and_root
+        what = self._cannot("", "read")
+
+        def open_it() -> Any:
+            return fs.open(root, "rb", block_size=block, cache_type="none")
+
+        file = patiently(fs, what, open_it, ())
+
+        def fetch(start: int, stop: int) -> bytes:
+            file.seek(start)
+            data = bytes(file.read(stop - start))
+            if len(data) != stop - start:
+                msg = f"{len(data)} bytes came in place of {stop - start}"
+                raise ConnectionError(msg)
+            count(Reads(requests=1, bytes=len(data)))
+            return data
+
+        size = getattr(file, "size", None)
+        if size is None:
+            msg = f"{what} by ranges (the server does not say how long it is); download it first"
+            raise StoreError(msg)
+        return RangedFile(lambda a, b: patiently(fs, what, lambda: fetch(a, b), ()), int(size), block, blocks)
+
+    def version(self) -> str:
+        """Return what changes when the one file that this address is does: size, dates and checksums, as far as told."""
+        self._refresh()
+        try:
+            told = self._ask("", "looked for", "info", self.root)
+        except ABSENT:
+            msg = f"{self.url} does not exist"
+            raise StoreError(msg) from None
+        return str(sorted((name, str(value)) for name, value in told.items()))
 
     def store(self, name: str = "", *, read_only: bool = False) -> Store:
         """Return the zarr store of a folder."""
         where = self / name if name else self
         if where.is_local:
             return LocalStore(where.root, read_only=read_only)
-        kind = HttpStore if where.url.startswith("http") else FsspecStore
-        return kind.from_url(where.url, storage_options=self._options, read_only=read_only)
+        kind = HttpStore if where.url.startswith("http") else RemoteStore
+        made = kind.from_url(where.url, storage_options=options(where.url), read_only=read_only)
+        alone(made.fs)
+        return made
+
+
+def _write_whole(target: Path, data: bytes) -> None:
+    """Write a local file by a neighbour that takes its name at the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, neighbour = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(neighbour).chmod(0o644)
+        Path(neighbour).replace(target)
+    except BaseException:
+        Path(neighbour).unlink(missing_ok=True)
+        raise
+
+
+def _files_below(top: str) -> Iterator[tuple[str, int]]:
+    """Give the local files below a folder, or the one that it is, with their sizes; a folder that may not be read raises."""
+    with suppress(*ABSENT):
+        if not Path(top).is_dir():
+            yield top, Path(top).stat().st_size
+            return
+        with os.scandir(top) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _files_below(entry.path)
+                else:
+                    with suppress(FileNotFoundError):  # it was there a moment ago
+                        yield entry.path, entry.stat().st_size
 
 
 class ConsolidatedStorage(Storage):
@@ -295,24 +427,62 @@ def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
         storage.write_atomic(path, wanted)
 
 
-def write_part(storage: Storage, name: str, selection: Any, values: np.ndarray[Any, Any]) -> None:
-    """Write the whole shards of a selection by slices, whatever, damaged or not, stood there before."""
-    array = open_array(storage, name, mode="r+")
-    # A chunk is written over without a look; a shard would be read first, and what was read may be damaged.
-    for position in touched_shards(array, selection) if array.shards else ():
-        storage.delete_file(f"{name}/{array.metadata.encode_chunk_key(position)}")
-    array[selection] = values
+class _Unseen(WrapperStore[Store]):
+    """A store that shows metadata and no chunks: zarr reads a shard before it writes it, and it may be damaged."""
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """See zarr's `Store.get`."""
+        return await super().get(key, prototype, byte_range) if key.endswith("zarr.json") else None
+
+
+def write_part(
+    storage: Storage,
+    name: str,
+    selection: Any,
+    values: np.ndarray[Any, Any],
+    *,
+    opened: zarr.Array[Any] | None = None,
+) -> None:
+    """Write the whole shards of a selection by slices, whatever, damaged or not, stood there before.
+
+    Parameters
+    ----------
+    opened
+        The array, where the caller has opened it before with mode `w`; opening takes a request.
+    """
+    array = open_array(storage, name, mode="w") if opened is None else opened
+    with _writing(storage, name):
+        array[selection] = values
+
+
+@contextmanager
+def _writing(storage: Storage, name: str) -> Iterator[None]:
+    """Say of an error of the system which array was being written."""
+    try:
+        yield
+    except OSError as error:
+        msg = f"{storage.url}: array '{name}' cannot be written ({reason(error)})"
+        raise StoreError(msg) from error
 
 
 def open_array(storage: Storage, name: str, *, mode: str = "r") -> zarr.Array[Any]:
-    """Open an array by its path; `StoreError` names it where it is missing or its metadata cannot be read."""
+    """Open an array by its path; `StoreError` names it where it is missing or its metadata cannot be read.
+
+    Parameters
+    ----------
+    mode
+        `r`, `r+`, or `w` to write whole shards only, without a look at what stands there.
+    """
     try:
-        store = storage.store(name, read_only=mode == "r")
+        store = _Unseen(storage.store(name)) if mode == "w" else storage.store(name, read_only=mode == "r")
         known = storage.node(name) if mode == "r" else None
         if known is not None:
             return zarr.Array(AsyncArray(ArrayV3Metadata.from_dict(known), StorePath(store)))
-        array = zarr.open_array(store, mode=mode, zarr_format=3)  # else it is looked for in format 2 as well
+        # Without the format it is looked for in format 2 as well.
+        array = zarr.open_array(store, mode="r" if mode == "r" else "r+", zarr_format=3)
         return _writable(array)
+    except StoreError:
+        raise
     except Exception as error:
         msg = f"{storage.url}: array '{name}' cannot be opened ({type(error).__name__}: {error})"
         raise StoreError(msg) from error
@@ -368,7 +538,9 @@ def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwa
     layout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}
     create_array(storage, name, **layout)
     known = ArrayV3Metadata.from_dict(json.loads(_metadata(**layout)))  # written just now, so it need not be read
-    _writable(zarr.Array(AsyncArray(known, StorePath(storage.store(name)))))[...] = values
+    array = _writable(zarr.Array(AsyncArray(known, StorePath(storage.store(name)))))
+    with _writing(storage, name):
+        array[...] = values
 
 
 def touched_shards(array: zarr.Array[Any], selection: Any) -> list[Position]:

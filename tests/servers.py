@@ -1,12 +1,13 @@
 """Servers on loopback for stores: static files with and without byte ranges, and S3, each counting what it sends.
 
-As a program: `python tests/servers.py ranges|plain FOLDER` or `python tests/servers.py s3` serves until it is ended and
-says its address first, so that a measurement does not share a process with it.
+As a program: `python tests/servers.py ranges|plain FOLDER` or `python tests/servers.py s3 [HOST [LOG]]` serves until it
+is ended and says its address first, so that a measurement does not share a process with it.
 """
 
 import contextlib
 import functools
 import http.server
+import json
 import os
 import re
 import sys
@@ -94,11 +95,20 @@ def serving(handler, folder):
             thread.join()
 
 
+class Stall:
+    """An answer that stops: after this share of its body, or before its first byte."""
+
+    def __init__(self, share=None):
+        self.share = share
+
+
 @contextlib.contextmanager
-def s3():
+def s3(host="127.0.0.1", log=None):
     """Serve an empty S3 with moto, as `serving` does; what clients need to hear of it is the caller's to set.
 
-    `asked` lists all requests: time, method, path, query. `answer(method, path)` may return a status to fail with.
+    `asked` lists all requests: time, method, path, query. `answer(method, path)` may return how to fail: a status, a
+    status and a body, or a `Stall`.
+    An open file `log` gets a line of JSON for every request: who asked for what, and how many bytes went each way.
     """
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
@@ -108,28 +118,44 @@ def s3():
             pass
 
     counts = types.SimpleNamespace(requests=0, sent=0, asked=[], answer=lambda method, path: None)
-    application = DomainDispatcherApplication(create_backend_app)
+    application, ended = DomainDispatcherApplication(create_backend_app), threading.Event()
+
+    def stalling(body, share):
+        yield body[: max(1, int(len(body) * share))]
+        ended.wait(120)
 
     def counted(environ, start_response):
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         counts.asked.append((time.time(), method, path, environ["QUERY_STRING"]))
-        if status := counts.answer(method, path):  # a test makes the server fail
-            start_response(status, [("Content-Length", "0")])
-            return [b""]
+        wanted = counts.answer(method, path)  # how a test makes the server fail
+        if isinstance(wanted, Stall) and wanted.share is None:
+            ended.wait(120)
+            wanted = "503 Service Unavailable"
+        if wanted and not isinstance(wanted, Stall):
+            status, body = (wanted, b"") if isinstance(wanted, str) else wanted
+            start_response(status, [("Content-Length", str(len(body)))])
+            return [body]
         body = b"".join(application(environ, start_response))
+        if wanted and body:
+            return stalling(body, wanted.share)
         if method == "GET":
             counts.requests += 1
             counts.sent += len(body)
+        if log is not None:
+            size = int(environ.get("CONTENT_LENGTH") or 0)
+            told = {"from": environ["REMOTE_ADDR"], "method": method, "path": path, "got": size, "gave": len(body)}
+            print(json.dumps(told), file=log, flush=True)
         return [body]
 
-    server = make_server("127.0.0.1", 0, counted, threaded=True, request_handler=Handler)
-    counts.url = f"http://127.0.0.1:{server.server_port}"
+    server = make_server(host, 0, counted, threaded=True, request_handler=Handler)
+    counts.url = f"http://{host}:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     urllib.request.urlopen(urllib.request.Request(f"{counts.url}/moto-api/reset", method="POST")).close()
     try:
         yield counts
     finally:
+        ended.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -144,15 +170,17 @@ S3_ENVIRONMENT = {
 """What an S3 client needs to hear besides `AWS_ENDPOINT_URL`; moto takes any key."""
 
 
-def main(kind, folder="."):
+def main(kind, *words):
     """Serve until ended."""
     if kind == "s3":
         os.environ.setdefault("MOTO_S3_DEFAULT_KEY_BUFFER_SIZE", str(2**20))  # larger objects lie on disk
-        with s3() as server:
+        with contextlib.ExitStack() as stack:
+            logs = [stack.enter_context(Path(name).open("a")) for name in words[1:]]
+            server = stack.enter_context(s3(*words[:1], *logs))
             print(server.url, flush=True)
             while True:
                 time.sleep(3600)
-    with serving({"plain": Plain, "ranges": Ranges}[kind], folder) as server:
+    with serving({"plain": Plain, "ranges": Ranges}[kind], *(words or ["."])) as server:
         print(server.url, flush=True)
         while True:
             time.sleep(3600)

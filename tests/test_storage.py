@@ -58,7 +58,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monke
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StoreError, match="disk full"):
         storage.write_atomic("x", b"new")
     assert storage.list() == {"x": 3}
     assert storage.read("x") == b"old"

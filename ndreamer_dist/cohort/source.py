@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol
 
 import anndata as ad
@@ -25,7 +25,7 @@ from anndata.io import read_elem
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.errors import CohortError, has_controls, is_unicode, listing, quoted, suggest
+from ndreamer_dist.errors import CohortError, StoreError, has_controls, is_unicode, listing, quoted, suggest
 from ndreamer_dist.runtime import Runtime, fetch
 from ndreamer_dist.storage import Storage, open_storage
 
@@ -37,7 +37,7 @@ SAMPLE_ROWS = 16
 COLUMN_ENTRIES = 2**24
 """Stored values of a column-compressed matrix that are read at a time."""
 REMOTE_BLOCK, REMOTE_BLOCKS = 2**22, 32
-"""Bytes of a block of a remote h5ad file, and how many blocks a process keeps."""
+"""Bytes of a block of a remote h5ad file, and how many blocks a process keeps: HDF5 jumps, and what is near is wanted next."""
 TWICE = "the matrix is damaged: a cell holds the same gene twice"
 LONGEST_COLUMN = 200
 """Bytes of a column's name, which is a folder's name in a store."""
@@ -95,7 +95,7 @@ class StoredMatrix:
         """Say of any error what was being read."""
         try:
             yield
-        except CohortError:
+        except (CohortError, StoreError):
             raise
         except Exception as error:
             msg = f"{self.url}: {what} of {self.name} cannot be read ({_one_line(error)})"
@@ -302,11 +302,13 @@ def open_root(url: str, container: str) -> Any:
         return zarr.open_group(storage.store(read_only=True), mode="r")
     if storage.is_local:
         return h5py.File(storage.root, "r")
-    # HDF5 jumps: by fsspec's own reading ahead, each jump would fetch tens of megabytes.
-    file = storage.filesystem.open(
-        storage.root, "rb", block_size=REMOTE_BLOCK, cache_type="blockcache", cache_options={"maxblocks": REMOTE_BLOCKS}
-    )
-    return h5py.File(file, "r")
+    return _remote_h5ad(url, storage.version())
+
+
+@lru_cache(maxsize=1)
+def _remote_h5ad(url: str, version: str) -> h5py.File:  # noqa: ARG001 - a file that has changed is opened anew
+    """Open an h5ad file on a server; a process keeps the last, with the blocks it has read, from one task to the next."""
+    return h5py.File(Storage(url).open_file(REMOTE_BLOCK, REMOTE_BLOCKS), "r")
 
 
 # --- opening -----------------------------------------------------------------------------------------------------
@@ -345,6 +347,11 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None) -> Source:
     url = storage.url
     try:
         root = open_root(url, container)
+    except StoreError:
+        raise
+    except PermissionError as error:
+        msg = f"{url} may not be read ({_one_line(error)})"
+        raise CohortError(msg) from error
     except Exception as error:
         what = "an h5ad file" if container == "h5ad" else "a zarr store"
         msg = f"{url} cannot be opened as {what}: it is truncated, or something else ({_one_line(error)})"
@@ -355,13 +362,15 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None) -> Source:
         raise CohortError(msg)
     try:
         matrix = _stored_matrix(root, url, container, layer)
-    except CohortError:
+    except (CohortError, StoreError):
         raise
     except Exception as error:
         msg = f"{url}: the matrix cannot be read; the store is truncated or damaged ({_one_line(error)})"
         raise CohortError(msg) from error
     try:
         obs, var = read_elem(root["obs"]), read_elem(root["var"])
+    except StoreError:
+        raise
     except Exception as error:
         msg = f"{url}: obs or var cannot be read; the store is truncated or damaged ({_one_line(error)})"
         raise CohortError(msg) from error
@@ -382,7 +391,7 @@ def _container(storage: Storage) -> Literal["h5ad", "zarr"]:
     if not storage.exists():
         msg = f"{storage.url} does not exist"
         raise CohortError(msg)
-    return "h5ad" if storage.filesystem.isfile(storage.root) else "zarr"
+    return "h5ad" if storage.is_file() else "zarr"
 
 
 def _stored_matrix(root: Any, url: str, container: Literal["h5ad", "zarr"], layer: str | None) -> StoredMatrix:
@@ -435,6 +444,7 @@ def _check_sparse(element: Any, url: str, name: str, major: int, minor: int) -> 
     for part in ("data", "indices"):
         values = element[part]
         if isinstance(values, zarr.Array) and (lost := _missing_chunks(values)):
+            open_storage(url).list(values.path)  # raises where they are not missing but may not be listed
             msg = f"{url}: {name} is truncated: {lost} of {values.nchunks} chunks of {name}/{part} are missing"
             raise CohortError(msg)
 

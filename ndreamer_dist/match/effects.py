@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,7 +37,7 @@ from ndreamer_dist.results.store import Layout, RowPart
 from ndreamer_dist.rundir import RunDirectory, Shard, run_task
 from ndreamer_dist.runtime import Runtime, fetch
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage import read_array
+from ndreamer_dist.storage import Storage, read_array
 
 logger = logging.getLogger(__name__)
 
@@ -69,20 +70,19 @@ class RunOrigin:
     ----------
     stored
         The edges that `obsm` tells the nearest neighbours of: those that the match stage was asked for.
+    key
+        The stage's key, which tells these matches from others that may have lain there before.
     """
 
     run: RunDirectory
     design: Design
     stored: tuple[tuple[int, int], ...]
     row_dtype: str
+    key: str = ""
 
     def edges(self, rows: np.ndarray, pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Any]:
         """See `Origin.edges`; the rows are a contiguous block."""
-        matches = Matches(self.run.storage / keys.MATCHES)
-        spans = {
-            group.code: (int(rows[here.start]) - group.start, int(rows[here.stop - 1]) + 1 - group.start)
-            for group, here in segments(self.design, rows)
-        }
+        matches, spans = matches_of(self.run.storage / keys.MATCHES, self.key), group_spans(self.design, rows)
         return {
             (query, target): matches.edge(query, target, *spans[query]) for query, target in pairs if query in spans
         }
@@ -119,11 +119,11 @@ def run_effects(
         return
     store.prepare(run, layout, fresh=fresh)
     stored = packed.design.needed_edges(settings.match.edges) if layout.matches else []
-    origin = RunOrigin(run, packed.design, tuple(stored), layout.row_dtype)
+    origin = RunOrigin(run, packed.design, tuple(stored), layout.row_dtype, key)
     write_shards(run, key, packed, layout, settings, origin, runtime, todo)
     distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
     parts: list[int | Group] = [*range(packed.n_blocks), *packed.design.groups]
-    for part, values in runtime.map(_count, parts, run, packed, title="effects: matches counted"):
+    for part, values in runtime.map(_count, parts, run, packed, key, title="effects: matches counted"):
         (times if values.ndim == 1 else distances)[..., part] = values
     told: dict[str, np.ndarray] = {
         keys.OBS_MATCH_DISTANCE: distances[0],
@@ -215,6 +215,14 @@ def write_rows(
         store.write_layer(run, name, (int(rows[0]), part.genes[0]), layer)
 
 
+def group_spans(design: Design, rows: np.ndarray) -> dict[int, tuple[int, int]]:
+    """Return the first cell, counted from its group's start, and the one after the last of each group in a row block."""
+    return {
+        group.code: (int(rows[here.start]) - group.start, int(rows[here.stop - 1]) + 1 - group.start)
+        for group, here in segments(design, rows)
+    }
+
+
 def nearest_per_group(design: Design, edges: Edges, rows: np.ndarray, row_dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Return row and distance of the nearest neighbour in every group: (rows, groups), -1 and NaN where not asked."""
     found = np.full((len(rows), len(design.groups)), -1, dtype=row_dtype)
@@ -263,14 +271,21 @@ def _needed(
 # --- what obs says of the matches -------------------------------------------------------------------------------------
 
 
-def _count(item: int | Group, run: RunDirectory, packed: Packed) -> tuple[slice, np.ndarray]:
+def _count(item: int | Group, run: RunDirectory, packed: Packed, key: str) -> tuple[slice, np.ndarray]:
     """Return a part of the columns of `obs`: a row block's distances, or how often the cells of a group are matched."""
+    matches = matches_of(run.storage / keys.MATCHES, key)
     if isinstance(item, int):
-        return slice(*packed.block_range(item)), block_distances(item, run, packed)
-    return slice(item.start, item.stop), times_matched(item, run, packed.design)
+        return slice(*packed.block_range(item)), block_distances(item, matches, packed)
+    return slice(item.start, item.stop), times_matched(item, matches, packed.design)
 
 
-def block_distances(block: int, run: RunDirectory, packed: Packed) -> np.ndarray:
+@lru_cache(maxsize=2)
+def matches_of(storage: Storage, key: str) -> Matches:  # noqa: ARG001 - under another key there may be others
+    """Return the reader of a run's matches; a process opens their arrays once, not once a task."""
+    return Matches(storage)
+
+
+def block_distances(block: int, matches: Matches, packed: Packed) -> np.ndarray:
     """Return the distances of a row block's cells to the control and to their own group: (2, rows) float32."""
     controls = {group.code for group in packed.design.with_condition(0)}
     pairs = [
@@ -278,19 +293,24 @@ def block_distances(block: int, run: RunDirectory, packed: Packed) -> np.ndarray
         for query, target in packed.design.needed_edges("needed")
         if target in controls or target == query
     ]
-    rows = np.arange(*packed.block_range(block))
-    edges = RunOrigin(run, packed.design, (), "int64").edges(rows, pairs)
+    rows, unread = np.arange(*packed.block_range(block)), np.empty((0, 0), dtype=np.int64)
+    spans = group_spans(packed.design, rows)
+    edges = {
+        (query, target): (unread, matches.distances(query, target, *spans[query]))
+        for query, target in pairs
+        if query in spans
+    }
     return np.stack([control_distance(packed.design, edges, rows), own_distance(packed.design, edges, rows)])
 
 
-def times_matched(target: Group, run: RunDirectory, design: Design) -> np.ndarray:
+def times_matched(target: Group, matches: Matches, design: Design) -> np.ndarray:
     """Return how many cells of other groups the effects average each cell of a group for: (cells,) int64."""
-    matches, times = Matches(run.storage / keys.MATCHES), np.zeros(target.cells, dtype=np.int64)
+    times = np.zeros(target.cells, dtype=np.int64)
     for query, code in design.needed_edges("needed"):
         if code != target.code or query == code:
             continue
         for start in range(0, design.groups[query].cells, QUERY_ROWS):
-            found, _ = matches.edge(query, code, start, min(start + QUERY_ROWS, design.groups[query].cells))
+            found = matches.rows(query, code, start, min(start + QUERY_ROWS, design.groups[query].cells))
             times += np.bincount(found[found >= 0] - target.start, minlength=target.cells)
     return times
 

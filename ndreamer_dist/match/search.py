@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import zarr
 from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
@@ -26,7 +27,7 @@ from ndreamer_dist.match.index import build_index
 from ndreamer_dist.rundir import RunDirectory, Shard
 from ndreamer_dist.runtime import Runtime
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage import Storage, ensure_array, read_array, shard_files, write_part
+from ndreamer_dist.storage import Storage, ensure_array, open_array, read_array, shard_files, write_part
 
 logger = logging.getLogger(__name__)
 
@@ -288,13 +289,14 @@ def search_unit(
 ) -> dict[str, dict[str, int]]:
     """Search a unit's edge tiles, write and mark them, and return their counts, by shard."""
     counts: dict[str, dict[str, int]] = {}
+    arrays: dict[str, zarr.Array[Any]] = {}
     with threadpool_limits(1):  # cells then come out the same whatever `run.task_threads` says
         for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
             group = design.groups[target]
             search = Searcher(points[group.start : group.stop], settings)
             for batch in batches(list(shards), settings, design):
                 for shard, found in zip(batch, _search_batch(batch, search, points, settings, design), strict=True):
-                    _write(shard.task, found, run, settings, design)
+                    _write(shard.task, found, run, settings, design, arrays)
                     counts[shard.name] = found.counts
                     run.mark(keys.STAGE_MATCH, key, shard, counts[shard.name])
     return counts
@@ -379,10 +381,21 @@ def _search_batch(
         yield Found(found.rows[part], found.distances[part], counts)
 
 
-def _write(edge: EdgeTile, found: Found, run: RunDirectory, settings: Settings, design: Design) -> None:
+def _write(
+    edge: EdgeTile,
+    found: Found,
+    run: RunDirectory,
+    settings: Settings,
+    design: Design,
+    arrays: dict[str, zarr.Array[Any]],
+) -> None:
+    """Write an edge tile; an array is opened once for all of its tiles that come here."""
     start, stop = _tile_range(edge, settings, design)
     rows = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
     storage, name = run.storage / keys.MATCHES, keys.block_name(edge.query)
     part = (slice(start, stop), slice(edge.target, edge.target + 1), slice(None))
-    write_part(storage, f"{name}/{keys.MATCH_ROW}", part, rows[:, None, :])
-    write_part(storage, f"{name}/{keys.MATCH_DISTANCE}", part, found.distances[:, None, :])
+    for array, values in ((keys.MATCH_ROW, rows), (keys.MATCH_DISTANCE, found.distances)):
+        path = f"{name}/{array}"
+        if path not in arrays:
+            arrays[path] = open_array(storage, path, mode="w")
+        write_part(storage, path, part, values[:, None, :], opened=arrays[path])

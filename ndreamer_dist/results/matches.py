@@ -35,10 +35,20 @@ class Matches:
         StoreError
             The edge was not searched, or a chunk is missing or damaged.
         """
-        part = (slice(start, stop), slice(target_group, target_group + 1), slice(None))
-        names = [f"{keys.block_name(query_group)}/{name}" for name in (keys.MATCH_ROW, keys.MATCH_DISTANCE)]
-        rows, distances = (read_array(self.storage, name, part, opened=self._array(name))[:, 0] for name in names)
-        return rows, distances
+        span = (query_group, target_group, start, stop)
+        return self.rows(*span), self.distances(*span)
+
+    def rows(self, query_group: int, target_group: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the rows of `edge` alone."""
+        return self._read(keys.MATCH_ROW, query_group, target_group, start, stop)
+
+    def distances(self, query_group: int, target_group: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the distances of `edge` alone."""
+        return self._read(keys.MATCH_DISTANCE, query_group, target_group, start, stop)
+
+    def _read(self, what: str, query: int, target: int, start: int, stop: int | None) -> np.ndarray:
+        name, part = f"{keys.block_name(query)}/{what}", (slice(start, stop), slice(target, target + 1), slice(None))
+        return read_array(self.storage, name, part, opened=self._array(name))[:, 0]
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._opened:

@@ -262,9 +262,10 @@ def finish(
         storage.delete(name)
     for name, data in encoded.items():
         storage.write_atomic(name, data)
-    storage.write_atomic(ROOT, _consolidated_root(storage))
-    files = (*encoded, ROOT)
-    run.mark(keys.STAGE_EFFECTS, key, Shard(ANNOTATIONS, tuple(f"{keys.RESULTS}/{name}" for name in files)))
+    encoded[ROOT] = _consolidated_root(storage, encoded)
+    storage.write_atomic(ROOT, encoded[ROOT])
+    sizes = {f"{keys.RESULTS}/{name}": len(data) for name, data in encoded.items()}
+    run.mark(keys.STAGE_EFFECTS, key, Shard(ANNOTATIONS, tuple(sizes)), sizes=sizes)
 
 
 def cell_table(source: Any, packed: Packed, told: Mapping[str, np.ndarray]) -> pd.DataFrame:
@@ -408,10 +409,11 @@ def _encoded(tables: Mapping[str, Any], pointers: np.ndarray, layout: Layout) ->
     return {name: buffer.to_bytes() for name, buffer in sorted(files.items()) if name != ROOT}
 
 
-def _consolidated_root(storage: Storage) -> bytes:
-    """Return the root's metadata with that of everything below it."""
+def _consolidated_root(storage: Storage, known: Mapping[str, bytes]) -> bytes:
+    """Return the root's metadata with that of everything below it; some files are known."""
     names = [name for name in storage.list() if name.endswith(f"/{ROOT}")]
-    files: dict[str, Any] = {name: cpu.Buffer.from_bytes(storage.read(name)) for name in names}
+    found = {**storage.read_all([name for name in names if name not in known]), **known}
+    files: dict[str, Any] = {name: cpu.Buffer.from_bytes(found[name]) for name in names}
     memory = MemoryStore(files)
     attributes = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
     zarr.create_group(memory, zarr_format=3, attributes=attributes)
