@@ -9,8 +9,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
+
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.pack import partition_count
+from ndreamer_dist.cohort.scan import spans_of
+from ndreamer_dist.results.store import MATCH_LIMIT
 from ndreamer_dist.runtime import Needs
 from ndreamer_dist.settings import Settings
 
@@ -66,7 +71,7 @@ def stage_memory(size: CohortSize, settings: Settings, *, cpus: int, object_stor
     clustered = min(size.cells, max(size.largest_group, settings.clusters.max_cells))
     tasks = {
         keys.STAGE_COHORT: settings.cohort.chunk_rows * per_cell * 40 + size.groups * size.genes * 24,
-        keys.STAGE_PACK: settings.cohort.chunk_rows * per_cell * 40 + size.cells / 16 * own * 24,
+        keys.STAGE_PACK: settings.cohort.chunk_rows * per_cell * 40 + _partition_cells(size, settings) * own * 24,
         keys.STAGE_CLUSTERS: clustered * (own * 24 + settings.clusters.n_neighbors * 60 + 50 * 12),
         keys.STAGE_EMBED: block * 2 + rows * settings.model.latent * 12 + _parameters(settings, modelled) * 4,
         keys.STAGE_PCA: rows * settings.model.latent * 24,
@@ -85,8 +90,9 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     modelled = min(size.genes, settings.hvg.num_hvg)
     own = size.stored_values * min(1.0, 2.5 * modelled / size.genes)
     embedding = size.cells * (2 * settings.model.latent + 100) * 4
-    matches = size.cells * size.edges / size.groups * settings.match.neighbours * 8 + size.cells * size.groups * 8
-    layers = len(settings.effects.store) * size.cells * modelled * 4
+    told = size.cells * size.groups if size.cells * size.groups <= MATCH_LIMIT else 0  # in results.zarr's obsm
+    matches = size.cells * size.edges / size.groups * settings.match.neighbours * 8 + told * 8
+    layers = len(settings.effects.store) * size.cells * modelled * np.dtype(settings.effects.dtype).itemsize
     checkpoints = 3 * 3 * _parameters(settings, modelled) * 4
     return int(2 * own * 8 + embedding + matches + layers + checkpoints)
 
@@ -95,6 +101,14 @@ def needs(size: CohortSize, settings: Settings, *, cpus: int, object_store: int)
     """Return the run's peak memory and disk."""
     memory = max(stage_memory(size, settings, cpus=cpus, object_store=object_store).values())
     return Needs(memory=memory, disk=disk_bytes(size, settings))
+
+
+def _partition_cells(size: CohortSize, settings: Settings) -> float:
+    """Return the cells of one of packing's partitions, at the most."""
+    rows = settings.pack.block_rows
+    blocks = -(-size.cells // rows)
+    partitions = partition_count(blocks, size.stored_values, len(spans_of(size.cells)))
+    return min(size.cells, rows * -(-blocks // partitions))
 
 
 def _parameters(settings: Settings, genes: int) -> int:

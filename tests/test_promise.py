@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.promise import CohortSize, disk_bytes, needs, stage_memory
+from ndreamer_dist.cohort.pack import partitions_of
+from ndreamer_dist.cohort.scan import spans_of
+from ndreamer_dist.promise import CohortSize, _partition_cells, disk_bytes, needs, stage_memory
+from ndreamer_dist.results.store import MATCH_LIMIT
 from ndreamer_dist.settings import Settings
 from tests.cohorts import design_of
+from tests.tiny import NAMES, SETTINGS, STORES, arrays, tiny_cohort
 
 MILLION = CohortSize(
     cells=1_000_000, genes=20_000, stored_values=800_000_000, groups=80, largest_group=25_000, edges=4800, conditions=2
@@ -56,3 +62,32 @@ def test_a_wider_network_needs_more_to_train_and_fewer_layers_less_disk(small: S
     fewer = Settings.build(preset="small", overrides={"effects.store": ["ite"]})
     assert disk_bytes(MILLION, small) - disk_bytes(MILLION, fewer) == 2 * 1_000_000 * 2000 * 4
     assert needs(MILLION, small, cpus=2, object_store=0).disk == disk_bytes(MILLION, small)
+    half = Settings.build(preset="small", overrides={"effects.dtype": "float16"})
+    layers = len(small.effects.store) * 1_000_000 * 2000 * 4
+    assert disk_bytes(MILLION, small) - disk_bytes(MILLION, half) == layers // 2
+
+
+def test_matches_that_obsm_leaves_out_take_no_disk(small: Settings) -> None:
+    most = dataclasses.replace(MILLION, groups=MATCH_LIMIT // 1_000_000, edges=0)
+    beyond = dataclasses.replace(most, groups=most.groups + 1)
+    assert disk_bytes(most, small) - disk_bytes(beyond, small) == most.cells * most.groups * 8
+
+
+def test_packing_is_promised_the_largest_partition(small: Settings) -> None:
+    for cells in (5_000, 100_000, 1_000_000):
+        size = dataclasses.replace(MILLION, cells=cells, stored_values=800 * cells)
+        blocks = -(-cells // small.pack.block_rows)
+        partitions = partitions_of(blocks, size.stored_values, len(spans_of(cells)))
+        most = min(cells, max(len(part) for part in partitions) * small.pack.block_rows)
+        assert most == _partition_cells(size, small)
+
+
+def test_the_disk_that_is_promised_is_what_a_run_writes(tmp_path: Path) -> None:
+    cohort, settings = tiny_cohort(tmp_path), SETTINGS | {"train.epochs": 1}
+    nd.run(cohort, out=tmp_path / "run", preset="small", settings=settings, **NAMES)
+    values = sum(
+        array.nbytes for store in STORES for array in arrays(tmp_path / "run" / store).values() if array.dtype != object
+    )
+    weights = 3 * sum(file.stat().st_size for file in (tmp_path / "run" / keys.TRAIN_DIR).rglob("*.safetensors"))
+    promised = nd.plan(cohort, out=tmp_path / "run", preset="small", settings=settings, **NAMES).disk
+    assert values < promised < 1.5 * (values + weights)

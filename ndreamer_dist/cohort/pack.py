@@ -119,10 +119,14 @@ def packed_order(design: Design, groups: np.ndarray, seed: int) -> np.ndarray:
 
 def partitions_of(n_blocks: int, nnz: int, n_spans: int) -> list[range]:
     """Cut the blocks into partitions, so that a span's piece for one of them holds about a megabyte."""
-    wanted = -(-nnz * 8 // (n_spans * PIECE_BYTES))
-    count = max(min(n_blocks, MOST_SMALL), min(wanted, n_blocks))
-    edges = np.linspace(0, n_blocks, count + 1).astype(int)
+    edges = np.linspace(0, n_blocks, partition_count(n_blocks, nnz, n_spans) + 1).astype(int)
     return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def partition_count(n_blocks: int, nnz: int, n_spans: int) -> int:
+    """Return how many partitions the blocks are cut into."""
+    wanted = -(-nnz * 8 // (n_spans * PIECE_BYTES))
+    return max(min(n_blocks, MOST_SMALL), min(wanted, n_blocks))
 
 
 def _start_dealing(

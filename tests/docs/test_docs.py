@@ -21,6 +21,7 @@ import yaml
 from ndreamer_dist import compat, datasets, demo, settings
 from ndreamer_dist.cli import app
 from ndreamer_dist.datasets import simulate
+from tests.docs import scaling
 from tests.docs.pages import PAGES, ROOT, Block, blocks, cohort, run_command
 from tests.tiny import SETTINGS
 
@@ -116,3 +117,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         if heading:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             assert heading in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_the_tables_of_the_scaling_page_are_what_the_package_computes() -> None:
+    page = (ROOT / "docs/scaling.md").read_text()
+    assert scaling.needs() in page
+    assert scaling.hours() in page
+
+
+def test_the_measured_seconds_of_the_scaling_page_are_those_of_the_benchmarks() -> None:
+    measured = re.findall(r"^\| 1,000,000 \| (\w+) \| (\d+) \|", (ROOT / "docs/benchmarks.md").read_text(), re.M)
+    assert {stage: int(seconds) for stage, seconds in measured} == scaling.MEASURED_SECONDS
