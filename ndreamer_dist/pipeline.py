@@ -40,6 +40,7 @@ from ndreamer_dist.runtime import (
     Runtime,
     check_resources,
     cpu_count,
+    losses_told,
     memory_limit,
     object_store_bytes,
     on_a_cluster,
@@ -129,7 +130,7 @@ def run(
     _check_owner(directory, told, fresh=fresh)
     with directory.locked():
         stage_key = _claim(directory, made, told, redo=redo, fresh=fresh)
-        with LazyRuntime(made.run) as runtime:
+        with losses_told(), LazyRuntime(made.run) as runtime:
             run_stages(directory, made, source, runtime, stage_key, only=stage)
     return Run(directory.url)
 

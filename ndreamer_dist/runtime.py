@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from ndreamer_dist.settings import RunSettings
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
+LONGEST_LOSS = 400
+"""Characters that are told of an error of Ray's."""
 IDLE_WORKER_SECONDS = 60
 """How long a local Ray keeps a worker that has nothing to do. Ray's own second ends the readers of a training between
 two of their tasks, and each new one spends seconds of processor time on imports."""
@@ -268,6 +271,37 @@ def _unwrapped(call: Callable[[], Any]) -> Any:
         if isinstance(error.cause, NDreamerError | OSError):
             raise error.cause from None
         raise
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Say in one line that Ray has lost what a run cannot go on without: its own node, or what no retry brought back.
+
+    Raises
+    ------
+    RunError
+        In place of Ray's error, which is behind it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_rays(error):
+            raise
+        what = " ".join(str(error).split())[:LONGEST_LOSS]
+        msg = f"Ray has failed ({type(error).__name__}: {what}); the same command goes on from what is done"
+        raise RunError(msg) from error
+
+
+def _is_rays(error: Exception) -> bool:
+    """Return whether an error is Ray's own, and not that of a task or of the training."""
+    if "ray" not in sys.modules:
+        return False
+    import ray
+
+    own: tuple[type[Exception], ...] = (ray.exceptions.RayError,)
+    if "ray.train" in sys.modules:
+        own += (ray.train.ControllerError,)
+    return isinstance(error, own) and not isinstance(error, ray.exceptions.RayTaskError)
 
 
 @contextmanager

@@ -1,0 +1,253 @@
+"""The job on several machines that share S3 and nothing else: the bits of one process, though a machine is lost.
+
+Each machine has an address, disks and a process table of its own (`tests/machines.py`), so what one has written no
+other can read. One job goes over a head without processors, where the driver is, and two machines with one processor.
+It is killed in the middle of its training, started again, and loses a machine in the middle of the effects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys
+from ndreamer_dist.metering import _descendants
+from tests.machines import CannotBe, Machine, join, machine, make_hub, wait_until
+from tests.servers import S3_ENVIRONMENT
+from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_token")]
+ROOT = Path(__file__).parent.parent
+JOB = SETTINGS | {"pack.block_rows": 64, "embed.tile_rows": 64, "train.epochs": 20, "train.checkpoint_steps": 20}
+ON_RAY = {name: value for name, value in JOB.items() if name != "run.serial"}
+PATIENCE_SECONDS = 240
+PORT = "6379"
+QUICK = {
+    # A machine that is silent for a second is lost; by Ray's defaults it takes 15 s and more.
+    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "500", "RAY_health_check_failure_threshold": "2",
+}  # fmt: skip
+WRITTEN_BY_TASKS = {
+    keys.STAGE_PACK: f"{keys.PACKED}/{keys.PACKED_X}/", keys.STAGE_EMBED: f"{keys.EMBEDDING}/{keys.MU}/",
+    keys.STAGE_PCA: f"{keys.EMBEDDING}/{keys.PCA}/", keys.STAGE_MATCH: f"{keys.MATCHES}/",
+    keys.STAGE_EFFECTS: f"{keys.RESULTS}/layers/",
+}  # fmt: skip
+"""What of each stage's store the tasks write: all that grows with cells times genes, and more."""
+OF_THE_CLUSTER = re.compile(r"ray::(DashboardAgent|RuntimeEnvAgent|PlacementGroupCleaner|_[A-Z])")
+"""Processes of Ray that belong to no job: a node's agents, and detached actors of Ray Data and Ray Train."""
+PUT = "import sys, s3fs; files = s3fs.S3FileSystem(); files.mkdir('bucket'); files.put(*sys.argv[1:], recursive=True)"
+GET = "import sys, s3fs; s3fs.S3FileSystem().get(*sys.argv[1:], recursive=True)"
+
+
+@dataclass
+class Cluster:
+    """A Ray of several machines, and the machine of the S3 that they share."""
+
+    store: Machine
+    head: Machine
+    nodes: list[Machine]
+    logs: Path
+    read: int = 0
+
+    @property
+    def address(self) -> str:
+        return f"{self.head.address}:{PORT}"
+
+    def asked(self) -> list[dict[str, Any]]:
+        """Return the requests that S3 has had since this was last asked."""
+        with (self.store.disk() / "requests").open() as log:
+            log.seek(self.read)
+            lines = log.read()
+        lines = lines[: lines.rfind("\n") + 1]
+        self.read += len(lines)
+        return [json.loads(line) for line in lines.splitlines()]
+
+    def start_ray(self, place: Machine, *words: str) -> Callable[[], None]:
+        """Start Ray on a machine; what is returned waits until it is there."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        command += ["--node-ip-address", place.address, "--object-store-memory", str(90 * 2**20), *words]
+        said = self.logs / f"{place.name}.ray"
+        with said.open("wb") as log:
+            node = place.start(*command, stdout=log, stderr=subprocess.STDOUT)
+
+        def wait() -> None:
+            wait_until(lambda: "Ray runtime started" in said.read_text(), node, PATIENCE_SECONDS, said)
+
+        return wait
+
+    def start_driver(self, out: str, settings: dict[str, Any], *more: str) -> tuple[subprocess.Popen[bytes], Path]:
+        """Start the job on the head; return it and the file that holds what it says."""
+        words = run_words("s3://bucket/cohort.zarr", out, settings, "--address", self.address, *more)  # type: ignore[arg-type]
+        said = self.logs / "driver"
+        with said.open("wb") as log:
+            command = [sys.executable, "-m", "ndreamer_dist.cli", *words]
+            return self.head.start(*command, stdout=log, stderr=subprocess.STDOUT), said
+
+    def fetched(self, name: str, folder: Path) -> Path:
+        """Copy a run from S3 to a folder."""
+        self.store.run(sys.executable, "-c", GET, f"bucket/{name}", name)
+        return Path(shutil.copytree(self.store.disk() / name, folder / name))
+
+
+@contextlib.contextmanager
+def made(env: dict[str, str], home: Path, logs: Path) -> Iterator[Cluster]:
+    """Make the machines, serve S3 on one of them and start Ray on the others."""
+    with contextlib.ExitStack() as stack:
+        machines = [
+            stack.enter_context(machine(name, number, home, env))
+            for number, name in enumerate(("store", "head", "node1", "node2"), 1)
+        ]
+        store, head, *nodes = machines
+        make_hub(store)
+        join(store, [head, *nodes])
+        words = [str(ROOT / "tests/servers.py"), "s3", store.address, str(home / "requests")]
+        serving = store.start(sys.executable, *words, stdout=subprocess.PIPE)
+        assert serving.stdout is not None
+        env["AWS_ENDPOINT_URL"] = serving.stdout.readline().decode().strip()
+        cluster = Cluster(store, head, nodes, logs)
+        own = ["--head", "--port", PORT, "--num-cpus", "0", "--temp-dir", str(home / "ray")]
+        own += ["--include-dashboard", "false"]
+        cluster.start_ray(head, *own)()
+        waits = [cluster.start_ray(node, "--address", cluster.address, "--num-cpus", "1") for node in nodes]
+        for wait in waits:
+            wait()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def alone(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in this process, from disk to disk."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    nd.run(cohort, out=out, preset="small", settings=JOB, **NAMES)
+    return out
+
+
+@pytest.fixture(scope="module")
+def cluster(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The machines, and the cohort in S3; the tests are skipped where machines cannot be made."""
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text(secrets.token_hex(32))
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
+    env |= {"PYTHONPATH": str(ROOT), **S3_ENVIRONMENT, **QUICK}
+    # Sockets below a folder of pytest's would have names longer than the system takes.
+    with tempfile.TemporaryDirectory(prefix="nd-", dir="/tmp") as home, contextlib.ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(made(env, Path(home), tmp_path_factory.mktemp("logs")))
+        except CannotBe as error:
+            pytest.skip(f"machines cannot be made here: {error}")
+        cluster.store.run(sys.executable, "-c", PUT, str(cohort), "bucket/cohort.zarr")
+        yield cluster
+
+
+@dataclass(frozen=True)
+class Lived:
+    """What was seen of a job that was killed, started again, and lost a machine."""
+
+    run: Path  # as it lies in S3 at the end
+    asked: list[dict[str, Any]]  # of S3, by the job that came to its end
+    through_head: int  # bytes over the head's network in that time
+    lost: Machine
+    seconds_to_die: float  # from the kill of the first driver until none of its workers was left
+
+
+def workers_on(cluster: Cluster) -> list[str]:
+    """Return the titles of the job's workers on all machines."""
+    titles = [title for place in (cluster.head, *cluster.nodes) for title in place.processes().values()]
+    return [title for title in titles if title.startswith("ray::") and not OF_THE_CLUSTER.match(title)]
+
+
+def kill_driver(cluster: Cluster, driver: subprocess.Popen[bytes]) -> float:
+    """Kill a driver; return the seconds until none of its workers is left."""
+    assert any("TrainWorker" in title for title in workers_on(cluster))
+    os.kill(_descendants(driver.pid)[1], signal.SIGKILL)  # the first is `nsenter`
+    killed = time.monotonic()
+    while workers_on(cluster):
+        assert time.monotonic() < killed + PATIENCE_SECONDS, workers_on(cluster)
+        time.sleep(0.05)
+    driver.wait()
+    return time.monotonic() - killed
+
+
+def first_to_put(requests: list[dict[str, Any]], place: str, chunk: str = "") -> str | None:
+    """Return the address that first wrote to a place of the run."""
+    return next(
+        (r["from"] for r in requests if r["method"] == "PUT" and place in r["path"] and chunk in r["path"]), None
+    )
+
+
+def writers_of(requests: list[dict[str, Any]], place: str) -> set[str]:
+    """Return the addresses that wrote chunks to a place of the run."""
+    return {r["from"] for r in requests if r["method"] == "PUT" and place in r["path"] and "/c/" in r["path"]}
+
+
+@pytest.fixture(scope="module")
+def lived(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Lived:
+    driver, said = cluster.start_driver("s3://bucket/run", ON_RAY)
+    wait_until(
+        lambda: first_to_put(cluster.asked(), f"/run/{keys.TRAIN_DIR}/checkpoint"), driver, PATIENCE_SECONDS, said
+    )
+    seconds = kill_driver(cluster, driver)
+    cluster.asked()
+    before = sum(cluster.head.traffic())
+
+    asked: list[dict[str, Any]] = []
+
+    def writes_effects() -> str | None:
+        asked.extend(cluster.asked())
+        return first_to_put(asked, WRITTEN_BY_TASKS[keys.STAGE_EFFECTS], "/c/")
+
+    driver, said = cluster.start_driver("s3://bucket/run", ON_RAY)
+    address = wait_until(writes_effects, driver, PATIENCE_SECONDS, said)
+    (lost,) = [node for node in cluster.nodes if node.address == address]
+    lost.cut_power()
+    assert driver.wait(PATIENCE_SECONDS) == 0, said.read_text()
+    asked += cluster.asked()
+    through = sum(cluster.head.traffic()) - before
+    return Lived(cluster.fetched("run", tmp_path_factory.mktemp("run")), asked, through, lost, seconds)
+
+
+def test_the_bits_are_those_of_one_process(alone: Path, lived: Lived) -> None:
+    assert_same_bits(alone, lived.run)
+    assert (lived.run / keys.MODEL_WEIGHTS).read_bytes() == (alone / keys.MODEL_WEIGHTS).read_bytes()
+
+
+def test_the_workers_of_a_killed_driver_end(lived: Lived) -> None:
+    assert lived.seconds_to_die < 120
+
+
+def test_every_machine_with_processors_takes_part_and_the_lost_one_did(cluster: Cluster, lived: Lived) -> None:
+    writers = {stage: writers_of(lived.asked, part) for stage, part in WRITTEN_BY_TASKS.items()}
+    addresses = {node.address for node in cluster.nodes}
+    assert set().union(*writers.values()) == addresses  # never the head, where the driver is
+    assert writers[keys.STAGE_EFFECTS] == addresses
+    assert lived.lost.address in addresses
+
+
+def test_no_matrix_goes_through_the_driver(cluster: Cluster, lived: Lived) -> None:
+    # Numbers a cell, not a cell and gene, it may have: the 50 dimensions to match in, and where a cell's values begin.
+    matrices = [part for stage, part in WRITTEN_BY_TASKS.items() if stage != keys.STAGE_PCA]
+    asked = {r["path"] for r in lived.asked if r["from"] == cluster.head.address and "/c/" in r["path"]}
+    assert asked
+    assert {path for path in asked if any(part in path for part in matrices) and "/indptr/" not in path} == set()
