@@ -1,17 +1,19 @@
 """How well the embedding mixes conditions and batches and keeps cell types, by scib-metrics, over seeds and variants.
 
     python jobs/benchmark_quality.py COHORT.h5ad --condition-key condition --control ctrl --out /tmp/quality \
-        [--batch-key donor] [--label-key cell_type] [--seeds 3] [--preset paper] \
+        [--batch-key donor] [--label-key cell_type] [--seeds 3] [--threads 2] [--preset paper] \
         [--variant calm:train.reset_below=0.1] [--variant quiet:model.latent_noise=0]
 
-Needs the extra `bench`. Each variant is a set of settings (`name:stage.setting=value,...`) beside the preset as it is.
-Every run keeps its directory, so the same command goes on where it was stopped. Printed, and written to OUT/quality.csv:
+Needs the extra `bench`. Each variant is a set of settings (`name:stage.setting=value,...`) beside the preset as it is;
+one that bears on the embedding alone (`embed.codes=expected`) begins with the preset's trained model. Every run keeps its
+directory, so the same command goes on where it was stopped. Printed, and written to OUT/quality.csv:
 a row per run, then mean and standard deviation over seeds, beside the same measures of the input's PCA.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ from ndreamer_dist.settings import parse_assignments
 
 NEIGHBOURS = 90
 DIMENSIONS = 50
+AFTER_TRAINING = ("embed.", "match.", "effects.")
 
 
 def main() -> None:
@@ -58,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--label-key", default="cell_type")
     parser.add_argument("--preset", default="paper")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variant", action="append", default=[], help="name:stage.setting=value,...")
     return parser.parse_args()
 
@@ -70,14 +74,18 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
 
 def trained(given: argparse.Namespace, name: str, settings: dict[str, Any], seed: int) -> Results:
     """Run the job in this process, or take up what is there."""
+    out = given.out / f"{name}-{seed}"
+    if settings and not out.exists() and all(setting.startswith(AFTER_TRAINING) for setting in settings):
+        shutil.copytree(given.out / f"preset-{seed}", out)
     return nd.run(
         given.cohort,
-        out=given.out / f"{name}-{seed}",
+        out=out,
         condition_key=given.condition_key,
         control=given.control,
         batch_key=given.batch_key,
         preset=given.preset,
-        settings={"seed": seed, "run.serial": True, "run.task_threads": 2, **settings},
+        settings={"seed": seed, "run.serial": True, "run.task_threads": given.threads, **settings},
+        redo=True,
     ).results
 
 
