@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ from ndreamer_dist.results.store import check_tables
 from ndreamer_dist.rundir import GRAPH, RunDirectory, stage_keys
 from ndreamer_dist.runtime import (
     LazyRuntime,
-    NoWork,
     Runtime,
     check_resources,
     cpu_count,
@@ -238,7 +237,7 @@ def run_stages(
 ) -> None:
     """Run all stages, each with its key; every one skips what it has already done.
 
-    With `only`, the stages before that one get a runtime that has no work to give, and the later ones are left alone.
+    With `only`, the stages before that one must be finished, and the later ones are left alone.
     """
 
     def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> None:
@@ -246,7 +245,7 @@ def run_stages(
             with metered(run, stage, source.n_cells):
                 work(run, settings, *inputs, runtime, stage_key[stage])
         elif keys.STAGES.index(stage) < keys.STAGES.index(only):
-            work(run, settings, *inputs, NoWork(run.url, stage, before=only), stage_key[stage])
+            work(replace(run, before=only), settings, *inputs, runtime, stage_key[stage])
 
     def effects(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
         told = {"input": run.read_json(keys.RUN_JSON)["input"], **match_facts(run)}
@@ -376,8 +375,8 @@ def _delete_run(run: RunDirectory) -> None:
     if not run.storage.exists(keys.RUN_JSON):
         return
     own = (
-        keys.DONE, keys.RESULTS, keys.MATCHES, keys.EMBEDDING, keys.PACKED, keys.TRAIN_DIR, "model", "cohort", "logs",
-        keys.DROPPED, keys.MATCH_SUMMARY, keys.RUN_JSON,
+        keys.DONE, keys.RESULTS, keys.MATCHES, keys.EMBEDDING, keys.PACKED, keys.TRAIN_DIR, keys.MODEL_DIR,
+        keys.COHORT_DIR, keys.LOGS, keys.REPORT, keys.DROPPED, keys.MATCH_SUMMARY, keys.RUN_JSON,
     )  # fmt: skip
     for name in own:
         run.storage.delete(name)

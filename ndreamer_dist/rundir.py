@@ -105,9 +105,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run's folder, local or remote; cheap to make, safe to send to a task."""
+    """A run's folder, local or remote; cheap to make, safe to send to a task.
+
+    Attributes
+    ----------
+    before
+        The stage that is run alone: those before it must be finished, so that `pending` refuses where they are not.
+    """
 
     storage: Storage
+    before: str | None = None
 
     @classmethod
     def at(cls, address: str | os.PathLike[str] | Storage) -> RunDirectory:
@@ -174,7 +181,13 @@ class RunDirectory:
         self.storage.delete(f"{keys.DONE}/{stage}")
 
     def pending(self, stage: str, key: str, shards: Sequence[Shard]) -> list[Shard]:
-        """Return the shards still to be done: without a marker of this key, or with files missing or cut short."""
+        """Return the shards still to be done: without a marker of this key, or with files missing or cut short.
+
+        Raises
+        ------
+        RunError
+            There are some, and only a later stage is to be run.
+        """
         markers = self.storage.list(f"{keys.DONE}/{stage}")
         tops = sorted({name.split("/")[0] for shard in shards for name in shard.files})
         sizes: dict[str, int] = {}
@@ -183,6 +196,9 @@ class RunDirectory:
         names = {shard.name: f"{keys.DONE}/{stage}/{shard.name}.json" for shard in shards}
         told = self.storage.read_all([name for name in names.values() if name in markers])
         todo = [shard for shard in shards if not _is_done(key, shard, told.get(names[shard.name]), sizes)]
+        if todo and self.before:
+            msg = f"stage {stage!r} of {self.url} is not finished; run it before {self.before!r}, or the whole job"
+            raise RunError(msg)
         if now := watching.stage_now():
             now.found(stage, len(shards), len(todo))
         return todo

@@ -189,55 +189,6 @@ class RayRuntime:
         return [handles] if returns == 1 else list(handles)
 
 
-class NoWork:
-    """The runtime of a stage that must be finished already: asked for work, it says that the stage is not.
-
-    Raises
-    ------
-    RunError
-        From every member, since a finished stage uses none of them.
-    """
-
-    progress: bool | None = False
-
-    def __init__(self, url: str, stage: str, *, before: str) -> None:
-        self._message = f"stage {stage!r} of {url} is not finished; run it before {before!r}, or the whole job"
-
-    @property
-    def serial(self) -> bool:
-        """See `Runtime.serial`."""
-        raise RunError(self._message)
-
-    @property
-    def cpus(self) -> int:
-        """See `Runtime.cpus`."""
-        raise RunError(self._message)
-
-    @property
-    def gpus(self) -> int:
-        """See `Runtime.gpus`."""
-        raise RunError(self._message)
-
-    def map(
-        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
-    ) -> Iterator[Any]:
-        """See `Runtime.map`."""
-        del function, shared, title, num_gpus
-        if list(items):
-            raise RunError(self._message)
-        return iter(())
-
-    def put(self, value: Any) -> Any:
-        """See `Runtime.put`."""
-        del value
-        raise RunError(self._message)
-
-    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
-        """See `Runtime.submit`."""
-        del function, args, returns
-        raise RunError(self._message)
-
-
 def with_threads(threads: int, function: Callable[..., Any], *args: Any) -> Any:
     """Call a function with BLAS, OpenMP and torch held to `threads` threads: sums then have one order everywhere."""
     import torch

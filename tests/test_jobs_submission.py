@@ -29,6 +29,7 @@ from ray.dashboard.modules.job import cli as ray_cli
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
+from ndreamer_dist.rundir import RunDirectory
 from tests.results.brute_force import check
 from tests.tiny import NAMES, SETTINGS, assert_same_bits, tiny_cohort
 
@@ -94,19 +95,22 @@ def test_stage_after_stage_gives_the_bits_of_the_whole_job(
 
 
 @pytest.mark.parametrize("missing", keys.STAGES[:-1])
-def test_a_stage_is_refused_where_a_shard_of_an_earlier_one_is_missing(
+def test_a_stage_is_refused_and_nothing_deleted_where_an_earlier_one_is_not_finished(
     cohort: Path, finished: Path, tmp_path: Path, missing: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    sorted((run / keys.DONE / missing).iterdir())[0].unlink()
+    shutil.rmtree(run / keys.DONE / missing)
     shutil.rmtree(run / keys.DONE / keys.STAGE_EFFECTS)
+    before = RunDirectory.at(run).storage.list()
     job = job_file(tmp_path, cohort, run, SETTINGS)
     code, said = spoken(BY_STAGE[keys.STAGE_EFFECTS], job, monkeypatch, capsys)
     assert code == 2
     assert said.splitlines()[-1] == (
         f"error: stage '{missing}' of {run} is not finished; run it before 'effects', or the whole job"
     )
+    after = RunDirectory.at(run).storage.list()
+    assert {name for name in before if not name.startswith(keys.LOGS)} <= set(after)
     assert not (run / keys.DONE / keys.STAGE_EFFECTS).exists()
 
 

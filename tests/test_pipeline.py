@@ -190,7 +190,11 @@ def test_another_input_is_refused_and_started_over_on_request(run: Path, tmp_pat
     other = tiny_cohort(tmp_path / "other", seed=2)
     with pytest.raises(RunError, match="holds a run of another input"):
         again(other, run)
+    old = run / keys.REPORT
+    old.parent.mkdir()
+    old.write_text("of the other input")
     again(other, run, fresh=True)
+    assert not old.exists()
     assert list(nd.open_results(run).obs.index) == list(as_memory(other).obs_names)
     check(run / keys.RESULTS)
 

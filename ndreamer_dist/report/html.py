@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 TOP_GENES = 30
 MOST_VOLCANOES = 6
 MOST_SPREADS = 6
-PAGE = "report/report.html"
 """Where the page is written in a run directory, unless told otherwise."""
 SHOWN_DPI = 110
 """Pixels of the page per inch of a figure; it is drawn finer, for sharp screens and for paper."""
@@ -168,7 +167,7 @@ def _default(results: Results) -> str:
     if run is None:
         msg = f"{results.url} lies apart from its run directory; say where to write the report (--out FILE.html)"
         raise StoreError(msg)
-    return f"{run.url}/{PAGE}"
+    return f"{run.url}/{keys.REPORT}"
 
 
 def _content(told: Told) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import pytest
 import ndreamer_dist as nd
 from ndreamer_dist import cli, keys
 from ndreamer_dist.errors import QueryError, StoreError
-from ndreamer_dist.report.html import PAGE
 from ndreamer_dist.report.tables import signed
 from ndreamer_dist.results.reader import Results
 from tests.report.browser import CHROMIUM, Page, browsing
@@ -46,8 +45,8 @@ class Reader(HTMLParser):
 def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the hostile run, written where it goes by itself."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("page") / "run"))
-    assert nd.report(run, cells=300) == str(run / PAGE)
-    return run / PAGE
+    assert nd.report(run, cells=300) == str(run / keys.REPORT)
+    return run / keys.REPORT
 
 
 @pytest.fixture(scope="session")
