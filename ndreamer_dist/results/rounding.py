@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numcodecs.bitround import BitRound
 
 from ndreamer_dist.errors import StoreError
-
-MANTISSA_BITS = 23
-"""Bits of float32's mantissa that are stored."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Rounding:
         """
         kept = values.astype(np.float32)
         if self.keep_bits is not None:
-            kept = keep_mantissa(kept, self.keep_bits)
+            kept = BitRound(self.keep_bits).encode(kept).view(np.float32)
         try:
             with np.errstate(over="raise"):
                 return kept.astype(self.dtype)
@@ -51,13 +49,3 @@ class Rounding:
 
 FULL = Rounding()
 """Float32, with all its bits."""
-
-
-def keep_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
-    """Return float32 values rounded to so many bits of mantissa, ties to even."""
-    drop = MANTISSA_BITS - bits
-    if drop <= 0:
-        return values
-    raw = values.view(np.uint32)
-    half = np.uint32((1 << (drop - 1)) - 1) + ((raw >> np.uint32(drop)) & np.uint32(1))
-    return ((raw + half) & np.uint32(0xFFFFFFFF ^ ((1 << drop) - 1))).view(np.float32)

@@ -111,7 +111,7 @@ def welch_tests(means: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Dono
     means = np.asarray(means, dtype=np.float64)
     effect = np.stack([means[treated].mean(axis=0) - means[~treated].mean(axis=0) for treated in labels])
     if min(counts) < LEAST_DONORS:
-        return _untested(effect)
+        return untested(effect)
     t, freedom = _welch(_centred(means), labels)
     parametric = 2 * stats.t.sf(np.abs(t), freedom)
     possible = math.comb(len(means), counts[0])
@@ -141,7 +141,7 @@ def asked_by_treated_test(asking: np.ndarray, treated: np.ndarray, *, seed: int 
     observed = asking[treated].mean(axis=0)
     effect = observed[treated].mean(axis=0) - observed[~treated].mean(axis=0)
     if min(counts) < LEAST_DONORS:
-        return _untested(effect)
+        return untested(effect)
     t = _welch(_centred(observed), treated[None])[0][0]
     labels = labellings(len(treated), counts[0], genes=asking.shape[2], seed=seed)
     complete = math.comb(len(treated), counts[0]) <= MOST_LABELLINGS
@@ -170,7 +170,7 @@ def paired_test(differences: np.ndarray, *, seed: int = 0) -> DonorTest:
         raise ValueError(msg)
     effect = differences.mean(axis=0)
     if pairs < LEAST_PAIRS:
-        return _untested(effect)
+        return untested(effect)
     t = _paired(differences, np.ones((1, pairs)))[0]
     parametric = 2 * stats.t.sf(np.abs(t), pairs - 1)
     few = pairs <= FEW_DONORS
@@ -210,7 +210,7 @@ def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) 
     effect = own @ means / (own @ own)
     few = int(min(np.sum(treated), np.sum(~np.asarray(treated, dtype=bool))))
     if few < LEAST_DONORS or freedom < 1:
-        return _untested(effect)
+        return untested(effect)
     residual = means - design @ np.linalg.lstsq(design, means, rcond=None)[0]
     variance = (residual**2).sum(axis=0) / freedom / (own @ own)
     t = _ratio(effect, np.sqrt(variance), _scale(means))
@@ -334,7 +334,8 @@ def with_arrays(test: DonorTest, array: Callable[[str], np.ndarray]) -> DonorTes
     return replace(test, **changed)
 
 
-def _untested(effect: np.ndarray) -> DonorTest:
+def untested(effect: np.ndarray) -> DonorTest:
+    """Return effects, (columns,), without a test: every p is NaN."""
     nothing = np.full(effect.shape, np.nan)
     return DonorTest(effect, nothing, nothing, nothing, nothing, "none", math.nan, few_donors=True)
 

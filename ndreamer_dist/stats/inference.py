@@ -15,7 +15,6 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
-from scipy import special
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
@@ -24,7 +23,7 @@ from ndreamer_dist.match.exact import nearest
 from ndreamer_dist.results.pieces import read_dense
 from ndreamer_dist.results.reader import Whose
 from ndreamer_dist.results.virtual import Counterparts, Expression, compute, layer_question
-from ndreamer_dist.stats.cate import benjamini_hochberg
+from ndreamer_dist.stats.cate import benjamini_hochberg, sign_test
 from ndreamer_dist.stats.cells import (
     Moments,
     match_quality,
@@ -32,7 +31,7 @@ from ndreamer_dist.stats.cells import (
     placebo_moments,
     plain_expression,
 )
-from ndreamer_dist.stats.donors import DonorTest, asked_by_treated_test, linear_test, paired_test, welch_test
+from ndreamer_dist.stats.donors import DonorTest, asked_by_treated_test, linear_test, paired_test, untested, welch_test
 from ndreamer_dist.stats.populations import PopulationMeans, Replicates, population_means, query_means
 from ndreamer_dist.storage import Storage, open_array
 
@@ -334,7 +333,7 @@ def _test_of(
     """Return the test that the replicates allow: paired where donors are in both conditions, else Welch's, or a model."""
     treated = replicates.conditions[kept] != 0
     if not treated.any() or treated.all():
-        return lambda values: _nothing(values.shape[1])
+        return lambda values: untested(np.full(values.shape[1], np.nan))
     if covariates:
         columns = _numbers(given.cells, replicates, covariates)[kept]
         return lambda values: linear_test(values, treated, columns)
@@ -378,16 +377,11 @@ def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str]) 
     return pd.get_dummies(table[list(names)], drop_first=True).to_numpy(dtype=np.float64)
 
 
-def _nothing(genes: int) -> DonorTest:
-    empty = np.full(genes, np.nan)
-    return DonorTest(empty, empty, empty, empty, empty, "none", np.nan, few_donors=True)
-
-
 def _rows(given: Given, name: str, number: int, code: int, told: Described, tested: Tested) -> pd.DataFrame:
     """Return the rows of one population and condition: a column per fact, a row per gene."""
     place = number, code
     n, zero, positive = told.cells[place], told.effects.zero[place], told.effects.positive[place]
-    z = (positive + zero / 2 - n / 2) / np.sqrt(n / 4)
+    sign_z, sign_p = sign_test(positive, zero, n)
     treated, control = told.counts[number, code], told.counts[number, 0]
     nothing = np.full(len(given.genes), np.nan)
     values: dict[str, Any] = {
@@ -404,8 +398,8 @@ def _rows(given: Given, name: str, number: int, code: int, told: Described, test
         "log2_fold_change": np.log2((treated + COUNT_FLOOR) / (control + COUNT_FLOOR)),
         "expressing": told.expressing[number, code],
         "expressing_control": told.expressing[number, 0],
-        "sign_z": z,
-        "sign_p": special.erfc(np.abs(z) / np.sqrt(2)),
+        "sign_z": sign_z,
+        "sign_p": sign_p,
         **_columns_of(tested),
         "p_adjusted": benjamini_hochberg(tested.matched.p),
         "match_purity": told.purity[place],

@@ -17,7 +17,7 @@ from ndreamer_dist.errors import StoreError
 from ndreamer_dist.match.effects import run_effects
 from ndreamer_dist.results import export, store
 from ndreamer_dist.results.reader import open_results
-from ndreamer_dist.results.rounding import Rounding, keep_mantissa
+from ndreamer_dist.results.rounding import Rounding
 from ndreamer_dist.runtime import SerialRuntime
 from tests.servers import S3_ENVIRONMENT, Plain, Ranges, s3, serving
 
@@ -275,12 +275,12 @@ def test_layers_are_kept_as_the_settings_say_and_add_up(wide, local, tmp_path, c
 def test_mantissas_are_rounded_to_the_nearest_and_ties_to_even():
     values = np.array([1, 1 + 2**-3, 1 + 2**-4, 1 + 3 * 2**-4, -1 - 2**-3 - 2**-5, 0, np.nan, np.inf], dtype=np.float32)
     wanted = [1, 1 + 2**-3, 1, 1 + 2**-2, -1 - 2**-3, 0, np.nan, np.inf]
-    np.testing.assert_array_equal(keep_mantissa(values, 3), np.array(wanted, dtype=np.float32))
+    np.testing.assert_array_equal(Rounding(keep_bits=3)(values), np.array(wanted, dtype=np.float32))
     draws = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     for bits in (1, 6, 22, 23):
-        assert np.all(np.abs(keep_mantissa(draws, bits) - draws) <= 2.0 ** -(bits + 1) * np.abs(draws))
+        assert np.all(np.abs(Rounding(keep_bits=bits)(draws) - draws) <= 2.0 ** -(bits + 1) * np.abs(draws))
     assert all(
-        len(np.unique(keep_mantissa(draws, more))) >= len(np.unique(keep_mantissa(draws, less)))
+        len(np.unique(Rounding(keep_bits=more)(draws))) >= len(np.unique(Rounding(keep_bits=less)(draws)))
         for less, more in itertools.pairwise((1, 4, 9, 23))
     )
 
