@@ -65,15 +65,18 @@ def test_a_target_runs_as_nobody_in_particular(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_installed_package_is_pinned(target: str) -> None:
-    installs = [words for line in chain(target) for words in re.findall(r"pip install[^&]*", line)]
-    assert len(installs) >= 2
+    lines = [*stages()["wheel"], *chain(target)]
+    installs = [words for line in lines for words in re.findall(r"pip install[^&]*", line)]
+    assert len(installs) >= 3
     for words in installs:
         assert " -c constraints.txt " in f"{words} "
     swapped = [word for words in installs for word in words.split() if word.strip('"').startswith("faiss-gpu")]
     assert all("==" in word for word in swapped)
     assert bool(swapped) == (target == "gpu")
-    assert pinned("torch")
-    assert pinned("ray")
+    for name in ("torch", "ray", "hatchling"):
+        assert pinned(name)
+    # In isolation pip would take the newest build backend.
+    assert all("--no-build-isolation" in line for line in lines if "pip wheel" in line)
 
 
 def test_the_base_image_is_a_full_version_and_one_that_the_package_takes() -> None:
