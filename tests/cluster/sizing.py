@@ -1,7 +1,7 @@
 """The tables of cluster/README.md, computed: `python -m tests.cluster.sizing` prints them.
 
 Sizes follow from `ndreamer_dist.promise` and `ndreamer_dist.stream.plan` for the paper preset; none is measured. Costs are
-those steps and cells, times the seconds of one as they were measured once (docs/benchmarks.md).
+those steps, cells and matches, times the seconds of one as they were measured on 2 cores (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from ndreamer_dist import keys
 from ndreamer_dist.promise import CohortSize, disk_bytes, stage_memory
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.stream.plan import SamplingPlan
+from tests.docs.scaling import MEASURED_CELLS, MEASURED_MATCHES, MEASURED_SECONDS
 
 GENES = 30_000
 VALUES_PER_CELL = 2_000
 CONDITIONS = 2
-STEP_SECONDS = 3.9
-"""Of a training step of 2048 cells x 2000 genes, paper preset, on 2 cores with other work beside: Kang, 390 s for 100."""
-CELL_SECONDS = 38 / 20_000
-"""Of a cell in all stages but training, small preset, on 2 cores: the demo."""
+STEP_SECONDS = 1.21
+"""Of a training step of 2048 cells x 2000 genes, paper preset, on 2 cores with nothing else running."""
+CLUSTERS_SECONDS = {"paper": (0.2, 0.3, 1.6, 6.4), "small": (0.2, 0.2, 0.7, 0.9)}
+"""Of components, neighbours and both Leiden clusterings of 3850 cells: the million was clustered as `small` does."""
 STORE_SHARE = 0.3
 """Share of a pod's memory that Ray takes for its objects."""
 
@@ -41,16 +42,20 @@ class Example:
         return CONDITIONS * self.donors
 
     @property
+    def edges(self) -> int:
+        """A group meets all groups of its own condition and of the control."""
+        return self.donors**2 * (1 + 2 * (CONDITIONS - 1))
+
+    @property
     def size(self) -> CohortSize:
         """Groups differ in size: the largest is twice the mean."""
-        own_and_control = self.groups + self.donors * (CONDITIONS - 1)
         return CohortSize(
             cells=self.cells,
             genes=GENES,
             stored_values=self.cells * VALUES_PER_CELL,
             groups=self.groups,
             largest_group=2 * self.cells // self.groups,
-            edges=own_and_control,
+            edges=self.edges,
             conditions=CONDITIONS,
         )
 
@@ -107,12 +112,30 @@ def table() -> str:
     return "\n".join(itertools.chain([HEADER], map(row, EXAMPLES)))
 
 
+def others_seconds(example: Example) -> float:
+    """Return the seconds of all stages but training and matching on 2 cores, for the paper preset."""
+    paper, small = Settings.build(), Settings.build(preset="small")
+    dearer = {
+        keys.STAGE_CLUSTERS: sum(CLUSTERS_SECONDS["paper"]) / sum(CLUSTERS_SECONDS["small"]),
+        keys.STAGE_EFFECTS: paper.hvg.num_hvg / small.hvg.num_hvg,
+    }
+    alike = set(keys.STAGES) - {keys.STAGE_TRAIN, keys.STAGE_MATCH}
+    return sum(MEASURED_SECONDS[stage] * dearer.get(stage, 1) for stage in alike) * example.cells / MEASURED_CELLS
+
+
+def matching_seconds(example: Example) -> float:
+    """Return the seconds of matching on 2 cores, if a match costs in a larger group what it cost in the million's."""
+    matches = example.cells * example.edges / example.groups
+    return MEASURED_SECONDS[keys.STAGE_MATCH] * matches / MEASURED_MATCHES
+
+
 def costs() -> str:
     """Return the table of node-hours, of nodes of 2 cores."""
-    lines = ["| cells | training, on processors | all other stages |", "|---|---|---|"]
+    lines = ["| cells | training, on processors | matching | all other stages | all |", "|---|---|---|---|---|"]
     for example in EXAMPLES:
-        training, others = steps(example) * STEP_SECONDS / 3600, example.cells * CELL_SECONDS / 3600
-        lines.append(f"| {example.cells // 10**6} million | {training:.0f} | {others:.1f} |")
+        seconds = [steps(example) * STEP_SECONDS, matching_seconds(example), others_seconds(example)]
+        hours = " | ".join(f"{each / 3600:,.1f}".replace(",", " ") for each in [*seconds, sum(seconds)])
+        lines.append(f"| {example.cells // 10**6} million | {hours} |")
     return "\n".join(lines)
 
 

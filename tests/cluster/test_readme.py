@@ -14,6 +14,7 @@ from ray.dashboard.modules.job import cli as ray_cli
 from ndreamer_dist.cli import app
 from tests.cluster import sizing
 from tests.cluster.manifests import CLUSTER, OVERLAYS, ROOT, built, containers, pinned, ray_pods
+from tests.docs import scaling
 
 TEXT = (CLUSTER / "README.md").read_text()
 START = re.split(r"^## ", TEXT, flags=re.MULTILINE)[1]
@@ -104,5 +105,15 @@ def test_the_sizing_table_is_what_is_promised() -> None:
 def test_the_costs_are_computed_from_what_was_measured() -> None:
     assert sizing.costs() in TEXT
     measured = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert "The training stage took 390 s" in measured
-    assert re.search(r"Demo: 20 000 cells.*\| all others \| 38 \|", measured, re.DOTALL)
+    (step,) = re.findall(r"^\| ours \| ([\d.]+) \|", measured, re.MULTILINE)
+    assert float(step) == sizing.STEP_SECONDS
+    assert f"the steps of the table above times {step} s" in TEXT
+    (small,) = re.findall(r"Small preset: ([\d.]+) s a step", measured)
+    seconds = scaling.MEASURED_SECONDS
+    assert f"took {seconds['train']} s where the steps alone take {float(small) * scaling.MEASURED_STEPS:.0f}" in TEXT
+    assert f"million cells' {seconds['match']} s" in TEXT
+    (whole,) = re.findall(r"^\| 1,000,000 \| \*\*all\*\* \| (\d+) \|", measured, re.MULTILINE)
+    assert f"took {int(whole) / 3600:.2f} node-hours in all, {whole} s" in " ".join(TEXT.split())
+    for preset, way in (("paper", "leidenalg until nothing moves"), ("small", "leidenalg, 2 iterations")):
+        (row,) = re.findall(rf"^\| {way} \(`{preset}`\) \|(.*)$", measured, re.MULTILINE)
+        assert tuple(map(float, row.split("|")[:4])) == sizing.CLUSTERS_SECONDS[preset]
