@@ -184,7 +184,7 @@ class TrainSettings(StageSettings):
     threads: int = how(2, "threads of one training worker", ge=1)
     device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train")
     checkpoint_steps: int = how(200, "steps between checkpoints", ge=1)
-    checkpoint_minutes: float | None = how(10.0, "minutes between checkpoints, if sooner; none: by steps alone", gt=0)
+    checkpoint_minutes: float | None = how(10.0, "minutes between checkpoints, if sooner; null: by steps alone", gt=0)
     max_failures: int = how(3, "worker failures survived before giving up", ge=0)
 
     @field_validator("batch_size")
@@ -229,7 +229,7 @@ class EffectsSettings(StageSettings):
     )
     chunk_genes: int = result(32, "genes of a chunk of a layer", ge=1)
     dtype: Literal["float32", "float16"] = result("float32", "type of the layers' values")
-    keep_bits: int | None = result(None, "bits of the values' mantissa that are kept; none: all", ge=1, le=23)
+    keep_bits: int | None = result(None, "bits of the values' mantissa that are kept; by default all", ge=1, le=23)
     near_quantile: float = result(
         0.99, "a control match is near within this quantile of the distances inside groups", gt=0, le=1
     )
@@ -250,21 +250,23 @@ class EffectsSettings(StageSettings):
 class RunSettings(StageSettings):
     """How the job is run; nothing here bears on the result."""
 
-    address: str | None = how(None, "Ray address; none: the cluster of the environment, else a local Ray")
+    address: str | None = how(None, "Ray address; by default the cluster of the environment, else a local Ray")
     cpus: int | None = how(
-        None, "processors given to a local Ray, or that a cluster may grow to; none: all there are", ge=1
+        None, "processors given to a local Ray, or that a cluster may grow to; by default all there are", ge=1
     )
-    gpus: int | None = how(None, "GPUs that a cluster may grow to; none: those there are", ge=1)
-    object_store_gb: float | None = how(None, "size of a local Ray's object store; none: chosen from the memory", gt=0)
+    gpus: int | None = how(None, "GPUs that a cluster may grow to; by default those there are", ge=1)
+    object_store_gb: float | None = how(
+        None, "size of a local Ray's object store; by default chosen from the memory", gt=0
+    )
     task_threads: int = how(1, "threads of one task outside training", ge=1)
-    progress: bool | None = how(None, "progress bars; none: only on a terminal")
+    progress: bool | None = how(None, "progress bars; by default only on a terminal")
     log_format: Literal["text", "json"] = how("text", "lines of the log: text, or JSON objects")
     serial: bool = how(False, "run everything in this process, without Ray; for debugging and tests")
-    memory_gb: float | None = how(None, "memory the job may use; none: the container's", gt=0)
+    memory_gb: float | None = how(None, "memory the job may use; by default the container's", gt=0)
 
     @property
     def bars(self) -> bool | None:
-        """Whether bars are shown; none: only on a terminal. They would spoil a log of JSON lines."""
+        """Whether bars are shown; by default only on a terminal. They would spoil a log of JSON lines."""
         return False if self.progress is None and self.log_format == "json" else self.progress
 
 

@@ -2,7 +2,7 @@
 
 A name in a registry, or a URL and its checksum, come in; a file whose sha256 is the expected one goes out, or none.
 A registry is a YAML or JSON file: for each name `url` and `sha256`, and if known `size` (bytes), `what`, `source` and
-`licence`. What was downloaded before an interruption lies beside the file, under the checksum's name, and is gone on with.
+`licence`. What was downloaded before an interruption lies beside the file, under the checksum's name, and is resumed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def fetch(
     sha256
         Checksum of the file that a URL names, in hexadecimal.
     progress
-        Show a bar; none: only on a terminal.
+        Show a bar; by default only on a terminal.
 
     Returns
     -------

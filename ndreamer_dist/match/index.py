@@ -85,7 +85,7 @@ def build_index(targets: np.ndarray, *, cells: int | None = None) -> Index:
     targets
         (t, d) float32, at least one.
     cells
-        Number of cells at most; none: chosen by the number of points.
+        Number of cells at most; by default chosen by the number of points.
     """
     order, starts = distinct_rows(targets)
     centre = targets.mean(axis=0, dtype=np.float64)

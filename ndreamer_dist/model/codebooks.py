@@ -108,7 +108,7 @@ class Quantiser(nn.Module):
     Attributes
     ----------
     at_once
-        Codebooks computed together; none: as the device likes it (`books_at_once`). The result is the same.
+        Codebooks computed together; by default as many as suit the device (`books_at_once`). The result is the same.
     """
 
     usage: Tensor
@@ -443,7 +443,7 @@ def segment_sums(values: Tensor, order: Tensor, offsets: Tensor, weights: Tensor
     values
         (books, rows, codes).
     weights
-        (books, rows); none: 1.
+        (books, rows); by default 1.
     """
     books, rows, codes = values.shape
     if len(order) == 0:

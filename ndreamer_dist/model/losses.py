@@ -319,7 +319,7 @@ def groups_of(
     Parameters
     ----------
     at_once
-        Pairs, padding included, that may be compared together; none: as the device likes it.
+        Pairs, padding included, that may be compared together; by default as many as suit the device.
     """
     everyone, mine = _by_group(labels.group, labels), _by_group(labels.group[labels.mine], labels)
     own = mine.counts.tolist()

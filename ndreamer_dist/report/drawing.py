@@ -74,7 +74,7 @@ def panels(number: int, ax: Axes | None, *, size: tuple[float, float], columns: 
     """
     if ax is not None:
         if number > 1:
-            msg = f"one `ax` was given for {number} panels; ask for one, or leave `ax` away"
+            msg = f"one `ax` was given for {number} panels; ask for one, or leave `ax` out"
             raise ValueError(msg)
         return [ax]
     across = min(number, columns)
@@ -163,7 +163,7 @@ SIDES = (((6, 3), "left"), ((-6, 3), "right"), ((6, -7), "left"), ((-6, -7), "ri
 
 
 def label_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], most: int) -> None:
-    """Name points, the first first, where there is room; a name that would cover another or a point is left away.
+    """Name points, in the order given, where there is room; a name that would cover another or a point is left out.
 
     The axes' limits must be final: the names are placed by the pixels they take.
     """

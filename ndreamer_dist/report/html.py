@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 TOP_GENES = 30
 MOST_VOLCANOES = 6
 MOST_SPREADS = 6
-"""Where the page is written in a run directory, unless told otherwise."""
 SHOWN_DPI = 110
 """Pixels of the page per inch of a figure; it is drawn finer, for sharp screens and for paper."""
 
@@ -70,7 +69,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Told:
+class PageData:
     """What the page is made from: results, their CATE table, and by what populations and donors it was made."""
 
     results: Results
@@ -119,13 +118,13 @@ def report(
     results
         Results, or what `open_results` takes.
     out
-        The file; none: `report/report.html` in the run directory.
+        The file; by default `report/report.html` in the run directory.
     by
-        Column of `obs` that names populations; none: the one that looks most like cell types, else all cells together.
+        Column of `obs` that names populations; by default the one that looks most like cell types, else all cells together.
     condition
-        Which to compare with the control; none: every one.
+        Which to compare with the control; by default every one.
     donor_key
-        Column of `obs` that names the donor; none: the batch. Where there is neither, there are effects and no tests.
+        Column of `obs` that names the donor; by default the batch. Where there is neither, there are effects and no tests.
     cells
         Cells drawn in a UMAP, about.
 
@@ -142,18 +141,18 @@ def report(
     by = by or likely_populations(opened.packed_obs, opened.design)
     logger.info("report: effects by %s", by or "condition alone")
     table = effects(opened, by, condition, donor_key)
-    told = Told(opened, by, chosen, donor_key, table, opened.diagnostics(by, donor_key=donor_key), cells)
-    return write_file(address, page(told).encode())
+    data = PageData(opened, by, chosen, donor_key, table, opened.diagnostics(by, donor_key=donor_key), cells)
+    return write_file(address, page(data).encode())
 
 
-def page(told: Told) -> str:
+def page(data: PageData) -> str:
     """Return the page's HTML."""
     folder = resources.files("ndreamer_dist.report")
     script = (folder / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     engine = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = engine.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
-    return template.render(**_content(told), script=Markup(script), script_hash=f"sha256-{digest}")  # noqa: S704 - ours
+    return template.render(**_content(data), script=Markup(script), script_hash=f"sha256-{digest}")  # noqa: S704 - ours
 
 
 def _opened(address: str | os.PathLike[str]) -> Results:
@@ -170,32 +169,32 @@ def _default(results: Results) -> str:
     return f"{run.url}/{keys.REPORT}"
 
 
-def _content(told: Told) -> dict[str, Any]:
+def _content(data: PageData) -> dict[str, Any]:
     """Return what the template is filled with."""
-    results, design = told.results, told.results.design
+    results, design = data.results, data.results.design
     return {
-        "title": f"NDreamer: {', '.join(told.conditions)} against {design.control}",
+        "title": f"NDreamer: {', '.join(data.conditions)} against {design.control}",
         "subtitle": f"What the condition does to {whole(design.n_cells)} cells, and how far the numbers can be trusted.",
         "control": design.control,
-        "tiles": _tiles(told),
-        "summary": list(_summary(told)),
-        "warnings": list(_warnings(told)),
-        "design": list(_design(told)),
+        "tiles": _tiles(data),
+        "summary": list(_summary(data)),
+        "warnings": list(_warnings(data)),
+        "design": list(_design(data)),
         "groups": groups_table(results),
-        "cells": list(_cell_pictures(told)),
-        "populations_told": _populations_told(told),
-        "populations": populations_table(told.table, donors=told.donors),
-        "effects": list(_effect_pictures(told)),
-        "volcanoes": list(_volcanoes(told)),
-        "spreads": list(_spreads(told)),
-        "genes_told": _genes_told(told),
-        "genes": list(_genes(told)),
-        "trust": list(_trust(told)),
-        "trust_figures": list(_trust_pictures(told)),
-        "diagnostics": diagnostics_tables(told.diagnostics),
-        "nested": told.diagnostics.layout in ("nested", "partly crossed"),
+        "cells": list(_cell_pictures(data)),
+        "populations_note": _populations_note(data),
+        "populations": populations_table(data.table, donors=data.donors),
+        "effects": list(_effect_pictures(data)),
+        "volcanoes": list(_volcanoes(data)),
+        "spreads": list(_spreads(data)),
+        "genes_note": _genes_note(data),
+        "genes": list(_genes(data)),
+        "trust": list(_trust(data)),
+        "trust_figures": list(_trust_pictures(data)),
+        "diagnostics": diagnostics_tables(data.diagnostics),
+        "nested": data.diagnostics.layout in ("nested", "partly crossed"),
         "modelled": whole(len(results.var_names)),
-        "training": _training(told),
+        "training": _training(data),
         "timings": timings_table(results),
         "settings": settings_table(results),
         "versions": "Versions: " + ", ".join(f"{k} {v}" for k, v in json.loads(results.uns["versions"]).items()) + ".",
@@ -206,31 +205,31 @@ def _content(told: Told) -> dict[str, Any]:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def _tiles(told: Told) -> list[tuple[str, str]]:
-    design = told.results.design
+def _tiles(data: PageData) -> list[tuple[str, str]]:
+    design = data.results.design
     batches = len(design.batches) if design.batch_keys else 0
-    populations = told.table["population"].nunique()
-    called = int((told.table["p_adjusted"] < plots.SIGNIFICANT).sum())
+    populations = data.table["population"].nunique()
+    called = int((data.table["p_adjusted"] < plots.SIGNIFICANT).sum())
     return [
         ("cells", whole(design.n_cells)),
-        ("modelled genes", whole(len(told.results.var_names))),
+        ("modelled genes", whole(len(data.results.var_names))),
         ("conditions", whole(len(design.conditions))),
         *([(_plural(batches, "batch", "batches"), whole(batches))] if batches else []),
         (_plural(populations, "population"), whole(populations)),
-        *([(f"calls at adjusted p < {plots.SIGNIFICANT}", whole(called))] if told.tested else []),
+        *([(f"calls at adjusted p < {plots.SIGNIFICANT}", whole(called))] if data.tested else []),
     ]
 
 
-def _summary(told: Told) -> Iterator[str]:
+def _summary(data: PageData) -> Iterator[str]:
     """Say what was found, a sentence or two per condition."""
-    for condition in told.conditions:
-        parts = told.populations(condition)
+    for condition in data.conditions:
+        parts = data.populations(condition)
         tested = [(name, part) for name, part in parts if part["p"].notna().any()]
         called = [(int((part["p_adjusted"] < plots.SIGNIFICANT).sum()), name) for name, part in tested]
-        effect = plots.effect_column(told.table)
+        effect = plots.effect_column(data.table)
         if not tested:
             yield (
-                f"{condition}: there are effects but no p-values, since {_why_untested(told)}. "
+                f"{condition}: there are effects but no p-values, since {_why_untested(data)}. "
                 f"{_strongest(parts, effect)}"
             )
             continue
@@ -247,8 +246,8 @@ def _summary(told: Told) -> Iterator[str]:
         )
 
 
-def _why_untested(told: Told) -> str:
-    return "no population has three donors a condition" if told.donors else "nothing says who the donors are"
+def _why_untested(data: PageData) -> str:
+    return "no population has three donors a condition" if data.donors else "nothing says who the donors are"
 
 
 def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str) -> str:
@@ -262,38 +261,38 @@ def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str) -> str:
     return f"Largest {'called ' if len(called) else ''}effects: {', '.join(names)}." if names else ""
 
 
-def _warnings(told: Told) -> Iterator[str]:
-    table = told.table.drop_duplicates(["population", "condition"])
+def _warnings(data: PageData) -> Iterator[str]:
+    table = data.table.drop_duplicates(["population", "condition"])
     flags = {
         "few_donors": "with few donors (four a condition, or fewer), so that p-values are coarse or absent",
         "impure": "whose matches often lie in another population, so that effects mix kinds of cells",
     }
-    for flag in flags if told.donors else ["impure"]:
+    for flag in flags if data.donors else ["impure"]:
         names = list(dict.fromkeys(table.loc[table[flag].astype(bool), "population"].astype(str)))
         if names:
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             yield f"{_plural(len(names), 'Population')} {flags[flag]}: {shown}."
-    if told.chosen:
+    if data.chosen:
         yield (
-            f"Populations are those of obs column “{told.by}”, which looked most like cell types; name another by --by."
-            if told.by
+            f"Populations are those of obs column “{data.by}”, which looked most like cell types; name another by --by."
+            if data.by
             else "No column of obs looks like cell types, so all cells are one population; name one by --by. "
             "An average over kinds of cells can hide what happens in each."
         )
 
 
-def _design(told: Told) -> Iterator[str]:
-    results = told.results
-    yield told.diagnostics.donors
+def _design(data: PageData) -> Iterator[str]:
+    results = data.results
+    yield data.diagnostics.donors
     yield {
         "no donors": "So there is no replicate to test with: effects describe these cells.",
         "nested": "Differences between donors and the effect of the condition can be told apart only by having several "
         "donors a condition.",
         "crossed": "Donors are their own controls.",
         "partly crossed": "Donors seen in both conditions are paired, and the others left out of the test.",
-    }[told.diagnostics.layout]
-    if told.donor_key:
-        yield f"Donors are named by obs column “{told.donor_key}”."
+    }[data.diagnostics.layout]
+    if data.donor_key:
+        yield f"Donors are named by obs column “{data.donor_key}”."
     dropped = json.loads(str(results.uns.get("dropped", "{}")))
     if dropped:
         yield "Left out: " + "; ".join(f"{whole(n)} cells ({reason})" for reason, n in dropped.items()) + "."
@@ -305,30 +304,30 @@ def _notes(results: Results) -> list[str]:
     return [str(note) for note in (json.loads(notes) if isinstance(notes, str) else notes)]
 
 
-def _populations_told(told: Told) -> str:
-    if not told.by:
+def _populations_note(data: PageData) -> str:
+    if not data.by:
         return "All cells of a condition are one population."
-    missing = int(told.results.packed_obs[told.by].isna().sum())
+    missing = int(data.results.packed_obs[data.by].isna().sum())
     left = f" {whole(missing)} cells have none and are left out." if missing else ""
-    return f"Populations are the levels of obs column “{told.by}”.{left}"
+    return f"Populations are the levels of obs column “{data.by}”.{left}"
 
 
-def _genes_told(told: Told) -> str:
-    if told.tested:
+def _genes_note(data: PageData) -> str:
+    if data.tested:
         return (
             "The p-values compare donors: every donor's cells are asked the same questions through the matches, and the "
             "donors' labels are permuted, or, where these have too few permutations, a t-test compares donor means (the "
             "column “test” above says which). Beside them stand plain pseudobulk means."
         )
-    return f"There are no p-values, since {_why_untested(told)}. What follows are effects alone."
+    return f"There are no p-values, since {_why_untested(data)}. What follows are effects alone."
 
 
-def _genes(told: Told) -> Iterator[tuple[str, str, Table]]:
-    several = len(told.conditions) > 1
-    for condition in told.conditions:
-        for name, part in told.populations(condition):
+def _genes(data: PageData) -> Iterator[tuple[str, str, Table]]:
+    several = len(data.conditions) > 1
+    for condition in data.conditions:
+        for name, part in data.populations(condition):
             row = part.iloc[0]
-            donors = f", {row['treated_donors']} v {row['control_donors']} donors" if told.tested else ""
+            donors = f", {row['treated_donors']} v {row['control_donors']} donors" if data.tested else ""
             words = f"{whole(row['cells'])} cells{donors}, {_method(str(row['p_method']))}"
             yield f"{name}: {condition}" if several else name, words, genes_table(part, TOP_GENES)
 
@@ -337,10 +336,10 @@ def _method(method: str) -> str:
     return "not tested" if method == "none" else method
 
 
-def _trust(told: Told) -> Iterator[str]:
-    table = told.table
+def _trust(data: PageData) -> Iterator[str]:
+    table = data.table
     both = table[["effect", "pseudobulk_effect"]].dropna()
-    if told.tested and len(both) > 2:
+    if data.tested and len(both) > 2:
         alike = both["effect"].corr(both["pseudobulk_effect"])
         yield (
             f"Correlation of the effects through the matches with plain pseudobulk differences, over all genes and "
@@ -379,44 +378,44 @@ def _picture(title: str, caption: str, alt: str, draw: Callable[[], Axes | Seque
     return Picture(title, caption, alt, base64.b64encode(data).decode(), round(width * scale), round(height * scale))
 
 
-def _cell_pictures(told: Told) -> Iterator[Picture]:
-    results, design = told.results, told.results.design
-    drawn = min(told.cells, design.n_cells)
+def _cell_pictures(data: PageData) -> Iterator[Picture]:
+    results, design = data.results, data.results.design
+    drawn = min(data.cells, design.n_cells)
     color = [
         keys.OBS_CONDITION,
         *([keys.OBS_BATCH] if len(design.batches) > 1 else []),
-        *([told.by] if told.by else []),
+        *([data.by] if data.by else []),
     ]
     names = ", ".join(
-        [design.condition_key, *(design.batch_keys if len(design.batches) > 1 else ()), *([told.by] if told.by else [])]
+        [design.condition_key, *(design.batch_keys if len(design.batches) > 1 else ()), *([data.by] if data.by else [])]
     )
     yield _picture(
         "The embedding",
         f"What cells are, whatever their condition and batch (UMAP of about {whole(drawn)} of {whole(design.n_cells)} cells). "
         "Conditions and batches should mix; kinds of cells should not. Distances in a UMAP mean little.",
         f"UMAP of the effect-modifier embedding, one panel each for {names}",
-        lambda: plots.embedding(results, color, cells=told.cells),
+        lambda: plots.embedding(results, color, cells=data.cells),
     )
 
 
-def _effect_pictures(told: Told) -> Iterator[Picture]:
-    results, by = told.results, told.by
-    for condition in told.conditions:
-        top = plots.top_genes(told.table[told.table["condition"] == condition], 8)
+def _effect_pictures(data: PageData) -> Iterator[Picture]:
+    results, by = data.results, data.by
+    for condition in data.conditions:
+        top = plots.top_genes(data.table[data.table["condition"] == condition], 8)
         yield _picture(
             f"Effects of {condition} by population",
             "Top genes of every population; genes that behave alike stand together. "
-            + ("A dot marks an adjusted donor-level p below 0.05." if told.tested else "There are no p-values."),
+            + ("A dot marks an adjusted donor-level p below 0.05." if data.tested else "There are no p-values."),
             f"Heat map of effects of {condition}, populations by genes, among them {', '.join(top)}",
-            partial(plots.heatmap, results, by, condition=condition, table=told.table),
+            partial(plots.heatmap, results, by, condition=condition, table=data.table),
         )
 
 
-def _volcanoes(told: Told) -> Iterator[Picture]:
+def _volcanoes(data: PageData) -> Iterator[Picture]:
     """Draw the populations with most called genes."""
-    if not told.tested:
+    if not data.tested:
         return
-    pairs = told.table.groupby(["condition", "population"])
+    pairs = data.table.groupby(["condition", "population"])
     called = pairs["p_adjusted"].agg(lambda p: (p < plots.SIGNIFICANT).sum())
     testable = called[pairs["p"].count() > 0].sort_values(ascending=False, kind="stable")
     for pair, number in testable.head(MOST_VOLCANOES).items():
@@ -426,37 +425,37 @@ def _volcanoes(told: Told) -> Iterator[Picture]:
             "Effect against donor-level p-value, a point per gene"
             + (f"; of {len(testable)}, the {MOST_VOLCANOES} with most called genes are drawn." if len(testable) > MOST_VOLCANOES else "."),
             f"Volcano plot of {name} under {condition}: {int(number)} genes with adjusted p below 0.05",
-            partial(plots.volcano, told.results, name, told.by, condition=condition, table=told.table),
+            partial(plots.volcano, data.results, name, data.by, condition=condition, table=data.table),
         )  # fmt: skip
 
 
-def _spreads(told: Told) -> Iterator[Picture]:
-    results, condition = told.results, told.conditions[0]
-    genes = plots.top_genes(told.table[told.table["condition"] == condition], MOST_SPREADS)
+def _spreads(data: PageData) -> Iterator[Picture]:
+    results, condition = data.results, data.conditions[0]
+    genes = plots.top_genes(data.table[data.table["condition"] == condition], MOST_SPREADS)
     yield _picture(
         f"How single cells' effects of {condition} are spread",
         "A violin per population, the dot its mean, the bar its middle half. Most of the spread is noise of single cells.",
         f"Violin plots of individual treatment effects of {', '.join(genes)}",
-        lambda: plots.ite_distribution(results, genes, told.by, condition=condition),
+        lambda: plots.ite_distribution(results, genes, data.by, condition=condition),
     )
     if len(results.var_names) > 2:
         yield _picture(
             "Cells by their effects",
             "UMAP of the individual effects of all modelled genes: cells that respond alike are near each other.",
             "UMAP of individual treatment effects",
-            lambda: plots.ite_embedding(results, [told.by] if told.by else None, cells=told.cells),
+            lambda: plots.ite_embedding(results, [data.by] if data.by else None, cells=data.cells),
         )
 
 
-def _trust_pictures(told: Told) -> Iterator[Picture]:
-    results, by = told.results, told.by
+def _trust_pictures(data: PageData) -> Iterator[Picture]:
+    results, by = data.results, data.by
     yield _picture(
         "Overlap", "Distance of treated cells to their control matches; beyond the line a match is farther than 99 % of "
         "cells are from the nearest other cell of their own group. Effects of such cells are extrapolation.",
         "Box plots of match distances by population", lambda: plots.overlap(results, by),
     )  # fmt: skip
     try:
-        null = results.null(by, donor_key=told.donor_key)
+        null = results.null(by, donor_key=data.donor_key)
     except NDreamerError as error:
         yield Picture("Calibration", "P-values under permuted donor labels.", "", missing=str(error))
         return
@@ -471,9 +470,9 @@ def _trust_pictures(told: Told) -> Iterator[Picture]:
     )  # fmt: skip
 
 
-def _training(told: Told) -> Picture:
+def _training(data: PageData) -> Picture:
     return _picture(
         "Training", "Unweighted losses: steps pale, means of epochs strong. They should fall; what the codes tell of the "
         "clusters should rise, and many codes stay in use.",
-        "Line plots of the training losses by step", lambda: plots.losses(told.results),
+        "Line plots of the training losses by step", lambda: plots.losses(data.results),
     )  # fmt: skip

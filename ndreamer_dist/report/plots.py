@@ -155,9 +155,9 @@ def ite_distribution(
     Parameters
     ----------
     by
-        Column of `obs` that names populations; none: all cells of the condition.
+        Column of `obs` that names populations; by default all cells of the condition.
     condition
-        Whose effects; none: the first after the control.
+        Whose effects; by default the first after the control.
     cells
         Draw the distribution of about so many cells, a sample.
     """
@@ -309,9 +309,9 @@ def volcano(
     Parameters
     ----------
     by
-        Column of `obs` that names populations; none: there is one, `all cells`.
+        Column of `obs` that names populations; by default there is one, `all cells`.
     condition
-        Which to compare with the control; none: the first after it.
+        Which to compare with the control; by default the first after it.
     table
         What `results.cate(by)` gave, if it is there already.
     names
@@ -369,9 +369,9 @@ def heatmap(
     Parameters
     ----------
     condition
-        Which to compare with the control; none: the first after it.
+        Which to compare with the control; by default the first after it.
     genes
-        Which to draw; none: the first of every population by p-value, or where there is none by size of the effect.
+        Which to draw; by default the first of every population by p-value, or where there is none by size of the effect.
     table
         What `results.cate(by)` gave, if it is there already.
     most
@@ -487,7 +487,7 @@ def overlap(
     Parameters
     ----------
     by
-        Column of `obs` that names populations; none: a box per condition.
+        Column of `obs` that names populations; by default a box per condition.
 
     Raises
     ------

@@ -83,7 +83,7 @@ def average_over(
     rows
         Packed rows of the cells, ascending; `edges` has those of each query group in this order.
     condition
-        Its code; none: each cell's own condition. In its own group a cell is its own counterpart.
+        Its code; by default each cell's own condition. In its own group a cell is its own counterpart.
     own_cells
         Whether the condition's own cells are wanted too; otherwise they get no groups.
     """

@@ -268,9 +268,9 @@ class Results:
         Parameters
         ----------
         baseline
-            The condition to compare with; none: the control.
+            The condition to compare with; by default the control.
         room
-            Makes the array that the values go to; none: memory.
+            Makes the array that the values go to; by default memory.
 
         Raises
         ------
@@ -298,7 +298,7 @@ class Results:
         Parameters
         ----------
         room
-            Makes the array that the values go to; none: memory.
+            Makes the array that the values go to; by default memory.
 
         Raises
         ------
@@ -394,13 +394,13 @@ class Results:
         Parameters
         ----------
         by
-            Column of `obs` that names populations, a cell type say; none: all cells are one.
+            Column of `obs` that names populations, a cell type say; by default all cells are one population.
         condition
-            The one to compare with the control; none: every one.
+            The one to compare with the control; by default every one.
         genes, cohort
             As elsewhere; genes that were not modelled are found in the input cohort, if given.
         donor_key
-            Column of `obs` that names the donor; none: the batch.
+            Column of `obs` that names the donor; by default the batch.
         min_cells
             Own cells that a donor needs in a population to enter its test; the others are listed.
         population
@@ -442,7 +442,7 @@ class Results:
         donor_key: str | None = None,
         min_cells: int = MIN_CELLS,
     ) -> anndata.AnnData:
-        """Return donors x genes per population, for models of one's own (limma, dreamlet); arguments as in `cate`.
+        """Return donors x genes per population, for a model of your own (limma, dreamlet); arguments as in `cate`.
 
         Returns
         -------
@@ -508,9 +508,9 @@ class Results:
         Parameters
         ----------
         by
-            Column of `obs` that names populations, a cell type say; none: all cells are one.
+            Column of `obs` that names populations, a cell type say; by default all cells are one population.
         donor_key
-            Column of `obs` that names the donor; none: the batch.
+            Column of `obs` that names the donor; by default the batch.
         cells
             About how many cells `mixing` looks at, as large a share of each group.
 

@@ -22,7 +22,7 @@ class Rounding:
     Attributes
     ----------
     keep_bits
-        Bits of the mantissa that are kept, the others 0; none: all.
+        Bits of the mantissa that are kept, the others 0; by default all.
     """
 
     dtype: Literal["float32", "float16"] = "float32"

@@ -269,7 +269,7 @@ def finish(
 
 
 def cell_table(source: Any, packed: Packed, told: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Return `obs`: every column of the input, untouched, and ours, those told of by name last, in packed order."""
+    """Return `obs`: every column of the input, untouched, and ours, in packed order; those in `told` come last."""
     design, rows = packed.design, packed.input_row
     table = source.obs.iloc[rows].copy()
     table.index = pd.Index(np.asarray(source.cell_names, dtype=object)[rows], name=source.obs.index.name)

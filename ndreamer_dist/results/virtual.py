@@ -40,7 +40,7 @@ Found = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Term:
-    """An average that a question needs: over which condition (none: each cell's own), its own cells or not."""
+    """An average that a question needs: over which condition (by default each cell's own), its own cells or not."""
 
     condition: int | None
     own_cells: bool = True

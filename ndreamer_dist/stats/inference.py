@@ -99,7 +99,7 @@ def cate_table(
 def donor_means(
     given: Given, *, by: str, condition: str | None, donor_key: str | None, min_cells: int
 ) -> anndata.AnnData:
-    """Return one row per population and donor, for models of one's own; see `Results.donor_means`."""
+    """Return one row per population and donor, for a model of your own; see `Results.donor_means`."""
     conditions = conditions_of(given.design, condition)
     names, codes = populations_of(given.cells, by)
     replicates = replicates_of(given, donor_key)
@@ -314,7 +314,7 @@ def _tested(
     # A donor once, not per condition.
     left_out = tuple(dict.fromkeys(replicates.donors[r] for r in there if r not in kept))
     if paired and (covariates or population == "treated"):
-        msg = "donors seen in both conditions are paired: leave covariates away, and ask with all donors' cells"
+        msg = "donors seen in both conditions are paired: leave out the covariates, and use all donors' query cells"
         raise QueryError(msg)
     test = _test_of(given, replicates, kept, covariates, paired=paired)
     if population == "treated" and len(kept):
