@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Preset = Literal["paper", "small"]
@@ -33,8 +34,12 @@ Asking = Literal["all", "treated"]
 Format = Literal["ndreamer"]
 Layer = Literal["ite", "denoised", "batch_effect", "expression", "effect", "counterfactual"]
 
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""What all words that no command takes are raised as: unknown options, missing arguments, values of a wrong type."""
 LONGEST_LINE = 4000
 """Characters of a refusal that are shown."""
+STOPPED = 130
+"""The exit code after Ctrl-C, as shells give it; typer makes one of a KeyboardInterrupt too."""
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.NAME=VALUE", help="Any setting; repeatable.")]
 
@@ -323,7 +328,23 @@ def _read_config(path: Path | None) -> dict[str, Any] | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the process ends with 0, or with 2 and one line that says why."""
-    speak(lambda: app(args=arguments))
+    speak(lambda: obey(arguments))
+
+
+def obey(arguments: list[str] | None) -> None:
+    """Do what the words of a command line say; `SettingsError` where no command takes them."""
+    try:
+        code = app(args=arguments, prog_name=app.info.name, standalone_mode=False)
+    except USAGE_ERROR as error:
+        text = error.format_message().replace("Value error, ", "")
+        if not text:  # no words at all: the help has been shown
+            sys.exit(2)
+        command = error.ctx.command_path if error.ctx else app.info.name
+        msg = f"{text.rstrip('.')} (see: {command} --help)"
+        raise SettingsError(msg) from None
+    if code == STOPPED:
+        raise KeyboardInterrupt
+    sys.exit(code)
 
 
 def speak(work: Callable[[], object]) -> None:
@@ -346,7 +367,7 @@ def speak(work: Callable[[], object]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

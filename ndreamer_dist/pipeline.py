@@ -23,6 +23,7 @@ from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import check_cohort, check_genes, run_cohort
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.cohort.scan import decide_values
 from ndreamer_dist.cohort.source import Source, fingerprint, open_source
 from ndreamer_dist.embed import run_embed, run_pca
 from ndreamer_dist.errors import RunError, SettingsError, suggest
@@ -123,6 +124,7 @@ def run(
     directory = RunDirectory.at(out)
     directory.refuse_read_only()
     source, _, size = _checked(cohort, made)
+    decide_values(source, made.cohort.normalise)
     if not on_a_cluster(made.run):
         _check_machine(directory, made, size)
     told = fingerprint(source, made.cohort.condition_key, made.cohort.batch_key)
@@ -147,7 +149,8 @@ def plan(
 ) -> Plan:
     """Tell what `run` would do with the same arguments, and what it would need; nothing is run and nothing written.
 
-    The cohort is checked as `run` checks it. Memory and processors are those of this machine, or of `run.cpus`.
+    The cohort is checked as `run` checks it, but for a matrix stored by columns, where a look at some cells' values would
+    pass over all of it. Memory and processors are those of this machine, or of `run.cpus`.
 
     Returns
     -------
@@ -163,6 +166,8 @@ def plan(
     if directory is not None:
         directory.refuse_read_only()
     source, design, size = _checked(cohort, made)
+    if source.kind != "csc":
+        decide_values(source, made.cohort.normalise)
     serial = made.run.serial
     return plan_of(
         design,
@@ -277,17 +282,12 @@ def _settings(
     control: str | None,
     batch_key: str | Sequence[str] | None,
 ) -> Settings:
-    """Return the settings, the cohort's names among them; `SettingsError` where one of these is not given."""
+    """Return the settings, the cohort's names among them."""
     given = {"cohort.condition_key": condition_key, "cohort.control": control, "cohort.batch_key": batch_key}
     named = {name: value for name, value in given.items() if value is not None}
     if isinstance(settings, Settings):
         config, settings = settings.model_dump(), {}
-    made = Settings.build(preset=preset, config=config, overrides={**(settings or {}), **named})
-    for name in ("condition_key", "control"):
-        if getattr(made.cohort, name) is None:
-            msg = f"{name} is not given: name it (--{name.replace('_', '-')} on the command line)"
-            raise SettingsError(msg)
-    return made
+    return Settings.build(preset=preset, config=config, overrides={**(settings or {}), **named})
 
 
 def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.errors import CohortError, ResourceError, RunError, SettingsError, StoreError
+from ndreamer_dist.errors import CohortError, ResourceError, RunError, StoreError
 from ndreamer_dist.storage import open_storage, read_array
 from tests.results.brute_force import check
 from tests.tiny import NAMES, SETTINGS, arrays, as_memory, assert_same_bits, dense, tiny_cohort
@@ -218,8 +218,8 @@ def test_a_refused_cohort_leaves_the_directory_free_for_the_mended_one(cohort: P
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        pytest.param({"condition_key": None}, SettingsError, "condition_key is not given", id="no_condition_key"),
-        pytest.param({"control": None}, SettingsError, "control is not given", id="no_control"),
+        pytest.param({"condition_key": None}, CohortError, "no condition key was given", id="no_condition_key"),
+        pytest.param({"control": None}, CohortError, "no control was given", id="no_control"),
         pytest.param({"control": "contrl"}, CohortError, "Did you mean 'control'", id="misspelt_control"),
         pytest.param({"batch_key": "doner"}, CohortError, "Did you mean 'donor'", id="misspelt_batch"),
         pytest.param({"settings": {"run.memory_gb": 0.1}}, ResourceError, "GB of memory", id="memory"),

@@ -292,7 +292,10 @@ def _check_keys(
     obs: pd.DataFrame, condition_key: str | None, control: str | None, batch_keys: Sequence[str]
 ) -> tuple[str, str, tuple[str, ...]]:
     if condition_key is None:
-        msg = f"no condition key was given; name the column of obs that holds the condition (there are {_columns(obs)})"
+        msg = (
+            "no condition key was given; name the column of obs that holds the condition (--condition-key NAME; there "
+            f"are {_columns(obs)})"
+        )
         raise CohortError(msg)
     for what, name in (("condition key", condition_key), *(("batch key", name) for name in batch_keys)):
         if name not in obs:
@@ -305,7 +308,8 @@ def _check_keys(
         msg = f"a batch key is given twice: {listing(batch_keys)}"
         raise CohortError(msg)
     if control is None:
-        msg = f"no control was given; {condition_key!r} holds {listing(_named(obs, condition_key).levels)}"
+        levels = listing(_named(obs, condition_key).levels)
+        msg = f"no control was given; name one (--control NAME) of what {condition_key!r} holds: {levels}"
         raise CohortError(msg)
     return condition_key, str(control), tuple(batch_keys)
 

@@ -184,7 +184,7 @@ def decide_values(source: Source, asked: Literal["auto", "counts", "none"]) -> t
     CohortError
         What is asked for contradicts the values, or `auto` cannot tell.
     """
-    rows = source.sample()
+    rows = source.sample
     values = rows.data
     if not values.size or not (np.isfinite(values) & (values >= 0)).all():
         return (

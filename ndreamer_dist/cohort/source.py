@@ -224,8 +224,14 @@ class Source:
         """Return the rows `start:stop`: (rows, genes) CSR float32 with sorted indices."""
         return self.matrix.read_rows(start, stop)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            field.name: getattr(self, field.name) for field in fields(self)
+        }  # the sample is read where it is asked for
+
+    @cached_property
     def sample(self) -> sparse.csr_matrix:
-        """Return 64 evenly spaced chunks of 16 rows (all rows of a small cohort) on top of each other."""
+        """64 evenly spaced chunks of 16 rows (all rows of a small cohort) on top of each other; not to be changed."""
         starts = np.linspace(0, max(0, self.n_cells - SAMPLE_ROWS), SAMPLES).astype(np.int64)
         rows = np.unique((starts[:, None] + np.arange(SAMPLE_ROWS)).ravel())
         rows = rows[rows < self.n_cells]
@@ -263,8 +269,7 @@ def fingerprint(source: Source, condition_key: str | None, batch_keys: Sequence[
 
     The same data as h5ad and as zarr have the same fingerprint; path, dates and layout on disk are no part of it.
     """
-    rows = source.sample()
-    rows.eliminate_zeros()
+    rows = source.sample
     wanted = [name for name in (condition_key, *batch_keys) if name in source.obs]
     parts = (rows.indptr.astype("<i8"), rows.indices.astype("<i8"), rows.data.astype("<f4"))
     return {

@@ -1,13 +1,14 @@
-"""Every refusal of a cohort, made to happen: the rows of docs/refusals.md.
+"""Every refusal of a cohort, a setting or a run directory, made to happen on the command line: docs/refusals.md.
 
 `python -m tests.cohort.refusals` prints the page anew.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -16,33 +17,36 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ndreamer_dist.cohort.genes import run_cohort
-from ndreamer_dist.errors import NDreamerError
-from ndreamer_dist.runtime import Needs, check_resources
-from ndreamer_dist.settings import Settings
-from tests.cohort.inputs import SERIAL, counts, opened, settings_of
+import ndreamer_dist as nd
+from ndreamer_dist import cli
+from ndreamer_dist.rundir import RunDirectory
+from tests.cohort.inputs import counts
+from tests.fuzz.helpers import Said, said
 
 HEAD = """# What is refused, and how
 
-Each row is an input or a setting that cannot be used, and the one line that says so. Python raises an `NDreamerError`
-(`CohortError` for the cohort) with this text; the command line prints it and ends with exit code 2, without a stack
-trace. Nothing has been started then; only values that are negative, NaN or infinite are met later, on the first pass
-over the matrix. `DIR` stands for a folder. The rows are made by running them: `python -m tests.cohort.refusals`.
+Each row is a command that cannot be done, and the one line that says so. The command line prints it to standard error
+and ends with exit code 2, without a stack trace; Python raises an `NDreamerError` (`CohortError` for the cohort) with
+the same text. Nothing has been started or written then, not even the run directory. `DIR` stands for a folder, `N` for
+a number that depends on the machine. The rows are made by running them: `python -m tests.cohort.refusals`.
 
 | refused | message |
 |---|---|
 """
-PIPELINE = """
-Refused by the pipeline, since they depend on the run directory:
+ON_THE_WAY_HEAD = """
+Some things only all values together tell. They are refused on the first pass over the matrix, when the run directory
+has been made; it holds no result then, and takes the same command with the mended cohort:
 
-| refused | message (pipeline) |
+| refused on the first pass | message |
 |---|---|
-| the directory holds another input's run | `DIR holds a run of another input; choose another --out, or start over there with --fresh` |
-| the directory holds something else | `DIR holds files that are not a run's; choose another --out` |
-| finished stages were made with other settings | `DIR was made with other settings (...); --redo runs these stages again: ...; --fresh starts over` |
-| the directory is a web server's | `https://... can only be read; choose a folder or an object store (s3://, gs://, az://) to write to` |
-| the directory is in use | `DIR is being worked on by another run (...); wait for it, or choose another --out` |
+"""
+IN_PYTHON_HEAD = """
+No file holds these; an AnnData in memory does:
 
+| refused in Python | message |
+|---|---|
+"""
+TAIL = """
 ## What is not refused, but said
 
 Groups of fewer than `min_group_cells` cells (left out or kept, by name and size), cells without a single count (left
@@ -50,32 +54,93 @@ out), and batches without a control ("k of B batches hold no control: their cont
 which is ordinary) are logged and kept in `cohort/summary.json`; `dropped.parquet` names every cell left out, with the
 reason. Fewer genes than `num_hvg` is fine: all are kept.
 """
+NAMES = {"condition_key": "condition", "control": "ctrl", "batch_key": "donor"}
+SETTINGS = {"cohort.min_group_cells": 10, "run.serial": True, "run.progress": False, "hvg.num_hvg": 20}
+
+Work = Callable[[], object]
+Case = Callable[[Path], Work]
+"""Prepares what a refusal needs in a folder, and returns the work that is refused."""
 
 
-def _cohort(change: Callable[[ad.AnnData], object] | None = None, **overrides: object) -> Callable[[Path], object]:
-    """Return a case: a small cohort, changed, and run with these settings."""
+def _words(cohort: Path | str, out: Path | str, *more: str, **names: str | None) -> Work:
+    """Return the work of a `run` command; a name of None is not given."""
+    given = {name: value for name, value in {**NAMES, **names}.items() if value is not None}
+    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    sets = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+    words = ["run", str(cohort), "--out", str(out), "--preset", "small", *options, *sets, *more]
+    return lambda: cli.obey(words)
 
-    def case(folder: Path) -> object:
-        adata, settings = counts(200, 30), settings_of(**overrides)
+
+def _write(adata: ad.AnnData, path: Path) -> Path:
+    with warnings.catch_warnings(), ad.settings.override(auto_shard_zarr_v3=False, zarr_write_format=3):
+        warnings.simplefilter("ignore")
+        (adata.write_zarr if path.suffix == ".zarr" else adata.write_h5ad)(path)
+    return path
+
+
+def _cohort(
+    change: Callable[[ad.AnnData], object] | None = None, *more: str, cells: int = 200, **names: str | None
+) -> Case:
+    """Return a case: a small cohort, changed, stored, and run with these words."""
+
+    def case(folder: Path) -> Work:
+        adata = counts(cells, 30)
         if change is not None:
             change(adata)
-        run, source, key = opened(folder / "run", adata, settings)
-        return run_cohort(run, settings, source, SERIAL, key["cohort"])
+        return _words(_write(adata, folder / "cohort.h5ad"), folder / "run", *more, **names)
 
     return case
 
 
-def _stored(name: str, damage: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Return a case: a stored cohort, damaged, and opened."""
+def _stored(name: str, damage: Callable[[Path], object], *more: str) -> Case:
+    """Return a case: a stored cohort, damaged, and run."""
 
-    def case(folder: Path) -> object:
-        path = folder / name
-        with warnings.catch_warnings(), ad.settings.override(auto_shard_zarr_v3=False, zarr_write_format=3):
-            warnings.simplefilter("ignore")
-            write = ad.AnnData.write_zarr if name.endswith("zarr") else ad.AnnData.write_h5ad
-            write(counts(200, 30), path)
+    def case(folder: Path) -> Work:
+        path = _write(counts(200, 30), folder / name)
         damage(path)
-        return opened(folder / "run", str(path), settings_of())
+        return _words(path, folder / "run", *more)
+
+    return case
+
+
+def _begun(change: Callable[[Path], object] = lambda _: None, *more: str) -> Case:
+    """Return a case: a run whose first stage is done, what stands there changed, and the command given again."""
+
+    def case(folder: Path) -> Work:
+        path, out = _write(counts(200, 30), folder / "cohort.h5ad"), folder / "run"
+        nd.run(path, out=out, **NAMES, preset="small", settings=SETTINGS, stage="cohort")
+        change(folder)
+        return _words(path, out, *more)
+
+    return case
+
+
+def _in_use(folder: Path) -> Work:
+    work = _begun()(folder)
+
+    def while_locked() -> None:
+        with RunDirectory.at(folder / "run").locked():
+            work()
+
+    return while_locked
+
+
+def _beside_a_thesis(folder: Path) -> Work:
+    work = _cohort()(folder)
+    (folder / "run").mkdir()
+    (folder / "run/thesis.txt").write_text("years of work")
+    return work
+
+
+def _elsewhere(out: str, *more: str) -> Case:
+    return lambda folder: _words(_write(counts(200, 30), folder / "cohort.h5ad"), out, *more)
+
+
+def _in_memory(change: Callable[[ad.AnnData], object]) -> Case:
+    def case(folder: Path) -> Work:
+        adata = counts(200, 30)
+        change(adata)
+        return lambda: nd.run(adata, out=folder / "run", **NAMES, preset="small", settings=SETTINGS)
 
     return case
 
@@ -101,111 +166,127 @@ def _few_controls(adata: ad.AnnData) -> np.ndarray:
     return np.where(np.arange(adata.n_obs) < 5, "ctrl", np.where(np.arange(adata.n_obs) < 100, "stim", "drug"))
 
 
-def _without(group: str) -> Callable[[Path], object]:
+def _edited(edit: Callable[[h5py.File], object]) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         with h5py.File(path, "r+") as file:
-            del file[group]
+            edit(file)
 
     return damage
+
+
+def _slash(file: h5py.File) -> None:
+    file.copy("obs/age", "obs/IFN/ctrl")
+    file["obs"].attrs["column-order"] = [*file["obs"].attrs["column-order"], "IFN/ctrl"]
+
+
+def _shorten(file: h5py.File) -> None:
+    data = file["X/data"][:-7]
+    del file["X/data"]
+    file["X/data"] = data
 
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def _shorten(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        data = file["X/data"][:-7]
-        del file["X/data"]
-        file["X/data"] = data
-
-
-CASES: dict[str, Callable[[Path], object]] = {
-    "no such file": lambda folder: opened(folder, str(folder / "cohort.h5ad"), settings_of()),
+CASES: dict[str, Case] = {
+    "no such file": lambda folder: _words(folder / "cohort.h5ad", folder / "run"),
     "an h5ad file cut short": _stored("cohort.h5ad", _cut),
     "a file that is no HDF5": _stored("cohort.h5ad", lambda path: path.write_text("cell,gene\n")),
-    "an HDF5 file that is not AnnData": _stored("cohort.h5ad", _without("obs")),
-    "a store without X": _stored("cohort.h5ad", _without("X")),
-    "a matrix whose parts do not fit": _stored("cohort.h5ad", _shorten),
+    "an HDF5 file that is not AnnData": _stored("cohort.h5ad", _edited(lambda file: file.__delitem__("obs"))),
+    "a store without X": _stored("cohort.h5ad", _edited(lambda file: file.__delitem__("X"))),
+    "a matrix whose parts do not fit": _stored("cohort.h5ad", _edited(_shorten)),
     "a zarr store with a chunk missing": _stored("cohort.zarr", lambda path: (path / "X/data/c/0").unlink()),
     "a folder that is no zarr store": _stored("cohort.zarr", lambda path: (path / "zarr.json").unlink()),
-    "a misspelled layer": _cohort(lambda a: a.layers.__setitem__("counts", a.X), cohort__layer="count"),
-    "a layer where there is none": _cohort(cohort__layer="counts"),
+    "a misspelled layer": _cohort(
+        lambda a: a.layers.__setitem__("counts", a.X), "--set", "cohort.layer=count"
+    ),
+    "a layer where there is none": _cohort(None, "--set", "cohort.layer=counts"),
+    "no cells": _stored("cohort.h5ad", lambda path: _write(counts(200, 30)[:0], path)),
     "cell names used twice": _cohort(lambda a: setattr(a, "obs_names", ["cell1", *a.obs_names[1:]])),
     "gene names used twice": _cohort(lambda a: setattr(a, "var_names", ["ISG15", "ISG15", *a.var_names[2:]])),
     "input columns with our prefix": _cohort(_column("ndreamer_group", lambda _: 1)),
-    "column names that cannot be stored": _cohort(_column("IFN/ctrl", lambda _: 1)),
-    "two columns of one name": _cohort(lambda a: setattr(a, "obs", pd.concat([a.obs, a.obs[["age"]]], axis=1))),
+    "column names that cannot be stored": _stored("cohort.h5ad", _edited(_slash)),
     "values that are no real numbers": _cohort(lambda a: setattr(a, "X", a.X.astype(np.complex64))),
-    "no condition key": _cohort(cohort__condition_key=None),
-    "a misspelled condition key": _cohort(cohort__condition_key="conditon"),
-    "a misspelled batch key": _cohort(cohort__batch_key="doner"),
-    "one column as condition and batch": _cohort(cohort__batch_key="condition"),
-    "a batch key given twice": _cohort(cohort__batch_key=["donor", "donor"]),
-    "no control": _cohort(cohort__control=None),
-    "a control that no cell has": _cohort(cohort__control="control"),
+    "no condition key": _cohort(condition_key=None),
+    "a misspelled condition key": _cohort(condition_key="conditon"),
+    "a misspelled batch key": _cohort(batch_key="doner"),
+    "one column as condition and batch": _cohort(batch_key="condition"),
+    "a batch key given twice": _cohort(None, "--batch-key", "donor"),
+    "no control": _cohort(control=None),
+    "a control that no cell has": _cohort(control="control"),
     "fewer than two conditions": _cohort(_column("condition", lambda _: "ctrl")),
     "missing values in the condition": _cohort(
         _column("condition", lambda a: a.obs["condition"].where(np.arange(a.n_obs) % 50 != 9))
     ),
-    "a condition column of lists": _cohort(_column("condition", lambda a: pd.Series([["ctrl"]] * a.n_obs, a.obs_names))),
     "missing values in a batch column": _cohort(
         _column("donor", lambda a: a.obs["donor"].where(np.arange(a.n_obs) != 7))
     ),
-    "a control that min_group_cells makes vanish": _cohort(
-        _column("condition", _few_controls), cohort__min_group_cells=10
-    ),
+    "a control that min_group_cells makes vanish": _cohort(_column("condition", _few_controls)),
     "a condition that min_group_cells makes vanish": _cohort(
-        _column("condition", _few_controls), cohort__min_group_cells=10, cohort__control="drug",
-        cohort__batch_key=None,
+        _column("condition", _few_controls), control="drug", batch_key=None
     ),
     "small groups, with small_groups=error": _cohort(
-        cohort__min_group_cells=60, cohort__small_groups="error"
+        None, "--set", "cohort.min_group_cells=60", "--set", "cohort.small_groups=error"
     ),
-    "min_genes that no cell of a condition reaches": _cohort(cohort__min_genes=31),
-    "min_cells that no gene reaches": _cohort(cohort__min_cells=201),
-    "a negative value": _cohort(_set(17, 3, -1.5)),
-    "NaN": _cohort(_set(150, 29, np.nan)),
-    "an infinite value": _cohort(_set(1, 0, np.inf)),
-    "log-normalised values, with normalise=counts": _cohort(_logged, cohort__normalise="counts"),
-    "counts, with normalise=none": _cohort(cohort__normalise="none"),
+    "a gene to keep that is not there": _cohort(None, "--set", "hvg.keep=g1,g100"),
+    "log-normalised values, with normalise=counts": _cohort(_logged, "--normalise", "counts"),
+    "counts, with normalise=none": _cohort(None, "--normalise", "none"),
     "neither counts nor log-normalised, with normalise=auto": _cohort(
         lambda a: setattr(a, "X", a.X * np.float32(13.37))
     ),
-    "a misspelled setting": lambda _: Settings.build(overrides={"train.epoch": 5}),
-    "a setting out of range": lambda _: Settings.build(overrides={"hvg.num_hvg": 0}),
-    "an unknown preset": lambda _: Settings.build(preset="papr"),
-    "not enough memory": lambda folder: check_resources(
-        Needs(memory=64 * 10**9, disk=1), memory=16 * 10**9, disk=10, where=str(folder)
+    "a misspelled setting": _cohort(None, "--set", "train.epoch=5"),
+    "a setting out of range": _cohort(None, "--set", "hvg.num_hvg=0"),
+    "a setting that is no assignment": _cohort(None, "--set", "epochs"),
+    "an unknown preset": _cohort(None, "--preset", "papr"),
+    "a misspelled option": _cohort(None, "--worker", "2"),
+    "a misspelled command": lambda _: lambda: cli.obey(["rum"]),
+    "a command without what it needs": lambda _: lambda: cli.obey(["run"]),
+    "not enough memory": _cohort(None, "--set", "run.memory_gb=0.001"),
+    "not enough disk": _elsewhere("/proc/run"),
+    "a run directory that is a web server's": _elsewhere("https://127.0.0.1/run"),
+    "a run directory that holds another input's run": _begun(
+        lambda folder: _write(counts(200, 30, seed=1), folder / "cohort.h5ad")
     ),
-    "not enough disk": lambda folder: check_resources(
-        Needs(memory=1, disk=80 * 10**9), memory=10, disk=20 * 10**9, where=str(folder)
-    ),
+    "a run directory that holds something else": _beside_a_thesis,
+    "finished stages that were made with other settings": _begun(lambda _: None, "--set", "hvg.num_hvg=10"),
+    "a run directory in use": _in_use,
 }  # fmt: skip
+ON_THE_WAY: dict[str, Case] = {
+    "a negative value": _cohort(_set(17, 3, -1.5)),
+    "NaN": _cohort(_set(150, 29, np.nan)),
+    "an infinite value": _cohort(_set(1, 0, np.inf)),
+    "a value that is no integer, among counts": _cohort(_set(25, 2, 0.5), cells=2000),
+    "min_genes that no cell of a condition reaches": _cohort(None, "--set", "cohort.min_genes=31"),
+    "min_cells that no gene reaches": _cohort(None, "--set", "cohort.min_cells=201"),
+}
+IN_PYTHON: dict[str, Case] = {
+    "a condition column of lists": _in_memory(
+        _column("condition", lambda a: pd.Series([["ctrl"]] * a.n_obs, a.obs_names))
+    ),
+    "two columns of one name": _in_memory(lambda a: setattr(a, "obs", pd.concat([a.obs, a.obs[["age"]]], axis=1))),
+}
+TABLES: tuple[tuple[str, Mapping[str, Case]], ...] = (
+    (HEAD, CASES), (ON_THE_WAY_HEAD, ON_THE_WAY), (IN_PYTHON_HEAD, IN_PYTHON),
+)  # fmt: skip
 
 
-def message_of(name: str, folder: Path) -> str:
-    """Return the message that a case gives, with the folder's name taken out."""
-    try:
-        CASES[name](folder)
-    except NDreamerError as error:
-        return str(error).replace(str(folder), "DIR")
-    msg = f"{name!r} was not refused"
-    raise AssertionError(msg)
+def row_of(name: str, told: Said, folder: Path) -> str:
+    """Return the row of the page: what was said, less what differs from one machine and folder to the next."""
+    text = told.refusal.removeprefix("error: ").replace(str(folder), "DIR")
+    text = re.sub(r"\d+\.\d+ GB", "N GB", re.sub(r"\(\{.*?\}\)", "(...)", text))
+    return f"| {name} | `{text.replace('|', chr(92) + '|')}` |"
 
 
-def row(name: str, message: str) -> str:
-    """Return a row of the page."""
-    return f"| {name} | `{message.replace('|', chr(92) + '|')}` |"
-
-
-def page() -> str:
+def page(tables: Sequence[tuple[str, Mapping[str, Case]]] = TABLES) -> str:
     """Return the whole page."""
-    rows = []
-    for name in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(row(name, message_of(name, Path(folder))))
-    return HEAD + "\n".join(rows) + "\n" + PIPELINE
+    parts = []
+    for head, cases in tables:
+        parts.append(head)
+        for name, case in cases.items():
+            with tempfile.TemporaryDirectory() as folder:
+                parts.append(row_of(name, said(case(Path(folder))), Path(folder)) + "\n")
+    return "".join(parts) + TAIL
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_the_callers_anndata_is_not_modified(matrix: str) -> None:
         adata.X.has_sorted_indices = False
     before, parts = adata.copy(), [part.copy() for part in _parts(adata.X)]
     source = open_source(adata)
-    source.sample()
+    assert source.sample.nnz
     source.read_rows(0, 50)
     source.obs["mine"] = 1
     fingerprint(source, "condition", ["donor"])

@@ -41,6 +41,7 @@ class Said:
         assert self.code == 2, self.out + self.err
         assert self.out == ""
         lines = self.err.splitlines()
+        assert lines, "nothing was said"
         assert lines[-1].startswith("error: "), self.err
         assert sum(line.startswith("error: ") for line in lines) == 1
         assert "Traceback" not in self.err
@@ -64,7 +65,7 @@ def said(work: Callable[[], object]) -> Said:
 
 def command(words: Sequence[str]) -> Said:
     """Run a command line in this process."""
-    return said(lambda: cli.app(args=list(words)))
+    return said(lambda: cli.obey(list(words)))
 
 
 def planned(cohort: Path | str, *more: str, names: Sequence[str] = NAMES) -> Said:
@@ -106,10 +107,10 @@ def copied(kind: str, folder: Path) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of every file below a folder."""
+    """Return size and time of every file and folder below a folder."""
     found = {}
-    for place, _, names in os.walk(folder):
-        for name in names:
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
             path = Path(place) / name
             status = path.lstat()
             found[str(path.relative_to(folder))] = (status.st_size, status.st_mtime_ns)
