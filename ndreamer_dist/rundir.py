@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 120.0
 """A lock on object storage that was not renewed for this long is taken over."""
+LOOKS = 40
+"""How often a lock is looked at while it is waited for; its holder renews it ten times as seldom."""
 
 
 @dataclass(frozen=True)
@@ -280,22 +282,48 @@ def _lock_of(storage: Storage) -> dict[str, Any]:
         return {}
 
 
+def _seconds_left(held: Mapping[str, Any]) -> float:
+    """Return how long a lease lasts that is not renewed; no longer than any lease, whatever its holder's clock says."""
+    return min(LEASE_SECONDS, float(held.get("time", 0)) + LEASE_SECONDS - time.time())
+
+
+def _is_of_here(held: Mapping[str, Any]) -> bool:
+    """Return whether a lease's holder is of this machine and container, so that its process can be seen."""
+    return bool(held.get("space")) and (held.get("host"), held["space"]) == (socket.gethostname(), _process_space())
+
+
 def _is_held(held: Mapping[str, Any]) -> bool:
     """Return whether a lease's holder may be alive; of one of this machine and container that can be seen at once."""
-    if time.time() - float(held.get("time", 0)) >= LEASE_SECONDS:
-        return False
-    here = (held.get("host"), held.get("space")) == (socket.gethostname(), _process_space())
-    return not (here and held["space"] and not Path(f"/proc/{held.get('pid')}").exists())
+    gone = _is_of_here(held) and not Path(f"/proc/{held.get('pid')}").exists()
+    return _seconds_left(held) > 0 and not gone
+
+
+def _await_holder(storage: Storage) -> None:
+    """Wait until a lease is let go or has run out, so that a retry on another machine goes on after a killed run.
+
+    Raises
+    ------
+    RunError
+        The holder lives: it can be seen, or it renews the lease meanwhile.
+    """
+    first = held = _lock_of(storage)
+    seconds = _seconds_left(first)
+    until = time.monotonic() + seconds
+    while _is_held(held) and time.monotonic() < until:
+        if _is_of_here(held) or held != first:
+            raise RunError(_locked_message(storage, canonical_json(held)))
+        if held is first:
+            holder = f"process {held.get('pid')} on {held.get('host')}"
+            logger.warning("%s is locked by %s; waiting %.0f s for a sign of life", storage.url, holder, seconds)
+        time.sleep(LEASE_SECONDS / LOOKS)
+        held = _lock_of(storage)
 
 
 @contextmanager
 def _lease(storage: Storage) -> Iterator[None]:
     """Lock a remote directory by a lease that is renewed while its holder lives."""
-    held = _lock_of(storage)
-    if _is_held(held):
-        raise RunError(_locked_message(storage, canonical_json(held)))
+    _await_holder(storage)
     stop = threading.Event()
-
     token = uuid.uuid4().hex
 
     def is_ours() -> bool:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,10 +151,18 @@ def test_the_lock_of_a_living_run_holds_on_s3(server: SimpleNamespace, monkeypat
     run = RunDirectory.at("s3://bucket/locked")
     with run.locked(), pytest.raises(RunError, match="is being worked on"), run.locked():
         pass
-    for other in ({"host": "elsewhere", "pid": 0}, {"space": "elsewhere", "pid": 0}, {"pid": os.getpid()}):
-        run.write_json(keys.LOCK, rundir._holder() | other)
+    run.write_json(keys.LOCK, rundir._holder() | {"pid": os.getpid()})
+    with pytest.raises(RunError, match="is being worked on"), run.locked():
+        pass
+    monkeypatch.setattr(rundir, "LEASE_SECONDS", 2.0)
+    for other in ({"host": "elsewhere", "pid": 0}, {"space": "elsewhere", "pid": 0}):
+        holder = rundir._holder() | other
+        run.write_json(keys.LOCK, holder)
+        renewal = threading.Timer(0.3, run.write_json, (keys.LOCK, holder | {"time": time.time() + 0.3}))
+        renewal.start()
         with pytest.raises(RunError, match="is being worked on"), run.locked():
             pass
+        renewal.join()
     with subprocess.Popen(["true"]) as gone:
         gone.wait()
     run.write_json(keys.LOCK, rundir._holder() | {"pid": gone.pid})

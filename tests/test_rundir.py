@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -108,15 +109,44 @@ def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(tmp_path: 
         pass
 
 
-def test_a_remote_lock_is_a_lease_that_runs_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_remote_lock_is_held_while_its_holder_lives(tmp_path: Path) -> None:
     run = RunDirectory(open_storage(f"memory://{tmp_path.name}"))
     with run.locked(), pytest.raises(RunError, match="is being worked on"), run.locked():
         pass
     with run.locked():
         pass
-    run.write_json(keys.LOCK, {"host": "gone", "pid": 1, "time": time.time()})
-    with pytest.raises(RunError, match="gone"), run.locked():
-        pass
-    monkeypatch.setattr(rundir, "LEASE_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("ahead", [0.0, 3600.0], ids="clock_{}_s_ahead".format)
+def test_a_remote_lock_that_nobody_renews_is_waited_for_and_taken_over(
+    ahead: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(rundir, "LEASE_SECONDS", 1.0)
+    run = RunDirectory(open_storage(f"memory://{tmp_path.name}"))
+    run.write_json(keys.LOCK, {"host": "gone", "pid": 1, "space": "a", "time": time.time() + ahead})
+    started = time.monotonic()
     with run.locked():
+        assert 0.9 < time.monotonic() - started < 10
+    assert caplog.messages == [f"{run.url} is locked by process 1 on gone; waiting 1 s for a sign of life"]
+    with run.locked():  # it was let go
         pass
+    assert len(caplog.messages) == 1
+
+
+def test_a_remote_lock_that_is_renewed_meanwhile_or_let_go_is_seen_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(rundir, "LEASE_SECONDS", 60.0)
+    monkeypatch.setattr(rundir, "LOOKS", 600)
+    run = RunDirectory(open_storage(f"memory://{tmp_path.name}"))
+    held = {"host": "elsewhere", "pid": 1, "space": "a", "time": time.time() - 20}
+    run.write_json(keys.LOCK, held)
+    renewal = threading.Timer(0.3, run.write_json, (keys.LOCK, held | {"time": time.time()}))
+    renewal.start()
+    with pytest.raises(RunError, match=r"is being worked on by another run .*elsewhere.*; wait for it"), run.locked():
+        pass
+    renewal.join()
+    threading.Timer(0.3, run.storage.delete, (keys.LOCK,)).start()
+    started = time.monotonic()
+    with run.locked():
+        assert time.monotonic() - started < 30
