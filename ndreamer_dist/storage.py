@@ -263,7 +263,11 @@ class Storage:
 
         def fetch(start: int, stop: int) -> bytes:
             file.seek(start)
-            data = bytes(file.read(stop - start))
+            try:
+                data = bytes(file.read(stop - start))
+            except ValueError as error:  # fsspec's, of a web server that sends all of a file for a part of it
+                msg = f"{what} by ranges (the server sends whole files alone); download it first"
+                raise StoreError(msg) from error
             if len(data) != stop - start:
                 msg = f"{len(data)} bytes came in place of {stop - start}"
                 raise ConnectionError(msg)

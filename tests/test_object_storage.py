@@ -1,10 +1,11 @@
-"""The whole job on object storage: the bits of a local run, whatever is interrupted, by few requests."""
+"""The whole job on servers: the bits of a local run, whatever is interrupted, by few requests."""
 
 from __future__ import annotations
 
 import collections
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,12 @@ import pytest
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys, rundir
-from ndreamer_dist.errors import RunError, StoreError
+from ndreamer_dist.cohort import source
+from ndreamer_dist.errors import CohortError, RunError, StoreError
 from ndreamer_dist.rundir import RunDirectory
 from ndreamer_dist.storage import open_storage
-from tests.servers import S3_ENVIRONMENT, s3
-from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.servers import S3_ENVIRONMENT, Plain, Ranges, s3, serving
+from tests.tiny import NAMES, SETTINGS, as_memory, assert_same_bits, run_words, tiny_cohort
 
 s3fs = pytest.importorskip("s3fs")
 JOB = SETTINGS | {"train.epochs": 4}
@@ -37,6 +39,22 @@ MOST_REQUESTS = {
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def h5ad(cohort: Path) -> Path:
+    """The same cohort in a file that takes many blocks."""
+    path = cohort.parent / "cohort.h5ad"
+    as_memory(cohort).write_h5ad(path)
+    return path
+
+
+@pytest.fixture
+def blocks_of(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes in which a remote h5ad file is read: so few that this one has to be read by ranges."""
+    monkeypatch.setattr(source, "REMOTE_BLOCK", 2**16)
+    monkeypatch.setattr(source, "REMOTE_BLOCKS", 4)
+    return 2**16
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +202,42 @@ def test_a_server_that_fails_is_named_and_the_next_run_repairs_it(
     monkeypatch.undo()
     nd.run(cohort, out=out, preset="small", settings=JOB, **NAMES)
     assert_same_bits(local, fetched(out, tmp_path / "run"))
+
+
+# --- cohorts behind servers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cohort.zarr", "cohort.h5ad"])
+def test_a_cohort_behind_a_web_server_gives_the_bits_of_a_local_one(
+    name: str, h5ad: Path, local: Path, blocks_of: int, tmp_path: Path
+) -> None:
+    with serving(Ranges, h5ad.parent) as web:
+        planned = nd.plan(f"{web.url}/{name}", preset="small", settings=JOB, **NAMES)
+        for_the_plan = web.sent
+        nd.run(f"{web.url}/{name}", out=tmp_path / "run", preset="small", settings=JOB, **NAMES)
+    assert planned == nd.plan(h5ad.parent / name, preset="small", settings=JOB, **NAMES)
+    assert 0 < for_the_plan < h5ad.stat().st_size / 2  # looked at, not fetched
+    assert_same_bits(local, tmp_path / "run")
+
+
+def test_an_h5ad_file_on_s3_gives_the_bits_of_a_local_cohort(
+    server: SimpleNamespace, h5ad: Path, local: Path, blocks_of: int, tmp_path: Path
+) -> None:
+    open_storage("s3://bucket").write_atomic("cohort.h5ad", h5ad.read_bytes())
+    nd.run("s3://bucket/cohort.h5ad", out=tmp_path / "run", preset="small", settings=JOB, **NAMES)
+    assert_same_bits(local, tmp_path / "run")
+
+
+def test_a_file_behind_a_server_without_ranges_is_refused_in_one_line(h5ad: Path, blocks_of: int) -> None:
+    with serving(Plain, h5ad.parent) as web, pytest.raises(StoreError) as refused:
+        nd.plan(f"{web.url}/cohort.h5ad", preset="small", settings=JOB, **NAMES)
+    assert str(refused.value) == (
+        f"{web.url}/cohort.h5ad cannot be read by ranges (the server sends whole files alone); download it first"
+    )
+
+
+def test_a_store_behind_a_web_server_that_lacks_a_chunk_is_refused(cohort: Path, tmp_path: Path) -> None:
+    shutil.copytree(cohort, tmp_path / "cut.zarr")
+    next((tmp_path / "cut.zarr/X/indices/c").iterdir()).unlink()
+    with serving(Plain, tmp_path) as web, pytest.raises(CohortError, match=r"1 of 1 chunks of X/indices are missing"):
+        nd.plan(f"{web.url}/cut.zarr", preset="small", settings=JOB, **NAMES)

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -25,9 +26,10 @@ from anndata.io import read_elem
 from scipy import sparse
 
 from ndreamer_dist import keys
+from ndreamer_dist.chunks import CONCURRENT_SHARDS
 from ndreamer_dist.errors import CohortError, StoreError, has_controls, is_unicode, listing, quoted, suggest
 from ndreamer_dist.runtime import Runtime, fetch
-from ndreamer_dist.storage import Storage, open_storage
+from ndreamer_dist.storage import Storage, open_storage, touched_shards
 
 Kind = Literal["csr", "csc", "dense"]
 SAMPLES = 64
@@ -448,7 +450,7 @@ def _check_sparse(element: Any, url: str, name: str, major: int, minor: int) -> 
         raise CohortError(msg)
     for part in ("data", "indices"):
         values = element[part]
-        if isinstance(values, zarr.Array) and (lost := _missing_chunks(values)):
+        if isinstance(values, zarr.Array) and (lost := _missing_chunks(url, values)):
             open_storage(url).list(values.path)  # raises where they are not missing but may not be listed
             msg = f"{url}: {name} is truncated: {lost} of {values.nchunks} chunks of {name}/{part} are missing"
             raise CohortError(msg)
@@ -466,10 +468,16 @@ def _fits(element: Any, major: int, minor: int) -> bool:
     return shapes["data"] == shapes["indices"] == (int(indptr[-1]),)
 
 
-def _missing_chunks(array: Any) -> int:
+def _missing_chunks(url: str, array: Any) -> int:
+    """Return how many chunks a zarr array lacks; a web server lists none, so it is asked for each file, side by side."""
+    storage = Storage(f"{url}/{array.path}")
+    if storage.is_read_only:
+        files = [array.metadata.encode_chunk_key(position) for position in touched_shards(array, ...)]
+        with ThreadPoolExecutor(CONCURRENT_SHARDS) as pool:
+            return sum(not there for there in pool.map(storage.is_file, files))
     try:
         return max(0, int(array.nchunks) - int(array.nchunks_initialized))
-    except Exception:  # noqa: BLE001 - a store that cannot list (https) cannot be checked this way
+    except Exception:  # noqa: BLE001 - a store that may not be listed cannot be checked this way
         return 0
 
 
