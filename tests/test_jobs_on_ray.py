@@ -1,7 +1,7 @@
 """The whole job as a user starts it, each on a Ray of its own: the same bits, no hang, and on from any kill.
 
-A fit of Ray Train takes half a minute, so the tests share few of them: one job loses its training worker and is then
-killed itself, and what it left is gone on from twice, once with one training worker and once with two.
+A fit of Ray Train takes half a minute, so the tests share few of them: one job loses one of its two training workers
+and is then killed itself, and what it left is gone on from twice, once with two training workers and once with one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import ndreamer_dist as nd
@@ -30,6 +31,7 @@ from ndreamer_dist.metering import _descendants
 from ndreamer_dist.train.checkpoints import ASK_EVERY
 from tests.results.brute_force import check
 from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.two_workers import WORKERS, run_with_two_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_token")]
 # Without weight the independence loss does not fall, which is worth a warning. At this learning rate rounding stays
@@ -89,7 +91,7 @@ def training_workers(job: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Disturbed:
-    """A run whose training worker was killed, and later the job; and what had been measured before each."""
+    """A run of which a training worker was killed, and later the job; and what had been measured before each."""
 
     run: Path
     before_worker: pd.DataFrame
@@ -110,21 +112,30 @@ def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def undisturbed_by_two(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without Ray, trained by two workers."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    return run_with_two_workers(cohort, out, SETTINGS | LEARNING)
+
+
+@pytest.fixture(scope="module")
 def disturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
     folder = tmp_path_factory.mktemp("disturbed")
     run, said = folder / "run", folder / "stderr"
     with (
         said.open("wb") as stderr,
         subprocess.Popen(
-            command(cohort, run, ON_RAY), stdout=subprocess.DEVNULL, stderr=stderr, env=os.environ | QUICK
+            command(cohort, run, ON_RAY, "--workers", str(WORKERS)),
+            stdout=subprocess.DEVNULL, stderr=stderr, env=os.environ | QUICK,
         ) as job,
-    ):
+    ):  # fmt: skip
         try:
             wait_until(lambda: len(measures_of(run)) >= WORKER_KILLED_AFTER, job, said)
-            (worker,) = training_workers(job.pid)
-            os.kill(worker, signal.SIGKILL)
+            workers = training_workers(job.pid)
+            assert len(workers) == WORKERS
+            os.kill(max(workers), signal.SIGKILL)
             before_worker = measures_of(run)
-            wait_until(lambda: set(training_workers(job.pid)) - {worker}, job, said)
+            wait_until(lambda: len(set(training_workers(job.pid)) - set(workers)) == WORKERS, job, said)
             more = max(JOB_KILLED_AFTER, len(before_worker) + 1)
             wait_until(lambda: len(measures_of(run)) >= more, job, said)
         finally:
@@ -151,10 +162,11 @@ def test_a_killed_worker_is_replaced_and_training_goes_on_from_its_checkpoint(di
 
 
 def test_a_killed_job_goes_on_to_the_bits_of_an_undisturbed_one_without_ray(
-    cohort: Path, disturbed: Disturbed, undisturbed: Path, tmp_path: Path
+    cohort: Path, disturbed: Disturbed, undisturbed_by_two: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(disturbed.run, tmp_path / "run"))
-    done = in_a_process(command(cohort, run, ON_RAY | {"run.cpus": 1}))
+    by_minutes = {"train.checkpoint_steps": 1000, "train.checkpoint_minutes": 0.005}
+    done = in_a_process(command(cohort, run, ON_RAY | by_minutes, "--workers", str(WORKERS)))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("done: ")
     assert done.stderr.count(WARNING) == 1
@@ -163,17 +175,20 @@ def test_a_killed_job_goes_on_to_the_bits_of_an_undisturbed_one_without_ray(
     assert goes_on_from(disturbed.before_job, after)
     epochs = pd.read_csv(run / keys.EPOCHS)
     assert epochs["epoch"].tolist() == list(range(1, LEARNING["train.epochs"] + 1))
-    assert (run / keys.MODEL_WEIGHTS).read_bytes() == (undisturbed / keys.MODEL_WEIGHTS).read_bytes()
-    assert_same_bits(undisturbed, run)
+    assert (run / keys.MODEL_WEIGHTS).read_bytes() == (undisturbed_by_two / keys.MODEL_WEIGHTS).read_bytes()
+    assert_same_bits(undisturbed_by_two, run)
+    checkpoints = (run / keys.TRAIN_DIR).glob("checkpoint_*/state.json")
+    newest = max(json.loads(path.read_text())["step"] for path in checkpoints)
+    assert newest > len(disturbed.before_job)
+    assert newest % ASK_EVERY == 0
     check(run / keys.RESULTS)
 
 
-def test_two_workers_on_two_processors_go_on_from_the_checkpoint_of_one(
+def test_one_worker_on_one_processor_goes_on_from_the_checkpoint_of_two(
     cohort: Path, disturbed: Disturbed, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(disturbed.run, tmp_path / "run"))
-    by_minutes = {"train.checkpoint_steps": 1000, "train.checkpoint_minutes": 0.005}
-    done = in_a_process(command(cohort, run, ON_RAY | by_minutes, "--workers", "2"))
+    done = in_a_process(command(cohort, run, ON_RAY | {"run.cpus": 1}))
     assert done.returncode == 0, done.stderr
     after, expected = measures_of(run), measures_of(undisturbed)
     assert after["step"].tolist() == list(range(1, STEPS + 1))
@@ -182,13 +197,10 @@ def test_two_workers_on_two_processors_go_on_from_the_checkpoint_of_one(
     compared = slice(JOB_KILLED_AFTER + 20)
     assert np.allclose(after["total"][compared], expected["total"][compared], rtol=1e-3)
     weights, known = (load_file(folder / keys.MODEL_WEIGHTS) for folder in (run, undisturbed))
+    assert any(not torch.equal(weights[name], value) for name, value in known.items())  # the checkpoint was of two
     for name, value in known.items():
         if not CANCELLED.search(name):
             assert float((weights[name] - value).norm() / value.norm()) < 1e-2, name
-    checkpoints = (run / keys.TRAIN_DIR).glob("checkpoint_*/state.json")
-    newest = max(json.loads(path.read_text())["step"] for path in checkpoints)
-    assert newest > len(disturbed.before_job)
-    assert newest % ASK_EVERY == 0
     check(run / keys.RESULTS)
 
 

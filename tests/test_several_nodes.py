@@ -1,8 +1,9 @@
-"""The job on several machines that share S3 and nothing else: the bits of one process, though a machine is lost.
+"""The job on several machines that share S3 and nothing else: the bits of one machine, though two are lost.
 
 Each machine has an address, disks and a process table of its own (`tests/machines.py`), so what one has written no
-other can read. One job goes over a head without processors, where the driver is, and two machines with one processor.
-It is killed in the middle of its training, started again, and loses a machine in the middle of the effects.
+other can read. One job goes over a head without processors, where the driver is, and two machines with one processor
+and one training worker each. It is killed in the middle of its training, started again, loses a machine in the middle
+of its training, for which another comes, and one more in the middle of the effects.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from typing import Any
 
 import pytest
 
-import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.metering import _descendants
 from tests.machines import CannotBe, Machine, join, machine, make_hub, wait_until
 from tests.servers import S3_ENVIRONMENT
-from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.tiny import SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.two_workers import WORKERS, run_with_two_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_token")]
 ROOT = Path(__file__).parent.parent
-JOB = SETTINGS | {"pack.block_rows": 64, "embed.tile_rows": 64, "train.epochs": 20, "train.checkpoint_steps": 20}
-ON_RAY = {name: value for name, value in JOB.items() if name != "run.serial"}
+JOB = SETTINGS | {"pack.block_rows": 64, "embed.tile_rows": 64, "train.epochs": 40, "train.checkpoint_steps": 20}
+ON_RAY = {name: value for name, value in JOB.items() if name != "run.serial"} | {"train.workers": WORKERS}
 PATIENCE_SECONDS = 240
 PORT = "6379"
 QUICK = {
@@ -62,6 +63,7 @@ class Cluster:
     store: Machine
     head: Machine
     nodes: list[Machine]
+    spare: Machine
     logs: Path
     read: int = 0
 
@@ -91,6 +93,10 @@ class Cluster:
 
         return wait
 
+    def start_node(self, place: Machine) -> Callable[[], None]:
+        """Start Ray on a machine with one processor, as `start_ray` does."""
+        return self.start_ray(place, "--address", self.address, "--num-cpus", "1")
+
     def start_driver(self, out: str, settings: dict[str, Any], *more: str) -> tuple[subprocess.Popen[bytes], Path]:
         """Start the job on the head; return it and the file that holds what it says."""
         words = run_words("s3://bucket/cohort.zarr", out, settings, "--address", self.address, *more)  # type: ignore[arg-type]
@@ -98,6 +104,12 @@ class Cluster:
         with said.open("wb") as log:
             command = [sys.executable, "-m", "ndreamer_dist.cli", *words]
             return self.head.start(*command, stdout=log, stderr=subprocess.STDOUT), said
+
+    def lose(self, address: str) -> Machine:
+        """Cut the power of the machine that has an address, and return it."""
+        (lost,) = [place for place in (*self.nodes, self.spare) if place.address == address]
+        lost.cut_power()
+        return lost
 
     def fetched(self, name: str, folder: Path) -> Path:
         """Copy a run from S3 to a folder."""
@@ -111,21 +123,20 @@ def made(env: dict[str, str], home: Path, logs: Path) -> Iterator[Cluster]:
     with contextlib.ExitStack() as stack:
         machines = [
             stack.enter_context(machine(name, number, home, env))
-            for number, name in enumerate(("store", "head", "node1", "node2"), 1)
+            for number, name in enumerate(("store", "head", "node1", "node2", "spare"), 1)
         ]
-        store, head, *nodes = machines
+        store, head, *nodes, spare = machines
         make_hub(store)
-        join(store, [head, *nodes])
+        join(store, [head, *nodes, spare])
         words = [str(ROOT / "tests/servers.py"), "s3", store.address, str(home / "requests")]
         serving = store.start(sys.executable, *words, stdout=subprocess.PIPE)
         assert serving.stdout is not None
         env["AWS_ENDPOINT_URL"] = serving.stdout.readline().decode().strip()
-        cluster = Cluster(store, head, nodes, logs)
+        cluster = Cluster(store, head, nodes, spare, logs)
         own = ["--head", "--port", PORT, "--num-cpus", "0", "--temp-dir", str(home / "ray")]
         own += ["--include-dashboard", "false"]
         cluster.start_ray(head, *own)()
-        waits = [cluster.start_ray(node, "--address", cluster.address, "--num-cpus", "1") for node in nodes]
-        for wait in waits:
+        for wait in [cluster.start_node(node) for node in nodes]:
             wait()
         yield cluster
 
@@ -136,11 +147,9 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in this process, from disk to disk."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    nd.run(cohort, out=out, preset="small", settings=JOB, **NAMES)
-    return out
+def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on this machine, from disk to disk, with as many training workers."""
+    return run_with_two_workers(cohort, tmp_path_factory.mktemp("undisturbed") / "run", JOB)
 
 
 @pytest.fixture(scope="module")
@@ -163,28 +172,34 @@ def cluster(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @dataclass(frozen=True)
 class Lived:
-    """What was seen of a job that was killed, started again, and lost a machine."""
+    """What was seen of a job that was killed, started again, and lost two machines."""
 
     run: Path  # as it lies in S3 at the end
     asked: list[dict[str, Any]]  # of S3, by the job that came to its end
     through_head: int  # bytes over the head's network in that time
-    lost: Machine
+    trained: list[int]  # training workers of each machine, when the first driver was killed
+    lost_in_training: Machine
+    lost_in_effects: Machine
     seconds_to_die: float  # from the kill of the first driver until none of its workers was left
 
 
-def workers_on(cluster: Cluster) -> list[str]:
-    """Return the titles of the job's workers on all machines."""
-    titles = [title for place in (cluster.head, *cluster.nodes) for title in place.processes().values()]
+def workers_on(*places: Machine) -> list[str]:
+    """Return the titles of the job's workers on some machines."""
+    titles = [title for place in places for title in place.processes().values()]
     return [title for title in titles if title.startswith("ray::") and not OF_THE_CLUSTER.match(title)]
+
+
+def training_workers_on(place: Machine) -> int:
+    """Return how many training workers a machine has."""
+    return sum("TrainWorker" in title for title in workers_on(place))
 
 
 def kill_driver(cluster: Cluster, driver: subprocess.Popen[bytes]) -> float:
     """Kill a driver; return the seconds until none of its workers is left."""
-    assert any("TrainWorker" in title for title in workers_on(cluster))
     os.kill(_descendants(driver.pid)[1], signal.SIGKILL)  # the first is `nsenter`
     killed = time.monotonic()
-    while workers_on(cluster):
-        assert time.monotonic() < killed + PATIENCE_SECONDS, workers_on(cluster)
+    while left := workers_on(cluster.head, *cluster.nodes):
+        assert time.monotonic() < killed + PATIENCE_SECONDS, left
         time.sleep(0.05)
     driver.wait()
     return time.monotonic() - killed
@@ -204,45 +219,55 @@ def writers_of(requests: list[dict[str, Any]], place: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def lived(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Lived:
+    asked: list[dict[str, Any]] = []
+    checkpoint = f"/run/{keys.TRAIN_DIR}/checkpoint"
+
+    def wait_for_a_put(place: str, chunk: str = "") -> str:
+        def writer() -> str | None:
+            asked.extend(new := cluster.asked())
+            return first_to_put(new, place, chunk)
+
+        return str(wait_until(writer, driver, PATIENCE_SECONDS, said))
+
     driver, said = cluster.start_driver("s3://bucket/run", ON_RAY)
-    wait_until(
-        lambda: first_to_put(cluster.asked(), f"/run/{keys.TRAIN_DIR}/checkpoint"), driver, PATIENCE_SECONDS, said
-    )
+    wait_for_a_put(f"/run/{keys.METRICS}")  # once there is a checkpoint
+    trained = [training_workers_on(node) for node in cluster.nodes]
     seconds = kill_driver(cluster, driver)
     cluster.asked()
+    asked.clear()
     before = sum(cluster.head.traffic())
-
-    asked: list[dict[str, Any]] = []
-
-    def writes_effects() -> str | None:
-        asked.extend(cluster.asked())
-        return first_to_put(asked, WRITTEN_BY_TASKS[keys.STAGE_EFFECTS], "/c/")
-
     driver, said = cluster.start_driver("s3://bucket/run", ON_RAY)
-    address = wait_until(writes_effects, driver, PATIENCE_SECONDS, said)
-    (lost,) = [node for node in cluster.nodes if node.address == address]
-    lost.cut_power()
+    in_training = cluster.lose(wait_for_a_put(checkpoint))
+    cluster.start_node(cluster.spare)
+    in_effects = cluster.lose(wait_for_a_put(WRITTEN_BY_TASKS[keys.STAGE_EFFECTS], "/c/"))
     assert driver.wait(PATIENCE_SECONDS) == 0, said.read_text()
     asked += cluster.asked()
     through = sum(cluster.head.traffic()) - before
-    return Lived(cluster.fetched("run", tmp_path_factory.mktemp("run")), asked, through, lost, seconds)
+    run = cluster.fetched("run", tmp_path_factory.mktemp("run"))
+    return Lived(run, asked, through, trained, in_training, in_effects, seconds)
 
 
-def test_the_bits_are_those_of_one_process(alone: Path, lived: Lived) -> None:
-    assert_same_bits(alone, lived.run)
-    assert (lived.run / keys.MODEL_WEIGHTS).read_bytes() == (alone / keys.MODEL_WEIGHTS).read_bytes()
+def test_the_bits_are_those_of_one_machine(undisturbed: Path, lived: Lived) -> None:
+    assert_same_bits(undisturbed, lived.run)
+    assert (lived.run / keys.MODEL_WEIGHTS).read_bytes() == (undisturbed / keys.MODEL_WEIGHTS).read_bytes()
+
+
+def test_the_training_workers_are_on_different_machines(lived: Lived) -> None:
+    assert lived.trained == [1, 1]
 
 
 def test_the_workers_of_a_killed_driver_end(lived: Lived) -> None:
     assert lived.seconds_to_die < 120
 
 
-def test_every_machine_with_processors_takes_part_and_the_lost_one_did(cluster: Cluster, lived: Lived) -> None:
+def test_every_machine_with_processors_takes_part_and_the_lost_ones_did(cluster: Cluster, lived: Lived) -> None:
     writers = {stage: writers_of(lived.asked, part) for stage, part in WRITTEN_BY_TASKS.items()}
-    addresses = {node.address for node in cluster.nodes}
-    assert set().union(*writers.values()) == addresses  # never the head, where the driver is
-    assert writers[keys.STAGE_EFFECTS] == addresses
-    assert lived.lost.address in addresses
+    later = {node.address for node in (*cluster.nodes, cluster.spare)} - {lived.lost_in_training.address}
+    assert set().union(*writers.values()) <= later  # never the head, where the driver is
+    assert writers[keys.STAGE_EFFECTS] == later
+    assert lived.lost_in_effects.address in later
+    reads = {r["from"] for r in lived.asked if r["method"] == "GET" and f"/{keys.PACKED}/" in r["path"]}
+    assert lived.lost_in_training.address in reads
 
 
 def test_no_matrix_goes_through_the_driver(cluster: Cluster, lived: Lived) -> None:

@@ -189,6 +189,8 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from ndreamer_dist.train.meeting import RaysNetwork
+
     check_layout(settings, runtime.cpus, runtime.gpus)
     use_gpu = settings.train.device == "cuda" or (
         settings.train.device == "auto" and runtime.gpus >= settings.train.workers
@@ -197,10 +199,13 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
         result = TorchTrainer(
             _worker,
             train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan, "display": display},
+            torch_config=RaysNetwork(),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=settings.train.workers,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if use_gpu else {})},
+                # GPUs of one machine hear each other best; threads are best off on a machine of their own.
+                placement_strategy="PACK" if use_gpu else "SPREAD",
             ),
             run_config=ray.train.RunConfig(
                 name=keys.TRAIN_DIR,

@@ -1,0 +1,54 @@
+"""How training workers on several machines meet: over the network that Ray itself uses.
+
+Left alone, gloo listens at the address that the machine's own name stands for. Where that is a loopback address, as on
+machines that write `127.0.1.1` beside their name, or none at all, no other machine could reach it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from contextlib import suppress
+
+import ray.util
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+
+VARIABLE = "GLOO_SOCKET_IFNAME"
+GET_ADDRESS = 0x8915
+"""Linux's SIOCGIFADDR."""
+
+
+class RaysNetwork(TorchConfig):
+    """Workers meet as Ray Train lets them, at the addresses of their Ray nodes."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        """See Ray's `BackendConfig`."""
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: object, backend_config: TorchConfig) -> None:
+        worker_group.execute(choose_interface)  # type: ignore[attr-defined]
+        super().on_start(worker_group, backend_config)
+
+
+def choose_interface() -> None:
+    """Tell gloo which interface to listen at, where nobody else has and it can be found."""
+    name = interface_of(ray.util.get_node_ip_address())
+    if name is not None:
+        os.environ.setdefault(VARIABLE, name)
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the network interface that has an IPv4 address; none where none has."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address, or the system is another
+                told = fcntl.ioctl(asked, GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(told[20:24]) == address:
+                    return name
+    return None
