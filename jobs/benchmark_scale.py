@@ -4,42 +4,49 @@
         [--preset small] [--cpus 2] [--set stage.name=value] [--keep]
 
 Of each size a nested case-control cohort is simulated (its time told apart) and the job runs on it in a process of its
-own, as `ndreamer-dist run` does, on a local Ray. Memory is the sum over all its processes, shared memory counted once,
-sampled all along; bytes are those that passed the processes' read and write calls, pipes and sockets among them. An
-interrupted call goes on: finished stages keep their figures. Lines are appended to OUT/scale.csv as sizes end, and the
-table of a run that is under way is printed by `ndreamer-dist info OUT/<cells>/run`. At the end: how memory and time per
-cell grow from the size before. `--cells 1000000` is the million.
+own, as `ndreamer-dist run` does, on a local Ray. What it takes is what the job itself writes down of its stages
+(`metering.py`): memory is the sum over all its processes, shared memory counted once; bytes are those that passed the
+processes' read and write calls, pipes and sockets among them. The table of a run that is under way is printed by
+`ndreamer-dist info OUT/<cells>/run`, stage by stage as they end. Sizes are written to OUT/scale.csv as they end, and an
+interrupted call goes on: sizes that are there are not run again, and finished stages of the next keep their figures.
+At the end: how memory and time per cell grow from the size before. `--cells 1000000` is the million.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 import ndreamer_dist as nd
-from ndreamer_dist import keys
-from ndreamer_dist.metering import tree_memory
+from ndreamer_dist.metering import stage_costs
+from ndreamer_dist.rundir import RunDirectory
 
-INTERVAL_SECONDS = 0.5
+FILE = "scale.csv"
 
 
 def main() -> None:
-    """Run every size and print the tables."""
+    """Run every size that is not there and print the tables."""
     given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
-    tables = [of_size(given, cells) for cells in given.cells]
-    whole = pd.concat(tables, ignore_index=True)
-    whole.to_csv(given.out / "scale.csv", index=False)
+    for cells in given.cells:
+        if cells not in set(written(given.out)["cells"]):
+            table = pd.concat([written(given.out), of_size(given, cells)], ignore_index=True)
+            table.to_csv(given.out / FILE, index=False)
+            clean(given, cells)
+    whole = written(given.out)
     print(markdown(whole))
-    print(growth(whole))
+    print(growth(whole[whole["cells"].isin(given.cells)]))
+
+
+def written(out: Path) -> pd.DataFrame:
+    """Return the stages of the sizes that have ended."""
+    return pd.read_csv(out / FILE) if (out / FILE).exists() else pd.DataFrame({"cells": []})
 
 
 def arguments() -> argparse.Namespace:
@@ -64,94 +71,28 @@ def of_size(given: argparse.Namespace, cells: int) -> pd.DataFrame:
     if not (cohort / "zarr.json").exists():
         nd.simulate(cohort, cells=cells, genes=given.genes, batches=given.donors, design="nested", threads=given.cpus)
         print(f"{cells} cells simulated in {time.perf_counter() - started:.0f} s", flush=True)
-    watched = run_job(given, cohort, run)
-    table = stage_table(run, watched).assign(cells=cells)
-    promised = nd.plan(
-        cohort, out=run, condition_key="condition", control="control", batch_key="donor", preset=given.preset,
-        settings={"run.cpus": given.cpus},
-    )  # fmt: skip
-    table["promised_gb"] = [{s.name: s.memory / 1e9 for s in promised.stages}[stage] for stage in table["stage"]]
+    run_job(given, cohort, run)
+    table = stage_costs(RunDirectory.at(run)).assign(cells=cells)
     print(markdown(table), flush=True)
-    if not given.keep:
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
     return table
 
 
-@dataclass(frozen=True)
-class Watched:
-    """What the sampler saw: (seconds since the epoch, bytes held, bytes read, bytes written)."""
-
-    samples: list[tuple[float, int, int, int]]
-
-    def between(self, start: float, stop: float) -> tuple[int, int, int]:
-        """Return peak memory, bytes read and bytes written in a span of time; zeros where nothing was seen of it."""
-        inside = [sample for sample in self.samples if start <= sample[0] <= stop]
-        if not inside:
-            return 0, 0, 0
-        return max(s[1] for s in inside), inside[-1][2] - inside[0][2], inside[-1][3] - inside[0][3]
+def clean(given: argparse.Namespace, cells: int) -> None:
+    """Delete what a size has left."""
+    if not given.keep:
+        shutil.rmtree(given.out / str(cells))
 
 
-def run_job(given: argparse.Namespace, cohort: Path, run: Path) -> Watched:
-    """Run the job in a process of its own and watch its process tree."""
+def run_job(given: argparse.Namespace, cohort: Path, run: Path) -> None:
+    """Run the job in a process of its own."""
     command = [
         sys.executable, "-m", "ndreamer_dist.cli", "run", str(cohort), "--out", str(run), "--condition-key", "condition",
         "--control", "control", "--batch-key", "donor", "--preset", given.preset, "--set", f"run.cpus={given.cpus}",
         *(word for setting in given.settings for word in ("--set", setting)),
     ]  # fmt: skip
-    process = subprocess.Popen(command)
-    samples: list[tuple[float, int, int, int]] = []
-    seen: dict[int, tuple[int, int]] = {}
-    stop = threading.Event()
-
-    def sample() -> None:
-        while not stop.wait(INTERVAL_SECONDS):
-            seen.update(io_of_tree(process.pid))
-            read, written = (sum(values) for values in zip(*seen.values(), strict=True)) if seen else (0, 0)
-            samples.append((time.time(), tree_memory(process.pid), read, written))
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    code = process.wait()
-    stop.set()
-    thread.join()
-    if code:
-        raise SystemExit(code)
-    return Watched(samples)
-
-
-def io_of_tree(pid: int) -> dict[int, tuple[int, int]]:
-    """Return bytes read and written so far by a process and by each of its descendants that is alive."""
-    found: dict[int, tuple[int, int]] = {}
-    waiting = [pid]
-    while waiting:
-        process = waiting.pop()
-        try:
-            lines = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
-            tasks = list(Path(f"/proc/{process}/task").iterdir())
-            waiting += [int(child) for task in tasks for child in (task / "children").read_text().split()]
-        except OSError:
-            continue  # it has ended
-        found[process] = int(lines["rchar"]), int(lines["wchar"])
-    return found
-
-
-def stage_table(run: Path, watched: Watched) -> pd.DataFrame:
-    """Return a row per stage from the run's own log and from what was watched.
-
-    A call that finds a stage finished logs it with next to no time, so the longest line of a stage is its own.
-    """
-    lines = [json.loads(line) for line in (run / keys.STAGES_LOG).read_text().splitlines()]
-    rows = []
-    for stage in keys.STAGES:
-        line = max((line for line in lines if line["stage"] == stage), key=lambda line: line["seconds"])
-        peak, read, written = watched.between(line["started"], line["started"] + line["seconds"])
-        rows.append(
-            {
-                "stage": stage, "seconds": line["seconds"], "peak_gb": max(peak, line["peak_bytes"]) / 1e9,
-                "read_gb": read / 1e9, "written_gb": written / 1e9,
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+    ended = subprocess.run(command, check=False)
+    if ended.returncode:
+        raise SystemExit(ended.returncode)
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ndreamer_dist import keys
 from ndreamer_dist.datasets import CELL_TYPE, CONDITION, DONOR, Truth, load_truth, simulate, truth_path
 from ndreamer_dist.errors import StoreError, printable, shown
+from ndreamer_dist.metering import stage_costs
 from ndreamer_dist.pipeline import run
 from ndreamer_dist.recovery import Recovery, recovery
 from ndreamer_dist.results.reader import Results, open_results
@@ -93,7 +94,7 @@ def describe(address: str) -> str:
         if not run.storage.exists(keys.RUN_JSON):
             raise
         return _progress(run)
-    return _summary(results)
+    return _summary(results) + _costs(run)
 
 
 def _progress(run: RunDirectory) -> str:
@@ -105,7 +106,19 @@ def _progress(run: RunDirectory) -> str:
     state = "under way" if silent < SILENT_SECONDS else "not finished; the same `run` command goes on"
     lines = [f"{run.url}: {state}", "", f"{'stage':<12}{'shards done':>12}"]
     lines += [f"{stage:<12}{done[stage]:>12}" for stage in keys.STAGES]
-    return "\n".join([*lines, *(_stage_lines(told, silent) if told else [])])
+    return "\n".join([*lines, *(_stage_lines(told, silent) if told else [])]) + _costs(run)
+
+
+def _costs(run: RunDirectory) -> str:
+    """Return what the finished stages took, as a table; nothing where there is no log of them."""
+    table = stage_costs(run)
+    if table.empty:
+        return ""
+    names = {"stage": "finished", "seconds": "s"} | {
+        f"{n}_gb": f"{n} GB" for n in ("peak", "promised", "read", "written")
+    }
+    told = table.rename(columns=names).to_string(index=False, float_format="{:.1f}".format, na_rep="-")
+    return f"\n\n{told}"
 
 
 def _stage_lines(told: Mapping[str, Any], silent: float) -> list[str]:

@@ -6,25 +6,39 @@ printed and what `run` refuses by are the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ndreamer_dist import keys, promise
 from ndreamer_dist.cohort.clusters import clustered_by
 from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.pack import partitions_of
+from ndreamer_dist.cohort.scan import spans_of
+from ndreamer_dist.cohort.source import COLUMN_ENTRIES
 from ndreamer_dist.errors import shown
+from ndreamer_dist.match.search import edge_shards, units
 from ndreamer_dist.promise import CohortSize
-from ndreamer_dist.settings import NOISE_ROWS, Settings
+from ndreamer_dist.settings import NOISE_ROWS, CohortSettings, Settings
 from ndreamer_dist.stream.plan import SamplingPlan
+
+NAMED_GROUPS = 3
+"""Groups that are left out are named up to so many."""
+Work = tuple[tuple[int, str], ...]
+"""What a stage does one after the other: numbers of tasks that can run at once, and what each of them does."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: the tasks it can run at once, and the most memory it will take with the processors given, in bytes."""
+    """One stage: its work, and the most memory it will take with the processors given, in bytes."""
 
     name: str
-    tasks: int
-    unit: str
+    work: Work
     memory: int
+
+    @property
+    def workers(self) -> int:
+        """Most workers that the stage can use."""
+        return max(tasks for tasks, _ in self.work)
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,10 @@ class Plan:
         Cells kept and left out.
     genes, modelled
         Genes of the cohort and of the model.
-    groups
-        Name and cells of every (batch, condition) group, in packed order.
+    groups, dropped_groups
+        Name and cells of every (batch, condition) group that is kept, in packed order, and of those that are left out.
+    unknown
+        What may be left out as well, which only the values tell.
     edges
         Pairs of groups to match.
     epochs, steps, batch_cells
@@ -55,6 +71,8 @@ class Plan:
     modelled: int
     conditions: tuple[str, ...]
     groups: tuple[tuple[str, int], ...]
+    dropped_groups: tuple[tuple[str, int], ...]
+    unknown: str
     edges: int
     epochs: int
     steps: int
@@ -76,16 +94,25 @@ class Plan:
             f"cells      {self.cells:,} kept, {self.dropped:,} dropped",
             f"genes      {self.genes:,}, of which {self.modelled:,} are modelled",
             f"conditions {shown(self.conditions[0])} (control), {others}",
-            f"groups     {len(self.groups):,}",
-            f"  smallest {shown(smallest[0])} ({smallest[1]:,} cells)",
-            f"  largest  {shown(largest[0])} ({largest[1]:,} cells)",
+            f"groups     {len(self.groups):,} kept, {len(self.dropped_groups):,} dropped",
+            f"  smallest {_group(smallest)}",
+            f"  largest  {_group(largest)}",
+            *([f"  dropped  {self._dropped_names()}"] if self.dropped_groups else []),
+            f"not known before the values are read: {self.unknown}",
             f"matching   {self.edges:,} pairs of groups",
             f"training   {self.steps:,} steps of {self.batch_cells:,} cells, in {self.epochs:,} epochs",
         ]
 
+    def _dropped_names(self) -> str:
+        named = ", ".join(map(_group, self.dropped_groups[:NAMED_GROUPS]))
+        return named + (", ..." if len(self.dropped_groups) > NAMED_GROUPS else "")
+
     def _stage_lines(self) -> list[str]:
-        head = f"{'stage':<10}{'work to share out':>26}{'memory':>12}"
-        return [head, *(f"{s.name:<10}{f'{s.tasks:,} {s.unit}':>26}{_gb(s.memory):>12}" for s in self.stages)]
+        lines = [f"{'stage':<10}{'memory':>10}{'workers':>12}  tasks"]
+        for stage in self.stages:
+            work = ", then ".join(f"{tasks:,} {unit}" for tasks, unit in stage.work)
+            lines.append(f"{stage.name:<10}{_gb(stage.memory):>10}{f'up to {stage.workers:,}':>12}  {work}")
+        return lines
 
     def _resource_lines(self) -> list[str]:
         pairs = (("memory", self.memory, self.memory_free), ("disk", self.disk, self.disk_free))
@@ -100,7 +127,7 @@ def plan_of(
     settings: Settings,
     size: CohortSize,
     *,
-    input_cells: int,
+    input_groups: Mapping[str, int],
     cpus: int,
     object_store: int,
     memory_free: int | None = None,
@@ -110,15 +137,17 @@ def plan_of(
 
     Parameters
     ----------
-    input_cells
-        Cells of the input, dropped ones included.
+    input_groups
+        Cells of every group of the input, those that are left out among them.
     cpus, object_store
         Tasks that run at once, and bytes of Ray's shared memory: the promise grows with both.
     """
     schedule = SamplingPlan.for_cohort(design.starts, settings.train, settings.seed)
     needs = promise.needs(size, settings, cpus=cpus, object_store=object_store)
     memory = promise.stage_memory(size, settings, cpus=cpus, object_store=object_store)
-    tasks = stage_tasks(design, settings, schedule, input_cells)
+    input_cells = sum(input_groups.values())
+    work = stage_work(design, settings, schedule, size, input_cells)
+    kept = {group.name for group in design.groups}
     return Plan(
         cells=design.n_cells,
         dropped=input_cells - design.n_cells,
@@ -126,11 +155,13 @@ def plan_of(
         modelled=min(size.genes, settings.hvg.num_hvg),
         conditions=design.conditions,
         groups=tuple((group.name, group.cells) for group in design.groups),
+        dropped_groups=tuple((name, cells) for name, cells in input_groups.items() if name not in kept),
+        unknown=_unknown(settings.cohort),
         edges=size.edges,
         epochs=schedule.epochs,
         steps=schedule.steps,
         batch_cells=schedule.cells(0),
-        stages=tuple(StagePlan(stage, *tasks[stage], memory[stage]) for stage in keys.STAGES),
+        stages=tuple(StagePlan(stage, work[stage], memory[stage]) for stage in keys.STAGES),
         memory=needs.memory,
         disk=needs.disk,
         memory_free=memory_free,
@@ -138,28 +169,53 @@ def plan_of(
     )
 
 
-def stage_tasks(
-    design: Design, settings: Settings, schedule: SamplingPlan, input_cells: int
-) -> dict[str, tuple[int, str]]:
-    """Return how many workers each stage could use, and what each of them would do."""
+def stage_work(
+    design: Design, settings: Settings, schedule: SamplingPlan, size: CohortSize, input_cells: int
+) -> dict[str, Work]:
+    """Return the work of every stage, cut by what the stages themselves cut it by."""
     blocks = -(-design.n_cells // settings.pack.block_rows)
-    way = clustered_by(settings.clusters, design.n_cells, len(design.groups))
-    tiles = sum(
-        -(-group.cells // settings.match.query_rows) * len(design.targets(group, "needed")) for group in design.groups
-    )
+    by_block: Work = ((blocks, "row block(s)"),)
+    spans = len(spans_of(input_cells))
+    reading = (spans, "span(s) of rows")
+    turned = -(-size.stored_values // COLUMN_ENTRIES)
+    turning: Work = ((turned, "range(s) of columns"), (turned, "block(s) of rows")) if size.by_columns else ()
     return {
-        keys.STAGE_COHORT: (-(-input_cells // settings.cohort.chunk_rows), "chunk(s) of rows"),
-        keys.STAGE_PACK: (blocks, "row block(s)"),
-        keys.STAGE_CLUSTERS: (1, "graph(s)") if way == "all" else (len(design.groups), _CLUSTERED[way]),
-        keys.STAGE_TRAIN: (schedule.cells(0) // NOISE_ROWS, "worker(s)"),
-        keys.STAGE_EMBED: (blocks, "row block(s)"),
-        keys.STAGE_PCA: (blocks, "row block(s)"),
-        keys.STAGE_MATCH: (tiles, "edge tile(s)"),
-        keys.STAGE_EFFECTS: (blocks, "row block(s)"),
+        keys.STAGE_COHORT: (*turning, reading),
+        keys.STAGE_PACK: (reading, (len(partitions_of(blocks, size.stored_values, spans)), "partition(s) of blocks")),
+        keys.STAGE_CLUSTERS: _clustering(design, settings),
+        keys.STAGE_TRAIN: ((schedule.cells(0) // NOISE_ROWS, f"share(s) of {NOISE_ROWS} cells of a step"),),
+        keys.STAGE_EMBED: by_block,
+        keys.STAGE_PCA: by_block,
+        keys.STAGE_MATCH: ((_matching(design, settings), "unit(s) of edges"),),
+        keys.STAGE_EFFECTS: (*by_block, (blocks + len(design.groups), "count(s) of matches")),
     }
 
 
-_CLUSTERED = {"group": "graph(s)", "sketch": "group(s) after a sketch"}
+def _clustering(design: Design, settings: Settings) -> Work:
+    groups = len(design.groups)
+    way = clustered_by(settings.clusters, design.n_cells, groups)
+    return {
+        "group": ((groups, "graph(s)"),),
+        "all": ((1, "graph"),),
+        "sketch": ((1, "graph of a sketch"), (groups, "group(s)")),
+    }[way]
+
+
+def _matching(design: Design, settings: Settings) -> int:
+    """Return how many units the edges are gathered in where there are workers for all of them."""
+    tiles = edge_shards(settings, design, design.needed_edges(settings.match.edges))
+    return len(units(tiles, settings, design, workers=len(tiles)))
+
+
+def _unknown(cohort: CohortSettings) -> str:
+    """Say what else may be left out, which only the values tell."""
+    genes = f" or fewer than {cohort.min_genes:,} genes" if cohort.min_genes else ""
+    more = f", genes in fewer than {cohort.min_cells:,} cells" if cohort.min_cells else ""
+    return f"cells without counts{genes}{more}, and groups that get too small by it"
+
+
+def _group(group: tuple[str, int]) -> str:
+    return f"{shown(group[0])} ({group[1]:,} cells)"
 
 
 def _gb(size: float) -> str:

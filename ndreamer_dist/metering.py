@@ -1,8 +1,9 @@
-"""What a stage costs: seconds, and the peak memory of this process and all it started, shared pages counted once.
+"""What a stage costs: seconds, and of this process and all it started the peak memory and the bytes read and written.
 
 Private pages are added up over the process tree, and of the shared ones (libraries, Ray's object store) the largest
-process's are taken once. On a cluster this is the driver's share only. The thread that samples the memory also writes
-down, every few seconds, how far the stage is (see `watching`).
+process's are taken once. Bytes are those that passed read and write calls, pipes and sockets among them. On a cluster
+this is the driver's share only. The thread that samples also writes down, every few seconds, how far the stage is (see
+`watching`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from ndreamer_dist import keys, watching
 from ndreamer_dist.remote import hurry
 from ndreamer_dist.rundir import RunDirectory
@@ -32,33 +36,59 @@ LOG_SECONDS = 30.0
 
 
 class PeakMemory:
-    """Samples the process tree's memory until closed; `bytes` is the most, `now` the last."""
+    """Samples the process tree until closed: `bytes` is the most memory, `now` the last; and the bytes that moved."""
 
     def __init__(self, also: Callable[[PeakMemory], object] = lambda _: None) -> None:
         self.bytes = self.now = 0
         self._also = also
+        self._before = self._moved = tree_traffic(os.getpid())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True, name="ndreamer-memory")
         self._thread.start()
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes read and written since the beginning, those of processes that have ended as they were last seen."""
+        none = (0, 0)
+        sums = [(now[0] - was[0], now[1] - was[1]) for now, was in
+                ((now, self._before.get(pid, none)) for pid, now in self._moved.items())]  # fmt: skip
+        return sum(read for read, _ in sums), sum(written for _, written in sums)
+
     def _sample(self) -> None:
         while True:
-            self.now = tree_memory(os.getpid())
-            self.bytes = max(self.bytes, self.now)
+            self._look()
             self._also(self)
             if self._stop.wait(INTERVAL_SECONDS):
                 return
 
+    def _look(self) -> None:
+        self.now = tree_memory(os.getpid())
+        self.bytes = max(self.bytes, self.now)
+        self._moved = self._moved | tree_traffic(os.getpid())
+
     def close(self) -> None:
-        """Take no more samples."""
+        """Take a last sample."""
         self._stop.set()
         self._thread.join()
+        self._look()
 
 
 def tree_memory(pid: int) -> int:
     """Return the bytes that a process and its descendants hold together; 0 where the system does not tell."""
     held = [_resident_and_shared(process) for process in _descendants(pid)]
     return sum(resident - shared for resident, shared in held) + max(shared for _, shared in held)
+
+
+def tree_traffic(pid: int) -> dict[int, tuple[int, int]]:
+    """Return the bytes that a process and each of its descendants have read and written; none where that is not told."""
+    found = {}
+    for process in _descendants(pid):
+        try:
+            told = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
+        except OSError:
+            continue  # it has ended
+        found[process] = int(told["rchar"]), int(told["wchar"])
+    return found
 
 
 def _resident_and_shared(pid: int) -> tuple[int, int]:
@@ -117,13 +147,15 @@ class Watcher:
 
 
 @contextmanager
-def metered(run: RunDirectory, stage: str, cells: int = 0) -> Iterator[dict[str, Any]]:
+def metered(run: RunDirectory, stage: str, cells: int = 0, promised: int | None = None) -> Iterator[dict[str, Any]]:
     """Add a line to logs/stages.jsonl when a stage ends; the block may put more facts into what it is given.
 
     Parameters
     ----------
     cells
         Cells that the stage goes over, for what is told of its speed meanwhile.
+    promised
+        Bytes of memory that the stage was promised to stay under, where that is known.
     """
     facts: dict[str, Any] = {"stage": stage, "started": time.time(), "host": socket.gethostname()}
     with watching.staged(stage, cells) as now:
@@ -134,7 +166,31 @@ def metered(run: RunDirectory, stage: str, cells: int = 0) -> Iterator[dict[str,
         finally:
             peak.close()
             watcher.look(peak, last=True)
-    facts |= {"seconds": round(time.perf_counter() - started, 3), "peak_bytes": peak.bytes}
+    read, written = peak.traffic
+    facts |= {
+        "seconds": round(time.perf_counter() - started, 3), "peak_bytes": peak.bytes, "promised_bytes": promised,
+        "read_bytes": read, "written_bytes": written,
+    }  # fmt: skip
     storage = run.storage
     before = storage.read_if_there(keys.STAGES_LOG) or b""
     storage.write_atomic(keys.STAGES_LOG, before + (json.dumps(facts) + "\n").encode())
+
+
+def stage_costs(run: RunDirectory) -> pd.DataFrame:
+    """Return what the finished stages of a run cost, a row each in their order, from logs/stages.jsonl.
+
+    A call that finds a stage finished logs it with next to no time, so the longest line of a stage is its own. Of a
+    stage that was interrupted this is the call that finished it.
+    """
+    lines = [json.loads(line) for line in (run.storage.read_if_there(keys.STAGES_LOG) or b"").splitlines()]
+    rows = []
+    for stage in keys.STAGES:
+        own = [line for line in lines if line["stage"] == stage]
+        if own:
+            line = max(own, key=lambda line: line["seconds"])
+            gigabytes = {
+                f"{name}_gb": np.nan if line.get(f"{name}_bytes") is None else line[f"{name}_bytes"] / 1e9
+                for name in ("peak", "promised", "read", "written")
+            }
+            rows.append({"stage": stage, "seconds": line["seconds"], **gigabytes})
+    return pd.DataFrame(rows)

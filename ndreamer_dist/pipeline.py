@@ -20,11 +20,11 @@ from anndata import AnnData
 from ndreamer_dist import keys, promise
 from ndreamer_dist.cohort.clusters import run_clusters
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.genes import check_cohort, check_genes, run_cohort
+from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes, run_cohort
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.scan import decide_values
-from ndreamer_dist.cohort.source import Source, fingerprint, open_source
+from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_source
 from ndreamer_dist.embed import run_embed, run_pca
 from ndreamer_dist.errors import RunError, SettingsError, suggest
 from ndreamer_dist.forecast import Plan, plan_of
@@ -37,6 +37,7 @@ from ndreamer_dist.results.store import check_tables
 from ndreamer_dist.rundir import GRAPH, RunDirectory, stage_keys
 from ndreamer_dist.runtime import (
     LazyRuntime,
+    Needs,
     Runtime,
     check_resources,
     cpu_count,
@@ -125,14 +126,14 @@ def run(
     directory.refuse_read_only()
     source, _, size = _checked(cohort, made)
     decide_values(source, made.cohort.normalise)
-    if not on_a_cluster(made.run):
-        _check_machine(directory, made, size)
+    _check_machine(directory, made, size)
     told = fingerprint(source, made.cohort.condition_key, made.cohort.batch_key)
     _check_owner(directory, told, fresh=fresh)
     with directory.locked():
         stage_key = _claim(directory, made, told, redo=redo, fresh=fresh)
-        with losses_told(), LazyRuntime(made.run) as runtime:
-            run_stages(directory, made, source, runtime, stage_key, only=stage)
+        with losses_told(), LazyRuntime(made.run, promise.largest_task(size, made)) as runtime:
+            promised = None if on_a_cluster(made.run) else _promised(made, size)
+            run_stages(directory, made, source, runtime, stage_key, only=stage, promised=promised)
     return Run(directory.url)
 
 
@@ -168,14 +169,12 @@ def plan(
     source, design, size = _checked(cohort, made)
     if source.kind != "csc":
         decide_values(source, made.cohort.normalise)
-    serial = made.run.serial
     return plan_of(
         design,
         made,
         size,
-        input_cells=source.n_cells,
-        cpus=1 if serial else made.run.cpus or cpu_count(),
-        object_store=0 if serial else object_store_bytes(made.run),
+        input_groups=input_sizes(source, made.cohort),
+        **_machine(made),
         memory_free=_memory(made),
         disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
     )
@@ -187,7 +186,9 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     design = check_cohort(source, settings.cohort)
     check_genes(source, settings.hvg)
     check_tables(source.obs, source.var)
-    return source, design, CohortSize.of(design, settings, genes=source.n_genes, stored_values=source.nnz)
+    by_columns = source.kind == "csc" and isinstance(source.matrix, StoredMatrix)
+    sizes = {"genes": source.n_genes, "stored_values": source.nnz, "by_columns": by_columns}
+    return source, design, CohortSize.of(design, settings, **sizes)
 
 
 def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Mapping[str, Any] | None = None) -> int:
@@ -239,15 +240,17 @@ def run_stages(
     stage_key: Mapping[str, str],
     *,
     only: str | None = None,
+    promised: Mapping[str, int] | None = None,
 ) -> None:
     """Run all stages, each with its key; every one skips what it has already done.
 
     With `only`, the stages before that one must be finished, and the later ones are left alone.
+    What each stage was promised to stay under, in bytes, is logged beside what it took.
     """
 
     def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> None:
         if only is None or stage == only:
-            with metered(run, stage, source.n_cells):
+            with metered(run, stage, source.n_cells, (promised or {}).get(stage)):
                 work(run, settings, *inputs, runtime, stage_key[stage])
         elif keys.STAGES.index(stage) < keys.STAGES.index(only):
             work(replace(run, before=only), settings, *inputs, runtime, stage_key[stage])
@@ -291,13 +294,28 @@ def _settings(
 
 
 def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> None:
-    """Refuse what this machine cannot hold; on a cluster the nodes are not this machine, so nothing is asked."""
-    cpus = 1 if settings.run.serial else settings.run.cpus or cpu_count()
+    """Refuse what this machine cannot hold; where tasks run on a cluster, the driver alone (see `runtime.check_nodes`)."""
+    if on_a_cluster(settings.run):
+        needs = Needs(promise.driver_memory(size), promise.disk_bytes(size, settings))
+        check_resources(needs, memory=memory_limit(), disk=run.free_disk(), where=run.url)
+        return
     alone = settings.run.serial  # one process trains and reads in turn, so no processor need be left to readers
-    check_layout(settings, 2**20 if alone else cpus, gpus=0 if alone else torch.cuda.device_count())
-    store = 0 if settings.run.serial else object_store_bytes(settings.run)
-    needs = promise.needs(size, settings, cpus=cpus, object_store=store)
+    cpus = 2**20 if alone else settings.run.cpus or cpu_count()
+    check_layout(settings, cpus, gpus=0 if alone else torch.cuda.device_count())
+    needs = promise.needs(size, settings, **_machine(settings))
     check_resources(needs, memory=_memory(settings), disk=run.free_disk(), where=run.url)
+
+
+def _promised(settings: Settings, size: CohortSize) -> dict[str, int]:
+    """Return the peak memory of every stage on this machine, in bytes."""
+    return promise.stage_memory(size, settings, **_machine(settings))
+
+
+def _machine(settings: Settings) -> dict[str, int]:
+    """Return the tasks that run at once on this machine, and the bytes of its object store."""
+    if settings.run.serial:
+        return {"cpus": 1, "object_store": 0}
+    return {"cpus": settings.run.cpus or cpu_count(), "object_store": object_store_bytes(settings.run)}
 
 
 def _memory(settings: Settings) -> int:

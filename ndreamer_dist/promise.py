@@ -15,8 +15,10 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.pack import partition_count
 from ndreamer_dist.cohort.scan import spans_of
+from ndreamer_dist.cohort.source import COLUMN_ENTRIES
+from ndreamer_dist.cohort.transpose import DISK_BYTES_PER_ENTRY, TASK_BYTES_PER_ENTRY
 from ndreamer_dist.results.store import MATCH_LIMIT
-from ndreamer_dist.runtime import Needs
+from ndreamer_dist.runtime import Needs, TaskNeed
 from ndreamer_dist.settings import Settings
 
 BASE_BYTES = 450e6
@@ -29,7 +31,13 @@ DRIVER_BYTES_PER_CELL = 1500
 
 @dataclass(frozen=True)
 class CohortSize:
-    """The sizes a promise is made from."""
+    """The sizes a promise is made from.
+
+    Attributes
+    ----------
+    by_columns
+        Whether the values are stored by columns, so that they are turned first (`cohort/transpose.py`).
+    """
 
     cells: int
     genes: int
@@ -38,9 +46,12 @@ class CohortSize:
     largest_group: int
     edges: int
     conditions: int
+    by_columns: bool = False
 
     @classmethod
-    def of(cls, design: Design, settings: Settings, *, genes: int, stored_values: int) -> CohortSize:
+    def of(
+        cls, design: Design, settings: Settings, *, genes: int, stored_values: int, by_columns: bool = False
+    ) -> CohortSize:
         """Return the sizes of a designed cohort."""
         return cls(
             cells=design.n_cells,
@@ -50,6 +61,7 @@ class CohortSize:
             largest_group=max(group.cells for group in design.groups),
             edges=sum(len(design.targets(group, settings.match.edges)) for group in design.groups),
             conditions=len(design.conditions),
+            by_columns=by_columns,
         )
 
 
@@ -63,44 +75,91 @@ def stage_memory(size: CohortSize, settings: Settings, *, cpus: int, object_stor
     object_store
         Bytes of Ray's shared memory.
     """
-    per_cell = size.stored_values / max(size.cells, 1)
+    tasks = task_memory(size, settings)
+    driver = driver_memory(size) + object_store
+    promised = {stage: driver + cpus * task for stage, task in tasks.items()}
+    promised[keys.STAGE_TRAIN] += settings.train.workers * trainer_memory(size, settings)
+    return promised
+
+
+def task_memory(size: CohortSize, settings: Settings) -> dict[str, int]:
+    """Return the bytes of one task of every stage, its process included; of training those of a reader."""
+    per_cell, own = _stored(size, settings)
     modelled = min(size.genes, settings.hvg.num_hvg)
-    own = per_cell * min(1.0, 2.5 * modelled / size.genes)  # variable genes are expressed above average
     rows = settings.pack.block_rows
     block = rows * own * 12
-    clustered = min(size.cells, max(size.largest_group, settings.clusters.max_cells))
-    tasks = {
-        keys.STAGE_COHORT: settings.cohort.chunk_rows * per_cell * 40 + size.groups * size.genes * 24,
+    # A range of columns ends with a whole column.
+    turned = min(size.stored_values, COLUMN_ENTRIES + size.cells) if size.by_columns else 0
+    tiles = {
+        keys.STAGE_COHORT: max(
+            settings.cohort.chunk_rows * per_cell * 40 + size.groups * size.genes * 24, turned * TASK_BYTES_PER_ENTRY
+        ),
         keys.STAGE_PACK: settings.cohort.chunk_rows * per_cell * 40 + _partition_cells(size, settings) * own * 24,
-        keys.STAGE_CLUSTERS: clustered * (own * 24 + settings.clusters.n_neighbors * 60 + 50 * 12),
+        keys.STAGE_CLUSTERS: _most_clustered(size, settings)
+        * (own * 24 + settings.clusters.n_neighbors * 60 + 50 * 12),
+        keys.STAGE_TRAIN: block * 4,
         keys.STAGE_EMBED: block * 2 + rows * settings.model.latent * 12 + _parameters(settings, modelled) * 4,
         keys.STAGE_PCA: rows * settings.model.latent * 24,
         keys.STAGE_MATCH: _matching_bytes(size, settings),
         keys.STAGE_EFFECTS: rows * modelled * 24 + block * 3,
     }
-    driver = DRIVER_BYTES + DRIVER_BYTES_PER_CELL * size.cells + object_store
-    promised = {stage: int(driver + cpus * (BASE_BYTES + tile)) for stage, tile in tasks.items()}
-    training = settings.train.workers * (BASE_BYTES * 2 + _training_bytes(size, settings, modelled, own))
-    promised[keys.STAGE_TRAIN] = int(driver + training + cpus * (BASE_BYTES + block * 4))
-    return {stage: promised[stage] for stage in keys.STAGES}
+    return {stage: int(BASE_BYTES + tiles[stage]) for stage in keys.STAGES}
+
+
+def driver_memory(size: CohortSize) -> int:
+    """Return the bytes of the driver, Ray's own processes on its machine included."""
+    return int(DRIVER_BYTES + DRIVER_BYTES_PER_CELL * size.cells)
+
+
+def trainer_memory(size: CohortSize, settings: Settings) -> int:
+    """Return the bytes of one training worker."""
+    modelled = min(size.genes, settings.hvg.num_hvg)
+    return int(BASE_BYTES * 2 + _training_bytes(size, settings, modelled, _stored(size, settings)[1]))
+
+
+def _stored(size: CohortSize, settings: Settings) -> tuple[float, float]:
+    """Return the stored values of a cell, and those of its modelled genes: these are expressed above average."""
+    per_cell = size.stored_values / max(size.cells, 1)
+    return per_cell, per_cell * min(1.0, 2.5 * min(size.genes, settings.hvg.num_hvg) / size.genes)
+
+
+def _most_clustered(size: CohortSize, settings: Settings) -> int:
+    """Return the most cells of one graph."""
+    asked = settings.clusters
+    most = {
+        "auto": max(asked.max_cells, asked.sketch_cells), "group": size.largest_group, "all": size.cells,
+        "sketch": asked.sketch_cells,
+    }[asked.within]  # fmt: skip
+    return min(size.cells, most)
 
 
 def disk_bytes(size: CohortSize, settings: Settings) -> int:
-    """Return the bytes that the run directory will take, before compression."""
+    """Return the bytes that the run directory will take, before compression.
+
+    Where the matrix is turned first, that takes its space before anything else is written, and gives it back.
+    """
     modelled = min(size.genes, settings.hvg.num_hvg)
-    own = size.stored_values * min(1.0, 2.5 * modelled / size.genes)
+    own = size.cells * _stored(size, settings)[1]
     embedding = size.cells * (2 * settings.model.latent + 100) * 4
     told = size.cells * size.groups if size.cells * size.groups <= MATCH_LIMIT else 0  # in results.zarr's obsm
     matches = size.cells * size.edges / size.groups * settings.match.neighbours * 8 + told * 8
     layers = len(settings.effects.store) * size.cells * modelled * np.dtype(settings.effects.dtype).itemsize
     checkpoints = 3 * 3 * _parameters(settings, modelled) * 4
-    return int(2 * own * 8 + embedding + matches + layers + checkpoints)
+    turned = size.stored_values * DISK_BYTES_PER_ENTRY if size.by_columns else 0
+    return int(max(turned, 2 * own * 8 + embedding + matches + layers + checkpoints))
 
 
 def needs(size: CohortSize, settings: Settings, *, cpus: int, object_store: int) -> Needs:
     """Return the run's peak memory and disk."""
     memory = max(stage_memory(size, settings, cpus=cpus, object_store=object_store).values())
     return Needs(memory=memory, disk=disk_bytes(size, settings))
+
+
+def largest_task(size: CohortSize, settings: Settings) -> TaskNeed:
+    """Return what the largest of all tasks takes."""
+    tasks = task_memory(size, settings)
+    stage = max(tasks, key=tasks.__getitem__)
+    return TaskNeed(stage, tasks[stage])
 
 
 def _partition_cells(size: CohortSize, settings: Settings) -> float:

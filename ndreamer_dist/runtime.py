@@ -273,11 +273,13 @@ class LazyRuntime:
     """The runtime that the settings ask for, started when a stage first has work; `close` ends what was started.
 
     A Ray that is already connected is used as it is; `RAY_ADDRESS` (set inside a submitted job) and `run.address` name
-    a cluster; otherwise a local Ray is started with the container's processors and a modest object store.
+    a cluster; otherwise a local Ray is started with the container's processors and a modest object store. The machines
+    of a cluster are known once it is connected, so that is when they are compared with the largest task, if it is given.
     """
 
-    def __init__(self, settings: RunSettings) -> None:
+    def __init__(self, settings: RunSettings, task: TaskNeed | None = None) -> None:
         self._settings = settings
+        self._task = task
         self._runtime: Runtime | None = None
         self._started = False
         self.progress = settings.bars
@@ -287,7 +289,10 @@ class LazyRuntime:
             if self._settings.serial:
                 self._runtime = SerialRuntime(self._settings)
             else:
+                clustered = on_a_cluster(self._settings)
                 self._runtime, self._started = _connect(self._settings)
+                if clustered and self._task is not None:
+                    check_nodes(self._task, cluster_nodes(self._settings.memory_gb))
         return self._runtime
 
     @property
@@ -433,6 +438,58 @@ class Needs:
 
     memory: int
     disk: int
+
+
+@dataclass(frozen=True)
+class TaskNeed:
+    """The largest of a run's tasks: its stage, and the bytes that it takes with its process."""
+
+    stage: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a Ray cluster: its address, its processors, and the bytes that its tasks may take."""
+
+    address: str
+    cpus: int
+    memory: int
+
+
+def cluster_nodes(memory_gb: float | None = None) -> list[Node]:
+    """Return the machines that take tasks now, as Ray reports them; with `memory_gb`, that is what each of them has."""
+    import ray
+
+    taking = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+    own = int(memory_gb * 1e9) if memory_gb else None
+    return [
+        Node(n["NodeManagerAddress"], int(n["Resources"]["CPU"]), own or int(n["Resources"]["memory"])) for n in taking
+    ]
+
+
+def check_nodes(task: TaskNeed, nodes: Iterable[Node]) -> None:
+    """Refuse a cluster of which a machine cannot hold as many of the largest tasks as it has processors.
+
+    A task may come to any machine that has a processor free.
+
+    Raises
+    ------
+    ResourceError
+        The message names the machine that lacks most, and says what to change.
+    """
+    lacking = [node for node in nodes if node.cpus * task.memory > node.memory]
+    if not lacking:
+        return
+    node = max(lacking, key=lambda node: node.cpus * task.memory - node.memory)
+    fit = node.memory // task.memory
+    fewer = f"start Ray there with {fit} of them (ray start --num-cpus={fit}), " if fit else ""
+    msg = (
+        f"stage {task.stage!r} takes {task.memory / 1e9:.1f} GB a task, and node {node.address} has {node.cpus} "
+        f"processors and {node.memory / 1e9:.1f} GB for tasks; {fewer}take smaller blocks "
+        "(--set pack.block_rows=1024) or larger machines, or say what a machine has (--set run.memory_gb=N)"
+    )
+    raise ResourceError(msg)
 
 
 def check_resources(needs: Needs, *, memory: int, disk: int, where: str) -> None:

@@ -46,15 +46,27 @@ def test_a_finished_run_is_described(finished: Path, capsys: pytest.CaptureFixtu
     assert "900 cells x 150 genes" in out
     assert "own condition minus control" in out
     assert "donor_01|treated" in out
+    assert_costs_are_told(out, keys.STAGES)
+
+
+def assert_costs_are_told(out: str, stages: Sequence[str]) -> None:
+    """Fail where the table of finished stages is not there, or not of these stages."""
+    head, *rows = (line.split() for line in out[out.index(" finished") :].splitlines()[: len(stages) + 1])
+    assert head == ["finished", "s", "peak", "GB", "promised", "GB", "read", "GB", "written", "GB"]
+    assert [row[0] for row in rows] == list(stages)
+    assert all(float(peak) > 0 and float(promised) > 0 for _, _, peak, promised, *_ in rows)
 
 
 def test_an_unfinished_run_says_how_far_it_is(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / keys.RUN_JSON).write_text((finished / keys.RUN_JSON).read_text())
     (tmp_path / keys.DONE / "pack").mkdir(parents=True)
     (tmp_path / keys.DONE / "pack" / "00000.json").write_text("{}")
+    (tmp_path / keys.STAGES_LOG).parent.mkdir()
+    (tmp_path / keys.STAGES_LOG).write_text("\n".join((finished / keys.STAGES_LOG).read_text().splitlines()[:2]))
     code, out, _ = spoken(["info", str(tmp_path)], capsys)
     assert code == 0
     assert "not finished; the same `run` command goes on" in out
+    assert_costs_are_told(out, keys.STAGES[:2])
 
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr", ".csv", ".parquet"])

@@ -11,7 +11,19 @@ import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.pack import partitions_of
 from ndreamer_dist.cohort.scan import spans_of
-from ndreamer_dist.promise import CohortSize, _partition_cells, disk_bytes, needs, stage_memory
+from ndreamer_dist.cohort.source import COLUMN_ENTRIES
+from ndreamer_dist.cohort.transpose import TASK_BYTES_PER_ENTRY
+from ndreamer_dist.promise import (
+    BASE_BYTES,
+    DRIVER_BYTES,
+    DRIVER_BYTES_PER_CELL,
+    CohortSize,
+    _partition_cells,
+    disk_bytes,
+    needs,
+    stage_memory,
+    task_memory,
+)
 from ndreamer_dist.results.store import MATCH_LIMIT
 from ndreamer_dist.settings import Settings
 from tests.cohorts import design_of
@@ -71,6 +83,40 @@ def test_matches_that_obsm_leaves_out_take_no_disk(small: Settings) -> None:
     most = dataclasses.replace(MILLION, groups=MATCH_LIMIT // 1_000_000, edges=0)
     beyond = dataclasses.replace(most, groups=most.groups + 1)
     assert disk_bytes(most, small) - disk_bytes(beyond, small) == most.cells * most.groups * 8
+
+
+def test_values_stored_by_columns_are_promised_what_turning_them_takes(small: Settings) -> None:
+    turned = dataclasses.replace(MILLION, by_columns=True)
+    before, after = (stage_memory(size, small, cpus=2, object_store=0) for size in (MILLION, turned))
+    share = COLUMN_ENTRIES + MILLION.cells  # of a task: its values, and a whole last column
+    assert after[keys.STAGE_COHORT] == 2 * int(BASE_BYTES + share * TASK_BYTES_PER_ENTRY) + before_tasks(MILLION)
+    assert {s for s in keys.STAGES if before[s] != after[s]} == {keys.STAGE_COHORT}
+    least = Settings.build(preset="small", overrides={"effects.store": "none"})
+    assert (
+        disk_bytes(MILLION, least) < 16e9 == disk_bytes(turned, least)
+    )  # 20 bytes a value, before all else is written
+    assert disk_bytes(MILLION, small) == disk_bytes(turned, small)  # more is written later than is given back
+
+
+def before_tasks(size: CohortSize) -> int:
+    """Return what is promised beside the tasks."""
+    return int(DRIVER_BYTES + DRIVER_BYTES_PER_CELL * size.cells)
+
+
+@pytest.mark.parametrize(
+    ("within", "graph"),
+    [
+        pytest.param({"within": "group"}, 25_000, id="group"),
+        pytest.param({"within": "all"}, 1_000_000, id="all"),
+        pytest.param({"within": "sketch"}, 100_000, id="sketch"),
+        pytest.param({"within": "auto"}, 200_000, id="auto"),
+        pytest.param({"within": "auto", "max_cells": 50_000, "sketch_cells": 60_000}, 60_000, id="auto_by_sketch"),
+    ],
+)
+def test_clusters_are_promised_the_largest_graph(within: dict[str, object], graph: int) -> None:
+    made = Settings.build(preset="small", overrides={f"clusters.{name}": value for name, value in within.items()})
+    told = task_memory(MILLION, made)[keys.STAGE_CLUSTERS] - int(BASE_BYTES)
+    assert told == graph * (200 * 24 + 15 * 60 + 50 * 12)
 
 
 def test_packing_is_promised_the_largest_partition(small: Settings) -> None:

@@ -13,7 +13,11 @@ from ndreamer_dist.errors import CohortError, ResourceError
 from ndreamer_dist.runtime import (
     LazyRuntime,
     Needs,
+    Node,
+    TaskNeed,
+    check_nodes,
     check_resources,
+    cluster_nodes,
     cpu_count,
     fetch,
     memory_limit,
@@ -101,6 +105,38 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(memory: int, di
     check_resources(needs, memory=10 * 10**9, disk=20 * 10**9, where="here")
     with pytest.raises(ResourceError, match=f"{message}.*--"):
         check_resources(needs, memory=memory * 10**9, disk=disk * 10**9, where="here")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        pytest.param([("a", 4, 8), ("b", 2, 4)], None, id="all_hold_as_many_as_they_run"),
+        pytest.param(
+            [("a", 4, 8), ("b", 3, 5)], r"node b .* with 2 of them \(ray start --num-cpus=2\)", id="one_is_small"
+        ),
+        pytest.param(
+            [("a", 4, 1), ("b", 3, 5)], "node a has 4 processors and 1.0 GB for tasks; take smaller", id="none_fits"
+        ),
+    ],
+)
+def test_a_node_holds_a_task_for_each_of_its_processors(nodes: list[tuple[str, int, int]], message: str | None) -> None:
+    task, made = TaskNeed("clusters", 2 * 10**9), [Node(name, cpus, gb * 10**9) for name, cpus, gb in nodes]
+    if message is None:
+        return check_nodes(task, made)
+    with pytest.raises(ResourceError, match=f"^stage 'clusters' takes 2.0 GB a task.*{message}.*--set"):
+        check_nodes(task, made)
+    return None
+
+
+@pytest.mark.ray
+def test_a_cluster_whose_nodes_are_too_small_is_refused_before_any_task(local_ray: None) -> None:
+    (node,) = cluster_nodes()
+    assert (node.cpus, node.memory > 0) == (2, True)
+    for settings, memory in ((RunSettings(), node.memory), (RunSettings(memory_gb=0.9), int(0.5e9))):
+        with pytest.raises(ResourceError, match=f"node {node.address} has 2 processors"):
+            LazyRuntime(settings, TaskNeed("pack", memory)).map(refuse, [1], title="refuse")
+    enough = LazyRuntime(RunSettings(), TaskNeed("pack", node.memory // 2))
+    assert list(enough.map(square, [1], np.arange(3), title="square")) == [4.0]
 
 
 def test_a_bar_is_hidden_away_from_a_terminal(capsys: pytest.CaptureFixture) -> None:

@@ -2,7 +2,8 @@
 
 The packed cohort comes in; `cluster_low/<group>` and `cluster_high/<group>` go out, int32 labels with 0 the largest
 cluster. Where groups are large they are clustered apart, a task each (labels then mean something inside their group
-only); otherwise all cells together, in one task, or by way of a sketch where they are too many for one graph.
+only); otherwise all cells together, in one task. Cells too many for one graph, a group's or the cohort's, are clustered
+by way of a sketch of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Group
 from ndreamer_dist.cohort.graph import cluster_cells
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.cohort.sketch import Sketch, labels_of, sketch_of, sketch_shard
+from ndreamer_dist.cohort.sketch import Sketch, labels_apart, labels_of, sketch_of, sketch_shard
+from ndreamer_dist.errors import listing
 from ndreamer_dist.rundir import RunDirectory, Shard
 from ndreamer_dist.runtime import Runtime
 from ndreamer_dist.settings import ClustersSettings, Settings
@@ -60,6 +62,7 @@ def run_clusters(run: RunDirectory, settings: Settings, packed: Packed, runtime:
         _run(runtime, write_labels, apart, *shared, title="clusters")
         return
     if way == "group":
+        _say_sketched_apart(settings.clusters, groups)
         tasks = [GraphTask(s.task, groups[s.task].start, groups[s.task].stop, (s,)) for s in todo]
     else:
         tasks = [GraphTask(len(shards), 0, packed.n_rows, tuple(todo))]
@@ -86,6 +89,21 @@ def _say_sketched(settings: ClustersSettings, n_cells: int, n_groups: int) -> No
     )  # fmt: skip
 
 
+def too_large(settings: ClustersSettings, group: Group) -> bool:
+    """Return whether a group that is clustered apart has too many cells for one graph."""
+    return settings.within == "auto" and group.cells > settings.max_cells
+
+
+def _say_sketched_apart(settings: ClustersSettings, groups: Sequence[Group]) -> None:
+    large = [group.name for group in groups if too_large(settings, group)]
+    if large:
+        logger.info(
+            "clusters: of %s, too large for one graph (clusters.max_cells), %d cells each are clustered, and the others "
+            "take the labels of the nearest of these",
+            listing(large), settings.sketch_cells,
+        )  # fmt: skip
+
+
 def write_sketch(shard: Shard, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> None:
     """Cluster a sketch of the cells; a task."""
     seed = _seed(settings.seed, len(packed.design.groups))
@@ -102,9 +120,13 @@ def write_labels(shard: Shard, run: RunDirectory, settings: Settings, packed: Pa
 
 def write_clusters(task: GraphTask, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> int:
     """Cluster the cells of one graph and write the labels of its groups; a task."""
-    labels = cluster_cells(packed.rows(task.start, task.stop), settings.clusters, _seed(settings.seed, task.number))
-    for shard in task.shards:
-        group = packed.design.groups[shard.task]
+    groups = [packed.design.groups[shard.task] for shard in task.shards]
+    seed = _seed(settings.seed, task.number)
+    if len(groups) == 1 and too_large(settings.clusters, groups[0]):
+        labels = labels_apart(groups[0], packed, settings.clusters, seed)
+    else:
+        labels = cluster_cells(packed.rows(task.start, task.stop), settings.clusters, seed)
+    for shard, group in zip(task.shards, groups, strict=True):
         part = slice(group.start - task.start, group.stop - task.start)
         _write(packed, group, (labels[0][part], labels[1][part]))
         run.mark(keys.STAGE_CLUSTERS, key, shard)

@@ -69,6 +69,12 @@ def check_cohort(source: Source, cohort: CohortSettings) -> Design:
     return build_design(source.obs, **_design_arguments(cohort))[0]
 
 
+def input_sizes(source: Source, cohort: CohortSettings) -> dict[str, int]:
+    """Return the number of cells of every group of the input, whatever its size, by name."""
+    every = np.ones(source.n_cells, dtype=bool)
+    return group_sizes(source.obs, str(cohort.condition_key), cohort.batch_key, every)
+
+
 def check_genes(source: Source, hvg: HvgSettings) -> np.ndarray:
     """Return which input genes are always modelled, (genes,) bool; `CohortError` names those that are not there."""
     absent = [name for name in hvg.keep if name not in source.gene_names]

@@ -2,7 +2,8 @@
 
 A sketch, the same share of every group, is clustered as if it were the cohort; every other cell takes the label that
 most of its nearest sketch cells have. The packed cohort comes in; packed.zarr/sketch (the sketch's principal axes,
-points and labels) goes out, which each group's task reads to label its cells.
+points and labels) goes out, which each group's task reads to label its cells. A group that is too large for a graph of
+its own has a sketch of its own, which is not kept.
 """
 
 from __future__ import annotations
@@ -75,10 +76,14 @@ def sketch_spans(design: Design, cells: int) -> list[tuple[int, int]]:
 def sketch_of(packed: Packed, settings: ClustersSettings, seed: int) -> Sketch:
     """Return the clustered sketch of a packed cohort."""
     spans = sketch_spans(packed.design, settings.sketch_cells)
-    x = sparse.vstack([packed.rows(*span) for span in spans], format="csr")
+    return clustered_sketch(sparse.vstack([packed.rows(*span) for span in spans], format="csr"), settings, seed)
+
+
+def clustered_sketch(x: sparse.csr_matrix, settings: ClustersSettings, seed: int) -> Sketch:
+    """Cluster the cells of a sketch: (cells, genes) log-normalised expression."""
     mean = np.asarray(x.mean(axis=0, dtype=np.float64)).ravel()
     if one_cluster(x):
-        none, zeros = np.zeros((packed.n_genes, 1)), np.zeros(x.shape[0], dtype=np.int32)
+        none, zeros = np.zeros((x.shape[1], 1)), np.zeros(x.shape[0], dtype=np.int32)
         return Sketch(mean, none, project(x, mean, none), zeros, zeros)
     axes = principal_axes(x, settings.n_pcs, seed)
     points = project(x, mean, axes)
@@ -95,9 +100,28 @@ def labels_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the low and the high labels of a group's cells: (cells,) int32 each; sketch cells keep their own."""
     places = _places(packed.design, settings.sketch_cells, group)
-    low, high = [sketch.low[places.start : places.stop]], [sketch.high[places.start : places.stop]]
-    for start in range(group.start + len(places), group.stop, QUERY_ROWS):
-        points = project(packed.rows(start, min(start + QUERY_ROWS, group.stop)), sketch.mean, sketch.axes)
+    own = sketch.low[places.start : places.stop], sketch.high[places.start : places.stop]
+    return _labelled(own, (group.start + len(places), group.stop), packed, sketch, settings)
+
+
+def labels_apart(group: Group, packed: Packed, settings: ClustersSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low and the high labels of a group's cells by a sketch of this group alone: (cells,) int32 each."""
+    first = min(group.start + settings.sketch_cells, group.stop)  # rows are in random order
+    sketch = clustered_sketch(packed.rows(group.start, first), settings, seed)
+    return _labelled((sketch.low, sketch.high), (first, group.stop), packed, sketch, settings)
+
+
+def _labelled(
+    own: tuple[np.ndarray, np.ndarray],
+    rows: tuple[int, int],
+    packed: Packed,
+    sketch: Sketch,
+    settings: ClustersSettings,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels of sketch cells and, behind them, of the packed rows `start:stop`."""
+    low, high = ([labels] for labels in own)
+    for start in range(rows[0], rows[1], QUERY_ROWS):
+        points = project(packed.rows(start, min(start + QUERY_ROWS, rows[1])), sketch.mean, sketch.axes)
         for taken, labels in zip((low, high), nearest_labels(points, sketch, settings.n_neighbors), strict=True):
             taken.append(labels)
     return np.concatenate(low), np.concatenate(high)

@@ -36,7 +36,7 @@ SAMPLES = 64
 """Row chunks that the fingerprint and the look at the values take, evenly spaced."""
 SAMPLE_ROWS = 16
 """Rows of one of them."""
-COLUMN_ENTRIES = 2**24
+COLUMN_ENTRIES = 2**23
 """Stored values of a column-compressed matrix that are read at a time."""
 REMOTE_BLOCK, REMOTE_BLOCKS = 2**22, 32
 """Bytes of a block of a remote h5ad file, and how many blocks a process keeps: HDF5 jumps, and what is near is wanted next."""
@@ -133,19 +133,19 @@ class StoredMatrix:
         with self._reading(f"columns {start} to {stop}"):
             indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
             part = slice(int(indptr[0]), int(indptr[-1]))
-            rows = np.asarray(self._element["indices"][part]).astype(np.int64)
+            rows = np.asarray(self._element["indices"][part])
             self._check_inside(rows, self.shape[0], f"columns {start} to {stop} name cells")
             columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(indptr))
-            return rows, columns, np.asarray(self._element["data"][part]).astype(np.float32)
+            return rows, columns, np.asarray(self._element["data"][part]).astype(np.float32, copy=False)
 
     def pick_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Return some rows (ascending) of a column-compressed matrix in one pass over its columns."""
-        place = np.full(self.shape[0], -1, dtype=np.int64)
-        place[rows] = np.arange(len(rows))
+        wanted, place = np.zeros(self.shape[0], dtype=bool), np.zeros(self.shape[0], dtype=np.int64)
+        wanted[rows], place[rows] = True, np.arange(len(rows))
         parts = []
         for start, stop in self.column_ranges():
             found, columns, data = self.read_columns(start, stop)
-            kept = place[found] >= 0
+            kept = wanted[found]
             parts.append((place[found[kept]], columns[kept], data[kept]))
         row, column, data = (np.concatenate([part[i] for part in parts]) for i in range(3))
         made = sparse.coo_matrix((data, (row, column)), shape=(len(rows), self.shape[1])).tocsr()
@@ -233,7 +233,10 @@ class Source:
 
     @cached_property
     def sample(self) -> sparse.csr_matrix:
-        """64 evenly spaced chunks of 16 rows (all rows of a small cohort) on top of each other; not to be changed."""
+        """64 evenly spaced chunks of 16 rows (all rows of a small cohort) on top of each other; not to be changed.
+
+        It is read once and kept. Of a column-compressed matrix that takes a pass over all of it.
+        """
         starts = np.linspace(0, max(0, self.n_cells - SAMPLE_ROWS), SAMPLES).astype(np.int64)
         rows = np.unique((starts[:, None] + np.arange(SAMPLE_ROWS)).ravel())
         rows = rows[rows < self.n_cells]
@@ -343,6 +346,12 @@ def _memory_matrix(values: Any) -> MemoryMatrix:
         return MemoryMatrix(rows, kind, rows.shape, int(rows.nnz), str(rows.dtype))
     if isinstance(values, np.ndarray) and values.ndim == 2:
         return MemoryMatrix(values, "dense", values.shape, int(values.size), str(values.dtype))
+    if type(values).__module__.startswith("dask."):
+        msg = (
+            "the AnnData's matrix holds a dask array; give the path of the store it is read from (which is read in pieces "
+            "too), or the AnnData's .to_memory()"
+        )
+        raise CohortError(msg)
     found = "nothing" if values is None else type(values).__name__
     msg = f"the AnnData's matrix holds {found}; expected a sparse matrix or an array (or name a layer)"
     raise CohortError(msg)

@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 CHUNK_ENTRIES = 2**20
 """Stored values of a chunk of a row block, the least that is read."""
+TASK_BYTES_PER_ENTRY = 48
+"""What a task of either kind holds for each stored value of its share."""
+DISK_BYTES_PER_ENTRY = 20
+"""Of the pieces and the row blocks together, before compression; 8 of them until the cohort is packed."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,9 @@ def rows_first(
     if not todo:
         return blocks
     logger.info("the matrix is stored by columns: it is turned into %d row blocks first", blocks.n_blocks)
-    if len(todo) == len(rows) and len(left := run.pending(keys.STAGE_ROWS, key, columns)) == len(columns):
+    left = run.pending(keys.STAGE_ROWS, key, columns)
+    if len(todo) == len(rows) and len(left) == len(columns):
         drop_rows(run)
-    else:
-        left = run.pending(keys.STAGE_ROWS, key, columns)
     shared = (run, key, matrix, blocks)
     list(runtime.map(deal_columns, left, *shared, title="cohort: columns"))
     list(runtime.map(gather_rows, todo, *shared, title="cohort: rows"))
@@ -110,15 +113,16 @@ def gather_rows(shard: Shard, run: RunDirectory, key: str, matrix: StoredMatrix,
 def _deal_columns(task: tuple[int, tuple[int, int]], matrix: StoredMatrix, blocks: RowBlocks) -> None:
     index, (start, stop) = task
     rows, columns, data = matrix.read_columns(start, stop)
-    block = rows // blocks.block_rows
+    # Few blocks make small integers, and numpy sorts those of 16 bits by counting.
+    block = (rows // blocks.block_rows).astype(np.uint16 if blocks.n_blocks <= 2**16 else np.int32)
     order = np.argsort(block, kind="stable")
-    edges = np.searchsorted(block[order], np.arange(blocks.n_blocks + 1))
+    edges = np.concatenate([[0], np.cumsum(np.bincount(block, minlength=blocks.n_blocks))])
+    del block
     for b in range(blocks.n_blocks):
         part = order[edges[b] : edges[b + 1]]
-        local = (rows[part] - b * blocks.block_rows).astype(np.int32)
         # The leading column of zeros keeps an empty piece from being an empty array.
         piece = np.zeros((3, len(part) + 1), dtype=np.int32)
-        piece[:, 1:] = local, columns[part], data[part].view(np.int32)
+        piece[:, 1:] = rows[part] - b * blocks.block_rows, columns[part], data[part].view(np.int32)
         write_array(blocks.storage, _piece(b, index), piece)
 
 
@@ -126,12 +130,11 @@ def _gather_rows(task: tuple[int, int], blocks: RowBlocks) -> None:
     block, pieces = task
     parts = [read_array(blocks.storage, _piece(block, index))[:, 1:] for index in range(pieces)]
     row, column, bits = np.concatenate(parts, axis=1)
+    del parts
     height = min(blocks.block_rows, blocks.shape[0] - block * blocks.block_rows)
-    values = np.ascontiguousarray(bits).view(np.float32)
-    order = np.lexsort((column, row))
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=height))])
-    rows = sparse.csr_matrix((values[order], column[order], indptr), shape=(height, blocks.shape[1]))
-    write_csr(blocks.storage, keys.block_name(block), as_rows(rows), chunk=CHUNK_ENTRIES)
+    values = sparse.coo_matrix((bits.view(np.float32), (row, column)), shape=(height, blocks.shape[1]))
+    values.has_canonical_format = True  # a gene that a cell holds twice is for `as_rows` to refuse, not to be added up
+    write_csr(blocks.storage, keys.block_name(block), as_rows(values.tocsr()), chunk=CHUNK_ENTRIES)
 
 
 def _piece(block: int, index: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +93,25 @@ def files_below(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def as_zarr(version: int) -> Callable[[ad.AnnData, Path], str]:
+    def write(adata: ad.AnnData, folder: Path) -> str:
+        with warnings.catch_warnings(), ad.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
+            warnings.simplefilter("ignore")  # anndata's announcements of its next defaults
+            adata.write_zarr(folder / "in.zarr")
+        return str(folder / "in.zarr")
+
+    return write
+
+
+def as_h5ad(adata: ad.AnnData, folder: Path) -> str:
+    adata.write_h5ad(folder / "in.h5ad")
+    return str(folder / "in.h5ad")
+
+
+def backed(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.read_h5ad(as_h5ad(adata, folder), backed="r")
+
+
+PLACES = {"h5ad": as_h5ad, "zarr2": as_zarr(2), "zarr3": as_zarr(3), "memory": lambda a, _: a, "backed": backed}

@@ -66,6 +66,39 @@ def test_labels_by_a_sketch_agree_with_those_of_all_cells_together(tmp_path: Pat
     assert adjusted_rand_score(together, by_sketch) > 0.95
 
 
+def test_auto_takes_a_sketch_of_small_groups_with_too_many_cells_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ndreamer_dist")
+    sketch = {"clusters__sketch_cells": 120}
+    found = clustered(typed_cohort(tmp_path / "auto")[0], settings_of(clusters__max_cells=319, **sketch))
+    (told,) = (message for message in caplog.messages if message.startswith("clusters:"))
+    assert "320 cells in groups of 80 on average" in told
+    assert "120 cells, the same share of every group, are clustered together" in told
+    asked = clustered(typed_cohort(tmp_path / "asked")[0], settings_of(clusters__within="sketch", **sketch))
+    np.testing.assert_array_equal(found, asked)
+
+
+def test_a_group_too_large_for_one_graph_has_a_sketch_of_its_own_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ndreamer_dist")
+    packed, types = typed_cohort(tmp_path / "auto")
+    how = {"clusters__group_mean_cells": 80, "clusters__max_cells": 129, "clusters__sketch_cells": 100}
+    found = clustered(packed, settings_of(**how))
+    (told,) = (message for message in caplog.messages if message.startswith("clusters:"))
+    large = packed.design.groups[2]
+    assert told.startswith(f"clusters: of '{large.name}', too large for one graph (clusters.max_cells), 100 cells each")
+    whole, _ = typed_cohort(tmp_path / "apart")
+    clustered(whole, settings_of(clusters__within="group"))
+    high, high_of_all = (one.clusters(keys.PACKED_HIGH) for one in (packed, whole))
+    part = slice(large.start, large.stop)
+    assert adjusted_rand_score(types[part], found[part]) > 0.9
+    assert (high[part] != high_of_all[part]).any()
+    others = np.r_[: large.start, large.stop : len(found)]
+    np.testing.assert_array_equal(high[others], high_of_all[others])
+
+
 def test_sketch_cells_keep_their_labels_and_others_have_the_majority_of_their_nearest(tmp_path: Path) -> None:
     packed, _ = typed_cohort(tmp_path)
     settings = ClustersSettings(within="sketch", sketch_cells=120, n_neighbors=7)

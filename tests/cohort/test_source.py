@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import pickle
 import tracemalloc
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata as ad
+import dask.array as da
 import fsspec
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from anndata.tests.helpers import assert_equal
 from scipy import sparse
 
 from ndreamer_dist.cohort.source import StoredMatrix, fingerprint, open_source
-from ndreamer_dist.cohort.transpose import rows_first
+from ndreamer_dist.cohort.transpose import DISK_BYTES_PER_ENTRY, TASK_BYTES_PER_ENTRY, rows_first
+from ndreamer_dist.errors import CohortError
 from ndreamer_dist.rundir import RunDirectory
-from tests.cohort.inputs import SERIAL, counts, files_below
+from ndreamer_dist.runtime import SerialRuntime
+from ndreamer_dist.settings import RunSettings
+from tests.cohort.inputs import PLACES, SERIAL, as_h5ad, as_zarr, counts, files_below
 
-
-def as_zarr(version: int) -> Callable[[ad.AnnData, Path], str]:
-    def write(adata: ad.AnnData, folder: Path) -> str:
-        with warnings.catch_warnings(), ad.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
-            warnings.simplefilter("ignore")  # anndata's announcements of its next defaults
-            adata.write_zarr(folder / "in.zarr")
-        return str(folder / "in.zarr")
-
-    return write
-
-
-def as_h5ad(adata: ad.AnnData, folder: Path) -> str:
-    adata.write_h5ad(folder / "in.h5ad")
-    return str(folder / "in.h5ad")
-
-
-def backed(adata: ad.AnnData, folder: Path) -> ad.AnnData:
-    return ad.read_h5ad(as_h5ad(adata, folder), backed="r")
-
-
-PLACES = {"h5ad": as_h5ad, "zarr2": as_zarr(2), "zarr3": as_zarr(3), "memory": lambda a, _: a, "backed": backed}
 MATRICES = {
     "csr": sparse.csr_matrix,
     "csc": sparse.csc_matrix,
@@ -113,6 +96,13 @@ def test_other_data_have_another_fingerprint(change: Callable[[ad.AnnData], None
     assert fingerprint(open_source(adata), "condition", ["donor"]) != before
 
 
+def test_a_dask_array_is_refused_with_what_to_give_instead() -> None:
+    adata = counts(50, 12)
+    adata.X = da.from_array(adata.X.toarray())
+    with pytest.raises(CohortError, match=r"holds a dask array; give the path of the store.* or the AnnData's .to_memory\(\)$"):
+        open_source(adata)
+
+
 def test_other_columns_are_no_part_of_the_fingerprint() -> None:
     adata = counts(50, 12)
     before = fingerprint(open_source(adata), "condition", ["donor"])
@@ -129,7 +119,7 @@ def test_the_callers_anndata_is_not_modified(matrix: str) -> None:
         adata.X.has_sorted_indices = False
     before, parts = adata.copy(), [part.copy() for part in _parts(adata.X)]
     source = open_source(adata)
-    assert source.sample.nnz
+    assert source.sample.shape == (50, 12)
     source.read_rows(0, 50)
     source.obs["mine"] = 1
     fingerprint(source, "condition", ["donor"])
@@ -192,3 +182,28 @@ def test_columns_are_turned_into_rows_out_of_core_and_resumed(tmp_path: Path) ->
     assert {name: content for name, (_, content) in after.items() if "/c/" in name} == {
         name: content for name, (_, content) in before.items() if "/c/" in name
     }
+
+
+def test_turning_columns_holds_and_writes_what_is_promised(tmp_path: Path) -> None:
+    x = sparse.random(4000, 300, 0.5, format="csc", dtype=np.float32, random_state=0)
+    source = open_source(as_h5ad(ad.AnnData(x), tmp_path))
+    assert isinstance(source.matrix, StoredMatrix)
+    run, entries = RunDirectory.at(tmp_path / "run"), 2**17
+    most_written = 0
+
+    def watched(*args: object, **kwargs: object) -> Iterator[object]:
+        nonlocal most_written
+        yield from SERIAL.map(*args, **kwargs)  # type: ignore[arg-type]
+        stored = (tmp_path / "run/cohort/rows.zarr").rglob("zarr.json")
+        written = [zarr.open_array(file.parent, mode="r").nbytes for file in stored]
+        most_written = max(most_written, sum(written))
+
+    runtime = SerialRuntime(RunSettings(serial=True))
+    runtime.map = watched  # type: ignore[method-assign]
+    tracemalloc.start()
+    rows = rows_first(run, source.matrix, runtime, "key", entries=entries)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows.n_blocks > 4
+    assert 15 * entries < peak < TASK_BYTES_PER_ENTRY * entries
+    assert x.nnz * DISK_BYTES_PER_ENTRY <= most_written < 1.1 * x.nnz * DISK_BYTES_PER_ENTRY

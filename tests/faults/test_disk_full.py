@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -59,3 +60,13 @@ def test_a_full_disk_is_named_and_room_mends_it(stage: str, cohort: Path, refere
     filler.unlink()
     nd.run(cohort, out=run, preset="small", settings=QUICK, **NAMES)
     assert_same_bits(reference, run)
+
+
+@pytest.mark.parametrize("where", [{}, {"run.serial": False, "run.address": "nowhere:1"}], ids=["here", "on_a_cluster"])
+def test_a_disk_that_the_plan_does_not_fit_on_is_refused_before_anything_is_written(
+    where: dict[str, object], cohort: Path, small_disk: Path
+) -> None:
+    wide = QUICK | {"model.encoder": [2048, 2048]} | where
+    refusal = command(run_words(cohort, small_disk / "run", wide)).refusal
+    assert re.search(r"needs 0\.2 GB of disk and .*run has 0\.1 GB free; choose another --out", refusal)
+    assert not list(small_disk.iterdir())
