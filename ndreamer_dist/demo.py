@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 from tqdm.auto import tqdm
@@ -114,11 +115,12 @@ def _costs(run: RunDirectory) -> str:
     table = stage_costs(run)
     if table.empty:
         return ""
-    names = {"stage": "finished", "seconds": "s"} | {
-        f"{n}_gb": f"{n} GB" for n in ("peak", "promised", "read", "written")
-    }
-    told = table.rename(columns=names).to_string(index=False, float_format="{:.1f}".format, na_rep="-")
-    return f"\n\n{told}"
+    columns = {"seconds": "s"} | {f"{name}_gb": f"{name} GB" for name in ("peak", "promised", "read", "written")}
+    lines = [f"{'finished':<12}" + "".join(f"{name:>13}" for name in columns.values())]
+    for row in table.to_dict("records"):
+        told = ("-" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in columns)
+        lines.append(f"{row['stage']:<12}" + "".join(f"{value:>13}" for value in told))
+    return "\n\n" + "\n".join(lines)
 
 
 def _stage_lines(told: Mapping[str, Any], silent: float) -> list[str]:

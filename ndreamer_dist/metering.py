@@ -48,11 +48,8 @@ class PeakMemory:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Bytes read and written since the beginning, those of processes that have ended as they were last seen."""
-        none = (0, 0)
-        sums = [(now[0] - was[0], now[1] - was[1]) for now, was in
-                ((now, self._before.get(pid, none)) for pid, now in self._moved.items())]  # fmt: skip
-        return sum(read for read, _ in sums), sum(written for _, written in sums)
+        """Bytes read and written since the beginning."""
+        return self._moved[0] - self._before[0], self._moved[1] - self._before[1]
 
     def _sample(self) -> None:
         while True:
@@ -64,7 +61,8 @@ class PeakMemory:
     def _look(self) -> None:
         self.now = tree_memory(os.getpid())
         self.bytes = max(self.bytes, self.now)
-        self._moved = self._moved | tree_traffic(os.getpid())
+        read, written = tree_traffic(os.getpid())
+        self._moved = max(self._moved[0], read), max(self._moved[1], written)
 
     def close(self) -> None:
         """Take a last sample."""
@@ -79,16 +77,19 @@ def tree_memory(pid: int) -> int:
     return sum(resident - shared for resident, shared in held) + max(shared for _, shared in held)
 
 
-def tree_traffic(pid: int) -> dict[int, tuple[int, int]]:
-    """Return the bytes that a process and each of its descendants have read and written; none where that is not told."""
-    found = {}
+def tree_traffic(pid: int) -> tuple[int, int]:
+    """Return the bytes that a process and its descendants have read and written, those that have ended among them.
+
+    Linux adds what a process has moved to its parent's when it is waited for. Zeros where the system does not tell.
+    """
+    read = written = 0
     for process in _descendants(pid):
         try:
             told = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
         except OSError:
             continue  # it has ended
-        found[process] = int(told["rchar"]), int(told["wchar"])
-    return found
+        read, written = read + int(told["rchar"]), written + int(told["wchar"])
+    return read, written
 
 
 def _resident_and_shared(pid: int) -> tuple[int, int]:

@@ -187,8 +187,10 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     check_genes(source, settings.hvg)
     check_tables(source.obs, source.var)
     by_columns = source.kind == "csc" and isinstance(source.matrix, StoredMatrix)
-    sizes = {"genes": source.n_genes, "stored_values": source.nnz, "by_columns": by_columns}
-    return source, design, CohortSize.of(design, settings, **sizes)
+    size = CohortSize.of(
+        design, settings, genes=source.n_genes, stored_values=source.nnz, by_columns=by_columns
+    )  # fmt: skip
+    return source, design, size
 
 
 def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Mapping[str, Any] | None = None) -> int:

@@ -51,7 +51,7 @@ def test_a_finished_run_is_described(finished: Path, capsys: pytest.CaptureFixtu
 
 def assert_costs_are_told(out: str, stages: Sequence[str]) -> None:
     """Fail where the table of finished stages is not there, or not of these stages."""
-    head, *rows = (line.split() for line in out[out.index(" finished") :].splitlines()[: len(stages) + 1])
+    head, *rows = (line.split() for line in out[out.index("\nfinished ") + 1 :].splitlines()[: len(stages) + 1])
     assert head == ["finished", "s", "peak", "GB", "promised", "GB", "read", "GB", "written", "GB"]
     assert [row[0] for row in rows] == list(stages)
     assert all(float(peak) > 0 and float(promised) > 0 for _, _, peak, promised, *_ in rows)
