@@ -99,7 +99,9 @@ def test_other_data_have_another_fingerprint(change: Callable[[ad.AnnData], None
 def test_a_dask_array_is_refused_with_what_to_give_instead() -> None:
     adata = counts(50, 12)
     adata.X = da.from_array(adata.X.toarray())
-    with pytest.raises(CohortError, match=r"holds a dask array; give the path of the store.* or the AnnData's .to_memory\(\)$"):
+    with pytest.raises(
+        CohortError, match=r"holds a dask array; give the path of the store.* or the AnnData's .to_memory\(\)$"
+    ):
         open_source(adata)
 
 
