@@ -68,7 +68,8 @@ def is_unicode(text: str) -> bool:
 
 def printable(text: str) -> str:
     """Return text on one line, what a terminal would obey rather than show escaped: names come from files."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    line = " ".join(part.strip() for part in text.splitlines())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def shown(name: str) -> str:

@@ -52,7 +52,11 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     values, integers = decide_values(source, cohort.normalise)
     run.unmark(keys.STAGE_COHORT)
     pairs = pair_codes(source.obs, str(cohort.condition_key), cohort.batch_key)
-    found, genes_left = _scanned(run, source, cohort, runtime, key, pairs, values, integers, kept_genes)
+    try:
+        found, genes_left = _scanned(run, source, cohort, runtime, key, pairs, values, integers, kept_genes)
+    except CohortError:
+        run.unmark(keys.STAGE_ROWS)  # a mended cohort may have the same fingerprint, but not the same rows
+        raise
     keep, dropped_for = _kept_cells(found, cohort)
     design, groups, reasons = build_design(source.obs, keep=keep, **_design_arguments(cohort))
     reasons = np.where(dropped_for != "", dropped_for, reasons)

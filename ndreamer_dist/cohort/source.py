@@ -363,6 +363,8 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None) -> Source:
     url = storage.url
     try:
         root = open_root(url, container)
+        missing = [name for name in ("obs", "var") if name not in root]
+        holds = listing(root) if missing else ""
     except StoreError:
         raise
     except PermissionError as error:
@@ -372,9 +374,8 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None) -> Source:
         what = "an h5ad file" if container == "h5ad" else "a zarr store"
         msg = f"{url} cannot be opened as {what}: it is truncated, or something else ({_one_line(error)})"
         raise CohortError(msg) from error
-    missing = [name for name in ("obs", "var") if name not in root]
     if missing:
-        msg = f"{url} is not an AnnData store: it holds no {' and no '.join(missing)}; it holds {listing(root)}"
+        msg = f"{url} is not an AnnData store: it holds no {' and no '.join(missing)}; it holds {holds}"
         raise CohortError(msg)
     try:
         matrix = _stored_matrix(root, url, container, layer)

