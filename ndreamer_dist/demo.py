@@ -134,6 +134,8 @@ def _stage_lines(told: Mapping[str, Any], silent: float) -> list[str]:
         f"  {share[0]:,} of {share[1]:,} {what} ({share[0] / max(share[1], 1):.0%}), {told['cells_per_second']:,.0f} cells/s",
         f"  memory {told['memory_bytes'] / 1e9:.1f} GB, at most {told['peak_bytes'] / 1e9:.1f} GB so far",
     ]
+    if "worker_peak_bytes" in told:
+        lines.append(f"  largest worker {told['worker_peak_bytes'] / 1e9:.1f} GB")
     if "total" in told.get("measures", {}):
         lines.append(f"  loss {told['measures']['total']:.4g}")
     return lines

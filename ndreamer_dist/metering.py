@@ -2,8 +2,8 @@
 
 Private pages are added up over the process tree, and of the shared ones (libraries, Ray's object store) the largest
 process's are taken once. Bytes are those that passed read and write calls, pipes and sockets among them. On a cluster
-this is the driver's share only. The thread that samples also writes down, every few seconds, how far the stage is (see
-`watching`).
+this is the driver's share only, beside the most memory that one worker held. The thread that samples also writes down, every
+few seconds, how far the stage is (see `watching`).
 """
 
 from __future__ import annotations
@@ -172,6 +172,8 @@ def metered(run: RunDirectory, stage: str, cells: int = 0, promised: int | None 
         "seconds": round(time.perf_counter() - started, 3), "peak_bytes": peak.bytes, "promised_bytes": promised,
         "read_bytes": read, "written_bytes": written,
     }  # fmt: skip
+    if now.worker_peak:
+        facts["worker_peak_bytes"] = now.worker_peak
     storage = run.storage
     before = storage.read_if_there(keys.STAGES_LOG) or b""
     storage.write_atomic(keys.STAGES_LOG, before + (json.dumps(facts) + "\n").encode())

@@ -112,7 +112,7 @@ class SerialRuntime:
         with progress_bar(items := list(items), title, self.progress) as advance:
             for item in items:
                 yield with_threads(self._threads, function, item, *shared)
-                advance()
+                advance(0)
 
     def put(self, value: Any) -> Any:
         """See `Runtime.put`."""
@@ -153,7 +153,8 @@ class RayRuntime:
         """See `Runtime.map`; twice as many tasks as processors are under way, so that none waits for the driver."""
         import ray
 
-        remote = ray.remote(with_threads).options(name=title, num_cpus=1, num_gpus=num_gpus, max_retries=3)
+        remote = ray.remote(_with_peak).options(name=title, num_cpus=1, num_gpus=num_gpus, max_retries=3)
+        how = _stage_name(), self._threads
         handles = [ray.put(value) for value in shared]
         waiting = list(items)
         with progress_bar(waiting, title, self.progress) as advance:
@@ -162,14 +163,15 @@ class RayRuntime:
             try:
                 while True:
                     for item in itertools.islice(queue, 2 * self.cpus - len(running)):
-                        running.add(remote.remote(self._threads, function, item, *handles))
+                        running.add(remote.remote(*how, function, item, *handles))
                     if not running:
                         return
                     ready, _ = ray.wait(list(running), num_returns=1)
                     running.difference_update(ready)
                     for done in ready:
-                        yield fetch(done)
-                        advance()
+                        peak, answer = fetch(done)
+                        yield answer
+                        advance(peak)
             finally:
                 _end(running)
 
@@ -184,8 +186,8 @@ class RayRuntime:
         import ray
 
         options = {"name": function.__name__.strip("_"), "num_returns": returns}
-        remote = ray.remote(with_threads).options(num_cpus=1, max_retries=3, **options)
-        handles = remote.remote(self._threads, function, *args)
+        remote = ray.remote(_counted).options(num_cpus=1, max_retries=3, **options)
+        handles = remote.remote(_stage_name(), self._threads, function, *args)
         return [handles] if returns == 1 else list(handles)
 
 
@@ -200,6 +202,23 @@ def with_threads(threads: int, function: Callable[..., Any], *args: Any) -> Any:
             return function(*args)
     finally:
         torch.set_num_threads(before)
+
+
+def _stage_name() -> str:
+    stage = watching.stage_now()
+    return stage.name if stage else ""
+
+
+def _counted(stage: str, threads: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a worker (see `with_threads`), which counts its memory for this stage."""
+    watching.count_peak(stage)
+    return with_threads(threads, function, *args)
+
+
+def _with_peak(*call: Any) -> tuple[int, Any]:
+    """Do what `_counted` does; return the most memory that this process has held in the stage, and the answer."""
+    answer = _counted(*call)
+    return watching.peak_bytes(), answer
 
 
 def _end(running: set[Any]) -> None:
@@ -256,13 +275,17 @@ def _is_rays(error: Exception) -> bool:
 
 
 @contextmanager
-def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[Callable[[], None]]:
-    """Show one bar for a stage, by default only on a terminal, and tell those that watch the stage."""
+def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[Callable[[int], None]]:
+    """Show one bar for a stage, by default only on a terminal, and tell those that watch the stage.
+
+    What is given is called after every item, with the most memory that its worker held (0 in this process).
+    """
     stage = watching.stage_now() or watching.Stage("")
     stage.begin(title, len(items))
     with tqdm(total=len(items), desc=title, disable=None if shown is None else not shown, leave=True) as bar:
 
-        def advance() -> None:
+        def advance(peak: int) -> None:
+            stage.held(peak)
             stage.advance()
             bar.update()
 

@@ -1,21 +1,25 @@
 """What is seen of a job while it runs: log lines, logs/progress.json, and Prometheus metrics through Ray.
 
-The runtime and the training screen say here what they have done; nothing is written where the work is done. A thread of
-the driver (`metering`) asks every few seconds and writes it where `ndreamer-dist info`, also from another machine, and
-Prometheus find it. A log is text, or one JSON object per line where `run.log_format` asks for that.
+The runtime and the training screen say here what they have done; nothing is written where the work is done. A task's answer
+brings along the most memory that its process held. A thread of the driver (`metering`) asks every few seconds and writes it
+where `ndreamer-dist info`, also from another machine, and Prometheus find it. A log is text, or one JSON object per line where
+`run.log_format` asks for that.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from ndreamer_dist.errors import printable
 
@@ -66,6 +70,8 @@ class Stage:
         The round of tasks under way, and how many of it are done.
     measures
         Of the last training step.
+    worker_peak
+        The most memory that a process of a task or of the training held, on whatever machine; 0 where none has told.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Stage:
     step: int = 0
     steps: int = 0
     measures: dict[str, float] = field(default_factory=dict)
+    worker_peak: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -98,6 +105,10 @@ class Stage:
     def advance(self) -> None:
         """Note that a task is done."""
         self.done += 1
+
+    def held(self, peak: int) -> None:
+        """Note the most memory that a worker held."""
+        self.worker_peak = max(self.worker_peak, peak)
 
     def trained(self, step: int, steps: int, measures: Mapping[str, float]) -> None:
         """Note that a training step is done."""
@@ -126,6 +137,8 @@ class Stage:
             facts |= {"shards": self.shards, "shards_before": self.had}
         if self.steps:
             facts |= {"step": self.step, "steps": self.steps, "measures": dict(self.measures)}
+        if self.worker_peak:
+            facts["worker_peak_bytes"] = self.worker_peak
         return facts | {"cells_per_second": round(self.cells_per_second, 1)}
 
 
@@ -156,26 +169,69 @@ def log_progress(told: Mapping[str, Any]) -> None:
     text = f"{told['stage']}: {done} of {total} {what}, {told['cells_per_second']:,.0f} cells/s"
     if "total" in told.get("measures", {}):
         text += f", loss {told['measures']['total']:.4g}"
+    if "worker_peak_bytes" in told:
+        text += f", largest worker {told['worker_peak_bytes'] / 1e9:.1f} GB"
     logger.info("%s, %.1f GB", text, told["memory_bytes"] / 1e9, extra={FACTS: dict(told)})
+
+
+# --- a worker's memory -----------------------------------------------------------------------------------------------
+
+
+_counted = ""
+"""The stage for which this process counts the most memory that it holds."""
+
+
+def count_peak(stage: str) -> None:
+    """Let the most memory that this process holds be counted anew where it begins with a stage, if the system can (Linux)."""
+    global _counted
+    if stage != _counted:
+        _counted = stage
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held, in this stage if told, pages that it shares with others included."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # --- Prometheus ------------------------------------------------------------------------------------------------------
 
 
+class Metric(NamedTuple):
+    """A metric as Ray takes it; the label `run` is the run directory's last part."""
+
+    kind: Literal["Counter", "Gauge"]
+    name: str
+    description: str
+    labels: tuple[str, ...] = ("run", "stage")
+
+
+METRICS = {
+    "cells": Metric("Counter", "ndreamer_cells_done", "Cells that a stage has done."),
+    "bytes": Metric("Counter", "ndreamer_bytes_written", "Bytes of finished shards."),
+    "progress": Metric("Gauge", "ndreamer_stage_progress", "Share of a stage's tasks or steps that is done."),
+    "speed": Metric("Gauge", "ndreamer_cells_per_second", "Cells a second."),
+    "memory": Metric("Gauge", "ndreamer_memory_bytes", "Memory of the driver and all it started on its machine."),
+    "worker": Metric("Gauge", "ndreamer_worker_peak_bytes", "The most memory of one worker so far, on any machine."),
+    "step_seconds": Metric("Gauge", "ndreamer_step_seconds", "Seconds of the last training step."),
+    "loss": Metric("Gauge", "ndreamer_loss", "Losses of the last training step.", ("run", "stage", "term")),
+}
+
+
 @lru_cache(maxsize=1)
 def _metrics() -> dict[str, Any]:
     """Return this process's metrics, which Ray hands to Prometheus."""
-    from ray.util.metrics import Counter, Gauge
+    from ray.util import metrics
 
-    stage = ("run", "stage")
     return {
-        "cells": Counter("ndreamer_cells_done", "Cells that a stage has done.", stage),
-        "bytes": Counter("ndreamer_bytes_written", "Bytes of finished shards.", stage),
-        "progress": Gauge("ndreamer_stage_progress", "Share of a stage's tasks or steps that is done.", stage),
-        "speed": Gauge("ndreamer_cells_per_second", "Cells a second.", stage),
-        "memory": Gauge("ndreamer_memory_bytes", "Memory of the driver and all it started.", stage),
-        "step_seconds": Gauge("ndreamer_step_seconds", "Seconds of the last training step.", stage),
-        "loss": Gauge("ndreamer_loss", "Losses of the last training step.", (*stage, "term")),
+        short: getattr(metrics, metric.kind)(metric.name, metric.description, metric.labels)
+        for short, metric in METRICS.items()
     }
 
 
@@ -211,6 +267,8 @@ class Exporter:
         metrics["progress"].set(done / max(total, 1), tags)
         metrics["speed"].set(stage.cells_per_second, tags)
         metrics["memory"].set(memory, tags)
+        if stage.worker_peak:
+            metrics["worker"].set(stage.worker_peak, tags)
         for name, value in stage.measures.items():
             if name == "seconds":
                 metrics["step_seconds"].set(value, tags)

@@ -6,11 +6,14 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ndreamer_dist import cli, keys, metering
@@ -19,8 +22,9 @@ from ndreamer_dist.metering import metered
 from ndreamer_dist.rundir import RunDirectory, Shard
 from ndreamer_dist.runtime import LazyRuntime
 from ndreamer_dist.settings import RunSettings, Settings
-from ndreamer_dist.watching import Lines, choose_format
+from ndreamer_dist.watching import METRICS, Lines, choose_format
 from tests.servers import S3_ENVIRONMENT, s3
+from tests.tiny import SETTINGS, run_words, tiny_cohort
 
 
 @pytest.fixture
@@ -91,7 +95,7 @@ def directory(
 ) -> Iterator[RunDirectory]:
     """A run directory, local or on S3."""
     if request.param == "local":
-        yield RunDirectory.at(tmp_path)
+        yield RunDirectory.at(tmp_path / "run")
         return
     import s3fs
 
@@ -127,6 +131,31 @@ def test_info_says_how_far_a_run_under_way_is(
     assert 100 < float(speed.replace(",", "")) < 500
     assert re.search(r"memory 0\.\d GB, at most 0\.\d GB", told) or re.search(r"memory [1-9]\.\d GB", told)
     assert re.search(r"pack: \d of 10 tasks, [\d,]+ cells/s, \d+\.\d GB", log.getvalue())
+
+
+def test_info_from_another_process_follows_a_job_from_stage_to_stage(directory: RunDirectory, tmp_path: Path) -> None:
+    cohort = tiny_cohort(tmp_path / "elsewhere")
+    words = run_words(cohort, directory.url, SETTINGS)  # type: ignore[arg-type]
+    seen: dict[str, str] = {}
+    with subprocess.Popen([sys.executable, "-m", "ndreamer_dist.cli", *words], stderr=subprocess.PIPE) as job:
+        while job.poll() is None:
+            if directory.storage.exists(keys.RUN_JSON):
+                told = describe(directory.url)
+                if found := re.search(r"^(\w+), on \S+, \d+ s ago", told, re.MULTILINE):
+                    seen[found[1]] = told
+            time.sleep(0.02)
+        assert job.stderr is not None
+        assert job.returncode == 0, job.stderr.read().decode()
+    stages = list(seen)
+    assert stages == sorted(stages, key=keys.STAGES.index)
+    assert len(stages) >= 4
+    training = seen[keys.STAGE_TRAIN]
+    assert "under way" in training
+    assert re.search(r"\n  \d+ of \d+ steps \(\d+%\), [\d,]+ cells/s\n", training)
+    assert re.search(r"memory [\d.]+ GB", training)
+    assert re.search(rf"{keys.STAGE_PACK} +[1-9]\n", training)
+    assert re.search(rf"{keys.STAGE_MATCH} +0\n", training)
+    assert ": 900 cells x 150 genes" in describe(directory.url)
 
 
 def test_info_tells_a_stopped_run_and_its_last_loss(tmp_path: Path) -> None:
@@ -187,6 +216,10 @@ def samples(text: str, name: str) -> dict[str, float]:
     return {labels: float(value) for labels, value in found if f'run="{WATCHED}"' in labels}
 
 
+def hungry(item: int) -> int:
+    return int(np.ones(HUNGER // 8)[item])
+
+
 def marked(item: int, run: RunDirectory) -> int:
     run.storage.write_atomic(f"store/{item}", b"x" * 1000)
     run.mark("pack", "key", Shard(str(item), (f"store/{item}",)))
@@ -200,6 +233,8 @@ def test_prometheus_finds_cells_bytes_steps_and_losses(
 ) -> None:
     monkeypatch.setattr(metering, "LOCAL_SECONDS", 0.1)
     run, runtime = RunDirectory.at(tmp_path / WATCHED), LazyRuntime(RunSettings(progress=False))
+    with metered(run, "cohort", cells=1000):
+        assert list(runtime.map(hungry, range(4), title="cohort")) == [1] * 4
     with metered(run, "pack", cells=1000):
         assert len(list(runtime.map(marked, range(20), run, title="pack"))) == 20
     with metered(run, "train", cells=1000):
@@ -216,16 +251,31 @@ def test_prometheus_finds_cells_bytes_steps_and_losses(
             break
         assert time.monotonic() < deadline, found
         time.sleep(0.5)
-    assert sum(found["cells_done"].values()) == 1000
+    assert sum(found["cells_done"].values()) == 2000
     assert next(v for labels, v in found["stage_progress"].items() if 'stage="train"' in labels) == 0.75
     assert list(found["step_seconds"].values()) == [0.5]
     losses = {re.search('term="(\\w+)"', labels)[1]: value for labels, value in found["loss"].items()}
     assert losses == {"total": 9.5, "kl": 0.25}
     assert min(found["memory_bytes"].values()) > 1e8
+    peaks = {re.search('stage="(\\w+)"', labels)[1]: value for labels, value in found["worker_peak_bytes"].items()}
+    logged = [json.loads(line) for line in (tmp_path / WATCHED / keys.STAGES_LOG).read_text().splitlines()]
+    assert peaks == {line["stage"]: line["worker_peak_bytes"] for line in logged if "worker_peak_bytes" in line}
+    assert peaks["cohort"] > HUNGER
+    assert peaks["pack"] < peaks["cohort"] - HUNGER / 2  # counted anew, though the worker may be the same
 
 
+HUNGER = 600_000_000
 WATCHED = "watched_run"
-WANTED = ("cells_done", "bytes_written", "stage_progress", "cells_per_second", "memory_bytes", "step_seconds", "loss")
+WANTED = [metric.name.removeprefix("ndreamer_") for metric in METRICS.values()]
+
+
+def test_the_page_on_watching_names_the_metrics_that_there_are() -> None:
+    page = (Path(__file__).parents[1] / "docs/how-to/watch.md").read_text()
+    for metric in METRICS.values():
+        name = f"ray_{metric.name}" + "_total" * (metric.kind == "Counter")
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        assert f"| `{name}` | {metric.kind.lower()} | {labels} | {metric.description} |\n" in page
+    assert len(set(re.findall(r"ray_ndreamer_\w+", page))) == len(METRICS)
 
 
 @pytest.mark.ray

@@ -38,6 +38,7 @@ def mini_batches(
     source = PlanSource(packed, plan, rank=place[0], world=place[1], first_step=first_step)
     # As many blocks as there are windows: asked for more, Ray Data would cut each window's output again.
     dataset = ray.data.read_datasource(source, num_cpus=READER_CPUS, override_num_blocks=len(windows(plan, first_step)))
+    dataset.set_name(f"mini_batches_of_{packed.run.name}_worker_{place[0]}")
     labels = RowLabels.of(packed)
     for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=READ_AHEAD):
         yield densify(from_arrow(table, packed.n_genes), labels, plan, place, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ndreamer_dist.runtime import Runtime
 from ndreamer_dist.stream.plan import SamplingPlan
-from ndreamer_dist.watching import stage_now
+from ndreamer_dist.watching import peak_bytes, stage_now
 
 POLL_SECONDS = 1.0
 
@@ -26,10 +27,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Told:
-    """What is known of a running training: the last step done, what it measured, and the warnings by kind."""
+    """What is known of a running training: the last step done, what it measured, the worker's memory, warnings by kind."""
 
     step: int = 0
     measures: dict[str, float] = field(default_factory=dict)
+    peak: int = 0
     warnings: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,6 +72,8 @@ class Screen:
 
     def show(self, told: Told) -> None:
         """Show what an actor was told."""
+        if self._stage is not None:
+            self._stage.held(told.peak)
         self.reached(told.step, told.measures)
         for kind, text in told.warnings.items():
             self.warn(kind, text)
@@ -89,9 +93,9 @@ class TrainingProgress:
     def __init__(self) -> None:
         self._told = Told()
 
-    def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
-        """See `Display.reached`."""
-        self._told.step, self._told.measures = step, dict(measures or {})
+    def reached(self, step: int, measures: Mapping[str, float] | None = None, peak: int = 0) -> None:
+        """See `Display.reached`; `peak` is the most memory that the worker has held."""
+        self._told.step, self._told.measures, self._told.peak = step, dict(measures or {}), peak
 
     def warn(self, kind: str, text: str) -> None:
         """See `Display.warn`."""
@@ -110,7 +114,7 @@ class RemoteDisplay:
 
     def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
         """See `Display.reached`; nothing is waited for."""
-        self.actor.reached.remote(step, measures)
+        self.actor.reached.remote(step, measures, peak_bytes())
 
     def warn(self, kind: str, text: str) -> None:
         """See `Display.warn`; rare, so it is waited for: training may end right after."""
@@ -121,11 +125,15 @@ class RemoteDisplay:
 
 
 @contextmanager
-def remote_screen(plan: SamplingPlan, runtime: Runtime) -> Iterator[RemoteDisplay]:
-    """Show, in the driver, what workers tell the display that is given, until the block ends."""
+def remote_screen(plan: SamplingPlan, runtime: Runtime, run: str) -> Iterator[RemoteDisplay]:
+    """Show, in the driver, what workers tell the display that is given, until the block ends.
+
+    The actor between them is named after the run; of two that began at once each has a name of its own.
+    """
     import ray
 
-    actor: Any = ray.remote(TrainingProgress).options(num_cpus=0).remote()
+    name = f"training progress of {run} ({uuid.uuid4().hex[:6]})"
+    actor: Any = ray.remote(TrainingProgress).options(name=name, num_cpus=0).remote()
     stop = threading.Event()
     with screen(plan, runtime) as shown:
 

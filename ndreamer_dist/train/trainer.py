@@ -195,7 +195,7 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
     use_gpu = settings.train.device == "cuda" or (
         settings.train.device == "auto" and runtime.gpus >= settings.train.workers
     )
-    with remote_screen(plan, runtime) as display:
+    with remote_screen(plan, runtime, run.name) as display:
         result = TorchTrainer(
             _worker,
             train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan, "display": display},
