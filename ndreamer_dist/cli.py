@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,7 +42,27 @@ LONGEST_LINE = 4000
 STOPPED = 130
 """The exit code after Ctrl-C, as shells give it; typer makes one of a KeyboardInterrupt too."""
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.NAME=VALUE", help="Any setting; repeatable.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="STAGE.NAME=VALUE", help="Any setting, repeatable; `ndreamer-dist settings` lists them."
+    ),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(metadata.version("ndreamer-dist"))
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    del version  # its callback has answered
 
 
 @app.command()
@@ -52,12 +73,24 @@ def run(
     control: Annotated[str | None, typer.Option(help="Name of the control condition.")] = None,
     batch_key: Annotated[list[str] | None, typer.Option(help="Column of obs that holds the batch; repeatable.")] = None,
     preset: Annotated[Preset, typer.Option(help="paper: the method's defaults; small: for laptops.")] = "paper",
-    normalise: Annotated[Normalise | None, typer.Option(help="What the values are: counts, or normalised.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.", dir_okay=False)] = None,
+    normalise: Annotated[
+        Normalise | None,
+        typer.Option(help="What X holds: counts; none: log-normalised values; auto: looked at (default)."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of settings by stage; `ndreamer-dist settings` writes one.", dir_okay=False),
+    ] = None,
     assignments: Set = None,
-    workers: Annotated[int | None, typer.Option(help="Training workers.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to run on.")] = None,
-    redo: Annotated[bool, typer.Option("--redo", help="Run stages whose settings changed again.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Training workers (default: 1).")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to run on: auto, or ray://HOST:10001 (default: RAY_ADDRESS, else a local Ray)."),
+    ] = None,
+    redo: Annotated[
+        bool,
+        typer.Option("--redo", help="Run again the finished stages whose settings have changed, and those after them."),
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete the run that --out holds.")] = False,
 ) -> None:
     """Run the whole job on a cohort; an interrupted run goes on, a finished one does nothing."""
@@ -82,15 +115,23 @@ def run(
 @app.command()
 def plan(
     cohort: Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store, by path or URL.")],
-    out: Annotated[str | None, typer.Option(help="Run directory that is meant, for its free disk.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Run directory of the run to come: its free disk is compared with the need.")
+    ] = None,
     condition_key: Annotated[str | None, typer.Option(help="Column of obs that holds the condition.")] = None,
     control: Annotated[str | None, typer.Option(help="Name of the control condition.")] = None,
     batch_key: Annotated[list[str] | None, typer.Option(help="Column of obs that holds the batch; repeatable.")] = None,
     preset: Annotated[Preset, typer.Option(help="paper: the method's defaults; small: for laptops.")] = "paper",
-    normalise: Annotated[Normalise | None, typer.Option(help="What the values are: counts, or normalised.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.", dir_okay=False)] = None,
+    normalise: Annotated[
+        Normalise | None,
+        typer.Option(help="What X holds: counts; none: log-normalised values; auto: looked at (default)."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of settings by stage; `ndreamer-dist settings` writes one.", dir_okay=False),
+    ] = None,
     assignments: Set = None,
-    workers: Annotated[int | None, typer.Option(help="Training workers.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Training workers (default: 1).")] = None,
 ) -> None:
     """Tell what `run` would do and need: groups, steps, memory, disk; nothing is run."""
     from ndreamer_dist.pipeline import plan as plan_job
@@ -111,13 +152,28 @@ def plan(
 
 
 @app.command()
+def settings(
+    preset: Annotated[Preset, typer.Option(help="Whose values to write.")] = "paper",
+) -> None:
+    """Write every setting with its value and meaning, as YAML that --config takes."""
+    from ndreamer_dist.settings import Settings
+
+    print(Settings.build(preset=preset).to_yaml(), end="")
+
+
+@app.command()
 def match(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory.")],
-    edges: Annotated[str, typer.Option(help="all, or a condition: from every group to the groups of it.")] = "all",
+    edges: Annotated[
+        str, typer.Option(help="all: every pair of groups; or a condition: from every group to its groups.")
+    ] = "all",
     assignments: Set = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to run on.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to run on: auto, or ray://HOST:10001 (default: RAY_ADDRESS, else a local Ray)."),
+    ] = None,
 ) -> None:
-    """Search more matches into a finished run's matches.zarr; its results stay as they are."""
+    """Match more pairs of groups of a finished run, for other contrasts; its results stay as they are."""
     from ndreamer_dist.pipeline import add_matches
 
     added = add_matches(run_directory, edges=edges, settings=_overrides(assignments, {"run.address": address}))
@@ -129,7 +185,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the simulated cohort and the run.")] = Path("ndreamer_demo"),
     cells: Annotated[int, typer.Option(min=2000, help="Cells to simulate.")] = 20_000,
     genes: Annotated[int, typer.Option(min=200, help="Genes to simulate.")] = 2_000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the cohort and of the run.")] = 0,
     assignments: Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> None:
@@ -144,12 +200,14 @@ def demo(
 @app.command()
 def simulate(
     out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="zarr store to write.")],
-    cells: Annotated[int, typer.Option(min=1)] = 20_000,
-    genes: Annotated[int, typer.Option(min=1)] = 2_000,
-    batches: Annotated[int, typer.Option(min=1, help="Donors.")] = 4,
-    conditions: Annotated[int, typer.Option(min=2)] = 2,
-    design: Annotated[Layout, typer.Option(help="Donors in every condition, or each in one.")] = "crossed",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    cells: Annotated[int, typer.Option(min=1, help="Number of cells.")] = 20_000,
+    genes: Annotated[int, typer.Option(min=1, help="Number of genes.")] = 2_000,
+    batches: Annotated[int, typer.Option(min=1, help="Number of donors.")] = 4,
+    conditions: Annotated[int, typer.Option(min=2, help="Number of conditions, the control included.")] = 2,
+    design: Annotated[
+        Layout, typer.Option(help="crossed: every donor in every condition; nested: each in one.")
+    ] = "crossed",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 0,
 ) -> None:
     """Write a cohort whose true effects are known, chunk by chunk."""
     from ndreamer_dist.demo import simulate_with_bar
@@ -161,11 +219,11 @@ def simulate(
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name in the registry, or the URL of a file.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; the URL's own name.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write (default: the name in the URL).")] = None,
     registry: Annotated[Path | None, typer.Option(help="YAML: url and sha256 for each name.", dir_okay=False)] = None,
     sha256: Annotated[str | None, typer.Option(help="Checksum of the file that a URL names.")] = None,
 ) -> None:
-    """Download a public cohort, go on where that stopped, and keep it only if its checksum is right."""
+    """Download a public cohort, resuming where it stopped; kept only if its checksum is right."""
     from ndreamer_dist.datasets import fetch as download
 
     print(f"{download(name, out=out, registry=registry, sha256=sha256)} is there, and its sha256 is the expected one")
@@ -175,7 +233,7 @@ def fetch(
 def info(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
 ) -> None:
-    """Say what a run holds."""
+    """Show what a run holds, or how far a running one is."""
     from ndreamer_dist.demo import describe
 
     print(describe(run_directory))
@@ -189,8 +247,12 @@ def get(
     cells: Annotated[str | None, typer.Option(help="""Query on obs: 'cell_type == "B cells"'.""")] = None,
     genes: Annotated[str | None, typer.Option(help="Gene names, separated by commas.")] = None,
     embedding: Annotated[bool, typer.Option(help="Add obsm X_ndreamer_pca to .h5ad and .zarr, for plots.")] = True,
-    condition: Annotated[str | None, typer.Option(help="Whose effect, or counterfactual, on any cell.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="What an effect is compared with; the control.")] = None,
+    condition: Annotated[
+        str | None, typer.Option(help="Condition of the effect or counterfactual; required for these two layers.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Condition that an effect is compared with (default: the control).")
+    ] = None,
     cohort: Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")] = None,
 ) -> None:
     """Write a part of the results to a file; only the chunks that hold it are read."""
@@ -206,15 +268,23 @@ def get(
 @app.command()
 def cate(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
-    by: Annotated[str, typer.Option(help="Column of obs that names populations: cell_type, say.")],
+    by: Annotated[str, typer.Option(help="Column of obs that names populations, e.g. cell_type.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")],
-    condition: Annotated[str | None, typer.Option(help="Which to compare with the control; every one.")] = None,
+    condition: Annotated[
+        str | None, typer.Option(help="Condition to compare with the control (default: each of them).")
+    ] = None,
     genes: Annotated[str | None, typer.Option(help="Gene names, separated by commas.")] = None,
     cohort: Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")] = None,
-    donor_key: Annotated[str | None, typer.Option(help="Column of obs that names the donor; the batch.")] = None,
-    min_cells: Annotated[int, typer.Option(min=1, help="Own cells that a donor needs in a population.")] = 10,
-    population: Annotated[Asking, typer.Option(help="Whose cells ask: all donors', or the treated ones'.")] = "all",
-    covariates: Annotated[str | None, typer.Option(help="Donor covariates of a linear model, by commas.")] = None,
+    donor_key: Annotated[
+        str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")
+    ] = None,
+    min_cells: Annotated[int, typer.Option(min=1, help="Fewest cells that a donor must have in a population.")] = 10,
+    population: Annotated[
+        Asking, typer.Option(help="Query cells: those of all donors, or of the treated ones.")
+    ] = "all",
+    covariates: Annotated[
+        str | None, typer.Option(help="Columns of obs, separated by commas: donor covariates of a linear model.")
+    ] = None,
 ) -> None:
     """Write the effect of the condition per population and gene, with donors as the replicates."""
     from ndreamer_dist.results.export import TABLES, checked, save_table
@@ -236,13 +306,20 @@ def cate(
 def null(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")],
-    by: Annotated[str | None, typer.Option(help="Column of obs that names populations; all cells are one.")] = None,
-    condition: Annotated[str | None, typer.Option(help="Which to compare with the control; every one.")] = None,
-    donor_key: Annotated[str | None, typer.Option(help="Column of obs that names the donor; the batch.")] = None,
-    labellings: Annotated[int, typer.Option(min=1, help="Permuted labellings of the donors.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of the labellings.")] = 0,
+    by: Annotated[
+        str | None,
+        typer.Option(help="Column of obs that names populations, e.g. cell_type (default: all cells together)."),
+    ] = None,
+    condition: Annotated[
+        str | None, typer.Option(help="Condition to compare with the control (default: each of them).")
+    ] = None,
+    donor_key: Annotated[
+        str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")
+    ] = None,
+    labellings: Annotated[int, typer.Option(min=1, help="How many permutations of the donor labels.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the permutations.")] = 0,
 ) -> None:
-    """Write what the tests say under permuted labels of donors, where nothing is to be found."""
+    """Check calibration: the tests under permuted donor labels, where there is no effect to find."""
     from ndreamer_dist.results.export import TABLES, checked, save_table
     from ndreamer_dist.results.reader import open_results
     from ndreamer_dist.stats.null import rates
@@ -275,10 +352,17 @@ def all_genes(
 @app.command()
 def report(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
-    out: Annotated[str | None, typer.Option(help="HTML file to write; DIR/report/report.html.")] = None,
-    by: Annotated[str | None, typer.Option(help="Column of obs that names populations; the likeliest.")] = None,
-    condition: Annotated[str | None, typer.Option(help="Which to compare with the control; every one.")] = None,
-    donor_key: Annotated[str | None, typer.Option(help="Column of obs that names the donor; the batch.")] = None,
+    out: Annotated[str | None, typer.Option(help="HTML file to write (default: DIR/report/report.html).")] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="Column of obs that names populations (default: the one that looks most like cell types)."),
+    ] = None,
+    condition: Annotated[
+        str | None, typer.Option(help="Condition to compare with the control (default: each of them).")
+    ] = None,
+    donor_key: Annotated[
+        str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")
+    ] = None,
 ) -> None:
     """Write one HTML page of what a run found, with figures and tables, and how far to trust it."""
     from ndreamer_dist.report.html import report as write_report
@@ -294,7 +378,7 @@ def export(
         Format, typer.Option("--format", help="ndreamer: what the published package writes.")
     ] = "ndreamer",
 ) -> None:
-    """Write all results in another tool's layout, group by group."""
+    """Write all results in the file layout of the published package, group by group."""
     from ndreamer_dist.results.published import export as write_layout
 
     written = write_layout(run_directory, out=out, format=layout)

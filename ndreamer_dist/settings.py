@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -60,6 +61,20 @@ class StageSettings(BaseModel):
             for name, field in type(self).model_fields.items()
             if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["role"] == "result"
         }
+
+    def described(self) -> list[str]:
+        """Return a line of YAML for every field, with what it means."""
+        dumped, bearing = self.model_dump(mode="json"), self.bearing()
+        return [
+            _yaml_line(name, dumped[name], f"{'* ' if name in bearing else ''}{field.description}")
+            for name, field in type(self).model_fields.items()
+        ]
+
+
+def _yaml_line(name: str, value: object, comment: str) -> str:
+    """Return `name: value  # comment`; a value that takes several lines has no comment."""
+    text = yaml.safe_dump({name: value}, default_flow_style=True, width=LARGEST).strip()[1:-1]
+    return text if "\n" in text else f"{text}  # {comment}"
 
 
 class CohortSettings(StageSettings):
@@ -292,7 +307,7 @@ class Settings(BaseModel):
     run: RunSettings = RunSettings()
 
     @model_validator(mode="after")
-    def _resets_need_codes(self) -> Self:
+    def _tiles_fit_blocks(self) -> Self:
         if self.embed.tile_rows > self.pack.block_rows:
             msg = f"embed.tile_rows ({self.embed.tile_rows}) exceeds pack.block_rows ({self.pack.block_rows})"
             raise ValueError(msg)
@@ -341,8 +356,16 @@ class Settings(BaseModel):
         return _validated(cls, values)
 
     def to_yaml(self) -> str:
-        """Return the settings as YAML that `build(config=...)` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """Return the settings as YAML that `build(config=...)` reads back, with a comment on each."""
+        lines = ["# Settings marked * bear on the results; the others only say how the work is done."]
+        for stage, field in type(self).model_fields.items():
+            part = getattr(self, stage)
+            if isinstance(part, StageSettings):
+                lines += ["", f"{stage}:  # {(type(part).__doc__ or '').splitlines()[0].rstrip('.')}"]
+                lines += [textwrap.indent(line, "  ") for line in part.described()]
+            else:
+                lines.append(_yaml_line(stage, part, f"* {field.description}"))
+        return "\n".join(lines) + "\n"
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

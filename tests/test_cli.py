@@ -183,6 +183,17 @@ def test_a_cohort_is_simulated_as_asked(tmp_path: Path, capsys: pytest.CaptureFi
     assert (obs.groupby("donor", observed=True)["condition"].nunique() == 1).all()
 
 
+def test_all_settings_are_printed_as_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = spoken(["settings", "--preset", "small"], capsys)
+    assert code == 0
+    (tmp_path / "all.yaml").write_text(out)
+    assert nd.Settings.build(config=cli._read_config(tmp_path / "all.yaml")) == nd.Settings.build(preset="small")
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture) -> None:
+    assert spoken(["--version"], capsys) == (0, f"{nd.__version__}\n", "")
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
     code, out, _ = spoken(["--help"], capsys)
     assert code == 0

@@ -91,3 +91,15 @@ def test_kept_genes_are_a_set_and_fit_among_the_modelled() -> None:
         Settings.build(overrides={"hvg.keep": "a,b,c", "hvg.num_hvg": 2})
     with pytest.raises(SettingsError, match=r"hvg\.by"):
         Settings.build(overrides={"hvg.by": "donor"})
+
+
+def test_the_yaml_of_settings_says_what_each_is_and_which_bear_on_results() -> None:
+    lines = Settings.build(preset="small").to_yaml().splitlines()
+    for stage, field in Settings.model_fields.items():
+        if not isinstance(field.default, StageSettings):
+            continue
+        below = lines[[line.startswith(f"{stage}:") for line in lines].index(True) + 1 :]
+        for name, setting in type(field.default).model_fields.items():
+            line = next(line for line in below if line.startswith(f"  {name}: "))
+            role = setting.json_schema_extra["role"]  # type: ignore[index, call-overload]
+            assert line.endswith(f"  # {'* ' if role == 'result' else ''}{setting.description}")
