@@ -12,7 +12,9 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -369,8 +371,18 @@ def _connect(settings: RunSettings) -> tuple[Runtime, bool]:
 
     started = not ray.is_initialized()
     if started:
-        _start_ray(settings)
+        with _sigterm_kept():
+            _start_ray(settings)
     return RayRuntime(settings), started
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Let the program's own way of ending outlast `ray.init`, which puts one that says nothing in its place."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start_ray(settings: RunSettings) -> None:

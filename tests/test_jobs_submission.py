@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -20,9 +21,13 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fsspec
+import pandas as pd
 import pytest
+import s3fs
 import yaml
 from click.testing import CliRunner
 from ray.dashboard.modules.job import cli as ray_cli
@@ -30,11 +35,14 @@ from ray.dashboard.modules.job import cli as ray_cli
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.storage import open_storage
 from tests.results.brute_force import check
-from tests.tiny import NAMES, SETTINGS, assert_same_bits, tiny_cohort
+from tests.servers import S3_ENVIRONMENT, s3
+from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
 
 ROOT = Path(__file__).parent.parent
 JOBS = ROOT / "jobs"
+JOB = SETTINGS | {"train.epochs": 30}
 BY_STAGE = {stage: JOBS / f"{stage}.py" for stage in keys.STAGES}
 
 
@@ -43,7 +51,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_cohort(tmp_path_factory.mktemp("cohort"))
 
 
-def job_file(folder: Path, cohort: Path, out: Path, settings: dict[str, Any], **more: Any) -> Path:
+def job_file(folder: Path, cohort: Path, out: Path | str, settings: dict[str, Any], **more: Any) -> Path:
     """Write a job file, with the settings by stage as people write them."""
     nested: dict[str, Any] = {}
     for name, value in settings.items():
@@ -77,14 +85,14 @@ def spoken(script: Path, job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.fixture(scope="module")
 def finished(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
-    nd.run(cohort, out=out, preset="small", settings=SETTINGS, **NAMES)
+    nd.run(cohort, out=out, preset="small", settings=JOB, **NAMES)
     return out
 
 
 def test_stage_after_stage_gives_the_bits_of_the_whole_job(
     cohort: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    job = job_file(tmp_path, cohort, tmp_path / "run", SETTINGS)
+    job = job_file(tmp_path, cohort, tmp_path / "run", JOB)
     for stage, script in BY_STAGE.items():
         later = set(keys.STAGES[keys.STAGES.index(stage) :])
         assert not {path.name for path in (tmp_path / "run" / keys.DONE).glob("*")} & later
@@ -103,7 +111,7 @@ def test_a_stage_is_refused_and_nothing_deleted_where_an_earlier_one_is_not_fini
     shutil.rmtree(run / keys.DONE / missing)
     shutil.rmtree(run / keys.DONE / keys.STAGE_EFFECTS)
     before = RunDirectory.at(run).storage.list()
-    job = job_file(tmp_path, cohort, run, SETTINGS)
+    job = job_file(tmp_path, cohort, run, JOB)
     code, said = spoken(BY_STAGE[keys.STAGE_EFFECTS], job, monkeypatch, capsys)
     assert code == 2
     assert said.splitlines()[-1] == (
@@ -158,40 +166,48 @@ def test_a_job_file_that_will_not_do_is_refused_in_one_line(
 
 # --- on a Ray cluster ------------------------------------------------------------------------------------------------
 
-ON_RAY = {name: value for name, value in SETTINGS.items() if name != "run.serial"} | {"run.cpus": 2}
+ON_RAY = {name: value for name, value in JOB.items() if name != "run.serial"} | {"run.cpus": 2}
+OUT = "s3://bucket/run"
 DRIVER_MOST = 1e9
 """Bytes of a driver with all libraries loaded; a matrix would come on top."""
 SDK = """
-import json, sys, time
-from pathlib import Path
+import asyncio, json, sys, time
 from ray.job_submission import JobSubmissionClient
 
-address, folder, marker = sys.argv[1:]
+address, folder = sys.argv[1:]
 client = JobSubmissionClient(address)
 
-def submit(job):
-    return client.submit_job(entrypoint=f"python run_cohort.py {job}", runtime_env={"working_dir": folder})
+def submit(words):
+    return client.submit_job(entrypoint=f"python {words}", runtime_env={"working_dir": folder})
+
+async def followed(job):
+    return "".join([part async for part in client.tail_job_logs(job)])
 
 def ended(job):
+    logs = asyncio.run(followed(job))
     while not client.get_job_status(job).is_terminal():
-        time.sleep(0.2)
+        time.sleep(0.1)
     told = client.get_job_info(job)
-    return {"status": told.status, "message": told.message, "node": told.driver_node_id, "logs": client.get_job_logs(job)}
+    return {"status": told.status, "message": told.message, "node": told.driver_node_id, "logs": logs}
 
-good, bad = submit("job.yaml"), submit("misspelled.yaml")
-while not Path(marker).exists() and not client.get_job_status(good).is_terminal():
-    time.sleep(0.1)
-client.stop_job(good)
-print(json.dumps({"good": ended(good), "bad": ended(bad)}))
+bad, stage = submit("run_cohort.py misspelled.yaml"), submit("cohort.py job.yaml")
+print(json.dumps({"bad": ended(bad), "stage": ended(stage)}), flush=True)
+whole = submit("run_cohort.py job.yaml")
+sys.stdin.readline()  # when it is to be stopped
+client.stop_job(whole)
+print(json.dumps(ended(whole)))
 """
+SDK_ALONE = "import sys; from ray.job_submission import JobSubmissionClient; JobSubmissionClient(sys.argv[1])"
 
 
 @dataclass(frozen=True)
 class LockedRay:
     """A Ray on loopback: a head without processors and one node with two; `env` holds the key to its door."""
 
-    address: str
+    address: str  # of the dashboard
+    cluster: str
     env: dict[str, str]
+    storage: SimpleNamespace  # the S3 that its jobs write to
 
     def get(self, path: str, *, token: str | None) -> Any:
         """Ask the dashboard for something."""
@@ -275,91 +291,134 @@ def locked_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedRay]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": path, "PYTHONPATH": str(ROOT)}
     env |= {"TEST_LOGS": str(logs), "RAY_worker_niceness": "0"}
-    env |= {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "20"}
+    env |= {"RAY_JOB_STOP_WAIT_TIME_S": "30"}  # a busy machine takes its time
     port, dashboard, client = free_ports(3)
-    ray = LockedRay(f"http://127.0.0.1:{dashboard}", env)
-    # Sockets below a folder of pytest's would have names longer than the system takes.
-    with tempfile.TemporaryDirectory(prefix="nd-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with (
+        s3() as storage,
+        pytest.MonkeyPatch.context() as patch,
+        # Sockets below a folder of pytest's would have names longer than the system takes.
+        tempfile.TemporaryDirectory(prefix="nd-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        contextlib.ExitStack() as nodes,
+    ):
+        for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": storage.url}).items():
+            patch.setenv(name, value)
+            env[name] = value
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        ray = LockedRay(f"http://127.0.0.1:{dashboard}", f"127.0.0.2:{port}", env, storage)
         # Ray puts the machine's address in place of 127.0.0.1; these two it leaves on loopback.
         head = ["--head", "--node-ip-address", "127.0.0.2", "--port", str(port), "--num-cpus", "0"]
         head += ["--temp-dir", folder, "--ray-client-server-port", str(client)]
         head += ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
-        worker = ["--address", f"127.0.0.2:{port}", "--node-ip-address", "127.0.0.3", "--num-cpus", "2"]
-        with contextlib.ExitStack() as nodes:
-            started_node(nodes, env, head, lambda: len(ray.nodes()) == 1)
-            started_node(nodes, env, worker, lambda: len(ray.nodes()) == 2)
-            yield ray
+        worker = ["--address", ray.cluster, "--node-ip-address", "127.0.0.3", "--num-cpus", "2"]
+        started_node(nodes, env, head, lambda: len(ray.nodes()) == 1)
+        started_node(nodes, env, worker, lambda: len(ray.nodes()) == 2)
+        yield ray
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> Path:
     """The folder that is sent with a job: the scripts, a job file, and one with a misspelled control."""
     folder = Path(shutil.copytree(JOBS, tmp_path_factory.mktemp("sent") / "jobs"))
-    good = job_file(folder, cohort, folder.parent / "run", ON_RAY)
+    good = job_file(folder, cohort, OUT, ON_RAY)
     bad = {**yaml.safe_load(good.read_text()), "control": "contrl", "out": str(folder.parent / "bad")}
     (folder / "misspelled.yaml").write_text(yaml.safe_dump(bad))
     return folder
 
 
-def ray_job(ray: LockedRay, *words: str, key: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the Ray Job command line; without the key, as someone who does not have the token."""
-    env = dict(ray.env)
-    if not key:
-        env["HOME"] = "/nonexistent"  # where a token of one's own would be looked for
-        del env["RAY_AUTH_TOKEN_PATH"]
+def ray_job(ray: LockedRay, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the Ray Job command line."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", words[0], "--address", ray.address, *words[1:]]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, env=ray.env, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(800)
-def test_a_call_without_the_token_is_refused(locked_ray: LockedRay) -> None:
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        locked_ray.get("/api/jobs/", token=None)
-    assert refused.value.code == 401
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        locked_ray.get("/api/jobs/", token="0" * 64)
-    assert refused.value.code == 403
+def test_whoever_has_no_token_is_refused(locked_ray: LockedRay, cohort: Path, tmp_path: Path) -> None:
+    for token, code in ((None, 401), ("0" * 64, 403)):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            locked_ray.get("/api/jobs/", token=token)
+        assert refused.value.code == code
+    env = {name: value for name, value in locked_ray.env.items() if name != "RAY_AUTH_TOKEN_PATH"}
+    env["HOME"] = str(tmp_path)  # where a token of one's own would be looked for
+    run = run_words(cohort, tmp_path / "run", ON_RAY, "--address", locked_ray.cluster)
+    commands = {
+        "command line": ["-m", "ray.scripts.scripts", "job", "submit", "--address", locked_ray.address, "--", "true"],
+        "SDK": ["-c", SDK_ALONE, locked_ray.address],
+        "driver": ["-m", "ndreamer_dist.cli", *run],
+    }
+    asking = {
+        name: subprocess.Popen(
+            [sys.executable, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for name, words in commands.items()
+    }
+    told = {name: process.communicate(timeout=300)[0] for name, process in asking.items()}
+    for name, process in asking.items():
+        assert process.returncode != 0, name
+        assert "token" in told[name].lower(), told[name]
+    assert asking["driver"].returncode == 2
     assert locked_ray.get("/api/jobs/", token=locked_ray.token) == []
-    told = ray_job(locked_ray, "submit", "--", "true", key=False)
-    assert told.returncode != 0
-    assert "token" in told.stderr.lower() + told.stdout.lower()
-    assert locked_ray.get("/api/jobs/", token=locked_ray.token) == []
+
+
+def measures_of(run: str) -> pd.DataFrame:
+    return pd.read_csv(io.BytesIO(open_storage(run).read(keys.METRICS)))
+
+
+def stopped_in_training(ray: LockedRay, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Submit a job that is refused, one stage, and the whole job, stopped after a checkpoint; return what came of them."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SDK, ray.address, str(folder)],
+        env=ray.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as sdk:  # fmt: skip
+        assert sdk.stdout is not None
+        assert sdk.stderr is not None
+        first = sdk.stdout.readline()
+        while not any(method == "PUT" and path.endswith(keys.METRICS) for _, method, path, _ in ray.storage.asked):
+            assert sdk.poll() is None, sdk.stderr.read()
+            time.sleep(0.01)
+        last, error = sdk.communicate("stop\n", timeout=300)
+    assert sdk.returncode == 0, error
+    return json.loads(first), json.loads(last)
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(800)
-def test_a_stopped_job_goes_on_when_it_is_submitted_again_and_a_refused_one_has_failed_with_one_line(
-    locked_ray: LockedRay, sent: Path
+def test_a_job_that_is_stopped_in_training_lets_go_and_goes_on_to_the_same_bits_when_submitted_again(
+    locked_ray: LockedRay, sent: Path, finished: Path, tmp_path: Path
 ) -> None:
-    run = sent.parent / "run"
-    packed = run / keys.DONE / keys.STAGE_PACK
-    asked = subprocess.run(
-        [sys.executable, "-c", SDK, locked_ray.address, str(sent), str(packed)],
-        env=locked_ray.env, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert asked.returncode == 0, asked.stderr
-    told = json.loads(asked.stdout.splitlines()[-1])
-    refused, stopped = told["bad"], told["good"]
+    before, stopped = stopped_in_training(locked_ray, sent)
+    refused, staged = before["bad"], before["stage"]
     assert refused["status"] == "FAILED"
     assert "exit code 2" in refused["message"]
     assert refused["message"].splitlines()[-1].startswith("error: no cell has the control 'contrl'")
     assert "Traceback" not in refused["logs"]
     assert not (sent.parent / "bad").exists()
+    assert staged["status"] == "SUCCEEDED", staged["logs"]
+    assert f"done: cohort: {OUT}" in staged["logs"]
     assert stopped["status"] == "STOPPED", stopped["logs"]
+    assert "stopped; the same command goes on from here" in stopped["logs"]
     assert "Traceback" not in stopped["logs"]
-    heads = [node["node_id"] for node in locked_ray.nodes() if node["is_head_node"]]
-    assert stopped["node"] in heads
-    assert not (run / keys.RESULTS / "zarr.json").exists()
-    done_before = {path: path.stat().st_mtime_ns for path in (run / keys.DONE).rglob("*.json")}
+    assert stopped["node"] in [node["node_id"] for node in locked_ray.nodes() if node["is_head_node"]]
+    run = open_storage(OUT)
+    assert not run.exists(keys.LOCK)
+    assert not run.exists(keys.MODEL_WEIGHTS)
+    done_before, learned = {name: run.read(name) for name in run.list(keys.DONE)}, measures_of(OUT)
     assert done_before
+    assert len(learned) < 90
 
     again = ray_job(locked_ray, "submit", "--working-dir", str(sent), "--", "python", "run_cohort.py", "job.yaml")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"done: the whole job: {run}" in again.stdout  # the log was followed
-    assert {path: path.stat().st_mtime_ns for path in done_before} == done_before
-    check(run / keys.RESULTS)
-    stages = [json.loads(line) for line in (run / keys.STAGES_LOG).read_text().splitlines()]
+    assert f"done: the whole job: {OUT}" in again.stdout  # the log was followed
+    assert {name: run.read(name) for name in done_before} == done_before
+    kept = measures_of(OUT)["seconds"][: len(learned)] == learned["seconds"]
+    assert kept[: JOB["train.checkpoint_steps"]].all()  # so it went on from a checkpoint
+    fsspec.filesystem("s3").get("bucket/run", str(tmp_path / "run"), recursive=True)
+    assert_same_bits(finished, tmp_path / "run")
+    assert (tmp_path / "run" / keys.MODEL_WEIGHTS).read_bytes() == (finished / keys.MODEL_WEIGHTS).read_bytes()
+    check(tmp_path / "run" / keys.RESULTS)
+    stages = [json.loads(line) for line in run.read(keys.STAGES_LOG).splitlines()]
     assert max(stage["peak_bytes"] for stage in stages) < DRIVER_MOST
 
 
