@@ -2,32 +2,39 @@
 
     python jobs/chaos.py --rounds 200 --seed 1 [--cells 500] [--folder DIR]
     python jobs/chaos.py --rounds 20 --seed 1 --ray [--faults raylet,trainer] [--stages train,effects]
+    python jobs/chaos.py --rounds 10 --seed 1 --nodes 2
 
-A round begins from a run that has come as far as a stage drawn at random, half of which is done where it has several
-shards, and does one of these to it: SIGKILL of the job at a random moment; with --ray also of a worker, a training
-worker, or the raylet; a flipped byte, a cut or a lost file of what is done. The job must then end with the right bits,
-or with one line that names the cause; and the same command, given once more (for a flipped byte: after the named chunk
-was deleted), must end with the right bits. With --ray no process that a job has started may be alive, and none of its
-segments of /dev/shm be left, two minutes after it; without, jobs run in forked processes, which takes a second each.
-One line of JSON per round goes to standard output.
+A round begins from a run that has come as far as a stage, half of which is done where it has several shards, and does
+one of these to it: SIGKILL of the job at a random moment; with --ray also of a worker, a training worker, or the raylet;
+a flipped byte, a cut or a lost file of what is done, which after the last stage are the results. Every 16 rounds each
+stage meets a kill and a harm, in an order that the seed draws. The job must then end with the right bits, or with one
+line that names the cause; and the same command, given once more, must end with the right bits. What no stage reads again
+`check` must find. No process that a job has started may be alive, and none of its segments of /dev/shm be left, two
+minutes after it. Without Ray jobs run in forked processes, which takes a second each; with --nodes they share a Ray of
+so many raylets of one processor and a head without any, and lose one raylet at a time. One line of JSON per round goes to
+standard output.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,16 +45,15 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from ndreamer_dist import keys  # noqa: E402
-from ndreamer_dist.errors import StoreError  # noqa: E402
+from ndreamer_dist.checking import check  # noqa: E402
+from ndreamer_dist.rundir import ArrayFile  # noqa: E402
 from tests.tiny import SETTINGS, STORES, arrays, run_words, tiny_cohort  # noqa: E402
 
 JOB: dict[str, Any] = SETTINGS | {
     "pack.block_rows": 128, "embed.tile_rows": 64, "cohort.min_group_cells": 5, "train.epochs": 6, "train.checkpoint_steps": 2,
 }  # fmt: skip
-STORE_OF = {
-    keys.STAGE_PACK: keys.PACKED, keys.STAGE_CLUSTERS: keys.PACKED, keys.STAGE_EMBED: keys.EMBEDDING,
-    keys.STAGE_PCA: keys.EMBEDDING, keys.STAGE_MATCH: keys.MATCHES, keys.STAGE_EFFECTS: keys.RESULTS,
-}  # fmt: skip
+FINISHED = "finished"
+"""The stage after the last, at which the results can be harmed."""
 KILLS = ("job", "worker", "raylet", "trainer")
 TITLES = {"worker": r"^ray::", "trainer": r"^ray::.*TrainWorker", "raylet": r"/raylet/raylet"}
 """What Ray's processes are called; a worker is any of its Python processes: a task's, a reader's, an actor's."""
@@ -58,7 +64,27 @@ LINGER_SECONDS = 120.0
 """How long a process of a job may outlive it."""
 MARK = "NDREAMER_CHAOS"
 """Environment variable of a job and of all that it starts: whose a process is can be told when its parent is gone."""
-CHUNK = re.compile(r"array '([^']+)', chunk \(([\d, ]+)\)")
+OF_THE_NODE = re.compile(r"^ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent|PlacementGroupCleaner|_[A-Z])")
+"""Processes of a standing Ray that work for a job; the others are a node's own."""
+QUICK = {
+    "health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}  # fmt: skip
+"""A raylet that is silent for so long is lost; by Ray's defaults it takes 15 s and more."""
+LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+HOLDER = """
+import json, sys
+from ray.cluster_utils import Cluster
+
+common = {"node_ip_address": "127.0.0.1", "object_store_memory": 90 * 2**20}
+head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": sys.argv[1], "_system_config": json.loads(sys.argv[2])}
+cluster = Cluster(initialize_head=True, head_node_args=head | common)
+print(cluster.address, flush=True)
+for _ in sys.stdin:
+    node = cluster.add_node(num_cpus=1, **common)
+    print(node.all_processes["raylet"][0].process.pid, flush=True)
+cluster.shutdown()
+"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,86 @@ def job(cohort: str, out: str, settings: dict[str, Any], said: str) -> None:
     cli.main(run_words(Path(cohort), Path(out), settings))
 
 
+def cases(seed: int, kills: Sequence[str], faults: Sequence[str], stages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Give stage and fault of every round: in each deck of 16 every stage meets a kill and a harm, whose kinds take turns."""
+    draw = random.Random(seed)
+    turns = {kinds: itertools.cycle(kinds) for kinds in (tuple(kills), tuple(HARMS))}
+    while True:
+        deck = [
+            (stage, next(turn))
+            for turn, met in zip(turns.values(), (keys.STAGES, (*keys.STAGES[1:], FINISHED)), strict=True)
+            for stage in draw.sample(met, len(met))
+        ]
+        # A training worker is there to be killed in the training alone.
+        deck = [
+            (stage, "worker" if fault == "trainer" and stage != keys.STAGE_TRAIN else fault) for stage, fault in deck
+        ]
+        for stage, fault in draw.sample(deck, len(deck)):
+            if stage in (stages or (stage,)) and fault in (faults or (fault,)):
+                yield stage, fault
+
+
+class Nodes:
+    """A Ray of this machine that jobs share: a head without processors, and raylets of one each.
+
+    A process of its own holds it, since Ray reads once, when it is loaded, whether a token is asked for.
+    """
+
+    def __init__(self, raylets: int, folder: Path, mark: str) -> None:
+        token, self._mark = folder / "token", mark
+        token.write_text(secrets.token_hex(32))
+        self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
+        self.env[LOOPBACK_ALONE] = "0"  # else Ray puts the machine's own address in the place of 127.0.0.1
+        self._home = tempfile.mkdtemp(prefix="nd-ray-")  # where no other Ray looks, and short enough for sockets
+        self._holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, self._home, json.dumps(QUICK)], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=os.environ | self.env | {MARK: mark},
+        )  # fmt: skip
+        self.address = self._told()
+        self._raylets = [self._started() for _ in range(raylets)]
+
+    def _told(self) -> str:
+        assert self._holder.stdout is not None
+        return self._holder.stdout.readline().strip()
+
+    def _started(self) -> int:
+        """Start a raylet; return its process."""
+        assert self._holder.stdin is not None
+        self._holder.stdin.write("\n")
+        self._holder.stdin.flush()
+        return int(self._told())
+
+    def victims(self, fault: str) -> dict[int, str]:
+        """Return the processes that a fault is for: number and title. The head's raylet is not among them."""
+        if fault == "raylet":
+            return dict.fromkeys(self._raylets, "raylet")
+        own = {pid: title for pid, title in marked(self._mark).items() if OF_THE_NODE.match(title)}
+        return {pid: title for pid, title in own.items() if re.search(TITLES[fault], title)}
+
+    def mend(self) -> None:
+        """Start a raylet for each that has been killed."""
+        alive = [pid for pid in self._raylets if pid in marked(self._mark)]
+        self._raylets = alive + [self._started() for _ in range(len(self._raylets) - len(alive))]
+
+    def close(self) -> None:
+        """End it; an `AssertionError` where a process of it stays."""
+        assert self._holder.stdin is not None
+        self._holder.stdin.close()
+        self._holder.wait(LINGER_SECONDS)
+        lingering(lambda: marked(self._mark))
+        shutil.rmtree(self._home)
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for the processes that are started in the block."""
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 @dataclass
 class Chaos:
     """A cohort, an undisturbed run of it, and where rounds are played."""
@@ -92,22 +198,31 @@ class Chaos:
     folder: Path
     cells: int = 500
     on_ray: bool = False
-    faults: Sequence[str] = ()
-    stages: Sequence[str] = ()
+    nodes: Nodes | None = None
     _ends: list[Future[float]] = field(default_factory=list)
     _begun: int = 0
+    _own: set[int] = field(default_factory=set)
+    _segments: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.cohort = tiny_cohort(self.folder, cells=self.cells, batches=2)
         self.reference = self.folder / "reference"
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(["ndreamer_dist.pipeline", "ndreamer_dist.cli", "scanpy", "tests.tiny"])
+        with environment(MARK, self._mark("serial")):
+            multiprocessing.forkserver.ensure_running()
+        self._watchers = ThreadPoolExecutor()
+        self._own = set(marked(self._mark("serial")))
+        assert self._own, "what serial jobs leave could not be told: the server that forks them has no mark"
         code, said = self.ended(self.begun(self.reference, serial=True))
         assert code == 0, said
         lines = [json.loads(line) for line in (self.reference / keys.STAGES_LOG).read_text().splitlines()]
         self.seconds = {line["stage"]: line["seconds"] for line in lines}
         self.expected = {store: arrays(self.reference / store) for store in STORES}
-        self._watchers = ThreadPoolExecutor()
+
+    def _mark(self, job: object) -> str:
+        """Return the mark of a job; a serial one has that of the server which forks it."""
+        return f"{self.folder}/{job}/"
 
     def compare(self, run: Path) -> None:
         """Fail where a value of a finished run differs from the undisturbed one's by a bit."""
@@ -134,64 +249,82 @@ class Chaos:
             process = self._processes.Process(target=job, args=(str(self.cohort), str(run), JOB, str(self._said)))
             process.start()
             return process
-        settings = {name: value for name, value in JOB.items() if name != "run.serial"}
-        words = run_words(self.cohort, run, settings | {"run.cpus": 2, "run.object_store_gb": 0.1})
+        settings: dict[str, Any] = {name: value for name, value in JOB.items() if name != "run.serial"}
+        where = (
+            {"run.cpus": 2, "run.object_store_gb": 0.1} if self.nodes is None else {"run.address": self.nodes.address}
+        )
+        words = run_words(self.cohort, run, settings | where)
         self._begun += 1
-        env = os.environ | {"RAY_worker_niceness": "0", MARK: f"{self.folder}/{self._begun}/"}
+        env = os.environ | {"RAY_worker_niceness": "0", MARK: self._mark(self._begun)}
+        env |= {} if self.nodes is None else self.nodes.env
         with self._said.open("w") as log:
             command = [sys.executable, "-m", "ndreamer_dist.cli", *words]
             return subprocess.Popen(command, stdout=log, stderr=log, env=env)
 
     def ended(self, process: Any) -> tuple[int, str]:
         """Wait for a job; return its exit code and the last line that it said."""
-        if isinstance(process, subprocess.Popen):
-            code = process.wait(PATIENCE_SECONDS)
-            self._ends.append(self._watchers.submit(lingering, f"{self.folder}/{self._begun}/"))
-        else:
-            process.join(PATIENCE_SECONDS)
-            assert process.exitcode is not None, "a job hangs"
-            code = process.exitcode
+        mark = self._mark(self._begun if isinstance(process, subprocess.Popen) else "serial")
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while _alive(process):
+            assert time.monotonic() < deadline, "a job hangs"
+            self._segments |= mapped(marked(mark))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1) if isinstance(process, subprocess.Popen) else process.join(1)
+        code = process.returncode if isinstance(process, subprocess.Popen) else process.exitcode
+        self._ends.append(self._watchers.submit(lingering, lambda: self._left(mark)))
         said = self._said.read_text()
         assert "Traceback" not in said, said
         last = (said.strip().splitlines() or [""])[-1]
         assert code != 2 or last.startswith("error: "), said
         return code, last
 
-    def as_far_as(self, stage: str, run: Path, draw: random.Random) -> None:
-        """Make a run that has done all stages before one, which is half done where it has several shards."""
+    def _left(self, mark: str) -> dict[int, str]:
+        """Return the processes of a job that has ended: number and title."""
+        workers = {} if self.nodes is None else self.nodes.victims("worker")
+        return {pid: title for pid, title in (marked(mark) | workers).items() if pid not in self._own}
+
+    def as_far_as(self, stage: str, run: Path, draw: random.Random, *, trained: bool) -> None:
+        """Make a run that has done all stages before one, which is half done where it has several shards.
+
+        Parameters
+        ----------
+        trained
+            Whether a training that is to be done goes on from its checkpoint.
+        """
         shutil.copytree(self.reference, run)
+        if stage == FINISHED:
+            return
         later = keys.STAGES[keys.STAGES.index(stage) :]
         for name in later:
             done = sorted((run / keys.DONE / name).iterdir())
             for marker in draw.sample(done, (len(done) + 1) // 2) if name == stage else done:
                 marker.unlink()
         if keys.STAGE_TRAIN in later:
-            shutil.rmtree(run / keys.TRAIN_DIR)
-            shutil.rmtree(run / "model")
+            shutil.rmtree(run / keys.MODEL_DIR)
+            if not (trained and stage == keys.STAGE_TRAIN):
+                shutil.rmtree(run / keys.TRAIN_DIR)
         (run / keys.RESULTS / "zarr.json").unlink()
 
-    def play(self, number: int, draw: random.Random) -> Outcome:
+    def play(self, number: int, stage: str, fault: str, draw: random.Random) -> Outcome:
         """Play one round; an `AssertionError` says what was not as it must be."""
-        started, run, segments = time.monotonic(), self.folder / f"round{number}", shared_segments()
-        kills = KILLS if self.on_ray else KILLS[:1]
-        faults = [*kills, *kills, *HARMS]
-        fault = draw.choice([name for name in faults if name in (self.faults or faults)])
-        # Before the packing there is nothing that could be damaged.
-        stages = [keys.STAGE_TRAIN] if fault == "trainer" else keys.STAGES if fault in kills else keys.STAGES[2:]
-        stage = draw.choice([name for name in stages if name in (self.stages or stages)] or stages)
-        self.as_far_as(stage, run, draw)
-        harm = self._killed if fault in kills else self._damaged
+        started, run = time.monotonic(), self.folder / f"round{number}"
+        if self.nodes is not None:
+            self.nodes.mend()
+        self.as_far_as(stage, run, draw, trained=fault in HARMS)
+        harm = self._damaged if fault in HARMS else self._killed
         code, said, struck = harm(run, stage, fault, draw)
-        if code != 0:
-            again, told = self.ended(self.begun(run, serial=not self.on_ray))
-            assert again == 0, told
         self.compare(run)
         shutil.rmtree(run)
         seconds, lingered = time.monotonic() - started, max((end.result() for end in self._ends), default=0.0)
         self._ends.clear()
-        left = {name for name in shared_segments() - segments if self.on_ray and not is_open(name)}
+        left = {name for name in self._segments & shared_segments() if not is_open(name)}
         assert not left, f"left in /dev/shm: {left}"
         return Outcome(number, stage, fault, struck, code, said, round(seconds, 1), round(lingered, 1))
+
+    def _again(self, run: Path) -> None:
+        """Give the same command once more; it must end well."""
+        code, said = self.ended(self.begun(run, serial=not self.on_ray))
+        assert code == 0, said
 
     def _killed(self, run: Path, stage: str, fault: str, draw: random.Random) -> tuple[int, str, str]:
         """Start the job, and kill it or a process of it at a random moment of its first seconds of work."""
@@ -202,13 +335,14 @@ class Chaos:
             span += RAY_SECONDS + (FIT_SECONDS if stage == keys.STAGE_TRAIN else 0)
         victims = {process.pid: "job"}
         if fault != "job":
-            wait_while(lambda: not titled(process.pid, fault) and _alive(process))
+            wait_while(lambda: not self._victims(process.pid, fault) and _alive(process))
             time.sleep(draw.uniform(0, span))
-            victims = titled(process.pid, fault)
+            victims = self._victims(process.pid, fault)
         else:
             time.sleep(draw.uniform(0, span))
         victim = draw.choice(sorted(victims)) if victims else None
         if victim is not None:
+            self._segments |= mapped([*victims])
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
         code, said = self.ended(process)
@@ -217,38 +351,38 @@ class Chaos:
         assert finished or code != 0
         if finished and code != 0:
             self.compare(run)
-        return code, said, victims.get(victim, "")
+        if code != 0:
+            self._again(run)
+        return code, said, victims.get(victim, "") if victim is not None else ""
+
+    def _victims(self, job: int, fault: str) -> dict[int, str]:
+        """Return the processes that a fault is for: number and title."""
+        return titled(job, fault) if self.nodes is None else self.nodes.victims(fault)
 
     def _damaged(self, run: Path, stage: str, fault: str, draw: random.Random) -> tuple[int, str, str]:
         """Harm a file of what is done before a stage, and run the job."""
-        before = keys.STAGES[: keys.STAGES.index(stage)]
-        stores = sorted({STORE_OF[name] for name in before if name in STORE_OF})
-        files = sorted(p for p in (run / draw.choice(stores)).rglob("*") if p.is_file() and "/c/" in str(p))
-        file = draw.choice(files)
+        file = draw.choice(self._made(run, stage, draw))
         HARMS[fault](file, draw)
         code, said = self.ended(self.begun(run, serial=not self.on_ray))
         assert code in (0, 2), said
         if code == 2:
-            named = CHUNK.search(said)
-            assert named, said
-            place = "/".join(named[2].replace(" ", "").rstrip(",").split(","))
-            assert str(file).endswith(f"{named[1]}/c/{place}"), (str(file), said)
-            file.unlink()
-        else:  # it was made again, or is not needed any more
-            self._restore_unread(run, file)
+            assert names(said, run, file), (str(file), said)
+            assert said.endswith("the same command makes it again"), said
+            self._again(run)
+        # What no stage read again is found by asking.
+        if check(run, mend=True, settings={"run.serial": True}).damage:
+            self._again(run)
+            assert not check(run, settings={"run.serial": True}).damage
         return code, said, str(file.relative_to(run))
 
-    def _restore_unread(self, run: Path, file: Path) -> None:
-        """Show that a reader names a flipped byte in what no later stage reads, and make the file anew."""
-        kept = self.reference / file.relative_to(run)
-        if kept.read_bytes() == file.read_bytes():
-            return
-        with contextlib.suppress(StoreError):
-            arrays(next(parent for parent in file.parents if parent.suffix == ".zarr"))
-            return  # other bytes, the same values
-        file.unlink()
-        code, said = self.ended(self.begun(run, serial=not self.on_ray))
-        assert code == 0, said
+    @staticmethod
+    def _made(run: Path, stage: str, draw: random.Random) -> list[Path]:
+        """Return the files of one kind that were made before a stage."""
+        kinds = {}
+        tops = [top for top in keys.MADE if (stage == FINISHED) == (top == keys.RESULTS)]
+        for top in [*tops, keys.TRAIN_DIR] if stage == keys.STAGE_TRAIN else tops:
+            kinds[top] = sorted(path for path in (run / top).rglob("*") if path.is_file()) or [run / top]
+        return kinds[draw.choice([top for top, files in kinds.items() if files[0].is_file()])]
 
 
 def _flip(file: Path, draw: random.Random) -> None:
@@ -303,13 +437,28 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
-def lingering(mark: str) -> float:
+def lingering(left: Callable[[], dict[int, str]]) -> float:
     """Return the seconds from now until no process of a job is alive; an `AssertionError` where they are too many."""
     started = time.monotonic()
-    while left := marked(mark):
-        assert time.monotonic() - started < LINGER_SECONDS, f"alive {LINGER_SECONDS:.0f} s after the job: {left}"
+    while alive := left():
+        assert time.monotonic() - started < LINGER_SECONDS, f"alive {LINGER_SECONDS:.0f} s after the job: {alive}"
         time.sleep(0.2)
     return time.monotonic() - started
+
+
+def mapped(processes: Iterable[int]) -> set[str]:
+    """Return the names of the shared memory that some processes hold."""
+    held = "".join(_text(Path(f"/proc/{process}/maps")) for process in processes)
+    return set(re.findall(r"/dev/shm/(\S+)", held))
+
+
+def names(said: str, run: Path, file: Path) -> bool:
+    """Return whether a line names a file of a run, by its path or by store, array and chunk."""
+    part = ArrayFile.of(str(file.relative_to(run)))
+    if part is None:
+        return str(file) in said
+    chunk = "" if part.chunk is None else f", chunk {part.chunk} "
+    return f"{run / part.store}: array '{part.array}'{chunk}" in said
 
 
 def shared_segments() -> set[str]:
@@ -328,21 +477,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", type=int, default=500)
-    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--ray", action="store_true", help="a Ray for each job")
+    parser.add_argument("--nodes", type=int, default=0, help="a Ray of so many raylets that the jobs share")
     parser.add_argument("--faults", default="", help="only these, separated by commas: job, worker, raylet, flip, ...")
     parser.add_argument("--stages", default="", help="only at these, separated by commas")
     parser.add_argument("--folder", type=Path, default=None)
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="nd-chaos-", dir=asked.folder))
     faults, stages = ([word for word in words.split(",") if word] for words in (asked.faults, asked.stages))
-    chaos = Chaos(folder, asked.cells, asked.ray, faults, stages)
+    nodes = Nodes(asked.nodes, folder, f"{folder}/nodes/") if asked.nodes else None
+    chaos = Chaos(folder, asked.cells, asked.ray or nodes is not None, nodes)
+    drawn = cases(asked.seed, KILLS if chaos.on_ray else KILLS[:1], faults, stages)
+    met: Counter[str] = Counter()
     lingered = 0.0
-    for number in range(asked.rounds):
-        outcome = chaos.play(number, random.Random(f"{asked.seed} {number}"))
-        lingered = max(lingered, outcome.lingered)
+    for number, (stage, fault) in zip(range(asked.rounds), drawn, strict=False):
+        outcome = chaos.play(number, stage, fault, random.Random(f"{asked.seed} {number}"))
+        lingered, met[fault] = max(lingered, outcome.lingered), met[fault] + 1
         print(json.dumps(asdict(outcome)), flush=True)
-    told = {"rounds survived": asked.rounds, "seed": asked.seed, "ray": asked.ray, "lingered at most": lingered}
-    print(json.dumps(told))
+    told = {"rounds survived": asked.rounds, "seed": asked.seed, "ray": asked.ray, "nodes": asked.nodes, "faults": met}
+    print(json.dumps(told | {"lingered at most": lingered}))
+    if nodes is not None:
+        nodes.close()
     shutil.rmtree(folder)
 
 

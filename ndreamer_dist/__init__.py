@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ndreamer_dist.checking import check
     from ndreamer_dist.compat import NDreamer
     from ndreamer_dist.datasets import fetch, simulate
     from ndreamer_dist.errors import NDreamerError
@@ -30,6 +31,7 @@ __all__ = [
     "Settings",
     "add_matches",
     "all_genes",
+    "check",
     "export",
     "fetch",
     "open_results",
@@ -48,6 +50,7 @@ _HOMES = {
     "Settings": "settings",
     "add_matches": "pipeline",
     "all_genes": "wide",
+    "check": "checking",
     "export": "results.published",
     "fetch": "datasets",
     "open_results": "results.reader",

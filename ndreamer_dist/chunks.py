@@ -29,7 +29,7 @@ from zarr.core.dtype import UInt64
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.core.sync import sync
 
-from ndreamer_dist.errors import StoreError
+from ndreamer_dist.errors import DamagedError, StoreError
 from ndreamer_dist.remote import RemoteStore
 
 GAP_BYTES = 16_384
@@ -95,6 +95,21 @@ def count(reads: Reads) -> None:
         counter.add(reads)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which array an error is about: the address of its store, and its name there."""
+
+    store: str
+    array: str
+
+    def __str__(self) -> str:
+        return f"{self.store}: array '{self.array}'"
+
+    def damaged(self, what: str, file: str) -> DamagedError:
+        """Return the error that a file of the array, by its name below the array, is damaged or missing."""
+        return DamagedError(f"{self}{what}", f"{self.store}/{self.array}/{file}")
+
+
 class HttpStore(RemoteStore):
     """A store behind a web server, which may ignore that only a part of a file is asked for and send all of it."""
 
@@ -119,14 +134,14 @@ def _cut(sent: Buffer, start: int, stop: int) -> Buffer:
 
 
 def read_chunks(
-    array: zarr.Array[Any], where: str, positions: Iterable[Position], place: Callable[[Position, np.ndarray], None]
+    array: zarr.Array[Any], where: Place, positions: Iterable[Position], place: Callable[[Position, np.ndarray], None]
 ) -> None:
     """Read chunks by their positions in the array's grid of chunks.
 
     Parameters
     ----------
     where
-        What an error calls the array: its store and name.
+        What an error calls the array.
     place
         Takes a position and its chunk, of the full chunk shape; called for each, in any order, one at a time. The
         chunk is only lent.
@@ -145,13 +160,21 @@ def read_chunks(
 
 async def fetch_chunks(
     array: AsyncArray[Any],
-    where: str,
+    where: Place,
     positions: Iterable[Position],
     place: Callable[[Position, np.ndarray], None],
 ) -> None:
     """Do what `read_chunks` does, uncounted, inside zarr's event loop: for those who read many arrays at once."""
     reading = _Reading(array, where, place)
     await reading.run(reading.shards_of(positions))
+
+
+def chunks_of(array: zarr.Array[Any] | AsyncArray[Any], shard: Position) -> list[Position]:
+    """Return the positions of the chunks of a shard that lie inside the array."""
+    grid = [-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)]
+    per_shard = [u // c for u, c in zip(array.shards or array.chunks, array.chunks, strict=True)]
+    spans = (range(s * k, min((s + 1) * k, n)) for s, k, n in zip(shard, per_shard, grid, strict=True))
+    return list(itertools.product(*spans))
 
 
 def read_files(store: Store, where: str, names: Sequence[str]) -> list[bytes | None]:
@@ -237,7 +260,7 @@ class _Reading:
     """One call of `read_chunks`: what it reads from, and what it counted."""
 
     array: zarr.Array[Any] | AsyncArray[Any]
-    where: str
+    where: Place
     place: Callable[[Position, np.ndarray], None]
     reads: Reads = field(default_factory=Reads)
 
@@ -298,8 +321,7 @@ class _Reading:
             except StoreError:
                 raise
             except Exception as cause:
-                msg = f"{self.where}, chunk {shard} is damaged ({cause}); "
-                raise StoreError(msg + "delete it and run the same command again to repair it") from cause
+                raise self._damaged(shard, f"is damaged ({cause})") from cause
             for position, values in zip(wanted, found, strict=True):
                 self.place(position, values)
 
@@ -321,7 +343,7 @@ class _Reading:
     async def _pieces(self, shard: Position, wanted: list[Position]) -> list[Buffer | None]:
         """Return the encoded chunks of a shard; none for one that its index says is absent."""
         tail = SuffixByteRequest(self._index_codecs.compute_encoded_size(16 * math.prod(self.per_shard), self._spec))
-        whole = len(wanted) == self._chunks_of(shard)
+        whole = len(wanted) == len(chunks_of(self.array, shard))
         sent = await self._get(shard, None if whole else tail)
         index = await self._index(sent[-tail.suffix :])
         self.reads.touched += tail.suffix
@@ -332,11 +354,6 @@ class _Reading:
         runs = merged(known, SPARE * sum(stop - start for start, stop in known))
         bodies = await asyncio.gather(*(self._range(shard, run) for run in runs))
         return [None if span is None else _within(runs, bodies, span) for span in spans]
-
-    def _chunks_of(self, shard: Position) -> int:
-        """Return how many chunks of a shard lie inside the array."""
-        grid = (-(-n // c) for n, c in zip(self.array.shape, self.array.chunks, strict=True))
-        return math.prod(min(k, n - s * k) for s, k, n in zip(shard, self.per_shard, grid, strict=True))
 
     async def _index(self, data: Buffer) -> np.ndarray:
         """Return a shard's index, checked: (chunks along each axis, offset and length) uint64."""
@@ -356,9 +373,11 @@ class _Reading:
         key = f"{self.array.path}/{self.array.metadata.encode_chunk_key(shard)}".lstrip("/")
         sent = await _ask(self.array.store, key, f"{self.where}, chunk {shard}", self.reads, part)
         if sent is None:
-            msg = f"{self.where}, chunk {shard} is missing; run the same command again to repair it"
-            raise StoreError(msg)
+            raise self._damaged(shard, "is missing")
         return sent
+
+    def _damaged(self, shard: Position, how: str) -> DamagedError:
+        return self.where.damaged(f", chunk {shard} {how}", self.array.metadata.encode_chunk_key(shard))
 
 
 def _within(runs: Sequence[Span], bodies: Sequence[Buffer], span: Span) -> Buffer:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ndreamer_dist.errors import NDreamerError, SettingsError, printable
+from ndreamer_dist.errors import NDreamerError, SettingsError, StoreError, printable
 from ndreamer_dist.settings import parse_assignments, read_yaml
 from ndreamer_dist.watching import Lines
 
@@ -237,6 +237,29 @@ def info(
     from ndreamer_dist.demo import describe
 
     print(describe(run_directory))
+
+
+@app.command()
+def check(
+    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or its URL.")],
+    mend: Annotated[bool, typer.Option("--mend", help="Remove what is damaged, for `run` to make it again.")] = False,
+    assignments: Set = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to run on.")] = None,
+) -> None:
+    """Read all that a run has made and name what is damaged or missing; exit code 2 where anything is."""
+    from ndreamer_dist.checking import check as check_run
+
+    found = check_run(run_directory, mend=mend, settings=_overrides(assignments, {"run.address": address}))
+    for line in found.damage:
+        print(printable(line))
+    if found.damage:
+        what = "what was damaged is removed" if mend else "--mend removes what is damaged"
+        msg = (
+            f"{len(found.damage)} of {found.files} files of {found.url} are damaged or missing; {what}, and the run's own "
+            "command makes it again"
+        )
+        raise StoreError(msg)
+    print(f"{found.url}: {found.files} files, {found.bytes / 1e6:.1f} MB, all as they were written")
 
 
 @app.command()

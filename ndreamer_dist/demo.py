@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,12 +17,13 @@ from tqdm.auto import tqdm
 
 from ndreamer_dist import keys
 from ndreamer_dist.datasets import CELL_TYPE, CONDITION, DONOR, Truth, load_truth, simulate, truth_path
-from ndreamer_dist.errors import StoreError, printable, shown
+from ndreamer_dist.errors import DamagedError, StoreError, printable, shown
 from ndreamer_dist.metering import stage_costs
 from ndreamer_dist.pipeline import run
 from ndreamer_dist.recovery import Recovery, recovery
 from ndreamer_dist.results.reader import Results, open_results
 from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.sealed import unseal
 from ndreamer_dist.storage import open_storage
 
 SILENT_SECONDS = 60.0
@@ -102,12 +102,17 @@ def _progress(run: RunDirectory) -> str:
     """Say how far an unfinished run is; two requests, whatever the number of shards."""
     done = Counter(name.split("/")[1] for name in run.storage.list(keys.DONE))
     written = run.storage.read_if_there(keys.PROGRESS)
-    told: dict[str, Any] = json.loads(written) if written else {}
+    told: dict[str, Any] = {}
+    damage = []
+    try:
+        told = unseal(written or b"{}", f"{run.url}/{keys.PROGRESS}")
+    except DamagedError as error:
+        damage = ["", f"{error.what}; the `run` command writes it anew"]
     silent = time.time() - told.get("seen", 0.0)
     state = "under way" if silent < SILENT_SECONDS else "not finished; the same `run` command goes on"
     lines = [f"{run.url}: {state}", "", f"{'stage':<12}{'shards done':>12}"]
     lines += [f"{stage:<12}{done[stage]:>12}" for stage in keys.STAGES]
-    return "\n".join([*lines, *(_stage_lines(told, silent) if told else [])]) + _costs(run)
+    return "\n".join([*lines, *damage, *(_stage_lines(told, silent) if told else [])]) + _costs(run)
 
 
 def _costs(run: RunDirectory) -> str:

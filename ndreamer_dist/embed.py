@@ -7,7 +7,6 @@ adds these in block order and diagonalises one (z, z) matrix; a second round of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ from ndreamer_dist.errors import StoreError
 from ndreamer_dist.model.network import NDreamerNetwork
 from ndreamer_dist.rundir import RunDirectory, Shard, begin_stage, run_task
 from ndreamer_dist.runtime import Runtime, with_threads
+from ndreamer_dist.sealed import WEIGHTS_DIGEST, digest, read_model, seal
 from ndreamer_dist.settings import CodeChoice, ModelSettings, Settings
 from ndreamer_dist.storage import Storage, create_array, ensure_array, read_array, shard_files, write_array, write_part
 
@@ -54,14 +54,14 @@ class TrainedModel:
     @classmethod
     def load(cls, storage: Storage, device: str = "cpu") -> TrainedModel:
         """Load `model/` of a run directory; nothing else of the run is needed."""
-        told = json.loads(storage.read(keys.MODEL_JSON))
+        told, weights = read_model(storage)
         network = NDreamerNetwork(
             genes=len(told["genes"]),
             conditions=len(told["conditions"]),
             batch_levels=tuple(len(levels) for levels in told["batch_levels"]),
             settings=ModelSettings.model_validate(told["settings"]),
         )
-        network.load_state_dict(load_tensors(storage.read(keys.MODEL_WEIGHTS)))
+        network.load_state_dict(load_tensors(weights))
         names = tuple(told["genes"]), tuple(told["conditions"]), tuple(tuple(b) for b in told["batch_levels"])
         return cls(network.to(device).eval(), *names)
 
@@ -113,8 +113,9 @@ def save_model(storage: Storage, network: NDreamerNetwork, packed: Packed, setti
         "output": "mu, the effect-modifier embedding (cells, latent)",
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    storage.write_atomic(keys.MODEL_WEIGHTS, save_tensors(tensors))
-    storage.write_atomic(keys.MODEL_JSON, json.dumps(told, indent=1).encode())
+    weights = save_tensors(tensors)
+    storage.write_atomic(keys.MODEL_WEIGHTS, weights)
+    storage.write_atomic(keys.MODEL_JSON, seal(told | {WEIGHTS_DIGEST: digest(weights)}))
 
 
 def run_embed(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 LONGEST_NAME = 80
 """Characters of a name that a message shows."""
+MEND = "`ndreamer-dist check DIR --mend` removes what is damaged in a run, and its `run` command makes that again"
+"""What to do about a damaged file, where the run's own driver is not there to do it."""
 MOST_COMPARED = 20_000
 """Names that are looked at for one that was meant."""
 
@@ -29,6 +31,32 @@ class CohortError(NDreamerError, ValueError):
 
 class StoreError(NDreamerError, RuntimeError):
     """A store is missing, truncated or damaged; the message names store, array and chunk."""
+
+
+class DamagedError(StoreError):
+    """A file that a run made is damaged or missing.
+
+    Parameters
+    ----------
+    what
+        Names the file, or store, array and chunk, and what is wrong.
+    url
+        The file's address.
+    advice
+        What to do; added to the message.
+    """
+
+    def __init__(self, what: str, url: str, advice: str = MEND) -> None:
+        super().__init__(what, url, advice)  # all of them, so that it can be pickled
+        self.what, self.url, self.advice = what, url, advice
+
+    @classmethod
+    def of(cls, url: str, why: object) -> DamagedError:
+        """Return the error that a file is damaged, and how that is known."""
+        return cls(f"{url} is damaged ({why})", url)
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.advice}"
 
 
 class RunError(NDreamerError, RuntimeError):

@@ -115,6 +115,13 @@ PUBLISHED_PCA: Final = "X_effect_modifier_space_PCA"
 PUBLISHED_ORDER: Final = "original_order"
 
 
+MADE: Final = (
+    PACKED, EMBEDDING, MATCHES, RESULTS, MODEL_DIR, COHORT_DIR, DROPPED,
+    MATCH_SUMMARY.partition("/")[0], DONE,
+)  # fmt: skip
+"""What a run makes in its directory, besides logs and checkpoints, and makes again where a file of it is gone."""
+
+
 def block_name(index: int) -> str:
     """Return the name of a row block, a group or a shard: its number in five digits, so that names sort."""
     return f"{index:05d}"

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +179,22 @@ def metered(run: RunDirectory, stage: str, cells: int = 0, promised: int | None 
     storage.write_atomic(keys.STAGES_LOG, before + (json.dumps(facts) + "\n").encode())
 
 
+def _stage_lines(run: RunDirectory) -> Iterator[dict[str, Any]]:
+    """Give the lines of logs/stages.jsonl; a damaged one is left out, since it holds times and no results."""
+    for line in (run.storage.read_if_there(keys.STAGES_LOG) or b"").splitlines():
+        with suppress(ValueError, TypeError):
+            told = dict(json.loads(line))
+            if "stage" in told:
+                yield told
+
+
 def stage_costs(run: RunDirectory) -> pd.DataFrame:
     """Return what the finished stages of a run cost, a row each in their order, from logs/stages.jsonl.
 
     A call that finds a stage finished logs it with next to no time, so the longest line of a stage is its own. Of a
     stage that was interrupted this is the call that finished it.
     """
-    lines = [json.loads(line) for line in (run.storage.read_if_there(keys.STAGES_LOG) or b"").splitlines()]
+    lines = list(_stage_lines(run))
     rows = []
     for stage in keys.STAGES:
         own = [line for line in lines if line["stage"] == stage]

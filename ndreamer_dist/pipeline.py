@@ -26,7 +26,7 @@ from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.scan import decide_values
 from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_source
 from ndreamer_dist.embed import run_embed, run_pca
-from ndreamer_dist.errors import RunError, SettingsError, suggest
+from ndreamer_dist.errors import DamagedError, RunError, SettingsError, suggest
 from ndreamer_dist.forecast import Plan, plan_of
 from ndreamer_dist.match.effects import run_effects
 from ndreamer_dist.match.search import add_edges, match_facts, run_match
@@ -335,8 +335,8 @@ def _check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> 
         return
     if fresh:
         return
-    before = run.read_json(keys.RUN_JSON)
-    if before["input"] != dict(told) and run.storage.list(keys.DONE):
+    before = _before(run)
+    if before is not None and before["input"] != dict(told) and run.storage.list(keys.DONE):
         msg = f"{run.url} holds a run of another input; choose another --out, or start over there with --fresh"
         raise RunError(msg)
 
@@ -354,8 +354,8 @@ def _claim(
     if fresh:
         _delete_run(run)
     stage_key = stage_keys(settings, told)
-    if run.storage.exists(keys.RUN_JSON):
-        before = run.read_json(keys.RUN_JSON)
+    before = _before(run, redo=redo)
+    if before is not None:
         changed = [stage for stage in keys.STAGES if before["keys"].get(stage) != stage_key[stage]]
         stale = [stage for stage in changed if run.storage.list(f"{keys.DONE}/{stage}")]
         if stale and not redo:
@@ -375,6 +375,19 @@ def _claim(
         },
     )
     return stage_key
+
+
+def _before(run: RunDirectory, *, redo: bool = True) -> dict[str, Any] | None:
+    """Return what run.json says; none where it is not there, or damaged and `redo` lets it be written anew."""
+    if not run.storage.exists(keys.RUN_JSON):
+        return None
+    try:
+        return run.read_json(keys.RUN_JSON)
+    except DamagedError as error:
+        if redo:
+            return None
+        msg = f"{error.what}; --redo writes it anew, and runs again only what was made with other settings"
+        raise RunError(msg) from error
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], stages: Sequence[str]) -> list[str]:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -27,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from ndreamer_dist import keys, watching
-from ndreamer_dist.errors import RunError, StoreError
+from ndreamer_dist.errors import DamagedError, RunError, StoreError
 from ndreamer_dist.remote import hurry
+from ndreamer_dist.sealed import seal, unseal
 from ndreamer_dist.settings import Settings, canonical_json
 from ndreamer_dist.storage import Storage, open_storage
 
@@ -133,13 +136,13 @@ class RunDirectory:
         """The last part of the address."""
         return self.url.rpartition("/")[2]
 
-    def read_json(self, name: str) -> Any:
-        """Return a JSON file's content."""
-        return json.loads(self.storage.read(name))
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file's content; `DamagedError` where it is not what was written."""
+        return unseal(self.storage.read(name), f"{self.url}/{name}")
 
-    def write_json(self, name: str, value: object) -> None:
-        """Write a JSON file, whole or not at all."""
-        self.storage.write_atomic(name, json.dumps(value, indent=1, sort_keys=True).encode())
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all, with its checksum."""
+        self.storage.write_atomic(name, seal(value))
 
     def free_disk(self) -> int:
         """Return the bytes that may be written here, those of what is there already included."""
@@ -215,16 +218,67 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the directory's one lock; `RunError` where another live process holds it."""
         self.refuse_read_only()
-        with _file_lock(self.storage) if self.storage.is_local else _lease(self.storage):
+        with _file_lock(self.storage) if self.storage.is_local else _lease(self.storage), self._mending():
             yield
+
+    @contextmanager
+    def _mending(self) -> Iterator[None]:
+        """Remove a file of this directory that turns out to be damaged, so that the same command makes it again."""
+        try:
+            yield
+        except DamagedError as error:
+            if not error.url.startswith(f"{self.url}/"):
+                raise
+            self.remove_damaged(error.url.removeprefix(f"{self.url}/"))
+            raise DamagedError(error.what, error.url, "the same command makes it again") from error
+
+    def remove_damaged(self, name: str) -> None:
+        """Remove a damaged file that the run made, with what else must go so that the run makes it again.
+
+        A checkpoint goes with all of its training's, and an array's metadata, which some stages write only where there
+        is work, with a chunk of the array. What the run did not make stays.
+        """
+        top = name.partition("/")[0]
+        if name.startswith(f"{keys.ROWS}/"):
+            self.storage.delete(keys.ROWS)
+            self.unmark(keys.STAGE_ROWS)
+        elif top == keys.TRAIN_DIR:
+            self.storage.delete(keys.TRAIN_DIR)
+        elif top in keys.MADE:
+            file = ArrayFile.of(name)
+            # A chunk that never was is one that damaged metadata asks for.
+            if file and (file.chunk is None or not self.storage.exists(name)):
+                array = f"{file.store}/{file.array}"
+                chunks = (other for other in self.storage.list(array) if not other.endswith("zarr.json"))
+                for other in (f"{array}/zarr.json", *itertools.islice(chunks, 1)):
+                    self.storage.delete_file(other)
+            self.storage.delete_file(name)
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """A file of an array of a run, by its name below the run directory; no chunk: its metadata."""
+
+    store: str
+    array: str
+    chunk: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, name: str) -> ArrayFile | None:
+        """Return what a name means; none for a file of no array."""
+        found = re.fullmatch(r"([^/]+\.zarr)/(.+?)/(zarr\.json|c((?:/\d+)*))", name)
+        if found is None:
+            return None
+        place = None if found[4] is None else tuple(int(part) for part in found[4].split("/")[1:])
+        return cls(found[1], found[2], place)
 
 
 def _is_done(key: str, shard: Shard, told: bytes | None, sizes: Mapping[str, int]) -> bool:
     """Return whether a shard's marker is one of this key, and the files that it lists have the sizes it lists."""
     try:
-        marker = dict(json.loads(told or b"{}"))
+        marker = unseal(told or b"{}", "")
         files = dict(marker.get("files", {}))
-    except (ValueError, TypeError):
+    except (DamagedError, ValueError, TypeError):
         return False
     whole = all(sizes.get(path) == size for path, size in files.items())
     return bool(marker.get("key") == key and set(files) == set(shard.files) and whole)

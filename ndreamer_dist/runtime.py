@@ -240,9 +240,16 @@ def _unwrapped(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, NDreamerError | OSError):
-            raise error.cause from None
-        raise
+        raise own_cause(error) or error from None
+
+
+def own_cause(error: BaseException) -> Exception | None:
+    """Return what a task or a worker raised on purpose, without Ray's wrapping; none where it is another failure."""
+    import ray
+
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not error:
+        error = error.cause
+    return error if isinstance(error, NDreamerError | OSError) else None
 
 
 @contextmanager

@@ -8,12 +8,13 @@ array and chunk, never a wrong number.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,11 +32,13 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 
-from ndreamer_dist.chunks import HttpStore, Position, Reads, count, read_chunks
-from ndreamer_dist.errors import StoreError, has_controls
+from ndreamer_dist.chunks import HttpStore, Place, Position, Reads, count, read_chunks
+from ndreamer_dist.errors import DamagedError, StoreError, has_controls
 from ndreamer_dist.ranged import RangedFile
 from ndreamer_dist.remote import ABSENT, RemoteStore, alone, options, patiently, reason, short_limit, upload_limit
 
+METADATA_SEAL = "ndreamer_sha256"
+"""Attribute of arrays that are ours alone: the checksum of their metadata."""
 COMPRESSORS = (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec())
 """Codec chain of our arrays. The checksum comes last, so it covers the very bytes that are stored.
 
@@ -162,12 +165,20 @@ class Storage:
 
     def read_if_there(self, name: str) -> bytes | None:
         """Return a file's bytes; none where there is no such file."""
-        try:
-            data = bytes(self._ask(name, "read", "cat_file", self.path(name)))
-        except ABSENT:
-            data = None
+        data = self._fetched(name)
         count(Reads(requests=1, bytes=len(data or b"")))
         return data
+
+    def _fetched(self, name: str) -> bytes | None:
+        """Return a file's bytes, uncounted; none where there is no such file."""
+        try:
+            return bytes(self._ask(name, "read", "cat_file", self.path(name)))
+        except ABSENT:
+            return None
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """Return the metadata of an array, uncounted as when zarr asks for it; `FileNotFoundError` where there is none."""
+        return metadata_of(self._fetched(f"{name}/zarr.json"))
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
         """Return the bytes of those of some files that are there, read side by side."""
@@ -339,9 +350,8 @@ class ConsolidatedStorage(Storage):
         found = self.read_if_there("zarr.json")
         try:
             return None if found is None else dict(json.loads(found))
-        except ValueError as error:
-            msg = f"{self.url}/zarr.json is damaged ({error})"
-            raise StoreError(msg) from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DamagedError.of(self.url + "/zarr.json", error) from error
 
     @property
     def nodes(self) -> dict[str, dict[str, Any]]:
@@ -389,6 +399,8 @@ def create_array(
         The store and the array's path in it. No parent's metadata is touched, so the root stays unmade until the end.
     chunks, shards
         Shapes of the unit of reading and of the unit of writing (whole chunks; none: a chunk is its own shard).
+    attributes
+        Of an array that other tools read or change too; none: it is ours alone, and its metadata carries a checksum.
     """
     if storage.is_local:  # on object storage, where each look costs, what stood there is written over or not read
         storage.delete(name)
@@ -417,7 +429,34 @@ def _metadata(
         attributes=attributes,
         zarr_format=3,
     )
-    return bytes(files["zarr.json"].to_bytes())
+    if attributes is not None:
+        return bytes(files["zarr.json"].to_bytes())
+    told = json.loads(files["zarr.json"].to_bytes())
+    told["attributes"][METADATA_SEAL] = metadata_digest(told)
+    return json.dumps(told, indent=2).encode()
+
+
+def metadata_digest(told: Mapping[str, Any]) -> str:
+    """Return the checksum of an array's metadata, itself left out."""
+    own = {name: value for name, value in told.get("attributes", {}).items() if name != METADATA_SEAL}
+    text = json.dumps({**told, "attributes": own}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def metadata_of(data: bytes | None) -> dict[str, Any]:
+    """Return the metadata that a `zarr.json` holds; `FileNotFoundError` where there is none."""
+    if data is None:
+        msg = "there is no zarr.json"
+        raise FileNotFoundError(msg)
+    return dict(json.loads(data))
+
+
+def opened_with(told: Mapping[str, Any], where: StorePath) -> AsyncArray[Any]:
+    """Open an array by its metadata, which must be what was written; `ValueError` where it is not."""
+    if told.get("attributes", {}).get(METADATA_SEAL, "") not in ("", metadata_digest(told)):
+        msg = "the metadata's checksum is that of another content"
+        raise ValueError(msg)
+    return AsyncArray(ArrayV3Metadata.from_dict(dict(told)), where)
 
 
 def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
@@ -480,16 +519,22 @@ def open_array(storage: Storage, name: str, *, mode: str = "r") -> zarr.Array[An
     try:
         store = _Unseen(storage.store(name)) if mode == "w" else storage.store(name, read_only=mode == "r")
         known = storage.node(name) if mode == "r" else None
-        if known is not None:
-            return zarr.Array(AsyncArray(ArrayV3Metadata.from_dict(known), StorePath(store)))
-        # Without the format it is looked for in format 2 as well.
-        array = zarr.open_array(store, mode="r" if mode == "r" else "r+", zarr_format=3)
-        return _writable(array)
+        if known is None:
+            known = storage.metadata(name)
+        array = zarr.Array(opened_with(known, StorePath(store)))
+        return array if mode == "r" else _writable(array)
     except StoreError:
         raise
     except Exception as error:
-        msg = f"{storage.url}: array '{name}' cannot be opened ({type(error).__name__}: {error})"
-        raise StoreError(msg) from error
+        raise unopened(Place(storage.url, name), error) from error
+
+
+def unopened(where: Place, error: Exception) -> StoreError:
+    """Return what to raise where an array cannot be opened: its metadata is damaged, or may not be read."""
+    what = f" cannot be opened ({type(error).__name__}: {error})"
+    if isinstance(error, OSError) and not isinstance(error, ABSENT):
+        return StoreError(f"{where}{what}")
+    return where.damaged(what, "zarr.json")
 
 
 def _writable(array: zarr.Array[Any]) -> zarr.Array[Any]:
@@ -532,7 +577,7 @@ def read_array(
         here = tuple(slice(a - p * n, b - p * n) for (a, b), p, n in zip(cuts, position, array.chunks, strict=True))
         values[there] = chunk[here]
 
-    read_chunks(array, f"{storage.url}: array '{name}'", _touched(spans, array.chunks), place)
+    read_chunks(array, Place(storage.url, name), _touched(spans, array.chunks), place)
     return values
 
 

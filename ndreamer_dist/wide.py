@@ -22,7 +22,7 @@ import pandas as pd
 
 from ndreamer_dist import keys, promise
 from ndreamer_dist.cohort.pack import run_pack
-from ndreamer_dist.cohort.packed import Packed, table_bytes
+from ndreamer_dist.cohort.packed import Packed, write_tables
 from ndreamer_dist.cohort.scan import frame_of_cells
 from ndreamer_dist.errors import RunError, StoreError
 from ndreamer_dist.match.effects import pending_shards, write_shards
@@ -196,10 +196,9 @@ def _prepare_cohort(directory: RunDirectory, origin: Results, given: GivenExpres
     cells = frame_of_cells(given.input_row[order], design.group_of(order), totals[order])
     genes = pd.DataFrame({"name": source.gene_names.to_numpy(dtype=object), "selected": True})
     directory.write_json(keys.DESIGN_JSON, design.to_json())
-    directory.storage.write_atomic(keys.GENES_TABLE, table_bytes(genes))
-    directory.storage.write_atomic(keys.CELLS_TABLE, table_bytes(cells))
+    digests = write_tables(directory, {keys.GENES_TABLE: genes, keys.CELLS_TABLE: cells})
     directory.write_json(keys.COHORT_SUMMARY, {"normalise": "none" if given.totals is None else "counts"})
-    directory.mark(keys.STAGE_COHORT, key, Shard("all", TABLES))
+    directory.mark(keys.STAGE_COHORT, key, Shard("all", TABLES), digests)
 
 
 def _write(

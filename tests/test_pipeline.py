@@ -133,21 +133,6 @@ def test_a_flipped_bit_in_any_array_is_an_error_that_names_its_chunk(run: Path, 
         file.write_bytes(whole)
 
 
-def test_damage_stops_the_stage_that_meets_it_and_deleting_the_chunk_repairs_it(
-    cohort: Path, finished: Path, run: Path
-) -> None:
-    chunk = run / keys.PACKED / "X/00001/data/c/0"
-    damaged = bytearray(chunk.read_bytes())
-    damaged[100] ^= 4
-    chunk.write_bytes(damaged)
-    shutil.rmtree(run / keys.DONE / keys.STAGE_EFFECTS)
-    with pytest.raises(StoreError, match=r"packed\.zarr: array 'X/00001/data', chunk \(0,\) is damaged"):
-        again(cohort, run)
-    chunk.unlink()
-    again(cohort, run)
-    assert_same_bits(finished, run)
-
-
 def test_other_result_settings_are_refused_and_redone_on_request(cohort: Path, run: Path) -> None:
     kept = (run / keys.MODEL_WEIGHTS).stat().st_mtime_ns
     change = {"match.neighbours": 3}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import pytest
 from ndreamer_dist import keys, rundir
 from ndreamer_dist.errors import RunError
 from ndreamer_dist.rundir import RunDirectory, Shard, begin_stage, run_task, stage_keys
+from ndreamer_dist.sealed import unseal
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage import open_storage
 
@@ -28,7 +28,7 @@ def test_a_marked_shard_is_done(tmp_path: Path) -> None:
     run = RunDirectory.at(tmp_path)
     shards = [write_shard(run, "a"), Shard("b", ("store/b",))]
     assert [shard.name for shard in run.pending("stage", "key", shards)] == ["b"]
-    marker = json.loads((tmp_path / "done/stage/a.json").read_text())
+    marker = unseal((tmp_path / "done/stage/a.json").read_bytes(), "a")
     assert marker == {"key": "key", "attempt": 0, "bytes": 5, "files": {"store/a": 5}}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def assert_same_bits(first: Path, second: Path, stores: tuple[str, ...] = STORES
             same = np.array_equal(values, kept, equal_nan=values.dtype.kind == "f")
             assert same, f"{store}/{name} differs"
             assert values.dtype == kept.dtype
+
+
+def undone(reference: Path, copy: Path, stage: str) -> Path:
+    """Copy a finished run as it was before a stage."""
+    shutil.copytree(reference, copy)
+    for later in keys.STAGES[keys.STAGES.index(stage) :]:
+        shutil.rmtree(copy / keys.DONE / later)
+    (copy / keys.RESULTS / "zarr.json").unlink()
+    (copy / keys.LOCK).unlink(missing_ok=True)  # in object storage it would be a lease
+    return copy
 
 
 def dense(values: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, build_design, group_sizes, pair_codes, report_design
-from ndreamer_dist.cohort.packed import table_bytes
+from ndreamer_dist.cohort.packed import write_tables
 from ndreamer_dist.cohort.scan import Recipe, Scan, Values, decide_values, frame_of_cells, scan
 from ndreamer_dist.cohort.source import MemoryMatrix, Source
 from ndreamer_dist.cohort.transpose import rows_first
@@ -63,8 +63,8 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     genes = _selected(source, found, design, groups, pairs, genes_left, kept_genes, settings.hvg)
     notes = _report(source, cohort, design, keep, reasons)
     summary = _summary(cohort, values, design, reasons, genes, notes)
-    _write(run, source, design, groups, found, genes, reasons, summary)
-    run.mark(keys.STAGE_COHORT, key, shard)
+    digests = _write(run, source, design, groups, found, genes, reasons, summary)
+    run.mark(keys.STAGE_COHORT, key, shard, digests)
     return design
 
 
@@ -335,7 +335,8 @@ def _write(
     genes: pd.DataFrame,
     reasons: np.ndarray,
     summary: dict[str, Any],
-) -> None:
+) -> dict[str, str]:
+    """Write what the stage has found; return the checksums of its tables."""
     rows = np.flatnonzero(groups >= 0)
     gone = np.flatnonzero(groups < 0)
     cells = frame_of_cells(rows, groups[rows], found.totals[rows])
@@ -344,7 +345,5 @@ def _write(
         {"name": "string", "reason": "string"}
     )
     run.write_json(keys.DESIGN_JSON, design.to_json())
-    run.storage.write_atomic(keys.GENES_TABLE, table_bytes(genes))
-    run.storage.write_atomic(keys.CELLS_TABLE, table_bytes(cells))
-    run.storage.write_atomic(keys.DROPPED, table_bytes(dropped))
     run.write_json(keys.COHORT_SUMMARY, summary)
+    return write_tables(run, {keys.GENES_TABLE: genes, keys.CELLS_TABLE: cells, keys.DROPPED: dropped})

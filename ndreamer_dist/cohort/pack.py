@@ -20,7 +20,7 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import task_matrix
-from ndreamer_dist.cohort.packed import Packed, csr_files, read_table, write_csr
+from ndreamer_dist.cohort.packed import COHORT_MARKER, Packed, csr_files, read_table, write_csr
 from ndreamer_dist.cohort.scan import Span, Values, chunks_of, normalised, spans_of
 from ndreamer_dist.cohort.source import Matrix, Source
 from ndreamer_dist.cohort.transpose import drop_rows
@@ -85,7 +85,7 @@ def run_pack(run: RunDirectory, settings: Settings, source: Source, runtime: Run
         run.unmark(keys.STAGE_PACK)
         packed.storage.delete(keys.PACKED_X)
         packed.storage.delete(keys.PACKED_INPUT_ROW)
-    cells = read_table(run.storage, keys.CELLS_TABLE)
+    cells = read_table(run, keys.CELLS_TABLE)
     order = packed_order(packed.design, cells["group"].to_numpy(), settings.seed)
     if head in todo:
         write_array(packed.storage, keys.PACKED_INPUT_ROW, cells["input_row"].to_numpy(dtype=np.int64)[order])
@@ -143,7 +143,7 @@ def _start_dealing(
     spans = spans_of(source.n_cells)
     lost = {shard.task for shard in missing}
     partitions = [p for p in partitions_of(packed.n_blocks, source.nnz, len(spans)) if lost.intersection(p)]
-    selected = read_table(run.storage, keys.GENES_TABLE)["selected"].to_numpy(dtype=bool)
+    selected = read_table(run, keys.GENES_TABLE)["selected"].to_numpy(dtype=bool)
     dealing = Dealing(
         columns=np.where(selected, np.cumsum(selected) - 1, -1).astype(np.int32),
         n_columns=packed.n_genes,
@@ -151,7 +151,7 @@ def _start_dealing(
         edges=tuple((packed.block_range(p[0])[0], packed.block_range(p[-1])[1]) for p in partitions),
         chunk_rows=settings.cohort.chunk_rows,
     )
-    cohort_key = run.read_json(f"{keys.DONE}/{keys.STAGE_COHORT}/all.json")["key"]
+    cohort_key = run.read_json(COHORT_MARKER)["key"]
     shared = runtime.put(dealing), runtime.put(task_matrix(run, source, runtime, cohort_key))
     handles = [
         runtime.submit(deal_span, SpanTask(*parts, *shared), returns=len(partitions))

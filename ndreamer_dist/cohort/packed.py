@@ -9,6 +9,7 @@ rows are sorted by group. Inside a group the order is a seeded random permutatio
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +21,11 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.sealed import check_digest, digest
 from ndreamer_dist.storage import Storage, read_array, shard_files, write_array
+
+COHORT_MARKER = f"{keys.DONE}/{keys.STAGE_COHORT}/all.json"
+"""The one marker of the cohort stage."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Packed:
     def open(cls, run: RunDirectory, block_rows: int) -> Packed:
         """Open the packed cohort by what the cohort stage wrote."""
         design = Design.from_json(run.read_json(keys.DESIGN_JSON))
-        genes = read_table(run.storage, keys.GENES_TABLE)
+        genes = read_table(run, keys.GENES_TABLE)
         return cls(run, design, tuple(genes.loc[genes["selected"], "name"]), block_rows)
 
     @property
@@ -97,9 +102,21 @@ class Packed:
         return np.concatenate(parts)
 
 
-def read_table(storage: Storage, name: str) -> pd.DataFrame:
-    """Read a parquet table of the run directory."""
-    return pq.read_table(io.BytesIO(storage.read(name))).to_pandas()
+def read_table(run: RunDirectory, name: str) -> pd.DataFrame:
+    """Read a parquet table that the cohort stage wrote; `DamagedError` where it is not what was written."""
+    told = run.read_json(COHORT_MARKER).get("facts", {}) if run.storage.exists(COHORT_MARKER) else {}
+    data = check_digest(run.storage.read(name), told.get(name), f"{run.url}/{name}")
+    return pq.read_table(io.BytesIO(data)).to_pandas()
+
+
+def write_tables(run: RunDirectory, tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    """Write parquet tables of the cohort stage, by name; return their checksums, the facts of its marker."""
+    digests = {}
+    for name, table in tables.items():
+        data = table_bytes(table)
+        run.storage.write_atomic(name, data)
+        digests[name] = digest(data)
+    return digests
 
 
 def table_bytes(table: pd.DataFrame) -> bytes:

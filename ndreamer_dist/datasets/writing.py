@@ -25,7 +25,9 @@ class _Column:
 
     def __init__(self, storage: Storage, name: str, dtype: Any, chunk: int, attributes: dict[str, Any] | None) -> None:
         fill: Any = "" if dtype == "string" else 0
-        create_array(storage, name, shape=(0,), dtype=dtype, chunks=(chunk,), fill_value=fill, attributes=attributes)
+        create_array(
+            storage, name, shape=(0,), dtype=dtype, chunks=(chunk,), fill_value=fill, attributes=attributes or {}
+        )
         self._array = open_array(storage, name, mode="r+")
         self._chunk, self._written, self._held = chunk, 0, 0
         self._parts: list[NDArray[Any]] = []

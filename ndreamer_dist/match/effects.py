@@ -317,6 +317,6 @@ def times_matched(target: Group, matches: Matches, design: Design) -> np.ndarray
 
 def cell_totals(packed: Packed) -> np.ndarray:
     """Return the counts that each cell's expression was scaled by: (cells,) float64, in packed order."""
-    cells = read_table(packed.run.storage, keys.CELLS_TABLE)
+    cells = read_table(packed.run, keys.CELLS_TABLE)
     places = np.searchsorted(cells["input_row"].to_numpy(), packed.input_row)
     return cells["total"].to_numpy(dtype=np.float64)[places]

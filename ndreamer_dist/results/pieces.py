@@ -16,7 +16,7 @@ import zarr
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.chunks import Position, read_chunks, read_files
+from ndreamer_dist.chunks import Place, Position, read_chunks, read_files
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.results.store import ROOT, memory_store
 from ndreamer_dist.storage import ConsolidatedStorage, Storage, open_array, touched_shards
@@ -42,7 +42,7 @@ def read_dense(
         (there, inner), (beside, within) = down[position[0]], across[position[1]]
         values[_crossed(there, beside)] = chunk[_crossed(inner, within)]
 
-    read_chunks(array, f"{storage.url}: array '{name}'", itertools.product(down, across), place)
+    read_chunks(array, Place(storage.url, name), itertools.product(down, across), place)
     return values
 
 
@@ -103,7 +103,7 @@ def _read_stretches(storage: Storage, name: str, starts: np.ndarray, stops: np.n
         inner = np.repeat(first - low - ends[:-1], last - first) + np.arange(ends[-1])
         values[begin : begin + len(inner)] = chunk[inner]
 
-    read_chunks(array, f"{storage.url}: array '{name}'", _held(starts, stops, size), place)
+    read_chunks(array, Place(storage.url, name), _held(starts, stops, size), place)
     return values
 
 
@@ -140,10 +140,8 @@ def read_element(storage: Storage, name: str) -> Any:
     for file, data in zip(chunks, read_files(storage.store(read_only=True), storage.url, list(chunks)), strict=True):
         if data is None:
             array, position = chunks[file]
-            msg = (
-                f"{storage.url}: array '{array}', chunk {position} is missing; run the same command again to repair it"
-            )
-            raise StoreError(msg)
+            how = f", chunk {position} is missing"
+            raise Place(storage.url, array).damaged(how, file.removeprefix(f"{array}/"))
         files[file] = data
     root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
     try:
@@ -180,8 +178,6 @@ def _named_damage(storage: Storage, name: str, root: zarr.Group, error: Exceptio
                 try:
                     member[part]
                 except Exception as cause:  # noqa: BLE001 - whatever the codec says of this chunk is the finding
-                    return StoreError(
-                        f"{storage.url}: array '{member.path}', chunk {position} is damaged ({cause}); "
-                        "delete it and run the same command again to repair it"
-                    )
+                    file = member.metadata.encode_chunk_key(position)
+                    return Place(storage.url, member.path).damaged(f", chunk {position} is damaged ({cause})", file)
     return StoreError(f"{storage.url}: '{name}' cannot be read ({type(error).__name__}: {error})")

@@ -25,6 +25,7 @@ from ndreamer_dist.cohort.design import Group
 from ndreamer_dist.errors import QueryError, listing, suggest
 from ndreamer_dist.results.export import replaced, room_beside, save
 from ndreamer_dist.results.reader import Results, open_results
+from ndreamer_dist.sealed import read_model
 from ndreamer_dist.storage import Storage, open_array
 
 Part: TypeAlias = Literal["model", "space", "decomposition", "effects"]
@@ -92,10 +93,10 @@ def _write_model(results: Results, folder: Path) -> list[Path]:
     mappings = folder / keys.PUBLISHED_MAPPINGS
     mappings.write_text(json.dumps(_mappings(results), indent=1))
     written, run = [mappings], Storage(results.url.rpartition("/")[0])
-    for source, name in ((keys.MODEL_JSON, keys.PUBLISHED_MODEL), (keys.MODEL_WEIGHTS, keys.PUBLISHED_WEIGHTS)):
-        data = run.read_if_there(source)
-        if data is not None:
-            Storage(str(folder)).write_atomic(name, data)
+    if run.exists(keys.MODEL_JSON):
+        read_model(run)  # refuses what is damaged
+        for source, name in ((keys.MODEL_JSON, keys.PUBLISHED_MODEL), (keys.MODEL_WEIGHTS, keys.PUBLISHED_WEIGHTS)):
+            Storage(str(folder)).write_atomic(name, run.read(source))
             written.append(folder / name)
     return [*written, _stacked(results, folder / keys.PUBLISHED_PREPROCESSED, {})]
 

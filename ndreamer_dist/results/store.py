@@ -25,7 +25,7 @@ from zarr.storage import MemoryStore
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.errors import CohortError
+from ndreamer_dist.errors import CohortError, DamagedError
 from ndreamer_dist.results.rounding import FULL, Rounding
 from ndreamer_dist.rundir import RunDirectory, Shard
 from ndreamer_dist.settings import Settings, canonical_json
@@ -180,7 +180,7 @@ def annotation_shard(run: RunDirectory) -> Shard:
     if run.storage.exists(marker):
         try:
             files = tuple(run.read_json(marker)["files"])
-        except (ValueError, KeyError, TypeError):
+        except (DamagedError, ValueError, KeyError, TypeError):
             files = ()
     return Shard(ANNOTATIONS, files or (f"{keys.RESULTS}/{ROOT}",))
 

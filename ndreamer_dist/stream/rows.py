@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 from zarr.abc.store import Store
-from zarr.core.array import AsyncArray
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import StorePath
 
 from ndreamer_dist import keys
-from ndreamer_dist.chunks import Position, fetch_chunks
+from ndreamer_dist.chunks import Place, Position, fetch_chunks
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.errors import StoreError
+from ndreamer_dist.storage import metadata_of, opened_with, unopened
 
 CONCURRENT_BLOCKS = 8
 """Blocks under way at a time: enough to hide a remote store's latency, few enough to hold."""
@@ -134,12 +134,13 @@ class _Gathering:
     ) -> None:
         """Open an array of a block and hand over the chunks that `touched` tells for their size."""
         path = f"{keys.block_name(block)}/{name}"
-        where = f"{self.packed.storage.url}: array '{keys.PACKED_X}/{path}'"
+        where = Place(self.packed.storage.url, f"{keys.PACKED_X}/{path}")
         try:
-            array = await AsyncArray.open(StorePath(self.store, path))
+            found = await self.store.get(f"{path}/zarr.json", default_buffer_prototype())
+            told = metadata_of(None if found is None else found.to_bytes())
+            array = opened_with(told, StorePath(self.store, path))
         except Exception as error:
-            msg = f"{where} cannot be opened ({type(error).__name__}: {error})"
-            raise StoreError(msg) from error
+            raise unopened(where, error) from error
         await fetch_chunks(array, where, [(chunk,) for chunk in touched(array.chunks[0])], place)
 
 

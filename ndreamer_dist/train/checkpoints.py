@@ -7,7 +7,8 @@ of them at the same step: steps are counted alike everywhere, and of the minutes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ from ndreamer_dist import keys
 from ndreamer_dist.model.collectives import Collective
 from ndreamer_dist.settings import TrainSettings
 from ndreamer_dist.storage import Storage
+from ndreamer_dist.train.loop import STATE_FILE
 
 ASK_EVERY = 8
 """Steps between looks at the clock: each costs several workers one small sum."""
-STATE_FILE = "state.json"
-"""Written last: without it a checkpoint does not count."""
 
 
 class Schedule:
@@ -65,13 +65,21 @@ def save_serial(storage: Storage, step: int, files: dict[str, bytes]) -> None:
             storage.delete(old)
 
 
-def latest_serial(storage: Storage) -> dict[str, bytes] | None:
-    """Return the files of the serial runtime's last whole checkpoint, if there is one."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read of a checkpoint: its files by name, and where they lie."""
+
+    url: str
+    files: Mapping[str, bytes]
+
+
+def latest_serial(storage: Storage) -> Checkpoint | None:
+    """Return the serial runtime's last whole checkpoint, if there is one."""
     found = _complete(storage)
     if not found:
         return None
     names = storage.list(found[-1])
-    return {name.rpartition("/")[2]: storage.read(name) for name in names}
+    return Checkpoint(f"{storage.url}/{found[-1]}", {name.rpartition("/")[2]: storage.read(name) for name in names})
 
 
 def _complete(storage: Storage) -> list[str]:

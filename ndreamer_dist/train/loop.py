@@ -8,11 +8,10 @@ the optimiser and the number of steps done.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -28,9 +27,14 @@ from ndreamer_dist.model.codebooks import Quantised
 from ndreamer_dist.model.collectives import Collective, average_gradients
 from ndreamer_dist.model.losses import LossTerms, total_loss
 from ndreamer_dist.model.network import NDreamerNetwork
+from ndreamer_dist.sealed import check_digest, digest, seal, unseal
 from ndreamer_dist.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+
+STATE_FILE = "state.json"
+"""Of a checkpoint's files the one that holds the checksums of the others; written last: without it none counts."""
 
 
 class TrainingError(NDreamerError, RuntimeError):
@@ -68,15 +72,27 @@ class TrainState:
             for name, value in values.items()
         }
         weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        told = json.dumps({"step": self.step, "measures": self.measures, "perplexities": self.perplexities})
-        return {
-            "weights.safetensors": save_tensors(weights),
-            "optimiser.safetensors": save_tensors(moments),
-            "state.json": told.encode(),
-        }
+        files = {"weights.safetensors": save_tensors(weights), "optimiser.safetensors": save_tensors(moments)}
+        told = {"step": self.step, "measures": self.measures, "perplexities": self.perplexities}
+        told["files"] = {name: digest(data) for name, data in files.items()}
+        return files | {STATE_FILE: seal(told, indent=None)}
 
-    def load_bytes(self, files: dict[str, bytes]) -> None:
-        """Take up the state that `to_bytes` gave."""
+    def load_bytes(self, files: Mapping[str, bytes], where: str = "") -> None:
+        """Take up the state that `to_bytes` gave.
+
+        Parameters
+        ----------
+        where
+            Address of the checkpoint, for the error.
+
+        Raises
+        ------
+        DamagedError
+            A file is missing or not what was written.
+        """
+        told = unseal(files.get(STATE_FILE, b""), f"{where}/{STATE_FILE}")
+        for name, known in dict(told.get("files", {})).items():
+            check_digest(files.get(name, b""), known, f"{where}/{name}")
         self.network.load_state_dict(load_tensors(files["weights.safetensors"]))
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in load_tensors(files["optimiser.safetensors"]).items():
@@ -84,7 +100,6 @@ class TrainState:
             state.setdefault(int(index), {})[moment] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        told = json.loads(files["state.json"])
         self.step, self.measures, self.perplexities = told["step"], told["measures"], told["perplexities"]
 
 

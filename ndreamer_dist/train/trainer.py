@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -18,18 +19,18 @@ import torch
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.embed import save_model
-from ndreamer_dist.errors import ResourceError
+from ndreamer_dist.errors import DamagedError, ResourceError
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.collectives import Distributed, Single
 from ndreamer_dist.rundir import RunDirectory, Shard, begin_stage
-from ndreamer_dist.runtime import Runtime
+from ndreamer_dist.runtime import Runtime, own_cause
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage import Storage
 from ndreamer_dist.stream.delivery import READER_CPUS, mini_batches
 from ndreamer_dist.stream.dense import RowLabels, densify
 from ndreamer_dist.stream.plan import SamplingPlan
 from ndreamer_dist.stream.source import read_window, windows
-from ndreamer_dist.train.checkpoints import Schedule, latest_serial, save_serial
+from ndreamer_dist.train.checkpoints import Checkpoint, Schedule, latest_serial, save_serial
 from ndreamer_dist.train.health import concerns
 from ndreamer_dist.train.loop import TrainingError, TrainState, train
 from ndreamer_dist.train.measures import epoch_row, epoch_rows, write_logs
@@ -38,6 +39,8 @@ from ndreamer_dist.train.progress import Display, remote_screen, screen
 WORKER_CPUS = 0.5
 """Processors a training worker reserves: the rest stay free for the readers that feed it."""
 KEY_FILE = "stage_key"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Where Ray Train keeps which checkpoints there are."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ def check_layout(settings: Settings, cpus: int, gpus: int) -> None:
 def _keep_own_checkpoints(run: RunDirectory, key: str) -> None:
     """Delete checkpoints that were made under another stage key; those of this key are what a resume is for."""
     name = f"{keys.TRAIN_DIR}/{KEY_FILE}"
-    if run.storage.exists(name) and run.storage.read(name).decode() == key:
+    if run.storage.read_if_there(name) == key.encode():
         return
     told = (keys.METRICS, keys.EPOCHS, keys.TENSORBOARD)
     for stale in (keys.TRAIN_DIR, keys.MODEL_WEIGHTS, keys.MODEL_JSON, *told):
@@ -106,9 +109,9 @@ def _train_serially(
     torch.set_num_threads(settings.train.threads)
     try:
         state, labels = _fresh(settings, packed, "cpu"), RowLabels.of(packed)
-        files = latest_serial(run.storage)
-        if files is not None:
-            state.load_bytes(files)
+        checkpoint = latest_serial(run.storage)
+        if checkpoint is not None:
+            state.load_bytes(checkpoint.files, checkpoint.url)
         parts = windows(plan, state.step) if state.step < plan.steps else []
         shares = (share for steps in parts for share in read_window(packed, plan, steps, 0, 1))
         batches = (densify(share, labels, plan, (0, 1), "cpu") for share in shares)
@@ -195,7 +198,7 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
     use_gpu = settings.train.device == "cuda" or (
         settings.train.device == "auto" and runtime.gpus >= settings.train.workers
     )
-    with remote_screen(plan, runtime, run.name) as display:
+    with remote_screen(plan, runtime, run.name) as display, _failures_told(run):
         result = TorchTrainer(
             _worker,
             train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan, "display": display},
@@ -220,6 +223,24 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
         raise TrainingError(result.return_value)
 
 
+@contextmanager
+def _failures_told(run: RunDirectory) -> Iterator[None]:
+    """Raise what a worker or its readers raised on purpose, and say of Ray Train's own files that they are damaged."""
+    import ray.train
+
+    try:
+        yield
+    except ray.train.WorkerGroupError as error:
+        causes = filter(None, map(own_cause, error.worker_failures.values()))
+        raise next(causes, error) from None
+    except ray.train.ControllerError as error:
+        cause = error.controller_failure
+        if type(cause).__name__ != "CheckpointManagerInitializationError" or "same Ray version" in str(cause):
+            raise
+        url = f"{run.url}/{keys.TRAIN_DIR}/{SNAPSHOT}"
+        raise DamagedError.of(url, cause) from error
+
+
 def _train_storage(storage: Storage) -> dict[str, Any]:
     """Return Ray Train's storage settings: a local path as it is, anything else through its fsspec file system."""
     if storage.is_local:
@@ -241,9 +262,9 @@ def _worker(config: dict[str, Any]) -> str | None:
     device = ray.train.torch.get_device()
     collective = Distributed() if place[1] > 1 else Single()
     state = _fresh(settings, packed, device)
-    files = _ray_checkpoint() or latest_serial(run.storage)
-    if files is not None:
-        state.load_bytes(files)
+    checkpoint = _ray_checkpoint(run) or latest_serial(run.storage)
+    if checkpoint is not None:
+        state.load_bytes(checkpoint.files, checkpoint.url)
     schedule = Schedule(settings.train, collective, device)
     reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
     try:
@@ -254,15 +275,16 @@ def _worker(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _ray_checkpoint() -> dict[str, bytes] | None:
-    """Return the files of Ray Train's last checkpoint, if there is one."""
+def _ray_checkpoint(run: RunDirectory) -> Checkpoint | None:
+    """Return Ray Train's last checkpoint, if there is one."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
+    url = f"{run.url}/{keys.TRAIN_DIR}/{PurePath(checkpoint.path).name}"
     with checkpoint.as_directory() as folder:
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        return Checkpoint(url, {path.name: path.read_bytes() for path in Path(folder).iterdir()})
 
 
 def _save_on_ray(state: TrainState) -> None:

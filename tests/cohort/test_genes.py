@@ -255,7 +255,7 @@ def test_ray_finds_the_same_bits(local_ray: None, tmp_path: Path) -> None:
         run, source, key = opened(tmp_path / name, adata, settings)
         run_cohort(run, settings, source, runtime, key["cohort"])
     for table in (keys.CELLS_TABLE, keys.GENES_TABLE, keys.DROPPED):
-        a, b = (read_table(opened(tmp_path / n, adata, settings)[0].storage, table) for n in ("serial", "ray"))
+        a, b = (read_table(opened(tmp_path / n, adata, settings)[0], table) for n in ("serial", "ray"))
         pd.testing.assert_frame_equal(a, b, check_exact=True)
 
 

@@ -23,7 +23,7 @@ from ndreamer_dist.errors import SettingsError, StoreError
 from ndreamer_dist.storage import open_storage
 from tests.fuzz.helpers import command
 from tests.servers import S3_ENVIRONMENT, Stall, s3
-from tests.tiny import NAMES, SETTINGS, as_memory, assert_same_bits, run_words, tiny_cohort
+from tests.tiny import NAMES, SETTINGS, as_memory, assert_same_bits, run_words, tiny_cohort, undone
 
 s3fs = pytest.importorskip("s3fs")
 QUICK = SETTINGS | {"train.epochs": 2}
@@ -43,16 +43,6 @@ def reference(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reference") / "run"
     nd.run(cohort, out=out, preset="small", settings=QUICK, **NAMES)
     return out
-
-
-def undone(reference: Path, copy: Path, stage: str) -> Path:
-    """Copy a finished run as it was before a stage."""
-    shutil.copytree(reference, copy)
-    for later in keys.STAGES[keys.STAGES.index(stage) :]:
-        shutil.rmtree(copy / keys.DONE / later)
-    (copy / keys.RESULTS / "zarr.json").unlink()
-    (copy / keys.LOCK).unlink(missing_ok=True)  # in object storage it would be a lease
-    return copy
 
 
 # --- a server that hangs or refuses ----------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from ndreamer_dist import keys
 from ndreamer_dist.model.collectives import Single
 from ndreamer_dist.settings import TrainSettings
 from ndreamer_dist.storage import Storage
-from ndreamer_dist.train.checkpoints import STATE_FILE, Schedule, latest_serial, save_serial
+from ndreamer_dist.train.checkpoints import Schedule, latest_serial, save_serial
+from ndreamer_dist.train.loop import STATE_FILE
 
 
 @pytest.mark.parametrize(
@@ -41,8 +42,11 @@ def test_the_last_whole_checkpoint_counts_and_those_before_it_are_deleted(tmp_pa
     assert latest_serial(storage) is None
     for step in (5, 100, 20_000):
         save_serial(storage, step, {STATE_FILE: b"%d" % step, "weights.safetensors": b"w"})
-        assert latest_serial(storage) == {STATE_FILE: b"%d" % step, "weights.safetensors": b"w"}
+        found = latest_serial(storage)
+        assert found is not None
+        assert found.files == {STATE_FILE: b"%d" % step, "weights.safetensors": b"w"}
+        assert found.url == f"{tmp_path}/{keys.TRAIN_SERIAL}/{step:09d}"
     assert len(list((tmp_path / keys.TRAIN_SERIAL).rglob(STATE_FILE))) == 1
     (tmp_path / keys.TRAIN_SERIAL / "000020005").mkdir()
     (tmp_path / keys.TRAIN_SERIAL / "000020005" / "weights.safetensors").write_bytes(b"half of it")  # killed here
-    assert latest_serial(storage) == {STATE_FILE: b"20000", "weights.safetensors": b"w"}
+    assert latest_serial(storage) == found
