@@ -1,4 +1,4 @@
-"""Twenty rounds of harm, by a seed; `python jobs/chaos.py` plays more, and with Ray."""
+"""Twenty rounds of harm, by a seed, and two on a Ray of several raylets; `python jobs/chaos.py` plays more."""
 
 from __future__ import annotations
 
@@ -36,3 +36,33 @@ def test_the_rounds_meet_every_stage_and_every_harm(chaos: Any) -> None:
     assert {stage for stage, fault in chaos.rounds if fault == "job"} == set(keys.STAGES)
     assert {stage for stage, fault in chaos.rounds if fault != "job"} == {*keys.STAGES[1:], "finished"}
     assert {fault for _, fault in chaos.rounds} == {"job", "flip", "cut", "lose"}
+
+
+# --- on Ray ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared_ray(chaos: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The same cohort and run, and two raylets that the jobs share."""
+    folder = tmp_path_factory.mktemp("nodes")
+    chaos.nodes = sys.modules["chaos"].Nodes(2, folder, f"{folder}/nodes/")
+    chaos.on_ray = True
+    yield chaos
+    chaos.nodes.close()
+    chaos.nodes, chaos.on_ray = None, False
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("number", "stage", "fault"),
+    [
+        pytest.param(ROUNDS, keys.STAGE_EFFECTS, "worker", id="worker"),
+        pytest.param(ROUNDS + 1, keys.STAGE_EMBED, "raylet", id="raylet"),
+    ],
+)
+def test_a_job_survives_the_loss_of_a_worker_and_of_a_raylet(
+    shared_ray: Any, number: int, stage: str, fault: str
+) -> None:
+    outcome = shared_ray.play(number, stage, fault, random.Random(SEED))
+    assert (outcome.code, outcome.struck != "") == (0, True), outcome
