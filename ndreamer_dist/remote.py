@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -37,6 +38,9 @@ SLOWEST = 2**18
 """Bytes a second that an upload must make on the whole, beyond the time limit: nothing else tells that it stands still."""
 HURRY_SECONDS = 10.0
 """Longest wait for what the work does not depend on."""
+AZURE = frozenset({"az", "abfs", "abfss"})
+SERVED = AZURE | {"s3", "gs", "http", "https"}
+"""Protocols of file systems that ask a server."""
 ABSENT = (FileNotFoundError, NotADirectoryError)
 """What is raised where there is no such file, and no failure."""
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -119,8 +123,12 @@ def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
         return {"max_concurrency": 1, "config_kwargs": config | _configured(protocol, "config_kwargs")}
     if protocol in ("http", "https"):
         return {"client_kwargs": {"timeout": silent} | _configured(protocol, "client_kwargs")}
+    # `alone` changes a file system, so that whoever wants its own tries needs another than the one that fsspec keeps.
+    apart = {"skip_instance_cache": True} if own_tries else {}
     if protocol in ("gs", "gcs"):
-        return {"session_kwargs": {"timeout": silent} | _configured(protocol, "session_kwargs")}
+        return {"requests_timeout": silent} | apart
+    if protocol in AZURE:
+        return {"connection_timeout": connect, "read_timeout": limit} | apart
     return {}
 
 
@@ -131,8 +139,17 @@ def _configured(protocol: str, option: str) -> dict[str, Any]:
 
 def alone(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
     """Let a file system that was made with `options` make every request once, so that tries do not multiply."""
-    if "s3" in _protocols(fs):
+    protocols = set(_protocols(fs))
+    if "s3" in protocols:
         fs.retries = 1
+    elif "gs" in protocols:
+        fs._request = partial(type(fs)._request.__wrapped__, fs)  # without the decorator that tries again
+    elif protocols & AZURE:
+        client, limit = fs.service_client, time_limit()
+        client._config.retry_policy.total_retries = 0
+        # What adlfs is told of timeouts it minds for reads and writes of data alone.
+        waits = client._pipeline._transport.connection_config
+        waits.timeout, waits.read_timeout = min(limit, CONNECT_SECONDS), limit
     return fs
 
 
@@ -141,8 +158,8 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 
 def _pauses(fs: fsspec.AbstractFileSystem) -> tuple[float, ...]:
-    """Return the waits between tries, in seconds; none where the file system tries again by itself (gs://, az://)."""
-    if _in_a_hurry.get() or not {"s3", "http", "https"} & set(_protocols(fs)):
+    """Return the waits between tries, in seconds; none in a hurry, nor where there is no server."""
+    if _in_a_hurry.get() or not SERVED & set(_protocols(fs)):
         return ()
     limit = time_limit()
     return tuple(limit * pause for pause in PAUSES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -304,6 +305,16 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     assert planned("/dev/null").refusal
 
 
+@pytest.fixture
+def no_clouds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no package of a cloud were installed."""
+    for package in ("gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for protocol in ("gs", "az"):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
+
+
+@pytest.mark.usefixtures("no_clouds")
 @pytest.mark.parametrize(
     ("address", "message"),
     [
@@ -322,6 +333,7 @@ def test_an_address_that_will_not_do_is_refused(address: str, message: str) -> N
     assert "secret" not in line
 
 
+@pytest.mark.usefixtures("no_clouds")
 @pytest.mark.parametrize(
     ("out", "message"),
     [
