@@ -30,6 +30,8 @@ from ndreamer_dist import keys
 from ndreamer_dist.metering import _descendants
 from ndreamer_dist.train.checkpoints import ASK_EVERY
 from tests.results.brute_force import check
+from tests.security.looked_at import assert_no_pickle, assert_no_secret
+from tests.security.test_ports import is_loopback, listening
 from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
 from tests.two_workers import WORKERS, run_with_two_workers
 
@@ -59,6 +61,20 @@ def in_a_process(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         words, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False, env=os.environ | QUICK
     )
+
+
+def in_a_process_with_its_ports(words: Sequence[str]) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """Run a command to its end; return also the addresses on which it, or what it started, listened meanwhile."""
+    addresses: set[str] = set()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=os.environ | QUICK, **pipes) as job:  # type: ignore[call-overload]
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while job.poll() is None:
+            if time.monotonic() > deadline:
+                job.kill()
+            addresses |= {address for address, *_ in listening(job.pid)}
+            time.sleep(0.3)
+        return subprocess.CompletedProcess(words, job.returncode, *job.communicate()), addresses
 
 
 def measures_of(run: Path) -> pd.DataFrame:
@@ -96,6 +112,7 @@ class Disturbed:
     run: Path
     before_worker: pd.DataFrame
     before_job: pd.DataFrame
+    addresses: set[str]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +150,7 @@ def disturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturb
             wait_until(lambda: len(measures_of(run)) >= WORKER_KILLED_AFTER, job, said)
             workers = training_workers(job.pid)
             assert len(workers) == WORKERS
+            addresses = {address for address, *_ in listening(job.pid)}
             os.kill(max(workers), signal.SIGKILL)
             before_worker = measures_of(run)
             wait_until(lambda: len(set(training_workers(job.pid)) - set(workers)) == WORKERS, job, said)
@@ -140,7 +158,7 @@ def disturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturb
             wait_until(lambda: len(measures_of(run)) >= more, job, said)
         finally:
             job.kill()
-    return Disturbed(run, before_worker, measures_of(run))
+    return Disturbed(run, before_worker, measures_of(run), addresses)
 
 
 def goes_on_from(before: pd.DataFrame, after: pd.DataFrame) -> bool:
@@ -159,6 +177,11 @@ def test_a_killed_worker_is_replaced_and_training_goes_on_from_its_checkpoint(di
     assert WORKER_KILLED_AFTER <= len(before) < len(after) < STEPS
     assert after["step"].tolist() == list(range(1, len(after) + 1))
     assert goes_on_from(before, after)
+
+
+def test_two_workers_train_without_a_port_that_other_machines_reach(disturbed: Disturbed) -> None:
+    assert len(disturbed.addresses) > 0
+    assert [address for address in disturbed.addresses if not is_loopback(address)] == []
 
 
 def test_a_killed_job_goes_on_to_the_bits_of_an_undisturbed_one_without_ray(
@@ -188,8 +211,9 @@ def test_one_worker_on_one_processor_goes_on_from_the_checkpoint_of_two(
     cohort: Path, disturbed: Disturbed, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(disturbed.run, tmp_path / "run"))
-    done = in_a_process(command(cohort, run, ON_RAY | {"run.cpus": 1}))
+    done, addresses = in_a_process_with_its_ports(command(cohort, run, ON_RAY | {"run.cpus": 1}))
     assert done.returncode == 0, done.stderr
+    assert [address for address in addresses if not is_loopback(address)] == []
     after, expected = measures_of(run), measures_of(undisturbed)
     assert after["step"].tolist() == list(range(1, STEPS + 1))
     assert goes_on_from(disturbed.before_job, after)
@@ -202,6 +226,8 @@ def test_one_worker_on_one_processor_goes_on_from_the_checkpoint_of_two(
         if not CANCELLED.search(name):
             assert float((weights[name] - value).norm() / value.norm()) < 1e-2, name
     check(run / keys.RESULTS)
+    assert_no_pickle(run)
+    assert_no_secret([Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()], run, done.stdout, done.stderr)
 
 
 def test_a_loss_that_is_not_finite_ends_the_job_in_one_line(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:

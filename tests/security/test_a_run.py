@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickletools
 import secrets
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import pytest
 import ndreamer_dist as nd
 from tests.cohort.inputs import counts
 from tests.fuzz.helpers import copied, files_of, planned, surveyed
+from tests.security.looked_at import assert_no_pickle, assert_no_secret
+from tests.servers import s3
 from tests.tiny import SETTINGS, run_words, tiny_cohort
 
 HOSTILE = (
@@ -29,6 +30,10 @@ HOSTILE = (
     "+\\",
     "x" * 10_000,
     "<script>alert(1)</script>",
+    "\u202egnp.exe",  # written from right to left
+    "e\u0301 \u00e9",  # the same letter, composed and not
+    "\uff0e\uff0e\uff0fescaped",  # two dots and a slash, in full width
+    "\U0001f9ec\ufeff\u200d",  # a picture, and two signs without width
 )
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIA" + secrets.token_hex(8).upper(),
@@ -93,20 +98,11 @@ def test_hostile_names_come_back_as_they_were(run: Path) -> None:
     assert set(results.var_names) == set(given.var_names)
 
 
-def test_nothing_that_is_written_is_a_pickle(run: Path) -> None:
-    """A pickle ends in its stop code and takes itself apart without running: nothing of a run's files does."""
-    for name in files_of(run):
-        data = (run / name).read_bytes()
-        assert not data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")), name
-        assert not is_pickle(data), name
-
-
-def is_pickle(data: bytes) -> bool:
-    try:
-        operations = [operation.name for operation, _, _ in pickletools.genops(data)]
-    except Exception:
-        return False
-    return len(operations) > 2
+def test_nothing_that_is_written_is_a_pickle(run: Path, tmp_path: Path) -> None:
+    assert_no_pickle(run)
+    (tmp_path / "weights").write_bytes(b"cposix\nsystem\n(S'ls'\ntR.")
+    with pytest.raises(AssertionError):
+        assert_no_pickle(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["filters", "compressor"])
@@ -127,24 +123,47 @@ def test_a_store_whose_codec_is_pickle_is_refused_and_runs_nothing(array: str, w
     assert not (tmp_path / "ran").exists()
 
 
+SPEAKING = """
+import json, sys
+from ndreamer_dist import cli
+codes = []
+for words in json.loads(sys.argv[1]):
+    try:
+        cli.main(words)
+    except SystemExit as ended:
+        codes.append(ended.code or 0)
+print(json.dumps(codes))
+"""
+
+
 def test_secrets_of_the_environment_are_in_no_file_and_no_line(tmp_path: Path) -> None:
-    cohort, out = tiny_cohort(tmp_path), tmp_path / "run"
-    token = tmp_path / "token"
+    """Of a finished run, of a refusal, of an address that holds a password, and of object storage that refuses."""
+    cohort, out, wrong = tiny_cohort(tmp_path), tmp_path / "run", tmp_path / "wrong"
+    token, password = tmp_path / "token", secrets.token_hex(16)
     token.write_text(SECRETS["AWS_SESSION_TOKEN"][::-1])
-    logging = {"run.log_format": "json", "train.epochs": 1}
-    words = run_words(cohort, out, SETTINGS | logging)
+    settings = SETTINGS | {"run.log_format": "json", "train.epochs": 1}
+    asked = [
+        run_words(cohort, out, settings),
+        ["contrl" if word == "control" else word for word in run_words(cohort, wrong, settings)],
+        run_words(cohort, f"s3://key:{password}@bucket/run", settings),  # type: ignore[arg-type]
+        run_words(cohort, "s3://no-bucket/run", settings),  # type: ignore[arg-type]
+    ]
     env = os.environ | SECRETS | {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_TOKEN": token.read_text()}
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "ignore", "-m", "ndreamer_dist.cli", *words],
-        env=env,
-        capture_output=True,
-        check=False,
-    )
+    with s3() as server:
+        done = subprocess.run(
+            [sys.executable, "-X", "dev", "-W", "ignore", "-c", SPEAKING, json.dumps(asked)],
+            env=env | {"AWS_ENDPOINT_URL": server.url, "AWS_DEFAULT_REGION": "us-east-1"},
+            capture_output=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr.decode()
-    told = {str(name): (out / name).read_bytes() for name in files_of(out)} | {"out": done.stdout, "err": done.stderr}
-    for name, data in told.items():
-        for secret in (*SECRETS.values(), token.read_text()):
-            assert secret.encode() not in data, name
-    lines = done.stderr.decode().splitlines()
-    assert lines
-    assert all(isinstance(json.loads(line)["message"], str) for line in lines)
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 2, 2, 2]
+    token.unlink()
+    assert_no_secret(
+        [*SECRETS.values(), SECRETS["AWS_SESSION_TOKEN"][::-1], password], tmp_path, done.stdout, done.stderr
+    )
+    told = done.stderr.decode().splitlines()
+    lines = [json.loads(line) for line in told if line.startswith("{")]
+    assert len(lines) > 5
+    assert all(isinstance(line["message"], str) for line in lines)
+    assert sum(line.startswith("error: ") for line in told) == 3

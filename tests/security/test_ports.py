@@ -6,6 +6,7 @@ import ipaddress
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,14 @@ def listening(pid: int) -> list[tuple[str, int, str]]:
     owners = {}
     for process in _descendants(pid):
         try:
-            links = [str(file.readlink()) for file in Path(f"/proc/{process}/fd").iterdir()]
+            files = list(Path(f"/proc/{process}/fd").iterdir())
             command = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")[:80]
         except OSError:
             continue  # it has ended
-        owners |= {link[8:-1]: command for link in links if link.startswith("socket:[")}
+        for file in files:
+            with suppress(OSError):  # it has been closed meanwhile
+                link = str(file.readlink())
+                owners |= {link[8:-1]: command} if link.startswith("socket:[") else {}
     found = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
