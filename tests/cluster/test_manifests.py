@@ -254,6 +254,7 @@ def test_a_job_ends_its_cluster_and_is_tried_again_from_storage_that_outlives_it
         assert spec["shutdownAfterJobFinishes"] is True
         assert spec["ttlSecondsAfterFinished"] > 0
         assert spec["backoffLimit"] > 0
+        assert spec["activeDeadlineSeconds"] > spec["preRunningDeadlineSeconds"]
         job = jobs_module().read_job(str(CLUSTER / "overlays" / name / "cohort.yaml"))
         assert not hasattr(job, "fresh")  # which would start over at every retry
         outside = {mount["mountPath"] for mount in lasting_mounts(found)}
@@ -269,11 +270,22 @@ def lasting_mounts(found: list[Document]) -> list[Document]:
     return [mount for mount in mounts[0] if all(mount in others for others in mounts)]
 
 
-def test_the_entry_point_is_a_program_of_the_image_and_its_job_file_is_where_it_looks() -> None:
+def test_the_entry_point_is_a_program_of_the_image_and_its_job_file_is_where_it_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program_of_jobs, asked = jobs_module(), list[Any]()
+    monkeypatch.setattr(program_of_jobs, "speak", lambda work: work())
+    monkeypatch.setattr(program_of_jobs, "read_job", asked.append)  # which the image has, and this machine has not
+    monkeypatch.setattr(program_of_jobs, "run_job", lambda job, stage: asked.append(stage))
+    monkeypatch.setattr(program_of_jobs.signal, "signal", lambda *_: None)
     for name in JOBS:
         found = built(CLUSTER / "overlays" / name)
-        python, program, path = shlex.split(one(found, "RayJob")["spec"]["entrypoint"])
+        python, program, *words = shlex.split(one(found, "RayJob")["spec"]["entrypoint"])
         assert python == "python"
+        asked.clear()
+        program_of_jobs.main(arguments=words)
+        (path, stage) = asked
+        assert stage is None  # the whole job
         assert (ROOT / program.removeprefix(IN_IMAGE)).is_file()
         head = ray_pods(found)["head"]["spec"]
         volumes = {each["name"]: each["configMap"]["name"] for each in head["volumes"] if "configMap" in each}
@@ -368,6 +380,20 @@ def test_the_cluster_that_stays_has_the_jobs_pods_and_keeps_what_its_head_knows(
         assert service["spec"]["selector"].items() <= labels.items()
         (container,) = containers(server)
         assert container["env"][0]["valueFrom"] == redis["redisPassword"]["valueFrom"]
+
+
+def test_redis_is_told_what_it_takes_and_where_it_may_write() -> None:
+    for storage in ("pvc", "s3"):
+        (container,) = containers(one(built(CLUSTER / "overlays" / f"interactive-{storage}"), "StatefulSet"))
+        words = container["args"]
+        told = dict(zip(words[::2], words[1::2], strict=True))
+        assert told.keys() == {"--requirepass", "--appendonly", "--dir"}  # of redis.conf, each of one value
+        (variable,) = re.findall(r"^\$\((\w+)\)$", told["--requirepass"])
+        assert variable in {each["name"] for each in container["env"]}
+        assert told["--appendonly"] in {"yes", "no"}
+        # Its own file system is read-only: whatever it keeps is on the claim.
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert told["--dir"] in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
 def test_resource_isolation_is_one_line_away() -> None:
