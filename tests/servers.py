@@ -163,7 +163,7 @@ def s3(host="127.0.0.1", log=None):
 
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "testing",
-    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-tests",  # which is looked for in what a run leaves
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }

@@ -25,6 +25,7 @@ from ndreamer_dist.cohort import source
 from ndreamer_dist.errors import CohortError, RunError, StoreError
 from ndreamer_dist.rundir import RunDirectory
 from ndreamer_dist.storage import open_storage
+from tests.security.looked_at import assert_no_secret
 from tests.servers import S3_ENVIRONMENT, Plain, Ranges, s3, serving
 from tests.tiny import NAMES, SETTINGS, as_memory, assert_same_bits, run_words, tiny_cohort
 
@@ -128,6 +129,7 @@ def test_the_whole_job_on_s3_gives_the_bits_of_a_local_one(local: Path, remote: 
     )
     assert list((run / keys.TRAIN_SERIAL).iterdir())
     assert not (run / keys.LOCK).exists()
+    assert_no_secret([S3_ENVIRONMENT["AWS_SECRET_ACCESS_KEY"]], run)
     assert nd.open_results(remote).ite(cells="cell_type == 'type_1'").n_obs > 0
 
 

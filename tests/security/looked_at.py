@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -31,6 +32,13 @@ def is_pickle(data: bytes) -> bool:
     except Exception:
         return False
     return len(operations) > 2
+
+
+def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the files below a folder; a Ray that still runs may take some away meanwhile."""
+    for path in files_in(folder):
+        with suppress(FileNotFoundError):
+            yield str(path), path.read_bytes()
 
 
 def assert_no_secret(secrets: Iterable[str], *places: Path | bytes | str) -> None:
