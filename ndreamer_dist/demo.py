@@ -151,12 +151,12 @@ def _summary(results: Results) -> str:
     cells = results.packed_obs
     lines = [
         f"{results.url}: {design.n_cells} cells x {len(results.var_names)} genes",
-        f"effects are {told['sign']}",
-        f"layers: {', '.join(results.layers) or 'none'}; columns: {printable(', '.join(map(str, cells.columns)))}",
+        f"effects are {printable(str(told.get('sign')))}",
+        f"layers: {printable(', '.join(results.layers)) or 'none'}; columns: {printable(', '.join(map(str, cells.columns)))}",
         "",
         (
-            f"{design.condition_key} (control: {design.control}); "
-            f"{', '.join(design.batch_keys) or 'no batch key'}: {len(design.batches)} batches"
+            f"{shown(design.condition_key)} (control: {shown(design.control)}); "
+            f"{', '.join(map(shown, design.batch_keys)) or 'no batch key'}: {len(design.batches)} batches"
         ),
         f"{'group':<32}{'cells':>10}{'match distance':>16}",
     ]
@@ -164,4 +164,4 @@ def _summary(results: Results) -> str:
         distance = cells[keys.OBS_MATCH_DISTANCE].iloc[group.start : group.stop]
         mean = f"{distance.mean():.2f}" if distance.notna().any() else "-"
         lines.append(f"{shown(group.name):<32}{group.cells:>10}{mean:>16}")
-    return "\n".join([*lines, "", f"settings: {told['settings']}"])
+    return "\n".join([*lines, "", f"settings: {printable(str(told.get('settings')))}"])

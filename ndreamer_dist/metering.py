@@ -182,9 +182,13 @@ def metered(run: RunDirectory, stage: str, cells: int = 0, promised: int | None 
 def _stage_lines(run: RunDirectory) -> Iterator[dict[str, Any]]:
     """Give the lines of logs/stages.jsonl; a damaged one is left out, since it holds times and no results."""
     for line in (run.storage.read_if_there(keys.STAGES_LOG) or b"").splitlines():
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, RecursionError):
             told = dict(json.loads(line))
-            if "stage" in told:
+            numbers = [
+                told.get("seconds"),
+                *(v for name, v in told.items() if name.endswith("_bytes") and v is not None),
+            ]
+            if "stage" in told and all(isinstance(number, int | float) for number in numbers):
                 yield told
 
 
@@ -197,7 +201,7 @@ def stage_costs(run: RunDirectory) -> pd.DataFrame:
     lines = list(_stage_lines(run))
     rows = []
     for stage in keys.STAGES:
-        own = [line for line in lines if line["stage"] == stage]
+        own = [line for line in lines if line.get("stage") == stage]
         if own:
             line = max(own, key=lambda line: line["seconds"])
             gigabytes = {

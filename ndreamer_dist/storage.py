@@ -51,6 +51,10 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": 
 """The extra of this package that brings what an address needs."""
 
 
+MOST_CHUNKS = 2**31
+"""No array has more chunks than that; one that claims them would be walked through for ever."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """A folder, local or remote, by its address; cheap to make, safe to pickle."""
@@ -349,8 +353,8 @@ class ConsolidatedStorage(Storage):
         """The root's `zarr.json`; none where there is none. `StoreError` where it cannot be read."""
         found = self.read_if_there("zarr.json")
         try:
-            return None if found is None else dict(json.loads(found))
-        except (ValueError, TypeError, RecursionError) as error:
+            return None if found is None else _root_of(json.loads(found))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedError.of(self.url + "/zarr.json", error) from error
 
     @property
@@ -361,6 +365,16 @@ class ConsolidatedStorage(Storage):
     def node(self, name: str) -> dict[str, Any] | None:
         """Return the metadata of an array or a group; none where there is no such."""
         return self.nodes.get(name)
+
+
+def _root_of(told: Any) -> dict[str, Any]:
+    """Return a root's metadata, where objects are what is read as objects."""
+    nodes = (told.get("consolidated_metadata") or {}).get("metadata", {})
+    for part in (told.get("attributes", {}), *nodes.values()):
+        if not isinstance(part, dict):
+            msg = f"an object is expected, found {type(part).__name__}"
+            raise TypeError(msg)
+    return dict(told)
 
 
 def open_storage(address: str | os.PathLike[str] | Storage) -> Storage:
@@ -521,7 +535,7 @@ def open_array(storage: Storage, name: str, *, mode: str = "r") -> zarr.Array[An
         known = storage.node(name) if mode == "r" else None
         if known is None:
             known = storage.metadata(name)
-        array = zarr.Array(opened_with(known, StorePath(store)))
+        array = sensible(zarr.Array(opened_with(known, StorePath(store))))
         return array if mode == "r" else _writable(array)
     except StoreError:
         raise
@@ -535,6 +549,17 @@ def unopened(where: Place, error: Exception) -> StoreError:
     if isinstance(error, OSError) and not isinstance(error, ABSENT):
         return StoreError(f"{where}{what}")
     return where.damaged(what, "zarr.json")
+
+
+def sensible(array: zarr.Array[Any]) -> zarr.Array[Any]:
+    """Return an array whose metadata can be true: what it says comes from a file."""
+    if min((*array.chunks, *(array.shards or ())), default=1) < 1:
+        msg = f"its chunks are {array.chunks}"
+        raise ValueError(msg)
+    if array.nchunks > MOST_CHUNKS:
+        msg = f"it claims {array.nchunks} chunks"
+        raise ValueError(msg)
+    return array
 
 
 def _writable(array: zarr.Array[Any]) -> zarr.Array[Any]:

@@ -8,6 +8,7 @@ of the packed store.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ndreamer_dist.errors import CohortError, QueryError, is_unicode, listing, quoted, suggest
+from ndreamer_dist.errors import CohortError, QueryError, StoreError, is_unicode, listing, quoted, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -139,15 +140,49 @@ class Design:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Design:
-        """Read what `to_json` gave."""
-        groups = tuple(Group(**{**group, "batch_codes": tuple(group["batch_codes"])}) for group in value["groups"])
-        return cls(
-            condition_key=value["condition_key"],
-            batch_keys=tuple(value["batch_keys"]),
-            conditions=tuple(value["conditions"]),
-            batch_levels=tuple(tuple(levels) for levels in value["batch_levels"]),
-            batches=tuple(value["batches"]),
-            groups=groups,
+        """Read what `to_json` gave; `StoreError` where it was anything else: it comes from a file."""
+        try:
+            groups = tuple(Group(**{**group, "batch_codes": tuple(group["batch_codes"])}) for group in value["groups"])
+            made = cls(
+                condition_key=value["condition_key"],
+                batch_keys=tuple(value["batch_keys"]),
+                conditions=tuple(value["conditions"]),
+                batch_levels=tuple(tuple(levels) for levels in value["batch_levels"]),
+                batches=tuple(value["batches"]),
+                groups=groups,
+            )
+            fits = made._fits()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            msg = f"the design is damaged ({type(error).__name__}: {error})"
+            raise StoreError(msg) from error
+        if not fits:
+            msg = "the design is damaged: its groups do not fit together"
+            raise StoreError(msg)
+        return made
+
+    def _fits(self) -> bool:
+        """Return whether the groups follow each other and name conditions and batches that are there."""
+        names = (
+            self.condition_key,
+            *self.batch_keys,
+            *self.conditions,
+            *self.batches,
+            *itertools.chain(*self.batch_levels),
+        )
+        stops = [0, *(group.stop for group in self.groups)]
+        return (
+            len(self.conditions) > 1
+            and bool(self.groups)
+            and all(isinstance(name, str) for name in (*names, *(group.name for group in self.groups)))
+            and all(
+                group.code == code
+                and group.start == stops[code] < group.stop
+                and group.condition in range(len(self.conditions))
+                and group.batch in range(len(self.batches))
+                and len(group.batch_codes) == len(self.batch_levels)
+                and all(c in range(len(levels)) for c, levels in zip(group.batch_codes, self.batch_levels, strict=True))
+                for code, group in enumerate(self.groups)
+            )
         )
 
 

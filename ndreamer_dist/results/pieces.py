@@ -19,7 +19,10 @@ from ndreamer_dist import keys
 from ndreamer_dist.chunks import Place, Position, read_chunks, read_files
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.results.store import ROOT, memory_store
-from ndreamer_dist.storage import ConsolidatedStorage, Storage, open_array, touched_shards
+from ndreamer_dist.storage import ConsolidatedStorage, Storage, open_array, sensible, touched_shards
+
+MOST_OF_TABLE = 2**22
+"""No table has more chunks than that: rows are cut by the 100 000."""
 
 
 def read_dense(
@@ -33,6 +36,7 @@ def read_dense(
         Where they go, (rows, columns), if not into new memory: a `numpy.memmap`, say.
     """
     array = open_array(storage, name)
+    _check_holds(array, f"{storage.url}: array '{name}'", rows, columns)
     # Half-precision layers come out in float32: few tools take them as they are.
     dtype = np.float32 if array.dtype == np.float16 else array.dtype
     values = np.empty((len(rows), len(columns)), dtype=dtype) if out is None else out
@@ -44,6 +48,14 @@ def read_dense(
 
     read_chunks(array, Place(storage.url, name), itertools.product(down, across), place)
     return values
+
+
+def _check_holds(array: zarr.Array[Any], where: str, *places: np.ndarray) -> None:
+    """Raise `StoreError` where an array is too small for the places wanted: it is not the one that the tables tell of."""
+    ends = tuple(int(wanted.max(initial=-1)) + 1 for wanted in places)
+    if array.ndim != len(ends) or any(end > size for end, size in zip(ends, array.shape, strict=True)):
+        msg = f"{where} is of shape {array.shape}, too small for the cells and genes of the store; it is damaged"
+        raise StoreError(msg)
 
 
 Places = slice | np.ndarray
@@ -84,6 +96,9 @@ def read_sparse(storage: Storage, rows: np.ndarray, pointers: np.ndarray, genes:
     wanted = np.unique(rows)
     starts, stops = pointers[wanted], pointers[wanted + 1]
     data, indices = (_read_stretches(storage, f"X/{part}", starts, stops) for part in (keys.DATA, keys.INDICES))
+    if indices.size and not 0 <= indices.min() <= indices.max() < genes:
+        msg = f"{storage.url}: array 'X/{keys.INDICES}' names genes that are not there; it is damaged"
+        raise StoreError(msg)
     found = sparse.csr_matrix((data, indices, _ends(stops - starts)), shape=(len(wanted), genes))
     return found if np.array_equal(wanted, rows) else found[np.searchsorted(wanted, rows)]
 
@@ -91,6 +106,7 @@ def read_sparse(storage: Storage, rows: np.ndarray, pointers: np.ndarray, genes:
 def _read_stretches(storage: Storage, name: str, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """Read stretches of a one-dimensional array, in ascending order, end to end."""
     array = open_array(storage, name)
+    _check_holds(array, f"{storage.url}: array '{name}'", stops - 1)
     (size,), offsets = array.chunks, _ends(stops - starts)
     values = np.empty(int(offsets[-1]), dtype=array.dtype)
 
@@ -130,13 +146,7 @@ def read_element(storage: Storage, name: str) -> Any:
         A chunk is missing or fails its checksum; the message names array and chunk.
     """
     files = _metadata(storage, name)
-    root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
-    arrays = [member for _, member in root.members(max_depth=None) if isinstance(member, zarr.Array)]
-    chunks = {
-        f"{array.path}/{array.metadata.encode_chunk_key(position)}": (array.path, position)
-        for array in arrays
-        for position in touched_shards(array, ...)
-    }
+    chunks = _chunks_below(storage, name, files)
     for file, data in zip(chunks, read_files(storage.store(read_only=True), storage.url, list(chunks)), strict=True):
         if data is None:
             array, position = chunks[file]
@@ -148,6 +158,24 @@ def read_element(storage: Storage, name: str) -> Any:
         return anndata.io.read_elem(root[name])
     except Exception as error:
         raise _named_damage(storage, name, root, error) from error
+
+
+def _chunks_below(storage: Storage, name: str, files: dict[str, bytes]) -> dict[str, tuple[str, Position]]:
+    """Return array and position of every chunk of an element, by its file; the metadata comes from a file and may lie."""
+    try:
+        root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
+        arrays = [sensible(member) for _, member in root.members(max_depth=None) if isinstance(member, zarr.Array)]
+    except Exception as error:
+        msg = f"{storage.url}: the metadata of '{name}' is damaged ({type(error).__name__}: {error})"
+        raise StoreError(msg) from error
+    if (claimed := sum(array.nchunks for array in arrays)) > MOST_OF_TABLE:
+        msg = f"{storage.url}: '{name}' claims {claimed} chunks; it is damaged"
+        raise StoreError(msg)
+    return {
+        f"{array.path}/{array.metadata.encode_chunk_key(position)}": (array.path, position)
+        for array in arrays
+        for position in touched_shards(array, ...)
+    }
 
 
 def _metadata(storage: Storage, name: str) -> dict[str, bytes]:

@@ -38,6 +38,7 @@ from ndreamer_dist.results.virtual import (
     effect_question,
     layer_question,
 )
+from ndreamer_dist.settings import MatchSettings
 from ndreamer_dist.storage import ConsolidatedStorage, Storage, open_array, open_storage, read_array
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Results:
     is selected, `StoreError` where a chunk is damaged, `CohortError` where a cohort is not the one of these results.
     """
 
-    storage: Storage
+    storage: ConsolidatedStorage
 
     @property
     def url(self) -> str:
@@ -152,7 +153,12 @@ class Results:
     @cached_property
     def design(self) -> Design:
         """Conditions, batches and groups; groups own contiguous rows of the packed order."""
-        return Design.from_json(json.loads(self._fact("design")))
+        made = Design.from_json(self._told("design"))
+        pointers = self.storage.node(f"X/{keys.INDPTR}")
+        if pointers is None or list(pointers.get("shape", ())) != [made.n_cells + 1]:
+            msg = f"{self.url}: the design is of {made.n_cells} cells and X is not; the store is damaged"
+            raise StoreError(msg)
+        return made
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -565,16 +571,32 @@ class Results:
 
     @cached_property
     def _pointers(self) -> np.ndarray:
-        return read_array(self.storage, f"X/{keys.INDPTR}")
+        name = f"X/{keys.INDPTR}"
+        array = open_array(self.storage, name)
+        pointers = np.array([1])
+        if array.shape == (len(self._cells) + 1,) and array.dtype.kind in "iu":
+            pointers = read_array(self.storage, name, opened=array).astype(np.int64)
+        if pointers[0] != 0 or (np.diff(pointers) < 0).any():
+            msg = f"{self.url}: array '{name}' does not fit the {len(self._cells)} cells; it is damaged"
+            raise StoreError(msg)
+        return pointers
 
     def _fact(self, name: str) -> Any:
         """Return one entry of `uns["ndreamer"]`, without reading the others."""
         return self._table(f"uns/{keys.UNS}/{name}")
 
+    def _told(self, name: str) -> dict[str, Any]:
+        """Return an entry of `uns["ndreamer"]` that is an object in JSON."""
+        try:
+            return dict(json.loads(self._fact(name)))
+        except (ValueError, TypeError, RecursionError) as error:
+            msg = f"{self.url}: what it tells of its {name} is damaged ({type(error).__name__}: {error})"
+            raise StoreError(msg) from error
+
     @cached_property
     def _rounding(self) -> Rounding:
         """How the values of layers are kept; of a store that does not say, whole."""
-        settings = json.loads(self._fact("settings"))["effects"]
+        settings = self._told("settings").get("effects", {})
         return Rounding(settings.get("dtype", "float32"), settings.get("keep_bits"))
 
     def _table(self, name: str) -> Any:
@@ -587,8 +609,13 @@ class Results:
     @cached_property
     def counterparts(self) -> Counterparts:
         """The matches behind the effects."""
-        match = json.loads(self._fact("settings"))["match"]
-        return Counterparts(self.storage, self.design, int(match["neighbours"]), float(match["bandwidth"]))
+        try:
+            told = self._told("settings")["match"]
+            match = MatchSettings(neighbours=told["neighbours"], bandwidth=told["bandwidth"])
+        except (KeyError, TypeError, ValueError) as error:
+            msg = f"{self.url}: the settings of the matches are damaged ({type(error).__name__})"
+            raise StoreError(msg) from error
+        return Counterparts(self.storage, self.design, match.neighbours, match.bandwidth)
 
     def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
         """Return the expression to compute with, and the table of its genes."""

@@ -166,6 +166,14 @@ class Counterparts:
             if (query, target) not in found:
                 group, here = parts[query]
                 found[query, target] = self._searched(group, self.design.groups[target], rows[here])
+        return self._inside(found)
+
+    def _inside(self, found: Found) -> Found:
+        """Return matches, all of them rows of the store: they come from a file."""
+        for (query, target), (near, _) in found.items():
+            if near.size and not -1 <= near.min() <= near.max() < self.design.n_cells:
+                msg = f"{self.storage.url}: the matches of group {query} in group {target} are damaged: no such cells"
+                raise StoreError(msg)
         return found
 
     def known(self, row: int) -> Found:
