@@ -211,6 +211,9 @@ class Chaos:
         self._processes.set_forkserver_preload(["ndreamer_dist.pipeline", "ndreamer_dist.cli", "scanpy", "tests.tiny"])
         with environment(MARK, self._mark("serial")):
             multiprocessing.forkserver.ensure_running()
+        first = self._processes.Process(target=int)
+        first.start()
+        first.join()  # the server is there for certain now, and with it its mark
         self._watchers = ThreadPoolExecutor()
         self._own = set(marked(self._mark("serial")))
         assert self._own, "what serial jobs leave could not be told: the server that forks them has no mark"
