@@ -6,8 +6,9 @@ Ray Data's loop runs in a thread of the training process, so what it costs is ta
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ndreamer_dist.cohort.packed import Packed
@@ -21,6 +22,11 @@ READER_CPUS = 0.5
 LOOP_PAUSE_SECONDS = 0.02
 READ_AHEAD = 2
 """Steps that are fetched from the object store before they are asked for."""
+LATE_SECONDS = 120.0
+LATE = (
+    f"no mini-batch has come for {LATE_SECONDS:.0f} s: the readers may have no processor, as when a machine is lost and the "
+    f"training workers hold what is left; training goes on when Ray has {READER_CPUS} processors for them"
+)
 
 
 def mini_batches(
@@ -42,6 +48,19 @@ def mini_batches(
     labels = RowLabels.of(packed)
     for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=READ_AHEAD):
         yield densify(from_arrow(table, packed.n_genes), labels, plan, place, device)
+
+
+def watched(batches: Iterator[MiniBatch], late: Callable[[], object], seconds: float) -> Iterator[MiniBatch]:
+    """Yield mini-batches; `late` is called, from another thread, where the first has not come in time."""
+    timer = threading.Timer(seconds, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        for batch in batches:
+            timer.cancel()
+            yield batch
+    finally:
+        timer.cancel()
 
 
 def _rest_between_rounds() -> type:

@@ -26,7 +26,7 @@ from ndreamer_dist.rundir import RunDirectory, Shard, begin_stage
 from ndreamer_dist.runtime import Runtime, own_cause
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage import Storage
-from ndreamer_dist.stream.delivery import READER_CPUS, mini_batches
+from ndreamer_dist.stream.delivery import LATE, LATE_SECONDS, READER_CPUS, mini_batches, watched
 from ndreamer_dist.stream.dense import RowLabels, densify
 from ndreamer_dist.stream.plan import SamplingPlan
 from ndreamer_dist.stream.source import read_window, windows
@@ -267,8 +267,9 @@ def _worker(config: dict[str, Any]) -> str | None:
         state.load_bytes(checkpoint.files, checkpoint.url)
     schedule = Schedule(settings.train, collective, device)
     reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
+    batches = mini_batches(packed, plan, place, state.step, device)
     try:
-        reporter.train(mini_batches(packed, plan, place, state.step, device), packed, collective)
+        reporter.train(watched(batches, lambda: display.warn("late", LATE), LATE_SECONDS), packed, collective)
     except TrainingError as error:
         # Every worker sees the same loss; a retry would see it again, so this ends the job as a finding, not a failure.
         return str(error)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.settings import NOISE_ROWS
-from ndreamer_dist.stream.delivery import mini_batches
+from ndreamer_dist.stream.delivery import mini_batches, watched
 from ndreamer_dist.stream.dense import RowLabels, densify
 from ndreamer_dist.stream.plan import SamplingPlan
 from ndreamer_dist.stream.source import (
@@ -89,3 +92,22 @@ def test_ray_data_delivers_what_this_process_would_read_from_any_first_step(tmp_
         for part in fields(MiniBatch):
             found, wanted = getattr(batch, part.name), getattr(same, part.name)
             assert torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted, part.name
+
+
+def test_it_is_said_where_the_first_mini_batch_does_not_come(tmp_path: Path) -> None:
+    packed = packed_cohort(tmp_path, cells=(300, 200), genes=30, block_rows=128)
+    plan = SamplingPlan((0, 300, 500), 64, epochs=2, seed=0)
+    batches = [
+        densify(share, RowLabels.of(packed), plan, (0, 1), "cpu") for share in read_window(packed, plan, range(2), 0, 1)
+    ]
+    said = threading.Event()
+
+    def starved() -> Iterator[MiniBatch]:
+        assert said.wait(30)
+        yield from batches
+
+    assert list(watched(starved(), said.set, 0.01)) == batches
+    said.clear()
+    for _ in watched(iter(batches), said.set, 0.2):
+        time.sleep(0.3)  # a step may take longer, once training has begun
+    assert not said.is_set()
