@@ -101,10 +101,8 @@ def run(
         Column or columns of `obs` that hold the batch (donor, site, platform); none for one batch.
     preset
         `paper` (the method's defaults) or `small` (for laptops).
-    config
-        Nested settings, as a YAML file holds them.
-    settings
-        Complete `Settings`, or dotted overrides of the preset: `{"train.workers": 2}`.
+    config, settings
+        Nested settings, as a YAML file holds them; dotted ones, `{"train.workers": 2}`, or complete `Settings`.
     redo
         Run again the stages whose settings have changed, and those after them.
     fresh
@@ -115,9 +113,7 @@ def run(
     Raises
     ------
     NDreamerError
-        The settings, the cohort, the directory or the machine will not do; nothing has been started then.
-    RunError
-        A stage before `stage` is not finished.
+        The settings, the cohort, the directory or the machine will not do, or a stage before `stage` is not finished.
     """
     _check_stage(stage)
     made = _settings(preset, config, settings, condition_key, control, batch_key)
