@@ -224,9 +224,7 @@ def test_one_worker_on_one_processor_goes_on_from_the_checkpoint_of_two(
     assert any(not torch.equal(weights[name], value) for name, value in known.items())  # the checkpoint was of two
     for name, value in known.items():
         if not CANCELLED.search(name):
-            assert float((weights[name] - value).norm() / value.norm()) < 5e-2, (
-                name
-            )  # rounding has grown all along
+            assert float((weights[name] - value).norm() / value.norm()) < 5e-2, name  # rounding has grown all along
     check(run / keys.RESULTS)
     assert_no_pickle(run)
     assert_no_secret([Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()], run, done.stdout, done.stderr)

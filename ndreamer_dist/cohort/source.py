@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,6 +42,14 @@ COLUMN_ENTRIES = 2**23
 """Stored values of a column-compressed matrix that are read at a time."""
 REMOTE_BLOCK, REMOTE_BLOCKS = 2**22, 32
 """Bytes of a block of a remote h5ad file, and how many blocks a process keeps: HDF5 jumps, and what is near is wanted next."""
+HDF5_SECONDS = 60.0
+"""How long HDF5 may take to read the attributes of a local file."""
+WALK = """
+import sys, h5py
+with h5py.File(sys.argv[1], "r") as file:
+    dict(file.attrs)
+    file.visititems(lambda name, item: dict(item.attrs) and None)
+"""
 TWICE = "the matrix is damaged: a cell holds the same gene twice"
 LONGEST_COLUMN = 200
 """Bytes of a column's name, which is a folder's name in a store."""
@@ -357,10 +367,34 @@ def _memory_matrix(values: Any) -> MemoryMatrix:
     raise CohortError(msg)
 
 
+def _let_another_read(path: str, url: str) -> None:
+    """Have another process read a file's attributes first: in some damaged ones HDF5 loops or crashes, which none survives.
+
+    Raises
+    ------
+    CohortError
+        The other process did not come to an end. What it found beside that is found again, and said better.
+    """
+    command = [sys.executable, "-P", "-c", WALK, path]
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    try:
+        crashed = subprocess.run(command, **quiet, timeout=HDF5_SECONDS, check=False).returncode < 0
+    except subprocess.TimeoutExpired:
+        how = f"after {HDF5_SECONDS:.0f} s HDF5 still reads its attributes"
+    else:
+        if not crashed:
+            return
+        how = "HDF5 crashes when it reads its attributes"
+    msg = f"{url} cannot be opened as an h5ad file: it is damaged ({how})"
+    raise CohortError(msg)
+
+
 def _open_stored(address: str | os.PathLike[str], layer: str | None) -> Source:
     storage = open_storage(address)
     container = _container(storage)
     url = storage.url
+    if container == "h5ad" and storage.is_local:
+        _let_another_read(storage.root, url)
     try:
         root = open_root(url, container)
         missing = [name for name in ("obs", "var") if name not in root]

@@ -18,6 +18,7 @@ import pytest
 import zarr
 from scipy import sparse
 
+from ndreamer_dist.cohort import source
 from tests.cohort.inputs import counts
 from tests.fuzz.helpers import SECONDS, command, copied, files_of, planned, surveyed
 
@@ -353,3 +354,20 @@ def test_a_run_directory_that_cannot_be_is_refused(out: str, message: str, tmp_p
     words = ["run", str(stored("h5ad")), "--out", out, "--preset", "small", *NAMES, *SMALL]
     assert message in command(words).refusal
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_h5ad_that_hdf5_would_read_for_ever_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copied("h5ad", tmp_path)
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL") + 16  # where HDF5 keeps texts: it goes from one to the next by their sizes
+    data[heap : heap + 2], data[heap + 8 : heap + 16] = bytes(2), bytes(8)
+    path.write_bytes(data)
+    monkeypatch.setattr(source, "HDF5_SECONDS", 3.0)
+    assert planned(path).refusal.endswith("it is damaged (after 3 s HDF5 still reads its attributes)")
+
+
+def test_an_h5ad_that_hdf5_crashes_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "WALK", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    assert planned(copied("h5ad", tmp_path)).refusal.endswith(
+        "it is damaged (HDF5 crashes when it reads its attributes)"
+    )
