@@ -297,4 +297,4 @@ def _effect_line(e: EffectScore) -> str:
 
 def _batch_line(b: BatchScore) -> str:
     removed = f"{1 - b.after / b.before:>10.0%}" if b.before > 0 else f"{'-':>10}"
-    return f"{b.cell_type:<14}{b.condition:<12}{b.donors:>8}{b.before * 1000:>10.2f}{b.after * 1000:>10.2f}{removed}"
+    return f"{b.cell_type:<14}{b.condition:<12}{b.donors:>8}{b.before * 1000:>10.2f}{round(b.after * 1000, 2) + 0.0:>10.2f}{removed}"
