@@ -36,6 +36,7 @@ import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.rundir import RunDirectory
 from ndreamer_dist.storage import open_storage
+from ndreamer_dist.train.trainer import SNAPSHOT
 from tests.results.brute_force import check
 from tests.servers import S3_ENVIRONMENT, s3
 from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
@@ -375,7 +376,8 @@ def stopped_in_training(ray: LockedRay, folder: Path) -> tuple[dict[str, Any], d
         assert sdk.stdout is not None
         assert sdk.stderr is not None
         first = sdk.stdout.readline()
-        while not any(method == "PUT" and path.endswith(keys.METRICS) for _, method, path, _ in ray.storage.asked):
+        # Training goes on from what this file names, which Ray Train writes a moment after the checkpoint.
+        while not any(method != "GET" and SNAPSHOT in path for _, method, path, _ in ray.storage.asked):
             assert sdk.poll() is None, sdk.stderr.read()
             time.sleep(0.01)
         last, error = sdk.communicate("stop\n", timeout=300)
