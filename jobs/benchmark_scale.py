@@ -46,7 +46,7 @@ def main() -> None:
 
 def written(out: Path) -> pd.DataFrame:
     """Return the stages of the sizes that have ended."""
-    return pd.read_csv(out / FILE) if (out / FILE).exists() else pd.DataFrame({"cells": []})
+    return pd.read_csv(out / FILE) if (out / FILE).exists() else pd.DataFrame({"cells": pd.Series(dtype="int64")})
 
 
 def arguments() -> argparse.Namespace:
