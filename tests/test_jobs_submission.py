@@ -377,7 +377,10 @@ def stopped_in_training(ray: LockedRay, folder: Path) -> tuple[dict[str, Any], d
         assert sdk.stderr is not None
         first = sdk.stdout.readline()
         # Training goes on from what this file names, which Ray Train writes a moment after the checkpoint.
-        while not any(method != "GET" and SNAPSHOT in path for _, method, path, _ in ray.storage.asked):
+        while not all(
+            any(method == "PUT" and name in path for _, method, path, _ in ray.storage.asked)
+            for name in (keys.METRICS, SNAPSHOT)
+        ):
             assert sdk.poll() is None, sdk.stderr.read()
             time.sleep(0.01)
         last, error = sdk.communicate("stop\n", timeout=300)
