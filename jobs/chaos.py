@@ -46,12 +46,17 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from ndreamer_dist import keys  # noqa: E402
 from ndreamer_dist.checking import check  # noqa: E402
+from ndreamer_dist.cohort.graph import LIBRARIES  # noqa: E402
 from ndreamer_dist.rundir import ArrayFile  # noqa: E402
-from tests.tiny import SETTINGS, STORES, arrays, run_words, tiny_cohort  # noqa: E402
+from tests.tiny import PROMPT, SETTINGS, STORES, arrays, run_words, tiny_cohort  # noqa: E402
 
 JOB: dict[str, Any] = SETTINGS | {
     "pack.block_rows": 128, "embed.tile_rows": 64, "cohort.min_group_cells": 5, "train.epochs": 6, "train.checkpoint_steps": 2,
 }  # fmt: skip
+PRELOADED = (
+    "ndreamer_dist.cli", "ndreamer_dist.pipeline", "ndreamer_dist.embed", "ndreamer_dist.train.trainer", *LIBRARIES,
+)  # fmt: skip
+"""What serial jobs load, once for all of them."""
 FINISHED = "finished"
 """The stage after the last, at which the results can be harmed."""
 KILLS = ("job", "worker", "raylet", "trainer")
@@ -139,7 +144,7 @@ class Nodes:
     def __init__(self, raylets: int, folder: Path, mark: str) -> None:
         token, self._mark = folder / "token", mark
         token.write_text(secrets.token_hex(32))
-        self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
+        self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **PROMPT}
         self.env[LOOPBACK_ALONE] = "0"  # else Ray puts the machine's own address in the place of 127.0.0.1
         self._home = tempfile.mkdtemp(prefix="nd-ray-")  # where no other Ray looks, and short enough for sockets
         self._holder = subprocess.Popen(
@@ -208,7 +213,7 @@ class Chaos:
         self.cohort = tiny_cohort(self.folder, cells=self.cells, batches=2)
         self.reference = self.folder / "reference"
         self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["ndreamer_dist.pipeline", "ndreamer_dist.cli", "scanpy", "tests.tiny"])
+        self._processes.set_forkserver_preload([*PRELOADED, "tests.tiny"])
         with environment(MARK, self._mark("serial")):
             multiprocessing.forkserver.ensure_running()
         first = self._processes.Process(target=int)
@@ -258,7 +263,7 @@ class Chaos:
         )
         words = run_words(self.cohort, run, settings | where)
         self._begun += 1
-        env = os.environ | {"RAY_worker_niceness": "0", MARK: self._mark(self._begun)}
+        env = os.environ | PROMPT | {MARK: self._mark(self._begun)}
         env |= {} if self.nodes is None else self.nodes.env
         with self._said.open("w") as log:
             command = [sys.executable, "-m", "ndreamer_dist.cli", *words]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from anndata import AnnData
 
 from ndreamer_dist import keys, promise
@@ -25,7 +24,6 @@ from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.scan import decide_values
 from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_source
-from ndreamer_dist.embed import run_embed, run_pca
 from ndreamer_dist.errors import DamagedError, RunError, SettingsError, suggest
 from ndreamer_dist.forecast import Plan, plan_of
 from ndreamer_dist.match.effects import run_effects
@@ -39,6 +37,7 @@ from ndreamer_dist.runtime import (
     LazyRuntime,
     Needs,
     Runtime,
+    check_layout,
     check_resources,
     cpu_count,
     losses_told,
@@ -47,7 +46,6 @@ from ndreamer_dist.runtime import (
     on_a_cluster,
 )
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.train.trainer import check_layout, run_train
 from ndreamer_dist.watching import choose_format
 
 logger = logging.getLogger(__name__)
@@ -262,6 +260,10 @@ def run_stages(
     staged(keys.STAGE_PACK, run_pack, source)
     packed = Packed.open(run, settings.pack.block_rows)
     staged(keys.STAGE_CLUSTERS, run_clusters, packed)
+    # With them comes torch, for which no refusal need wait.
+    from ndreamer_dist.embed import run_embed, run_pca
+    from ndreamer_dist.train.trainer import run_train
+
     staged(keys.STAGE_TRAIN, run_train, packed)
     staged(keys.STAGE_EMBED, run_embed, packed)
     staged(keys.STAGE_PCA, run_pca, packed)
@@ -299,9 +301,15 @@ def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> N
         return
     alone = settings.run.serial  # one process trains and reads in turn, so no processor need be left to readers
     cpus = 2**20 if alone else settings.run.cpus or cpu_count()
-    check_layout(settings, cpus, gpus=0 if alone else torch.cuda.device_count())
+    check_layout(settings.train, cpus, gpus=lambda: 0 if alone else _gpu_count())
     needs = promise.needs(size, settings, **_machine(settings))
     check_resources(needs, memory=_memory(settings), disk=run.free_disk(), where=run.url)
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return int(torch.cuda.device_count())
 
 
 def _promised(settings: Settings, size: CohortSize) -> dict[str, int]:

@@ -8,6 +8,7 @@ too: a container's limits, not the machine's.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import os
@@ -19,22 +20,28 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from ndreamer_dist import watching
 from ndreamer_dist.errors import NDreamerError, ResourceError, RunError
-from ndreamer_dist.settings import RunSettings
+from ndreamer_dist.settings import RunSettings, TrainSettings
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
+WORKER_CPUS = 0.5
+"""Processors a training worker reserves: the rest stay free for the readers that feed it."""
+READER_CPUS = 0.5
+"""Processors a reader reserves: with a training worker's half, two processors hold three readers."""
 LONGEST_LOSS = 400
 """Characters that are told of an error of Ray's."""
+USAGE = "RAY_USAGE_STATS_ENABLED"
 IDLE_WORKER_SECONDS = 60
 """How long a local Ray keeps a worker that has nothing to do. Ray's own second ends the readers of a training between
 two of their tasks, and each new one spends seconds of processor time on imports."""
+Task = TypeVar("Task", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 
 
@@ -193,10 +200,27 @@ class RayRuntime:
         return [handles] if returns == 1 else list(handles)
 
 
+def loads(*modules: str) -> Callable[[Task], Task]:
+    """Say which modules a task loads when it runs, and not with the module that it is in.
+
+    They are loaded before its threads are limited, which reaches the libraries that are there by then and no others.
+    """
+
+    def marked(task: Task) -> Task:
+        task.loads = modules  # type: ignore[attr-defined]
+        return task
+
+    return marked
+
+
 def with_threads(threads: int, function: Callable[..., Any], *args: Any) -> Any:
     """Call a function with BLAS, OpenMP and torch held to `threads` threads: sums then have one order everywhere."""
-    import torch
-
+    for name in getattr(function, "loads", ()):
+        importlib.import_module(name)
+    torch = sys.modules.get("torch")  # a task that needs none does not wait for it
+    if torch is None:
+        with threadpool_limits(threads):
+            return function(*args)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -400,7 +424,7 @@ def _start_ray(settings: RunSettings) -> None:
     if address:
         ray.init(address=address, **common)
         return
-    with _loopback_alone():
+    with _loopback_alone(), _untold():
         ray.init(
             address="local",
             num_cpus=settings.cpus or cpu_count(),
@@ -409,6 +433,22 @@ def _start_ray(settings: RunSettings) -> None:
             _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_SECONDS * 1000},
             **common,
         )
+
+
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Let a Ray that is started in the block report nothing to its makers, which it does by itself.
+
+    A user who sets the variable in the environment is heard.
+    """
+    if USAGE in os.environ:
+        yield
+        return
+    os.environ[USAGE] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[USAGE]
 
 
 @contextmanager
@@ -532,6 +572,26 @@ def check_nodes(task: TaskNeed, nodes: Iterable[Node]) -> None:
         "(--set pack.block_rows=1024) or larger machines, or say what a machine has (--set run.memory_gb=N)"
     )
     raise ResourceError(msg)
+
+
+def check_layout(settings: TrainSettings, cpus: int, gpus: Callable[[], int]) -> None:
+    """Refuse a layout in which readers could never start: training would wait for ever.
+
+    Raises
+    ------
+    ResourceError
+        More workers than processors leave room for, or `cuda` asked for where there is none; only then GPUs are counted.
+    """
+    workers = settings.workers
+    if workers * WORKER_CPUS + READER_CPUS > cpus:
+        msg = (
+            f"{workers} training workers on {cpus} processors leave none to the readers that feed them; "
+            f"use at most --workers {max(1, int((cpus - READER_CPUS) / WORKER_CPUS))}"
+        )
+        raise ResourceError(msg)
+    if settings.device == "cuda" and (found := gpus()) < workers:
+        msg = f"{workers} training workers need {workers} GPUs and Ray has {found}; use --set train.device=cpu"
+        raise ResourceError(msg)
 
 
 def check_resources(needs: Needs, *, memory: int, disk: int, where: str) -> None:

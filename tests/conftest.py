@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import PROMPT
+
 ROOT = Path(__file__).parent.parent
 LONGEST = (
     "test_several_nodes", "test_jobs_on_ray", "test_jobs_submission", "test_chaos", "test_real_cohorts", "test_pipeline",
@@ -16,8 +18,8 @@ LONGEST = (
     "test_docs", "test_bad_input",
 )  # fmt: skip
 """Modules that take longest; begun first, so that the processes that share the tests end together."""
-# Ray's workers would be polite to everything else on the machine, the other tests among it, and wait for ever.
-os.environ.setdefault("RAY_worker_niceness", "0")
+for name, value in PROMPT.items():
+    os.environ.setdefault(name, value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

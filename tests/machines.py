@@ -163,5 +163,5 @@ def wait_until(condition: Any, process: subprocess.Popen[bytes], seconds: float,
     while not (found := condition()):
         assert process.poll() is None, said.read_text()
         assert time.monotonic() < deadline, f"waited in vain; {said.read_text()}"
-        time.sleep(0.01)
+        time.sleep(0.05)
     return found

@@ -39,7 +39,7 @@ from ndreamer_dist.storage import open_storage
 from ndreamer_dist.train.trainer import SNAPSHOT
 from tests.results.brute_force import check
 from tests.servers import S3_ENVIRONMENT, s3
-from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.tiny import NAMES, PROMPT, SETTINGS, assert_same_bits, run_words, tiny_cohort
 
 ROOT = Path(__file__).parent.parent
 JOBS = ROOT / "jobs"
@@ -291,7 +291,7 @@ def locked_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedRay]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": path, "PYTHONPATH": str(ROOT)}
-    env |= {"TEST_LOGS": str(logs), "RAY_worker_niceness": "0"}
+    env |= {"TEST_LOGS": str(logs), **PROMPT}
     env |= {"RAY_JOB_STOP_WAIT_TIME_S": "30"}  # a busy machine takes its time
     port, dashboard, client = free_ports(3)
     with (
@@ -382,7 +382,7 @@ def stopped_in_training(ray: LockedRay, folder: Path) -> tuple[dict[str, Any], d
             for name in (keys.METRICS, SNAPSHOT)
         ):
             assert sdk.poll() is None, sdk.stderr.read()
-            time.sleep(0.01)
+            time.sleep(0.05)
         last, error = sdk.communicate("stop\n", timeout=300)
     assert sdk.returncode == 0, error
     return json.loads(first), json.loads(last)

@@ -30,12 +30,12 @@ from ndreamer_dist import keys
 from ndreamer_dist.metering import _descendants
 from tests.machines import CannotBe, Machine, join, machine, make_hub, wait_until
 from tests.servers import S3_ENVIRONMENT
-from tests.tiny import SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.tiny import PROMPT, SETTINGS, assert_same_bits, run_words, tiny_cohort
 from tests.two_workers import WORKERS, run_with_two_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_token")]
 ROOT = Path(__file__).parent.parent
-JOB = SETTINGS | {"pack.block_rows": 64, "embed.tile_rows": 64, "train.epochs": 40, "train.checkpoint_steps": 20}
+JOB = SETTINGS | {"pack.block_rows": 64, "embed.tile_rows": 64, "train.epochs": 16, "train.checkpoint_steps": 8}
 ON_RAY = {name: value for name, value in JOB.items() if name != "run.serial"} | {"train.workers": WORKERS}
 PATIENCE_SECONDS = 240
 PORT = "6379"
@@ -154,8 +154,8 @@ def cluster(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text(secrets.token_hex(32))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
-    env |= {"PYTHONPATH": str(ROOT), **S3_ENVIRONMENT, **QUICK}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **PROMPT, **QUICK}
+    env |= {"PYTHONPATH": str(ROOT), **S3_ENVIRONMENT}
     # Sockets below a folder of pytest's would have names longer than the system takes.
     with tempfile.TemporaryDirectory(prefix="nd-", dir="/tmp") as home, contextlib.ExitStack() as stack:
         try:

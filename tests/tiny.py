@@ -22,6 +22,16 @@ SETTINGS: dict[str, Any] = {
     "model.latent": 16, "model.decoder": [16, 32], "train.batch_size": 64, "train.epochs": 6, "train.reset_every": 5,
     "train.passes": 1, "train.checkpoint_steps": 5, "cohort.min_group_cells": 20,
 }  # fmt: skip
+PROMPT = {
+    "RAY_worker_niceness": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_idle_worker_killing_time_threshold_ms": "60000", "RAY_USAGE_STATS_ENABLED": "0",
+}  # fmt: skip
+"""Environment of every Ray of the tests.
+
+Workers are not polite to the other tests, or they would wait for ever. Ray Train looks after its workers every 2 s by
+itself, and takes in one checkpoint each time. A worker without work would be ended after 1 s, and another made for the
+next task. An actor of Ray Data would count its use for Ray's makers.
+"""
 STORES = (keys.PACKED, keys.EMBEDDING, keys.MATCHES, keys.RESULTS)
 
 

@@ -17,12 +17,12 @@ import numpy as np
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Group
-from ndreamer_dist.cohort.graph import cluster_cells
+from ndreamer_dist.cohort.graph import LIBRARIES, cluster_cells
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.sketch import Sketch, labels_apart, labels_of, sketch_of, sketch_shard
 from ndreamer_dist.errors import listing
 from ndreamer_dist.rundir import RunDirectory, Shard
-from ndreamer_dist.runtime import Runtime
+from ndreamer_dist.runtime import Runtime, loads
 from ndreamer_dist.settings import ClustersSettings, Settings
 from ndreamer_dist.storage import shard_files, write_array
 
@@ -104,6 +104,7 @@ def _say_sketched_apart(settings: ClustersSettings, groups: Sequence[Group]) -> 
         )  # fmt: skip
 
 
+@loads(*LIBRARIES)
 def write_sketch(shard: Shard, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> None:
     """Cluster a sketch of the cells; a task."""
     seed = _seed(settings.seed, len(packed.design.groups))
@@ -118,6 +119,7 @@ def write_labels(shard: Shard, run: RunDirectory, settings: Settings, packed: Pa
     run.mark(keys.STAGE_CLUSTERS, key, shard)
 
 
+@loads(*LIBRARIES)
 def write_clusters(task: GraphTask, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> int:
     """Cluster the cells of one graph and write the labels of its groups; a task."""
     groups = [packed.design.groups[shard.task] for shard in task.shards]

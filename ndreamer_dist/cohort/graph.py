@@ -1,20 +1,20 @@
 """Clusters of cells on one graph: scanpy's principal components, its default neighbour graph, and Leiden. Pure.
 
-Expression comes in, labels go out, 0 the largest cluster (METHOD section 1.3).
+Expression comes in, labels go out, 0 the largest cluster (METHOD section 1.3). scanpy and the Leiden packages take two
+seconds to load, so they are where a graph is made: the driver of a job on Ray makes none.
 """
 
 from __future__ import annotations
 
 import anndata as ad
 import faiss
-import igraph
-import leidenalg
 import numpy as np
-import scanpy as sc
 from scipy import sparse
 
 from ndreamer_dist.settings import ClustersSettings
 
+LIBRARIES = ("scanpy", "igraph", "leidenalg")
+"""What is loaded where it is used."""
 FEWEST_CELLS = 4
 """Fewer cells have no graph worth the name: they are one cluster."""
 QUERY_ROWS = 4096
@@ -56,12 +56,16 @@ def cluster_points(points: np.ndarray, settings: ClustersSettings, seed: int) ->
 
 def principal_components(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndarray:
     """Return scanpy's principal components, fewer of them where cells or genes are few: (cells, components)."""
+    import scanpy as sc
+
     components = min(n_pcs, min(x.shape) - 1)
     return np.asarray(sc.pp.pca(x, n_comps=components, svd_solver="arpack", random_state=seed), dtype=np.float32)
 
 
 def principal_axes(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndarray:
     """Return the axes of scanpy's principal components: (genes, components) float64."""
+    import scanpy as sc
+
     components = min(n_pcs, min(x.shape) - 1)
     axes = sc.pp.pca(x, n_comps=components, svd_solver="arpack", random_state=seed, return_info=True)[1]
     return np.asarray(axes, dtype=np.float64).T
@@ -134,6 +138,9 @@ def leiden(
 
 
 def _leidenalg(graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int) -> np.ndarray:
+    import igraph
+    import leidenalg
+
     edges = graph.tocoo()
     partition = leidenalg.find_partition(
         igraph.Graph(graph.shape[0], np.column_stack([edges.row, edges.col]), directed=True),
@@ -147,6 +154,8 @@ def _leidenalg(graph: sparse.csr_matrix, resolution: float, iterations: int, see
 
 
 def _igraph(graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int) -> np.ndarray:
+    import scanpy as sc
+
     # By scanpy, which lends igraph a random generator of the seed's and takes it back.
     cells = ad.AnnData(sparse.csr_matrix((graph.shape[0], 1), dtype=np.float32))
     sc.tl.leiden(

@@ -13,12 +13,11 @@ from typing import Any
 
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.model.batch import MiniBatch
+from ndreamer_dist.runtime import READER_CPUS
 from ndreamer_dist.stream.dense import RowLabels, densify
 from ndreamer_dist.stream.plan import SamplingPlan
 from ndreamer_dist.stream.source import PlanSource, from_arrow, windows
 
-READER_CPUS = 0.5
-"""Processors a reader reserves: with a training worker's half, two processors hold three readers."""
 LOOP_PAUSE_SECONDS = 0.02
 READ_AHEAD = 2
 """Steps that are fetched from the object store before they are asked for."""

@@ -19,14 +19,14 @@ import torch
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.embed import save_model
-from ndreamer_dist.errors import DamagedError, ResourceError
+from ndreamer_dist.errors import DamagedError
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.collectives import Distributed, Single
 from ndreamer_dist.rundir import RunDirectory, Shard, begin_stage
-from ndreamer_dist.runtime import Runtime, own_cause
+from ndreamer_dist.runtime import WORKER_CPUS, Runtime, check_layout, own_cause
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage import Storage
-from ndreamer_dist.stream.delivery import LATE, LATE_SECONDS, READER_CPUS, mini_batches, watched
+from ndreamer_dist.stream.delivery import LATE, LATE_SECONDS, mini_batches, watched
 from ndreamer_dist.stream.dense import RowLabels, densify
 from ndreamer_dist.stream.plan import SamplingPlan
 from ndreamer_dist.stream.source import read_window, windows
@@ -36,8 +36,6 @@ from ndreamer_dist.train.loop import TrainingError, TrainState, train
 from ndreamer_dist.train.measures import epoch_row, epoch_rows, write_logs
 from ndreamer_dist.train.progress import Display, remote_screen, screen
 
-WORKER_CPUS = 0.5
-"""Processors a training worker reserves: the rest stay free for the readers that feed it."""
 KEY_FILE = "stage_key"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train keeps which checkpoints there are."""
@@ -57,26 +55,6 @@ def run_train(run: RunDirectory, settings: Settings, packed: Packed, runtime: Ru
     else:
         _train_on_ray(run, settings, packed, plan, runtime)
     run.mark(keys.STAGE_TRAIN, key, shard)
-
-
-def check_layout(settings: Settings, cpus: int, gpus: int) -> None:
-    """Refuse a layout in which readers could never start: training would wait for ever.
-
-    Raises
-    ------
-    ResourceError
-        More workers than processors leave room for, or `cuda` asked for where there is none.
-    """
-    workers = settings.train.workers
-    if workers * WORKER_CPUS + READER_CPUS > cpus:
-        msg = (
-            f"{workers} training workers on {cpus} processors leave none to the readers that feed them; "
-            f"use at most --workers {max(1, int((cpus - READER_CPUS) / WORKER_CPUS))}"
-        )
-        raise ResourceError(msg)
-    if settings.train.device == "cuda" and gpus < workers:
-        msg = f"{workers} training workers need {workers} GPUs and Ray has {gpus}; use --set train.device=cpu"
-        raise ResourceError(msg)
 
 
 def _keep_own_checkpoints(run: RunDirectory, key: str) -> None:
@@ -194,7 +172,7 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
 
     from ndreamer_dist.train.meeting import RaysNetwork
 
-    check_layout(settings, runtime.cpus, runtime.gpus)
+    check_layout(settings.train, runtime.cpus, lambda: runtime.gpus)
     use_gpu = settings.train.device == "cuda" or (
         settings.train.device == "auto" and runtime.gpus >= settings.train.workers
     )

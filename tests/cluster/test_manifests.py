@@ -19,8 +19,8 @@ import pytest
 import yaml
 from ray.scripts.scripts import start as ray_start
 
+from ndreamer_dist.runtime import check_layout
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.train.trainer import check_layout
 from tests.cluster import sizing
 from tests.cluster.manifests import (
     CLUSTER,
@@ -314,7 +314,7 @@ def test_the_job_file_is_one_that_the_job_takes_and_that_the_cluster_can_hold(
         settings.run.gpus == trainers["maxReplicas"] * int(limits(trainers)["nvidia.com/gpu"]) == settings.train.workers
     )
     assert int(trainers["rayStartParams"]["num-cpus"]) >= 1  # what a GPU task outside of training asks for
-    check_layout(settings, settings.run.cpus, settings.run.gpus)
+    check_layout(settings.train, settings.run.cpus, lambda: settings.run.gpus)
 
 
 def limits(group: Document) -> Document:

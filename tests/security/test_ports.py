@@ -1,9 +1,10 @@
-"""A local Ray that a run starts is heard by this machine alone."""
+"""A local Ray that a run starts is heard by this machine alone, and tells its makers nothing."""
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -12,15 +13,16 @@ from pathlib import Path
 import pytest
 
 from ndreamer_dist.metering import _descendants
+from ndreamer_dist.runtime import USAGE
 
 STARTED = """
 import json, os, sys
-from ndreamer_dist.runtime import LazyRuntime
+from ndreamer_dist.runtime import USAGE, LazyRuntime
 from ndreamer_dist.settings import RunSettings
 from tests.security.test_ports import listening
 with LazyRuntime(RunSettings(cpus=1, object_store_gb=0.1, progress=False)) as runtime:
-    list(runtime.map(abs, [-1], title="a task"))
-    print(json.dumps(listening(os.getpid())))
+    (asked,) = runtime.map(os.getenv, [USAGE], title="a task")
+    print(json.dumps({"sockets": listening(os.getpid()), "asked for usage": asked, "after": os.getenv(USAGE)}))
 """
 
 
@@ -61,9 +63,13 @@ def listening(pid: int) -> list[tuple[str, int, str]]:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_token")
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sockets are read from Linux's /proc")
-def test_a_local_ray_listens_on_loopback_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, timeout=120, check=False)
+def test_a_local_ray_listens_on_loopback_alone_and_reports_no_use() -> None:
+    env = {name: value for name, value in os.environ.items() if name != USAGE}
+    command = [sys.executable, "-c", STARTED]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    sockets = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["asked for usage"], found["after"]) == ("0", None)
+    sockets = found["sockets"]
     assert len(sockets) > 3
     assert [socket for socket in sockets if not is_loopback(socket[0])] == []
