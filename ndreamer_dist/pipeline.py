@@ -243,6 +243,10 @@ def run_stages(
     With `only`, the stages before that one must be finished, and the later ones are left alone.
     What each stage was promised to stay under, in bytes, is logged beside what it took.
     """
+    # With them comes torch, for which no refusal need wait. It is loaded before Ray is there: a second raylet on one
+    # machine replaces a job's working directory, and in one that is gone MKL cannot be loaded.
+    from ndreamer_dist.embed import run_embed, run_pca
+    from ndreamer_dist.train.trainer import run_train
 
     def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> None:
         if only is None or stage == only:
@@ -260,10 +264,6 @@ def run_stages(
     staged(keys.STAGE_PACK, run_pack, source)
     packed = Packed.open(run, settings.pack.block_rows)
     staged(keys.STAGE_CLUSTERS, run_clusters, packed)
-    # With them comes torch, for which no refusal need wait.
-    from ndreamer_dist.embed import run_embed, run_pca
-    from ndreamer_dist.train.trainer import run_train
-
     staged(keys.STAGE_TRAIN, run_train, packed)
     staged(keys.STAGE_EMBED, run_embed, packed)
     staged(keys.STAGE_PCA, run_pca, packed)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ndreamer_dist.runtime import IDLE_WORKER_SECONDS, USAGE
 from tests.cluster.manifests import CLUSTER, ROOT, pinned
 
 LINES = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text())
@@ -105,3 +106,10 @@ def copied_words(line: str) -> list[str]:
 def test_the_programs_of_the_jobs_are_in_the_image() -> None:
     sent = {str(path.relative_to(ROOT)) for path in context()}
     assert {"jobs/run_cohort.py", "jobs/train.py", "ndreamer_dist/cli.py", "constraints.txt"} <= sent
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ray_in_a_pod_is_as_a_local_one(target: str) -> None:
+    (variables,) = [line for line in chain(target) if line.startswith("ENV PYTHONUNBUFFERED")]
+    assert f"{USAGE}=0" in variables
+    assert f"RAY_idle_worker_killing_time_threshold_ms={IDLE_WORKER_SECONDS * 1000}" in variables

@@ -132,7 +132,7 @@ def escaping(root: dict[str, Any]) -> None:
 
 TEXTS = {"empty": "", "cut": '{"a": ', "list": "[]", "null": "null", "deep": "[" * 100_000, "binary": bytes(range(256))}
 CASES: dict[str, tuple[Damage, str, str]] = {
-    **{f"root_{name}": (text(ROOT, content), "info", "") for name, content in TEXTS.items()},
+    **{f"root_{name}": (text(ROOT, content), "info", "zarr.json") for name, content in TEXTS.items()},
     **{f"design_{name}": (told(DESIGN, lambda _, t=content: t), "info", "design is damaged|what it tells of its design")
        for name, content in TEXTS.items() if isinstance(content, str) and content},
     "nodes_are_a_list": (edited(ROOT, lambda r: r["consolidated_metadata"].update(metadata=[1])), "get", "is damaged"),
