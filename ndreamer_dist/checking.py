@@ -97,7 +97,7 @@ def check(out: str | os.PathLike[str], *, mend: bool = False, settings: Mapping[
 def _run_json(directory: RunDirectory) -> tuple[list[DamagedError], dict[str, Any]]:
     """Return what is wrong with run.json, and what it says; a directory of all genes has none."""
     try:
-        return [], directory.read_json(keys.RUN_JSON) if directory.storage.exists(keys.RUN_JSON) else {}
+        return [], directory.read_run() if directory.storage.exists(keys.RUN_JSON) else {}
     except DamagedError as error:
         return [DamagedError(f"{error.what}; `run` with --redo writes it anew", error.url)], {}
 

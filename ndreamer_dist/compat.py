@@ -167,7 +167,7 @@ class NDreamer:
         directory = RunDirectory.at(self.run.url)
         if not directory.storage.exists(keys.RUN_JSON):
             return dict(LATER)
-        before = directory.read_json(keys.RUN_JSON)["settings"]
+        before = directory.read_run()["settings"]
         return {name: before[stage][field] for name in LATER for stage, field in [name.split(".")]}
 
 

@@ -215,7 +215,7 @@ def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Ma
     if not directory.storage.exists(keys.RUN_JSON):
         msg = f"{directory.url} holds no run"
         raise RunError(msg)
-    before = directory.read_json(keys.RUN_JSON)
+    before = directory.read_run()
     made = Settings.build(config=before["settings"], overrides=settings)
     if stage_keys(made, before["input"]) != before["keys"]:
         msg = (
@@ -256,7 +256,7 @@ def run_stages(
             work(replace(run, before=only), settings, *inputs, runtime, stage_key[stage])
 
     def effects(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
-        told = {"input": run.read_json(keys.RUN_JSON)["input"], **match_facts(run)}
+        told = {"input": run.read_run()["input"], **match_facts(run)}
         summary = {**run.read_json(keys.COHORT_SUMMARY), **told}
         run_effects(run, settings, packed, source, runtime, key, summary)
 
@@ -386,7 +386,7 @@ def _before(run: RunDirectory, *, redo: bool = True) -> dict[str, Any] | None:
     if not run.storage.exists(keys.RUN_JSON):
         return None
     try:
-        return run.read_json(keys.RUN_JSON)
+        return run.read_run()
     except DamagedError as error:
         if redo:
             return None

@@ -140,6 +140,14 @@ class RunDirectory:
         """Return a JSON file's content; `DamagedError` where it is not what was written."""
         return unseal(self.storage.read(name), f"{self.url}/{name}")
 
+    def read_run(self) -> dict[str, Any]:
+        """Return what run.json says: `input`, `settings` and `keys`, each an object; `DamagedError` where it does not."""
+        told, url = self.read_json(keys.RUN_JSON), f"{self.url}/{keys.RUN_JSON}"
+        for name in ("input", "settings", "keys"):
+            if not isinstance(told.get(name), dict):
+                raise DamagedError.of(url, f"it holds no object '{name}'")
+        return told
+
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all, with its checksum."""
         self.storage.write_atomic(name, seal(value))

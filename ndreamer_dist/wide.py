@@ -9,7 +9,6 @@ Work that was interrupted goes on, shard by shard.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +27,7 @@ from ndreamer_dist.errors import RunError, StoreError
 from ndreamer_dist.match.effects import pending_shards, write_shards
 from ndreamer_dist.results import store
 from ndreamer_dist.results.averages import Edges
-from ndreamer_dist.results.given import Cohort, GivenExpression, given_expression
+from ndreamer_dist.results.given import Cohort, GivenExpression, given_expression, told_object
 from ndreamer_dist.results.reader import Results, open_results
 from ndreamer_dist.results.virtual import Counterparts
 from ndreamer_dist.rundir import RunDirectory, Shard
@@ -87,6 +86,7 @@ def all_genes(
     origin = run if isinstance(run, Results) else open_results(run)
     given = given_expression(cohort, origin.uns, origin.packed_obs)
     made = _settings(origin, layers, settings or {})
+    origin.refuse_damaged()
     directory, key = RunDirectory.at(out), _key(origin, made)
     _check_owner(directory, origin, key)
     if _is_finished(directory, key):
@@ -126,8 +126,8 @@ class ResultsOrigin:
 
 def _settings(origin: Results, layers: Sequence[str], how: Mapping[str, Any]) -> Settings:
     """Return the run's settings with the layers asked for, and what says how to work."""
-    told = json.loads(origin.uns["settings"])
-    overrides = {"seed": int(origin.uns["seed"]), "effects.store": tuple(layers), **how}
+    told = told_object(origin.uns, "settings")
+    overrides = {"seed": origin.uns.get("seed"), "effects.store": tuple(layers), **how}
     made = Settings.build(config=told, overrides=overrides)
     changed = [
         f"{stage}.{name}"

@@ -87,12 +87,6 @@ class Machine:
                     found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ").strip()
         return found
 
-    def traffic(self) -> tuple[int, int]:
-        """Return the bytes that came to the machine and that left it, over the network, so far."""
-        (line,) = [line for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines() if "eth0:" in line]
-        fields = line.partition(":")[2].split()
-        return int(fields[0]), int(fields[8])
-
     def cut_power(self) -> None:
         """Kill every process of the machine at once."""
         os.kill(self.pid, signal.SIGKILL)

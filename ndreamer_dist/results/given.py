@@ -21,6 +21,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.scan import normalised
 from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_source
 from ndreamer_dist.errors import CohortError, StoreError, listing
+from ndreamer_dist.settings import CohortSettings
 
 CHUNK_ROWS = 4096
 """Input rows read at a time at most."""
@@ -85,11 +86,11 @@ def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFram
     if isinstance(cohort, GivenExpression):
         _check_cells(cohort.source, rows, cells.index)
         return cohort
-    settings = json.loads(told["settings"])["cohort"]
-    source = open_source(cohort, layer=settings["layer"])
+    settings = _cohort_settings(told)
+    source = open_source(cohort, layer=settings.layer)
     _check_cells(source, rows, cells.index)
     if "input" in told:
-        _check_fingerprint(source, json.loads(told["input"]), settings)
+        _check_fingerprint(source, told_object(told, "input"), settings)
     if "normalise" not in told or (told["normalise"] == "counts" and keys.OBS_TOTAL not in cells):
         msg = "the results do not say how the cohort was normalised; run their effects again (`run --redo`)"
         raise StoreError(msg)
@@ -111,8 +112,30 @@ def _check_cells(source: Source, rows: np.ndarray, names: pd.Index) -> None:
         raise CohortError(msg)
 
 
-def _check_fingerprint(source: Source, expected: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    found = fingerprint(source, settings["condition_key"], settings["batch_key"])
+def told_object(told: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an entry of `uns["ndreamer"]` that is an object in JSON; `StoreError` where it is none."""
+    try:
+        return dict(json.loads(told[name]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        msg = f"what the results tell of their {name} is damaged ({type(error).__name__})"
+        raise StoreError(msg) from error
+
+
+def _cohort_settings(told: Mapping[str, Any]) -> CohortSettings:
+    values = told_object(told, "settings").get("cohort", {})
+    try:
+        return CohortSettings(**{name: values[name] for name in ("layer", "condition_key", "batch_key")})
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"what the results tell of their settings is damaged ({type(error).__name__})"
+        raise StoreError(msg) from error
+
+
+def _check_fingerprint(source: Source, expected: Mapping[str, Any], settings: CohortSettings) -> None:
+    missing = {str(settings.condition_key), *settings.batch_key} - set(source.obs.columns)
+    if missing:
+        msg = f"{source.name} is not the cohort of these results: obs has no {listing(sorted(missing))}"
+        raise CohortError(msg)
+    found = fingerprint(source, settings.condition_key, settings.batch_key)
     differ = [name for name, value in expected.items() if found.get(name) != value]
     if differ:
         msg = (

@@ -67,7 +67,9 @@ def export(
     if format not in FORMATS:
         msg = f"there is no format {format!r}; there are {listing(FORMATS)}.{suggest(format, FORMATS)}"
         raise QueryError(msg)
-    results, folder = run if isinstance(run, Results) else open_results(run), _folder(out)
+    results = run if isinstance(run, Results) else open_results(run)
+    results.refuse_damaged()
+    folder = _folder(out)
     written: list[Path] = []
     for part in PARTS:
         if part in parts:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import anndata
@@ -53,6 +54,14 @@ Whose = Literal["all", "treated"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
 Room = Callable[[tuple[int, int]], np.ndarray]
 
+REQUIRED = {"design", "key", "seed", "settings", "version", "versions"}
+"""What every `uns["ndreamer"]` tells."""
+OBJECTS: dict[str, Callable[[Any], Any]] = {
+    "settings": dict, "versions": str, "dropped": int, "design": lambda value: value, "input": lambda value: value,
+}  # fmt: skip
+"""Entries of it that are objects in JSON, and what the values of these are."""
+SCALARS: dict[str, type] = {"seed": Integral, "key": str, "version": str, "normalise": str}
+"""Entries of it that are plain."""
 MIN_CELLS = 10
 """Own cells that a donor needs in a population to enter its test."""
 DIAGNOSED_CELLS = 4000
@@ -148,7 +157,17 @@ class Results:
     @cached_property
     def uns(self) -> dict[str, Any]:
         """What the run said of itself: settings, versions, seed, groups, sign convention, counts of dropped cells."""
-        return dict(self._table("uns")[keys.UNS])
+        told = self._table("uns").get(keys.UNS)
+        if not isinstance(told, dict) or not told.keys() >= REQUIRED:
+            msg = f"{self.url}: uns['{keys.UNS}'] does not say what made the results; it is damaged, or not of this package"
+            raise StoreError(msg)
+        for name in OBJECTS.keys() & told.keys():
+            self._object(name, told[name])
+        for name in SCALARS.keys() & told.keys():
+            if not isinstance(told[name], SCALARS[name]):
+                msg = f"{self.url}: what it tells of its {name} is damaged (it is {type(told[name]).__name__})"
+                raise StoreError(msg)
+        return told
 
     @cached_property
     def design(self) -> Design:
@@ -551,6 +570,10 @@ class Results:
 
     # --- what is behind them -----------------------------------------------------------------------------------------
 
+    def refuse_damaged(self) -> None:
+        """Read the tables that every question rests on, before anything is made of them; `StoreError` where one is damaged."""
+        _ = self.counterparts, self._cells, self._genes
+
     @cached_property
     def _cells(self) -> pd.DataFrame:
         return self._table("obs")
@@ -587,8 +610,12 @@ class Results:
 
     def _told(self, name: str) -> dict[str, Any]:
         """Return an entry of `uns["ndreamer"]` that is an object in JSON."""
+        return self._object(name, self._fact(name))
+
+    def _object(self, name: str, text: Any) -> dict[str, Any]:
         try:
-            return dict(json.loads(self._fact(name)))
+            found = dict(json.loads(text))
+            return {key: OBJECTS[name](value) for key, value in found.items()}
         except (ValueError, TypeError, RecursionError) as error:
             msg = f"{self.url}: what it tells of its {name} is damaged ({type(error).__name__}: {error})"
             raise StoreError(msg) from error

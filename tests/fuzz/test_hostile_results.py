@@ -101,6 +101,24 @@ def told(name: str, change: Callable[[Any], object]) -> Damage:
     return damage
 
 
+def fact(name: str, value: object) -> Damage:
+    """Return a change of an entry of `uns["ndreamer"]` to a value of another kind."""
+
+    def damage(run: Path) -> None:
+        root = zarr.open_group(str(run / keys.RESULTS), mode="r+", use_consolidated=False)
+        with ad.settings.override(auto_shard_zarr_v3=False):
+            ad.io.write_elem(root, f"uns/ndreamer/{name}", value)
+        consolidate(run / keys.RESULTS)
+
+    return damage
+
+
+def silent(root: dict[str, Any]) -> None:
+    """Leave out what the run says of itself."""
+    for name in [name for name in nodes(root) if name.startswith("uns/ndreamer")]:
+        del nodes(root)[name]
+
+
 def every_edge(change: Callable[[np.ndarray], np.ndarray]) -> Damage:
     def damage(run: Path) -> None:
         for path in sorted((run / keys.MATCHES).rglob(f"{keys.MATCH_ROW}/zarr.json")):
@@ -167,6 +185,23 @@ CASES: dict[str, tuple[Damage, str, str]] = {
     "neighbours_below_zero": (
         told("uns/ndreamer/settings", lambda s: s["match"].update(neighbours=-3)), "effect", "settings of the matches",
     ),
+    "settings_of_numbers": (told("uns/ndreamer/settings", lambda s: s.update(cohort=3)), "report", "its settings is damaged"),
+    "settings_of_lists": (told("uns/ndreamer/settings", lambda s: s.update(effects=[1])), "all-genes", "its settings is dam"),
+    "a_layer_of_the_cohort_that_is_a_number": (
+        told("uns/ndreamer/settings", lambda s: s["cohort"].update(layer=3)), "all-genes", "of their settings is damaged",
+    ),
+    "a_condition_of_no_column": (
+        told("uns/ndreamer/settings", lambda s: s["cohort"].update(condition_key="x")), "all-genes", "obs has no 'x'",
+    ),
+    "a_seed_of_letters": (fact("seed", "x"), "null", "its seed is damaged"),
+    "a_normalisation_of_two": (fact("normalise", np.array(["a", "b"])), "all-genes", "its normalise is damaged"),
+    "versions_that_are_none": (fact("versions", "1"), "report", "its versions is damaged"),
+    "cells_dropped_by_lists": (told("uns/ndreamer/dropped", lambda d: d.update(x=[1])), "report", "its dropped is damaged"),
+    "results_of_nobody": (edited(ROOT, silent), "cate", "it is not a results.zarr"),
+    "an_export_of_no_design": (told(DESIGN, lambda _: "null"), "export", "its design is damaged"),
+    "an_export_of_no_cells": (edited(ROOT, escaping), "export", "'obs' is damaged"),
+    "all_genes_of_no_design": (told(DESIGN, lambda _: "null"), "all-genes", "its design is damaged"),
+    "more_matches_of_another_run": (text(keys.RUN_JSON, "{}"), "match", "run.json is damaged"),
     "a_root_that_is_another_file": (linked(ROOT, "/etc/passwd"), "get", "is damaged"),
     "results_that_are_themselves": (linked(keys.RESULTS, keys.RESULTS), "info", ""),
 }  # fmt: skip
@@ -175,12 +210,18 @@ CASES: dict[str, tuple[Damage, str, str]] = {
 def words_of(what: str, run: Path, out: Path) -> list[str]:
     """Return the words of a command that reads results."""
     get = ["get", str(run), "--out", str(out / "part.csv"), "--layer"]
+    serial = ["--set", "run.serial=true", "--set", "run.progress=false"]
     return {
         "info": ["info", str(run)],
         "get": [*get, "ite"],
         "expression": [*get, "expression"],
         "effect": [*get, "effect", "--condition", "treated", "--cells", "condition == 'treated'"],
         "cate": ["cate", str(run), "--by", "cell_type", "--out", str(out / "table.csv")],
+        "null": ["null", str(run), "--labellings", "2", "--out", str(out / "null.csv")],
+        "report": ["report", str(run), "--by", "cell_type", "--out", str(out / "report.html")],
+        "export": ["export", str(run), "--out", str(out / "published")],
+        "match": ["match", str(run), "--edges", "all", *serial],
+        "all-genes": ["all-genes", str(run), str(run.parent / "cohort.zarr"), "--out", str(out / "wide"), *serial],
     }[what]
 
 
@@ -190,13 +231,14 @@ def test_hostile_results_are_refused_in_one_line(case: str, finished: Path, tmp_
     run, out = tmp_path / "run", tmp_path / "out"
     copy = functools.partial(shutil.copytree, finished)
     copy(run, copy_function=shutil.copy)
+    (tmp_path / "cohort.zarr").symlink_to(finished.parent / "cohort.zarr")
     out.mkdir()
     damage(run)
     before, memory = files_of(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ended = command(words_of(what, run, out))
     if ended.code or message:
         assert not message or any(part in ended.refusal for part in message.split("|")), ended.refusal
-    assert files_of(out).keys() <= {"part.csv", "table.csv"}
+        assert not files_of(out)
     assert {name: seen for name, seen in files_of(tmp_path).items() if not name.startswith("out")} == {
         name: seen for name, seen in before.items() if not name.startswith("out")
     }
