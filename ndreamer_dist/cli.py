@@ -49,6 +49,29 @@ Set = Annotated[
     ),
 ]
 
+Input = Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store, by path or URL.")]
+ConditionKey = Annotated[str | None, typer.Option(help="Column of obs that holds the condition.")]
+Control = Annotated[str | None, typer.Option(help="Name of the control condition.")]
+BatchKey = Annotated[list[str] | None, typer.Option(help="Column of obs that holds the batch; repeatable.")]
+PresetName = Annotated[Preset, typer.Option(help="paper: the method's defaults; small: for laptops.")]
+ValuesOfX = Annotated[
+    Normalise | None, typer.Option(help="What X holds: counts; none: log-normalised values; auto: looked at (default).")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of settings by stage; `ndreamer-dist settings` writes one.", dir_okay=False),
+]
+Workers = Annotated[int | None, typer.Option(help="Training workers (default: 1).")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to run on: auto, or ray://HOST:10001 (default: RAY_ADDRESS, else a local Ray)."),
+]
+ResultsAddress = Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")]
+Compared = Annotated[str | None, typer.Option(help="Condition to compare with the control (default: each of them).")]
+Genes = Annotated[str | None, typer.Option(help="Gene names, separated by commas.")]
+InputAgain = Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")]
+DonorKey = Annotated[str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")]
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -67,26 +90,17 @@ def _whole(
 
 @app.command()
 def run(
-    cohort: Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store, by path or URL.")],
+    cohort: Input,
     out: Annotated[str, typer.Option(help="Run directory, local or on object storage.")],
-    condition_key: Annotated[str | None, typer.Option(help="Column of obs that holds the condition.")] = None,
-    control: Annotated[str | None, typer.Option(help="Name of the control condition.")] = None,
-    batch_key: Annotated[list[str] | None, typer.Option(help="Column of obs that holds the batch; repeatable.")] = None,
-    preset: Annotated[Preset, typer.Option(help="paper: the method's defaults; small: for laptops.")] = "paper",
-    normalise: Annotated[
-        Normalise | None,
-        typer.Option(help="What X holds: counts; none: log-normalised values; auto: looked at (default)."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML file of settings by stage; `ndreamer-dist settings` writes one.", dir_okay=False),
-    ] = None,
+    condition_key: ConditionKey = None,
+    control: Control = None,
+    batch_key: BatchKey = None,
+    preset: PresetName = "paper",
+    normalise: ValuesOfX = None,
+    config: Config = None,
     assignments: Set = None,
-    workers: Annotated[int | None, typer.Option(help="Training workers (default: 1).")] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to run on: auto, or ray://HOST:10001 (default: RAY_ADDRESS, else a local Ray)."),
-    ] = None,
+    workers: Workers = None,
+    address: Address = None,
     redo: Annotated[
         bool,
         typer.Option("--redo", help="Run again the finished stages whose settings have changed, and those after them."),
@@ -114,24 +128,18 @@ def run(
 
 @app.command()
 def plan(
-    cohort: Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store, by path or URL.")],
+    cohort: Input,
     out: Annotated[
         str | None, typer.Option(help="Run directory of the run to come: its free disk is compared with the need.")
     ] = None,
-    condition_key: Annotated[str | None, typer.Option(help="Column of obs that holds the condition.")] = None,
-    control: Annotated[str | None, typer.Option(help="Name of the control condition.")] = None,
-    batch_key: Annotated[list[str] | None, typer.Option(help="Column of obs that holds the batch; repeatable.")] = None,
-    preset: Annotated[Preset, typer.Option(help="paper: the method's defaults; small: for laptops.")] = "paper",
-    normalise: Annotated[
-        Normalise | None,
-        typer.Option(help="What X holds: counts; none: log-normalised values; auto: looked at (default)."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML file of settings by stage; `ndreamer-dist settings` writes one.", dir_okay=False),
-    ] = None,
+    condition_key: ConditionKey = None,
+    control: Control = None,
+    batch_key: BatchKey = None,
+    preset: PresetName = "paper",
+    normalise: ValuesOfX = None,
+    config: Config = None,
     assignments: Set = None,
-    workers: Annotated[int | None, typer.Option(help="Training workers (default: 1).")] = None,
+    workers: Workers = None,
 ) -> None:
     """Tell what `run` would do and need: groups, steps, memory, disk; nothing is run."""
     from ndreamer_dist.pipeline import plan as plan_job
@@ -168,10 +176,7 @@ def match(
         str, typer.Option(help="all: every pair of groups; or a condition: from every group to its groups.")
     ] = "all",
     assignments: Set = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to run on: auto, or ray://HOST:10001 (default: RAY_ADDRESS, else a local Ray)."),
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Match more pairs of groups of a finished run, for other contrasts; its results stay as they are."""
     from ndreamer_dist.pipeline import add_matches
@@ -231,7 +236,7 @@ def fetch(
 
 @app.command()
 def info(
-    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    run_directory: ResultsAddress,
 ) -> None:
     """Show what a run holds, or how far a running one is."""
     from ndreamer_dist.demo import describe
@@ -244,7 +249,7 @@ def check(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or its URL.")],
     mend: Annotated[bool, typer.Option("--mend", help="Remove what is damaged, for `run` to make it again.")] = False,
     assignments: Set = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to run on.")] = None,
+    address: Address = None,
 ) -> None:
     """Read all that a run has made and name what is damaged or missing; exit code 2 where anything is."""
     from ndreamer_dist.checking import check as check_run
@@ -264,11 +269,11 @@ def check(
 
 @app.command()
 def get(
-    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    run_directory: ResultsAddress,
     out: Annotated[Path, typer.Option(help="File to write: .h5ad, .zarr, .csv or .parquet.")],
     layer: Annotated[Layer, typer.Option(help="What to read.")] = "ite",
     cells: Annotated[str | None, typer.Option(help="""Query on obs: 'cell_type == "B cells"'.""")] = None,
-    genes: Annotated[str | None, typer.Option(help="Gene names, separated by commas.")] = None,
+    genes: Genes = None,
     embedding: Annotated[bool, typer.Option(help="Add obsm X_ndreamer_pca to .h5ad and .zarr, for plots.")] = True,
     condition: Annotated[
         str | None, typer.Option(help="Condition of the effect or counterfactual; required for these two layers.")
@@ -276,7 +281,7 @@ def get(
     baseline: Annotated[
         str | None, typer.Option(help="Condition that an effect is compared with (default: the control).")
     ] = None,
-    cohort: Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")] = None,
+    cohort: InputAgain = None,
 ) -> None:
     """Write a part of the results to a file; only the chunks that hold it are read."""
     from ndreamer_dist.results.export import write_part
@@ -290,17 +295,13 @@ def get(
 
 @app.command()
 def cate(
-    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    run_directory: ResultsAddress,
     by: Annotated[str, typer.Option(help="Column of obs that names populations, e.g. cell_type.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")],
-    condition: Annotated[
-        str | None, typer.Option(help="Condition to compare with the control (default: each of them).")
-    ] = None,
-    genes: Annotated[str | None, typer.Option(help="Gene names, separated by commas.")] = None,
-    cohort: Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")] = None,
-    donor_key: Annotated[
-        str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")
-    ] = None,
+    condition: Compared = None,
+    genes: Genes = None,
+    cohort: InputAgain = None,
+    donor_key: DonorKey = None,
     min_cells: Annotated[int, typer.Option(min=1, help="Fewest cells that a donor must have in a population.")] = 10,
     population: Annotated[
         Asking, typer.Option(help="Query cells: those of all donors, or of the treated ones.")
@@ -327,18 +328,14 @@ def cate(
 
 @app.command()
 def null(
-    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    run_directory: ResultsAddress,
     out: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")],
     by: Annotated[
         str | None,
         typer.Option(help="Column of obs that names populations, e.g. cell_type (default: all cells together)."),
     ] = None,
-    condition: Annotated[
-        str | None, typer.Option(help="Condition to compare with the control (default: each of them).")
-    ] = None,
-    donor_key: Annotated[
-        str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")
-    ] = None,
+    condition: Compared = None,
+    donor_key: DonorKey = None,
     labellings: Annotated[int, typer.Option(min=1, help="How many permutations of the donor labels.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the permutations.")] = 0,
 ) -> None:
@@ -357,7 +354,7 @@ def null(
 
 @app.command("all-genes")
 def all_genes(
-    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    run_directory: ResultsAddress,
     cohort: Annotated[str, typer.Argument(metavar="INPUT", help="The cohort that the run was given.")],
     out: Annotated[str, typer.Option(help="Directory to write, local or on object storage.")],
     layers: Annotated[
@@ -374,18 +371,14 @@ def all_genes(
 
 @app.command()
 def report(
-    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    run_directory: ResultsAddress,
     out: Annotated[str | None, typer.Option(help="HTML file to write (default: DIR/report/report.html).")] = None,
     by: Annotated[
         str | None,
         typer.Option(help="Column of obs that names populations (default: the one that looks most like cell types)."),
     ] = None,
-    condition: Annotated[
-        str | None, typer.Option(help="Condition to compare with the control (default: each of them).")
-    ] = None,
-    donor_key: Annotated[
-        str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")
-    ] = None,
+    condition: Compared = None,
+    donor_key: DonorKey = None,
 ) -> None:
     """Write one HTML page of what a run found, with figures and tables, and how far to trust it."""
     from ndreamer_dist.report.html import report as write_report
@@ -395,7 +388,7 @@ def report(
 
 @app.command()
 def export(
-    run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")],
+    run_directory: ResultsAddress,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     layout: Annotated[
         Format, typer.Option("--format", help="ndreamer: what the published package writes.")

@@ -77,7 +77,7 @@ def test_the_tasks_of_a_stage_are_those_that_it_is_seen_to_run(
     )
     source, runtime = open_source(cohort), Counting(settings)
     run = RunDirectory.at(tmp_path)
-    run.write_json(keys.RUN_JSON, {"input": {}})
+    run.write_json(keys.RUN_JSON, {"input": {}, "settings": {}, "keys": {}})
     run_stages(run, settings, source, runtime, stage_keys(settings, {}))
     plan = nd.plan(cohort, settings=settings)
     seen = {

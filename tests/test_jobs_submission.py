@@ -38,6 +38,7 @@ from ndreamer_dist.rundir import RunDirectory
 from ndreamer_dist.storage import open_storage
 from ndreamer_dist.train.trainer import SNAPSHOT
 from tests.results.brute_force import check
+from tests.security.looked_at import assert_no_secret, contents
 from tests.servers import S3_ENVIRONMENT, s3
 from tests.tiny import NAMES, PROMPT, SETTINGS, assert_same_bits, run_words, tiny_cohort
 
@@ -209,6 +210,7 @@ class LockedRay:
     cluster: str
     env: dict[str, str]
     storage: SimpleNamespace  # the S3 that its jobs write to
+    written: tuple[Path, Path]  # what Ray writes while it runs, and what its nodes say
 
     def get(self, path: str, *, token: str | None) -> Any:
         """Ask the dashboard for something."""
@@ -306,7 +308,7 @@ def locked_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedRay]:
             env[name] = value
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("bucket")
-        ray = LockedRay(f"http://127.0.0.1:{dashboard}", f"127.0.0.2:{port}", env, storage)
+        ray = LockedRay(f"http://127.0.0.1:{dashboard}", f"127.0.0.2:{port}", env, storage, (Path(folder), logs))
         # Ray puts the machine's address in place of 127.0.0.1; these two it leaves on loopback.
         head = ["--head", "--node-ip-address", "127.0.0.2", "--port", str(port), "--num-cpus", "0"]
         head += ["--temp-dir", folder, "--ray-client-server-port", str(client)]
@@ -425,6 +427,14 @@ def test_a_job_that_is_stopped_in_training_lets_go_and_goes_on_to_the_same_bits_
     check(tmp_path / "run" / keys.RESULTS)
     stages = [json.loads(line) for line in run.read(keys.STAGES_LOG).splitlines()]
     assert max(stage["peak_bytes"] for stage in stages) < DRIVER_MOST
+
+
+@pytest.mark.ray
+def test_neither_the_token_nor_the_key_to_s3_is_in_anything_that_ray_has_written(locked_ray: LockedRay) -> None:
+    """The logs of nodes, workers and jobs, after all of the above."""
+    told = [name for name, _ in contents(locked_ray.written[0])]
+    assert any("job-driver" in name for name in told)
+    assert_no_secret([locked_ray.token, S3_ENVIRONMENT["AWS_SECRET_ACCESS_KEY"]], *locked_ray.written)
 
 
 def submit_lines(text: str) -> list[list[str]]:

@@ -43,14 +43,14 @@ def train_together(out: Path) -> None:
     """Do the training stage of a run with two workers."""
     mp.spawn(train_share, (out,), nprocs=WORKERS)
     run = RunDirectory.at(out)
-    key = run.read_json(keys.RUN_JSON)["keys"][keys.STAGE_TRAIN]
+    key = run.read_run()["keys"][keys.STAGE_TRAIN]
     run.mark(keys.STAGE_TRAIN, key, Shard("model", (keys.MODEL_WEIGHTS, keys.MODEL_JSON)))
 
 
 def train_share(rank: int, out: Path) -> None:
     """Train one worker's share from the first step to the last; the first worker writes the model."""
     run = RunDirectory.at(out)
-    settings = Settings.build(config=run.read_json(keys.RUN_JSON)["settings"])
+    settings = Settings.build(config=run.read_run()["settings"])
     torch.set_num_threads(settings.train.threads)
     dist.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=WORKERS)
     try:

@@ -46,9 +46,7 @@ def assert_no_secret(secrets: Iterable[str], *places: Path | bytes | str) -> Non
     wanted = [secret.encode() for secret in secrets]
     assert min(map(len, wanted)) >= 16
     for place in places:
-        told = (
-            {str(path): path.read_bytes() for path in files_in(place)} if isinstance(place, Path) else {"said": place}
-        )
+        told = dict(contents(place)) if isinstance(place, Path) else {"said": place}
         assert told
         for name, data in told.items():
             found = [secret for secret in wanted if secret in (data.encode() if isinstance(data, str) else data)]
