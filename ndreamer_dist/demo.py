@@ -92,9 +92,11 @@ def describe(address: str) -> str:
     try:
         results = open_results(address)
     except StoreError:
-        if not run.storage.exists(keys.RUN_JSON) or run.storage.exists(f"{keys.RESULTS}/zarr.json"):
-            raise  # the results are there, and damaged
-        return _progress(run)
+        if not run.storage.exists(keys.RUN_JSON):
+            raise
+        if not run.storage.exists(f"{keys.RESULTS}/zarr.json"):
+            return _progress(run)
+        results = open_results(address)  # finished meanwhile; or damaged, and the error says so
     return _summary(results) + _costs(run)
 
 

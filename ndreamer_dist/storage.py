@@ -249,7 +249,9 @@ class Storage:
             found = self._ask(name, "listed", "find", top, detail=True)
         except ABSENT:
             found = {}
-        return {path[cut:]: int(entry["size"] or 0) for path, entry in sorted(found.items())}
+        # s3fs answers with the folder itself where its first file comes between two of its requests.
+        files = {path: entry for path, entry in found.items() if entry.get("type") != "directory"}
+        return {path[cut:]: int(entry["size"] or 0) for path, entry in sorted(files.items())}
 
     def delete(self, name: str = "") -> None:
         """Delete a file or a folder with all below it; nothing happens where there is none."""

@@ -45,6 +45,13 @@ def test_a_file_is_written_whole_read_back_listed_and_deleted(storage: Storage) 
     storage.delete("a")
 
 
+def test_a_folder_that_is_begun_while_it_is_listed_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage("memory://begun")
+    folder = {"name": storage.path("done"), "size": 0, "type": "directory"}
+    monkeypatch.setattr(type(storage.filesystem), "find", lambda *_, **__: {folder["name"]: folder})
+    assert storage.list("done") == {}
+
+
 def test_a_missing_file_is_named(storage: Storage) -> None:
     with pytest.raises(StoreError, match=r"nothing\.json does not exist"):
         storage.read("nothing.json")
