@@ -78,15 +78,25 @@ QUICK = {
 """A raylet that is silent for so long is lost; by Ray's defaults it takes 15 s and more."""
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 HOLDER = """
-import json, sys
+import json, sys, threading, time
 from ray.cluster_utils import Cluster
 
+nodes = []
+
+def bury():  # workers hold a raylet that was killed for alive until somebody has asked how it ended
+    while True:
+        for process in [each.process for node in list(nodes) for kind in node.all_processes.values() for each in kind]:
+            process.poll()
+        time.sleep(0.2)
+
+threading.Thread(target=bury, daemon=True).start()
 common = {"node_ip_address": "127.0.0.1", "object_store_memory": 90 * 2**20}
 head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": sys.argv[1], "_system_config": json.loads(sys.argv[2])}
 cluster = Cluster(initialize_head=True, head_node_args=head | common)
 print(cluster.address, flush=True)
 for _ in sys.stdin:
     node = cluster.add_node(num_cpus=1, **common)
+    nodes.append(node)
     print(node.all_processes["raylet"][0].process.pid, flush=True)
 cluster.shutdown()
 """
