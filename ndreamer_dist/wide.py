@@ -9,6 +9,7 @@ Work that was interrupted goes on, shard by shard.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from ndreamer_dist.errors import RunError, StoreError
 from ndreamer_dist.match.effects import pending_shards, write_shards
 from ndreamer_dist.results import store
 from ndreamer_dist.results.averages import Edges
-from ndreamer_dist.results.given import Cohort, GivenExpression, given_expression, told_object
+from ndreamer_dist.results.given import Cohort, GivenExpression, given_expression
 from ndreamer_dist.results.reader import Results, open_results
 from ndreamer_dist.results.virtual import Counterparts
 from ndreamer_dist.rundir import RunDirectory, Shard
@@ -126,8 +127,8 @@ class ResultsOrigin:
 
 def _settings(origin: Results, layers: Sequence[str], how: Mapping[str, Any]) -> Settings:
     """Return the run's settings with the layers asked for, and what says how to work."""
-    told = told_object(origin.uns, "settings")
-    overrides = {"seed": origin.uns.get("seed"), "effects.store": tuple(layers), **how}
+    told = json.loads(origin.uns["settings"])
+    overrides = {"seed": origin.uns["seed"], "effects.store": tuple(layers), **how}
     made = Settings.build(config=told, overrides=overrides)
     changed = [
         f"{stage}.{name}"

@@ -71,7 +71,7 @@ def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFram
     cohort
         What `run` was given: an AnnData, or the path or URL of an h5ad file or a zarr store; or what this returned.
     told
-        `uns["ndreamer"]` of the results.
+        `Results.uns`, which has looked at what it says.
     cells
         Their `obs`, in packed order.
 
@@ -90,7 +90,7 @@ def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFram
     source = open_source(cohort, layer=settings.layer)
     _check_cells(source, rows, cells.index)
     if "input" in told:
-        _check_fingerprint(source, told_object(told, "input"), settings)
+        _check_fingerprint(source, json.loads(told["input"]), settings)
     if "normalise" not in told or (told["normalise"] == "counts" and keys.OBS_TOTAL not in cells):
         msg = "the results do not say how the cohort was normalised; run their effects again (`run --redo`)"
         raise StoreError(msg)
@@ -112,17 +112,8 @@ def _check_cells(source: Source, rows: np.ndarray, names: pd.Index) -> None:
         raise CohortError(msg)
 
 
-def told_object(told: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return an entry of `uns["ndreamer"]` that is an object in JSON; `StoreError` where it is none."""
-    try:
-        return dict(json.loads(told[name]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        msg = f"what the results tell of their {name} is damaged ({type(error).__name__})"
-        raise StoreError(msg) from error
-
-
 def _cohort_settings(told: Mapping[str, Any]) -> CohortSettings:
-    values = told_object(told, "settings").get("cohort", {})
+    values = json.loads(told["settings"]).get("cohort", {})
     try:
         return CohortSettings(**{name: values[name] for name in ("layer", "condition_key", "batch_key")})
     except (KeyError, TypeError, ValueError) as error:
