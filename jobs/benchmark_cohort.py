@@ -33,9 +33,10 @@ import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.genes import run_cohort
 from ndreamer_dist.cohort.source import fingerprint, open_source
-from ndreamer_dist.metering import PeakMemory
-from ndreamer_dist.rundir import RunDirectory, stage_keys
-from ndreamer_dist.runtime import LazyRuntime
+from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.compute.monitors import PeakMemory
+from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.rundir.stage import stage_keys
 from ndreamer_dist.settings import Settings
 
 NAMES = {"cohort.condition_key": "condition", "cohort.control": "control", "cohort.batch_key": "donor"}

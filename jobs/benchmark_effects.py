@@ -24,11 +24,11 @@ from threadpoolctl import threadpool_limits
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.match import effects
-from ndreamer_dist.results import averages, store
-from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.effects import averages, tables
+from ndreamer_dist.effects import stage as effects
+from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage import open_storage
+from ndreamer_dist.storage.files import open_storage
 
 NAMES = {"condition_key": "condition", "control": "control", "batch_key": "donor"}
 PLAIN = {"train.epochs": 1, "train.passes": 1}
@@ -96,10 +96,10 @@ def timed(work: Callable[[], float]) -> dict[str, float]:
         (effects, "average_through", "rows averaged"),
         (effects, "load_block", "expression read"),
         (effects, "layer_values", "layers made"),
-        (store, "write_layer", "layers compressed, written"),
-        (store, "write_obsm", "obsm compressed, written"),
-        (store, "write_expression", "expression written"),
-        (store, "finish", "tables written"),
+        (tables, "write_layer", "layers compressed, written"),
+        (tables, "write_obsm", "obsm compressed, written"),
+        (tables, "write_expression", "expression written"),
+        (tables, "finish", "tables written"),
     ]
     with _clocks(parts, clock):
         clock["all"] = work()

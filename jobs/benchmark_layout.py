@@ -23,10 +23,11 @@ import zarr
 from benchmark_retrieval import BASE_CELLS, average, expression
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from ndreamer_dist.results.pieces import read_dense
-from ndreamer_dist.results.reader import open_results
-from ndreamer_dist.results.rounding import FULL, Rounding
-from ndreamer_dist.storage import open_storage, read_array
+from ndreamer_dist.effects.rounding import FULL, Rounding
+from ndreamer_dist.results.read import read_dense
+from ndreamer_dist.stats.results import open_results
+from ndreamer_dist.storage.arrays import read_array
+from ndreamer_dist.storage.files import open_storage
 
 ROWS = 4096
 CELLS = 200_000

@@ -37,14 +37,14 @@ from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
-from ndreamer_dist.match import flat
-from ndreamer_dist.match.exact import nearest
-from ndreamer_dist.match.index import build_index
-from ndreamer_dist.match.search import run_match
-from ndreamer_dist.rundir import RunDirectory
-from ndreamer_dist.runtime import LazyRuntime
+from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.matching import gpu
+from ndreamer_dist.matching.exact import nearest
+from ndreamer_dist.matching.partition import build_index
+from ndreamer_dist.matching.stage import run_match
+from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage import read_array, write_array
+from ndreamer_dist.storage.arrays import read_array, write_array
 
 DIMS = 50
 SAMPLE = 300
@@ -315,14 +315,14 @@ def stage(points: np.ndarray, groups: int) -> None:
 
 def on_gpu(problem: Problem) -> None:
     """Do a whole problem by FAISS on a GPU, as many threads settling its proposals as there are processors."""
-    if not flat.has_gpu():
+    if not gpu.has_gpu():
         print(f"\n{problem.name}: FAISS sees no GPU here")
         return
     threads = len(os.sched_getaffinity(0))
-    flat.nearest(problem.points[:1000], problem.points[:1000], 1)
+    gpu.nearest(problem.points[:1000], problem.points[:1000], 1)
     begun, widened = time.perf_counter(), 0
     for group, rows in enumerate(problem.groups):
-        found = flat.nearest(problem.points, problem.points[rows], 1, exclude=excluded(problem, group), threads=threads)
+        found = gpu.nearest(problem.points, problem.points[rows], 1, exclude=excluded(problem, group), threads=threads)
         widened += int(found.widened.sum())
     seconds = time.perf_counter() - begun
     print(

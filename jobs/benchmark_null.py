@@ -31,9 +31,9 @@ from scipy.spatial import cKDTree
 
 import ndreamer_dist as nd
 from ndreamer_dist.cohort.design import Design, build_design
-from ndreamer_dist.stats.cate import benjamini_hochberg
 from ndreamer_dist.stats.null import counted_below, donor_p, permuted_labels, rates, sampled, sign_p
 from ndreamer_dist.stats.populations import PopulationMeans, Replicates, population_means
+from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
 DESIGNS = ((42, 9), (11, 5), (16, 32))
 SMALL_DESIGNS = ((4, 4), (3, 3))

@@ -26,8 +26,8 @@ import scib_metrics
 from scib_metrics.nearest_neighbors import pynndescent
 
 import ndreamer_dist as nd
-from ndreamer_dist.results.reader import Results
 from ndreamer_dist.settings import parse_assignments
+from ndreamer_dist.stats.results import Results
 
 NEIGHBOURS = 90
 DIMENSIONS = 50

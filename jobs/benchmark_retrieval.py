@@ -29,14 +29,14 @@ import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.chunks import counting
 from ndreamer_dist.cohort.design import Design, Group, batch_name, group_name
 from ndreamer_dist.cohort.packed import Packed, table_bytes, write_csr
-from ndreamer_dist.results import store
-from ndreamer_dist.results.reader import Results, open_results
-from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.effects import tables
+from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import Settings, parse_assignments
-from ndreamer_dist.storage import create_array, write_array
+from ndreamer_dist.stats.results import Results, open_results
+from ndreamer_dist.storage.arrays import create_array, write_array
+from ndreamer_dist.storage.shards import counting
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.servers import S3_ENVIRONMENT
@@ -52,7 +52,7 @@ def main() -> None:
     """Make the store if it is not there, and ask."""
     given = arguments()
     folder = given.folder.absolute()
-    if not (folder / keys.RESULTS / store.ROOT).exists():
+    if not (folder / keys.RESULTS / tables.ROOT).exists():
         settings = Settings.build(overrides={"effects.store": "denoised,ite", **parse_assignments(given.set)})
         make(folder, given.cells, given.genes, settings)
     print(f"{given.cells} cells x {given.genes} genes; load {os.getloadavg()[0]:.1f}")
@@ -146,7 +146,7 @@ def s3(folder: Path) -> Iterator[str]:
         remote = s3fs.S3FileSystem()
         remote.mkdir("benchmark")
         source = folder / keys.RESULTS
-        for path in (source / store.ROOT, *(source / part for part in ("obs", "var", "uns", "layers"))):
+        for path in (source / tables.ROOT, *(source / part for part in ("obs", "var", "uns", "layers"))):
             remote.put(str(path), f"benchmark/{keys.RESULTS}/{path.name}", recursive=path.is_dir())
         yield f"s3://benchmark/{keys.RESULTS}"
 
@@ -184,17 +184,17 @@ def make(folder: Path, cells: int, genes: int, settings: Settings) -> None:
     packed = Packed.open(run, settings.pack.block_rows)
     base = expression(rng, BASE_CELLS, genes)
     write_packed(rng, packed, base)
-    layout = store.layout_of(run, settings, packed)
-    store.prepare(run, layout, fresh=True)
-    for shard in store.expression_shards(layout):
-        store.write_expression(shard.task, run, packed, layout)
+    layout = tables.layout_of(run, settings, packed)
+    tables.prepare(run, layout, fresh=True)
+    for shard in tables.expression_shards(layout):
+        tables.write_expression(shard.task, run, packed, layout)
     for block in range(packed.n_blocks):
         write_block(rng, run, packed, layout, base, block)
         print(f"\rblock {block + 1} of {packed.n_blocks}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     source = source_of(rng, packed)
-    table = store.cell_table(source, packed, {keys.OBS_MATCH_DISTANCE: rng.random(cells, dtype=np.float32)})
-    store.finish(run, settings, packed, table, store.gene_table(source, packed), layout, KEY, {})
+    table = tables.cell_table(source, packed, {keys.OBS_MATCH_DISTANCE: rng.random(cells, dtype=np.float32)})
+    tables.finish(run, settings, packed, table, tables.gene_table(source, packed), layout, KEY, {})
 
 
 def expression(rng: np.random.Generator, cells: int, genes: int) -> np.ndarray:
@@ -227,7 +227,7 @@ def write_block(
     rng: np.random.Generator,
     run: RunDirectory,
     packed: Packed,
-    layout: store.Layout,
+    layout: tables.Layout,
     base: np.ndarray,
     block: int,
 ) -> None:
@@ -238,13 +238,13 @@ def write_block(
             values: np.ndarray = rng.integers(packed.n_rows, size=(stop - start, width)).astype(layout.row_dtype)
         else:
             values = rng.standard_normal((stop - start, width), dtype=np.float32)
-        store.write_obsm(run, name, start, values)
+        tables.write_obsm(run, name, start, values)
     own, control = (average(rng, base, stop - start) for _ in CONDITIONS)
     conditions = packed.design.group_conditions[packed.design.group_of(np.arange(start, stop))]
     effects = np.where((conditions == 0)[:, None], np.nan, own - control).astype(np.float32)
     for name, layer in ((keys.LAYER_DENOISED, own), (keys.LAYER_ITE, effects)):
-        for first, last in store.gene_spans(layout):
-            store.write_layer(run, name, (start, first), layout.rounding(layer[:, first:last]))
+        for first, last in tables.gene_spans(layout):
+            tables.write_layer(run, name, (start, first), layout.rounding(layer[:, first:last]))
 
 
 def average(rng: np.random.Generator, base: np.ndarray, cells: int) -> np.ndarray:

@@ -5,7 +5,7 @@
 
 Of each size a nested case-control cohort is simulated (its time told apart) and the job runs on it in a process of its
 own, as `ndreamer-dist run` does, on a local Ray. What it takes is what the job itself writes down of its stages
-(`metering.py`): memory is the sum over all its processes, shared memory counted once; bytes are those that passed the
+(`compute/monitors.py`): memory is the sum over all its processes, shared memory counted once; bytes are those that passed the
 processes' read and write calls, pipes and sockets among them. The table of a run that is under way is printed by
 `ndreamer-dist info OUT/<cells>/run`, stage by stage as they end. Sizes are written to OUT/scale.csv as they end, and an
 interrupted call goes on: sizes that are there are not run again, and finished stages of the next keep their figures.
@@ -24,8 +24,8 @@ from pathlib import Path
 import pandas as pd
 
 import ndreamer_dist as nd
-from ndreamer_dist.metering import stage_costs
-from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.compute.monitors import stage_costs
+from ndreamer_dist.storage.files import open_storage
 
 FILE = "scale.csv"
 
@@ -72,7 +72,7 @@ def of_size(given: argparse.Namespace, cells: int) -> pd.DataFrame:
         nd.simulate(cohort, cells=cells, genes=given.genes, batches=given.donors, design="nested", threads=given.cpus)
         print(f"{cells} cells simulated in {time.perf_counter() - started:.0f} s", flush=True)
     run_job(given, cohort, run)
-    table = stage_costs(RunDirectory.at(run)).assign(cells=cells)
+    table = stage_costs(open_storage(run)).assign(cells=cells)
     print(markdown(table), flush=True)
     return table
 

@@ -216,7 +216,7 @@ def our_step(contestant: Contestant) -> tuple[Callable[[], object], int]:
     from ndreamer_dist.model.batch import MiniBatch
     from ndreamer_dist.model.collectives import Single
     from ndreamer_dist.settings import Settings
-    from ndreamer_dist.train.loop import TrainState, prepare, training_step
+    from ndreamer_dist.training.loop import TrainState, prepare, training_step
 
     settings = Settings.build(
         preset=contestant.preset,

@@ -6,10 +6,10 @@ Needs the extra `bench`; on a machine with other work the figures mean little (t
 log-normalised counts is written once below OUT, as packed.zarr and as an uncompressed h5ad. All ways then give `rows`
 rows as dense float32 tensors of the same size, in turn, `repeats` times after one round that warms the page cache:
 
-- `ray`: what training does (`stream/delivery.py`), Ray with `cpus` processors, its start-up told apart;
+- `ray`: what training does (`training/loader.py`), Ray with `cpus` processors, its start-up told apart;
 - `zarr`: the same steps in one process with `cpus` threads, by zarr's own calls: every touched block read whole;
 - `zarrs`: the same with the codecs of the `zarrs` package instead of zarr's own;
-- `own`: the same steps in one process with `cpus` threads, by our own reader (`stream/rows.py`);
+- `own`: the same steps in one process with `cpus` threads, by our own reader (`training/rows.py`);
 - `scdataset`: quasi-random rows of the h5ad through its `DataLoader`, at the best of the settings that its
   documentation names (fetch of 16 mini-batches, one more prefetched) and their neighbours, found first on fewer rows.
 
@@ -42,15 +42,15 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group, group_name
 from ndreamer_dist.cohort.packed import Packed, table_bytes, write_csr
-from ndreamer_dist.metering import PeakMemory
-from ndreamer_dist.rundir import RunDirectory
-from ndreamer_dist.runtime import LazyRuntime
+from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.compute.monitors import PeakMemory
+from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import RunSettings
-from ndreamer_dist.storage import write_array
-from ndreamer_dist.stream.delivery import mini_batches
-from ndreamer_dist.stream.dense import dense
-from ndreamer_dist.stream.plan import SamplingPlan
-from ndreamer_dist.stream.source import read_window, windows
+from ndreamer_dist.storage.arrays import write_array
+from ndreamer_dist.training.densify import dense
+from ndreamer_dist.training.loader import mini_batches
+from ndreamer_dist.training.sampling import SamplingPlan
+from ndreamer_dist.training.windows import read_window, windows
 
 H5AD = "cohort.h5ad"
 TRIAL_ROWS = 200_000

@@ -45,16 +45,16 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from ndreamer_dist import keys  # noqa: E402
-from ndreamer_dist.checking import check  # noqa: E402
 from ndreamer_dist.cohort.graph import LIBRARIES  # noqa: E402
-from ndreamer_dist.rundir import ArrayFile  # noqa: E402
+from ndreamer_dist.commands.verify import check  # noqa: E402
+from ndreamer_dist.rundir.directory import ArrayFile  # noqa: E402
 from tests.tiny import PROMPT, SETTINGS, STORES, arrays, run_words, tiny_cohort  # noqa: E402
 
 JOB: dict[str, Any] = SETTINGS | {
     "pack.block_rows": 128, "embed.tile_rows": 64, "cohort.min_group_cells": 5, "train.epochs": 6, "train.checkpoint_steps": 2,
 }  # fmt: skip
 PRELOADED = (
-    "ndreamer_dist.cli", "ndreamer_dist.pipeline", "ndreamer_dist.embed", "ndreamer_dist.train.trainer", *LIBRARIES,
+    "ndreamer_dist.cli", "ndreamer_dist.pipeline", "ndreamer_dist.embedding.stage", "ndreamer_dist.training.trainer", *LIBRARIES,
 )  # fmt: skip
 """What serial jobs load, once for all of them."""
 FINISHED = "finished"
@@ -439,7 +439,7 @@ def wait_while(condition: Callable[[], bool]) -> None:
 
 def titled(job: int, fault: str) -> dict[int, str]:
     """Return the processes that a job has started and a fault is for: number and title."""
-    from ndreamer_dist.metering import _descendants
+    from ndreamer_dist.compute.monitors import _descendants
 
     titles = {pid: _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip() for pid in _descendants(job)}
     return {pid: title[:80] for pid, title in titles.items() if re.search(TITLES[fault], title)}

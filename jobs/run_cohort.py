@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from ndreamer_dist.cli import Normalise, Preset, speak
 from ndreamer_dist.errors import SettingsError, suggest
 from ndreamer_dist.settings import read_yaml
-from ndreamer_dist.storage import open_storage
+from ndreamer_dist.storage.files import open_storage
 
 
 class Job(BaseModel):

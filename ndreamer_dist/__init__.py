@@ -10,17 +10,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ndreamer_dist.checking import check
-    from ndreamer_dist.compat import NDreamer
+    from ndreamer_dist.commands.all_genes import all_genes
+    from ndreamer_dist.commands.ndreamer import NDreamer
+    from ndreamer_dist.commands.ndreamer_layout import export
+    from ndreamer_dist.commands.verify import check
     from ndreamer_dist.datasets import fetch, simulate
     from ndreamer_dist.errors import NDreamerError
     from ndreamer_dist.pipeline import Run, add_matches, plan, run
     from ndreamer_dist.report import plots as pl
-    from ndreamer_dist.report.html import report
-    from ndreamer_dist.results.published import export
-    from ndreamer_dist.results.reader import Results, open_results
+    from ndreamer_dist.report.page import report
     from ndreamer_dist.settings import Settings
-    from ndreamer_dist.wide import all_genes
+    from ndreamer_dist.stats.results import Results, open_results
 
 __version__ = version("ndreamer-dist")
 __all__ = [
@@ -43,17 +43,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "NDreamer": "compat",
+    "NDreamer": "commands.ndreamer",
     "NDreamerError": "errors",
-    "Results": "results.reader",
+    "Results": "stats.results",
     "Run": "pipeline",
     "Settings": "settings",
     "add_matches": "pipeline",
-    "all_genes": "wide",
-    "check": "checking",
-    "export": "results.published",
+    "all_genes": "commands.all_genes",
+    "check": "commands.verify",
+    "export": "commands.ndreamer_layout",
     "fetch": "datasets",
-    "open_results": "results.reader",
+    "open_results": "stats.results",
     "plan": "pipeline",
     "run": "pipeline",
     "simulate": "datasets",

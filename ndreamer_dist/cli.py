@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ndreamer_dist.compute.events import Lines
 from ndreamer_dist.errors import NDreamerError, SettingsError, StoreError, printable
 from ndreamer_dist.settings import parse_assignments, read_yaml
-from ndreamer_dist.watching import Lines
 
 app = typer.Typer(
     name="ndreamer-dist",
@@ -195,7 +195,7 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> None:
     """Simulate a small cohort, run the whole job on it, and say how well the truth was recovered."""
-    from ndreamer_dist.demo import run_demo
+    from ndreamer_dist.commands.demo import run_demo
 
     print(
         run_demo(out, cells=cells, genes=genes, seed=seed, settings=parse_assignments(assignments or []), fresh=fresh)
@@ -215,7 +215,7 @@ def simulate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 0,
 ) -> None:
     """Write a cohort whose true effects are known, chunk by chunk."""
-    from ndreamer_dist.demo import simulate_with_bar
+    from ndreamer_dist.commands.demo import simulate_with_bar
 
     simulate_with_bar(out, cells=cells, genes=genes, batches=batches, conditions=conditions, design=design, seed=seed)
     print(f"wrote {out}: columns condition (control: control), donor, cell_type")
@@ -239,7 +239,7 @@ def info(
     run_directory: ResultsAddress,
 ) -> None:
     """Show what a run holds, or how far a running one is."""
-    from ndreamer_dist.demo import describe
+    from ndreamer_dist.commands.info import describe
 
     print(describe(run_directory))
 
@@ -252,7 +252,7 @@ def check(
     address: Address = None,
 ) -> None:
     """Read all that a run has made and name what is damaged or missing; exit code 2 where anything is."""
-    from ndreamer_dist.checking import check as check_run
+    from ndreamer_dist.commands.verify import check as check_run
 
     found = check_run(run_directory, mend=mend, settings=_overrides(assignments, {"run.address": address}))
     for line in found.damage:
@@ -312,7 +312,7 @@ def cate(
 ) -> None:
     """Write the effect of the condition per population and gene, with donors as the replicates."""
     from ndreamer_dist.results.export import TABLES, checked, save_table
-    from ndreamer_dist.results.reader import open_results
+    from ndreamer_dist.stats.results import open_results
 
     checked(out, TABLES)
     table = open_results(run_directory).cate(
@@ -341,8 +341,8 @@ def null(
 ) -> None:
     """Check calibration: the tests under permuted donor labels, where there is no effect to find."""
     from ndreamer_dist.results.export import TABLES, checked, save_table
-    from ndreamer_dist.results.reader import open_results
     from ndreamer_dist.stats.null import rates
+    from ndreamer_dist.stats.results import open_results
 
     checked(out, TABLES)
     table = open_results(run_directory).null(
@@ -363,7 +363,7 @@ def all_genes(
     assignments: Set = None,
 ) -> None:
     """Write the effects of all genes of the cohort, not only the modelled ones, through the run's matches."""
-    from ndreamer_dist.wide import all_genes as write_all
+    from ndreamer_dist.commands.all_genes import all_genes as write_all
 
     made = write_all(run_directory, cohort, out=out, layers=_names(layers) or [], settings=_overrides(assignments, {}))
     print(f"wrote {out}: {len(made.obs)} cells x {len(made.var_names)} genes; layers: {', '.join(made.layers)}")
@@ -381,7 +381,7 @@ def report(
     donor_key: DonorKey = None,
 ) -> None:
     """Write one HTML page of what a run found, with figures and tables, and how far to trust it."""
-    from ndreamer_dist.report.html import report as write_report
+    from ndreamer_dist.report.page import report as write_report
 
     print(f"wrote {write_report(run_directory, out, by=by, condition=condition, donor_key=donor_key)}")
 
@@ -395,7 +395,7 @@ def export(
     ] = "ndreamer",
 ) -> None:
     """Write all results in the file layout of the published package, group by group."""
-    from ndreamer_dist.results.published import export as write_layout
+    from ndreamer_dist.commands.ndreamer_layout import export as write_layout
 
     written = write_layout(run_directory, out=out, format=layout)
     print(f"wrote {len(written)} files to {out}")

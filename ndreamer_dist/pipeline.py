@@ -16,37 +16,30 @@ from typing import Any
 
 from anndata import AnnData
 
-from ndreamer_dist import keys, promise
+from ndreamer_dist import keys
 from ndreamer_dist.cohort.clusters import run_clusters
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes, run_cohort
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.cohort.scan import decide_values
 from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_source
+from ndreamer_dist.cohort.statistics import decide_values
+from ndreamer_dist.compute.events import choose_format
+from ndreamer_dist.compute.executor import LazyRuntime, Runtime, check_layout, losses_told
+from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
+from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
+from ndreamer_dist.compute.monitors import metered
+from ndreamer_dist.effects.stage import run_effects
+from ndreamer_dist.effects.tables import check_tables
 from ndreamer_dist.errors import DamagedError, RunError, SettingsError, suggest
-from ndreamer_dist.forecast import Plan, plan_of
-from ndreamer_dist.match.effects import run_effects
-from ndreamer_dist.match.search import add_edges, match_facts, run_match
-from ndreamer_dist.metering import metered
-from ndreamer_dist.promise import CohortSize
-from ndreamer_dist.results.reader import Results, open_results
-from ndreamer_dist.results.store import check_tables
-from ndreamer_dist.rundir import GRAPH, RunDirectory, stage_keys
-from ndreamer_dist.runtime import (
-    LazyRuntime,
-    Needs,
-    Runtime,
-    check_layout,
-    check_resources,
-    cpu_count,
-    losses_told,
-    memory_limit,
-    object_store_bytes,
-    on_a_cluster,
-)
+from ndreamer_dist.matching.stage import add_edges, match_facts, run_match
+from ndreamer_dist.planning import memory
+from ndreamer_dist.planning.memory import CohortSize
+from ndreamer_dist.planning.plan import Plan, plan_of
+from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.rundir.stage import GRAPH, stage_keys
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.watching import choose_format
+from ndreamer_dist.stats.results import Results, open_results
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +118,7 @@ def run(
     _check_owner(directory, told, fresh=fresh)
     with directory.locked():
         stage_key = _claim(directory, made, told, redo=redo, fresh=fresh)
-        with losses_told(), LazyRuntime(made.run, promise.largest_task(size, made)) as runtime:
+        with losses_told(), LazyRuntime(made.run, memory.largest_task(size, made)) as runtime:
             promised = None if on_a_cluster(made.run) else _promised(made, size)
             run_stages(directory, made, source, runtime, stage_key, only=stage, promised=promised)
     return Run(directory.url)
@@ -223,7 +216,7 @@ def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Ma
             "(--set run.name=value) can be given here"
         )
         raise RunError(msg)
-    with directory.locked(), LazyRuntime(made.run) as runtime, metered(directory, keys.STAGE_MATCH):
+    with directory.locked(), LazyRuntime(made.run) as runtime, metered(directory.storage, keys.STAGE_MATCH):
         design = Design.from_json(directory.read_json(keys.DESIGN_JSON))
         return add_edges(directory, made, design, runtime, before["keys"][keys.STAGE_MATCH], edges)
 
@@ -245,12 +238,12 @@ def run_stages(
     """
     # With them comes torch, for which no refusal need wait. It is loaded before Ray is there: a second raylet on one
     # machine replaces a job's working directory, and in one that is gone MKL cannot be loaded.
-    from ndreamer_dist.embed import run_embed, run_pca
-    from ndreamer_dist.train.trainer import run_train
+    from ndreamer_dist.embedding.stage import run_embed, run_pca
+    from ndreamer_dist.training.trainer import run_train
 
     def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> None:
         if only is None or stage == only:
-            with metered(run, stage, source.n_cells, (promised or {}).get(stage)):
+            with metered(run.storage, stage, source.n_cells, (promised or {}).get(stage)):
                 work(run, settings, *inputs, runtime, stage_key[stage])
         elif keys.STAGES.index(stage) < keys.STAGES.index(only):
             work(replace(run, before=only), settings, *inputs, runtime, stage_key[stage])
@@ -296,13 +289,13 @@ def _settings(
 def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> None:
     """Refuse what this machine cannot hold; where tasks run on a cluster, the driver alone (see `runtime.check_nodes`)."""
     if on_a_cluster(settings.run):
-        needs = Needs(promise.driver_memory(size), promise.disk_bytes(size, settings))
+        needs = Needs(memory.driver_memory(size), memory.disk_bytes(size, settings))
         check_resources(needs, memory=memory_limit(), disk=run.free_disk(), where=run.url)
         return
     alone = settings.run.serial  # one process trains and reads in turn, so no processor need be left to readers
     cpus = 2**20 if alone else settings.run.cpus or cpu_count()
     check_layout(settings.train, cpus, gpus=lambda: 0 if alone else _gpu_count())
-    needs = promise.needs(size, settings, **_machine(settings))
+    needs = memory.needs(size, settings, **_machine(settings))
     check_resources(needs, memory=_memory(settings), disk=run.free_disk(), where=run.url)
 
 
@@ -314,7 +307,7 @@ def _gpu_count() -> int:
 
 def _promised(settings: Settings, size: CohortSize) -> dict[str, int]:
     """Return the peak memory of every stage on this machine, in bytes."""
-    return promise.stage_memory(size, settings, **_machine(settings))
+    return memory.stage_memory(size, settings, **_machine(settings))
 
 
 def _machine(settings: Settings) -> dict[str, int]:

@@ -12,8 +12,8 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group, group_name
 from ndreamer_dist.cohort.packed import Packed, table_bytes
-from ndreamer_dist.rundir import RunDirectory
-from ndreamer_dist.storage import write_array
+from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.storage.arrays import write_array
 
 
 def design_of(cells: Sequence[int], conditions: int = 2) -> Design:

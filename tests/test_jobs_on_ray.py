@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.metering import _descendants
-from ndreamer_dist.train.checkpoints import ASK_EVERY
+from ndreamer_dist.compute.monitors import _descendants
+from ndreamer_dist.training.checkpoints import ASK_EVERY
 from tests.results.brute_force import check
 from tests.security.looked_at import assert_no_pickle, assert_no_secret
 from tests.security.test_ports import is_loopback, listening

@@ -34,9 +34,9 @@ from ray.dashboard.modules.job import cli as ray_cli
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.rundir import RunDirectory
-from ndreamer_dist.storage import open_storage
-from ndreamer_dist.train.trainer import SNAPSHOT
+from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.storage.files import open_storage
+from ndreamer_dist.training.trainer import SNAPSHOT
 from tests.results.brute_force import check
 from tests.security.looked_at import assert_no_secret, contents
 from tests.servers import S3_ENVIRONMENT, s3

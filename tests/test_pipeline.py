@@ -16,7 +16,8 @@ import pytest
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.errors import CohortError, ResourceError, RunError, StoreError
-from ndreamer_dist.storage import open_storage, read_array
+from ndreamer_dist.storage.arrays import read_array
+from ndreamer_dist.storage.files import open_storage
 from tests.results.brute_force import check
 from tests.tiny import NAMES, SETTINGS, arrays, as_memory, assert_same_bits, dense, tiny_cohort
 

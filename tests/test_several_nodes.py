@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from ndreamer_dist import keys
-from ndreamer_dist.metering import _descendants
+from ndreamer_dist.compute.monitors import _descendants
 from tests.machines import CannotBe, Machine, join, machine, make_hub, wait_until
 from tests.servers import S3_ENVIRONMENT
 from tests.tiny import PROMPT, SETTINGS, assert_same_bits, run_words, tiny_cohort

@@ -13,7 +13,8 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.datasets import simulate
-from ndreamer_dist.storage import open_array, open_storage
+from ndreamer_dist.storage.arrays import open_array
+from ndreamer_dist.storage.files import open_storage
 
 NAMES: dict[str, Any] = {"condition_key": "condition", "control": "control", "batch_key": "donor"}
 SETTINGS: dict[str, Any] = {

@@ -15,15 +15,15 @@ import torch.multiprocessing as mp
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.embed import save_model
 from ndreamer_dist.model.collectives import Distributed
-from ndreamer_dist.rundir import RunDirectory, Shard
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.stream.dense import RowLabels, densify
-from ndreamer_dist.stream.plan import SamplingPlan
-from ndreamer_dist.stream.source import read_window, windows
-from ndreamer_dist.train.loop import train
-from ndreamer_dist.train.trainer import _fresh
+from ndreamer_dist.training.densify import RowLabels, densify
+from ndreamer_dist.training.loop import train
+from ndreamer_dist.training.model_file import save_model
+from ndreamer_dist.training.sampling import SamplingPlan
+from ndreamer_dist.training.trainer import _fresh
+from ndreamer_dist.training.windows import read_window, windows
 from tests.tiny import NAMES
 
 WORKERS = 2

@@ -20,11 +20,11 @@ from ndreamer_dist.cohort.design import Group
 from ndreamer_dist.cohort.graph import LIBRARIES, cluster_cells
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.sketch import Sketch, labels_apart, labels_of, sketch_of, sketch_shard
+from ndreamer_dist.compute.executor import Runtime, loads
 from ndreamer_dist.errors import listing
-from ndreamer_dist.rundir import RunDirectory, Shard
-from ndreamer_dist.runtime import Runtime, loads
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.settings import ClustersSettings, Settings
-from ndreamer_dist.storage import shard_files, write_array
+from ndreamer_dist.storage.arrays import shard_files, write_array
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ import pandas as pd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, build_design, group_sizes, pair_codes, report_design
 from ndreamer_dist.cohort.packed import write_tables
-from ndreamer_dist.cohort.scan import Recipe, Scan, Values, decide_values, frame_of_cells, scan
 from ndreamer_dist.cohort.source import MemoryMatrix, Source
+from ndreamer_dist.cohort.statistics import Recipe, Scan, Values, decide_values, frame_of_cells, scan
 from ndreamer_dist.cohort.transpose import rows_first
+from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, listing, suggest
-from ndreamer_dist.rundir import RunDirectory, Shard
-from ndreamer_dist.runtime import Runtime
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.settings import CohortSettings, HvgSettings, Settings
 
 logger = logging.getLogger(__name__)

@@ -21,13 +21,13 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import task_matrix
 from ndreamer_dist.cohort.packed import COHORT_MARKER, Packed, csr_files, read_table, write_csr
-from ndreamer_dist.cohort.scan import Span, Values, chunks_of, normalised, spans_of
 from ndreamer_dist.cohort.source import Matrix, Source
+from ndreamer_dist.cohort.statistics import Span, Values, chunks_of, normalised, spans_of
 from ndreamer_dist.cohort.transpose import drop_rows
-from ndreamer_dist.rundir import RunDirectory, Shard
-from ndreamer_dist.runtime import Runtime, fetch
+from ndreamer_dist.compute.executor import Runtime, fetch
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage import shard_files, write_array
+from ndreamer_dist.storage.arrays import shard_files, write_array
 
 PIECE_BYTES = 2**20
 """A piece should be about as large, so that the object store keeps it and is not flooded with small ones."""

@@ -20,9 +20,10 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.rundir import RunDirectory
-from ndreamer_dist.sealed import check_digest, digest
-from ndreamer_dist.storage import Storage, read_array, shard_files, write_array
+from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.storage.arrays import read_array, shard_files, write_array
+from ndreamer_dist.storage.checksums import check_digest, digest
+from ndreamer_dist.storage.files import Storage
 
 COHORT_MARKER = f"{keys.DONE}/{keys.STAGE_COHORT}/all.json"
 """The one marker of the cohort stage."""

@@ -18,9 +18,10 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.cohort.graph import QUERY_ROWS, cluster_points, one_cluster, principal_axes
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.rundir import Shard
+from ndreamer_dist.rundir.directory import Shard
 from ndreamer_dist.settings import ClustersSettings
-from ndreamer_dist.storage import Storage, read_array, shard_files, write_array
+from ndreamer_dist.storage.arrays import read_array, shard_files, write_array
+from ndreamer_dist.storage.files import Storage
 
 NAMES = ("mean", "axes", "points", "low", "high")
 """The arrays of packed.zarr/sketch."""

@@ -28,10 +28,11 @@ from anndata.io import read_elem
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.chunks import CONCURRENT_SHARDS
+from ndreamer_dist.compute.executor import Runtime, fetch
 from ndreamer_dist.errors import CohortError, StoreError, has_controls, is_unicode, listing, quoted, suggest
-from ndreamer_dist.runtime import Runtime, fetch
-from ndreamer_dist.storage import Storage, open_storage, touched_shards
+from ndreamer_dist.storage.arrays import touched_shards
+from ndreamer_dist.storage.files import Storage, open_storage
+from ndreamer_dist.storage.shards import CONCURRENT_SHARDS
 
 Kind = Literal["csr", "csc", "dense"]
 SAMPLES = 64

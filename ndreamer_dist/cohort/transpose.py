@@ -17,9 +17,11 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import write_csr
 from ndreamer_dist.cohort.source import COLUMN_ENTRIES, StoredMatrix, as_rows
-from ndreamer_dist.rundir import RunDirectory, Shard, run_task
-from ndreamer_dist.runtime import Runtime
-from ndreamer_dist.storage import Storage, read_array, shard_files, write_array
+from ndreamer_dist.compute.executor import Runtime
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import run_task
+from ndreamer_dist.storage.arrays import read_array, shard_files, write_array
+from ndreamer_dist.storage.files import Storage
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ndreamer_dist.datasets.law import Floats, expectation_tables
+from ndreamer_dist.datasets.expectation import Floats, expectation_tables
 from ndreamer_dist.datasets.parameters import Cells, Codes, Parameters
 
 BLOCK_ROWS: Final = 64  # cells that share a generator: results depend on no other cut

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ndreamer_dist.datasets.law import DISPERSIONS, SCALE, Floats
+from ndreamer_dist.datasets.expectation import DISPERSIONS, SCALE, Floats
 from ndreamer_dist.errors import CohortError
 
 Codes = NDArray[np.intp]

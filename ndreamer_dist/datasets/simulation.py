@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
-from ndreamer_dist.datasets.drawing import draw_chunk, generator
 from ndreamer_dist.datasets.model import BLOCK_ROWS, Model
 from ndreamer_dist.datasets.parameters import Names, draw_parameters
+from ndreamer_dist.datasets.sampling import draw_chunk, generator
 from ndreamer_dist.datasets.truth import Truth, truth_path
 from ndreamer_dist.datasets.writing import Writer
 from ndreamer_dist.errors import CohortError, suggest
-from ndreamer_dist.storage import open_storage
+from ndreamer_dist.storage.files import open_storage
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")

@@ -13,11 +13,12 @@ import zarr
 from numpy.typing import ArrayLike, NDArray
 
 from ndreamer_dist import keys
-from ndreamer_dist.datasets.law import Floats
+from ndreamer_dist.datasets.expectation import Floats
 from ndreamer_dist.datasets.model import Model
 from ndreamer_dist.datasets.parameters import CELL_TYPE, CONDITION, DONOR, Cells, Codes, Names, Parameters, affected
 from ndreamer_dist.errors import CohortError, QueryError, listing, suggest
-from ndreamer_dist.storage import Storage, open_storage, read_array
+from ndreamer_dist.storage.arrays import read_array
+from ndreamer_dist.storage.files import Storage, open_storage
 
 
 class Truth:

@@ -12,9 +12,10 @@ import zarr
 from numpy.typing import NDArray
 
 from ndreamer_dist import keys
-from ndreamer_dist.datasets.drawing import Chunk
 from ndreamer_dist.datasets.parameters import CELL_TYPE, CONDITION, DONOR, Names, Parameters
-from ndreamer_dist.storage import Storage, create_array, open_array, read_array, write_array
+from ndreamer_dist.datasets.sampling import Chunk
+from ndreamer_dist.storage.arrays import create_array, open_array, read_array, write_array
+from ndreamer_dist.storage.files import Storage
 
 ENTRIES_CHUNK: Final = 1 << 20  # entries of the sparse matrix per zarr chunk
 CELLS_CHUNK: Final = 1 << 15

@@ -27,9 +27,9 @@ from torch.nn import functional
 
 from ndreamer_dist.model import noise as noises
 from ndreamer_dist.model.batch import Segments
+from ndreamer_dist.model.batch_norm import BatchNorm
 from ndreamer_dist.model.collectives import Collective
 from ndreamer_dist.model.noise import StepNoise
-from ndreamer_dist.model.normalise import BatchNorm
 from ndreamer_dist.settings import CodeChoice, ModelSettings
 
 LOG_FLOOR = 1e-10

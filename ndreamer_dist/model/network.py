@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ndreamer_dist.model.batch import Labels, MiniBatch, gather_labels
+from ndreamer_dist.model.batch_norm import BatchNorm
 from ndreamer_dist.model.codebooks import Quantised, Quantiser
 from ndreamer_dist.model.collectives import Collective
 from ndreamer_dist.model.noise import StepNoise
-from ndreamer_dist.model.normalise import BatchNorm
 from ndreamer_dist.settings import CodeChoice, ModelSettings
 
 SMALLEST_VARIANCE = 1e-6

@@ -11,10 +11,10 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    """A module that writes the report when it is called: see `ndreamer_dist.report.html.report`."""
+    """A module that writes the report when it is called: see `ndreamer_dist.report.page.report`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
-        from ndreamer_dist.report.html import report
+        from ndreamer_dist.report.page import report
 
         return report(*args, **kwargs)
 

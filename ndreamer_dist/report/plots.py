@@ -26,7 +26,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.graph import neighbour_graph, principal_components
 from ndreamer_dist.errors import QueryError, StoreError
-from ndreamer_dist.report.drawing import (
+from ndreamer_dist.report.style import (
     DOWN,
     INK,
     MOST_NAMED,
@@ -44,9 +44,9 @@ from ndreamer_dist.report.drawing import (
     shortened,
     styled,
 )
-from ndreamer_dist.results.reader import MIN_CELLS, Results
-from ndreamer_dist.stats.inference import column
-from ndreamer_dist.storage import Storage, open_storage
+from ndreamer_dist.stats.cate_table import column
+from ndreamer_dist.stats.results import MIN_CELLS, Results
+from ndreamer_dist.storage.files import Storage, open_storage
 
 CELLS = 10_000
 """Cells of a UMAP, unless told otherwise."""

@@ -14,9 +14,9 @@ from natsort import index_natsorted
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.report.plots import SIGNIFICANT, SMALLEST, effect_column, run_of
-from ndreamer_dist.results.reader import Results
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.stats.diagnostics import Diagnostics
+from ndreamer_dist.stats.results import Results
 
 NOTHING = "–"
 LIKELY = ("celltype", "cellclass", "subclass", "annot", "cluster", "leiden", "louvain")

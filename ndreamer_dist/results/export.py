@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from scipy import sparse
 from zarr.errors import ZarrUserWarning
 
-from ndreamer_dist.chunks import Reads, counting
 from ndreamer_dist.errors import QueryError, listing
-from ndreamer_dist.results.given import Cohort
-from ndreamer_dist.results.reader import Cells, open_results
+from ndreamer_dist.results.cohort import Cohort
+from ndreamer_dist.results.reader import Cells, ResultsReader, results_storage
+from ndreamer_dist.storage.shards import Reads, counting
 
 CELL = "cell"
 FORMATS = (".h5ad", ".zarr", ".csv", ".parquet")
@@ -69,7 +69,7 @@ def write_part(
         msg = f"{what} {'needs a' if what in CONDITIONAL else 'takes no'} condition (--condition NAME)"
         raise QueryError(msg)
     with counting() as reads, room_beside(target) as room:
-        results = open_results(address)
+        results = ResultsReader(results_storage(address))
         if what == "expression":
             part = results.expression(cells, genes, cohort=cohort)
         elif what == "effect":

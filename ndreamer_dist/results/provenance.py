@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ndreamer_dist.results.averages import kernel_weights
-from ndreamer_dist.results.virtual import Counterparts
+from ndreamer_dist.effects.averages import kernel_weights
+from ndreamer_dist.results.on_demand import Counterparts
 
 COLUMNS = ("cell", "batch", "condition", "group", "neighbour", "distance", "weight")
 

@@ -15,21 +15,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import anndata
 import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
-from ndreamer_dist.chunks import Reads, counting
 from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.effects.rounding import Rounding
 from ndreamer_dist.errors import QueryError, StoreError, listing, suggest
-from ndreamer_dist.results.given import Cohort, GivenExpression, given_expression
-from ndreamer_dist.results.pieces import read_dense, read_element, read_sparse
-from ndreamer_dist.results.provenance import matches_table
-from ndreamer_dist.results.rounding import Rounding
-from ndreamer_dist.results.virtual import (
+from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
+from ndreamer_dist.results.on_demand import (
     Counterparts,
     Expression,
     Question,
@@ -39,18 +36,18 @@ from ndreamer_dist.results.virtual import (
     effect_question,
     layer_question,
 )
+from ndreamer_dist.results.provenance import matches_table
+from ndreamer_dist.results.read import read_dense, read_element, read_sparse
 from ndreamer_dist.settings import MatchSettings
-from ndreamer_dist.storage import ConsolidatedStorage, Storage, open_array, open_storage, read_array
-
-if TYPE_CHECKING:
-    from ndreamer_dist.stats.diagnostics import Diagnostics
+from ndreamer_dist.storage.arrays import open_array, read_array
+from ndreamer_dist.storage.files import ConsolidatedStorage, Storage, open_storage
+from ndreamer_dist.storage.shards import Reads, counting
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
 Order = Literal["input", "packed"]
-Whose = Literal["all", "treated"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
 Room = Callable[[tuple[int, int]], np.ndarray]
 
@@ -62,16 +59,12 @@ OBJECTS: dict[str, Callable[[Any], Any]] = {
 """Entries of it that are objects in JSON, and what the values of these are."""
 SCALARS: dict[str, type] = {"seed": Integral, "key": str, "version": str, "normalise": str}
 """Entries of it that are plain."""
-MIN_CELLS = 10
-"""Own cells that a donor needs in a population to enter its test."""
-DIAGNOSED_CELLS = 4000
-"""Cells that the mixing of batches is measured on, about."""
 SUGGEST_AMONG = 50_000
 """Beyond this many names, none is suggested for a misspelt one: looking for it would take minutes."""
 
 
-def open_results(address: str | os.PathLike[str] | Storage) -> Results:
-    """Open the results of a run.
+def results_storage(address: str | os.PathLike[str] | Storage) -> ConsolidatedStorage:
+    """Return the storage of a run's results.
 
     Parameters
     ----------
@@ -83,23 +76,23 @@ def open_results(address: str | os.PathLike[str] | Storage) -> Results:
     StoreError
         There are no results, or the run that makes them has not finished.
     """
-    given = open_storage(address)
-    for address in (given.url, (given / keys.RESULTS).url):
-        storage = ConsolidatedStorage(address)
+    folder = open_storage(address)
+    for url in (folder.url, (folder / keys.RESULTS).url):
+        storage = ConsolidatedStorage(url)
         if (storage.root_metadata or {}).get("attributes", {}).get("encoding-type") == "anndata":
-            return Results(storage)
-    if any(given.exists(name) for name in (keys.RUN_JSON, keys.RESULTS, "X")):
-        msg = f"the run in {given.url} has not finished; give the same `run` command again and it goes on"
+            return storage
+    if any(folder.exists(name) for name in (keys.RUN_JSON, keys.RESULTS, "X")):
+        msg = f"the run in {folder.url} has not finished; give the same `run` command again and it goes on"
         raise StoreError(msg)
-    msg = f"{given.url} holds no results: expected a run directory or a results.zarr"
+    msg = f"{folder.url} holds no results: expected a run directory or a results.zarr"
     raise StoreError(msg)
 
 
-def counted(query: Callable[Concatenate[Results, P], Answer]) -> Callable[Concatenate[Results, P], Answer]:
+def counted(query: Callable[Concatenate[ResultsReader, P], Answer]) -> Callable[Concatenate[ResultsReader, P], Answer]:
     """Make a query say how many bytes it read, in the log and as `last_read`."""
 
     @functools.wraps(query)
-    def counting_query(self: Results, *args: P.args, **kwargs: P.kwargs) -> Answer:
+    def counting_query(self: ResultsReader, *args: P.args, **kwargs: P.kwargs) -> Answer:
         with counting() as reads:
             answer = query(self, *args, **kwargs)
         object.__setattr__(self, "_last_read", reads)
@@ -110,8 +103,8 @@ def counted(query: Callable[Concatenate[Results, P], Answer]) -> Callable[Concat
 
 
 @dataclass(frozen=True)
-class Results:
-    """The results of a run, read in pieces. Make one with `open_results`.
+class ResultsReader:
+    """The results of a run, read in pieces; `stats.results.Results` adds the statistics.
 
     In every method that takes them:
 
@@ -397,177 +390,6 @@ class Results:
         """Add the principal components to a part of these results, as `obsm["X_ndreamer_pca"]`, for plots."""
         adata.obsm[keys.OBSM_PCA] = self.embedding(list(adata.obs_names), pca=True).to_numpy()
 
-    def cate(
-        self,
-        by: str | None = None,
-        *,
-        condition: str | None = None,
-        genes: Sequence[str] | None = None,
-        cohort: Cohort | None = None,
-        donor_key: str | None = None,
-        min_cells: int = MIN_CELLS,
-        population: Whose = "all",
-        covariates: Sequence[str] = (),
-    ) -> pd.DataFrame:
-        """Return the effect of the condition in every population, with donors as the replicates (METHOD section 7).
-
-        A population's donors are compared by what its cells find in them: the mean, over the cells of every donor, of
-        the expression of each cell's nearest neighbour among one donor's cells. The main p-value permutes the donors'
-        labels; where there are fewer than 1000 labellings it is Welch's. Where donors are seen in both conditions these are
-        paired, and the others left out.
-
-        Parameters
-        ----------
-        by
-            Column of `obs` that names populations, a cell type say; by default all cells are one population.
-        condition
-            The one to compare with the control; by default every one.
-        genes, cohort
-            As elsewhere; genes that were not modelled are found in the input cohort, if given.
-        donor_key
-            Column of `obs` that names the donor; by default the batch.
-        min_cells
-            Own cells that a donor needs in a population to enter its test; the others are listed.
-        population
-            Whose cells ask: all donors' (then nothing depends on the labels), or the treated donors' alone.
-        covariates
-            Columns of `obs`, constant in every donor, for a linear model in place of the permutation.
-
-        Returns
-        -------
-        A row per population, condition and gene. From the cells, which only describe: `cells`, `mean_ite`, `sd_ite`
-        beside `sd_placebo` (one half of the control donors against the other), `log2_fold_change`, `expressing`,
-        `expressing_control`, the sign test `sign_z` and `sign_p`. From the donors: `effect`, `statistic`, `p`,
-        `p_method`, `p_floor` (the smallest possible), `p_permutation`, `p_parametric`, `few_donors`, `treated_donors`,
-        `control_donors`, `donors_left_out`, and the same test on plain means, `pseudobulk_effect` and `pseudobulk_p`.
-        `p_adjusted` is Benjamini-Hochberg's over the genes of one population and condition, `p_adjusted_all` over the
-        whole table. Of the matches: `match_purity` (share inside the population; `impure` below 0.7),
-        `effective_control_cells`, `without_overlap` (share of cells without a near control match) and
-        `mean_ite_overlap` (the mean without those).
-
-        Raises
-        ------
-        QueryError
-            A name is unknown, or nothing says who the donors are.
-        """
-        from ndreamer_dist.stats.inference import cate_table
-
-        return cate_table(
-            self._given(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
-            population=population, covariates=covariates,
-        )  # fmt: skip
-
-    def donor_means(
-        self,
-        by: str,
-        *,
-        condition: str | None = None,
-        genes: Sequence[str] | None = None,
-        cohort: Cohort | None = None,
-        donor_key: str | None = None,
-        min_cells: int = MIN_CELLS,
-    ) -> anndata.AnnData:
-        """Return donors x genes per population, for a model of your own (limma, dreamlet); arguments as in `cate`.
-
-        Returns
-        -------
-        `X` (population, donor and condition; genes) are the means that `cate` tests, `layers["pseudobulk"]` plain
-        ones; `obs` says of what, with every column of the cohort that is constant in each donor. Where there are
-        several conditions, the control donors are there once for each contrast.
-        """
-        from ndreamer_dist.stats.inference import donor_means
-
-        given = self._given(genes, cohort)
-        return donor_means(given, by=by, condition=condition, donor_key=donor_key, min_cells=min_cells)
-
-    def null(
-        self,
-        by: str | None = None,
-        *,
-        condition: str | None = None,
-        genes: Sequence[str] | None = None,
-        cohort: Cohort | None = None,
-        donor_key: str | None = None,
-        min_cells: int = MIN_CELLS,
-        labellings: int = 10,
-        seed: int = 0,
-    ) -> pd.DataFrame:
-        """Return what the tests say under permuted labels of donors, where nothing is to be found.
-
-        Each labelling is taken for the truth and every test is run on it. The permutation test holds its level here by
-        construction; the table shows how far the others are off on these cells. The labels that the embedding was
-        trained with stay as they are. Arguments not listed are those of `cate`.
-
-        Parameters
-        ----------
-        labellings
-            How many; fewer where the donors have fewer. Pairs of one donor's cells are permuted inside.
-        seed
-            Of the labellings.
-
-        Returns
-        -------
-        A row per population, condition, labelling, test and level, for which there are donors enough: `population`,
-        `condition`, `treated_donors`, `control_donors`, `labelling`, `test`, `level`, `below` (p-values at or below
-        it), `tests` (p-values), `share` (one by the other; `level` is what it should be). Tests: `main`, what `cate`
-        calls p, `permutation`, `welch` (paired: the paired t), `pseudobulk` (`main` on plain means), and `sign`, on
-        at most about 2000 cells of a population. `stats.null.rates` pools them.
-
-        Raises
-        ------
-        QueryError
-            A name is unknown, or no population has three donors a condition (four pairs).
-        """
-        from ndreamer_dist.stats.null import null_table
-
-        return null_table(
-            self._given(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
-            count=labellings, seed=seed,
-        )  # fmt: skip
-
-    def diagnostics(
-        self, by: str | None = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
-    ) -> Diagnostics:
-        """Return how far the results can be trusted: small tables, none of which is a test.
-
-        Parameters
-        ----------
-        by
-            Column of `obs` that names populations, a cell type say; by default all cells are one population.
-        donor_key
-            Column of `obs` that names the donor; by default the batch.
-        cells
-            About how many cells `mixing` looks at, as large a share of each group.
-
-        Returns
-        -------
-        `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`) and `donors`, which says it in words; and:
-
-        - `groups`, a row per batch and condition. Overlap: `overlap`, the share of cells with a near control match
-          (`obs["ndreamer_overlap"]`), the median `match_distance` to the control and `own_distance` to the nearest other
-          cell of the group. Reuse, as any cell's match: `times_matched_mean`, `times_matched_max`, `never_matched` (share
-          of cells), `effective_cells` ((sum w)^2 / sum w^2). Distortion, on `distortion_cells` cells: `correlation` (mean
-          over cells) and mean `squared_difference` of denoised and measured expression.
-        - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.
-        - `mixing`, a row per condition: the share of a cell's 15 nearest neighbours, within condition and population,
-          that are of other batches, in principal components of the `input` and in the `embedding`, beside what is
-          `expected` of batches mixed at random; `cells` and `batches` looked at.
-
-        NaN stands where there is nothing to compare with: no other control group, one batch.
-
-        Raises
-        ------
-        QueryError
-            A name is unknown.
-        StoreError
-            `denoised` is not stored, and the matches that it is computed from are not there.
-        """
-        from ndreamer_dist.stats.diagnostics import diagnose
-
-        stored = keys.LAYER_DENOISED in self.layers
-        given = self._given(None, None)
-        return diagnose(given, by=by, donor_key=donor_key, cells=cells, stored_denoised=stored)
-
     # --- what is behind them -----------------------------------------------------------------------------------------
 
     def refuse_damaged(self) -> None:
@@ -667,17 +489,6 @@ class Results:
         out = room((len(rows), len(columns))) if room else None
         values = compute(question, self.counterparts, expression, rows, columns, out=out)
         return self._part(values, rows, table.iloc[columns])
-
-    def _given(self, genes: Sequence[str] | None, cohort: Cohort | None) -> Any:
-        from ndreamer_dist.stats.inference import Given
-
-        expression, table = self._expression(cohort)
-        columns = self._columns(genes, table.index)
-        stored = cohort is None and keys.LAYER_ITE in self.layers
-        return Given(
-            self.storage, self.design, self._cells, self.counterparts, expression, columns, table.index[columns],
-            stored_ite=stored, seed=int(self.uns.get("seed", 0)),
-        )  # fmt: skip
 
     def _rows(self, cells: Cells, order: Order) -> np.ndarray:
         """Return the packed rows that a selection means, in the order asked for: (rows,) int64."""

@@ -13,8 +13,8 @@ import numpy as np
 from scipy import sparse
 
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.results.averages import Average, average_through, segments
-from ndreamer_dist.results.virtual import Counterparts, Expression
+from ndreamer_dist.effects.averages import Average, average_through, segments
+from ndreamer_dist.results.on_demand import Counterparts, Expression
 
 PART_VALUES = 2**22
 """Cells times genes of one part."""

@@ -16,12 +16,12 @@ from scipy import linalg
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Group
-from ndreamer_dist.match.exact import nearest
-from ndreamer_dist.results.pieces import read_dense
-from ndreamer_dist.results.virtual import compute, layer_question
-from ndreamer_dist.stats.inference import Given, column, populations_of, replicates_of
+from ndreamer_dist.matching.exact import nearest
+from ndreamer_dist.results.on_demand import compute, layer_question
+from ndreamer_dist.results.read import read_dense
+from ndreamer_dist.stats.cate_table import StatisticsInput, column, populations_of, replicates_of
 from ndreamer_dist.stats.populations import Replicates
-from ndreamer_dist.storage import open_array
+from ndreamer_dist.storage.arrays import open_array
 
 Kind = Literal["nested", "crossed", "partly crossed", "no donors"]
 
@@ -44,7 +44,9 @@ class Diagnostics:
     mixing: pd.DataFrame
 
 
-def diagnose(given: Given, *, by: str | None, donor_key: str | None, cells: int, stored_denoised: bool) -> Diagnostics:
+def diagnose(
+    given: StatisticsInput, *, by: str | None, donor_key: str | None, cells: int, stored_denoised: bool
+) -> Diagnostics:
     """Return the diagnostics; see `Results.diagnostics`, whose arguments these are."""
     column(given.cells, keys.OBS_OVERLAP)  # results of an earlier version lack it
     names, codes = populations_of(given.cells, by)
@@ -55,7 +57,7 @@ def diagnose(given: Given, *, by: str | None, donor_key: str | None, cells: int,
     return Diagnostics(layout, donors, groups, told_of_populations(given, names, codes), mixing(given, codes, cells))
 
 
-def told_of_donors(given: Given, donor_key: str | None) -> tuple[Kind, str]:
+def told_of_donors(given: StatisticsInput, donor_key: str | None) -> tuple[Kind, str]:
     """Return whether donors are nested in conditions or crossed with them, and say it."""
     if donor_key is None and not given.design.batch_keys:
         return "no donors", "Nothing says who the donors are: there is no batch, and no column was named."
@@ -78,7 +80,7 @@ def _numbers(replicates: Replicates) -> str:
     return ", ".join(f"{n} {name}" for n, name in zip(counts, replicates.design.conditions, strict=True))
 
 
-def told_of_group(group: Group, given: Given, *, stored_denoised: bool) -> dict[str, object]:
+def told_of_group(group: Group, given: StatisticsInput, *, stored_denoised: bool) -> dict[str, object]:
     """Return the row of one group: overlap, reuse of its cells as matches, and distortion."""
     rows = np.arange(group.start, group.stop)
     cells = given.cells.iloc[group.start : group.stop]
@@ -111,7 +113,7 @@ def overlap(cells: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def distortion(rows: np.ndarray, given: Given, *, stored_denoised: bool) -> tuple[float, float]:
+def distortion(rows: np.ndarray, given: StatisticsInput, *, stored_denoised: bool) -> tuple[float, float]:
     """Return the mean correlation of cells' denoised with their measured expression, and the mean squared difference."""
     raw = given.expression.read(rows, given.columns).toarray().astype(np.float64)
     if stored_denoised:
@@ -127,7 +129,7 @@ def distortion(rows: np.ndarray, given: Given, *, stored_denoised: bool) -> tupl
     return correlation, float(((raw - denoised) ** 2).mean())
 
 
-def told_of_populations(given: Given, names: list[str], codes: np.ndarray) -> pd.DataFrame:
+def told_of_populations(given: StatisticsInput, names: list[str], codes: np.ndarray) -> pd.DataFrame:
     """Return the overlap of every population under every condition."""
     conditions = given.design.group_conditions[given.design.group_of(np.arange(given.design.n_cells))]
     table, told = given.cells[[keys.OBS_MATCH_DISTANCE, keys.OBS_OVERLAP]], []
@@ -142,7 +144,7 @@ def told_of_populations(given: Given, names: list[str], codes: np.ndarray) -> pd
 # --- mixing ----------------------------------------------------------------------------------------------------------
 
 
-def mixing(given: Given, populations: np.ndarray, cells: int) -> pd.DataFrame:
+def mixing(given: StatisticsInput, populations: np.ndarray, cells: int) -> pd.DataFrame:
     """Return how far batches are mixed, in the input and in the embedding: a row per condition.
 
     Parameters

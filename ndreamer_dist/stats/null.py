@@ -20,11 +20,10 @@ import pandas as pd
 from scipy import sparse, special
 
 from ndreamer_dist.errors import QueryError
-from ndreamer_dist.results.virtual import HELD_VALUES, Expression
-from ndreamer_dist.stats.donors import LEAST_DONORS, LEAST_PAIRS, DonorTest, paired_test, welch_tests, with_arrays
-from ndreamer_dist.stats.inference import (
-    Given,
+from ndreamer_dist.results.on_demand import HELD_VALUES, Expression
+from ndreamer_dist.stats.cate_table import (
     Neighbours,
+    StatisticsInput,
     conditions_of,
     kept_replicates,
     means_of,
@@ -32,6 +31,7 @@ from ndreamer_dist.stats.inference import (
     populations_of,
     replicates_of,
 )
+from ndreamer_dist.stats.donor_tests import LEAST_DONORS, LEAST_PAIRS, DonorTest, paired_test, welch_tests, with_arrays
 from ndreamer_dist.stats.populations import Nearest, Replicates
 
 LEVELS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -45,7 +45,14 @@ NO_EFFECT = 1e-9
 
 
 def null_table(
-    given: Given, *, by: str | None, condition: str | None, donor_key: str | None, min_cells: int, count: int, seed: int
+    given: StatisticsInput,
+    *,
+    by: str | None,
+    condition: str | None,
+    donor_key: str | None,
+    min_cells: int,
+    count: int,
+    seed: int,
 ) -> pd.DataFrame:
     """Return the table; see `Results.null`, whose arguments these are."""
     conditions, (names, codes) = conditions_of(given.design, condition), populations_of(given.cells, by)

@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.results.virtual import Expression
+from ndreamer_dist.results.on_demand import Expression
 
 logger = logging.getLogger(__name__)
 

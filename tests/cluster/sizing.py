@@ -1,6 +1,6 @@
 """The tables of cluster/README.md, computed: `python -m tests.cluster.sizing` prints them.
 
-Sizes follow from `ndreamer_dist.promise` and `ndreamer_dist.stream.plan` for the paper preset; none is measured. Costs are
+Sizes follow from `ndreamer_dist.planning.memory` and `ndreamer_dist.training.sampling` for the paper preset; none is measured. Costs are
 those steps, cells and matches, times the seconds of one as they were measured on 2 cores (docs/benchmarks.md).
 """
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ndreamer_dist import keys
-from ndreamer_dist.promise import CohortSize, disk_bytes, stage_memory
+from ndreamer_dist.planning.memory import CohortSize, disk_bytes, stage_memory
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.stream.plan import SamplingPlan
+from ndreamer_dist.training.sampling import SamplingPlan
 from tests.docs.scaling import MEASURED_CELLS, MEASURED_MATCHES, MEASURED_SECONDS
 
 GENES = 30_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ndreamer_dist.runtime import RayRuntime
+from ndreamer_dist.compute.executor import RayRuntime
 from ndreamer_dist.settings import RunSettings
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

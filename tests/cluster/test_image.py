@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ndreamer_dist.runtime import IDLE_WORKER_SECONDS, USAGE
+from ndreamer_dist.compute.local_ray import IDLE_WORKER_SECONDS, USAGE
 from tests.cluster.manifests import CLUSTER, ROOT, pinned
 
 LINES = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text())

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from ray.scripts.scripts import start as ray_start
 
-from ndreamer_dist.runtime import check_layout
+from ndreamer_dist.compute.executor import check_layout
 from ndreamer_dist.settings import Settings
 from tests.cluster import sizing
 from tests.cluster.manifests import (

@@ -19,7 +19,7 @@ from scipy import sparse
 
 import ndreamer_dist as nd
 from ndreamer_dist import cli
-from ndreamer_dist.rundir import RunDirectory
+from ndreamer_dist.rundir.directory import RunDirectory
 from tests.cohort.inputs import counts
 from tests.fuzz.helpers import Said, said
 

@@ -25,8 +25,8 @@ from ndreamer_dist.cohort.graph import (
     principal_components,
 )
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.rundir import stage_keys
-from ndreamer_dist.runtime import RayRuntime
+from ndreamer_dist.compute.executor import RayRuntime
+from ndreamer_dist.rundir.stage import stage_keys
 from ndreamer_dist.settings import ClustersSettings, Settings
 from tests.cohort.inputs import SERIAL, counts, files_below, settings_of
 from tests.cohorts import packed_cohort

@@ -15,9 +15,9 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.genes import run_cohort, seurat_hvg
 from ndreamer_dist.cohort.packed import read_table
-from ndreamer_dist.cohort.scan import normalised, spans_of
+from ndreamer_dist.cohort.statistics import normalised, spans_of
+from ndreamer_dist.compute.executor import RayRuntime
 from ndreamer_dist.errors import CohortError
-from ndreamer_dist.runtime import RayRuntime
 from tests.cohort.inputs import SERIAL, counts, files_below, opened, scanpy_selection, settings_of
 
 

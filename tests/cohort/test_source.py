@@ -19,9 +19,9 @@ from scipy import sparse
 
 from ndreamer_dist.cohort.source import StoredMatrix, fingerprint, open_source
 from ndreamer_dist.cohort.transpose import DISK_BYTES_PER_ENTRY, TASK_BYTES_PER_ENTRY, rows_first
+from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.errors import CohortError
-from ndreamer_dist.rundir import RunDirectory
-from ndreamer_dist.runtime import SerialRuntime
+from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import RunSettings
 from tests.cohort.inputs import PLACES, SERIAL, as_h5ad, as_zarr, counts, files_below
 

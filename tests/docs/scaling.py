@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md, computed: `python -m tests.docs.scaling` prints them.
 
-Sizes follow from `ndreamer_dist.promise` and the sampling plan, times from what was measured of a million cells
+Sizes follow from `ndreamer_dist.planning.memory` and the sampling plan, times from what was measured of a million cells
 (docs/benchmarks.md): seconds of a stage on 2 cores, divided by what the stage's work grows with.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ndreamer_dist import keys
-from ndreamer_dist.promise import CohortSize, disk_bytes, stage_memory
+from ndreamer_dist.planning.memory import CohortSize, disk_bytes, stage_memory
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.stream.plan import SamplingPlan
+from ndreamer_dist.training.sampling import SamplingPlan
 
 GENES, VALUES_PER_CELL = 20_000, 800
 MEASURED_CELLS, MEASURED_MATCHES, MEASURED_STEPS = 10**6, 60 * 10**6, 4000

@@ -18,8 +18,10 @@ import scanpy as sc
 import typer
 import yaml
 
-from ndreamer_dist import compat, datasets, demo, settings
+from ndreamer_dist import datasets, settings
 from ndreamer_dist.cli import app
+from ndreamer_dist.commands import demo
+from ndreamer_dist.commands import ndreamer as compat
 from ndreamer_dist.datasets import simulate
 from tests.docs import scaling
 from tests.docs.pages import PAGES, ROOT, Block, blocks, cohort, run_command

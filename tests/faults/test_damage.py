@@ -10,7 +10,7 @@ import pytest
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.errors import DamagedError, NDreamerError
-from ndreamer_dist.sealed import unseal
+from ndreamer_dist.storage.checksums import unseal
 from tests.fuzz.helpers import command
 from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort, undone
 

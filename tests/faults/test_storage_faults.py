@@ -18,9 +18,10 @@ from types import SimpleNamespace
 import pytest
 
 import ndreamer_dist as nd
-from ndreamer_dist import keys, remote
+from ndreamer_dist import keys
 from ndreamer_dist.errors import SettingsError, StoreError
-from ndreamer_dist.storage import open_storage
+from ndreamer_dist.storage import retries
+from ndreamer_dist.storage.files import open_storage
 from tests.fuzz.helpers import command
 from tests.servers import S3_ENVIRONMENT, Stall, s3
 from tests.tiny import NAMES, SETTINGS, as_memory, assert_same_bits, run_words, tiny_cohort, undone
@@ -52,7 +53,7 @@ def reference(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bucket(cohort: Path) -> Iterator[SimpleNamespace]:
     """S3 with the cohort in it, and clients that give up soon."""
     with s3() as serving, pytest.MonkeyPatch.context() as patch:
-        told = S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": serving.url, remote.VARIABLE: str(LIMIT)}
+        told = S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": serving.url, retries.VARIABLE: str(LIMIT)}
         for name, value in told.items():
             patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
@@ -168,7 +169,7 @@ def test_a_server_that_refuses_or_hangs_for_a_moment_is_asked_again(
 
 
 def test_an_upload_that_the_server_does_not_take_ends(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "SLOWEST", 2**30)
+    monkeypatch.setattr(retries, "SLOWEST", 2**30)
     server.answer = lambda method, path: Stall() if method == "PUT" else None
     started = time.monotonic()
     with pytest.raises(StoreError, match=r"s3://bucket/large cannot be written \(no answer for 1 s; tried 5 times\)"):
@@ -193,8 +194,8 @@ def test_a_bucket_that_is_not_there_is_no_empty_one(server: SimpleNamespace) -> 
 def test_a_server_that_was_never_there_is_given_up_soon(
     server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_heard_from", set())
-    monkeypatch.setenv(remote.VARIABLE, "20")
+    monkeypatch.setattr(retries, "_heard_from", set())
+    monkeypatch.setenv(retries.VARIABLE, "20")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(StoreError, match=r"s3://bucket/x cannot be read \(EndpointConnectionError.*; tried 3 times\)"):
@@ -204,8 +205,8 @@ def test_a_server_that_was_never_there_is_given_up_soon(
 
 @pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf"])
 def test_a_time_limit_that_is_none_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(remote.VARIABLE, value)
-    with pytest.raises(SettingsError, match=f"{remote.VARIABLE} .* found '{value}'"):
+    monkeypatch.setenv(retries.VARIABLE, value)
+    with pytest.raises(SettingsError, match=f"{retries.VARIABLE} .* found '{value}'"):
         open_storage("s3://bucket").exists("x")
 
 

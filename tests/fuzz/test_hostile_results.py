@@ -22,7 +22,8 @@ import zarr
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.storage import open_array, open_storage, write_array
+from ndreamer_dist.storage.arrays import open_array, write_array
+from ndreamer_dist.storage.files import open_storage
 from tests.fuzz.helpers import command, files_of
 from tests.tiny import NAMES, SETTINGS, tiny_cohort
 

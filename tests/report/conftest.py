@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import ndreamer_dist as nd
-from ndreamer_dist.match.effects import run_effects
-from ndreamer_dist.match.search import run_match
-from ndreamer_dist.results.reader import Results
-from ndreamer_dist.runtime import SerialRuntime
+from ndreamer_dist.compute.executor import SerialRuntime
+from ndreamer_dist.effects.stage import run_effects
+from ndreamer_dist.matching.stage import run_match
+from ndreamer_dist.stats.results import Results
 from tests.results.fabricate import fabricate
 from tests.tiny import SETTINGS, as_memory, tiny_cohort
 

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError, StoreError
-from ndreamer_dist.report import drawing, plots
-from ndreamer_dist.results.reader import Results
+from ndreamer_dist.report import plots, style
+from ndreamer_dist.stats.results import Results
 from tests.report.conftest import GENE, KINDS, TREATED
 
 
@@ -89,7 +89,7 @@ def test_violins_stand_at_the_mean_effects(results: Results) -> None:
         kinds = sorted(set(part.obs["cell_type"]))
         expected = [part.X[(part.obs["cell_type"] == kind).to_numpy(), place].mean() for kind in kinds]
         np.testing.assert_allclose(means, expected, rtol=1e-5)
-    assert axes[0].get_yticklabels()[0].get_text() == drawing.shortened(sorted(KINDS.values())[0])
+    assert axes[0].get_yticklabels()[0].get_text() == style.shortened(sorted(KINDS.values())[0])
 
 
 def test_a_volcano_holds_every_tested_gene_and_colours_those_called(results: Results, table: pd.DataFrame) -> None:
@@ -99,7 +99,7 @@ def test_a_volcano_holds_every_tested_gene_and_colours_those_called(results: Res
     expected = pd.Series(-np.log10(part["p"].to_numpy()), index=part["effect"]).sort_index()
     np.testing.assert_allclose(drawn.index, expected.index, atol=1e-9)
     np.testing.assert_allclose(np.sort(drawn), np.sort(expected), atol=1e-9)
-    grey = mpl.colors.to_rgba(drawing.QUIET)
+    grey = mpl.colors.to_rgba(style.QUIET)
     coloured = [tuple(shade) != grey for shade in ax.collections[0].get_facecolors()]
     assert sum(coloured) == (part["p_adjusted"] < plots.SIGNIFICANT).sum()
     with pytest.raises(QueryError, match="no p-values"):
@@ -113,7 +113,7 @@ def test_a_heat_map_holds_the_effects(results: Results, table: pd.DataFrame) -> 
     assert len(genes) == 12
     for row, kind in enumerate(sorted(KINDS.values())):
         part = table[table["population"] == kind].set_index("gene")["effect"]
-        named = {drawing.shortened(str(name), 16): value for name, value in part.items()}
+        named = {style.shortened(str(name), 16): value for name, value in part.items()}
         np.testing.assert_allclose(image[row], [named[gene] for gene in genes], equal_nan=True)
 
 
@@ -121,7 +121,7 @@ def test_the_overlap_is_that_of_the_cells_with_an_effect(results: Results) -> No
     ax = nd.pl.overlap(results, "cell_type")
     cells = results.obs[results.obs["condition"] == TREATED]
     medians = cells.groupby("cell_type")[keys.OBS_MATCH_DISTANCE].median()
-    drawn = [line.get_xdata()[0] for line in ax.lines if line.get_color() == drawing.INK and len(line.get_xdata()) == 2]
+    drawn = [line.get_xdata()[0] for line in ax.lines if line.get_color() == style.INK and len(line.get_xdata()) == 2]
     np.testing.assert_allclose(drawn[: len(medians)], medians.sort_index())
     shares = cells.groupby("cell_type")[keys.OBS_OVERLAP].mean().sort_index()
     assert [text.get_text() for text in ax.texts] == [f"{100 * share:.0f} % near" for share in shares]
@@ -189,8 +189,8 @@ def test_names_that_would_be_formulas_are_drawn_as_they_are(results: Results) ->
 
 
 def test_many_categories_keep_to_their_colours() -> None:
-    assert drawing.colours(["a", "b", drawing.UNKNOWN]) == [*drawing.PALETTE[:2], drawing.QUIET]
+    assert style.colours(["a", "b", style.UNKNOWN]) == [*style.PALETTE[:2], style.QUIET]
     for number in (8, 20, 28, 102):
-        assert len(set(drawing.colours([str(n) for n in range(number)]))) == number
-    named = drawing.categories(pd.Series(["type_10", "type_2", None, "type_1"]))
-    assert list(named.categories) == ["type_1", "type_2", "type_10", drawing.UNKNOWN]
+        assert len(set(style.colours([str(n) for n in range(number)]))) == number
+    named = style.categories(pd.Series(["type_10", "type_2", None, "type_1"]))
+    assert list(named.categories) == ["type_1", "type_2", "type_10", style.UNKNOWN]

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from ndreamer_dist.match.effects import run_effects
-from ndreamer_dist.match.search import run_match
-from ndreamer_dist.rundir import RunDirectory
-from ndreamer_dist.runtime import SerialRuntime
+from ndreamer_dist.compute.executor import SerialRuntime
+from ndreamer_dist.effects.stage import run_effects
+from ndreamer_dist.matching.stage import run_match
+from ndreamer_dist.rundir.directory import RunDirectory
 
 from .fabricate import fabricate
 

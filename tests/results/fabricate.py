@@ -12,10 +12,11 @@ from ndreamer_dist.cohort.genes import run_cohort
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed, table_bytes
 from ndreamer_dist.cohort.source import fingerprint, open_source
-from ndreamer_dist.rundir import RunDirectory, stage_keys
-from ndreamer_dist.runtime import SerialRuntime
+from ndreamer_dist.compute.executor import SerialRuntime
+from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.rundir.stage import stage_keys
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage import create_array, open_array, write_array
+from ndreamer_dist.storage.arrays import create_array, open_array, write_array
 
 CONDITIONS = ("ctrl", "stim", "sick")
 

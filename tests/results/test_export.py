@@ -7,7 +7,7 @@ import pytest
 
 from ndreamer_dist.errors import QueryError
 from ndreamer_dist.results.export import save
-from ndreamer_dist.results.reader import open_results
+from ndreamer_dist.stats.results import open_results
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from ndreamer_dist import keys
+from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.errors import QueryError, StoreError
-from ndreamer_dist.match.search import add_edges
-from ndreamer_dist.results.matches import Matches
-from ndreamer_dist.results.reader import open_results
-from ndreamer_dist.runtime import SerialRuntime
+from ndreamer_dist.matching.stage import add_edges
+from ndreamer_dist.matching.store import Matches
+from ndreamer_dist.stats.results import open_results
 
 COLUMNS = ["cell", "batch", "condition", "group", "neighbour", "distance", "weight"]
 

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ndreamer_dist import chunks, keys
+from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError, StoreError
-from ndreamer_dist.results.reader import open_results
+from ndreamer_dist.stats.results import open_results
+from ndreamer_dist.storage import shards
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,8 @@ def test_listed_cells_come_in_their_order(results, whole):
 
 
 def test_small_reads_change_nothing(results, whole, monkeypatch):
-    monkeypatch.setattr(chunks, "DECODED_BYTES", 1)
-    monkeypatch.setattr(chunks, "GAP_BYTES", -1)
+    monkeypatch.setattr(shards, "DECODED_BYTES", 1)
+    monkeypatch.setattr(shards, "GAP_BYTES", -1)
     np.testing.assert_array_equal(results.denoised().X, whole.layers["denoised"])
     np.testing.assert_array_equal(results.expression().X.toarray(), whole.X.toarray())
 

@@ -11,14 +11,15 @@ import pytest
 import zarr
 
 from ndreamer_dist import keys
-from ndreamer_dist.chunks import counting
 from ndreamer_dist.cli import app
+from ndreamer_dist.compute.executor import SerialRuntime
+from ndreamer_dist.effects import tables
+from ndreamer_dist.effects.rounding import Rounding
+from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.errors import StoreError
-from ndreamer_dist.match.effects import run_effects
-from ndreamer_dist.results import export, store
-from ndreamer_dist.results.reader import open_results
-from ndreamer_dist.results.rounding import Rounding
-from ndreamer_dist.runtime import SerialRuntime
+from ndreamer_dist.results import export
+from ndreamer_dist.stats.results import open_results
+from ndreamer_dist.storage.shards import counting
 from tests.servers import S3_ENVIRONMENT, Plain, Ranges, s3, serving
 
 from .conftest import finish
@@ -126,7 +127,7 @@ def test_opening_reads_the_root_alone_and_a_column_is_one_request(place):
 def test_a_column_is_one_chunk_of_as_many_rows_as_a_cohort_has():
     root = zarr.open_group(zarr.storage.MemoryStore(), mode="w", zarr_format=3)
     table = pd.DataFrame({"score": np.arange(200_000.0), "kind": pd.Categorical(["a", "b"] * 100_000)})
-    store._write(root, "obs", table.set_index(table.index.astype(str)))
+    tables._write(root, "obs", table.set_index(table.index.astype(str)))
     for name in ("score", "kind/codes", "_index"):
         assert root[f"obs/{name}"].chunks == (200_000,)
     assert len(anndata.io.read_elem(root["obs"])) == 200_000

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from ndreamer_dist.metering import _descendants
-from ndreamer_dist.runtime import USAGE
+from ndreamer_dist.compute.local_ray import USAGE
+from ndreamer_dist.compute.monitors import _descendants
 
 STARTED = """
 import json, os, sys
-from ndreamer_dist.runtime import USAGE, LazyRuntime
+from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.compute.local_ray import USAGE
 from ndreamer_dist.settings import RunSettings
 from tests.security.test_ports import listening
 with LazyRuntime(RunSettings(cpus=1, object_store_gb=0.1, progress=False)) as runtime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import ndreamer_dist as nd
-from ndreamer_dist.results.reader import Results
+from ndreamer_dist.stats.results import Results
 from tests.tiny import SETTINGS, tiny_cohort
 
 

@@ -10,9 +10,9 @@ from scipy.spatial.distance import cdist
 
 from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError
-from ndreamer_dist.results.reader import Results, open_results
 from ndreamer_dist.stats import diagnostics as module
 from ndreamer_dist.stats.diagnostics import Diagnostics, principal_components
+from ndreamer_dist.stats.results import Results, open_results
 from tests.results.brute_force import nearest_rows
 from tests.results.conftest import SIZES, finish
 from tests.results.fabricate import fabricate
@@ -148,7 +148,7 @@ def test_overlap_has_the_same_bits_however_the_work_is_cut(tmp_path: pytest.Temp
 
 def test_overlap_is_lost_where_cells_are_far_from_every_control(tmp_path: pytest.TempPathFactory) -> None:
     """Brute force in `tests.results.brute_force`; here, cells put far away, and the setting that says what far is."""
-    from ndreamer_dist.storage import open_array
+    from ndreamer_dist.storage.arrays import open_array
 
     made = fabricate(tmp_path, SIZES)
     array = open_array(made.run.storage / keys.EMBEDDING, keys.PCA, mode="r+")

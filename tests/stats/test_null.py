@@ -15,10 +15,10 @@ from scipy import stats
 
 from ndreamer_dist.cli import main
 from ndreamer_dist.errors import QueryError
-from ndreamer_dist.results.reader import Results
-from ndreamer_dist.stats.donors import paired_test, welch_test, welch_tests
-from ndreamer_dist.stats.inference import Neighbours, means_of, replicates_of
+from ndreamer_dist.stats.cate_table import Neighbours, means_of, replicates_of
+from ndreamer_dist.stats.donor_tests import paired_test, welch_test, welch_tests
 from ndreamer_dist.stats.null import LEVELS, donor_p, permuted_labels, rates, sampled, sign_p
+from ndreamer_dist.stats.results import Results
 
 JOB = Path(__file__).parents[2] / "jobs" / "benchmark_null.py"
 

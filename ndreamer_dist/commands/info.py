@@ -1,0 +1,104 @@
+"""Describe a run directory: `ndreamer-dist info`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from ndreamer_dist import keys
+from ndreamer_dist.commands.demo import SILENT_SECONDS
+from ndreamer_dist.compute.monitors import stage_costs
+from ndreamer_dist.errors import DamagedError, StoreError, printable, shown
+from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.stats.results import Results, open_results
+from ndreamer_dist.storage.checksums import unseal
+
+
+def describe(address: str) -> str:
+    """Return what a run directory holds: the design and the results where it is finished, else how far it is."""
+    run = RunDirectory.at(address)
+    if not run.storage.exists():
+        msg = f"{run.url} does not exist"
+        raise StoreError(msg)
+    try:
+        results = open_results(address)
+    except StoreError:
+        if not run.storage.exists(keys.RUN_JSON):
+            raise
+        if not run.storage.exists(f"{keys.RESULTS}/zarr.json"):
+            return _progress(run)
+        results = open_results(address)  # finished meanwhile; or damaged, and the error says so
+    return _summary(results) + _costs(run)
+
+
+def _progress(run: RunDirectory) -> str:
+    """Say how far an unfinished run is; two requests, whatever the number of shards."""
+    done = Counter(name.split("/")[1] for name in run.storage.list(keys.DONE))
+    written = run.storage.read_if_there(keys.PROGRESS)
+    told: dict[str, Any] = {}
+    damage = []
+    try:
+        told = unseal(written or b"{}", f"{run.url}/{keys.PROGRESS}")
+    except DamagedError as error:
+        damage = ["", f"{error.what}; the `run` command writes it anew"]
+    silent = time.time() - told.get("seen", 0.0)
+    state = "under way" if silent < SILENT_SECONDS else "not finished; the same `run` command goes on"
+    lines = [f"{run.url}: {state}", "", f"{'stage':<12}{'shards done':>12}"]
+    lines += [f"{stage:<12}{done[stage]:>12}" for stage in keys.STAGES]
+    return "\n".join([*lines, *damage, *(_stage_lines(told, silent) if told else [])]) + _costs(run)
+
+
+def _costs(run: RunDirectory) -> str:
+    """Return what the finished stages took, as a table; nothing where there is no log of them."""
+    table = stage_costs(run.storage)
+    if table.empty:
+        return ""
+    columns = {"seconds": "s"} | {f"{name}_gb": f"{name} GB" for name in ("peak", "promised", "read", "written")}
+    lines = [f"{'finished':<12}" + "".join(f"{name:>13}" for name in columns.values())]
+    for row in table.to_dict("records"):
+        told = ("-" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in columns)
+        lines.append(f"{row['stage']:<12}" + "".join(f"{value:>13}" for value in told))
+    return "\n\n" + "\n".join(lines)
+
+
+def _stage_lines(told: Mapping[str, Any], silent: float) -> list[str]:
+    """Say what logs/progress.json tells of the stage that a run is at, or ended in."""
+    share, what = (told.get("done", 0), told.get("total", 0)), told.get("round", "")
+    if "steps" in told:
+        share, what = (told["step"], told["steps"]), "steps"
+    lines = [
+        "",
+        f"{told['stage']}, on {told['host']}, {silent:,.0f} s ago, after {told['seen'] - told['started']:,.0f} s",
+        f"  {share[0]:,} of {share[1]:,} {what} ({share[0] / max(share[1], 1):.0%}), {told['cells_per_second']:,.0f} cells/s",
+        f"  memory {told['memory_bytes'] / 1e9:.1f} GB, at most {told['peak_bytes'] / 1e9:.1f} GB so far",
+    ]
+    if "worker_peak_bytes" in told:
+        lines.append(f"  largest worker {told['worker_peak_bytes'] / 1e9:.1f} GB")
+    if "total" in told.get("measures", {}):
+        lines.append(f"  loss {told['measures']['total']:.4g}")
+    return lines
+
+
+def _summary(results: Results) -> str:
+    design, told = results.design, results.uns
+    cells = results.packed_obs
+    lines = [
+        f"{results.url}: {design.n_cells} cells x {len(results.var_names)} genes",
+        f"effects are {printable(str(told.get('sign')))}",
+        f"layers: {printable(', '.join(results.layers)) or 'none'}; columns: {printable(', '.join(map(str, cells.columns)))}",
+        "",
+        (
+            f"{shown(design.condition_key)} (control: {shown(design.control)}); "
+            f"{', '.join(map(shown, design.batch_keys)) or 'no batch key'}: {len(design.batches)} batches"
+        ),
+        f"{'group':<32}{'cells':>10}{'match distance':>16}",
+    ]
+    for group in design.groups:
+        distance = cells[keys.OBS_MATCH_DISTANCE].iloc[group.start : group.stop]
+        mean = f"{distance.mean():.2f}" if distance.notna().any() else "-"
+        lines.append(f"{shown(group.name):<32}{group.cells:>10}{mean:>16}")
+    return "\n".join([*lines, "", f"settings: {printable(str(told.get('settings')))}"])

@@ -1,0 +1,211 @@
+"""The results of a run in the layout that the published package writes: h5ad files, a few for each group.
+
+Groups are taken one by one, so memory holds the values of one group. `x` and `y` in `b-x--c-y__ITE.h5ad` are codes of
+batch and condition; `mappings.json` says which names they stand for and lists the files. Rows of `adata.h5ad` and
+`preprocessed.h5ad` come group by group; `obs["original_order"]`, in every file, is the cell's row in the input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import sparse_dataset, write_elem
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Group
+from ndreamer_dist.errors import QueryError, listing, suggest
+from ndreamer_dist.results.export import replaced, room_beside, save
+from ndreamer_dist.stats.results import Results, open_results
+from ndreamer_dist.storage.arrays import open_array
+from ndreamer_dist.storage.checksums import read_model
+from ndreamer_dist.storage.files import Storage
+
+Part: TypeAlias = Literal["model", "space", "decomposition", "effects"]
+PARTS: tuple[Part, ...] = get_args(Part)
+FORMATS = ("ndreamer",)
+
+
+def export(
+    run: str | os.PathLike[str] | Results,
+    *,
+    out: str | os.PathLike[str],
+    format: Literal["ndreamer"] = "ndreamer",  # noqa: A002 - the command line's word
+    parts: Collection[Part] = PARTS,
+) -> list[Path]:
+    """Write a run's results in the published package's layout, group by group.
+
+    Parameters
+    ----------
+    run
+        Run directory, results.zarr, or the URL of either.
+    out
+        Local folder; it is made where there is none. Files of these names in it are replaced.
+    parts
+        `model`: `preprocessed.h5ad`, the mappings and, where the run directory is there, the network and its weights;
+        `space`: `adata.h5ad`, which holds the embedding; `decomposition`: denoised expression and batch effect;
+        `effects`: own condition minus control, of the cells that are not control.
+
+    Returns
+    -------
+    The files written.
+
+    Raises
+    ------
+    QueryError
+        The format is unknown, or `out` is no folder on this machine.
+    StoreError
+        There are no results, or a chunk of them is damaged.
+    """
+    if format not in FORMATS:
+        msg = f"there is no format {format!r}; there are {listing(FORMATS)}.{suggest(format, FORMATS)}"
+        raise QueryError(msg)
+    results = run if isinstance(run, Results) else open_results(run)
+    results.refuse_damaged()
+    folder = _folder(out)
+    written: list[Path] = []
+    for part in PARTS:
+        if part in parts:
+            written += WRITERS[part](results, folder)
+    return written
+
+
+def _folder(out: str | os.PathLike[str]) -> Path:
+    folder = Path(out).expanduser().absolute()
+    if "://" in os.fspath(out) or (folder.exists() and not folder.is_dir()):
+        msg = f"{os.fspath(out)} is no folder on this machine: h5ad files are written to a local disk"
+        raise QueryError(msg)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def file_name(pattern: str, group: Group) -> str:
+    """Return the name of a group's file."""
+    return pattern.format(batch=group.batch, condition=group.condition)
+
+
+def _write_model(results: Results, folder: Path) -> list[Path]:
+    mappings = folder / keys.PUBLISHED_MAPPINGS
+    mappings.write_text(json.dumps(_mappings(results), indent=1))
+    written, run = [mappings], Storage(results.url.rpartition("/")[0])
+    if run.exists(keys.MODEL_JSON):
+        read_model(run)  # refuses what is damaged
+        for source, name in ((keys.MODEL_JSON, keys.PUBLISHED_MODEL), (keys.MODEL_WEIGHTS, keys.PUBLISHED_WEIGHTS)):
+            Storage(str(folder)).write_atomic(name, run.read(source))
+            written.append(folder / name)
+    return [*written, _stacked(results, folder / keys.PUBLISHED_PREPROCESSED, {})]
+
+
+def _mappings(results: Results) -> dict[str, object]:
+    """Return the codes that stand in file names, by name, and each group's files."""
+    design = results.design
+    return {
+        "condition_key": design.condition_key,
+        "control": design.control,
+        "conditions": {name: code for code, name in enumerate(design.conditions)},
+        "batch_keys": list(design.batch_keys),
+        "batches": {name: code for code, name in enumerate(design.batches)},
+        "groups": [
+            {
+                "batch": design.batches[group.batch],
+                "condition": design.conditions[group.condition],
+                "cells": group.cells,
+                "ITE": file_name(keys.PUBLISHED_ITE, group) if group.condition else None,
+                "expression": file_name(keys.PUBLISHED_EXPRESSION, group),
+                "batch_effect": file_name(keys.PUBLISHED_BATCH, group),
+            }
+            for group in design.groups
+        ],
+        "genes": list(results.var_names),
+    }
+
+
+def _write_space(results: Results, folder: Path) -> list[Path]:
+    return [
+        _stacked(results, folder / keys.PUBLISHED_ADATA, {keys.PUBLISHED_MU: False, keys.PUBLISHED_PCA: True}),
+    ]
+
+
+def _write_decomposition(results: Results, folder: Path) -> list[Path]:
+    denoised = _grouped(results, folder, keys.LAYER_DENOISED, keys.PUBLISHED_EXPRESSION)
+    return denoised + _grouped(results, folder, keys.LAYER_BATCH_EFFECT, keys.PUBLISHED_BATCH)
+
+
+def _write_effects(results: Results, folder: Path) -> list[Path]:
+    return _grouped(results, folder, keys.LAYER_ITE, keys.PUBLISHED_ITE)
+
+
+WRITERS: dict[Part, Callable[[Results, Path], list[Path]]] = {
+    "model": _write_model, "space": _write_space, "decomposition": _write_decomposition, "effects": _write_effects,
+}  # fmt: skip
+
+
+def _grouped(results: Results, folder: Path, layer: str, pattern: str) -> list[Path]:
+    """Write a layer, a file for each group that has it; files of groups that there are no more are deleted."""
+    written, cells = [], _cells(results)
+    for group in results.design.groups:
+        if layer == keys.LAYER_ITE and group.condition == 0:
+            continue
+        path, obs = folder / file_name(pattern, group), cells.iloc[group.start : group.stop]
+        with room_beside(path) as room:
+            part = results.layer(layer, list(obs.index), room=room)
+            part.obs = obs
+            save(part, path)
+        written.append(path)
+    for path in _matching(folder, pattern):
+        if path not in written:
+            path.unlink()
+    return written
+
+
+def _matching(folder: Path, pattern: str) -> Iterator[Path]:
+    """Give the files of a folder whose names a pattern could have made."""
+    name = re.compile(re.escape(pattern).replace(r"\{batch\}", r"\d+").replace(r"\{condition\}", r"\d+"))
+    yield from (path for path in sorted(folder.iterdir()) if name.fullmatch(path.name))
+
+
+def _cells(results: Results) -> pd.DataFrame:
+    table = results.packed_obs
+    table[keys.PUBLISHED_ORDER] = table[keys.OBS_INPUT_ROW]
+    return table
+
+
+def _stacked(results: Results, path: Path, embeddings: dict[str, bool]) -> Path:
+    """Write an AnnData of all cells, group by group: expression and embeddings, by name (whether of components)."""
+    obs = _cells(results)
+    entries = open_array(results.storage, f"X/{keys.DATA}").shape[0]
+    with replaced(path) as part:
+        save(anndata.AnnData(obs=obs, var=results.var), part)
+        with h5py.File(part, "r+") as file:
+            for group in results.design.groups:
+                names = list(obs.index[group.start : group.stop])
+                _append_rows(file, results.expression(names).X, entries, first=group.start == 0)
+                for name, pca in embeddings.items():
+                    values = results.embedding(names, pca=pca).to_numpy()
+                    _place_rows(file, f"obsm/{name}", values, group.start, len(obs))
+    return path
+
+
+def _append_rows(file: h5py.File, values: Any, entries: int, *, first: bool) -> None:
+    """Append rows to X, which will hold so many values in the end."""
+    if first:
+        file.pop("X", None)
+        wide = np.int32 if entries <= np.iinfo(np.int32).max else np.int64
+        write_elem(file, "X", values, dataset_kwargs={"compression": "gzip", "indptr_dtype": wide})
+    else:
+        sparse_dataset(file["X"]).append(values)
+
+
+def _place_rows(file: h5py.File, name: str, values: np.ndarray, start: int, rows: int) -> None:
+    if name not in file:
+        array = file.create_dataset(name, (rows, values.shape[1]), values.dtype, chunks=True, compression="gzip")
+        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    file[name][start : start + len(values)] = values

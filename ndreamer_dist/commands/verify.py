@@ -1,0 +1,210 @@
+"""Whether every file that a run made still is what was written: `ndreamer-dist check`.
+
+The markers below `done/` say which files there are and how large; every chunk of every array is read and its checksum
+compared, and so is that of every file that is no array. What is damaged or missing is named, and removed where that is
+asked for: the run's own command then makes it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import zarr
+from zarr.core.metadata import ArrayV3Metadata
+
+from ndreamer_dist import keys
+from ndreamer_dist.compute.executor import LazyRuntime, Runtime
+from ndreamer_dist.effects.tables import ROOT
+from ndreamer_dist.errors import DamagedError, RunError
+from ndreamer_dist.rundir.directory import ArrayFile, RunDirectory
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage.arrays import open_array
+from ndreamer_dist.storage.checksums import check_digest, read_model, unseal
+from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
+from ndreamer_dist.storage.shards import Place, chunks_of, read_chunks
+
+BATCH_FILES, BATCH_BYTES = 256, 2**28
+"""What one task reads at most, or one file."""
+
+
+@dataclass(frozen=True)
+class MadeFile:
+    """A file, its size, and its checksum where the file has none in itself."""
+
+    name: str
+    size: int
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found.
+
+    Attributes
+    ----------
+    files, bytes
+        How much there should be.
+    damage
+        A line for each file that is damaged or missing.
+    """
+
+    url: str
+    files: int
+    bytes: int
+    damage: tuple[str, ...]
+
+
+def check(out: str | os.PathLike[str], *, mend: bool = False, settings: Mapping[str, Any] | None = None) -> Checked:
+    """Read all that a run has made, and say what is damaged or missing.
+
+    Parameters
+    ----------
+    out
+        Run directory, local or on object storage.
+    mend
+        Remove what is damaged, so that the run's own command makes it again, and that alone.
+    settings
+        Dotted settings that say how to work: `{"run.address": "auto"}`; by default those of the run.
+
+    Raises
+    ------
+    RunError
+        There is no run, or, with `mend`, it is being worked on.
+    """
+    directory = RunDirectory.at(out)
+    with directory.locked() if mend else nullcontext():
+        # What is made of the rows of a column-compressed input, and the cells packed for all genes, is deleted on the way.
+        deleted = (keys.STAGE_ROWS, keys.STAGE_PACK) if directory.storage.exists(keys.WIDE_JSON) else (keys.STAGE_ROWS,)
+        markers = [name for name in directory.storage.list(keys.DONE) if name.split("/")[1] not in deleted]
+        if not markers:
+            msg = f"{directory.url} holds nothing that a run has made"
+            raise RunError(msg)
+        found, before = _run_json(directory)
+        made = Settings.build(config=before.get("settings"), overrides=settings)
+        files, unread = _made_files(directory, markers)
+        with LazyRuntime(made.run) as runtime:
+            found += [*unread, *_damage(directory, files, runtime)]
+        told = {error.url: error for error in found}
+        for error in told.values() if mend else ():
+            directory.remove_damaged(error.url.removeprefix(f"{directory.url}/"))
+    return Checked(directory.url, len(files), sum(f.size for f in files), tuple(e.what for e in told.values()))
+
+
+def _run_json(directory: RunDirectory) -> tuple[list[DamagedError], dict[str, Any]]:
+    """Return what is wrong with run.json, and what it says; a directory of all genes has none."""
+    try:
+        return [], directory.read_run() if directory.storage.exists(keys.RUN_JSON) else {}
+    except DamagedError as error:
+        return [DamagedError(f"{error.what}; `run` with --redo writes it anew", error.url)], {}
+
+
+def _made_files(directory: RunDirectory, markers: Sequence[str]) -> tuple[list[MadeFile], list[DamagedError]]:
+    """Return the files that the markers list, by name, and the markers that cannot be read."""
+    files: dict[str, MadeFile] = {}
+    unread = []
+    for name, data in directory.storage.read_all(markers).items():
+        try:
+            marker = unseal(data, f"{directory.url}/{name}")
+        except DamagedError as error:
+            unread.append(error)
+            continue
+        facts = marker.get("facts", {})
+        files |= {file: MadeFile(file, size, facts.get(file)) for file, size in marker["files"].items()}
+    return [files[name] for name in sorted(files)], unread
+
+
+def _damage(directory: RunDirectory, files: Sequence[MadeFile], runtime: Runtime) -> Iterator[DamagedError]:
+    """Find what is missing by listing, and what is damaged by reading."""
+    sizes: dict[str, int] = {}
+    for top in sorted({file.name.split("/")[0] for file in files}):
+        sizes |= directory.storage.list(top)
+    whole = []
+    for file in files:
+        found = sizes.get(file.name)
+        if found == file.size:
+            whole.append(file)
+            continue
+        how = "is missing" if found is None else f"is damaged (it has {found} bytes in place of {file.size})"
+        yield DamagedError(f"{directory.url}/{file.name} {how}", f"{directory.url}/{file.name}")
+    for damage in runtime.map(check_files, list(_batches(whole)), directory, title="check"):
+        yield from damage
+
+
+def _batches(files: Sequence[MadeFile]) -> Iterator[list[MadeFile]]:
+    """Cut files into what one task reads; those of an array follow each other."""
+    batch: list[MadeFile] = []
+    size = 0
+    for file in files:
+        if batch and (len(batch) == BATCH_FILES or size + file.size > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(file)
+        size += file.size
+    if batch:
+        yield batch
+
+
+def check_files(batch: Sequence[MadeFile], directory: RunDirectory) -> list[DamagedError]:
+    """Read some files of a run and return what is wrong with them; a task."""
+    found = []
+    opened: dict[tuple[str, str], zarr.Array[Any]] = {}
+    for file in batch:
+        part = ArrayFile.of(file.name)
+        try:
+            if part is None:
+                _check_file(directory, file)
+            elif part.chunk is None:
+                _check_metadata(directory, file)
+            else:
+                name, storage = (part.store, part.array), directory.storage / part.store
+                if name not in opened:
+                    opened = {name: open_array(storage, part.array)}
+                array = opened[name]
+                read_chunks(array, Place(storage.url, part.array), chunks_of(array, part.chunk), lambda *_: None)
+        except DamagedError as error:
+            found.append(error)
+    return found
+
+
+def _check_metadata(directory: RunDirectory, file: MadeFile) -> None:
+    """Look at the metadata of an array or a group."""
+    _metadata(directory.storage.read(file.name), f"{directory.url}/{file.name}")
+
+
+def _metadata(data: bytes, url: str) -> dict[str, Any]:
+    """Return the metadata of an array or a group, which makes sense to zarr."""
+    try:
+        told = dict(json.loads(data))
+        if told["node_type"] == "array":
+            ArrayV3Metadata.from_dict(dict(told))
+    except Exception as error:
+        raise DamagedError.of(url, error) from error
+    return told
+
+
+def _check_file(directory: RunDirectory, file: MadeFile) -> None:
+    """Look at a file that belongs to no array."""
+    url = f"{directory.url}/{file.name}"
+    if file.name in (keys.MODEL_JSON, keys.MODEL_WEIGHTS):
+        read_model(directory.storage)
+    elif file.name == f"{keys.RESULTS}/{ROOT}":
+        _check_root(directory.storage / keys.RESULTS, url)
+    elif file.name.endswith(".json"):
+        unseal(directory.storage.read(file.name), url)
+    else:
+        check_digest(directory.storage.read(file.name), file.digest, url)
+
+
+def _check_root(storage: Storage, url: str) -> None:
+    """Compare what the root of the results says of every array and group with what each says of itself."""
+    nodes = ConsolidatedStorage(storage.url).nodes
+    for name, data in storage.read_all([f"{name}/{ROOT}" for name in nodes]).items():
+        own, told = _metadata(data, f"{storage.url}/{name}"), dict(nodes[name.removesuffix(f"/{ROOT}")])
+        own.pop("consolidated_metadata", None), told.pop("consolidated_metadata", None)
+        if own != told:
+            raise DamagedError.of(url, f"it and {name} differ")

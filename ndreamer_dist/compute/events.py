@@ -1,0 +1,280 @@
+"""What is seen of a job while it runs: log lines, logs/progress.json, and Prometheus metrics through Ray.
+
+The runtime and the training screen say here what they have done; nothing is written where the work is done. A task's answer
+brings along the most memory that its process held. A thread of the driver (`monitors`) asks every few seconds and writes it
+where `ndreamer-dist info`, also from another machine, and Prometheus find it. A log is text, or one JSON object per line where
+`run.log_format` asks for that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ndreamer_dist.errors import printable
+
+logger = logging.getLogger(__name__)
+
+FACTS = "facts"
+"""Attribute of a log record that holds what a JSON line says beside the message."""
+
+
+class Lines(logging.Formatter):
+    """One line per record: its message, or a JSON object of it."""
+
+    as_json = False
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line; a trace, where there is one, follows in text and is a field in JSON."""
+        if not self.as_json:
+            text = printable(record.getMessage())
+            return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        told = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, FACTS, {}),
+        }
+        if record.exc_info:
+            told["trace"] = self.formatException(record.exc_info)
+        return json.dumps(told)
+
+
+def choose_format(log_format: Literal["text", "json"]) -> None:
+    """Write the lines of the command line's own log, if there is one, in this format from now on."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, Lines):
+            handler.formatter.as_json = log_format == "json"
+
+
+@dataclass
+class Stage:
+    """The stage under way: what its tasks and its training have told so far.
+
+    Attributes
+    ----------
+    shards, had
+        Shards of the stage, and how many of them were there before it began.
+    title, done, total
+        The round of tasks under way, and how many of it are done.
+    measures
+        Of the last training step.
+    worker_peak
+        The most memory that a process of a task or of the training held, on whatever machine; 0 where none has told.
+    """
+
+    name: str
+    cells: int = 0
+    started: float = field(default_factory=time.time)
+    shards: int = 0
+    had: int = 0
+    title: str = ""
+    done: int = 0
+    total: int = 0
+    began: float = field(default_factory=time.time)
+    step: int = 0
+    steps: int = 0
+    measures: dict[str, float] = field(default_factory=dict)
+    worker_peak: int = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there was anything to do."""
+        return self.total > 0 or self.steps > 0
+
+    def found(self, stage: str, shards: int, todo: int) -> None:
+        """Note how many shards of a stage are to be done."""
+        if stage == self.name:
+            self.shards, self.had = shards, shards - todo
+
+    def begin(self, title: str, total: int) -> None:
+        """Note that a round of tasks begins."""
+        self.title, self.done, self.total, self.began = title, 0, total, time.time()
+
+    def advance(self) -> None:
+        """Note that a task is done."""
+        self.done += 1
+
+    def held(self, peak: int) -> None:
+        """Note the most memory that a worker held."""
+        self.worker_peak = max(self.worker_peak, peak)
+
+    def trained(self, step: int, steps: int, measures: Mapping[str, float]) -> None:
+        """Note that a training step is done."""
+        self.step, self.steps = step, steps
+        self.measures.update(measures)
+
+    @property
+    def new_cells(self) -> int:
+        """Cells that this round of tasks has done."""
+        fresh = self.cells * (self.shards - self.had) / self.shards if self.shards else self.cells
+        return int(fresh * self.done / self.total) if self.total else 0
+
+    @property
+    def cells_per_second(self) -> float:
+        """Cells a second: of the last training step, or of this round of tasks so far."""
+        if self.steps:
+            return float(self.measures.get("cells_per_second", 0.0))
+        return self.new_cells / max(time.time() - self.began, 1e-3)
+
+    def told(self) -> dict[str, Any]:
+        """Return what is known, as plain values."""
+        facts: dict[str, Any] = {"stage": self.name, "started": self.started, "seen": time.time()}
+        if self.total:
+            facts |= {"round": self.title, "done": self.done, "total": self.total}
+        if self.shards:
+            facts |= {"shards": self.shards, "shards_before": self.had}
+        if self.steps:
+            facts |= {"step": self.step, "steps": self.steps, "measures": dict(self.measures)}
+        if self.worker_peak:
+            facts["worker_peak_bytes"] = self.worker_peak
+        return facts | {"cells_per_second": round(self.cells_per_second, 1)}
+
+
+_now: ContextVar[Stage | None] = ContextVar("stage", default=None)
+
+
+def stage_now() -> Stage | None:
+    """Return the stage that this thread's run is at, if it is watched."""
+    return _now.get()
+
+
+@contextmanager
+def staged(name: str, cells: int) -> Iterator[Stage]:
+    """Watch a stage until the block ends."""
+    stage = Stage(name, cells)
+    token = _now.set(stage)
+    try:
+        yield stage
+    finally:
+        _now.reset(token)
+
+
+def log_progress(told: Mapping[str, Any]) -> None:
+    """Log what is known of a stage."""
+    done, total, what = told.get("done", 0), told.get("total", 0), "tasks"
+    if "steps" in told:
+        done, total, what = told["step"], told["steps"], "steps"
+    text = f"{told['stage']}: {done} of {total} {what}, {told['cells_per_second']:,.0f} cells/s"
+    if "total" in told.get("measures", {}):
+        text += f", loss {told['measures']['total']:.4g}"
+    if "worker_peak_bytes" in told:
+        text += f", largest worker {told['worker_peak_bytes'] / 1e9:.1f} GB"
+    logger.info("%s, %.1f GB", text, told["memory_bytes"] / 1e9, extra={FACTS: dict(told)})
+
+
+# --- a worker's memory -----------------------------------------------------------------------------------------------
+
+
+_counted = ""
+"""The stage for which this process counts the most memory that it holds."""
+
+
+def count_peak(stage: str) -> None:
+    """Let the most memory that this process holds be counted anew where it begins with a stage, if the system can (Linux)."""
+    global _counted
+    if stage != _counted:
+        _counted = stage
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held, in this stage if told, pages that it shares with others included."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- Prometheus ------------------------------------------------------------------------------------------------------
+
+
+class Metric(NamedTuple):
+    """A metric as Ray takes it; the label `run` is the run directory's last part."""
+
+    kind: Literal["Counter", "Gauge"]
+    name: str
+    description: str
+    labels: tuple[str, ...] = ("run", "stage")
+
+
+METRICS = {
+    "cells": Metric("Counter", "ndreamer_cells_done", "Cells that a stage has done."),
+    "bytes": Metric("Counter", "ndreamer_bytes_written", "Bytes of finished shards."),
+    "progress": Metric("Gauge", "ndreamer_stage_progress", "Share of a stage's tasks or steps that is done."),
+    "speed": Metric("Gauge", "ndreamer_cells_per_second", "Cells a second."),
+    "memory": Metric("Gauge", "ndreamer_memory_bytes", "Memory of the driver and all it started on its machine."),
+    "worker": Metric("Gauge", "ndreamer_worker_peak_bytes", "The most memory of one worker so far, on any machine."),
+    "step_seconds": Metric("Gauge", "ndreamer_step_seconds", "Seconds of the last training step."),
+    "loss": Metric("Gauge", "ndreamer_loss", "Losses of the last training step.", ("run", "stage", "term")),
+}
+
+
+@lru_cache(maxsize=1)
+def _metrics() -> dict[str, Any]:
+    """Return this process's metrics, which Ray hands to Prometheus."""
+    from ray.util import metrics
+
+    return {
+        short: getattr(metrics, metric.kind)(metric.name, metric.description, metric.labels)
+        for short, metric in METRICS.items()
+    }
+
+
+def on_ray() -> bool:
+    """Return whether this process is connected to a Ray."""
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def wrote(run: str, stage: str, size: int) -> None:
+    """Count the bytes of a finished shard; in a task this costs microseconds."""
+    if size and on_ray():
+        _metrics()["bytes"].inc(size, {"run": run, "stage": stage})
+
+
+class Exporter:
+    """Tells Prometheus what is known of a stage, as often as it is asked to."""
+
+    def __init__(self, run: str, stage: str) -> None:
+        self._tags = {"run": run, "stage": stage}
+        self._cells = 0
+
+    def export(self, stage: Stage, memory: int) -> None:
+        """Set the metrics."""
+        if not on_ray():
+            return
+        metrics, tags = _metrics(), self._tags
+        done, total = (stage.step, stage.steps) if stage.steps else (stage.done, stage.total)
+        if stage.new_cells > self._cells:
+            metrics["cells"].inc(stage.new_cells - self._cells, tags)
+            self._cells = stage.new_cells
+        metrics["progress"].set(done / max(total, 1), tags)
+        metrics["speed"].set(stage.cells_per_second, tags)
+        metrics["memory"].set(memory, tags)
+        if stage.worker_peak:
+            metrics["worker"].set(stage.worker_peak, tags)
+        for name, value in stage.measures.items():
+            if name == "seconds":
+                metrics["step_seconds"].set(value, tags)
+            elif name not in NO_LOSSES:
+                metrics["loss"].set(value, {**tags, "term": name})
+
+
+NO_LOSSES = {"step", "seconds", "cells_per_second", "waiting", "learning_rate", "perplexity"}
+"""Measures of a training step that are no losses."""

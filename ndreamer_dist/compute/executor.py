@@ -1,0 +1,468 @@
+"""Run tasks on Ray, or one after the other in this process.
+
+Both runtimes offer the same verbs, so that a stage is written once: `map` runs idempotent tasks and yields their
+answers in order of completion, `put` shares a value, `submit` starts one task and leaves its answers where they were
+made, and `fetch` gets them. The serial runtime is for debugging and for most tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
+
+from ndreamer_dist.compute import events
+from ndreamer_dist.compute.local_ray import on_a_cluster, sigterm_kept, start_ray
+from ndreamer_dist.errors import NDreamerError, ResourceError, RunError
+from ndreamer_dist.settings import RunSettings, TrainSettings
+
+WORKER_CPUS = 0.5
+"""Processors a training worker reserves: the rest stay free for the readers that feed it."""
+READER_CPUS = 0.5
+"""Processors a reader reserves: with a training worker's half, two processors hold three readers."""
+LONGEST_LOSS = 400
+"""Characters that are told of an error of Ray's."""
+Task = TypeVar("Task", bound=Callable[..., Any])
+logger = logging.getLogger(__name__)
+
+
+class Runtime(Protocol):
+    """What a stage may ask of the place it runs in."""
+
+    progress: bool | None
+
+    @property
+    def serial(self) -> bool:
+        """Whether everything runs in this process."""
+        ...
+
+    @property
+    def cpus(self) -> int:
+        """Processors of the cluster."""
+        ...
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the cluster."""
+        ...
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        """Call `function(item, *shared)` for every item; yield the answers in order of completion."""
+        ...
+
+    def put(self, value: Any) -> Any:
+        """Share a value; `fetch` gives it back in any task."""
+        ...
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        """Start one task of `returns` answers and return a handle for each, without waiting."""
+        ...
+
+
+def fetch(handle: Any) -> Any:
+    """Return the value behind a handle, in the driver or in a task, under either runtime."""
+    if isinstance(handle, Deferred):
+        return handle.value()
+    import ray
+
+    return _unwrapped(lambda: ray.get(handle))
+
+
+class Deferred:
+    """The serial runtime's handle: one answer of a call that runs when it is first wanted."""
+
+    def __init__(self, call: Callable[[], Any], index: int | None = None) -> None:
+        self._call = call
+        self._index = index
+
+    def value(self) -> Any:
+        """Return the answer."""
+        answer = self._call()
+        return answer if self._index is None else answer[self._index]
+
+
+class SerialRuntime:
+    """Everything in this process, one after the other."""
+
+    serial = True
+    cpus = 1
+    gpus = 0
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.progress = settings.bars
+        self._threads = settings.task_threads
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        """See `Runtime.map`."""
+        del num_gpus
+        with progress_bar(items := list(items), title, self.progress) as advance:
+            for item in items:
+                yield with_threads(self._threads, function, item, *shared)
+                advance(0)
+
+    def put(self, value: Any) -> Any:
+        """See `Runtime.put`."""
+        return Deferred(lambda: value)
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        """See `Runtime.submit`; nothing is kept, so that memory is what one task needs."""
+        if returns == 1:
+            return [Deferred(lambda: function(*args))]
+        memo: list[Any] = []
+
+        def call() -> Any:
+            if not memo:
+                memo.append(function(*args))
+            return memo[0]
+
+        return [Deferred(call, index) for index in range(returns)]
+
+
+class RayRuntime:
+    """Tasks on a Ray cluster, or on a local Ray that ends with the run."""
+
+    serial = False
+
+    def __init__(self, settings: RunSettings) -> None:
+        import ray
+
+        resources = ray.cluster_resources()
+        # An autoscaled cluster grows as it is asked to: work is handed out for what it may become.
+        self.cpus = max(1, int(resources.get("CPU", 1)), settings.cpus or 0)
+        self.gpus = max(int(resources.get("GPU", 0)), settings.gpus or 0)
+        self.progress = settings.bars
+        self._threads = settings.task_threads
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        """See `Runtime.map`; twice as many tasks as processors are under way, so that none waits for the driver."""
+        import ray
+
+        remote = ray.remote(_with_peak).options(name=title, num_cpus=1, num_gpus=num_gpus, max_retries=3)
+        how = _stage_name(), self._threads
+        handles = [ray.put(value) for value in shared]
+        waiting = list(items)
+        with progress_bar(waiting, title, self.progress) as advance:
+            queue = iter(waiting)
+            running: set[Any] = set()
+            try:
+                while True:
+                    for item in itertools.islice(queue, 2 * self.cpus - len(running)):
+                        running.add(remote.remote(*how, function, item, *handles))
+                    if not running:
+                        return
+                    ready, _ = ray.wait(list(running), num_returns=1)
+                    running.difference_update(ready)
+                    for done in ready:
+                        peak, answer = fetch(done)
+                        yield answer
+                        advance(peak)
+            finally:
+                _end(running)
+
+    def put(self, value: Any) -> Any:
+        """See `Runtime.put`."""
+        import ray
+
+        return ray.put(value)
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        """See `Runtime.submit`."""
+        import ray
+
+        options = {"name": function.__name__.strip("_"), "num_returns": returns}
+        remote = ray.remote(_counted).options(num_cpus=1, max_retries=3, **options)
+        handles = remote.remote(_stage_name(), self._threads, function, *args)
+        return [handles] if returns == 1 else list(handles)
+
+
+def loads(*modules: str) -> Callable[[Task], Task]:
+    """Say which modules a task loads when it runs, and not with the module that it is in.
+
+    They are loaded before its threads are limited, which reaches the libraries that are there by then and no others.
+    """
+
+    def marked(task: Task) -> Task:
+        task.loads = modules  # type: ignore[attr-defined]
+        return task
+
+    return marked
+
+
+def with_threads(threads: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with BLAS, OpenMP and torch held to `threads` threads: sums then have one order everywhere."""
+    for name in getattr(function, "loads", ()):
+        importlib.import_module(name)
+    torch = sys.modules.get("torch")  # a task that needs none does not wait for it
+    if torch is None:
+        with threadpool_limits(threads):
+            return function(*args)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with threadpool_limits(threads):
+            return function(*args)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stage_name() -> str:
+    stage = events.stage_now()
+    return stage.name if stage else ""
+
+
+def _counted(stage: str, threads: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a worker (see `with_threads`), which counts its memory for this stage."""
+    events.count_peak(stage)
+    return with_threads(threads, function, *args)
+
+
+def _with_peak(*call: Any) -> tuple[int, Any]:
+    """Do what `_counted` does; return the most memory that this process has held in the stage, and the answer."""
+    answer = _counted(*call)
+    return events.peak_bytes(), answer
+
+
+def _end(running: set[Any]) -> None:
+    """Cancel tasks and wait until none is left: one that wrote on after an error could write into the next run."""
+    import ray
+
+    for handle in running:
+        ray.cancel(handle, force=False)
+    if running:
+        ray.wait(list(running), num_returns=len(running), timeout=60)
+
+
+def _unwrapped(call: Callable[[], Any]) -> Any:
+    """Run a Ray call and raise what the task raised, without Ray's own trace around it."""
+    import ray
+
+    try:
+        return call()
+    except ray.exceptions.RayTaskError as error:
+        raise own_cause(error) or error from None
+
+
+def own_cause(error: BaseException) -> Exception | None:
+    """Return what a task or a worker raised on purpose, without Ray's wrapping; none where it is another failure."""
+    import ray
+
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not error:
+        error = error.cause
+    return error if isinstance(error, NDreamerError | OSError) else None
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Say in one line that Ray has lost what a run cannot go on without: its own node, or what no retry brought back.
+
+    Raises
+    ------
+    RunError
+        In place of Ray's error, which is behind it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_rays(error):
+            raise
+        what = " ".join(str(error).split())[:LONGEST_LOSS]
+        msg = f"Ray has failed ({type(error).__name__}: {what}); the same command goes on from what is done"
+        raise RunError(msg) from error
+
+
+def _is_rays(error: Exception) -> bool:
+    """Return whether an error is Ray's own, and not that of a task or of the training."""
+    if "ray" not in sys.modules:
+        return False
+    import ray
+
+    own: tuple[type[Exception], ...] = (ray.exceptions.RayError,)
+    if "ray.train" in sys.modules:
+        own += (ray.train.ControllerError,)
+    return isinstance(error, own) and not isinstance(error, ray.exceptions.RayTaskError)
+
+
+@contextmanager
+def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[Callable[[int], None]]:
+    """Show one bar for a stage, by default only on a terminal, and tell those that watch the stage.
+
+    What is given is called after every item, with the most memory that its worker held (0 in this process).
+    """
+    stage = events.stage_now() or events.Stage("")
+    stage.begin(title, len(items))
+    with tqdm(total=len(items), desc=title, disable=None if shown is None else not shown, leave=True) as bar:
+
+        def advance(peak: int) -> None:
+            stage.held(peak)
+            stage.advance()
+            bar.update()
+
+        yield advance
+
+
+class LazyRuntime:
+    """The runtime that the settings ask for, started when a stage first has work; `close` ends what was started.
+
+    A Ray that is already connected is used as it is; `RAY_ADDRESS` (set inside a submitted job) and `run.address` name
+    a cluster; otherwise a local Ray is started with the container's processors and a modest object store. The machines
+    of a cluster are known once it is connected, so that is when they are compared with the largest task, if it is given.
+    """
+
+    def __init__(self, settings: RunSettings, task: TaskNeed | None = None) -> None:
+        self._settings = settings
+        self._task = task
+        self._runtime: Runtime | None = None
+        self._started = False
+        self.progress = settings.bars
+
+    def _actual(self) -> Runtime:
+        if self._runtime is None:
+            if self._settings.serial:
+                self._runtime = SerialRuntime(self._settings)
+            else:
+                clustered = on_a_cluster(self._settings)
+                self._runtime, self._started = _connect(self._settings)
+                if clustered and self._task is not None:
+                    check_nodes(self._task, cluster_nodes(self._settings.memory_gb))
+        return self._runtime
+
+    @property
+    def serial(self) -> bool:
+        """Whether everything runs in this process."""
+        return self._settings.serial
+
+    @property
+    def cpus(self) -> int:
+        """Processors of the cluster."""
+        return self._actual().cpus
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the cluster."""
+        return self._actual().gpus
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        """See `Runtime.map`; without items nothing is started."""
+        items = list(items)
+        return self._actual().map(function, items, *shared, title=title, num_gpus=num_gpus) if items else iter(())
+
+    def put(self, value: Any) -> Any:
+        """See `Runtime.put`."""
+        return self._actual().put(value)
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        """See `Runtime.submit`."""
+        return self._actual().submit(function, *args, returns=returns)
+
+    def close(self) -> None:
+        """End a local Ray that was started here."""
+        if self._started:
+            import ray
+
+            ray.shutdown()
+        self._runtime, self._started = None, False
+
+    def __enter__(self) -> LazyRuntime:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _connect(settings: RunSettings) -> tuple[Runtime, bool]:
+    """Return a Ray runtime, and whether Ray was started for it."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        with sigterm_kept():
+            start_ray(settings)
+    return RayRuntime(settings), started
+
+
+@dataclass(frozen=True)
+class TaskNeed:
+    """The largest of a run's tasks: its stage, and the bytes that it takes with its process."""
+
+    stage: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a Ray cluster: its address, its processors, and the bytes that its tasks may take."""
+
+    address: str
+    cpus: int
+    memory: int
+
+
+def cluster_nodes(memory_gb: float | None = None) -> list[Node]:
+    """Return the machines that take tasks now, as Ray reports them; with `memory_gb`, that is what each of them has."""
+    import ray
+
+    taking = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+    own = int(memory_gb * 1e9) if memory_gb else None
+    return [
+        Node(n["NodeManagerAddress"], int(n["Resources"]["CPU"]), own or int(n["Resources"]["memory"])) for n in taking
+    ]
+
+
+def check_nodes(task: TaskNeed, nodes: Iterable[Node]) -> None:
+    """Refuse a cluster of which a machine cannot hold as many of the largest tasks as it has processors.
+
+    A task may come to any machine that has a processor free.
+
+    Raises
+    ------
+    ResourceError
+        The message names the machine that lacks most, and says what to change.
+    """
+    lacking = [node for node in nodes if node.cpus * task.memory > node.memory]
+    if not lacking:
+        return
+    node = max(lacking, key=lambda node: node.cpus * task.memory - node.memory)
+    fit = node.memory // task.memory
+    fewer = f"start Ray there with {fit} of them (ray start --num-cpus={fit}), " if fit else ""
+    msg = (
+        f"stage {task.stage!r} takes {task.memory / 1e9:.1f} GB a task, and node {node.address} has {node.cpus} "
+        f"processors and {node.memory / 1e9:.1f} GB for tasks; {fewer}take smaller blocks "
+        "(--set pack.block_rows=1024) or larger machines, or say what a machine has (--set run.memory_gb=N)"
+    )
+    raise ResourceError(msg)
+
+
+def check_layout(settings: TrainSettings, cpus: int, gpus: Callable[[], int]) -> None:
+    """Refuse a layout in which readers could never start: training would wait for ever.
+
+    Raises
+    ------
+    ResourceError
+        More workers than processors leave room for, or `cuda` asked for where there is none; only then GPUs are counted.
+    """
+    workers = settings.workers
+    if workers * WORKER_CPUS + READER_CPUS > cpus:
+        msg = (
+            f"{workers} training workers on {cpus} processors leave none to the readers that feed them; "
+            f"use at most --workers {max(1, int((cpus - READER_CPUS) / WORKER_CPUS))}"
+        )
+        raise ResourceError(msg)
+    if settings.device == "cuda" and (found := gpus()) < workers:
+        msg = f"{workers} training workers need {workers} GPUs and Ray has {found}; use --set train.device=cpu"
+        raise ResourceError(msg)

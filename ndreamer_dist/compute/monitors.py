@@ -1,0 +1,213 @@
+"""What a stage costs: seconds, and of this process and all it started the peak memory and the bytes read and written.
+
+Private pages are added up over the process tree, and of the shared ones (libraries, Ray's object store) the largest
+process's are taken once. Bytes are those that passed read and write calls, pipes and sockets among them. On a cluster
+this is the driver's share only, beside the most memory that one worker held. The thread that samples also writes down, every
+few seconds, how far the stage is (see `events`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist import keys
+from ndreamer_dist.compute import events
+from ndreamer_dist.storage.checksums import seal
+from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.storage.retries import hurry
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_SECONDS = 0.5
+LOCAL_SECONDS, REMOTE_SECONDS = 2.0, 15.0
+"""Time between two writings of logs/progress.json: on object storage each is a request."""
+LOG_SECONDS = 30.0
+"""Time between two lines of the log that say how far a stage is."""
+
+
+class PeakMemory:
+    """Samples the process tree until closed: `bytes` is the most memory, `now` the last; and the bytes that moved."""
+
+    def __init__(self, also: Callable[[PeakMemory], object] = lambda _: None) -> None:
+        self.bytes = self.now = 0
+        self._also = also
+        self._before = self._moved = tree_traffic(os.getpid())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True, name="ndreamer-memory")
+        self._thread.start()
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes read and written since the beginning."""
+        return self._moved[0] - self._before[0], self._moved[1] - self._before[1]
+
+    def _sample(self) -> None:
+        while True:
+            self._look()
+            self._also(self)
+            if self._stop.wait(INTERVAL_SECONDS):
+                return
+
+    def _look(self) -> None:
+        self.now = tree_memory(os.getpid())
+        self.bytes = max(self.bytes, self.now)
+        read, written = tree_traffic(os.getpid())
+        self._moved = max(self._moved[0], read), max(self._moved[1], written)
+
+    def close(self) -> None:
+        """Take a last sample."""
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+
+def tree_memory(pid: int) -> int:
+    """Return the bytes that a process and its descendants hold together; 0 where the system does not tell."""
+    held = [_resident_and_shared(process) for process in _descendants(pid)]
+    return sum(resident - shared for resident, shared in held) + max(shared for _, shared in held)
+
+
+def tree_traffic(pid: int) -> tuple[int, int]:
+    """Return the bytes that a process and its descendants have read and written, those that have ended among them.
+
+    Linux adds what a process has moved to its parent's when it is waited for. Zeros where the system does not tell.
+    """
+    read = written = 0
+    for process in _descendants(pid):
+        try:
+            told = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
+        except OSError:
+            continue  # it has ended
+        read, written = read + int(told["rchar"]), written + int(told["wchar"])
+    return read, written
+
+
+def _resident_and_shared(pid: int) -> tuple[int, int]:
+    try:
+        # smaps_rollup would tell shares exactly, but it walks all pages and stops the process meanwhile.
+        fields = Path(f"/proc/{pid}/statm").read_text().split()
+    except OSError:
+        return 0, 0  # the process has ended
+    page = os.sysconf("SC_PAGE_SIZE")
+    return int(fields[1]) * page, int(fields[2]) * page
+
+
+def _descendants(pid: int) -> list[int]:
+    found, waiting = [], [pid]
+    while waiting:
+        process = waiting.pop()
+        found.append(process)
+        try:
+            tasks = list(Path(f"/proc/{process}/task").iterdir())
+            children = [(task / "children").read_text().split() for task in tasks]
+        except OSError:
+            continue
+        waiting += [int(child) for line in children for child in line]
+    return found
+
+
+class Watcher:
+    """Writes down how far a stage is: into logs/progress.json, the log, and Ray's metrics."""
+
+    def __init__(self, run: Storage, stage: events.Stage) -> None:
+        self._run, self._stage = run, stage
+        self._exporter = events.Exporter(run.name, stage.name)
+        self._every = LOCAL_SECONDS if run.is_local else REMOTE_SECONDS
+        self._written, self._logged = 0.0, time.monotonic()
+
+    def look(self, memory: PeakMemory, *, last: bool = False) -> None:
+        """Write what is due now; that it cannot be written must not end the stage."""
+        now = time.monotonic()
+        if not self._stage.has_work or (now - self._written < self._every and not last):
+            return
+        self._written = now
+        told = self._stage.told() | {
+            "memory_bytes": memory.now,
+            "peak_bytes": memory.bytes,
+            "host": socket.gethostname(),
+        }
+        try:
+            with hurry():
+                self._run.write_atomic(keys.PROGRESS, seal(told))
+            self._exporter.export(self._stage, memory.now)
+        except Exception:
+            logger.debug("how far the stage is could not be told", exc_info=True)
+        if last or now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            events.log_progress(told)
+
+
+@contextmanager
+def metered(run: Storage, stage: str, cells: int = 0, promised: int | None = None) -> Iterator[dict[str, Any]]:
+    """Add a line to logs/stages.jsonl when a stage ends; the block may put more facts into what it is given.
+
+    Parameters
+    ----------
+    cells
+        Cells that the stage goes over, for what is told of its speed meanwhile.
+    promised
+        Bytes of memory that the stage was promised to stay under, where that is known.
+    """
+    facts: dict[str, Any] = {"stage": stage, "started": time.time(), "host": socket.gethostname()}
+    with events.staged(stage, cells) as now:
+        watcher, started = Watcher(run, now), time.perf_counter()
+        peak = PeakMemory(watcher.look)
+        try:
+            yield facts
+        finally:
+            peak.close()
+            watcher.look(peak, last=True)
+    read, written = peak.traffic
+    facts |= {
+        "seconds": round(time.perf_counter() - started, 3), "peak_bytes": peak.bytes, "promised_bytes": promised,
+        "read_bytes": read, "written_bytes": written,
+    }  # fmt: skip
+    if now.worker_peak:
+        facts["worker_peak_bytes"] = now.worker_peak
+    before = run.read_if_there(keys.STAGES_LOG) or b""
+    run.write_atomic(keys.STAGES_LOG, before + (json.dumps(facts) + "\n").encode())
+
+
+def _stage_lines(run: Storage) -> Iterator[dict[str, Any]]:
+    """Give the lines of logs/stages.jsonl; a damaged one is left out, since it holds times and no results."""
+    for line in (run.read_if_there(keys.STAGES_LOG) or b"").splitlines():
+        with suppress(ValueError, TypeError, RecursionError):
+            told = dict(json.loads(line))
+            numbers = [
+                told.get("seconds"),
+                *(v for name, v in told.items() if name.endswith("_bytes") and v is not None),
+            ]
+            if "stage" in told and all(isinstance(number, int | float) for number in numbers):
+                yield told
+
+
+def stage_costs(run: Storage) -> pd.DataFrame:
+    """Return what the finished stages of a run cost, a row each in their order, from logs/stages.jsonl.
+
+    A call that finds a stage finished logs it with next to no time, so the longest line of a stage is its own. Of a
+    stage that was interrupted this is the call that finished it.
+    """
+    lines = list(_stage_lines(run))
+    rows = []
+    for stage in keys.STAGES:
+        own = [line for line in lines if line.get("stage") == stage]
+        if own:
+            line = max(own, key=lambda line: line["seconds"])
+            gigabytes = {
+                f"{name}_gb": np.nan if line.get(f"{name}_bytes") is None else line[f"{name}_bytes"] / 1e9
+                for name in ("peak", "promised", "read", "written")
+            }
+            rows.append({"stage": stage, "seconds": line["seconds"], **gigabytes})
+    return pd.DataFrame(rows)

@@ -1,0 +1,114 @@
+"""Drawing the cells of a simulated cohort, chunk by chunk: latent variables, and counts given these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndreamer_dist.datasets.expectation import DISPERSIONS, LIBRARY_MEDIAN, LIBRARY_SIGMA, Floats
+from ndreamer_dist.datasets.model import BLOCK_ROWS, Model, rest
+from ndreamer_dist.datasets.parameters import Cells, Codes, Parameters
+
+DIRECT_MEAN: Final = 4.0  # above this mean a count is drawn as gamma-Poisson, below by inversion
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of the cohort: their latent variables and their counts as CSR parts."""
+
+    cells: Cells
+    data: Floats
+    indices: NDArray[np.int32]
+    row_nnz: NDArray[np.int64]
+
+
+def draw_chunk(model: Model, seed: int, start: int, stop: int) -> Chunk:
+    """Draw the cells start to stop (start a multiple of `BLOCK_ROWS`), the same whatever the chunks are."""
+    generators = [generator(seed, 1, row // BLOCK_ROWS) for row in range(start, stop, BLOCK_ROWS)]
+    sizes = [min(BLOCK_ROWS, stop - row) for row in range(start, stop, BLOCK_ROWS)]
+    blocks = [_draw_cells(model.parameters, rng, size) for rng, size in zip(generators, sizes, strict=True)]
+    cells = Cells(*(np.concatenate([getattr(b, field.name) for b in blocks]) for field in fields(Cells)))
+    kinds, of_cell = _kinds_of_cell(cells)
+    # Most genes do not depend on the state: their shares are worked out once per (type, condition, donor).
+    shares = np.concatenate([
+        model.observed_shares(kinds[i : i + 8], np.arange(model.genes)) for i in range(0, len(kinds), 8)
+    ])  # fmt: skip
+    drawn, first = [], 0
+    for rng, block in zip(generators, blocks, strict=True):
+        drawn.append(_draw_counts(model, rng, block, shares[of_cell[first : first + len(block)]]))
+        first += len(block)
+    counts, columns, row_nnz = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    return Chunk(cells, counts, columns, row_nnz)
+
+
+def generator(seed: int, *key: int) -> np.random.Generator:
+    """Return the generator of a key: the seed, what is drawn, and which block of cells."""
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, *key))))
+
+
+def _draw_cells(p: Parameters, rng: np.random.Generator, size: int) -> Cells:
+    group = _choose(rng.random(size), np.broadcast_to(p.group_weight.ravel(), (size, p.group_weight.size)))
+    donor, condition = np.divmod(group, p.group_weight.shape[1])
+    kind = _choose(rng.random(size), p.type_weight[donor])
+    state = np.clip(rng.standard_normal(size, dtype=np.float32), -2, 2)
+    library = LIBRARY_MEDIAN * np.exp(LIBRARY_SIGMA * rng.standard_normal(size, dtype=np.float32))
+    return Cells(kind, condition, donor, state, library.astype(np.float32))
+
+
+def _choose(uniform: NDArray[Any], weights: NDArray[Any]) -> Codes:
+    """Return one column per row, with the row's weights (rows, columns) as probabilities."""
+    cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
+    return (uniform[:, None] * cumulative[:, -1:] >= cumulative).sum(1)
+
+
+def _kinds_of_cell(cells: Cells) -> tuple[Cells, Codes]:
+    """Return one cell of state 0 per (type, condition, donor) present, and which of them each cell is."""
+    table = np.stack([cells.cell_type, cells.condition, cells.donor])
+    unique, of_cell = np.unique(table, axis=1, return_inverse=True)
+    zero = np.zeros(unique.shape[1], np.float32)
+    return Cells(unique[0], unique[1], unique[2], zero, zero), of_cell.ravel()
+
+
+def _draw_counts(model: Model, rng: np.random.Generator, cells: Cells, mean: Floats) -> tuple[Any, Any, Any]:
+    """Draw the counts of a block; `mean` (cells, genes) comes with the shares at state 0 and is used up."""
+    moved = np.flatnonzero(model.parameters.state_load.any(0))
+    mean[:, moved] = model.observed_shares(cells, moved)
+    mean[:, model.ballast] = rest(mean[:, : model.ballast].sum(1, dtype=np.float64))
+    mean *= cells.library[:, None]
+    size = DISPERSIONS[model.parameters.dispersion].astype(np.float32)
+    zero = np.exp(-size * np.log1p(mean / size))  # P(y = 0)
+    direct = mean > DIRECT_MEAN
+    hit = np.flatnonzero((rng.random(mean.shape, dtype=np.float32) >= zero) | direct)
+    row, column = np.divmod(hit, model.genes)
+    counts = _positive_counts(rng, mean.ravel()[hit], size[column], direct.ravel()[hit])
+    kept = counts > 0
+    row_nnz = np.bincount(row[kept], minlength=len(cells))
+    return counts[kept].astype(np.float32), column[kept].astype(np.int32), row_nnz
+
+
+def _positive_counts(
+    rng: np.random.Generator, mean: Floats, size: Floats, direct: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Draw negative binomials: as they are where `direct`, else given that they are positive, by inversion."""
+    counts = np.zeros(len(mean), np.int64)
+    gamma = rng.standard_gamma(size[direct].astype(np.float64)) * (mean[direct] / size[direct])
+    counts[direct] = rng.poisson(gamma)
+    waiting = np.flatnonzero(~direct)
+    m, r = mean[waiting].astype(np.float64), size[waiting].astype(np.float64)
+    ratio = m / (m + r)
+    zero = np.exp(-r * np.log1p(m / r))
+    left = rng.random(len(waiting)) * (1 - zero)  # of the uniform, after the probabilities of smaller counts
+    probability, count = zero * r * ratio, 1
+    while len(waiting):
+        counts[waiting] = count
+        left = left - probability
+        on = left > 0
+        waiting, left, r, ratio = waiting[on], left[on], r[on], ratio[on]
+        probability = probability[on] * ratio * (count + r) / (count + 1)
+        count += 1
+        if count > 1000:  # rounding can leave a uniform of almost 1 beyond the sum of all probabilities
+            break
+    return counts

@@ -1,0 +1,209 @@
+"""The averages of expression that every effect is made of (METHOD section 6). Pure.
+
+Rows and distances of matches come in, and expression in blocks of packed rows; out come the expected expression F of
+any cells under any condition, and from it the layers. A cell sums its counterparts in the order of their packed rows,
+in float64, so that the same question has the same bits however it is cut: the stored layers and those computed on
+demand come from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design, Group
+from ndreamer_dist.effects.rounding import FULL, Rounding
+
+ENTRIES = 2048
+"""Counterparts' rows added at once; it bounds the memory of their gathered values."""
+
+Edges = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
+"""Rows and distances, (cells, k) each, by (query group, target group)."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """Which rows are averaged for each cell: the sum over entries of weight times row, divided by `groups`.
+
+    Attributes
+    ----------
+    cell, row, weight
+        (entries,) place of the cell among those asked for, packed row of its counterpart, float64 weight.
+    groups
+        (cells,) number of groups averaged over; 0 where the average is not wanted.
+    """
+
+    cell: np.ndarray
+    row: np.ndarray
+    weight: np.ndarray
+    groups: np.ndarray
+
+
+def segments(design: Design, rows: np.ndarray) -> Iterator[tuple[Group, slice]]:
+    """Give the groups that ascending packed rows belong to, with the places of each among the rows."""
+    bounds = np.searchsorted(rows, design.starts)
+    for group in design.groups:
+        first, last = int(bounds[group.code]), int(bounds[group.code + 1])
+        if first < last:
+            yield group, slice(first, last)
+
+
+def kernel_weights(distances: np.ndarray, bandwidth: float) -> np.ndarray:
+    """Return `softmax(-(d - min d) / bandwidth)` along the neighbours (METHOD section 6).
+
+    Parameters
+    ----------
+    distances
+        (cells, k); NaN where a target group has fewer cells, which gets weight 0.
+    """
+    near = np.where(np.isnan(distances), np.inf, distances).astype(np.float64)
+    nearest = near.min(axis=1, keepdims=True)
+    kernel = np.exp(-(near - np.where(np.isinf(nearest), 0.0, nearest)) / bandwidth)
+    total = kernel.sum(axis=1, keepdims=True)
+    return kernel / np.where(total == 0, 1.0, total)
+
+
+def average_over(
+    design: Design,
+    edges: Edges,
+    rows: np.ndarray,
+    bandwidth: float,
+    *,
+    condition: int | None,
+    own_cells: bool = True,
+) -> Average:
+    """Return what F is an average of: the counterparts of some cells in a condition's groups.
+
+    Parameters
+    ----------
+    rows
+        Packed rows of the cells, ascending; `edges` has those of each query group in this order.
+    condition
+        Its code; by default each cell's own condition. In its own group a cell is its own counterpart.
+    own_cells
+        Whether the condition's own cells are wanted too; otherwise they get no groups.
+    """
+    parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    groups = np.zeros(len(rows), dtype=np.int64)
+    for group, here in segments(design, rows):
+        if group.condition == condition and not own_cells:
+            continue
+        targets = design.with_condition(group.condition if condition is None else condition)
+        groups[here] = len(targets)
+        for target in targets:
+            if target.code == group.code:
+                parts.append((np.arange(here.start, here.stop), rows[here], np.ones(here.stop - here.start)))
+                continue
+            found, distances = edges[group.code, target.code]
+            weights = kernel_weights(distances, bandwidth)
+            cell, place = np.nonzero(found >= 0)
+            parts.append((cell + here.start, found[cell, place].astype(np.int64), weights[cell, place]))
+    cell, row, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Average(cell, row, weight, groups)
+
+
+def average_through(
+    averages: Sequence[Average], blocks: Iterable[tuple[np.ndarray, sparse.csr_matrix]], genes: int
+) -> list[np.ndarray]:
+    """Return the averages of expression that the entries ask for: one (cells, genes) float64 each.
+
+    Parameters
+    ----------
+    averages
+        What to average; NaN comes out for cells with `groups` 0.
+    blocks
+        (packed rows, CSR) of row blocks; rows ascend inside and from block to block, and all together hold every row
+        asked for. One is used at a time, so this may load them as it goes.
+    """
+    sums = [np.zeros((len(average.groups), genes)) for average in averages]
+    for rows, block in blocks:
+        for total, average in zip(sums, averages, strict=True):
+            _add_rows(total, average, rows, block)
+    for total, average in zip(sums, averages, strict=True):
+        with np.errstate(invalid="ignore"):  # nothing, divided by no group, is NaN
+            total /= average.groups[:, None]
+    return sums
+
+
+def _add_rows(total: np.ndarray, average: Average, rows: np.ndarray, block: sparse.csr_matrix) -> None:
+    """Add one block's share; each cell sums its counterparts in the order of their rows."""
+    inside = np.flatnonzero((average.row >= rows[0]) & (average.row <= rows[-1]))
+    inside = inside[np.lexsort((average.row[inside], average.cell[inside]))]
+    flat = total.reshape(-1)
+    for first in range(0, len(inside), ENTRIES):
+        part = inside[first : first + ENTRIES]
+        gathered = block[np.searchsorted(rows, average.row[part])]
+        stored = np.diff(gathered.indptr)
+        places = np.repeat(average.cell[part] * total.shape[1], stored) + gathered.indices
+        # add.at goes through its arguments one by one, which is what fixes the order of the sums.
+        np.add.at(flat, places, gathered.data * np.repeat(average.weight[part], stored))
+
+
+def layer_values(
+    name: str,
+    values: sparse.csr_matrix,
+    own: np.ndarray,
+    control: np.ndarray | None,
+    rounding: Rounding = FULL,
+) -> np.ndarray:
+    """Return a layer as it is stored: (cells, genes) float32, or as `rounding` says (METHOD section 6).
+
+    `batch_effect` is taken from the rounded `denoised`, so that the two add up to the expression, up to the rounding
+    of `batch_effect` itself.
+
+    Parameters
+    ----------
+    values
+        (cells, genes) the cells' expression.
+    own, control
+        (cells, genes) float64 averages under the own condition and the control; the latter is for `ite` alone.
+    """
+    if name == keys.LAYER_DENOISED:
+        return rounding(own)
+    if name == keys.LAYER_BATCH_EFFECT:
+        return rounding(values.toarray() - rounding(own).astype(np.float32))
+    if control is None:
+        msg = f"{name} needs the averages under the control"
+        raise ValueError(msg)
+    return rounding(own - control)
+
+
+def control_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarray:
+    """Return each cell's mean distance to its nearest neighbours in the control groups: (rows,) float32.
+
+    A cell's own group is left out; NaN where no other control group is.
+    """
+    means = np.full(len(rows), np.nan, dtype=np.float32)
+    for group, here in segments(design, rows):
+        others = [target for target in design.with_condition(0) if target.code != group.code]
+        if others:
+            total = sum(edges[group.code, target.code][1][:, 0].astype(np.float64) for target in others)
+            means[here] = total / len(others)
+    return means
+
+
+def own_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarray:
+    """Return each cell's distance to the nearest other cell of its group: (rows,) float32; NaN in a group of one."""
+    distances = np.empty(len(rows), dtype=np.float32)
+    for group, here in segments(design, rows):
+        distances[here] = edges[group.code, group.code][1][:, 0]
+    return distances
+
+
+def near_control(control: np.ndarray, own: np.ndarray, quantile: float) -> np.ndarray:
+    """Return which cells have a near counterpart in the control: (cells,) bool.
+
+    They are those whose distance to the control is within what a share of all cells has to its own kind: one quantile
+    of the distances inside groups, over the whole cohort. A cell without another control group to match is near.
+
+    Parameters
+    ----------
+    control, own
+        (cells,) of all cells, what `control_distance` and `own_distance` return.
+    """
+    known = own[np.isfinite(own)]
+    return ~(control > (np.quantile(known, quantile) if len(known) else np.inf))

@@ -1,0 +1,324 @@
+"""Denoised expression, batch effect and treatment effect: sparse averages through the matches (METHOD section 6).
+
+In: packed.zarr, embedding.zarr and matches.zarr. Out: results.zarr, one task per row block and gene span. A task never
+holds the expression of its cells' counterparts: it takes one packed block at a time, from Ray's object store, and adds
+the rows it needs into the dense sums of its own shard. Where there are many genes, one span of them after the other is
+put into the object store, so that neither a task nor the store holds them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+from scipy import sparse
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design, Group
+from ndreamer_dist.cohort.packed import Packed, read_table
+from ndreamer_dist.compute.executor import Runtime, fetch
+from ndreamer_dist.effects import tables
+from ndreamer_dist.effects.averages import (
+    Average,
+    Edges,
+    average_over,
+    average_through,
+    control_distance,
+    layer_values,
+    near_control,
+    own_distance,
+    segments,
+)
+from ndreamer_dist.effects.tables import Layout, RowPart
+from ndreamer_dist.matching.store import Matches
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import run_task
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage.arrays import read_array
+from ndreamer_dist.storage.files import Storage
+
+logger = logging.getLogger(__name__)
+
+QUERY_ROWS = 65_536
+"""Query cells whose matches are counted at a time."""
+
+
+class Origin(Protocol):
+    """Where a task finds what was known of the cells before: their matches and what goes into `obsm`."""
+
+    @property
+    def stored(self) -> Collection[tuple[int, int]]:
+        """Edges that `obsm` needs."""
+        ...
+
+    def edges(self, rows: np.ndarray, pairs: Iterable[tuple[int, int]]) -> Edges:
+        """Return the matches of some packed rows (ascending) along pairs of groups."""
+        ...
+
+    def obsm(self, name: str, rows: np.ndarray, edges: Edges) -> np.ndarray:
+        """Return a contiguous block of rows of an array of `obsm`, of whose stored edges the matches are given."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunOrigin:
+    """The stores of the run: embedding.zarr and matches.zarr.
+
+    Attributes
+    ----------
+    stored
+        The edges that `obsm` tells the nearest neighbours of: those that the match stage was asked for.
+    key
+        The stage's key, which tells these matches from others that may have lain there before.
+    """
+
+    run: RunDirectory
+    design: Design
+    stored: tuple[tuple[int, int], ...]
+    row_dtype: str
+    key: str = ""
+
+    def edges(self, rows: np.ndarray, pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Any]:
+        """See `Origin.edges`; the rows are a contiguous block."""
+        matches, spans = matches_of(self.run.storage / keys.MATCHES, self.key), group_spans(self.design, rows)
+        return {
+            (query, target): matches.edge(query, target, *spans[query]) for query, target in pairs if query in spans
+        }
+
+    def obsm(self, name: str, rows: np.ndarray, edges: Edges) -> np.ndarray:
+        """See `Origin.obsm`."""
+        if name in (keys.OBSM_MU, keys.OBSM_PCA):
+            return read_array(self.run.storage / keys.EMBEDDING, name, slice(int(rows[0]), int(rows[-1]) + 1))
+        found, distances = nearest_per_group(self.design, edges, rows, self.row_dtype)
+        return found if name == keys.OBSM_MATCH else distances
+
+
+def run_effects(
+    run: RunDirectory,
+    settings: Settings,
+    packed: Packed,
+    source: Any,
+    runtime: Runtime,
+    key: str,
+    summary: Mapping[str, Any] | None = None,
+) -> None:
+    """Write results.zarr: effects, expression, embeddings, matches and the cells' and genes' tables.
+
+    Parameters
+    ----------
+    source
+        The input cohort: `.obs`, `.var` (input order), `.cell_names`, `.gene_names`.
+    summary
+        Facts for `uns`, as JSON can hold them: fingerprints, counts of dropped cells and the like.
+    """
+    layout = tables.layout_of(run, settings, packed)
+    todo, fresh = pending_shards(run, key, layout)
+    if not todo:
+        return
+    tables.prepare(run, layout, fresh=fresh)
+    stored = packed.design.needed_edges(settings.match.edges) if layout.matches else []
+    origin = RunOrigin(run, packed.design, tuple(stored), layout.row_dtype, key)
+    write_shards(run, key, packed, layout, settings, origin, runtime, todo)
+    distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
+    parts: list[int | Group] = [*range(packed.n_blocks), *packed.design.groups]
+    for part, values in runtime.map(_count, parts, run, packed, key, title="effects: matches counted"):
+        (times if values.ndim == 1 else distances)[..., part] = values
+    told: dict[str, np.ndarray] = {
+        keys.OBS_MATCH_DISTANCE: distances[0],
+        keys.OBS_OVERLAP: near_control(distances[0], distances[1], settings.effects.near_quantile),
+        keys.OBS_TIMES_MATCHED: times,
+    }
+    facts = dict(summary or {})
+    if facts.get("normalise") == "counts":
+        told[keys.OBS_TOTAL] = cell_totals(packed)
+    cells, genes = tables.cell_table(source, packed, told), tables.gene_table(source, packed)
+    tables.finish(run, settings, packed, cells, genes, layout, key, facts)
+
+
+def pending_shards(run: RunDirectory, key: str, layout: Layout) -> tuple[list[Shard], bool]:
+    """Return the shards of a results.zarr that are still to be written, and whether none is there yet."""
+    shards = [*tables.row_shards(layout), *tables.expression_shards(layout), tables.annotation_shard(run)]
+    todo = run.pending(keys.STAGE_EFFECTS, key, shards)
+    return todo, len(todo) == len(shards)
+
+
+def write_shards(
+    run: RunDirectory,
+    key: str,
+    packed: Packed,
+    layout: Layout,
+    settings: Settings,
+    origin: Origin,
+    runtime: Runtime,
+    todo: Sequence[Shard],
+) -> None:
+    """Write the pending shards of rows and of expression, one span of genes after the other."""
+    shared = (run, key, packed, layout, settings, origin)
+    others = [shard for shard in todo if isinstance(shard.task, tuple)]
+    for span in tables.gene_spans(layout):
+        rows = [shard for shard in todo if isinstance(shard.task, RowPart) and shard.task.genes == span]
+        if rows or others:
+            targets = _target_blocks(runtime, packed, [shard.task.block for shard in rows], layout, span)
+            title = "effects" if span[1] - span[0] == layout.genes else f"effects: genes {span[0]} to {span[1]}"
+            for _ in runtime.map(_write_shard, [*rows, *others], *shared, targets, title=title):
+                pass
+            others = []
+
+
+def _write_shard(
+    shard: Shard,
+    run: RunDirectory,
+    key: str,
+    packed: Packed,
+    layout: Layout,
+    settings: Settings,
+    origin: Origin,
+    targets: Mapping[int, Any],
+) -> None:
+    """Write one shard of rows or of expression and mark it; a task."""
+    if isinstance(shard.task, RowPart):
+        args = (run, packed, layout, settings, origin, targets)
+        run_task(run, keys.STAGE_EFFECTS, key, write_rows, shard, *args)
+    else:
+        run_task(run, keys.STAGE_EFFECTS, key, tables.write_expression, shard, run, packed, layout)
+
+
+def write_rows(
+    part: RowPart,
+    run: RunDirectory,
+    packed: Packed,
+    layout: Layout,
+    settings: Settings,
+    origin: Origin,
+    targets: Mapping[int, Any],
+) -> None:
+    """Write what results.zarr holds of one row block and span of genes: layers, and with the first span `obsm`."""
+    design, bandwidth = packed.design, settings.match.bandwidth
+    rows = np.arange(*packed.block_range(part.block))
+    first = part.genes[0] == 0
+    edges = origin.edges(rows, {*design.needed_edges("needed"), *(origin.stored if first else ())})
+    if first:
+        for name in layout.obsm:
+            tables.write_obsm(run, name, int(rows[0]), origin.obsm(name, rows, edges))
+    if not layout.layers:
+        return
+    averages = [average_over(design, edges, rows, bandwidth, condition=None)]
+    if keys.LAYER_ITE in layout.layers:
+        averages.append(average_over(design, edges, rows, bandwidth, condition=0, own_cells=False))
+    genes = part.genes[1] - part.genes[0]
+    own, *control = average_through(averages, _needed(targets, packed, averages), genes)
+    values = load_block(packed, part.block, part.genes)
+    for name in layout.layers:
+        layer = layer_values(name, values, own, control[0] if control else None, layout.rounding)
+        tables.write_layer(run, name, (int(rows[0]), part.genes[0]), layer)
+
+
+def group_spans(design: Design, rows: np.ndarray) -> dict[int, tuple[int, int]]:
+    """Return the first cell, counted from its group's start, and the one after the last of each group in a row block."""
+    return {
+        group.code: (int(rows[here.start]) - group.start, int(rows[here.stop - 1]) + 1 - group.start)
+        for group, here in segments(design, rows)
+    }
+
+
+def nearest_per_group(design: Design, edges: Edges, rows: np.ndarray, row_dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return row and distance of the nearest neighbour in every group: (rows, groups), -1 and NaN where not asked."""
+    found = np.full((len(rows), len(design.groups)), -1, dtype=row_dtype)
+    distances = np.full(found.shape, np.nan, dtype=np.float32)
+    for group, here in segments(design, rows):
+        for (query, target), (nearest, near) in edges.items():
+            if query == group.code:
+                found[here, target], distances[here, target] = nearest[:, 0], near[:, 0]
+    return found, distances
+
+
+def load_block(packed: Packed, block: int, genes: tuple[int, int]) -> sparse.csr_matrix:
+    """Return a span of genes of one packed block; as a task, this puts it into the object store past the driver."""
+    values = packed.block(block)
+    return values if genes == (0, packed.n_genes) else values[:, slice(*genes)]
+
+
+def _target_blocks(
+    runtime: Runtime, packed: Packed, blocks: Sequence[int], layout: Layout, genes: tuple[int, int]
+) -> dict[int, Any]:
+    """Start loading every packed block that holds a counterpart of the blocks' cells: a handle per block."""
+    if not layout.layers:
+        return {}
+    design = packed.design
+    queries = {group.code for block in blocks for group, _ in segments(design, np.arange(*packed.block_range(block)))}
+    groups = {target for query, target in design.needed_edges("needed") if query in queries}
+    wanted = {
+        block
+        for code in groups
+        for block in range(
+            design.groups[code].start // packed.block_rows, (design.groups[code].stop - 1) // packed.block_rows + 1
+        )
+    }
+    return {block: runtime.submit(load_block, packed, block, genes)[0] for block in sorted(wanted)}
+
+
+def _needed(
+    targets: Mapping[int, Any], packed: Packed, averages: Sequence[Average]
+) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+    """Fetch, one at a time, the blocks that hold a row to be averaged."""
+    wanted = np.unique(np.concatenate([average.row for average in averages]) // packed.block_rows)
+    for block in wanted.tolist():
+        yield np.arange(*packed.block_range(block)), fetch(targets[block])
+
+
+# --- what obs says of the matches -------------------------------------------------------------------------------------
+
+
+def _count(item: int | Group, run: RunDirectory, packed: Packed, key: str) -> tuple[slice, np.ndarray]:
+    """Return a part of the columns of `obs`: a row block's distances, or how often the cells of a group are matched."""
+    matches = matches_of(run.storage / keys.MATCHES, key)
+    if isinstance(item, int):
+        return slice(*packed.block_range(item)), block_distances(item, matches, packed)
+    return slice(item.start, item.stop), times_matched(item, matches, packed.design)
+
+
+@lru_cache(maxsize=2)
+def matches_of(storage: Storage, key: str) -> Matches:  # noqa: ARG001 - under another key there may be others
+    """Return the reader of a run's matches; a process opens their arrays once, not once a task."""
+    return Matches(storage)
+
+
+def block_distances(block: int, matches: Matches, packed: Packed) -> np.ndarray:
+    """Return the distances of a row block's cells to the control and to their own group: (2, rows) float32."""
+    controls = {group.code for group in packed.design.with_condition(0)}
+    pairs = [
+        (query, target)
+        for query, target in packed.design.needed_edges("needed")
+        if target in controls or target == query
+    ]
+    rows, unread = np.arange(*packed.block_range(block)), np.empty((0, 0), dtype=np.int64)
+    spans = group_spans(packed.design, rows)
+    edges = {
+        (query, target): (unread, matches.distances(query, target, *spans[query]))
+        for query, target in pairs
+        if query in spans
+    }
+    return np.stack([control_distance(packed.design, edges, rows), own_distance(packed.design, edges, rows)])
+
+
+def times_matched(target: Group, matches: Matches, design: Design) -> np.ndarray:
+    """Return how many cells of other groups the effects average each cell of a group for: (cells,) int64."""
+    times = np.zeros(target.cells, dtype=np.int64)
+    for query, code in design.needed_edges("needed"):
+        if code != target.code or query == code:
+            continue
+        for start in range(0, design.groups[query].cells, QUERY_ROWS):
+            found = matches.rows(query, code, start, min(start + QUERY_ROWS, design.groups[query].cells))
+            times += np.bincount(found[found >= 0] - target.start, minlength=target.cells)
+    return times
+
+
+def cell_totals(packed: Packed) -> np.ndarray:
+    """Return the counts that each cell's expression was scaled by: (cells,) float64, in packed order."""
+    cells = read_table(packed.run, keys.CELLS_TABLE)
+    places = np.searchsorted(cells["input_row"].to_numpy(), packed.input_row)
+    return cells["total"].to_numpy(dtype=np.float64)[places]

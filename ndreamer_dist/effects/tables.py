@@ -1,0 +1,429 @@
+"""results.zarr as it is written: a plain AnnData zarr v3 store, shard by shard, the root last.
+
+Rows are in packed order. Tasks own whole shards: ranges of entries of the sparse `X`, and row blocks of embeddings,
+matches and layers. The driver writes the tables (`obs`, `var`, `uns`) and then the root `zarr.json`, consolidated:
+before that no tool opens the store, so a half-written one never looks finished. Every chunk ends in `crc32c`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import zarr
+from anndata.experimental import write_dispatched
+from zarr.core.buffer import cpu
+from zarr.errors import ZarrUserWarning
+from zarr.storage import MemoryStore
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.effects.rounding import FULL, Rounding
+from ndreamer_dist.errors import CohortError, DamagedError
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.settings import Settings, canonical_json
+from ndreamer_dist.storage.arrays import COMPRESSORS, ensure_array, open_array, read_array, shard_files, write_part
+from ndreamer_dist.storage.files import Storage
+
+SHARD_GENES = 2048
+"""Genes of one shard of a layer at most; where there are more, a row block is several shards."""
+CHUNK_ROWS = 2**20
+"""Rows of one chunk of a table's column."""
+CHUNK_ENTRIES = 131_072
+"""Stored values of one chunk of `X`."""
+SHARD_ENTRIES = 32 * CHUNK_ENTRIES
+"""Stored values of one shard of `X`, which one task writes."""
+MATCH_LIMIT = 2**30
+"""Beyond this many cells times groups, matches stay in matches.zarr alone."""
+ROOT = "zarr.json"
+SIGN = "own condition minus control"
+ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}
+DICT = {"encoding-type": "dict", "encoding-version": "0.1.0"}
+GROUPS = {
+    "layers": DICT, "obsm": DICT, "obsp": DICT, "varm": DICT, "varp": DICT,
+}  # fmt: skip
+ANNOTATIONS = "annotations"
+VERSIONED = ("ndreamer-dist", "anndata", "numpy", "scipy", "scanpy", "torch", "zarr")
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """A row block and a span of genes, `first:last`: one shard of every layer."""
+
+    block: int
+    genes: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes and cuts of a results.zarr.
+
+    Attributes
+    ----------
+    chunk_genes, shard_genes
+        Genes of a chunk and of a shard of a layer, the latter a multiple of the former.
+    block_entries
+        First entry of `X` of every row block, and the number of entries at the end.
+    obsm
+        Width of each array in `obsm`.
+    layers
+        Names of the layers that are stored.
+    rounding
+        How their values are kept.
+    """
+
+    cells: int
+    genes: int
+    block_rows: int
+    chunk_genes: int
+    shard_genes: int
+    block_entries: tuple[int, ...]
+    obsm: Mapping[str, int]
+    layers: tuple[str, ...]
+    row_dtype: str
+    rounding: Rounding = FULL
+
+    @property
+    def entries(self) -> int:
+        """Stored values of `X`."""
+        return self.block_entries[-1]
+
+    @property
+    def matches(self) -> bool:
+        """Whether the nearest neighbours are stored."""
+        return keys.OBSM_MATCH in self.obsm
+
+
+def layout_of(run: RunDirectory, settings: Settings, packed: Packed) -> Layout:
+    """Return the layout of a run's results."""
+    embedding = run.storage / keys.EMBEDDING
+    obsm = {name: int(open_array(embedding, name).shape[1]) for name in (keys.OBSM_MU, keys.OBSM_PCA)}
+    groups = len(packed.design.groups)
+    if packed.n_rows * groups <= MATCH_LIMIT:
+        obsm |= {keys.OBSM_MATCH: groups, keys.OBSM_MATCH_DISTANCE: groups}
+    return layout_with(settings, packed, obsm)
+
+
+def layout_with(settings: Settings, packed: Packed, obsm: Mapping[str, int]) -> Layout:
+    """Return the layout of results that hold these arrays, by name and width, in `obsm`."""
+    pointers = row_pointers(packed)
+    chunk = min(settings.effects.chunk_genes, packed.n_genes)
+    shard = min(-(-packed.n_genes // chunk), max(1, SHARD_GENES // chunk)) * chunk
+    return Layout(
+        cells=packed.n_rows,
+        genes=packed.n_genes,
+        block_rows=packed.block_rows,
+        chunk_genes=chunk,
+        shard_genes=shard,
+        block_entries=(*(int(pointers[packed.block_range(b)[0]]) for b in range(packed.n_blocks)), int(pointers[-1])),
+        obsm=obsm,
+        layers=settings.effects.store,
+        row_dtype="int32" if packed.n_rows <= np.iinfo(np.int32).max else "int64",
+        rounding=Rounding(settings.effects.dtype, settings.effects.keep_bits),
+    )
+
+
+def row_pointers(packed: Packed) -> np.ndarray:
+    """Return the CSR row pointers of the whole of `X`: (cells + 1,) int64."""
+    pointers = np.zeros(packed.n_rows + 1, dtype=np.int64)
+    for block in range(packed.n_blocks):
+        start, stop = packed.block_range(block)
+        name = f"{keys.PACKED_X}/{keys.block_name(block)}/{keys.INDPTR}"
+        pointers[start + 1 : stop + 1] = pointers[start] + read_array(packed.storage, name)[1:]
+    return pointers
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def expression_shards(layout: Layout) -> list[Shard]:
+    """Return the units of `X`: ranges of entries."""
+    return [
+        Shard(
+            f"entries-{number:05d}",
+            tuple(f"{keys.RESULTS}/{shard_files(f'X/{part}', number)}" for part in (keys.DATA, keys.INDICES)),
+            (number * SHARD_ENTRIES, min((number + 1) * SHARD_ENTRIES, layout.entries)),
+        )
+        for number in range(-(-layout.entries // SHARD_ENTRIES))
+    ]
+
+
+def gene_spans(layout: Layout) -> list[tuple[int, int]]:
+    """Return the spans of genes, `first:last`, that layers are cut into; one where there are no layers."""
+    step = layout.shard_genes if layout.layers else layout.genes
+    return [(first, min(first + step, layout.genes)) for first in range(0, layout.genes, step)]
+
+
+def row_shards(layout: Layout) -> list[Shard]:
+    """Return the units of everything dense: row blocks by spans of genes; `obsm` comes with the first span."""
+    spans, shards = gene_spans(layout), []
+    for place, genes in enumerate(spans):
+        arrays = [(f"obsm/{name}", 0) for name in layout.obsm] if place == 0 else []
+        arrays += [(f"layers/{name}", place) for name in layout.layers]
+        suffix = f"-{place:05d}" if len(spans) > 1 else ""
+        for block in range(-(-layout.cells // layout.block_rows)):
+            files = tuple(f"{keys.RESULTS}/{shard_files(array, block, column)}" for array, column in arrays)
+            shards.append(Shard(f"rows-{block:05d}{suffix}", files, RowPart(block, genes)))
+    return shards
+
+
+def annotation_shard(run: RunDirectory) -> Shard:
+    """Return the driver's own unit, tables and root; which files those are, its marker says."""
+    marker = f"{keys.DONE}/{keys.STAGE_EFFECTS}/{ANNOTATIONS}.json"
+    files: tuple[str, ...] = ()
+    if run.storage.exists(marker):
+        try:
+            files = tuple(run.read_json(marker)["files"])
+        except (DamagedError, ValueError, KeyError, TypeError):
+            files = ()
+    return Shard(ANNOTATIONS, files or (f"{keys.RESULTS}/{ROOT}",))
+
+
+def prepare(run: RunDirectory, layout: Layout, *, fresh: bool) -> None:
+    """Close the store to readers and make its arrays; what another key left is deleted, finished shards are not."""
+    run.storage.delete(f"{keys.RESULTS}/{ROOT}")
+    if fresh:
+        run.unmark(keys.STAGE_EFFECTS)
+        run.storage.delete(keys.RESULTS)
+    storage = run.storage / keys.RESULTS
+    for part, dtype in ((keys.DATA, "float32"), (keys.INDICES, "int32")):
+        ensure_array(
+            storage, f"X/{part}", shape=(layout.entries,), dtype=dtype, attributes=ARRAY,
+            chunks=(CHUNK_ENTRIES,), shards=(SHARD_ENTRIES,),
+        )  # fmt: skip
+    for name, width in layout.obsm.items():
+        dtype, fill = (layout.row_dtype, -1) if name == keys.OBSM_MATCH else ("float32", np.nan)
+        ensure_array(
+            storage, f"obsm/{name}", shape=(layout.cells, width), dtype=dtype, fill_value=fill, attributes=ARRAY,
+            chunks=(layout.block_rows, width),
+        )  # fmt: skip
+    for name in layout.layers:
+        ensure_array(
+            storage, f"layers/{name}", shape=(layout.cells, layout.genes), dtype=layout.rounding.dtype, fill_value=np.nan,
+            attributes=ARRAY, chunks=(layout.block_rows, layout.chunk_genes), shards=(layout.block_rows, layout.shard_genes),
+        )  # fmt: skip
+
+
+def write_expression(span: tuple[int, int], run: RunDirectory, packed: Packed, layout: Layout) -> None:
+    """Write one range of `X`'s entries, from the packed blocks that hold them."""
+    start, stop = span
+    data, indices = np.empty(stop - start, dtype=np.float32), np.empty(stop - start, dtype=np.int32)
+    for block, (first, last) in enumerate(itertools.pairwise(layout.block_entries)):
+        low, high = max(start, first), min(stop, last)
+        if low < high:
+            values = packed.block(block)
+            data[low - start : high - start] = values.data[low - first : high - first]
+            indices[low - start : high - start] = values.indices[low - first : high - first]
+    storage = run.storage / keys.RESULTS
+    write_part(storage, f"X/{keys.DATA}", slice(start, stop), data)
+    write_part(storage, f"X/{keys.INDICES}", slice(start, stop), indices)
+
+
+def write_obsm(run: RunDirectory, name: str, start: int, values: np.ndarray) -> None:
+    """Write one row block of an array of `obsm`."""
+    part = (slice(start, start + len(values)), slice(None))
+    write_part(run.storage / keys.RESULTS, f"obsm/{name}", part, values)
+
+
+def write_layer(run: RunDirectory, name: str, corner: tuple[int, int], values: np.ndarray) -> None:
+    """Write one shard of a layer; its corner is its first row and gene."""
+    part = tuple(slice(first, first + size) for first, size in zip(corner, values.shape, strict=True))
+    write_part(run.storage / keys.RESULTS, f"layers/{name}", part, values)
+
+
+# --- tables and root -------------------------------------------------------------------------------------------------
+
+
+def finish(
+    run: RunDirectory,
+    settings: Settings,
+    packed: Packed,
+    cells: pd.DataFrame,
+    genes: pd.DataFrame,
+    layout: Layout,
+    key: str,
+    summary: Mapping[str, Any],
+) -> None:
+    """Write what the driver writes: group metadata, the tables `obs`, `var` and `uns`, and then the root."""
+    storage = run.storage / keys.RESULTS
+    tables = {
+        "obs": cells,
+        "var": genes,
+        "uns": {keys.UNS: facts(settings, packed, layout, key, summary)},
+    }
+    encoded = _encoded(tables, row_pointers(packed), layout)
+    for name in tables:
+        storage.delete(name)
+    for name, data in encoded.items():
+        storage.write_atomic(name, data)
+    encoded[ROOT] = _consolidated_root(storage, encoded)
+    storage.write_atomic(ROOT, encoded[ROOT])
+    sizes = {f"{keys.RESULTS}/{name}": len(data) for name, data in encoded.items()}
+    run.mark(keys.STAGE_EFFECTS, key, Shard(ANNOTATIONS, tuple(sizes)), sizes=sizes)
+
+
+def cell_table(source: Any, packed: Packed, told: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Return `obs`: every column of the input, untouched, and ours, in packed order; those in `told` come last."""
+    design, rows = packed.design, packed.input_row
+    table = source.obs.iloc[rows].copy()
+    table.index = pd.Index(np.asarray(source.cell_names, dtype=object)[rows], name=source.obs.index.name)
+    groups = design.group_of(np.arange(packed.n_rows))
+    batches = np.array([group.batch for group in design.groups])
+    for name, codes, names in (
+        (keys.OBS_CONDITION, design.group_conditions[groups], design.conditions),
+        (keys.OBS_BATCH, batches[groups], design.batches),
+        (keys.OBS_GROUP, groups, [group.name for group in design.groups]),
+    ):
+        table[name] = pd.Categorical.from_codes(codes, pd.Index(list(names)))
+    table[keys.OBS_LOW] = packed.clusters(keys.PACKED_LOW)
+    table[keys.OBS_HIGH] = packed.clusters(keys.PACKED_HIGH)
+    table[keys.OBS_INPUT_ROW] = rows
+    return table.assign(**told)
+
+
+def gene_table(source: Any, packed: Packed) -> pd.DataFrame:
+    """Return `var`: the input's columns for the modelled genes."""
+    places = pd.Index(np.asarray(source.gene_names, dtype=object)).get_indexer(list(packed.genes))
+    table = source.var.iloc[places].copy()
+    table.index = pd.Index(list(packed.genes), dtype=object, name=source.var.index.name)
+    return table
+
+
+def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `uns["ndreamer"]`: plain scalars, string arrays, and JSON text for the rest."""
+    design = packed.design
+    bearing = {name: getattr(settings, name).bearing() for name in type(settings).model_fields if name != "seed"}
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    notes = [] if layout.matches else [f"obsm has no matches: cells x groups exceeds {MATCH_LIMIT}; see matches.zarr"]
+    told = {
+        "format_version": keys.FORMAT_VERSION,
+        "version": versions["ndreamer-dist"],
+        "versions": versions,
+        "seed": settings.seed,
+        "settings": {name: fields for name, fields in bearing.items() if fields},
+        "key": key,
+        "condition_key": design.condition_key,
+        "batch_keys": list(design.batch_keys),
+        "conditions": list(design.conditions),
+        "control": design.control,
+        "groups": [group.name for group in design.groups],
+        "design": design.to_json(),
+        "sign": SIGN,
+        "layers": list(layout.layers),
+        "notes": notes,
+        **summary,
+    }
+    return {name: _plain(value) for name, value in told.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return np.array(value, dtype=object)
+    return canonical_json(value)
+
+
+def writable(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return a table that anndata can write, with columns that are not plain turned into their nullable likes.
+
+    Raises
+    ------
+    CohortError
+        A column holds what no AnnData store can; the message names it.
+    """
+    changed = {}
+    for name, column in table.items():
+        if not isinstance(name, str) or "/" in name:
+            msg = f"{where} column {name!r} cannot be stored: a name must be text without '/'; rename it in the input"
+            raise CohortError(msg)
+        if column.dtype == object and not column.map(lambda value: isinstance(value, str)).all():
+            changed[name] = _nullable(column, where)
+    return table.assign(**changed) if changed else table
+
+
+def _nullable(column: pd.Series[Any], where: str) -> pd.Series[Any]:
+    found = column.dropna()
+    if found.map(lambda value: isinstance(value, str)).all():
+        return column.astype("string")
+    better = column.convert_dtypes()
+    if better.dtype == object:
+        kinds = sorted({type(value).__name__ for value in found})
+        msg = f"{where} column {column.name!r} mixes {', '.join(kinds)} and cannot be stored; make it one type"
+        raise CohortError(msg)
+    return better
+
+
+def check_tables(obs: pd.DataFrame, var: pd.DataFrame) -> None:
+    """Refuse tables that could not be written at the end of the job, before work starts.
+
+    Raises
+    ------
+    CohortError
+        A column cannot be stored; the message names it.
+    """
+    for where, table in (("obs", obs), ("var", var)):
+        plain = writable(table, where)
+        for name in plain.columns:
+            try:
+                _write(zarr.open_group(MemoryStore(), mode="w", zarr_format=3), where, plain[[name]].head(1))
+            except Exception as error:
+                msg = f"{where} column {name!r} ({plain[name].dtype}) cannot be stored; turn it into text or numbers"
+                raise CohortError(msg) from error
+
+
+def _write(root: zarr.Group, name: str, value: Any) -> None:
+    # Chunks that hold only the fill value are stored too, so that a missing one can be told from them.
+    with (
+        anndata.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False),
+        zarr.config.set({"array.write_empty_chunks": True}),
+    ):
+        write_dispatched(root, name, value, _write_long, dataset_kwargs={"compressors": COMPRESSORS})
+
+
+def _write_long(write: Any, root: zarr.Group, name: str, value: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
+    """Write an element of a table; a column is one chunk as far as that goes, so that reading it is one request."""
+    if iospec.encoding_type in ("array", "string-array"):
+        dataset_kwargs = {**dataset_kwargs, "chunks": tuple(min(max(n, 1), CHUNK_ROWS) for n in value.shape)}
+    write(root, name, value, dataset_kwargs=dataset_kwargs)
+
+
+def _encoded(tables: Mapping[str, Any], pointers: np.ndarray, layout: Layout) -> dict[str, bytes]:
+    """Return every file but the root that the driver writes, by name: tables, groups' metadata and row pointers."""
+    files: dict[str, Any] = {}
+    root = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3)
+    for name, value in tables.items():
+        _write(root, name, writable(value, name) if isinstance(value, pd.DataFrame) else value)
+    for name, attributes in GROUPS.items():
+        root.create_group(name, attributes=attributes)
+    matrix = {
+        "encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [layout.cells, layout.genes],
+    }  # fmt: skip
+    _write(root.create_group("X", attributes=matrix), keys.INDPTR, pointers)
+    return {name: buffer.to_bytes() for name, buffer in sorted(files.items()) if name != ROOT}
+
+
+def _consolidated_root(storage: Storage, known: Mapping[str, bytes]) -> bytes:
+    """Return the root's metadata with that of everything below it; some files are known."""
+    names = [name for name in storage.list() if name.endswith(f"/{ROOT}")]
+    found = {**storage.read_all([name for name in names if name not in known]), **known}
+    files: dict[str, Any] = {name: cpu.Buffer.from_bytes(found[name]) for name in names}
+    memory = MemoryStore(files)
+    attributes = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
+    zarr.create_group(memory, zarr_format=3, attributes=attributes)
+    with warnings.catch_warnings():  # consolidation is not in the zarr v3 specification yet, and zarr says so
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        zarr.consolidate_metadata(memory)
+    return bytes(files[ROOT].to_bytes())
+
+
+def memory_store(files: Mapping[str, bytes]) -> MemoryStore:
+    """Return a zarr store, in memory, of files by name."""
+    return MemoryStore({name: cpu.Buffer.from_bytes(data) for name, data in files.items()})

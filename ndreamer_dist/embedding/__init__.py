@@ -1,0 +1,1 @@
+"""The space that cells are matched in (METHOD sections 5, 9 and 10)."""

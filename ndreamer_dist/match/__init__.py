@@ -1,1 +1,0 @@
-"""Counterfactual matching and the effects through it (METHOD section 6)."""

@@ -1,0 +1,368 @@
+"""Exact nearest neighbours on the processor, and those among a query's nearest cells (METHOD section 6).
+
+In: queries and the index of a target group. Out: rows and distances of the k nearest targets. Cells that certainly
+hold no neighbour are ruled out by the index; the rest is looked at by float32 products, which leave the few targets
+within the k-th distance and its worst rounding error; where that leaves many (near copies are ordinary here, as cells
+with the same codes have the same embedding) float64 products sift them; and among what is left, float64 distances of
+the original coordinates decide, the smaller row winning ties. So neither tiles nor threads nor cells change the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from ndreamer_dist.matching.partition import Index, build_index
+
+SPARE = 8
+"""A query left with more than k and these float32 candidates is sifted in float64."""
+QUERY_TILE = 16_384
+"""Queries that go through the cells together, at most; one thread works on a tile."""
+SCAN_PAIRS = 262_144
+"""Query-target pairs of one product: what fits into a processor's cache."""
+EXACT_PAIRS = 16_384
+"""Pairs whose exact distances are computed at once."""
+FAR = 1e15
+"""Queries beyond this distance, in the index's frame, would overflow float32: they are sifted against all targets."""
+FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
+"""Largest relative error of one rounding."""
+LARGEST = np.finfo(np.float32).max
+"""What stands for no limit: finite, so that an excluded target, at infinity, is beyond it."""
+
+
+class Neighbours(NamedTuple):
+    """The k nearest targets of every query.
+
+    Attributes
+    ----------
+    rows, distances
+        (q, k) int64 and (q, k) float32, nearest first, ties by smaller row; -1 and NaN where there are fewer targets.
+    widened
+        (q,) bool, whether float32 left more than a handful of candidates.
+    """
+
+    rows: np.ndarray
+    distances: np.ndarray
+    widened: np.ndarray
+
+
+def nearest(
+    queries: np.ndarray,
+    targets: np.ndarray | Index,
+    k: int,
+    *,
+    exclude: np.ndarray | None = None,
+    probes: int | None = None,
+    threads: int = 1,
+) -> Neighbours:
+    """Return the k nearest targets of every query, exactly (METHOD section 6).
+
+    Parameters
+    ----------
+    queries
+        (q, d) float32 coordinates.
+    targets
+        (t, d) float32 coordinates, or their index.
+    exclude
+        (q,) target row that is no candidate for a query, or -1: the cell itself in its own group.
+    probes
+        Look only into the cells of the index whose centroids are the `probes` nearest to a query; then the answer is
+        approximate, but as independent of tiles and threads as the exact one.
+    threads
+        Tiles of queries worked on at once.
+    """
+    skipped = np.full(len(queries), -1, dtype=np.int64) if exclude is None else np.asarray(exclude, dtype=np.int64)
+    given = targets.targets if isinstance(targets, Index) else targets
+    if not len(queries) or not len(given):
+        return Neighbours(*distances_of(*nothing_found(len(queries), k)), np.zeros(len(queries), dtype=bool))
+    with threadpool_limits(1):
+        index = targets if isinstance(targets, Index) else build_index(targets)
+
+        def search(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return _Tile(index, queries[part], skipped[part], k).search(probes)
+
+        found = list(mapped(search, _tiles(len(queries), threads), threads))
+    rows, squared, widened = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Neighbours(*distances_of(rows, squared), widened)
+
+
+def _tiles(queries: int, threads: int) -> list[slice]:
+    size = max(1, min(QUERY_TILE, -(-queries // threads)))
+    return [slice(start, start + size) for start in range(0, queries, size)]
+
+
+def mapped(function: Callable[[slice], tuple], parts: list[slice], threads: int) -> Iterator[tuple]:
+    """Call a function for every part, by threads where there are several of both, and give the answers in order."""
+    if threads == 1 or len(parts) == 1:
+        yield from map(function, parts)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(function, parts)
+
+
+# --- what float arithmetic can be trusted with -----------------------------------------------------------------------
+
+
+def certain_limit(kth: np.ndarray, norms: np.ndarray, dimensions: int, rounding: float) -> np.ndarray:
+    """Return the computed squared distance beyond which no target can be among a query's k nearest.
+
+    A target at distance e has a norm of at most |q| + e, so `|p|^2 - 2 q p + |q|^2` comes out wrong by at most
+    E(e) = (d + 16) u (2 |q| + e)^2: d roundings in each sum, a few in adding them, two in moving to the frame. The
+    k-th computed value is wrong by E, and so is that of a target just as far, hence twice; the distances that decide
+    are wrong by d u e^2 themselves. The constant at the end is for underflow.
+
+    Parameters
+    ----------
+    kth
+        (q,) k-th smallest computed squared distance; infinite where there is none.
+    norms
+        (q,) norms of the queries.
+    rounding
+        Largest relative error of one rounding, u.
+    """
+    factor = (2 * dimensions + 32) * rounding
+    root = np.sqrt(factor)
+    reach = (np.sqrt(np.maximum(kth, 0)) + 2 * root * norms) / (1 - root)  # an upper bound of the true k-th distance
+    return kth + 2 * factor * (2 * norms + reach) ** 2 + dimensions * 2.0**-120
+
+
+def exact_squared(queries: np.ndarray, targets: np.ndarray, query: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Return float64 squared distances of pairs (query, row): (pairs,).
+
+    Each is a sum along its own contiguous row of coordinates, so its bits depend on the pair alone.
+    """
+    squared = np.empty(len(query))
+    for start in range(0, len(query), EXACT_PAIRS):
+        part = slice(start, start + EXACT_PAIRS)
+        difference = queries[query[part]].astype(np.float64) - targets[row[part]]
+        difference *= difference
+        squared[part] = difference.sum(axis=1)
+    return squared
+
+
+def kth_smallest(values: np.ndarray, k: int) -> np.ndarray:
+    """Return the k-th smallest value of each row, infinite where there are fewer: (rows,)."""
+    if values.shape[1] < k:
+        return np.full(len(values), np.inf)
+    smallest = values.min(axis=1) if k == 1 else np.partition(values, k - 1, axis=1)[:, k - 1]
+    return smallest.astype(np.float64)
+
+
+def _rounded_up(limit: np.ndarray) -> np.ndarray:
+    """Return float32 numbers no smaller than these, `LARGEST` at most."""
+    return np.nextafter(np.minimum(limit, LARGEST).astype(np.float32), LARGEST)
+
+
+# --- one tile of queries ---------------------------------------------------------------------------------------------
+
+
+class _Tile:
+    """A tile of queries on its way through the cells of an index; what it has found so far is its state.
+
+    Attributes
+    ----------
+    best
+        (q, k) smallest computed squared distances so far, less the query's squared norm; float32.
+    limit
+        (q,) computed squared distance beyond which nothing counts any more, less the squared norm; float32, rounded up.
+    reach
+        (q,) the same with the squared norm: a cell that begins beyond it is ruled out.
+    pairs
+        (query, point, computed value) of the candidates, piece by piece.
+    """
+
+    def __init__(self, index: Index, queries: np.ndarray, skipped: np.ndarray, k: int) -> None:
+        self.index, self.queries, self.skipped, self.k = index, queries, skipped, k
+        local = index.local(queries)
+        squared = np.einsum("qd,qd->q", local, local, dtype=np.float64)
+        self.far = ~(squared < FAR**2)
+        local[self.far] = 0
+        self.squared = np.where(self.far, 0.0, squared)
+        self.local = np.concatenate([local, np.ones((len(queries), 1), dtype=np.float32)], axis=1)
+        self.best = np.full((len(queries), k), np.inf, dtype=np.float32)
+        self.limit = np.full(len(queries), LARGEST, dtype=np.float32)
+        self.reach = np.full(len(queries), LARGEST, dtype=np.float32)
+        self.widened = np.zeros(len(queries), dtype=bool)
+        self.pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        itself = np.where(skipped >= 0, index.place[skipped], -1)
+        # Where the excluded target has copies, its point stays and the row is left out at the end.
+        self.excluded = np.where(index.copies[itself] == 1, itself, -1)
+
+    def search(self, probes: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return rows, squared distances, both (q, k), and which queries were widened."""
+        along = self.local[:, :-1] @ self.index.centroids.T
+        nearness = np.einsum("cd,cd->c", self.index.centroids, self.index.centroids) / 2 - along
+        own = nearness.argmin(axis=1)
+        begins = self._beginnings(np.ascontiguousarray(along.T), own)
+        if probes is not None and probes < self.index.cells:
+            begins[~self._probed(nearness, probes).T] = np.inf
+        for cell in range(self.index.cells):  # the own cells first: they set limits that rule out most of the others
+            self._scan(cell, np.flatnonzero((own == cell) & (begins[cell] <= self.reach)))
+        begins[own, np.arange(len(own))] = np.inf
+        for cell in range(self.index.cells):
+            self._scan(cell, np.flatnonzero(begins[cell] <= self.reach))
+        return self._decided(probes)
+
+    def _beginnings(self, along: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Return a lower bound of the squared distance to any point of a cell: (cells, q), -1 for the own cell.
+
+        Seen along the line from the query's own centroid to another one, the other cell begins somewhere; nothing of
+        it is nearer than that.
+        """
+        index, tile = self.index, np.arange(len(own))
+        norms = np.sqrt(self.squared).astype(np.float32) + np.float32(index.radius)
+        rounding = np.float32((2 * len(index.points) + 32) * FLOAT32 * index.radius) * norms
+        start = along[own, tile] - rounding
+        bounds = np.empty_like(along)
+        for cell in range(index.cells):
+            bound = (index.slabs[cell][own] - along[cell] + start) * index.steepness[cell][own]
+            np.maximum(bound, 0, out=bound)
+            np.multiply(bound, bound * np.float32(1 - 1e-6), out=bounds[cell])
+        bounds[:, self.far] = 0
+        bounds[own, tile] = -1
+        return bounds
+
+    def _probed(self, nearness: np.ndarray, probes: int) -> np.ndarray:
+        """Return which cells' centroids are among the nearest to each query: (q, cells) bool.
+
+        Where rounding leaves it open, float64 distances and then the cell's number decide.
+        """
+        index = self.index
+        norms = np.sqrt(self.squared) + index.radius
+        slack = (2 * len(index.points) + 32) * FLOAT32 * norms * norms
+        border = np.partition(nearness, (probes - 1, probes), axis=1)[:, probes - 1 : probes + 1].astype(np.float64)
+        open_ = np.flatnonzero(border[:, 1] - border[:, 0] <= 2 * slack)
+        chosen = nearness <= border[:, :1]
+        query, cell = np.divmod(np.arange(len(open_) * index.cells), index.cells)
+        exact = exact_squared(self.local[open_, :-1], index.centroids, query, cell).reshape(len(open_), index.cells)
+        rank = np.argsort(np.argsort(exact, axis=1, kind="stable"), axis=1, kind="stable")
+        chosen[open_] = rank < probes
+        return chosen
+
+    def _scan(self, cell: int, queries: np.ndarray) -> None:
+        """Look at a cell's points for some of the queries."""
+        start, stop = self.index.starts[cell], self.index.starts[cell + 1]
+        step = max(1, SCAN_PAIRS // (stop - start))
+        for first in range(0, len(queries), step):
+            part = queries[first : first + step]
+            values = self.local[part] @ self.index.points[:, start:stop]
+            excluded = self.excluded[part]
+            hit = np.flatnonzero((excluded >= start) & (excluded < stop))
+            values[hit, excluded[hit] - start] = np.inf
+            self._tighten(part, values)
+            near = values <= self.limit[part, None]
+            if np.count_nonzero(near) > self.k * len(part) + SPARE:
+                self._sift(part, near, start)
+            flat = np.flatnonzero(near)
+            query, point = np.divmod(flat, stop - start)
+            self.pairs.append((part[query], point + start, values.ravel()[flat]))
+
+    def _tighten(self, part: np.ndarray, values: np.ndarray) -> None:
+        """Take new computed values into account: the k best, and from them the limits."""
+        if self.k == 1:
+            best = np.minimum(self.best[part], values.min(axis=1, keepdims=True))
+        else:
+            few = values if values.shape[1] <= self.k else np.partition(values, self.k - 1, axis=1)[:, : self.k]
+            best = np.partition(np.concatenate([self.best[part], few], axis=1), self.k - 1, axis=1)[:, : self.k]
+        self.best[part] = best
+        squared = self.squared[part]
+        kth = best[:, -1].astype(np.float64) + squared
+        limit = certain_limit(kth, np.sqrt(squared), self.queries.shape[1], FLOAT32)
+        limit[self.far[part]] = np.inf
+        self.limit[part] = _rounded_up(limit - squared)
+        self.reach[part] = _rounded_up(limit)
+
+    def _sift(self, part: np.ndarray, near: np.ndarray, start: int) -> None:
+        """Of queries with many candidates, leave only those that are candidates by float64 products too.
+
+        Parameters
+        ----------
+        near
+            (queries, points) bool, changed in place: the candidates of one product, whose points begin at `start`.
+        """
+        left = np.flatnonzero(near.sum(axis=1) > self.k + SPARE)
+        self.widened[part[left]] = True
+        while len(left):
+            origin = int(near[left[0]].argmax())
+            crowd = near[left, origin]
+            self._sift_about(origin, part, near, left[crowd], start)
+            left = left[~crowd]
+
+    def _sift_about(self, origin: int, part: np.ndarray, near: np.ndarray, crowded: np.ndarray, start: int) -> None:
+        """Sift queries that share a candidate; about it, distances within its crowd lose next to nothing to rounding."""
+        index = self.index
+        candidates = near[crowded]
+        wanted = np.flatnonzero(candidates.any(axis=0))
+        span = slice(wanted[0], wanted[-1] + 1)
+        point = index.rows[index.first[start + span.start : start + span.stop]]
+        centre = index.targets[point[origin - span.start]].astype(np.float64)
+        targets = (index.targets[point] - centre) * index.scale
+        queries = (self.queries[part[crowded]] - centre) * index.scale
+        values = (-2 * queries) @ targets.T
+        values += np.einsum("td,td->t", targets, targets)
+        np.copyto(values, np.inf, where=~candidates[:, span])
+        squared = np.einsum("qd,qd->q", queries, queries)
+        kth = kth_smallest(values, self.k) + squared
+        limit = certain_limit(kth, np.sqrt(squared), queries.shape[1], FLOAT64) - squared
+        candidates[:, span] = values <= np.minimum(limit, np.finfo(np.float64).max)[:, None]
+        near[crowded] = candidates
+
+    def _decided(self, probes: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Let exact distances decide among the candidates that are still within the limits."""
+        index = self.index
+        query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
+        within = np.flatnonzero(value <= self.limit[query])
+        query, row = self._members(query[within], point[within])
+        other = row != self.skipped[query]
+        query, row = query[other], row[other]
+        exact = exact_squared(self.queries, index.targets, query, row)
+        rows, squared = k_best(len(self.queries), self.k, query, row, exact)
+        if probes is not None:
+            self._complete(rows, squared)
+        return rows, squared, self.widened
+
+    def _members(self, query: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the target rows behind the candidates: of a point's copies the first k, and one for the excluded."""
+        copies = np.minimum(self.index.copies[point], self.k + 1)
+        if len(self.index.copies) == len(self.index.rows):
+            return query, self.index.rows[self.index.first[point]]
+        ends = np.cumsum(copies)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - copies, copies)
+        return np.repeat(query, copies), self.index.rows[np.repeat(self.index.first[point], copies) + within]
+
+    def _complete(self, rows: np.ndarray, squared: np.ndarray) -> None:
+        """Search exactly where the probed cells held fewer targets than asked for."""
+        available = len(self.index.targets) - (self.skipped >= 0)
+        short = np.flatnonzero((rows >= 0).sum(axis=1) < np.minimum(self.k, available))
+        if len(short):
+            tile = _Tile(self.index, self.queries[short], self.skipped[short], self.k)
+            rows[short], squared[short], _ = tile.search()
+
+
+# --- lists of the best -----------------------------------------------------------------------------------------------
+
+
+def nothing_found(count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return empty lists of rows and squared distances: (count, k) each."""
+    return np.full((count, k), -1, dtype=np.int64), np.full((count, k), np.inf)
+
+
+def k_best(count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each query's k smallest pairs, by distance and then by row: (count, k) rows and squared distances."""
+    rows, squared = nothing_found(count, k)
+    order = np.lexsort((row, exact, query))
+    query = query[order]
+    rank = np.arange(len(query)) - np.searchsorted(query, query)
+    kept = rank < k
+    rows[query[kept], rank[kept]] = row[order[kept]]
+    squared[query[kept], rank[kept]] = exact[order[kept]]
+    return rows, squared
+
+
+def distances_of(rows: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows and float32 distances, NaN where there is no row."""
+    return rows, np.where(rows < 0, np.nan, np.sqrt(squared)).astype(np.float32)

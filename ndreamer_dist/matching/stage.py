@@ -1,0 +1,402 @@
+"""The stage that finds every needed nearest neighbour, and the reader of what it wrote (METHOD section 6).
+
+In: the embedding's PCA coordinates and the design's edges (query group, target group). Out: matches.zarr, which all
+effects and statistics read, and match/summary.json, which says how the search went. Search is exact by default, by
+`exact` or, on a GPU, by `gpu`: the same bits. Approximate search is asked for by name and measures its own recall.
+Edges can be added to a finished run; nothing that is there is searched again or changed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from threadpoolctl import threadpool_limits
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.compute.executor import Runtime
+from ndreamer_dist.errors import RunError, StoreError
+from ndreamer_dist.matching import gpu
+from ndreamer_dist.matching.exact import Neighbours, nearest
+from ndreamer_dist.matching.partition import build_index
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage.arrays import ensure_array, open_array, read_array, shard_files, write_part
+from ndreamer_dist.storage.files import Storage
+
+logger = logging.getLogger(__name__)
+
+Pairs = Sequence[tuple[int, int]]
+"""Edges: (query group, target group)."""
+
+UNIT_DISTANCES = 20_000_000_000
+"""Query-target pairs of one unit of work at most, some tens of seconds; a single edge tile may have more."""
+LEAST_DISTANCES = 200_000_000
+"""Query-target pairs up to which a unit is not cut for balance; some tenths of a second."""
+EDGE_DISTANCES = 2_000_000
+"""What an edge costs besides its distances, in distances: files to write."""
+BATCH_QUERIES = 65_536
+"""Queries of a target group that are searched together."""
+RECALL_EVERY = 64
+"""Approximate search: every so many queries of an edge tile are searched exactly too."""
+RECALL_ASKED = 0.995
+"""Approximate search: a recall below this is worth a warning."""
+
+
+@dataclass(frozen=True)
+class EdgeTile:
+    """The cells of one tile of a query group against one target group: one chunk, one writer."""
+
+    query: int
+    tile: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one task does: edge tiles, those of a target group next to each other."""
+
+    shards: tuple[Shard, ...]
+    distances: int
+
+
+def run_match(run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str) -> None:
+    """Find the nearest neighbours along every edge and write matches.zarr (METHOD section 6).
+
+    Raises
+    ------
+    StoreError
+        The embedding is missing, damaged or not finite.
+    """
+    shards = edge_shards(settings, design, design.needed_edges(settings.match.edges))
+    todo = run.pending(keys.STAGE_MATCH, key, shards)
+    if todo and len(todo) == len(shards):
+        run.unmark(keys.STAGE_MATCH)
+        run.storage.delete(keys.MATCHES)
+    found = _search(run, settings, design, runtime, key, todo)
+    if todo or _summary_key(run) != key:
+        write_summary(run, settings, design, key, found)
+
+
+def add_edges(run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str, edges: str) -> int:
+    """Search more edges of a finished run and add them to its matches.zarr; results.zarr does not change.
+
+    Parameters
+    ----------
+    key
+        The run's key of the match stage.
+    edges
+        `all`, or the name of a condition: from every group to the groups of that condition.
+
+    Returns
+    -------
+    added
+        Number of edges searched now; those that were there are left as they are.
+
+    Raises
+    ------
+    QueryError
+        There is no such condition.
+    RunError
+        The run has not got as far as its own matches.
+    """
+    pairs = asked_edges(design, edges)
+    needed = edge_shards(settings, design, design.needed_edges("needed"))
+    if run.pending(keys.STAGE_MATCH, key, needed):
+        msg = f"{run.url} has not finished matching; give its `run` command again first"
+        raise RunError(msg)
+    todo = run.pending(keys.STAGE_MATCH, key, edge_shards(settings, design, pairs))
+    _search(run, settings, design, runtime, key, todo)
+    return len({(shard.task.query, shard.task.target) for shard in todo})
+
+
+def asked_edges(design: Design, edges: str) -> Pairs:
+    """Return the edges behind a word: `needed`, `all`, or a condition's name, which means all edges to its groups."""
+    if edges == "needed":
+        return design.needed_edges("needed")
+    pairs = design.needed_edges("all")
+    if edges == "all":
+        return pairs
+    condition = design.condition_code(edges)
+    return [(query, target) for query, target in pairs if design.groups[target].condition == condition]
+
+
+# --- how the search went ---------------------------------------------------------------------------------------------
+
+
+def write_summary(
+    run: RunDirectory, settings: Settings, design: Design, key: str, found: Mapping[str, Mapping[str, int]]
+) -> dict[str, Any]:
+    """Write match/summary.json, which covers the needed edges, and return what it holds.
+
+    Parameters
+    ----------
+    found
+        Counts of the edge tiles searched just now, by shard; those of the others are in their markers.
+    """
+    shards = edge_shards(settings, design, design.needed_edges("needed"))
+    counts = [found.get(shard.name) or run.facts(keys.STAGE_MATCH, shard) for shard in shards]
+    total = {name: sum(count[name] for count in counts) for name in ("queries", "widened", "sampled", "recalled")}
+    recall = total["recalled"] / total["sampled"] if total["sampled"] else 1.0
+    summary = {
+        "key": key,
+        "search": settings.match.search,
+        "searches": total["queries"],
+        "widened": total["widened"],
+        "widened_share": total["widened"] / max(total["queries"], 1),
+        "recall_sample": total["sampled"],
+        "recall": recall,
+    }
+    run.write_json(keys.MATCH_SUMMARY, summary)
+    _report(summary, settings)
+    return summary
+
+
+def match_facts(run: RunDirectory) -> dict[str, Any]:
+    """Return what the results should say of the search: which it was, and its recall.
+
+    These depend on data and settings alone. How many queries had to widen depends on how the work was cut, too.
+    """
+    summary = run.read_json(keys.MATCH_SUMMARY)
+    return {f"match_{name}": summary[name] for name in ("search", "recall", "recall_sample")}
+
+
+def _report(summary: Mapping[str, Any], settings: Settings) -> None:
+    logger.info(
+        "match: %d of %d searches had to look beyond their first candidates", summary["widened"], summary["searches"]
+    )
+    if settings.match.search == "approximate":
+        level = logging.WARNING if summary["recall"] < RECALL_ASKED else logging.INFO
+        more = f"; more probes (match.probes, {settings.match.probes} now) find more" if level > logging.INFO else ""
+        logger.log(
+            level, "match: approximate, recall %.4f on %d neighbours%s",
+            summary["recall"], summary["recall_sample"], more,
+        )  # fmt: skip
+
+
+def _summary_key(run: RunDirectory) -> str | None:
+    return run.read_json(keys.MATCH_SUMMARY)["key"] if run.storage.exists(keys.MATCH_SUMMARY) else None
+
+
+# --- the work and its cuts -------------------------------------------------------------------------------------------
+
+
+def edge_shards(settings: Settings, design: Design, pairs: Pairs) -> list[Shard]:
+    """Return the edge tiles of some edges."""
+    shards = []
+    for query, target in pairs:
+        for tile in range(-(-design.groups[query].cells // settings.match.query_rows)):
+            files = tuple(
+                f"{keys.MATCHES}/{shard_files(f'{keys.block_name(query)}/{name}', tile, target, 0)}"
+                for name in (keys.MATCH_ROW, keys.MATCH_DISTANCE)
+            )
+            shards.append(Shard(f"{query:05d}-{tile:05d}-{target:05d}", files, EdgeTile(query, tile, target)))
+    return shards
+
+
+def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: int) -> list[Unit]:
+    """Gather edge tiles into units of bounded work, a few per worker, the largest first.
+
+    Tiles of one target group stay together, so that its index is made once or a few times; tiny edges share a unit.
+    """
+    ordered = sorted(todo, key=lambda shard: (shard.task.target, shard.task.query, shard.task.tile))
+    costs = [_cost(shard.task, settings, design) for shard in ordered]
+    limit = min(UNIT_DISTANCES, max(LEAST_DISTANCES, sum(costs) // (4 * workers)))
+    made: list[Unit] = []
+    gathered: list[Shard] = []
+    total = 0
+    for shard, cost in zip(ordered, costs, strict=True):
+        if gathered and total + cost > limit:
+            made.append(Unit(tuple(gathered), total))
+            gathered, total = [], 0
+        gathered.append(shard)
+        total += cost
+    made.append(Unit(tuple(gathered), total))
+    return sorted(made, key=lambda unit: -unit.distances)
+
+
+def _cost(edge: EdgeTile, settings: Settings, design: Design) -> int:
+    start, stop = _tile_range(edge, settings, design)
+    return (stop - start) * design.groups[edge.target].cells + EDGE_DISTANCES
+
+
+def _tile_range(edge: EdgeTile, settings: Settings, design: Design) -> tuple[int, int]:
+    """Return the rows of a tile, counted from the start of its group."""
+    start = edge.tile * settings.match.query_rows
+    return start, min(start + settings.match.query_rows, design.groups[edge.query].cells)
+
+
+def _make_arrays(storage: Storage, settings: Settings, design: Design) -> None:
+    k, groups = settings.match.neighbours, len(design.groups)
+    for group in design.groups:
+        layout = {
+            "shape": (group.cells, groups, k),
+            "chunks": (min(settings.match.query_rows, group.cells), 1, k),
+        }
+        name = keys.block_name(group.code)
+        ensure_array(storage, f"{name}/{keys.MATCH_ROW}", dtype=row_dtype(design.n_cells), fill_value=-1, **layout)
+        ensure_array(storage, f"{name}/{keys.MATCH_DISTANCE}", dtype="float32", fill_value=np.nan, **layout)
+
+
+def row_dtype(cells: int) -> str:
+    """Return the integer type that holds row numbers."""
+    return "int32" if cells <= np.iinfo(np.int32).max else "int64"
+
+
+# --- searching -------------------------------------------------------------------------------------------------------
+
+
+def _search(
+    run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str, todo: Sequence[Shard]
+) -> dict[str, dict[str, int]]:
+    """Search edge tiles and return their counts, by shard."""
+    if not todo:
+        return {}
+    _make_arrays(run.storage / keys.MATCHES, settings, design)
+    points = coordinates(run)
+    gpus = 1.0 if settings.match.search == "exact" and runtime.gpus and gpu.has_gpu() else 0.0
+    parts = units(todo, settings, design, workers=runtime.gpus if gpus else runtime.cpus)
+    counts: dict[str, dict[str, int]] = {}
+    for found in runtime.map(search_unit, parts, run, settings, design, key, points, title="match", num_gpus=gpus):
+        counts |= found
+    return counts
+
+
+def coordinates(run: RunDirectory) -> np.ndarray:
+    """Return the PCA coordinates of all cells: (cells, d) float32, in packed order.
+
+    Raises
+    ------
+    StoreError
+        They are missing, damaged or not finite.
+    """
+    points = read_array(run.storage / keys.EMBEDDING, keys.PCA)
+    finite = np.isfinite(points).all(axis=1)
+    if not finite.all():
+        row = int(np.flatnonzero(~finite)[0])
+        msg = f"{run.url}/{keys.EMBEDDING}: '{keys.PCA}' is not finite in row {row}; training has diverged"
+        raise StoreError(msg)
+    return points
+
+
+def search_unit(
+    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, points: np.ndarray
+) -> dict[str, dict[str, int]]:
+    """Search a unit's edge tiles, write and mark them, and return their counts, by shard."""
+    counts: dict[str, dict[str, int]] = {}
+    arrays: dict[str, zarr.Array[Any]] = {}
+    with threadpool_limits(1):  # cells then come out the same whatever `run.task_threads` says
+        for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
+            group = design.groups[target]
+            search = Searcher(points[group.start : group.stop], settings)
+            for batch in batches(list(shards), settings, design):
+                for shard, found in zip(batch, _search_batch(batch, search, points, settings, design), strict=True):
+                    _write(shard.task, found, run, settings, design, arrays)
+                    counts[shard.name] = found.counts
+                    run.mark(keys.STAGE_MATCH, key, shard, counts[shard.name])
+    return counts
+
+
+@dataclass(frozen=True)
+class Found:
+    """Neighbours of an edge tile's cells, rows counted from the start of the target group, and how they were found."""
+
+    rows: np.ndarray
+    distances: np.ndarray
+    counts: dict[str, int]
+
+
+class Searcher:
+    """Searches one target group as the settings ask; its index is made once."""
+
+    def __init__(self, targets: np.ndarray, settings: Settings) -> None:
+        self._targets = targets
+        self._k = settings.match.neighbours
+        self._threads = settings.run.task_threads
+        self._probes = settings.match.probes if settings.match.search == "approximate" else None
+        self._flat = self._probes is None and gpu.has_gpu()
+        self._index = None if self._flat else build_index(targets)
+
+    def search(self, queries: np.ndarray, exclude: np.ndarray) -> Neighbours:
+        """Return the neighbours of queries; `exclude` is the target row that is no candidate, or -1."""
+        if self._index is None:
+            return gpu.nearest(queries, self._targets, self._k, exclude=exclude, threads=self._threads)
+        return nearest(queries, self._index, self._k, exclude=exclude, probes=self._probes, threads=self._threads)
+
+    def recalled(self, queries: np.ndarray, exclude: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return of each query how many true neighbours it has, and how many of them are among `rows`: (q,) each."""
+        if self._probes is None or self._index is None:
+            return np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
+        true = nearest(queries, self._index, self._k, exclude=exclude, threads=self._threads).rows
+        there = (true[:, :, None] == rows[:, None, :]).any(axis=2) & (true >= 0)
+        return (true >= 0).sum(axis=1), there.sum(axis=1)
+
+
+def batches(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
+    """Give the edge tiles of one target group in runs of bounded numbers of queries."""
+    batch: list[Shard] = []
+    total = 0
+    for shard in shards:
+        start, stop = _tile_range(shard.task, settings, design)
+        if batch and total + stop - start > BATCH_QUERIES:
+            yield batch
+            batch, total = [], 0
+        batch.append(shard)
+        total += stop - start
+    yield batch
+
+
+def _search_batch(
+    batch: Sequence[Shard], search: Searcher, points: np.ndarray, settings: Settings, design: Design
+) -> Iterator[Found]:
+    """Search edge tiles of one target group together and give what was found for each."""
+    spans = [_tile_range(shard.task, settings, design) for shard in batch]
+    begins = [design.groups[shard.task.query].start for shard in batch]
+    queries = np.concatenate([points[b + start : b + stop] for b, (start, stop) in zip(begins, spans, strict=True)])
+    exclude = np.concatenate(
+        [
+            np.arange(start, stop) if shard.task.query == shard.task.target else np.full(stop - start, -1)
+            for shard, (start, stop) in zip(batch, spans, strict=True)
+        ]
+    )
+    found = search.search(queries, exclude)
+    cuts = np.cumsum([0, *(stop - start for start, stop in spans)])
+    parts = [slice(first, last) for first, last in itertools.pairwise(cuts.tolist())]
+    chosen = [np.arange(part.start, part.stop, RECALL_EVERY) for part in parts]
+    every = np.concatenate(chosen)
+    sampled, recalled = search.recalled(queries[every], exclude[every], found.rows[every])
+    ends = np.cumsum([0, *(len(one) for one in chosen)])
+    for part, (first, last) in zip(parts, itertools.pairwise(ends.tolist()), strict=True):
+        counts = {
+            "queries": part.stop - part.start,
+            "widened": int(found.widened[part].sum()),
+            "sampled": int(sampled[first:last].sum()),
+            "recalled": int(recalled[first:last].sum()),
+        }
+        yield Found(found.rows[part], found.distances[part], counts)
+
+
+def _write(
+    edge: EdgeTile,
+    found: Found,
+    run: RunDirectory,
+    settings: Settings,
+    design: Design,
+    arrays: dict[str, zarr.Array[Any]],
+) -> None:
+    """Write an edge tile; an array is opened once for all of its tiles that come here."""
+    start, stop = _tile_range(edge, settings, design)
+    rows = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
+    storage, name = run.storage / keys.MATCHES, keys.block_name(edge.query)
+    part = (slice(start, stop), slice(edge.target, edge.target + 1), slice(None))
+    for array, values in ((keys.MATCH_ROW, rows), (keys.MATCH_DISTANCE, found.distances)):
+        path = f"{name}/{array}"
+        if path not in arrays:
+            arrays[path] = open_array(storage, path, mode="w")
+        write_part(storage, path, part, values[:, None, :], opened=arrays[path])

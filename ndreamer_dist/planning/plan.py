@@ -1,0 +1,223 @@
+"""What a run will do and what it will need, told before anything runs.
+
+In: a checked cohort's design and sizes, and the settings. Out: a `Plan`, which prints as tables. Pure, so that what is
+printed and what `run` refuses by are the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.clusters import clustered_by
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.pack import partitions_of
+from ndreamer_dist.cohort.source import COLUMN_ENTRIES
+from ndreamer_dist.cohort.statistics import spans_of
+from ndreamer_dist.errors import shown
+from ndreamer_dist.matching.stage import edge_shards, units
+from ndreamer_dist.planning import memory
+from ndreamer_dist.planning.memory import CohortSize
+from ndreamer_dist.settings import NOISE_ROWS, CohortSettings, Settings
+from ndreamer_dist.training.sampling import SamplingPlan
+
+NAMED_GROUPS = 3
+"""Groups that are left out are named up to so many."""
+Work = tuple[tuple[int, str], ...]
+"""What a stage does one after the other: numbers of tasks that can run at once, and what each of them does."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its work, and the most memory it will take with the processors given, in bytes."""
+
+    name: str
+    work: Work
+    memory: int
+
+    @property
+    def workers(self) -> int:
+        """Most workers that the stage can use."""
+        return max(tasks for tasks, _ in self.work)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes
+    ----------
+    cells, dropped
+        Cells kept and left out.
+    genes, modelled
+        Genes of the cohort and of the model.
+    groups, dropped_groups
+        Name and cells of every (batch, condition) group that is kept, in packed order, and of those that are left out.
+    unknown
+        What may be left out as well, which only the values tell.
+    edges
+        Pairs of groups to match.
+    epochs, steps, batch_cells
+        Training: optimiser steps in all, cells of one step.
+    stages
+        In order.
+    memory, disk
+        Most bytes over all stages; `memory_free` and `disk_free` are what there is (none where it cannot be known).
+    """
+
+    cells: int
+    dropped: int
+    genes: int
+    modelled: int
+    conditions: tuple[str, ...]
+    groups: tuple[tuple[str, int], ...]
+    dropped_groups: tuple[tuple[str, int], ...]
+    unknown: str
+    edges: int
+    epochs: int
+    steps: int
+    batch_cells: int
+    stages: tuple[StagePlan, ...]
+    memory: int
+    disk: int
+    memory_free: int | None = None
+    disk_free: int | None = None
+
+    def __str__(self) -> str:
+        return "\n".join([*self._cohort_lines(), "", *self._stage_lines(), "", *self._resource_lines()])
+
+    def _cohort_lines(self) -> list[str]:
+        smallest = min(self.groups, key=lambda group: group[1])
+        largest = max(self.groups, key=lambda group: group[1])
+        others = ", ".join(map(shown, self.conditions[1:9])) + (", ..." if len(self.conditions) > 9 else "")
+        return [
+            f"cells      {self.cells:,} kept, {self.dropped:,} dropped",
+            f"genes      {self.genes:,}, of which {self.modelled:,} are modelled",
+            f"conditions {shown(self.conditions[0])} (control), {others}",
+            f"groups     {len(self.groups):,} kept, {len(self.dropped_groups):,} dropped",
+            f"  smallest {_group(smallest)}",
+            f"  largest  {_group(largest)}",
+            *([f"  dropped  {self._dropped_names()}"] if self.dropped_groups else []),
+            f"not known before the values are read: {self.unknown}",
+            f"matching   {self.edges:,} pairs of groups",
+            f"training   {self.steps:,} steps of {self.batch_cells:,} cells, in {self.epochs:,} epochs",
+        ]
+
+    def _dropped_names(self) -> str:
+        named = ", ".join(map(_group, self.dropped_groups[:NAMED_GROUPS]))
+        return named + (", ..." if len(self.dropped_groups) > NAMED_GROUPS else "")
+
+    def _stage_lines(self) -> list[str]:
+        lines = [f"{'stage':<10}{'memory':>10}{'workers':>12}  tasks"]
+        for stage in self.stages:
+            work = ", then ".join(f"{tasks:,} {unit}" for tasks, unit in stage.work)
+            lines.append(f"{stage.name:<10}{_gb(stage.memory):>10}{f'up to {stage.workers:,}':>12}  {work}")
+        return lines
+
+    def _resource_lines(self) -> list[str]:
+        pairs = (("memory", self.memory, self.memory_free), ("disk", self.disk, self.disk_free))
+        return [
+            f"{name:<7}{_gb(need)} needed" + ("" if free is None else f", {_gb(free)} there")
+            for name, need, free in pairs
+        ]
+
+
+def plan_of(
+    design: Design,
+    settings: Settings,
+    size: CohortSize,
+    *,
+    input_groups: Mapping[str, int],
+    cpus: int,
+    object_store: int,
+    memory_free: int | None = None,
+    disk_free: int | None = None,
+) -> Plan:
+    """Return the plan of a cohort.
+
+    Parameters
+    ----------
+    input_groups
+        Cells of every group of the input, those that are left out among them.
+    cpus, object_store
+        Tasks that run at once, and bytes of Ray's shared memory: the promise grows with both.
+    """
+    schedule = SamplingPlan.for_cohort(design.starts, settings.train, settings.seed)
+    needs = memory.needs(size, settings, cpus=cpus, object_store=object_store)
+    stage_memory = memory.stage_memory(size, settings, cpus=cpus, object_store=object_store)
+    input_cells = sum(input_groups.values())
+    work = stage_work(design, settings, schedule, size, input_cells)
+    kept = {group.name for group in design.groups}
+    return Plan(
+        cells=design.n_cells,
+        dropped=input_cells - design.n_cells,
+        genes=size.genes,
+        modelled=min(size.genes, settings.hvg.num_hvg),
+        conditions=design.conditions,
+        groups=tuple((group.name, group.cells) for group in design.groups),
+        dropped_groups=tuple((name, cells) for name, cells in input_groups.items() if name not in kept),
+        unknown=_unknown(settings.cohort),
+        edges=size.edges,
+        epochs=schedule.epochs,
+        steps=schedule.steps,
+        batch_cells=schedule.cells(0),
+        stages=tuple(StagePlan(stage, work[stage], stage_memory[stage]) for stage in keys.STAGES),
+        memory=needs.memory,
+        disk=needs.disk,
+        memory_free=memory_free,
+        disk_free=disk_free,
+    )
+
+
+def stage_work(
+    design: Design, settings: Settings, schedule: SamplingPlan, size: CohortSize, input_cells: int
+) -> dict[str, Work]:
+    """Return the work of every stage, cut by what the stages themselves cut it by."""
+    blocks = -(-design.n_cells // settings.pack.block_rows)
+    by_block: Work = ((blocks, "row block(s)"),)
+    spans = len(spans_of(input_cells))
+    reading = (spans, "span(s) of rows")
+    turned = -(-size.stored_values // COLUMN_ENTRIES)
+    turning: Work = ((turned, "range(s) of columns"), (turned, "block(s) of rows")) if size.by_columns else ()
+    return {
+        keys.STAGE_COHORT: (*turning, reading),
+        keys.STAGE_PACK: (reading, (len(partitions_of(blocks, size.stored_values, spans)), "partition(s) of blocks")),
+        keys.STAGE_CLUSTERS: _clustering(design, settings),
+        keys.STAGE_TRAIN: ((schedule.cells(0) // NOISE_ROWS, f"share(s) of {NOISE_ROWS} cells of a step"),),
+        keys.STAGE_EMBED: by_block,
+        keys.STAGE_PCA: by_block,
+        keys.STAGE_MATCH: ((_matching(design, settings), "unit(s) of edges"),),
+        keys.STAGE_EFFECTS: (*by_block, (blocks + len(design.groups), "count(s) of matches")),
+    }
+
+
+def _clustering(design: Design, settings: Settings) -> Work:
+    groups = len(design.groups)
+    way = clustered_by(settings.clusters, design.n_cells, groups)
+    return {
+        "group": ((groups, "graph(s)"),),
+        "all": ((1, "graph"),),
+        "sketch": ((1, "graph of a sketch"), (groups, "group(s)")),
+    }[way]
+
+
+def _matching(design: Design, settings: Settings) -> int:
+    """Return how many units the edges are gathered in where there are workers for all of them."""
+    tiles = edge_shards(settings, design, design.needed_edges(settings.match.edges))
+    return len(units(tiles, settings, design, workers=len(tiles)))
+
+
+def _unknown(cohort: CohortSettings) -> str:
+    """Say what else may be left out, which only the values tell."""
+    genes = f" or fewer than {cohort.min_genes:,} genes" if cohort.min_genes else ""
+    more = f", genes in fewer than {cohort.min_cells:,} cells" if cohort.min_cells else ""
+    return f"cells without counts{genes}{more}, and groups that get too small by it"
+
+
+def _group(group: tuple[str, int]) -> str:
+    return f"{shown(group[0])} ({group[1]:,} cells)"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,478 @@
+"""One HTML page that tells what a run found, how far to trust it and how it was made.
+
+Results come in; one self-contained file goes out: figures inside, no network, tables that sort. Where something cannot
+be said (no donors, no logs), the page says so. Names from data are escaped by the template engine, and the page forbids
+every script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from ndreamer_dist import keys
+from ndreamer_dist.errors import NDreamerError, StoreError
+from ndreamer_dist.report import plots
+from ndreamer_dist.report.style import DPI, categories, figure_bytes, write_file
+from ndreamer_dist.report.tables import (
+    Table,
+    diagnostics_tables,
+    effects,
+    genes_table,
+    groups_table,
+    likely_populations,
+    percent,
+    populations_table,
+    settings_table,
+    timings_table,
+    whole,
+)
+from ndreamer_dist.stats.diagnostics import Diagnostics
+from ndreamer_dist.stats.null import rates
+from ndreamer_dist.stats.results import MIN_CELLS, Results
+
+logger = logging.getLogger(__name__)
+
+TOP_GENES = 30
+MOST_VOLCANOES = 6
+MOST_SPREADS = 6
+SHOWN_DPI = 110
+"""Pixels of the page per inch of a figure; it is drawn finer, for sharp screens and for paper."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page: base64 of a PNG and its size on the page, or why there is none."""
+
+    title: str
+    caption: str
+    alt: str
+    image: str = ""
+    width: int = 0
+    height: int = 0
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class PageData:
+    """What the page is made from: results, their CATE table, and by what populations and donors it was made."""
+
+    results: Results
+    by: str | None
+    chosen: bool
+    donor_key: str | None
+    table: pd.DataFrame
+    diagnostics: Diagnostics
+    cells: int
+
+    @property
+    def donors(self) -> bool:
+        """Whether it is known who the donors are."""
+        return bool(self.donor_key or self.results.design.batch_keys)
+
+    @property
+    def tested(self) -> bool:
+        """Whether there is any p-value."""
+        return bool(self.table["p"].notna().any())
+
+    @property
+    def conditions(self) -> list[str]:
+        """The conditions that are compared with the control."""
+        return list(dict.fromkeys(self.table["condition"]))
+
+    def populations(self, condition: str) -> list[tuple[str, pd.DataFrame]]:
+        """Return the populations of a condition in natural order, with their rows of the table."""
+        part = self.table[self.table["condition"] == condition]
+        names = categories(part["population"].drop_duplicates()).categories
+        return [(str(name), part[part["population"] == name]) for name in names]
+
+
+def report(
+    results: Results | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    by: str | None = None,
+    condition: str | None = None,
+    donor_key: str | None = None,
+    cells: int = plots.CELLS,
+) -> str:
+    """Write one self-contained HTML page of what a run found, and return its address.
+
+    Parameters
+    ----------
+    results
+        Results, or what `open_results` takes.
+    out
+        The file; by default `report/report.html` in the run directory.
+    by
+        Column of `obs` that names populations; by default the one that looks most like cell types, else all cells together.
+    condition
+        Which to compare with the control; by default every one.
+    donor_key
+        Column of `obs` that names the donor; by default the batch. Where there is neither, there are effects and no tests.
+    cells
+        Cells drawn in a UMAP, about.
+
+    Raises
+    ------
+    QueryError
+        A name is unknown.
+    StoreError
+        There are no results, or `out` is needed: they lie apart from a run directory.
+    """
+    opened = results if isinstance(results, Results) else _opened(results)
+    address = out if out is not None else _default(opened)
+    chosen = by is None
+    by = by or likely_populations(opened.packed_obs, opened.design)
+    logger.info("report: effects by %s", by or "condition alone")
+    table = effects(opened, by, condition, donor_key)
+    data = PageData(opened, by, chosen, donor_key, table, opened.diagnostics(by, donor_key=donor_key), cells)
+    return write_file(address, page(data).encode())
+
+
+def page(data: PageData) -> str:
+    """Return the page's HTML."""
+    folder = resources.files("ndreamer_dist.report")
+    script = (folder / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    engine = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = engine.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
+    return template.render(**_content(data), script=Markup(script), script_hash=f"sha256-{digest}")  # noqa: S704 - ours
+
+
+def _opened(address: str | os.PathLike[str]) -> Results:
+    from ndreamer_dist.stats.results import open_results
+
+    return open_results(address)
+
+
+def _default(results: Results) -> str:
+    run = plots.run_of(results)
+    if run is None:
+        msg = f"{results.url} lies apart from its run directory; say where to write the report (--out FILE.html)"
+        raise StoreError(msg)
+    return f"{run.url}/{keys.REPORT}"
+
+
+def _content(data: PageData) -> dict[str, Any]:
+    """Return what the template is filled with."""
+    results, design = data.results, data.results.design
+    return {
+        "title": f"NDreamer: {', '.join(data.conditions)} against {design.control}",
+        "subtitle": f"What the condition does to {whole(design.n_cells)} cells, and how far the numbers can be trusted.",
+        "control": design.control,
+        "tiles": _tiles(data),
+        "summary": list(_summary(data)),
+        "warnings": list(_warnings(data)),
+        "design": list(_design(data)),
+        "groups": groups_table(results),
+        "cells": list(_cell_pictures(data)),
+        "populations_note": _populations_note(data),
+        "populations": populations_table(data.table, donors=data.donors),
+        "effects": list(_effect_pictures(data)),
+        "volcanoes": list(_volcanoes(data)),
+        "spreads": list(_spreads(data)),
+        "genes_note": _genes_note(data),
+        "genes": list(_genes(data)),
+        "trust": list(_trust(data)),
+        "trust_figures": list(_trust_pictures(data)),
+        "diagnostics": diagnostics_tables(data.diagnostics),
+        "nested": data.diagnostics.layout in ("nested", "partly crossed"),
+        "modelled": whole(len(results.var_names)),
+        "training": _training(data),
+        "timings": timings_table(results),
+        "settings": settings_table(results),
+        "versions": "Versions: " + ", ".join(f"{k} {v}" for k, v in json.loads(results.uns["versions"]).items()) + ".",
+        "version": str(results.uns["version"]),
+    }
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _tiles(data: PageData) -> list[tuple[str, str]]:
+    design = data.results.design
+    batches = len(design.batches) if design.batch_keys else 0
+    populations = data.table["population"].nunique()
+    called = int((data.table["p_adjusted"] < plots.SIGNIFICANT).sum())
+    return [
+        ("cells", whole(design.n_cells)),
+        ("modelled genes", whole(len(data.results.var_names))),
+        ("conditions", whole(len(design.conditions))),
+        *([(_plural(batches, "batch", "batches"), whole(batches))] if batches else []),
+        (_plural(populations, "population"), whole(populations)),
+        *([(f"calls at adjusted p < {plots.SIGNIFICANT}", whole(called))] if data.tested else []),
+    ]
+
+
+def _summary(data: PageData) -> Iterator[str]:
+    """Say what was found, a sentence or two per condition."""
+    for condition in data.conditions:
+        parts = data.populations(condition)
+        tested = [(name, part) for name, part in parts if part["p"].notna().any()]
+        called = [(int((part["p_adjusted"] < plots.SIGNIFICANT).sum()), name) for name, part in tested]
+        effect = plots.effect_column(data.table)
+        if not tested:
+            yield (
+                f"{condition}: there are effects but no p-values, since {_why_untested(data)}. "
+                f"{_strongest(parts, effect)}"
+            )
+            continue
+        found = sorted((pair for pair in called if pair[0]), reverse=True)
+        first = ", ".join(f"{name} ({number})" for number, name in found[:3])
+        yield (
+            f"{condition}: {len(tested)} of {len(parts)} populations could be tested with donors as replicates; "
+            + (
+                f"{len(found)} have genes that differ (most: {first}). "
+                if found
+                else "no gene differs in any of them. "
+            )
+            + _strongest(tested, effect)
+        )
+
+
+def _why_untested(data: PageData) -> str:
+    return "no population has three donors a condition" if data.donors else "nothing says who the donors are"
+
+
+def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str) -> str:
+    """Name the largest effects, among the genes that were called where there are any."""
+    rows = pd.concat([part for _, part in parts])
+    rows = rows[rows["cells"] >= MIN_CELLS]
+    called = rows[rows["p_adjusted"] < plots.SIGNIFICANT]
+    rows = (called if len(called) else rows).dropna(subset=[effect])
+    rows = rows.iloc[np.argsort(-rows[effect].abs().to_numpy(), kind="stable")[:4]]
+    names = [f"{row['gene']} in {row['population']} ({row[effect]:+.2f})" for _, row in rows.iterrows()]
+    return f"Largest {'called ' if len(called) else ''}effects: {', '.join(names)}." if names else ""
+
+
+def _warnings(data: PageData) -> Iterator[str]:
+    table = data.table.drop_duplicates(["population", "condition"])
+    flags = {
+        "few_donors": "with few donors (four a condition, or fewer), so that p-values are coarse or absent",
+        "impure": "whose matches often lie in another population, so that effects mix kinds of cells",
+    }
+    for flag in flags if data.donors else ["impure"]:
+        names = list(dict.fromkeys(table.loc[table[flag].astype(bool), "population"].astype(str)))
+        if names:
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            yield f"{_plural(len(names), 'Population')} {flags[flag]}: {shown}."
+    if data.chosen:
+        yield (
+            f"Populations are those of obs column “{data.by}”, which looked most like cell types; name another by --by."
+            if data.by
+            else "No column of obs looks like cell types, so all cells are one population; name one by --by. "
+            "An average over kinds of cells can hide what happens in each."
+        )
+
+
+def _design(data: PageData) -> Iterator[str]:
+    results = data.results
+    yield data.diagnostics.donors
+    yield {
+        "no donors": "So there is no replicate to test with: effects describe these cells.",
+        "nested": "Differences between donors and the effect of the condition can be told apart only by having several "
+        "donors a condition.",
+        "crossed": "Donors are their own controls.",
+        "partly crossed": "Donors seen in both conditions are paired, and the others left out of the test.",
+    }[data.diagnostics.layout]
+    if data.donor_key:
+        yield f"Donors are named by obs column “{data.donor_key}”."
+    dropped = json.loads(str(results.uns.get("dropped", "{}")))
+    if dropped:
+        yield "Left out: " + "; ".join(f"{whole(n)} cells ({reason})" for reason, n in dropped.items()) + "."
+    yield from (f"Note: {note}." for note in _notes(results))
+
+
+def _notes(results: Results) -> list[str]:
+    notes = results.uns.get("notes", [])
+    return [str(note) for note in (json.loads(notes) if isinstance(notes, str) else notes)]
+
+
+def _populations_note(data: PageData) -> str:
+    if not data.by:
+        return "All cells of a condition are one population."
+    missing = int(data.results.packed_obs[data.by].isna().sum())
+    left = f" {whole(missing)} cells have none and are left out." if missing else ""
+    return f"Populations are the levels of obs column “{data.by}”.{left}"
+
+
+def _genes_note(data: PageData) -> str:
+    if data.tested:
+        return (
+            "The p-values compare donors: every donor's cells are asked the same questions through the matches, and the "
+            "donors' labels are permuted, or, where these have too few permutations, a t-test compares donor means (the "
+            "column “test” above says which). Beside them stand plain pseudobulk means."
+        )
+    return f"There are no p-values, since {_why_untested(data)}. What follows are effects alone."
+
+
+def _genes(data: PageData) -> Iterator[tuple[str, str, Table]]:
+    several = len(data.conditions) > 1
+    for condition in data.conditions:
+        for name, part in data.populations(condition):
+            row = part.iloc[0]
+            donors = f", {row['treated_donors']} v {row['control_donors']} donors" if data.tested else ""
+            words = f"{whole(row['cells'])} cells{donors}, {_method(str(row['p_method']))}"
+            yield f"{name}: {condition}" if several else name, words, genes_table(part, TOP_GENES)
+
+
+def _method(method: str) -> str:
+    return "not tested" if method == "none" else method
+
+
+def _trust(data: PageData) -> Iterator[str]:
+    table = data.table
+    both = table[["effect", "pseudobulk_effect"]].dropna()
+    if data.tested and len(both) > 2:
+        alike = both["effect"].corr(both["pseudobulk_effect"])
+        yield (
+            f"Correlation of the effects through the matches with plain pseudobulk differences, over all genes and "
+            f"populations: {alike:.2f}. A low value means that matching changed the comparison: look whether it should have."
+        )
+    ratios = (table["sd_ite"] / table["sd_placebo"].where(table["sd_placebo"] > 0)).dropna()
+    if len(ratios):
+        yield (
+            f"The spread of single cells' effects is {ratios.median():.2f} times that of a placebo (control donors against control "
+            "donors; median over genes): near 1, nearly all of it is noise."
+        )
+    far = table.drop_duplicates(["population", "condition"])
+    share = float(np.average(far["without_overlap"].fillna(0), weights=far["cells"]))
+    yield f"{percent(share)} of the cells have no near control match; their effects lean on cells that are unlike them."
+
+
+def _plural(number: int, one: str, many: str | None = None) -> str:
+    return one if number == 1 else many or f"{one}s"
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _picture(title: str, caption: str, alt: str, draw: Callable[[], Axes | Sequence[Axes]]) -> Picture:
+    """Draw a figure, or say why there is none."""
+    try:
+        axes = draw()
+    except NDreamerError as error:
+        return Picture(title, caption, alt, missing=str(error))
+    figure = (axes if isinstance(axes, Axes) else axes[0]).get_figure(root=True)
+    assert figure is not None  # noqa: S101 - it was drawn on
+    data = figure_bytes(figure)
+    plt.close(figure)
+    width, height = (int.from_bytes(data[place : place + 4], "big") for place in (16, 20))  # of the PNG's header
+    scale = SHOWN_DPI / DPI
+    return Picture(title, caption, alt, base64.b64encode(data).decode(), round(width * scale), round(height * scale))
+
+
+def _cell_pictures(data: PageData) -> Iterator[Picture]:
+    results, design = data.results, data.results.design
+    drawn = min(data.cells, design.n_cells)
+    color = [
+        keys.OBS_CONDITION,
+        *([keys.OBS_BATCH] if len(design.batches) > 1 else []),
+        *([data.by] if data.by else []),
+    ]
+    names = ", ".join(
+        [design.condition_key, *(design.batch_keys if len(design.batches) > 1 else ()), *([data.by] if data.by else [])]
+    )
+    yield _picture(
+        "The embedding",
+        f"What cells are, whatever their condition and batch (UMAP of about {whole(drawn)} of {whole(design.n_cells)} cells). "
+        "Conditions and batches should mix; kinds of cells should not. Distances in a UMAP mean little.",
+        f"UMAP of the effect-modifier embedding, one panel each for {names}",
+        lambda: plots.embedding(results, color, cells=data.cells),
+    )
+
+
+def _effect_pictures(data: PageData) -> Iterator[Picture]:
+    results, by = data.results, data.by
+    for condition in data.conditions:
+        top = plots.top_genes(data.table[data.table["condition"] == condition], 8)
+        yield _picture(
+            f"Effects of {condition} by population",
+            "Top genes of every population; genes that behave alike stand together. "
+            + ("A dot marks an adjusted donor-level p below 0.05." if data.tested else "There are no p-values."),
+            f"Heat map of effects of {condition}, populations by genes, among them {', '.join(top)}",
+            partial(plots.heatmap, results, by, condition=condition, table=data.table),
+        )
+
+
+def _volcanoes(data: PageData) -> Iterator[Picture]:
+    """Draw the populations with most called genes."""
+    if not data.tested:
+        return
+    pairs = data.table.groupby(["condition", "population"])
+    called = pairs["p_adjusted"].agg(lambda p: (p < plots.SIGNIFICANT).sum())
+    testable = called[pairs["p"].count() > 0].sort_values(ascending=False, kind="stable")
+    for pair, number in testable.head(MOST_VOLCANOES).items():
+        condition, name = map(str, pair)  # type: ignore[call-overload]
+        yield _picture(
+            f"{name}, {condition}",
+            "Effect against donor-level p-value, a point per gene"
+            + (f"; of {len(testable)}, the {MOST_VOLCANOES} with most called genes are drawn." if len(testable) > MOST_VOLCANOES else "."),
+            f"Volcano plot of {name} under {condition}: {int(number)} genes with adjusted p below 0.05",
+            partial(plots.volcano, data.results, name, data.by, condition=condition, table=data.table),
+        )  # fmt: skip
+
+
+def _spreads(data: PageData) -> Iterator[Picture]:
+    results, condition = data.results, data.conditions[0]
+    genes = plots.top_genes(data.table[data.table["condition"] == condition], MOST_SPREADS)
+    yield _picture(
+        f"How single cells' effects of {condition} are spread",
+        "A violin per population, the dot its mean, the bar its middle half. Most of the spread is noise of single cells.",
+        f"Violin plots of individual treatment effects of {', '.join(genes)}",
+        lambda: plots.ite_distribution(results, genes, data.by, condition=condition),
+    )
+    if len(results.var_names) > 2:
+        yield _picture(
+            "Cells by their effects",
+            "UMAP of the individual effects of all modelled genes: cells that respond alike are near each other.",
+            "UMAP of individual treatment effects",
+            lambda: plots.ite_embedding(results, [data.by] if data.by else None, cells=data.cells),
+        )
+
+
+def _trust_pictures(data: PageData) -> Iterator[Picture]:
+    results, by = data.results, data.by
+    yield _picture(
+        "Overlap", "Distance of treated cells to their control matches; beyond the line a match is farther than 99 % of "
+        "cells are from the nearest other cell of their own group. Effects of such cells are extrapolation.",
+        "Box plots of match distances by population", lambda: plots.overlap(results, by),
+    )  # fmt: skip
+    try:
+        null = results.null(by, donor_key=data.donor_key)
+    except NDreamerError as error:
+        yield Picture("Calibration", "P-values under permuted donor labels.", "", missing=str(error))
+        return
+    held = rates(null, levels=(plots.SIGNIFICANT,))[plots.SIGNIFICANT]
+    said = ", ".join(f"{plots.TESTS[test]} {percent(held[test])}" for test in plots.TESTS if test in held.index)
+    yield _picture(
+        "Calibration", f"Share of genes below each level with the donors' labels permuted, so that nothing is to be found. "
+        f"At 0.05: {said}. A permutation of donors holds its level by construction; only a model retrained on "
+        "permuted labels would test the training, too.",
+        "Line plot of the share of p-values below each level under permuted donor labels, by test",
+        lambda: plots.null_calibration(results, by, table=null),
+    )  # fmt: skip
+
+
+def _training(data: PageData) -> Picture:
+    return _picture(
+        "Training", "Unweighted losses: steps pale, means of epochs strong. They should fall; what the codes tell of the "
+        "clusters should rise, and many codes stay in use.",
+        "Line plots of the training losses by step", lambda: plots.losses(data.results),
+    )  # fmt: skip

@@ -1,0 +1,194 @@
+"""How figures look, and where they go: one style, colours that most eyes tell apart, panels, files.
+
+Names of genes, cell types and conditions come from data, so text is drawn as it is: `$` starts no formula.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import font_manager, patheffects
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+from natsort import natsorted
+
+from ndreamer_dist.storage.files import Storage, open_storage
+
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
+Save = str | os.PathLike[str] | None
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#5A5A5A")
+"""Okabe and Ito's colours, which the colour-blind tell apart, the palest last."""
+UP, DOWN, QUIET, INK = "#D55E00", "#0072B2", "#C4C8CC", "#22262B"
+MOST_NAMED = 40
+"""Categories beyond which a legend would be longer than the figure."""
+UNKNOWN = "not known"
+FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
+DPI = 200
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 100,
+    "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.titlepad": 8, "axes.labelsize": 10, "axes.labelcolor": INK, "text.color": INK, "axes.edgecolor": "#8A9099",
+    "axes.linewidth": 0.8, "xtick.color": "#5B616A", "ytick.color": "#5B616A", "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9, "legend.title_fontsize": 9.5,
+    "legend.handletextpad": 0.4, "text.parse_math": False, "axes.unicode_minus": True,
+}  # fmt: skip
+
+
+def styled(plot: Callable[P, Answer]) -> Callable[P, Answer]:
+    """Make a function draw in our style, whatever the style outside."""
+
+    @functools.wraps(plot)
+    def drawing(*args: P.args, **kwargs: P.kwargs) -> Answer:
+        with mpl.rc_context({**STYLE, "font.family": [_font()]}):
+            return plot(*args, **kwargs)
+
+    return drawing
+
+
+@functools.cache
+def _font() -> str:
+    known = set(font_manager.get_font_names())
+    return next(name for name in FONTS if name in known)
+
+
+def panels(number: int, ax: Axes | None, *, size: tuple[float, float], columns: int = 3) -> list[Axes]:
+    """Return axes to draw on: the given one, or those of a new figure with panels of this size in inches.
+
+    Raises
+    ------
+    ValueError
+        One axis was given for several panels.
+    """
+    if ax is not None:
+        if number > 1:
+            msg = f"one `ax` was given for {number} panels; ask for one, or leave `ax` out"
+            raise ValueError(msg)
+        return [ax]
+    across = min(number, columns)
+    down = math.ceil(number / across)
+    figure, grid = plt.subplots(down, across, figsize=(size[0] * across, size[1] * down), squeeze=False)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+    axes = list(grid.flat)
+    for spare in axes[number:]:
+        spare.remove()
+    return axes[:number]
+
+
+def finish(axes: Sequence[Axes], *, show: bool, save: Save) -> None:
+    """Save and show the figure of some axes, where that is asked for."""
+    figure = axes[0].get_figure(root=True)
+    if save is not None and figure is not None:
+        name = os.fspath(save)
+        write_file(name, figure_bytes(figure, name.rpartition(".")[2]))
+    if show:
+        plt.show()
+
+
+def figure_bytes(figure: Figure, form: str = "png", *, dpi: int = DPI) -> bytes:
+    """Return a figure as a file of this form."""
+    file = io.BytesIO()
+    figure.savefig(file, format=form, dpi=dpi, bbox_inches="tight", pad_inches=0.08, facecolor="white")
+    return file.getvalue()
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> str:
+    """Write a file whole or not at all, here or on object storage; return its address."""
+    address = open_storage(path).url
+    folder, _, name = address.rpartition("/")
+    Storage(folder or "/").write_atomic(name, data)
+    return address
+
+
+# --- categories ------------------------------------------------------------------------------------------------------
+
+
+def categories(values: pd.Series) -> pd.Categorical:
+    """Return values as names in natural order (type_2 before type_10), missing ones last."""
+    names = values.astype(object).where(values.notna(), UNKNOWN).astype(str)
+    levels = natsorted(set(names) - {UNKNOWN}) + [UNKNOWN] * bool((names == UNKNOWN).any())
+    return pd.Categorical(names, categories=levels)
+
+
+def colours(levels: Sequence[str]) -> list[str]:
+    """Return a colour per level: Okabe and Ito's for up to eight, scanpy's beyond; grey for what is not known."""
+    from scanpy.plotting import palettes
+
+    known = len(levels) - (UNKNOWN in levels)
+    kept = next(
+        (p for p in (PALETTE, palettes.default_20, palettes.default_28) if known <= len(p)), palettes.default_102
+    )
+    return [QUIET if level == UNKNOWN else kept[place % len(kept)] for place, level in enumerate(levels)]
+
+
+def legend_outside(ax: Axes, levels: Sequence[str], shades: Sequence[str], title: str | None = None) -> None:
+    """Put a legend to the right of an axis, outside: nothing is covered."""
+    marks = [
+        plt.Line2D([], [], marker="o", linestyle="", color=shade, markersize=6.5, label=shortened(level, 34))
+        for level, shade in zip(levels, shades, strict=True)
+    ]
+    ax.legend(
+        handles=marks, title=title, loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left",
+        ncols=1 if len(levels) <= 18 else 2, borderaxespad=0.3,
+    )  # fmt: skip
+
+
+def shortened(name: str, most: int = 28) -> str:
+    """Return a name that fits on an axis."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+# --- text on points --------------------------------------------------------------------------------------------------
+
+
+def halo() -> list[patheffects.AbstractPathEffect]:
+    """Return what keeps text readable on points."""
+    return [patheffects.withStroke(linewidth=2.4, foreground="white")]
+
+
+SIDES = (((6, 3), "left"), ((-6, 3), "right"), ((6, -7), "left"), ((-6, -7), "right"), ((0, 10), "center"))
+"""Where a name may stand beside its point: points to move it by, and how it is aligned; the first is tried first."""
+
+
+def label_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], most: int) -> None:
+    """Name points, in the order given, where there is room; a name that would cover another or a point is left out.
+
+    The axes' limits must be final: the names are placed by the pixels they take.
+    """
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        return
+    figure.canvas.draw()  # now the layout is known
+    pixels = ax.transData.transform(np.column_stack([x, y]))
+    frame, placed = ax.get_window_extent(), list[Bbox]()
+    for point, name in zip(zip(x, y, strict=True), names, strict=True):
+        if len(placed) == most:
+            return
+        for aside, align in SIDES if point[0] >= 0 else (SIDES[1], SIDES[0], SIDES[3], SIDES[2], SIDES[4]):
+            text = ax.annotate(
+                shortened(name, 20), point, xytext=aside, textcoords="offset points", fontsize=8.5, ha=align,
+                va="center", path_effects=halo(),
+            )  # fmt: skip
+            text.set_in_layout(False)
+            box = text.get_window_extent()
+            if _free(box, frame, placed, pixels):
+                placed.append(box)
+                break
+            text.remove()
+
+
+def _free(box: Bbox, frame: Bbox, placed: Sequence[Bbox], points: np.ndarray) -> bool:
+    inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 8
+    return inside and not any(box.overlaps(other) for other in placed) and not box.count_contains(points)

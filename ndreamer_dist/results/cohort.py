@@ -1,0 +1,159 @@
+"""The input cohort, given again: expression of any of its genes for the cells of a finished run.
+
+A cohort and what the results say of theirs come in; out comes its expression by packed row, normalised with the run's
+own arithmetic, so that modelled genes have the bits that results.zarr holds. A cohort that is another is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import anndata
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_source
+from ndreamer_dist.cohort.statistics import normalised
+from ndreamer_dist.errors import CohortError, StoreError, listing
+from ndreamer_dist.settings import CohortSettings
+
+CHUNK_ROWS = 4096
+"""Input rows read at a time at most."""
+
+
+@dataclass(frozen=True)
+class GivenExpression:
+    """The input cohort's expression, by packed row.
+
+    Attributes
+    ----------
+    input_row
+        (cells,) input row of every packed row.
+    totals
+        (cells,) counts that each cell is scaled by; none where the cohort is log-normalised.
+    """
+
+    source: Source
+    input_row: np.ndarray
+    totals: np.ndarray | None
+
+    @property
+    def density(self) -> float:
+        """See `virtual.Expression.density`."""
+        return self.source.nnz / (self.source.n_cells * self.source.n_genes)
+
+    def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
+        """See `virtual.Expression.read`; the cohort is read in its own order, by columns where it is stored so."""
+        matrix = self.source.matrix
+        if isinstance(matrix, StoredMatrix) and matrix.kind == "csc":
+            found = _by_columns(matrix, self.input_row[rows], columns)
+        else:
+            order = np.argsort(self.input_row[rows], kind="stable")
+            parts = _by_rows(self.source, self.input_row[rows][order], columns)
+            found = sparse.vstack(list(parts), format="csr")[np.argsort(order, kind="stable")]
+        return found if self.totals is None else normalised(found, self.totals[rows])
+
+
+Cohort: TypeAlias = str | os.PathLike[str] | anndata.AnnData | Source | GivenExpression
+
+
+def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFrame) -> GivenExpression:
+    """Open a cohort as the one that results were made from.
+
+    Parameters
+    ----------
+    cohort
+        What `run` was given: an AnnData, or the path or URL of an h5ad file or a zarr store; or what this returned.
+    told
+        `Results.uns`, which has looked at what it says.
+    cells
+        Their `obs`, in packed order.
+
+    Raises
+    ------
+    CohortError
+        It is another cohort; the message says in what.
+    StoreError
+        The results do not say how the cohort was normalised.
+    """
+    rows = cells[keys.OBS_INPUT_ROW].to_numpy(dtype=np.int64)
+    if isinstance(cohort, GivenExpression):
+        _check_cells(cohort.source, rows, cells.index)
+        return cohort
+    settings = _cohort_settings(told)
+    source = open_source(cohort, layer=settings.layer)
+    _check_cells(source, rows, cells.index)
+    if "input" in told:
+        _check_fingerprint(source, json.loads(told["input"]), settings)
+    if "normalise" not in told or (told["normalise"] == "counts" and keys.OBS_TOTAL not in cells):
+        msg = "the results do not say how the cohort was normalised; run their effects again (`run --redo`)"
+        raise StoreError(msg)
+    counts = told["normalise"] == "counts"
+    return GivenExpression(source, rows, cells[keys.OBS_TOTAL].to_numpy(dtype=np.float64) if counts else None)
+
+
+def _check_cells(source: Source, rows: np.ndarray, names: pd.Index) -> None:
+    if source.n_cells <= int(rows.max(initial=-1)):
+        msg = f"{source.name} is not the cohort of these results: it has {source.n_cells} cells, too few"
+        raise CohortError(msg)
+    differ = np.flatnonzero(np.asarray(source.cell_names, dtype=object)[rows] != np.asarray(names, dtype=object))
+    if len(differ):
+        row = int(rows[differ[0]])
+        msg = (
+            f"{source.name} is not the cohort of these results: its cell in row {row} is "
+            f"{str(source.cell_names[row])!r}, theirs was {str(names[differ[0]])!r}"
+        )
+        raise CohortError(msg)
+
+
+def _cohort_settings(told: Mapping[str, Any]) -> CohortSettings:
+    values = json.loads(told["settings"]).get("cohort", {})
+    try:
+        return CohortSettings(**{name: values[name] for name in ("layer", "condition_key", "batch_key")})
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"what the results tell of their settings is damaged ({type(error).__name__})"
+        raise StoreError(msg) from error
+
+
+def _check_fingerprint(source: Source, expected: Mapping[str, Any], settings: CohortSettings) -> None:
+    missing = {str(settings.condition_key), *settings.batch_key} - set(source.obs.columns)
+    if missing:
+        msg = f"{source.name} is not the cohort of these results: obs has no {listing(sorted(missing))}"
+        raise CohortError(msg)
+    found = fingerprint(source, settings.condition_key, settings.batch_key)
+    differ = [name for name, value in expected.items() if found.get(name) != value]
+    if differ:
+        msg = (
+            f"{source.name} is not the cohort of these results: it differs in {listing(differ)}; give the one that "
+            "`run` was given"
+        )
+        raise CohortError(msg)
+
+
+def _by_rows(source: Source, wanted: np.ndarray, columns: np.ndarray) -> Iterator[sparse.csr_matrix]:
+    """Give the wanted input rows (ascending), read in chunks that hold some of them."""
+    for chunk in np.split(wanted, np.flatnonzero(np.diff(wanted // CHUNK_ROWS)) + 1):
+        first = int(chunk[0])
+        rows = source.read_rows(first, int(chunk[-1]) + 1)
+        yield rows[chunk - first][:, columns]
+
+
+def _by_columns(matrix: StoredMatrix, wanted: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
+    """Return the wanted input rows from a column-compressed matrix, of which only the columns asked for are read."""
+    place = np.full(matrix.shape[0], -1, dtype=np.int64)
+    place[wanted] = np.arange(len(wanted))
+    distinct, back = np.unique(columns, return_inverse=True)
+    parts = []
+    for run in np.split(distinct, np.flatnonzero(np.diff(distinct) > 1) + 1):
+        rows, found, data = matrix.read_columns(int(run[0]), int(run[-1]) + 1)
+        kept = place[rows] >= 0
+        parts.append((place[rows[kept]], np.searchsorted(distinct, found[kept]), data[kept]))
+    row, column, data = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    shape = (len(wanted), len(distinct))
+    return sparse.coo_matrix((data, (row, column)), shape=shape).tocsr()[:, back]

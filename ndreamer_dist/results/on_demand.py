@@ -1,0 +1,340 @@
+"""Layers computed on demand: effects of any condition on any cell, for any gene of the input cohort (METHOD section 6, 8).
+
+A question (which averages, and what is made of them), the matches of a finished run and its expression, or the input
+cohort's, come in; float32 values of cells and genes go out, with the bits that a stored layer has. Memory is bounded
+by the answer: expression is held for as many genes at a time as fit, and cells are gone through in parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from scipy import sparse
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design, Group
+from ndreamer_dist.effects.averages import Average, average_over, average_through, layer_values, segments
+from ndreamer_dist.effects.rounding import FULL, Rounding
+from ndreamer_dist.errors import StoreError
+from ndreamer_dist.matching.store import Matches
+from ndreamer_dist.results.read import read_dense, read_sparse
+from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
+
+HELD_VALUES = 2**24
+"""Stored values of the counterparts' expression that are held at a time, about."""
+SUM_VALUES = 2**22
+"""Cells times genes that are summed at a time."""
+PART_ENTRIES = 2**20
+"""Cells times groups times neighbours whose matches are held at a time."""
+BATCH_ENTRIES = 2**22
+"""Stored values of the expression that are read at a time, before genes are chosen."""
+
+Pairs = Iterable[tuple[int, int]]
+Found = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Term:
+    """An average that a question needs: over which condition (by default each cell's own), its own cells or not."""
+
+    condition: int | None
+    own_cells: bool = True
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every cell.
+
+    Attributes
+    ----------
+    answer
+        Makes (cells, genes) float32 of the cells' own expression and the terms' averages.
+    expression
+        Whether it looks at the cells' own expression.
+    """
+
+    terms: tuple[Term, ...]
+    answer: Callable[[sparse.csr_matrix, Sequence[np.ndarray]], np.ndarray]
+    expression: bool = False
+
+
+def layer_question(name: str, rounding: Rounding = FULL) -> Question:
+    """Return the question that a stored layer answers."""
+
+    def answer(values: sparse.csr_matrix, sums: Sequence[np.ndarray]) -> np.ndarray:
+        return layer_values(name, values, sums[0], sums[1] if len(sums) > 1 else None, rounding)
+
+    terms = (Term(None), Term(0, own_cells=False)) if name == keys.LAYER_ITE else (Term(None),)
+    return Question(terms, answer, expression=name == keys.LAYER_BATCH_EFFECT)
+
+
+def effect_question(condition: int, baseline: int) -> Question:
+    """Return the question for one condition minus another, on any cell."""
+    return Question((Term(condition), Term(baseline)), lambda _, sums: (sums[0] - sums[1]).astype(np.float32))
+
+
+def counterfactual_question(condition: int) -> Question:
+    """Return the question for the expected expression under a condition, on any cell."""
+    return Question((Term(condition),), lambda _, sums: sums[0].astype(np.float32))
+
+
+class Expression(Protocol):
+    """Expression of the kept cells, by packed row."""
+
+    @property
+    def density(self) -> float:
+        """Part of the values that is stored."""
+        ...
+
+    def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
+        """Return some rows (ascending, each once) and columns: CSR float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredExpression:
+    """The `X` of a results.zarr.
+
+    Attributes
+    ----------
+    pointers
+        Its `indptr`, (cells + 1,).
+    """
+
+    storage: Storage
+    pointers: np.ndarray
+    genes: int
+
+    @property
+    def density(self) -> float:
+        """See `Expression.density`."""
+        return float(self.pointers[-1]) / max(1, (len(self.pointers) - 1) * self.genes)
+
+    def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
+        """See `Expression.read`."""
+        every = np.array_equal(columns, np.arange(self.genes))
+        parts = []
+        for batch in batches(rows, np.diff(self.pointers)[rows]):
+            found = read_sparse(self.storage, batch, self.pointers, self.genes)
+            parts.append(found if every else found[:, columns])
+        return sparse.vstack(parts, format="csr")
+
+
+def batches(rows: np.ndarray, stored: np.ndarray) -> Iterator[np.ndarray]:
+    """Cut rows into batches of a bounded number of stored values, of which each row has `stored`."""
+    number = np.cumsum(stored) // BATCH_ENTRIES
+    yield from np.split(rows, np.flatnonzero(np.diff(number)) + 1)
+
+
+@dataclass(frozen=True)
+class Counterparts:
+    """The matches of a finished run: in results.zarr where it holds them, else in the matches.zarr beside it."""
+
+    storage: Storage
+    design: Design
+    neighbours: int
+    bandwidth: float
+
+    def averages(self, rows: np.ndarray, terms: Sequence[Term]) -> list[Average]:
+        """Return what each term averages for some packed rows (ascending).
+
+        Raises
+        ------
+        StoreError
+            A needed edge is nowhere; the message says how to add it.
+        """
+        pairs = {pair for term in terms for pair in self._pairs(rows, term)}
+        edges = self.edges(rows, pairs, distances=self.neighbours > 1)
+        return [
+            average_over(self.design, edges, rows, self.bandwidth, condition=term.condition, own_cells=term.own_cells)
+            for term in terms
+        ]
+
+    def edges(self, rows: np.ndarray, pairs: Pairs, *, distances: bool = True) -> Found:
+        """Return the matches of some packed rows (ascending) along pairs of groups; without distances, these are 0."""
+        parts = {group.code: (group, here) for group, here in segments(self.design, rows)}
+        wanted = sorted(pair for pair in pairs if pair[0] in parts)
+        found: Found = {}
+        if self.neighbours == 1 and self.nearest_stored:
+            found = self._nearest(rows, wanted, {code: here for code, (_, here) in parts.items()}, distances)
+        for query, target in wanted:
+            if (query, target) not in found:
+                group, here = parts[query]
+                found[query, target] = self._searched(group, self.design.groups[target], rows[here])
+        return self._inside(found)
+
+    def _inside(self, found: Found) -> Found:
+        """Return matches, all of them rows of the store: they come from a file."""
+        for (query, target), (near, _) in found.items():
+            if near.size and not -1 <= near.min() <= near.max() < self.design.n_cells:
+                msg = f"{self.storage.url}: the matches of group {query} in group {target} are damaged: no such cells"
+                raise StoreError(msg)
+        return found
+
+    def known(self, row: int) -> Found:
+        """Return the matches of one packed row along every edge that was searched."""
+        (group, _), *_ = segments(self.design, np.array([row]))
+        pairs = [(group.code, target.code) for target in self.design.groups]
+        if self.neighbours == 1 and self.nearest_stored:
+            found = self._nearest(np.array([row]), pairs, {group.code: slice(0, 1)}, True)
+        else:
+            found = {}
+            self._matches(group, group)  # they must be there
+        if self.searched is not None:
+            there = [pair for pair in pairs if pair not in found and self.searched.holds(*pair)]
+            found |= {pair: self._searched(group, self.design.groups[pair[1]], np.array([row])) for pair in there}
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def nearest_stored(self) -> bool:
+        """Whether results.zarr holds the nearest neighbours."""
+        return ConsolidatedStorage(self.storage.url).node(f"obsm/{keys.OBSM_MATCH}") is not None
+
+    @cached_property
+    def searched(self) -> Matches | None:
+        """The matches.zarr beside results.zarr, if there is one."""
+        folder = self.storage.url.rpartition("/")[0]
+        store = Storage(f"{folder}/{keys.MATCHES}")
+        there = store.exists(f"{keys.block_name(0)}/{keys.MATCH_ROW}/zarr.json")
+        return Matches(store) if there else None
+
+    @cached_property
+    def _seen(self) -> dict[tuple[int, int], Matches]:
+        """Edges that were seen to be in a matches.zarr, which is looked at once."""
+        return {}
+
+    def _pairs(self, rows: np.ndarray, term: Term) -> Iterator[tuple[int, int]]:
+        for group, _ in segments(self.design, rows):
+            if group.condition == term.condition and not term.own_cells:
+                continue
+            condition = group.condition if term.condition is None else term.condition
+            targets = self.design.with_condition(condition)
+            yield from ((group.code, target.code) for target in targets if target.code != group.code)
+
+    def _nearest(
+        self, rows: np.ndarray, pairs: Sequence[tuple[int, int]], parts: Mapping[int, slice], distances: bool
+    ) -> Found:
+        """Return what results.zarr holds along the pairs; edges that it has nothing of are left out."""
+        if not pairs:
+            return {}
+        columns = np.unique([target for _, target in pairs])
+        near = read_dense(self.storage, f"obsm/{keys.OBSM_MATCH}", rows, columns)
+        if distances:
+            far = read_dense(self.storage, f"obsm/{keys.OBSM_MATCH_DISTANCE}", rows, columns)
+        else:
+            far = np.zeros(near.shape, dtype=np.float32)
+        found = {}
+        for query, target in pairs:
+            here, column = parts[query], np.searchsorted(columns, target)
+            if (near[here, column] >= 0).all():
+                found[query, target] = near[here, column, None], far[here, column, None]
+        return found
+
+    def _searched(self, query: Group, target: Group, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what matches.zarr holds along one edge for some rows of the query group."""
+        pair = (query.code, target.code)
+        if pair not in self._seen:
+            self._seen[pair] = self._matches(query, target)
+            self._check_same(self._seen[pair], query, int(rows.min()))
+        matches = self._seen[pair]
+        local = rows - query.start
+        first, last = int(local.min()), int(local.max()) + 1
+        found, distances = matches.edge(query.code, target.code, first, last)
+        return found[local - first], distances[local - first]
+
+    def _matches(self, query: Group, target: Group) -> Matches:
+        """Return the matches.zarr; `StoreError` says what to do where it is not there or does not hold the edge."""
+        edge = f"the matches of group {query.name!r} in group {target.name!r}"
+        if self.searched is None:
+            what = "its obsm holds nearest neighbours along other edges only" if self.nearest_stored else "it has none"
+            why = f"{self.neighbours} neighbours are averaged" if self.neighbours > 1 else what
+            msg = f"{edge} are not in {self.storage.url} ({why}), nor is a {keys.MATCHES} beside it; open the run directory"
+            raise StoreError(msg)
+        if not self.searched.holds(query.code, target.code):
+            folder = self.storage.url.rpartition("/")[0]
+            name = self.design.conditions[target.condition]
+            msg = f"{edge} have not been searched; `ndreamer-dist match {folder} --edges {name!r}` adds them (or all)"
+            raise StoreError(msg)
+        return self.searched
+
+    def _check_same(self, matches: Matches, query: Group, row: int) -> None:
+        """Refuse a matches.zarr made for other results: the two must agree on a cell's neighbour in its own group."""
+        if not self.nearest_stored or query.cells == 1:
+            return
+        place = np.array([row]), np.array([query.code])
+        stored = int(read_dense(self.storage, f"obsm/{keys.OBSM_MATCH}", *place)[0, 0])
+        found = int(matches.edge(query.code, query.code, row - query.start, row - query.start + 1)[0][0, 0])
+        if stored not in (-1, found):
+            msg = (
+                f"{matches.storage.url} does not belong to {self.storage.url}: finish the run, or open its own results"
+            )
+            raise StoreError(msg)
+
+
+def compute(
+    question: Question,
+    counterparts: Counterparts,
+    expression: Expression,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    *,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Answer a question for some cells and genes.
+
+    Parameters
+    ----------
+    rows
+        Packed rows of the cells, in any order.
+    columns
+        Genes, as the expression numbers them.
+    out
+        Where the answer goes, (rows, columns) float32, if not into new memory: a `numpy.memmap`, say.
+
+    Returns
+    -------
+    (rows, columns) float32; NaN where a cell has no answer.
+
+    Raises
+    ------
+    StoreError
+        A needed edge is nowhere, or a chunk is missing or damaged.
+    """
+    order = np.argsort(rows, kind="stable")
+    ordered, values = rows[order], np.empty((len(rows), len(columns)), dtype=np.float32) if out is None else out
+    step = _part_rows(len(columns), len(counterparts.design.groups) * counterparts.neighbours)
+    parts = [slice(start, start + step) for start in range(0, len(rows), step)]
+
+    @functools.lru_cache(maxsize=1)  # one part, the usual case, is looked up once
+    def averages(number: int) -> list[Average]:
+        return counterparts.averages(ordered[parts[number]], question.terms)
+
+    wanted = np.zeros(counterparts.design.n_cells, dtype=bool)
+    wanted[ordered] = question.expression
+    for number in range(len(parts)):
+        for average in averages(number):
+            wanted[average.row] = True
+    held_rows = np.flatnonzero(wanted)
+    for span in _gene_spans(len(columns), len(held_rows), expression.density):
+        held = expression.read(held_rows, columns[span])
+        for number, part in enumerate(parts):
+            sums = average_through(averages(number), [(held_rows, held)], held.shape[1])
+            own = held[np.searchsorted(held_rows, ordered[part])] if question.expression else held[:0]
+            values[order[part], span] = question.answer(own, sums)
+    return values
+
+
+def _part_rows(genes: int, counterparts: int) -> int:
+    """Return how many cells are gone through at a time."""
+    return max(1, min(SUM_VALUES // max(genes, 1), PART_ENTRIES // max(counterparts, 1)))
+
+
+def _gene_spans(genes: int, rows: int, density: float) -> list[slice]:
+    """Return spans of genes whose expression in these rows can be held; genes asked for are often above the mean."""
+    step = max(1, int(HELD_VALUES // max(1.0, rows * min(1.0, 4 * density))))
+    return [slice(start, min(start + step, genes)) for start in range(0, genes, step)]

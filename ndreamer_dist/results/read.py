@@ -1,0 +1,212 @@
+"""Reading parts of a store: rows and columns of dense layers, rows of sparse expression, whole tables.
+
+Only the chunks that hold the answer are read, wherever the store lives. A chunk that is missing or fails its checksum
+is an error that names it, never a wrong number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import anndata
+import numpy as np
+import zarr
+from scipy import sparse
+
+from ndreamer_dist import keys
+from ndreamer_dist.effects.tables import ROOT, memory_store
+from ndreamer_dist.errors import StoreError
+from ndreamer_dist.storage.arrays import open_array, sensible, touched_shards
+from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
+from ndreamer_dist.storage.shards import Place, Position, read_chunks, read_files
+
+MOST_OF_TABLE = 2**22
+"""No table has more chunks than that: rows are cut by the 100 000."""
+
+
+def read_dense(
+    storage: Storage, name: str, rows: np.ndarray, columns: np.ndarray, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Read rows and columns of a two-dimensional array, in the order given, each chunk that holds some once.
+
+    Parameters
+    ----------
+    out
+        Where they go, (rows, columns), if not into new memory: a `numpy.memmap`, say.
+    """
+    array = open_array(storage, name)
+    _check_holds(array, f"{storage.url}: array '{name}'", rows, columns)
+    # Half-precision layers come out in float32: few tools take them as they are.
+    dtype = np.float32 if array.dtype == np.float16 else array.dtype
+    values = np.empty((len(rows), len(columns)), dtype=dtype) if out is None else out
+    down, across = (_wanted(places, size) for places, size in zip((rows, columns), array.chunks, strict=True))
+
+    def place(position: Position, chunk: np.ndarray) -> None:
+        (there, inner), (beside, within) = down[position[0]], across[position[1]]
+        values[_crossed(there, beside)] = chunk[_crossed(inner, within)]
+
+    read_chunks(array, Place(storage.url, name), itertools.product(down, across), place)
+    return values
+
+
+def _check_holds(array: zarr.Array[Any], where: str, *places: np.ndarray) -> None:
+    """Raise `StoreError` where an array is too small for the places wanted: it is not the one that the tables tell of."""
+    ends = tuple(int(wanted.max(initial=-1)) + 1 for wanted in places)
+    if array.ndim != len(ends) or any(end > size for end, size in zip(ends, array.shape, strict=True)):
+        msg = f"{where} is of shape {array.shape}, too small for the cells and genes of the store; it is damaged"
+        raise StoreError(msg)
+
+
+Places = slice | np.ndarray
+
+
+def _wanted(places: np.ndarray, size: int) -> dict[int, tuple[Places, Places]]:
+    """Return, for each chunk along an axis that holds some of the places, where they go and where they are in it."""
+    order = np.argsort(places, kind="stable")
+    numbers, starts = np.unique(places[order] // size, return_index=True)
+    parts = np.split(order, starts)[1:]
+    return {
+        number: (_sliced(part), _sliced(places[part] - number * size))
+        for number, part in zip(numbers.tolist(), parts, strict=True)
+    }
+
+
+def _sliced(places: np.ndarray) -> Places:
+    """Return places as a slice where they follow each other, which is faster to copy through."""
+    if len(places) and (np.diff(places) == 1).all():
+        return slice(int(places[0]), int(places[-1]) + 1)
+    return places
+
+
+def _crossed(rows: Places, columns: Places) -> tuple[Any, Any]:
+    if isinstance(rows, np.ndarray) and isinstance(columns, np.ndarray):
+        return rows[:, None], columns[None, :]
+    return rows, columns
+
+
+def read_sparse(storage: Storage, rows: np.ndarray, pointers: np.ndarray, genes: int) -> sparse.csr_matrix:
+    """Read rows of the expression, in the order given: (rows, genes) CSR float32.
+
+    Parameters
+    ----------
+    pointers
+        Its `indptr`, (all rows + 1,).
+    """
+    wanted = np.unique(rows)
+    starts, stops = pointers[wanted], pointers[wanted + 1]
+    data, indices = (_read_stretches(storage, f"X/{part}", starts, stops) for part in (keys.DATA, keys.INDICES))
+    if indices.size and not 0 <= indices.min() <= indices.max() < genes:
+        msg = f"{storage.url}: array 'X/{keys.INDICES}' names genes that are not there; it is damaged"
+        raise StoreError(msg)
+    found = sparse.csr_matrix((data, indices, _ends(stops - starts)), shape=(len(wanted), genes))
+    return found if np.array_equal(wanted, rows) else found[np.searchsorted(wanted, rows)]
+
+
+def _read_stretches(storage: Storage, name: str, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Read stretches of a one-dimensional array, in ascending order, end to end."""
+    array = open_array(storage, name)
+    _check_holds(array, f"{storage.url}: array '{name}'", stops - 1)
+    (size,), offsets = array.chunks, _ends(stops - starts)
+    values = np.empty(int(offsets[-1]), dtype=array.dtype)
+
+    def place(position: Position, chunk: np.ndarray) -> None:
+        low, high = position[0] * size, (position[0] + 1) * size
+        here = slice(np.searchsorted(stops, low, side="right"), np.searchsorted(starts, high))
+        first, last = np.maximum(starts[here], low), np.minimum(stops[here], high)
+        ends = _ends(last - first)
+        begin = int(offsets[here.start] + first[0] - starts[here.start])
+        inner = np.repeat(first - low - ends[:-1], last - first) + np.arange(ends[-1])
+        values[begin : begin + len(inner)] = chunk[inner]
+
+    read_chunks(array, Place(storage.url, name), _held(starts, stops, size), place)
+    return values
+
+
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    """Return where stretches that are laid end to end begin, and where the last ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _held(starts: np.ndarray, stops: np.ndarray, size: int) -> list[Position]:
+    """Return the chunks that hold some of the stretches."""
+    filled = stops > starts
+    first, last = starts[filled] // size, (stops[filled] - 1) // size
+    longest = int((last - first).max(initial=0))
+    numbers = [np.minimum(first + step, last) for step in range(longest + 1)]
+    return [(number,) for number in np.unique(np.concatenate(numbers)).tolist()]
+
+
+def read_element(storage: Storage, name: str) -> Any:
+    """Read `obs`, `var`, `uns` or a part of them by anndata, from files that were checked to be all there.
+
+    Raises
+    ------
+    StoreError
+        A chunk is missing or fails its checksum; the message names array and chunk.
+    """
+    files = _metadata(storage, name)
+    chunks = _chunks_below(storage, name, files)
+    for file, data in zip(chunks, read_files(storage.store(read_only=True), storage.url, list(chunks)), strict=True):
+        if data is None:
+            array, position = chunks[file]
+            how = f", chunk {position} is missing"
+            raise Place(storage.url, array).damaged(how, file.removeprefix(f"{array}/"))
+        files[file] = data
+    root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
+    try:
+        return anndata.io.read_elem(root[name])
+    except Exception as error:
+        raise _named_damage(storage, name, root, error) from error
+
+
+def _chunks_below(storage: Storage, name: str, files: dict[str, bytes]) -> dict[str, tuple[str, Position]]:
+    """Return array and position of every chunk of an element, by its file; the metadata comes from a file and may lie."""
+    try:
+        root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
+        arrays = [sensible(member) for _, member in root.members(max_depth=None) if isinstance(member, zarr.Array)]
+    except Exception as error:
+        msg = f"{storage.url}: the metadata of '{name}' is damaged ({type(error).__name__}: {error})"
+        raise StoreError(msg) from error
+    if (claimed := sum(array.nchunks for array in arrays)) > MOST_OF_TABLE:
+        msg = f"{storage.url}: '{name}' claims {claimed} chunks; it is damaged"
+        raise StoreError(msg)
+    return {
+        f"{array.path}/{array.metadata.encode_chunk_key(position)}": (array.path, position)
+        for array in arrays
+        for position in touched_shards(array, ...)
+    }
+
+
+def _metadata(storage: Storage, name: str) -> dict[str, bytes]:
+    """Return the metadata files of an element, which the store's root holds all of."""
+    nodes = (storage if isinstance(storage, ConsolidatedStorage) else ConsolidatedStorage(storage.url)).nodes
+    found = {
+        path: dict(node)
+        for path, node in nodes.items()
+        if path == name or path.startswith(f"{name}/") or name.startswith(f"{path}/")
+    }
+    if name not in found:
+        msg = f"{storage.url} has no '{name}'; it is not a results.zarr"
+        raise StoreError(msg)
+    for node in found.values():
+        node.pop("consolidated_metadata", None)  # an inner group's is empty, and would hide what it holds
+    plain = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    return {ROOT: json.dumps(plain).encode()} | {
+        f"{path}/{ROOT}": json.dumps(node).encode() for path, node in found.items()
+    }
+
+
+def _named_damage(storage: Storage, name: str, root: zarr.Group, error: Exception) -> StoreError:
+    """Find which chunk of an element is at fault by reading them one by one."""
+    for _, member in root.members(max_depth=None):
+        if isinstance(member, zarr.Array):
+            for position in touched_shards(member, ...):
+                part = tuple(slice(p * u, (p + 1) * u) for p, u in zip(position, member.chunks, strict=True))
+                try:
+                    member[part]
+                except Exception as cause:  # noqa: BLE001 - whatever the codec says of this chunk is the finding
+                    file = member.metadata.encode_chunk_key(position)
+                    return Place(storage.url, member.path).damaged(f", chunk {position} is damaged ({cause})", file)
+    return StoreError(f"{storage.url}: '{name}' cannot be read ({type(error).__name__}: {error})")

@@ -1,0 +1,231 @@
+"""The run directory: which shards are done, and under which stage key.
+
+A stage is cut into shards: the units of work, of retry and of resume. The driver makes a stage's array metadata; a
+task writes its shard's files and then its marker `done/<stage>/<shard>.json`. A marker counts only if it carries the
+stage's key and if every file it lists is there at its full size, so a deleted or truncated shard is simply work to do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ndreamer_dist import keys
+from ndreamer_dist.compute import events
+from ndreamer_dist.errors import DamagedError, RunError
+from ndreamer_dist.rundir.lock import file_lock, lease
+from ndreamer_dist.storage.checksums import seal, unseal
+from ndreamer_dist.storage.files import Storage, open_storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work: its name, and the files it writes, by their path in the run directory."""
+
+    name: str
+    files: tuple[str, ...]
+    task: Any = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's folder, local or remote; cheap to make, safe to send to a task.
+
+    Attributes
+    ----------
+    before
+        The stage that is run alone: those before it must be finished, so that `pending` refuses where they are not.
+    """
+
+    storage: Storage
+    before: str | None = None
+
+    @classmethod
+    def at(cls, address: str | os.PathLike[str] | Storage) -> RunDirectory:
+        """Return the run directory of an address, whether or not anything is there yet."""
+        return cls(open_storage(address))
+
+    @property
+    def url(self) -> str:
+        """The directory's address."""
+        return self.storage.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.storage.name
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file's content; `DamagedError` where it is not what was written."""
+        return unseal(self.storage.read(name), f"{self.url}/{name}")
+
+    def read_run(self) -> dict[str, Any]:
+        """Return what run.json says: `input`, `settings` and `keys`, each an object; `DamagedError` where it does not."""
+        told, url = self.read_json(keys.RUN_JSON), f"{self.url}/{keys.RUN_JSON}"
+        for name in ("input", "settings", "keys"):
+            if not isinstance(told.get(name), dict):
+                raise DamagedError.of(url, f"it holds no object '{name}'")
+        return told
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all, with its checksum."""
+        self.storage.write_atomic(name, seal(value))
+
+    def free_disk(self) -> int:
+        """Return the bytes that may be written here, those of what is there already included."""
+        if not self.storage.is_local:
+            return 2**62
+        folder = Path(self.storage.root)
+        while not folder.is_dir():  # the nearest that exists
+            folder = folder.parent
+        used = sum(self.storage.list().values()) if self.storage.exists() else 0
+        return shutil.disk_usage(folder).free + used
+
+    def mark(
+        self,
+        stage: str,
+        key: str,
+        shard: Shard,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Write a shard's marker, with facts for `facts` to give back; the shard's files must be complete.
+
+        Parameters
+        ----------
+        sizes
+            Bytes of the files, by path, where the caller knows them; else they are asked for.
+        """
+        sizes = dict(sizes or self.storage.sizes(shard.files))
+        marker = {"key": key, "attempt": _attempt(), "bytes": sum(sizes.values()), "files": sizes}
+        if facts is not None:
+            marker["facts"] = dict(facts)
+        self.write_json(f"{keys.DONE}/{stage}/{shard.name}.json", marker)
+        events.wrote(self.name, stage, sum(sizes.values()))
+
+    def facts(self, stage: str, shard: Shard) -> dict[str, Any]:
+        """Return the facts that were put into a finished shard's marker."""
+        return dict(self.read_json(f"{keys.DONE}/{stage}/{shard.name}.json")["facts"])
+
+    def unmark(self, stage: str) -> None:
+        """Forget all that a stage has done."""
+        self.storage.delete(f"{keys.DONE}/{stage}")
+
+    def pending(self, stage: str, key: str, shards: Sequence[Shard]) -> list[Shard]:
+        """Return the shards still to be done: without a marker of this key, or with files missing or cut short.
+
+        Raises
+        ------
+        RunError
+            There are some, and only a later stage is to be run.
+        """
+        markers = self.storage.list(f"{keys.DONE}/{stage}")
+        tops = sorted({name.split("/")[0] for shard in shards for name in shard.files})
+        sizes: dict[str, int] = {}
+        for top in tops:
+            sizes.update(self.storage.list(top))
+        names = {shard.name: f"{keys.DONE}/{stage}/{shard.name}.json" for shard in shards}
+        told = self.storage.read_all([name for name in names.values() if name in markers])
+        todo = [shard for shard in shards if not _is_done(key, shard, told.get(names[shard.name]), sizes)]
+        if todo and self.before:
+            msg = f"stage {stage!r} of {self.url} is not finished; run it before {self.before!r}, or the whole job"
+            raise RunError(msg)
+        if now := events.stage_now():
+            now.found(stage, len(shards), len(todo))
+        return todo
+
+    def refuse_read_only(self) -> None:
+        """Raise `RunError` where nothing can be written."""
+        if self.storage.is_read_only:
+            msg = f"{self.url} can only be read; choose a folder or an object store (s3://, gs://, az://) to write to"
+            raise RunError(msg)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory's one lock; `RunError` where another live process holds it."""
+        self.refuse_read_only()
+        with file_lock(self.storage) if self.storage.is_local else lease(self.storage), self._mending():
+            yield
+
+    @contextmanager
+    def _mending(self) -> Iterator[None]:
+        """Remove a file of this directory that turns out to be damaged, so that the same command makes it again."""
+        try:
+            yield
+        except DamagedError as error:
+            if not error.url.startswith(f"{self.url}/"):
+                raise
+            self.remove_damaged(error.url.removeprefix(f"{self.url}/"))
+            raise DamagedError(error.what, error.url, "the same command makes it again") from error
+
+    def remove_damaged(self, name: str) -> None:
+        """Remove a damaged file that the run made, with what else must go so that the run makes it again.
+
+        A checkpoint goes with all of its training's, and an array's metadata, which some stages write only where there
+        is work, with a chunk of the array. What the run did not make stays.
+        """
+        top = name.partition("/")[0]
+        if name.startswith(f"{keys.ROWS}/"):
+            self.storage.delete(keys.ROWS)
+            self.unmark(keys.STAGE_ROWS)
+        elif top == keys.TRAIN_DIR:
+            self.storage.delete(keys.TRAIN_DIR)
+        elif top in keys.MADE:
+            file = ArrayFile.of(name)
+            # A chunk that never was is one that damaged metadata asks for.
+            if file and (file.chunk is None or not self.storage.exists(name)):
+                array = f"{file.store}/{file.array}"
+                chunks = (other for other in self.storage.list(array) if not other.endswith("zarr.json"))
+                for other in (f"{array}/zarr.json", *itertools.islice(chunks, 1)):
+                    self.storage.delete_file(other)
+            self.storage.delete_file(name)
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """A file of an array of a run, by its name below the run directory; no chunk: its metadata."""
+
+    store: str
+    array: str
+    chunk: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, name: str) -> ArrayFile | None:
+        """Return what a name means; none for a file of no array."""
+        found = re.fullmatch(r"([^/]+\.zarr)/(.+?)/(zarr\.json|c((?:/\d+)*))", name)
+        if found is None:
+            return None
+        place = None if found[4] is None else tuple(int(part) for part in found[4].split("/")[1:])
+        return cls(found[1], found[2], place)
+
+
+def _is_done(key: str, shard: Shard, told: bytes | None, sizes: Mapping[str, int]) -> bool:
+    """Return whether a shard's marker is one of this key, and the files that it lists have the sizes it lists."""
+    try:
+        marker = unseal(told or b"{}", "")
+        files = dict(marker.get("files", {}))
+    except (DamagedError, ValueError, TypeError):
+        return False
+    whole = all(sizes.get(path) == size for path, size in files.items())
+    return bool(marker.get("key") == key and set(files) == set(shard.files) and whole)
+
+
+def _attempt() -> int:
+    """Return which attempt of its Ray task this is; 0 outside Ray."""
+    import ray
+
+    worker = ray._private.worker.global_worker  # Ray tells the attempt nowhere else
+    if not ray.is_initialized() or worker.mode != ray.WORKER_MODE:
+        return 0
+    return int(worker.core_worker.get_current_task_attempt_number())

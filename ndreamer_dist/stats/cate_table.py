@@ -1,0 +1,441 @@
+"""The CATE table: the effect in every population, with donors as replicates, and what speaks for and against it.
+
+In: the results of a run, a column of `obs` that names populations, and who the donors are. Out: one row per
+population, condition and gene. Everything is streamed: what is held grows with populations, donors and genes, and by
+four bytes per cell and population. No cell is taken for a replicate in `p`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.errors import QueryError, listing, suggest
+from ndreamer_dist.matching.exact import nearest
+from ndreamer_dist.results.on_demand import Counterparts, Expression, compute, layer_question
+from ndreamer_dist.results.read import read_dense
+from ndreamer_dist.stats.cells import (
+    Moments,
+    match_quality,
+    parts,
+    placebo_moments,
+    plain_expression,
+)
+from ndreamer_dist.stats.donor_tests import (
+    DonorTest,
+    asked_by_treated_test,
+    linear_test,
+    paired_test,
+    untested,
+    welch_test,
+)
+from ndreamer_dist.stats.populations import PopulationMeans, Replicates, population_means, query_means
+from ndreamer_dist.stats.sign_test import benjamini_hochberg, sign_test
+from ndreamer_dist.storage.arrays import open_array
+from ndreamer_dist.storage.files import Storage
+
+logger = logging.getLogger(__name__)
+
+Whose = Literal["all", "treated"]
+PURE = 0.7
+"""Share of matches inside the population below which they are flagged."""
+ALL_CELLS = "all cells"
+"""The one population where no column names several."""
+COUNT_FLOOR = 1e-9
+"""Added to mean counts before their ratio is taken, as scanpy does."""
+
+
+@dataclass(frozen=True)
+class StatisticsInput:
+    """What a table is made from; `Results.cate` fills it in.
+
+    Attributes
+    ----------
+    cells
+        `obs` in packed order.
+    genes
+        Names, in the order of `columns`, which are places in the expression.
+    """
+
+    storage: Storage
+    design: Design
+    cells: pd.DataFrame
+    counterparts: Counterparts
+    expression: Expression
+    columns: np.ndarray
+    genes: pd.Index
+    stored_ite: bool
+    seed: int = 0
+
+
+def cate_table(
+    given: StatisticsInput,
+    *,
+    by: str | None,
+    condition: str | None,
+    donor_key: str | None,
+    min_cells: int,
+    population: Whose,
+    covariates: Sequence[str],
+) -> pd.DataFrame:
+    """Return the table; see `Results.cate`, whose arguments these are."""
+    conditions = conditions_of(given.design, condition)
+    names, codes = populations_of(given.cells, by)
+    replicates = replicates_of(given, donor_key)
+    means = means_of(given, codes, len(names), replicates, conditions, min_cells)
+    described = _described(given, codes, len(names), conditions)
+    tables = []
+    for number, name in enumerate(names):
+        for code in conditions:
+            if not described.cells[number, code]:
+                continue
+            tested = _tested(given, means, replicates, number, code, codes, population, covariates)
+            tables.append(_rows(given, name, number, code, described, tested))
+    table = pd.concat(tables, ignore_index=True)
+    table["p_adjusted_all"] = benjamini_hochberg(table["p"].to_numpy())
+    return table
+
+
+def donor_means(
+    given: StatisticsInput, *, by: str, condition: str | None, donor_key: str | None, min_cells: int
+) -> anndata.AnnData:
+    """Return one row per population and donor, for a model of your own; see `Results.donor_means`."""
+    conditions = conditions_of(given.design, condition)
+    names, codes = populations_of(given.cells, by)
+    replicates = replicates_of(given, donor_key)
+    means = means_of(given, codes, len(names), replicates, conditions, min_cells)
+    own = covariate_table(given.cells, replicates)
+    rows, matched, plain = [], [], []
+    for code in conditions:
+        for number, r in np.argwhere(means.included & np.isin(replicates.conditions, (0, code))):
+            rows.append(
+                {
+                    by: names[number], "contrast": given.design.conditions[code], "donor": replicates.donors[r],
+                    "condition": given.design.conditions[replicates.conditions[r]],
+                    "cells": int(means.cells[number, r]), **own.iloc[r].to_dict(),
+                }
+            )  # fmt: skip
+            matched.append(means.matched[code][number, r])
+            plain.append(means.own[number, r])
+    obs = pd.DataFrame(rows)
+    obs.index = pd.Index([f"{row[by]}|{row['donor']}|{row['condition']}|{row['contrast']}" for row in rows])
+    var = pd.DataFrame(index=given.genes)
+    return anndata.AnnData(np.array(matched), obs=obs, var=var, layers={"pseudobulk": np.array(plain)})
+
+
+def populations_of(cells: pd.DataFrame, by: str | None) -> tuple[list[str], np.ndarray]:
+    """Return the names of the populations and the code of every cell's, -1 where it has none; no column, one population.
+
+    Raises
+    ------
+    QueryError
+        There is no such column, or it names no population.
+    """
+    if by is None:
+        return [ALL_CELLS], np.zeros(len(cells), dtype=np.int64)
+    codes, names = pd.factorize(column(cells, by).astype(object), sort=False)
+    order = np.argsort([str(name) for name in names], kind="stable")
+    place = np.empty(len(names) + 1, dtype=np.int64)
+    place[order], place[-1] = np.arange(len(names)), -1
+    if not len(names):
+        msg = f"column {by!r} names no population"
+        raise QueryError(msg)
+    return [str(names[i]) for i in order], place[codes]
+
+
+def column(cells: pd.DataFrame, name: str) -> pd.Series:
+    """Return a column of obs; `QueryError` lists what there is instead."""
+    if name not in cells:
+        known = [str(column) for column in cells.columns]
+        msg = f"obs has no column {name!r}; there are {listing(known, limit=30)}.{suggest(name, known)}"
+        raise QueryError(msg)
+    return cells[name]
+
+
+def replicates_of(given: StatisticsInput, donor_key: str | None) -> Replicates:
+    """Return who the donors are: those of a column, or the batches.
+
+    Raises
+    ------
+    QueryError
+        Neither is there, so that there are no replicates.
+    """
+    if donor_key is None:
+        if not given.design.batch_keys:
+            msg = "the run has no batch key, so nothing says who the donors are; name their column with donor_key"
+            raise QueryError(msg)
+        return Replicates.of(given.cells[keys.OBS_BATCH], given.design)
+    return Replicates.of(column(given.cells, donor_key), given.design)
+
+
+def covariate_table(cells: pd.DataFrame, replicates: Replicates) -> pd.DataFrame:
+    """Return the columns of obs that are constant in every replicate: a row per replicate."""
+    constant = {}
+    for name in cells.columns:
+        if not str(name).startswith(keys.OBS_PREFIX):
+            groups = cells[name].groupby(replicates.of_cell, observed=True)
+            if (groups.nunique(dropna=False) == 1).all():
+                constant[str(name)] = groups.first().to_numpy()
+    return pd.DataFrame(constant, index=range(len(replicates)))
+
+
+# --- what a table is made of -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Described:
+    """What cells say, per population and condition; see `stats.cells`."""
+
+    cells: np.ndarray
+    effects: Moments
+    near_effects: Moments
+    placebo: np.ndarray | None
+    counts: np.ndarray
+    expressing: np.ndarray
+    purity: np.ndarray
+    effective_cells: np.ndarray
+    without_overlap: np.ndarray
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What donors say of one population and condition."""
+
+    treated: int
+    control: int
+    left_out: tuple[str, ...]
+    matched: DonorTest
+    pseudobulk: DonorTest
+
+
+def conditions_of(design: Design, condition: str | None) -> list[int]:
+    """Return the codes of the conditions to compare with the control: that of a name, or all."""
+    if condition is None:
+        return list(range(1, len(design.conditions)))
+    code = design.condition_code(condition)
+    if code == 0:
+        msg = f"{condition!r} is the control; name the condition to compare with it"
+        raise QueryError(msg)
+    return [code]
+
+
+def means_of(
+    given: StatisticsInput,
+    codes: np.ndarray,
+    number: int,
+    replicates: Replicates,
+    conditions: list[int],
+    min_cells: int,
+) -> PopulationMeans:
+    """Return the donors' means in every population; see `population_means`."""
+    return population_means(
+        codes, number, replicates, Neighbours(given), given.expression, given.columns, conditions=conditions,
+        min_cells=min_cells,
+    )  # fmt: skip
+
+
+class Neighbours:
+    """Nearest neighbours between sets of packed rows: read where they are kept, else searched here."""
+
+    def __init__(self, given: StatisticsInput) -> None:
+        self._given = given
+        self._told = False
+
+    def __call__(self, queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Return the nearest target of every query, itself left out: (queries,) packed rows, -1 for none."""
+        design = self._given.design
+        (query, target) = (design.groups[int(design.group_of(rows[:1])[0])] for rows in (queries, targets))
+        if len(targets) == target.cells and self._kept(query.code, target.code):
+            edges = self._given.counterparts.edges(queries, [(query.code, target.code)], distances=False)
+            return edges[query.code, target.code][0][:, 0].astype(np.int64)
+        return self._searched(queries, targets)
+
+    def _kept(self, query: int, target: int) -> bool:
+        groups = self._given.design.groups
+        if groups[target].condition in (0, groups[query].condition):
+            return True
+        searched = self._given.counterparts.searched
+        return searched is not None and searched.holds(query, target)
+
+    def _searched(self, queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        if not self._told:
+            self._told = True
+            logger.info("some matches are not in the run and are searched now; `match DIR --edges all` would keep them")
+        near, far = (self._coordinates(rows) for rows in (queries, targets))
+        place = np.searchsorted(targets, queries)
+        inside = targets[np.minimum(place, len(targets) - 1)] == queries
+        rows = nearest(near, far, 1, exclude=np.where(inside, place, -1)).rows[:, 0]
+        return np.where(rows < 0, -1, targets[rows])
+
+    def _coordinates(self, rows: np.ndarray) -> np.ndarray:
+        name = f"obsm/{keys.OBSM_PCA}"
+        width = open_array(self._given.storage, name).shape[1]
+        return read_dense(self._given.storage, name, rows, np.arange(width))
+
+
+def _described(given: StatisticsInput, codes: np.ndarray, number: int, conditions: list[int]) -> Described:
+    near = column(given.cells, keys.OBS_OVERLAP).to_numpy()
+    effects, near_effects = (Moments.empty(number, len(given.design.conditions), len(given.genes)) for _ in range(2))
+    for rows, values in _effects(given, codes, conditions):
+        condition = given.design.group_conditions[given.design.group_of(rows)]
+        effects.add(values, codes[rows], condition)
+        near_effects.add(values, np.where(near[rows], codes[rows], -1), condition)
+    shared = (codes, number, given.design)
+    placebo = placebo_moments(*shared, given.counterparts, given.expression, given.columns)
+    plain = plain_expression(*shared, given.expression, given.columns)
+    quality = match_quality(codes, number, near, given.design, given.counterparts, conditions)
+    return Described(
+        effects.number, effects, near_effects, None if placebo is None else placebo.spread[:, 0], plain.counts,
+        plain.expressing, quality.purity, quality.effective_cells, quality.without_overlap,
+    )  # fmt: skip
+
+
+def _effects(
+    given: StatisticsInput, codes: np.ndarray, conditions: list[int]
+) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Give packed rows and the individual effects of their cells, part by part."""
+    question = layer_question(keys.LAYER_ITE)
+    for code in conditions:
+        for group in given.design.with_condition(code):
+            rows = np.arange(group.start, group.stop)
+            for part in parts(rows[codes[rows] >= 0], len(given.columns)):
+                if given.stored_ite:
+                    yield part, read_dense(given.storage, f"layers/{keys.LAYER_ITE}", part, given.columns)
+                else:
+                    yield part, compute(question, given.counterparts, given.expression, part, given.columns)
+
+
+def _tested(
+    given: StatisticsInput,
+    means: PopulationMeans,
+    replicates: Replicates,
+    number: int,
+    code: int,
+    codes: np.ndarray,
+    population: Whose,
+    covariates: Sequence[str],
+) -> Tested:
+    """Test one population and condition, through the matches and on plain means."""
+    there = np.flatnonzero(np.isin(replicates.conditions, (0, code)) & (means.cells[number] > 0))
+    kept, paired = kept_replicates(replicates, means.included[number], code)
+    # A donor once, not per condition.
+    left_out = tuple(dict.fromkeys(replicates.donors[r] for r in there if r not in kept))
+    if paired and (covariates or population == "treated"):
+        msg = "donors seen in both conditions are paired: leave out the covariates, and use all donors' query cells"
+        raise QueryError(msg)
+    test = _test_of(given, replicates, kept, covariates, paired=paired)
+    if population == "treated" and len(kept):
+        chosen = np.isin(np.arange(len(replicates)), kept)
+        asking = query_means(codes == number, chosen, replicates, Neighbours(given), given.expression, given.columns)
+        matched = asked_by_treated_test(asking, replicates.conditions[kept] != 0, seed=given.seed)
+    else:
+        matched = test(means.matched[code][number, kept])
+    treated = int((replicates.conditions[kept] != 0).sum())
+    return Tested(treated, len(kept) - treated, left_out, matched, test(means.own[number, kept]))
+
+
+def _test_of(
+    given: StatisticsInput, replicates: Replicates, kept: np.ndarray, covariates: Sequence[str], *, paired: bool
+) -> Callable[[np.ndarray], DonorTest]:
+    """Return the test that the replicates allow: paired where donors are in both conditions, else Welch's, or a model."""
+    treated = replicates.conditions[kept] != 0
+    if not treated.any() or treated.all():
+        return lambda values: untested(np.full(values.shape[1], np.nan))
+    if covariates:
+        columns = _numbers(given.cells, replicates, covariates)[kept]
+        return lambda values: linear_test(values, treated, columns)
+    if not paired:
+        return lambda values: welch_test(values, treated, seed=given.seed)
+    ups, downs = pairs_of(replicates, kept)
+    return lambda values: paired_test(values[ups] - values[downs], seed=given.seed)
+
+
+def kept_replicates(replicates: Replicates, included: np.ndarray, code: int) -> tuple[np.ndarray, bool]:
+    """Return which replicates a test of a condition is of, and whether they are pairs.
+
+    Where donors are there in both conditions, these alone; else all that are included.
+    """
+    enough = np.flatnonzero(included & np.isin(replicates.conditions, (0, code)))
+    donors = pd.Series([replicates.donors[r] for r in enough], dtype=object)
+    paired = enough[donors.duplicated(keep=False).to_numpy()]
+    return (paired, True) if len(paired) else (enough, False)
+
+
+def pairs_of(replicates: Replicates, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where, among those kept, each donor's treated replicate stands, and where its control one."""
+    treated = replicates.conditions[kept] != 0
+    order = np.argsort([replicates.donors[r] for r in kept], kind="stable")  # each donor's two, one after the other
+    return order[treated[order]], order[~treated[order]]
+
+
+def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str]) -> np.ndarray:
+    """Return donor covariates as numbers: categories become indicator columns.
+
+    Raises
+    ------
+    QueryError
+        A covariate is not there, or differs between cells of a donor.
+    """
+    table = covariate_table(cells[[column(cells, name).name for name in names]], replicates)
+    varying = [name for name in names if name not in table]
+    if varying:
+        msg = f"{listing(varying)} differs between cells of one donor and condition, so is not a covariate of donors"
+        raise QueryError(msg)
+    return pd.get_dummies(table[list(names)], drop_first=True).to_numpy(dtype=np.float64)
+
+
+def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Described, tested: Tested) -> pd.DataFrame:
+    """Return the rows of one population and condition: a column per fact, a row per gene."""
+    place = number, code
+    n, zero, positive = told.cells[place], told.effects.zero[place], told.effects.positive[place]
+    sign_z, sign_p = sign_test(positive, zero, n)
+    treated, control = told.counts[number, code], told.counts[number, 0]
+    nothing = np.full(len(given.genes), np.nan)
+    values: dict[str, Any] = {
+        "population": name,
+        "condition": given.design.conditions[code],
+        "gene": given.genes.to_numpy(),
+        "cells": int(n),
+        "treated_donors": tested.treated,
+        "control_donors": tested.control,
+        "donors_left_out": ", ".join(tested.left_out),
+        "mean_ite": told.effects.mean[place],
+        "sd_ite": told.effects.spread[place],
+        "sd_placebo": nothing if told.placebo is None else told.placebo[number],
+        "log2_fold_change": np.log2((treated + COUNT_FLOOR) / (control + COUNT_FLOOR)),
+        "expressing": told.expressing[number, code],
+        "expressing_control": told.expressing[number, 0],
+        "sign_z": sign_z,
+        "sign_p": sign_p,
+        **_columns_of(tested),
+        "p_adjusted": benjamini_hochberg(tested.matched.p),
+        "match_purity": told.purity[place],
+        "impure": bool(told.purity[place] < PURE),
+        "effective_control_cells": told.effective_cells[place],
+        "without_overlap": told.without_overlap[place],
+        "mean_ite_overlap": told.near_effects.mean[place],
+    }
+    return pd.DataFrame(values, index=range(len(given.genes)))
+
+
+def _columns_of(tested: Tested) -> dict[str, Any]:
+    return {
+        "effect": tested.matched.effect,
+        "statistic": tested.matched.statistic,
+        "p": tested.matched.p,
+        "p_method": tested.matched.method,
+        "p_floor": tested.matched.p_floor,
+        "p_permutation": tested.matched.p_permutation,
+        "p_parametric": tested.matched.p_parametric,
+        "few_donors": tested.matched.few_donors,
+        "pseudobulk_effect": tested.pseudobulk.effect,
+        "pseudobulk_p": tested.pseudobulk.p,
+    }

@@ -1,0 +1,218 @@
+"""The public `Results`: what a run wrote, read in pieces, and the statistics on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import anndata
+import pandas as pd
+
+from ndreamer_dist import keys
+from ndreamer_dist.results.cohort import Cohort
+from ndreamer_dist.results.reader import ResultsReader, results_storage
+from ndreamer_dist.stats.cate_table import StatisticsInput, Whose, cate_table, donor_means
+from ndreamer_dist.stats.diagnostics import Diagnostics, diagnose
+from ndreamer_dist.stats.null import null_table
+from ndreamer_dist.storage.files import Storage
+
+MIN_CELLS = 10
+"""Own cells that a donor needs in a population to enter its test."""
+DIAGNOSED_CELLS = 4000
+"""Cells that the mixing of batches is measured on, about."""
+
+
+def open_results(address: str | os.PathLike[str] | Storage) -> Results:
+    """Open the results of a run.
+
+    Parameters
+    ----------
+    address
+        A run directory, a results.zarr, or the URL of either (`s3://`, `https://`, ...).
+
+    Raises
+    ------
+    StoreError
+        There are no results, or the run that makes them has not finished.
+    """
+    return Results(results_storage(address))
+
+
+class Results(ResultsReader):
+    """The results of a run: parts of them by name (`ResultsReader`), and tests with donors as the replicates.
+
+    Make one with `open_results`.
+    """
+
+    def cate(
+        self,
+        by: str | None = None,
+        *,
+        condition: str | None = None,
+        genes: Sequence[str] | None = None,
+        cohort: Cohort | None = None,
+        donor_key: str | None = None,
+        min_cells: int = MIN_CELLS,
+        population: Whose = "all",
+        covariates: Sequence[str] = (),
+    ) -> pd.DataFrame:
+        """Return the effect of the condition in every population, with donors as the replicates (METHOD section 7).
+
+        A population's donors are compared by what its cells find in them: the mean, over the cells of every donor, of
+        the expression of each cell's nearest neighbour among one donor's cells. The main p-value permutes the donors'
+        labels; where there are fewer than 1000 labellings it is Welch's. Where donors are seen in both conditions these are
+        paired, and the others left out.
+
+        Parameters
+        ----------
+        by
+            Column of `obs` that names populations, a cell type say; by default all cells are one population.
+        condition
+            The one to compare with the control; by default every one.
+        genes, cohort
+            As elsewhere; genes that were not modelled are found in the input cohort, if given.
+        donor_key
+            Column of `obs` that names the donor; by default the batch.
+        min_cells
+            Own cells that a donor needs in a population to enter its test; the others are listed.
+        population
+            Whose cells ask: all donors' (then nothing depends on the labels), or the treated donors' alone.
+        covariates
+            Columns of `obs`, constant in every donor, for a linear model in place of the permutation.
+
+        Returns
+        -------
+        A row per population, condition and gene. From the cells, which only describe: `cells`, `mean_ite`, `sd_ite`
+        beside `sd_placebo` (one half of the control donors against the other), `log2_fold_change`, `expressing`,
+        `expressing_control`, the sign test `sign_z` and `sign_p`. From the donors: `effect`, `statistic`, `p`,
+        `p_method`, `p_floor` (the smallest possible), `p_permutation`, `p_parametric`, `few_donors`, `treated_donors`,
+        `control_donors`, `donors_left_out`, and the same test on plain means, `pseudobulk_effect` and `pseudobulk_p`.
+        `p_adjusted` is Benjamini-Hochberg's over the genes of one population and condition, `p_adjusted_all` over the
+        whole table. Of the matches: `match_purity` (share inside the population; `impure` below 0.7),
+        `effective_control_cells`, `without_overlap` (share of cells without a near control match) and
+        `mean_ite_overlap` (the mean without those).
+
+        Raises
+        ------
+        QueryError
+            A name is unknown, or nothing says who the donors are.
+        """
+        return cate_table(
+            self._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
+            population=population, covariates=covariates,
+        )  # fmt: skip
+
+    def donor_means(
+        self,
+        by: str,
+        *,
+        condition: str | None = None,
+        genes: Sequence[str] | None = None,
+        cohort: Cohort | None = None,
+        donor_key: str | None = None,
+        min_cells: int = MIN_CELLS,
+    ) -> anndata.AnnData:
+        """Return donors x genes per population, for a model of your own (limma, dreamlet); arguments as in `cate`.
+
+        Returns
+        -------
+        `X` (population, donor and condition; genes) are the means that `cate` tests, `layers["pseudobulk"]` plain
+        ones; `obs` says of what, with every column of the cohort that is constant in each donor. Where there are
+        several conditions, the control donors are there once for each contrast.
+        """
+        sample = self._statistics_input(genes, cohort)
+        return donor_means(sample, by=by, condition=condition, donor_key=donor_key, min_cells=min_cells)
+
+    def null(
+        self,
+        by: str | None = None,
+        *,
+        condition: str | None = None,
+        genes: Sequence[str] | None = None,
+        cohort: Cohort | None = None,
+        donor_key: str | None = None,
+        min_cells: int = MIN_CELLS,
+        labellings: int = 10,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Return what the tests say under permuted labels of donors, where nothing is to be found.
+
+        Each labelling is taken for the truth and every test is run on it. The permutation test holds its level here by
+        construction; the table shows how far the others are off on these cells. The labels that the embedding was
+        trained with stay as they are. Arguments not listed are those of `cate`.
+
+        Parameters
+        ----------
+        labellings
+            How many; fewer where the donors have fewer. Pairs of one donor's cells are permuted inside.
+        seed
+            Of the labellings.
+
+        Returns
+        -------
+        A row per population, condition, labelling, test and level, for which there are donors enough: `population`,
+        `condition`, `treated_donors`, `control_donors`, `labelling`, `test`, `level`, `below` (p-values at or below
+        it), `tests` (p-values), `share` (one by the other; `level` is what it should be). Tests: `main`, what `cate`
+        calls p, `permutation`, `welch` (paired: the paired t), `pseudobulk` (`main` on plain means), and `sign`, on
+        at most about 2000 cells of a population. `stats.null.rates` pools them.
+
+        Raises
+        ------
+        QueryError
+            A name is unknown, or no population has three donors a condition (four pairs).
+        """
+        return null_table(
+            self._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
+            count=labellings, seed=seed,
+        )  # fmt: skip
+
+    def diagnostics(
+        self, by: str | None = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
+    ) -> Diagnostics:
+        """Return how far the results can be trusted: small tables, none of which is a test.
+
+        Parameters
+        ----------
+        by
+            Column of `obs` that names populations, a cell type say; by default all cells are one population.
+        donor_key
+            Column of `obs` that names the donor; by default the batch.
+        cells
+            About how many cells `mixing` looks at, as large a share of each group.
+
+        Returns
+        -------
+        `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`) and `donors`, which says it in words; and:
+
+        - `groups`, a row per batch and condition. Overlap: `overlap`, the share of cells with a near control match
+          (`obs["ndreamer_overlap"]`), the median `match_distance` to the control and `own_distance` to the nearest other
+          cell of the group. Reuse, as any cell's match: `times_matched_mean`, `times_matched_max`, `never_matched` (share
+          of cells), `effective_cells` ((sum w)^2 / sum w^2). Distortion, on `distortion_cells` cells: `correlation` (mean
+          over cells) and mean `squared_difference` of denoised and measured expression.
+        - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.
+        - `mixing`, a row per condition: the share of a cell's 15 nearest neighbours, within condition and population,
+          that are of other batches, in principal components of the `input` and in the `embedding`, beside what is
+          `expected` of batches mixed at random; `cells` and `batches` looked at.
+
+        NaN stands where there is nothing to compare with: no other control group, one batch.
+
+        Raises
+        ------
+        QueryError
+            A name is unknown.
+        StoreError
+            `denoised` is not stored, and the matches that it is computed from are not there.
+        """
+        stored = keys.LAYER_DENOISED in self.layers
+        sample = self._statistics_input(None, None)
+        return diagnose(sample, by=by, donor_key=donor_key, cells=cells, stored_denoised=stored)
+
+    def _statistics_input(self, genes: Sequence[str] | None, cohort: Cohort | None) -> StatisticsInput:
+        """Return what the tables of statistics are made from."""
+        expression, table = self._expression(cohort)
+        columns = self._columns(genes, table.index)
+        stored = cohort is None and keys.LAYER_ITE in self.layers
+        return StatisticsInput(
+            self.storage, self.design, self._cells, self.counterparts, expression, columns, table.index[columns],
+            stored_ite=stored, seed=int(self.uns.get("seed", 0)),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Bytes and arrays, wherever they live; nothing here knows a cell."""

@@ -1,0 +1,283 @@
+"""Create, read and write zarr arrays.
+
+Every array is created here, so that every chunk ends in a `crc32c`. Every array is read here, so that a damaged or
+missing chunk is an error that names store, array and chunk, never a wrong number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.abc.store import ByteRequest, Store
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.array import AsyncArray
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import MemoryStore, StorePath, WrapperStore
+
+from ndreamer_dist.errors import StoreError
+from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.storage.retries import (
+    ABSENT,
+    reason,
+)
+from ndreamer_dist.storage.shards import Place, Position, read_chunks
+
+METADATA_SEAL = "ndreamer_sha256"
+"""Attribute of arrays that are ours alone: the checksum of their metadata."""
+COMPRESSORS = (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec())
+"""Codec chain of our arrays. The checksum comes last, so it covers the very bytes that are stored.
+
+They are read and written by zarr's own codec pipeline: zarrs 0.2.3 lets flipped bits through when it decodes a whole
+shard, and leaves empty chunks out whatever the setting.
+"""
+
+
+MOST_CHUNKS = 2**31
+"""No array has more chunks than that; one that claims them would be walked through for ever."""
+
+
+def create_array(
+    storage: Storage,
+    name: str,
+    *,
+    shape: Sequence[int],
+    dtype: Any,
+    chunks: Sequence[int],
+    shards: Sequence[int] | None = None,
+    fill_value: Any = 0,
+    attributes: dict[str, Any] | None = None,
+) -> None:
+    """Write an array's metadata over whatever stood there; its shards are written by their owners, each whole.
+
+    Parameters
+    ----------
+    storage, name
+        The store and the array's path in it. No parent's metadata is touched, so the root stays unmade until the end.
+    chunks, shards
+        Shapes of the unit of reading and of the unit of writing (whole chunks; none: a chunk is its own shard).
+    attributes
+        Of an array that other tools read or change too; none: it is ours alone, and its metadata carries a checksum.
+    """
+    if storage.is_local:  # on object storage, where each look costs, what stood there is written over or not read
+        storage.delete(name)
+    layout = {"shape": shape, "dtype": dtype, "chunks": chunks, "shards": shards, "fill_value": fill_value}
+    storage.write_atomic(f"{name}/zarr.json", _metadata(**layout, attributes=attributes))
+
+
+def _metadata(
+    shape: Sequence[int],
+    dtype: Any,
+    chunks: Sequence[int],
+    shards: Sequence[int] | None = None,
+    fill_value: Any = 0,
+    attributes: dict[str, Any] | None = None,
+) -> bytes:
+    """Return the `zarr.json` of an array."""
+    files: dict[str, Any] = {}
+    zarr.create_array(
+        MemoryStore(files),
+        shape=tuple(shape),
+        dtype=dtype,
+        chunks=tuple(max(1, c) for c in chunks),
+        shards=None if shards is None else tuple(max(1, s) for s in shards),
+        fill_value=fill_value,
+        compressors=COMPRESSORS,
+        attributes=attributes,
+        zarr_format=3,
+    )
+    if attributes is not None:
+        return bytes(files["zarr.json"].to_bytes())
+    told = json.loads(files["zarr.json"].to_bytes())
+    told["attributes"][METADATA_SEAL] = metadata_digest(told)
+    return json.dumps(told, indent=2).encode()
+
+
+def metadata_digest(told: Mapping[str, Any]) -> str:
+    """Return the checksum of an array's metadata, itself left out."""
+    own = {name: value for name, value in told.get("attributes", {}).items() if name != METADATA_SEAL}
+    text = json.dumps({**told, "attributes": own}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def opened_with(told: Mapping[str, Any], where: StorePath) -> AsyncArray[Any]:
+    """Open an array by its metadata, which must be what was written; `ValueError` where it is not."""
+    if told.get("attributes", {}).get(METADATA_SEAL, "") not in ("", metadata_digest(told)):
+        msg = "the metadata's checksum is that of another content"
+        raise ValueError(msg)
+    return AsyncArray(ArrayV3Metadata.from_dict(dict(told)), where)
+
+
+def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
+    """Make sure that an array's metadata is what `create_array` would write; its chunks are left as they are.
+
+    So a stage that was interrupted, or lost a shard, goes on without disturbing what is done.
+    """
+    wanted = _metadata(**layout)
+    path = f"{name}/zarr.json"
+    if storage.read_if_there(path) != wanted:
+        storage.write_atomic(path, wanted)
+
+
+class _Unseen(WrapperStore[Store]):
+    """A store that shows metadata and no chunks: zarr reads a shard before it writes it, and it may be damaged."""
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """See zarr's `Store.get`."""
+        return await super().get(key, prototype, byte_range) if key.endswith("zarr.json") else None
+
+
+def write_part(
+    storage: Storage,
+    name: str,
+    selection: Any,
+    values: np.ndarray[Any, Any],
+    *,
+    opened: zarr.Array[Any] | None = None,
+) -> None:
+    """Write the whole shards of a selection by slices, whatever, damaged or not, stood there before.
+
+    Parameters
+    ----------
+    opened
+        The array, where the caller has opened it before with mode `w`; opening takes a request.
+    """
+    array = open_array(storage, name, mode="w") if opened is None else opened
+    with _writing(storage, name):
+        array[selection] = values
+
+
+@contextmanager
+def _writing(storage: Storage, name: str) -> Iterator[None]:
+    """Say of an error of the system which array was being written."""
+    try:
+        yield
+    except OSError as error:
+        msg = f"{storage.url}: array '{name}' cannot be written ({reason(error)})"
+        raise StoreError(msg) from error
+
+
+def open_array(storage: Storage, name: str, *, mode: str = "r") -> zarr.Array[Any]:
+    """Open an array by its path; `StoreError` names it where it is missing or its metadata cannot be read.
+
+    Parameters
+    ----------
+    mode
+        `r`, `r+`, or `w` to write whole shards only, without a look at what stands there.
+    """
+    try:
+        store = _Unseen(storage.store(name)) if mode == "w" else storage.store(name, read_only=mode == "r")
+        known = storage.node(name) if mode == "r" else None
+        if known is None:
+            known = storage.metadata(name)
+        array = sensible(zarr.Array(opened_with(known, StorePath(store))))
+        return array if mode == "r" else _writable(array)
+    except StoreError:
+        raise
+    except Exception as error:
+        raise unopened(Place(storage.url, name), error) from error
+
+
+def unopened(where: Place, error: Exception) -> StoreError:
+    """Return what to raise where an array cannot be opened: its metadata is damaged, or may not be read."""
+    what = f" cannot be opened ({type(error).__name__}: {error})"
+    if isinstance(error, OSError) and not isinstance(error, ABSENT):
+        return StoreError(f"{where}{what}")
+    return where.damaged(what, "zarr.json")
+
+
+def sensible(array: zarr.Array[Any]) -> zarr.Array[Any]:
+    """Return an array whose metadata can be true: what it says comes from a file."""
+    if min((*array.chunks, *(array.shards or ())), default=1) < 1:
+        msg = f"its chunks are {array.chunks}"
+        raise ValueError(msg)
+    if array.nchunks > MOST_CHUNKS:
+        msg = f"it claims {array.nchunks} chunks"
+        raise ValueError(msg)
+    return array
+
+
+def _writable(array: zarr.Array[Any]) -> zarr.Array[Any]:
+    """Return an array that stores empty chunks too, so that a missing one can be told from one full of zeros."""
+    return array.with_config({"write_empty_chunks": True})
+
+
+def shard_files(name: str, *positions: int) -> str:
+    """Return the path, below the store, of the shard (or unsharded chunk) at a position of an array."""
+    return f"{name}/c/{'/'.join(str(p) for p in positions)}" if positions else f"{name}/c"
+
+
+def read_array(
+    storage: Storage, name: str, selection: Any = ..., *, opened: zarr.Array[Any] | None = None
+) -> np.ndarray[Any, Any]:
+    """Read a part of an array, or all of it, from the chunks that hold it.
+
+    Parameters
+    ----------
+    selection
+        Slices, one per axis (a single slice for the first), or `...` for everything.
+    opened
+        The array, where the caller has opened it before; opening takes a request.
+
+    Raises
+    ------
+    StoreError
+        A chunk is missing, truncated or fails its checksum: the message names store, array and chunk.
+    """
+    array = open_array(storage, name) if opened is None else opened
+    spans = _spans(array, selection)
+    values = np.empty([span.stop - span.start for span in spans], dtype=array.dtype)
+
+    def place(position: Position, chunk: np.ndarray[Any, Any]) -> None:
+        cuts = [
+            (max(p * size, span.start), min((p + 1) * size, span.stop))
+            for p, size, span in zip(position, array.chunks, spans, strict=True)
+        ]
+        there = tuple(slice(a - span.start, b - span.start) for (a, b), span in zip(cuts, spans, strict=True))
+        here = tuple(slice(a - p * n, b - p * n) for (a, b), p, n in zip(cuts, position, array.chunks, strict=True))
+        values[there] = chunk[here]
+
+    read_chunks(array, Place(storage.url, name), _touched(spans, array.chunks), place)
+    return values
+
+
+def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwargs: Any) -> None:
+    """Create an array and write all of it: for what is small and has one writer."""
+    chunks = kwargs.pop("chunks", values.shape)
+    layout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}
+    create_array(storage, name, **layout)
+    known = ArrayV3Metadata.from_dict(json.loads(_metadata(**layout)))  # written just now, so it need not be read
+    array = _writable(zarr.Array(AsyncArray(known, StorePath(storage.store(name)))))
+    with _writing(storage, name):
+        array[...] = values
+
+
+def touched_shards(array: zarr.Array[Any], selection: Any) -> list[Position]:
+    """Return the positions of the shards (chunks where there are none) that a selection by slices touches."""
+    return _touched(_spans(array, selection), array.shards or array.chunks)
+
+
+def _touched(spans: Sequence[range], unit: Sequence[int]) -> list[Position]:
+    touched = (
+        range(span.start // size, -(-span.stop // size) if span.stop > span.start else span.start // size)
+        for span, size in zip(spans, unit, strict=True)
+    )
+    return list(itertools.product(*touched))
+
+
+def _spans(array: zarr.Array[Any], selection: Any) -> list[range]:
+    """Return the first place and the one after the last that a selection by slices means on each axis."""
+    given = [] if selection is ... else list(selection if isinstance(selection, tuple) else (selection,))
+    given += [slice(None)] * (array.ndim - len(given))
+    spans = [range(*part.indices(length)) for part, length in zip(given, array.shape, strict=True)]
+    if any(span.step != 1 for span in spans):
+        msg = f"a selection is slices without steps, found {selection!r}"
+        raise ValueError(msg)
+    return [range(span.start, max(span.start, span.stop)) for span in spans]

@@ -1,0 +1,75 @@
+"""Files that are not zarr arrays carry their own checksum too: a JSON file in its last line, others in a JSON file.
+
+A byte that was flipped in weights, a checkpoint, a marker or `run.json` is an error that names the file, never a wrong
+number. Files without a checksum, which other versions wrote, are read as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ndreamer_dist import keys
+from ndreamer_dist.errors import DamagedError
+from ndreamer_dist.storage.files import Storage
+
+SEAL = "sha256"
+WEIGHTS_DIGEST = "weights_sha256"
+"""Entry of model.json: the checksum of the weights, which have none of their own."""
+_TAIL = re.compile(rb',\s*"([^"]{6})": "([0-9a-f]{64})"(\s*)\}\Z')  # whatever has become of the entry's name
+
+
+def digest(data: bytes) -> str:
+    """Return the sha256 of a file's bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def seal(value: Mapping[str, Any], *, indent: int | None = 1) -> bytes:
+    """Return a JSON object's text, whose last entry is the checksum of the text before it."""
+    text = json.dumps(dict(value), indent=indent, sort_keys=True).encode()
+    end = b"}" if indent is None else b"\n}"
+    space = b" " if indent is None else b"\n" + b" " * indent
+    return b'%s,%s"%s": "%s"%s' % (text.removesuffix(end), space, SEAL.encode(), digest(text).encode(), end)
+
+
+def unseal(data: bytes, url: str) -> dict[str, Any]:
+    """Return the JSON object that `seal` made a file of.
+
+    Raises
+    ------
+    DamagedError
+        It is no JSON object, or not the one that was written; the message names the file.
+    """
+    try:
+        value = dict(json.loads(data))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedError.of(url, error) from error
+    told, found = value.pop(SEAL, None), _TAIL.search(data)
+    if found or told is not None:
+        text = data[: found.start()] + found[3] + b"}" if found else b""
+        if told != digest(text):
+            raise DamagedError.of(url, "its checksum is that of another content")
+    return value
+
+
+def check_digest(data: bytes, told: str | None, url: str) -> bytes:
+    """Return a file's bytes; `DamagedError` where they are not those that a digest was told of."""
+    if told is not None and digest(data) != told:
+        raise DamagedError.of(url, "its sha256 is not the one that was written down")
+    return data
+
+
+def read_model(storage: Storage) -> tuple[dict[str, Any], bytes]:
+    """Return what `model/` says of a network, and its weights, checked.
+
+    Raises
+    ------
+    DamagedError
+        One of the two files is not what was written.
+    """
+    told = unseal(storage.read(keys.MODEL_JSON), f"{storage.url}/{keys.MODEL_JSON}")
+    weights = storage.read(keys.MODEL_WEIGHTS)
+    return told, check_digest(weights, told.get(WEIGHTS_DIGEST), f"{storage.url}/{keys.MODEL_WEIGHTS}")

@@ -1,0 +1,394 @@
+"""Read, write, list and delete files at an address: a path, `s3://`, `gs://`, `az://` or `https://` (read-only).
+
+`Storage` is a root address with five verbs (exists, read, write_atomic, list, delete). It has no rename and no append,
+so that a local disk and an object store are one code path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.asyn import sync
+from zarr.abc.store import Store
+from zarr.storage import LocalStore
+
+from ndreamer_dist.errors import DamagedError, StoreError, has_controls
+from ndreamer_dist.storage.ranged_file import RangedFile
+from ndreamer_dist.storage.retries import (
+    ABSENT,
+    RemoteStore,
+    alone,
+    options,
+    patiently,
+    reason,
+    short_limit,
+    upload_limit,
+)
+from ndreamer_dist.storage.shards import HttpStore, Reads, count
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+"""The extra of this package that brings what an address needs."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder, local or remote, by its address; cheap to make, safe to pickle."""
+
+    url: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", str(self.url).rstrip("/") or "/")
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the address is a path on this machine."""
+        return "://" not in self.url or self.url.startswith("file://")
+
+    @cached_property
+    def _fs_and_root(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        fs, root = self._connect(options(self.url))
+        return alone(fs), root
+
+    def _connect(self, how: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+        try:
+            fs, root = fsspec.core.url_to_fs(self.url, **how)
+        except ImportError as error:
+            extra = EXTRAS.get(self.url.partition("://")[0])
+            help_with = f"pip install 'ndreamer-dist[{extra}]'" if extra else str(error)
+            msg = f"{self.url} cannot be reached: a package for such addresses is missing: {help_with}"
+            raise StoreError(msg) from error
+        except ValueError as error:
+            msg = f"{self.url} cannot be reached: {error}; there are paths, s3://, gs://, az:// and https://"
+            raise StoreError(msg) from error
+        return fs, root
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the address is a web server's, which only gives."""
+        return self.url.startswith(("http://", "https://"))
+
+    @property
+    def filesystem(self) -> fsspec.AbstractFileSystem:
+        """The fsspec file system, for those that ask it directly, as Ray Train does; it tries again by itself."""
+        return self._connect(options(self.url, own_tries=True))[0]
+
+    @property
+    def root(self) -> str:
+        """The address without its protocol."""
+        return self._fs_and_root[1]
+
+    def __truediv__(self, name: str) -> Storage:
+        return Storage(f"{self.url}/{name}")
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"url": self.url}  # the file system of a process stays in that process
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        object.__setattr__(self, "url", state["url"])
+
+    def path(self, name: str) -> str:
+        """Return the file system's path of a name below this folder."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def _ask(
+        self,
+        name: str,
+        cannot: str,
+        verb: str,
+        *args: Any,
+        limit: float | None = None,
+        absent: Any = ABSENT,
+        **more: Any,
+    ) -> Any:
+        """Make a request of the file system, patiently; an error says what cannot be done with a name."""
+        fs = self._fs_and_root[0]
+
+        def ask() -> Any:
+            if not fs.async_impl:
+                return getattr(fs, verb)(*args, **more)
+            return sync(fs.loop, getattr(fs, f"_{verb}"), *args, timeout=limit or short_limit(), **more)
+
+        return patiently(fs, self._cannot(name, cannot), ask, absent)
+
+    def _cannot(self, name: str, what: str) -> str:
+        """Return how an error about a name begins."""
+        return f"{self.url}/{name} cannot be {what}" if name else f"{self.url} cannot be {what}"
+
+    def _refresh(self) -> None:
+        """Forget what was listed before: others write here too."""
+        self._fs_and_root[0].invalidate_cache()
+
+    def exists(self, name: str = "") -> bool:
+        """Return whether a file or a folder of this name is there."""
+        return self._kind(name) is not None
+
+    def is_file(self, name: str = "") -> bool:
+        """Return whether a file of this name is there."""
+        return self._kind(name) == "file"
+
+    def _kind(self, name: str) -> str | None:
+        """Return `file` or `directory`; none where there is neither."""
+        self._refresh()
+        try:
+            return str(self._ask(name, "looked for", "info", self.path(name))["type"])
+        except ABSENT:
+            return None
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes; `StoreError` where there is none."""
+        data = self.read_if_there(name)
+        if data is None:
+            msg = f"{self.url}/{name} does not exist"
+            raise StoreError(msg)
+        return data
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """Return a file's bytes; none where there is no such file."""
+        data = self._fetched(name)
+        count(Reads(requests=1, bytes=len(data or b"")))
+        return data
+
+    def _fetched(self, name: str) -> bytes | None:
+        """Return a file's bytes, uncounted; none where there is no such file."""
+        try:
+            return bytes(self._ask(name, "read", "cat_file", self.path(name)))
+        except ABSENT:
+            return None
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """Return the metadata of an array, uncounted as when zarr asks for it; `FileNotFoundError` where there is none."""
+        return metadata_of(self._fetched(f"{name}/zarr.json"))
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Return the bytes of those of some files that are there, read side by side."""
+        found: dict[str, bytes] = {}
+        left = list(names)
+
+        def ask() -> None:
+            answers = self._cat([self.path(name) for name in left])
+            failed: dict[str, Exception] = {}
+            for name, answer in zip(left, answers, strict=True):
+                if not isinstance(answer, Exception):
+                    found[name] = bytes(answer)
+                elif not isinstance(answer, ABSENT):
+                    failed[name] = answer
+            left[:] = failed
+            for error in failed.values():
+                raise error
+
+        if left:
+            patiently(self._fs_and_root[0], self._cannot(os.path.commonpath(left), "read"), ask, ())
+        count(Reads(requests=len(names), bytes=sum(map(len, found.values()))))
+        return {name: found[name] for name in names if name in found}
+
+    def _cat(self, paths: list[str]) -> list[Any]:
+        """Return the bytes of files, or the errors that came instead."""
+        return list(self._fs_and_root[0].cat_ranges(paths, None, None, on_error="return"))
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the bytes of files that are all there, asked for side by side."""
+        what = os.path.commonpath(names) if names else ""
+        found = self._ask(what, "looked for", "sizes", [self.path(name) for name in names], absent=())
+        return dict(zip(names, map(int, found), strict=True))
+
+    def node(self, name: str) -> dict[str, Any] | None:  # noqa: ARG002 - for those that know
+        """Return the metadata of an array or a group where it is known without a request; here it is not."""
+        return None
+
+    def write_atomic(self, name: str, data: bytes) -> None:
+        """Write a file so that a reader sees all of it or none.
+
+        An object store does this by itself; on a local disk the bytes go to a neighbour that takes the name at the end.
+        """
+        target = self.path(name)
+        if not self.is_local:
+            self._ask(name, "written", "pipe_file", target, data, limit=upload_limit(len(data)), absent=())
+            return
+        try:
+            _write_whole(Path(target), data)
+        except OSError as error:
+            msg = f"{self._cannot(name, 'written')} ({reason(error)})"
+            raise StoreError(msg) from error
+
+    def list(self, name: str = "") -> dict[str, int]:
+        """Return every file below a name with its size in bytes, in one listing; empty where there is nothing."""
+        top, cut = self.path(name), len(self.root) + 1
+        if self.is_local:
+            try:
+                return dict(sorted((path[cut:], size) for path, size in _files_below(top)))
+            except OSError as error:
+                msg = f"{self._cannot(name, 'listed')} ({reason(error)})"
+                raise StoreError(msg) from error
+        self._refresh()
+        try:
+            found = self._ask(name, "listed", "find", top, detail=True)
+        except ABSENT:
+            found = {}
+        # s3fs answers with the folder itself where its first file comes between two of its requests.
+        files = {path: entry for path, entry in found.items() if entry.get("type") != "directory"}
+        return {path[cut:]: int(entry["size"] or 0) for path, entry in sorted(files.items())}
+
+    def delete(self, name: str = "") -> None:
+        """Delete a file or a folder with all below it; nothing happens where there is none."""
+        self._refresh()
+        with suppress(*ABSENT):
+            self._ask(name, "deleted", "rm", self.path(name), recursive=True)
+            # S3 answers "done" for many files at once, whatever became of each.
+            if not self.is_local and (left := self.list(name)):
+                msg = f"{self._cannot(next(iter(left)), 'deleted')} (it is still there: is deleting permitted?)"
+                raise StoreError(msg)
+
+    def delete_file(self, name: str) -> None:
+        """Delete one file, in one request; nothing happens where there is none."""
+        with suppress(*ABSENT):
+            self._ask(name, "deleted", "rm_file", self.path(name))
+
+    def open_file(self, block: int, blocks: int) -> RangedFile:
+        """Open the one file that this address is, to be read by ranges; the last `blocks` blocks are kept."""
+        fs, root = self._fs_and_root
+        what = self._cannot("", "read")
+
+        def open_it() -> Any:
+            return fs.open(root, "rb", block_size=block, cache_type="none")
+
+        file = patiently(fs, what, open_it, ())
+
+        def fetch(start: int, stop: int) -> bytes:
+            file.seek(start)
+            try:
+                data = bytes(file.read(stop - start))
+            except ValueError as error:  # fsspec's, of a web server that sends all of a file for a part of it
+                msg = f"{what} by ranges (the server sends whole files alone); download it first"
+                raise StoreError(msg) from error
+            if len(data) != stop - start:
+                msg = f"{len(data)} bytes came in place of {stop - start}"
+                raise ConnectionError(msg)
+            count(Reads(requests=1, bytes=len(data)))
+            return data
+
+        size = getattr(file, "size", None)
+        if size is None:
+            msg = f"{what} by ranges (the server does not say how long it is); download it first"
+            raise StoreError(msg)
+        return RangedFile(lambda a, b: patiently(fs, what, lambda: fetch(a, b), ()), int(size), block, blocks)
+
+    def version(self) -> str:
+        """Return what changes when the one file that this address is does: size, dates and checksums, as far as told."""
+        self._refresh()
+        try:
+            told = self._ask("", "looked for", "info", self.root)
+        except ABSENT:
+            msg = f"{self.url} does not exist"
+            raise StoreError(msg) from None
+        return str(sorted((name, str(value)) for name, value in told.items()))
+
+    def store(self, name: str = "", *, read_only: bool = False) -> Store:
+        """Return the zarr store of a folder."""
+        where = self / name if name else self
+        if where.is_local:
+            return LocalStore(where.root, read_only=read_only)
+        kind = HttpStore if where.url.startswith("http") else RemoteStore
+        made = kind.from_url(where.url, storage_options=options(where.url), read_only=read_only)
+        alone(made.fs)
+        return made
+
+
+def _write_whole(target: Path, data: bytes) -> None:
+    """Write a local file by a neighbour that takes its name at the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, neighbour = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(neighbour).chmod(0o644)
+        Path(neighbour).replace(target)
+    except BaseException:
+        Path(neighbour).unlink(missing_ok=True)
+        raise
+
+
+def _files_below(top: str) -> Iterator[tuple[str, int]]:
+    """Give the local files below a folder, or the one that it is, with their sizes; a folder that may not be read raises."""
+    with suppress(*ABSENT):
+        if not Path(top).is_dir():
+            yield top, Path(top).stat().st_size
+            return
+        with os.scandir(top) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _files_below(entry.path)
+                else:
+                    with suppress(FileNotFoundError):  # it was there a moment ago
+                        yield entry.path, entry.stat().st_size
+
+
+class ConsolidatedStorage(Storage):
+    """A finished zarr store, whose root holds the metadata of all below it: arrays open without a request."""
+
+    @cached_property
+    def root_metadata(self) -> dict[str, Any] | None:
+        """The root's `zarr.json`; none where there is none. `StoreError` where it cannot be read."""
+        found = self.read_if_there("zarr.json")
+        try:
+            return None if found is None else _root_of(json.loads(found))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedError.of(self.url + "/zarr.json", error) from error
+
+    @property
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """Metadata of every array and group, by path; empty where the root holds none."""
+        return ((self.root_metadata or {}).get("consolidated_metadata") or {}).get("metadata", {})
+
+    def node(self, name: str) -> dict[str, Any] | None:
+        """Return the metadata of an array or a group; none where there is no such."""
+        return self.nodes.get(name)
+
+
+def _root_of(told: Any) -> dict[str, Any]:
+    """Return a root's metadata, where objects are what is read as objects."""
+    nodes = (told.get("consolidated_metadata") or {}).get("metadata", {})
+    for part in (told.get("attributes", {}), *nodes.values()):
+        if not isinstance(part, dict):
+            msg = f"an object is expected, found {type(part).__name__}"
+            raise TypeError(msg)
+    return dict(told)
+
+
+def open_storage(address: str | os.PathLike[str] | Storage) -> Storage:
+    """Return the storage of an address; a relative path becomes absolute, since tasks run in other folders."""
+    if isinstance(address, Storage):
+        return address
+    text = os.fspath(address)
+    if has_controls(text):
+        msg = f"address {text!r} holds characters that no address has"
+        raise StoreError(msg)
+    if re.match(r"(?!https?:)[^/]*://.*[*?\[\]]", text):
+        msg = f"address {text!r} holds one of * ? [ ], which file systems read as a pattern of several names"
+        raise StoreError(msg)
+    if re.match(r"[^/]*://[^/@]*:[^/@]*@", text):
+        msg = f"a {text.partition(':')[0]}:// address holds a password; credentials come from the environment alone"
+        raise StoreError(msg)
+    return Storage(text if "://" in text else str(Path(text).expanduser().absolute()))
+
+
+def metadata_of(data: bytes | None) -> dict[str, Any]:
+    """Return the metadata that a `zarr.json` holds; `FileNotFoundError` where there is none."""
+    if data is None:
+        msg = "there is no zarr.json"
+        raise FileNotFoundError(msg)
+    return dict(json.loads(data))

@@ -1,1 +1,0 @@
-"""Training: one visible loop, and its life under Ray Train."""

@@ -1,0 +1,88 @@
+"""When a checkpoint is due, and where the serial runtime keeps its own.
+
+Writing a checkpoint under Ray Train is something that all workers do together, so that one is due must be known to all
+of them at the same step: steps are counted alike everywhere, and of the minutes the first worker's clock decides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ndreamer_dist import keys
+from ndreamer_dist.model.collectives import Collective
+from ndreamer_dist.settings import TrainSettings
+from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.training.loop import STATE_FILE
+
+ASK_EVERY = 8
+"""Steps between looks at the clock: each costs several workers one small sum."""
+
+
+class Schedule:
+    """Says after which steps a checkpoint is due: every so many steps, and every so many minutes."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        collective: Collective,
+        device: Any = "cpu",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._steps, self._minutes = settings.checkpoint_steps, settings.checkpoint_minutes
+        self._collective, self._device, self._clock = collective, device, clock
+        self._last = clock()
+
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint follows this step; every worker must ask after every step, and all hear the same."""
+        if step % self._steps and not self._overdue(step):
+            return False
+        self._last = self._clock()
+        return True
+
+    def _overdue(self, step: int) -> bool:
+        if self._minutes is None or step % ASK_EVERY:
+            return False
+        late = self._clock() - self._last >= 60 * self._minutes
+        if self._collective.world == 1:
+            return late
+        told = torch.tensor(float(late and self._collective.rank == 0), device=self._device)
+        return bool(self._collective.all_sum(told) > 0)
+
+
+def save_serial(storage: Storage, step: int, files: dict[str, bytes]) -> None:
+    """Write a checkpoint of the serial runtime, and then delete those before it."""
+    before = _complete(storage)
+    name = f"{keys.TRAIN_SERIAL}/{step:09d}"
+    for file in sorted(files, key=STATE_FILE.__eq__):
+        storage.write_atomic(f"{name}/{file}", files[file])
+    for old in before:
+        if old != name:
+            storage.delete(old)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read of a checkpoint: its files by name, and where they lie."""
+
+    url: str
+    files: Mapping[str, bytes]
+
+
+def latest_serial(storage: Storage) -> Checkpoint | None:
+    """Return the serial runtime's last whole checkpoint, if there is one."""
+    found = _complete(storage)
+    if not found:
+        return None
+    names = storage.list(found[-1])
+    return Checkpoint(f"{storage.url}/{found[-1]}", {name.rpartition("/")[2]: storage.read(name) for name in names})
+
+
+def _complete(storage: Storage) -> list[str]:
+    """Return the folders of whole checkpoints, oldest first."""
+    names = storage.list(keys.TRAIN_SERIAL)
+    return sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{STATE_FILE}"))

@@ -1,0 +1,67 @@
+"""Plain warnings about a training that runs but does not do what it is for. Pure.
+
+What comes in: the rows of the finished epochs. What goes out: what is wrong, in a sentence, with what to do. A loss
+that is not finite ends training at once and is the loop's own error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.training.log import Row
+
+FAIR_SHARE = 0.25
+"""Share of the planned epochs before which nothing is said."""
+FEWEST_STEPS = 20
+"""Steps that a mean must be taken over: one mini-batch's information says little."""
+NEGLIGIBLE_INFORMATION = 0.005
+"""An independence loss below this is as good as none, whether it has fallen or not (1.3e-3 to 1.4e-3 on Kang)."""
+DEAD_BELOW = 0.1
+"""Codes are mostly dead where the mean perplexity is below this share of them (0.3 to 0.9 on real cohorts)."""
+
+
+def concerns(epochs: Sequence[Row], settings: Settings, planned: int) -> dict[str, str]:
+    """Return what is wrong with a training so far, by kind; empty where all is well or it is too early to say.
+
+    Parameters
+    ----------
+    epochs
+        One row per finished epoch (`measures.epoch_rows`).
+    planned
+        Epochs that will be trained in all.
+    """
+    if not epochs or len(epochs) < FAIR_SHARE * planned:
+        return {}
+    steps_per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
+    window = max(math.ceil(FEWEST_STEPS / steps_per_epoch), len(epochs) // 5)
+    if len(epochs) < 2 * window:
+        return {}
+    found = {"independence": _independence(epochs, window), "codes": _codes(epochs, window, settings.model.codes)}
+    return {kind: text for kind, text in found.items() if text is not None}
+
+
+def _independence(epochs: Sequence[Row], window: int) -> str | None:
+    """Return a warning where the information about condition and batch is not below what it was at the start."""
+    first, last = (fmean(row["independence"] for row in part) for part in (epochs[:window], epochs[-window:]))
+    if last < max(first, NEGLIGIBLE_INFORMATION):
+        return None
+    return (
+        f"the independence loss does not fall: {first:.4f} over epochs 1 to {window}, {last:.4f} over epochs "
+        f"{len(epochs) - window + 1} to {len(epochs)}, so the embedding still tells conditions or batches apart; raise "
+        "--set loss.independence, or lower --set loss.dependence"
+    )
+
+
+def _codes(epochs: Sequence[Row], window: int, codes: int) -> str | None:
+    """Return a warning where the last epochs used few of the codes."""
+    used = fmean(row["perplexity"] for row in epochs[-window:])
+    if used >= DEAD_BELOW * codes:
+        return None
+    return (
+        f"most codes are dead: of {codes} codes a codebook uses {used:.1f} (perplexity, mean over codebooks) at epoch "
+        f"{len(epochs)}; lower --set model.codes, re-initialise unused codes more often (--set train.reset_every), or "
+        "lower --set train.learning_rate"
+    )

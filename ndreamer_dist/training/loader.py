@@ -1,0 +1,77 @@
+"""Mini-batches by Ray Data: readers on the cluster, delivery in the plan's order, dense on the training device.
+
+In: a packed cohort, the plan, a worker's place and the step to start at. Out: an iterator of `MiniBatch`, read ahead.
+Ray Data's loop runs in a thread of the training process, so what it costs is taken from the training.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.compute.executor import READER_CPUS
+from ndreamer_dist.model.batch import MiniBatch
+from ndreamer_dist.training.densify import RowLabels, densify
+from ndreamer_dist.training.sampling import SamplingPlan
+from ndreamer_dist.training.windows import PlanSource, from_arrow, windows
+
+LOOP_PAUSE_SECONDS = 0.02
+READ_AHEAD = 2
+"""Steps that are fetched from the object store before they are asked for."""
+LATE_SECONDS = 120.0
+LATE = (
+    f"no mini-batch has come for {LATE_SECONDS:.0f} s: the readers may have no processor, as when a machine is lost and the "
+    f"training workers hold what is left; training goes on when Ray has {READER_CPUS} processors for them"
+)
+
+
+def mini_batches(
+    packed: Packed, plan: SamplingPlan, place: tuple[int, int], first_step: int, device: Any
+) -> Iterator[MiniBatch]:
+    """Yield the shares of the worker `place` (rank, workers) from `first_step` on, read ahead by Ray Data."""
+    import ray.data
+
+    if first_step >= plan.steps:
+        return
+    data_context = ray.data.DataContext.get_current()
+    data_context.execution_options.preserve_order = True
+    data_context.enable_progress_bars = False
+    data_context.custom_execution_callback_classes = [_rest_between_rounds()]
+    source = PlanSource(packed, plan, rank=place[0], world=place[1], first_step=first_step)
+    # As many blocks as there are windows: asked for more, Ray Data would cut each window's output again.
+    dataset = ray.data.read_datasource(source, num_cpus=READER_CPUS, override_num_blocks=len(windows(plan, first_step)))
+    dataset.set_name(f"mini_batches_of_{packed.run.name}_worker_{place[0]}")
+    labels = RowLabels.of(packed)
+    for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=READ_AHEAD):
+        yield densify(from_arrow(table, packed.n_genes), labels, plan, place, device)
+
+
+def watched(batches: Iterator[MiniBatch], late: Callable[[], object], seconds: float) -> Iterator[MiniBatch]:
+    """Yield mini-batches; `late` is called, from another thread, where the first has not come in time."""
+    timer = threading.Timer(seconds, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        for batch in batches:
+            timer.cancel()
+            yield batch
+    finally:
+        timer.cancel()
+
+
+def _rest_between_rounds() -> type:
+    """Return a callback that lets Ray Data's loop rest.
+
+    With nothing to start it goes round without a pause: it took more of the processor than the training did.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Rest(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            del executor
+            time.sleep(LOOP_PAUSE_SECONDS)
+
+    return Rest

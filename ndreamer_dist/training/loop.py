@@ -1,0 +1,199 @@
+"""The training loop, on one screen (METHOD sections 2 to 4).
+
+What comes in: mini-batches in the order of the plan. What goes out: a trained network, and one row of measures per
+step. Nothing here knows Ray or zarr; with several workers every one runs this loop on its share and computes the
+gradient of the one global mini-batch. All that is random is keyed by the step, so the state of a run is the network,
+the optimiser and the number of steps done.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from ndreamer_dist.errors import NDreamerError
+from ndreamer_dist.model import noise
+from ndreamer_dist.model.batch import MiniBatch
+from ndreamer_dist.model.codebooks import Quantised
+from ndreamer_dist.model.collectives import Collective, average_gradients
+from ndreamer_dist.model.losses import LossTerms, total_loss
+from ndreamer_dist.model.network import NDreamerNetwork
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage.checksums import check_digest, digest, seal, unseal
+
+logger = logging.getLogger(__name__)
+
+
+STATE_FILE = "state.json"
+"""Of a checkpoint's files the one that holds the checksums of the others; written last: without it none counts."""
+
+
+class TrainingError(NDreamerError, RuntimeError):
+    """Training cannot go on: a loss is not finite."""
+
+
+@dataclass
+class TrainState:
+    """All that a checkpoint holds."""
+
+    network: NDreamerNetwork
+    optimiser: torch.optim.AdamW
+    step: int = 0
+    measures: list[dict[str, float]] = field(default_factory=list)  # one row per step
+    perplexities: list[list[float]] = field(default_factory=list)  # (steps, codebooks)
+
+    @classmethod
+    def fresh(
+        cls, settings: Settings, *, genes: int, conditions: int, batch_levels: tuple[int, ...], device: Any = "cpu"
+    ) -> TrainState:
+        """Return an untrained state; the weights depend on the seed alone."""
+        network = NDreamerNetwork(genes, conditions, batch_levels, settings.model, seed=settings.seed).to(device)
+        schedule = settings.train
+        network.bf16 = schedule.precision == "bf16"
+        optimiser = torch.optim.AdamW(
+            network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
+        )
+        return cls(network, optimiser)
+
+    def to_bytes(self) -> dict[str, bytes]:
+        """Return the files of a checkpoint: two of tensors, one of text; nothing is pickled."""
+        moments = {
+            f"{index}.{name}": value.detach().cpu().contiguous()
+            for index, values in self.optimiser.state_dict()["state"].items()
+            for name, value in values.items()
+        }
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
+        files = {"weights.safetensors": save_tensors(weights), "optimiser.safetensors": save_tensors(moments)}
+        told = {"step": self.step, "measures": self.measures, "perplexities": self.perplexities}
+        told["files"] = {name: digest(data) for name, data in files.items()}
+        return files | {STATE_FILE: seal(told, indent=None)}
+
+    def load_bytes(self, files: Mapping[str, bytes], where: str = "") -> None:
+        """Take up the state that `to_bytes` gave.
+
+        Parameters
+        ----------
+        where
+            Address of the checkpoint, for the error.
+
+        Raises
+        ------
+        DamagedError
+            A file is missing or not what was written.
+        """
+        told = unseal(files.get(STATE_FILE, b""), f"{where}/{STATE_FILE}")
+        for name, known in dict(told.get("files", {})).items():
+            check_digest(files.get(name, b""), known, f"{where}/{name}")
+        self.network.load_state_dict(load_tensors(files["weights.safetensors"]))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in load_tensors(files["optimiser.safetensors"]).items():
+            index, _, moment = name.partition(".")
+            state.setdefault(int(index), {})[moment] = value
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        self.step, self.measures, self.perplexities = told["step"], told["measures"], told["perplexities"]
+
+
+def train(
+    state: TrainState,
+    batches: Iterable[MiniBatch],
+    settings: Settings,
+    collective: Collective,
+    after_step: Callable[[TrainState], object] = lambda _: None,
+) -> None:
+    """Take one optimiser step per mini-batch, from `state.step` on.
+
+    Raises
+    ------
+    TrainingError
+        The loss of a step is not finite.
+    """
+    prepare(state, settings, collective)
+    for batch, waited, started in _timed(batches):
+        terms, quantised = training_step(state, batch, settings, collective)
+        _measure(state, batch, terms, quantised, started, waited)
+        after_step(state)
+
+
+def prepare(state: TrainState, settings: Settings, collective: Collective) -> None:
+    """Bring the network into training mode, compiled where `train.compile` asks for it."""
+    state.network.train()
+    if settings.train.compile:
+        from ndreamer_dist.model.compiled import compile_layers
+
+        compile_layers(state.network, collective)
+
+
+def training_step(
+    state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
+) -> tuple[LossTerms, Quantised]:
+    """Take one optimiser step; count the use of codes, and reset those that are hardly used when it is time to."""
+    network, schedule = state.network, settings.train
+    draws = noise.draw(batch, settings.model, settings.seed)
+    outputs = network(batch, draws, collective)
+    terms = total_loss(outputs, batch, draws, settings.loss, conditions=network.conditions, collective=collective)
+    state.optimiser.zero_grad(set_to_none=True)
+    terms.total.backward()
+    average_gradients(network.parameters(), collective)
+    state.optimiser.step()
+    quantised, quantiser = outputs.quantised, network.quantiser
+    quantiser.count_usage(quantised.usage, collective)
+    if schedule.reset_every and batch.step % schedule.reset_every == 0:
+        quantiser.reset(
+            quantised.projections, collective, seed=settings.seed, step=batch.step, below=schedule.reset_below
+        )  # fmt: skip
+    state.step = batch.step
+    return terms, quantised
+
+
+def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, float]]:
+    """Yield each mini-batch with the seconds it was waited for, and when its step (the wait included) began."""
+    stream = iter(batches)
+    while True:
+        started = time.perf_counter()
+        batch = next(stream, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started, started
+
+
+def _measure(
+    state: TrainState, batch: MiniBatch, terms: LossTerms, quantised: Quantised, started: float, waited: float
+) -> None:
+    """Note what a step measured; `TrainingError` where its loss is not finite."""
+    values = {"step": batch.step, **terms.as_floats()}
+    unfit = [name for name, value in values.items() if not math.isfinite(value)]
+    if unfit:
+        msg = (
+            f"the loss is not finite at step {batch.step} ({', '.join(unfit)}); lower --set train.learning_rate, or look "
+            "for extreme values in the input"
+        )
+        raise TrainingError(msg)
+    books = [round(used, 2) for used in perplexities(quantised).tolist()]
+    seconds = time.perf_counter() - started  # a GPU has done its work only now that its numbers are here
+    values |= {
+        "learning_rate": state.optimiser.param_groups[0]["lr"],
+        "perplexity": fmean(books),
+        "cells_per_second": batch.cells / seconds,
+        "waiting": waited / seconds,
+        "seconds": seconds,
+    }
+    state.measures.append(values)
+    state.perplexities.append(books)
+
+
+@torch.no_grad()
+def perplexities(quantised: Quantised) -> torch.Tensor:
+    """Return how many codes of each codebook a mini-batch uses, (codebooks,): exp of the entropy of their mean."""
+    probs = quantised.group_probs.double().sum(1)  # (codebooks, codes), over all cells
+    probs = probs / probs.sum(-1, keepdim=True)
+    return torch.special.entr(probs).sum(-1).exp()

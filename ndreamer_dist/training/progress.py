@@ -1,0 +1,156 @@
+"""How far training is, shown while it runs: one bar, and warnings as soon as there is reason for one.
+
+The serial runtime shows these directly. On Ray, workers and driver share no screen and workers' log lines stay in
+their files, so the first worker tells an actor and the driver asks it once a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tqdm.auto import tqdm
+
+from ndreamer_dist.compute.events import peak_bytes, stage_now
+from ndreamer_dist.compute.executor import Runtime
+from ndreamer_dist.training.sampling import SamplingPlan
+
+POLL_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Told:
+    """What is known of a running training: the last step done, what it measured, the worker's memory, warnings by kind."""
+
+    step: int = 0
+    measures: dict[str, float] = field(default_factory=dict)
+    peak: int = 0
+    warnings: dict[str, str] = field(default_factory=dict)
+
+
+class Display(Protocol):
+    """Where a training worker shows how it gets on."""
+
+    def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
+        """Note that a step is done, and what it measured."""
+
+    def warn(self, kind: str, text: str) -> None:
+        """Note that something is wrong; a kind is told once."""
+
+
+class Screen:
+    """One bar on this process's screen, and warnings in its log."""
+
+    def __init__(self, plan: SamplingPlan, runtime: Runtime) -> None:
+        hidden = None if runtime.progress is None else not runtime.progress
+        self._plan, self._warned, self._stage = plan, set[str](), stage_now()
+        self.bar = tqdm(total=plan.steps, desc="train", disable=hidden)
+
+    def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
+        """See `Display.reached`."""
+        if measures and not self.bar.disable:
+            epoch = (step - 1) // self._plan.steps_per_epoch + 1
+            speed = f"loss {measures['total']:.4g}, {measures['cells_per_second']:.0f} cells/s"
+            self.bar.set_postfix_str(f"epoch {epoch}/{self._plan.epochs}, {speed}", refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self._stage is not None:
+            self._stage.trained(step, self._plan.steps, measures or {})
+
+    def warn(self, kind: str, text: str) -> None:
+        """See `Display.warn`."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            with tqdm.external_write_mode():
+                logger.warning("%s", text)
+
+    def show(self, told: Told) -> None:
+        """Show what an actor was told."""
+        if self._stage is not None:
+            self._stage.held(told.peak)
+        self.reached(told.step, told.measures)
+        for kind, text in told.warnings.items():
+            self.warn(kind, text)
+
+
+@contextmanager
+def screen(plan: SamplingPlan, runtime: Runtime) -> Iterator[Screen]:
+    """Show a bar until the block ends."""
+    shown = Screen(plan, runtime)
+    with shown.bar:
+        yield shown
+
+
+class TrainingProgress:
+    """Keeps what the first worker told until the driver asks."""
+
+    def __init__(self) -> None:
+        self._told = Told()
+
+    def reached(self, step: int, measures: Mapping[str, float] | None = None, peak: int = 0) -> None:
+        """See `Display.reached`; `peak` is the most memory that the worker has held."""
+        self._told.step, self._told.measures, self._told.peak = step, dict(measures or {}), peak
+
+    def warn(self, kind: str, text: str) -> None:
+        """See `Display.warn`."""
+        self._told.warnings.setdefault(kind, text)
+
+    def told(self) -> Told:
+        """Return all that was told so far."""
+        return self._told
+
+
+@dataclass(frozen=True)
+class RemoteDisplay:
+    """A worker's way to the driver's screen. That the actor is gone is no reason to stop training."""
+
+    actor: Any
+
+    def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
+        """See `Display.reached`; nothing is waited for."""
+        self.actor.reached.remote(step, measures, peak_bytes())
+
+    def warn(self, kind: str, text: str) -> None:
+        """See `Display.warn`; rare, so it is waited for: training may end right after."""
+        import ray
+
+        with suppress(ray.exceptions.RayActorError):
+            ray.get(self.actor.warn.remote(kind, text))
+
+
+@contextmanager
+def remote_screen(plan: SamplingPlan, runtime: Runtime, run: str) -> Iterator[RemoteDisplay]:
+    """Show, in the driver, what workers tell the display that is given, until the block ends.
+
+    The actor between them is named after the run; of two that began at once each has a name of its own.
+    """
+    import ray
+
+    name = f"training progress of {run} ({uuid.uuid4().hex[:6]})"
+    actor: Any = ray.remote(TrainingProgress).options(name=name, num_cpus=0).remote()
+    stop = threading.Event()
+    with screen(plan, runtime) as shown:
+
+        def show() -> None:
+            with suppress(ray.exceptions.RayActorError):
+                shown.show(ray.get(actor.told.remote()))
+
+        def watch() -> None:
+            while not stop.wait(POLL_SECONDS):
+                show()
+
+        watcher = threading.Thread(target=watch, daemon=True, name="ndreamer-progress")
+        watcher.start()
+        try:
+            yield RemoteDisplay(actor)
+        finally:
+            stop.set()
+            watcher.join()
+            show()
+            ray.kill(actor)

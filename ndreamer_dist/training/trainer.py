@@ -1,0 +1,281 @@
+"""The training loop under Ray Train, or in this process: workers, streaming, checkpoints, and what is seen of it all.
+
+Each worker builds its own Ray Data stream inside the train function, after looking for a checkpoint: that is how a
+resumed run starts at its step. Checkpoints are kept below `DIR/train`; the first worker writes the trained model to
+`DIR/model` and the measures to `DIR/logs`.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.compute.executor import WORKER_CPUS, Runtime, check_layout, own_cause
+from ndreamer_dist.errors import DamagedError
+from ndreamer_dist.model.batch import MiniBatch
+from ndreamer_dist.model.collectives import Distributed, Single
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import begin_stage
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.training.checkpoints import Checkpoint, Schedule, latest_serial, save_serial
+from ndreamer_dist.training.densify import RowLabels, densify
+from ndreamer_dist.training.health import concerns
+from ndreamer_dist.training.loader import LATE, LATE_SECONDS, mini_batches, watched
+from ndreamer_dist.training.log import epoch_row, epoch_rows, write_logs
+from ndreamer_dist.training.loop import TrainingError, TrainState, train
+from ndreamer_dist.training.model_file import save_model
+from ndreamer_dist.training.progress import Display, remote_screen, screen
+from ndreamer_dist.training.sampling import SamplingPlan
+from ndreamer_dist.training.windows import read_window, windows
+
+KEY_FILE = "stage_key"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Where Ray Train keeps which checkpoints there are."""
+
+logger = logging.getLogger(__name__)
+
+
+def run_train(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
+    """Train and write model/; a run that was stopped goes on from its last checkpoint."""
+    shard = Shard("model", (keys.MODEL_WEIGHTS, keys.MODEL_JSON))
+    if not begin_stage(run, keys.STAGE_TRAIN, key, [shard], lambda _: _keep_own_checkpoints(run, key)):
+        return
+    plan = SamplingPlan.for_cohort(packed.design.starts, settings.train, settings.seed)
+    logger.info("training: %d epochs of %d steps", plan.epochs, plan.steps_per_epoch)
+    if runtime.serial:
+        _train_serially(run, settings, packed, plan, runtime)
+    else:
+        _train_on_ray(run, settings, packed, plan, runtime)
+    run.mark(keys.STAGE_TRAIN, key, shard)
+
+
+def _keep_own_checkpoints(run: RunDirectory, key: str) -> None:
+    """Delete checkpoints that were made under another stage key; those of this key are what a resume is for."""
+    name = f"{keys.TRAIN_DIR}/{KEY_FILE}"
+    if run.storage.read_if_there(name) == key.encode():
+        return
+    told = (keys.METRICS, keys.EPOCHS, keys.TENSORBOARD)
+    for stale in (keys.TRAIN_DIR, keys.MODEL_WEIGHTS, keys.MODEL_JSON, *told):
+        run.storage.delete(stale)
+    run.storage.write_atomic(name, key.encode())
+
+
+def _fresh(settings: Settings, packed: Packed, device: Any) -> TrainState:
+    design = packed.design
+    return TrainState.fresh(
+        settings,
+        genes=packed.n_genes,
+        conditions=len(design.conditions),
+        batch_levels=tuple(len(levels) for levels in design.batch_levels),
+        device=device,
+    )
+
+
+def _train_serially(
+    run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime
+) -> None:
+    """Train in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.train.threads)
+    try:
+        state, labels = _fresh(settings, packed, "cpu"), RowLabels.of(packed)
+        checkpoint = latest_serial(run.storage)
+        if checkpoint is not None:
+            state.load_bytes(checkpoint.files, checkpoint.url)
+        parts = windows(plan, state.step) if state.step < plan.steps else []
+        shares = (share for steps in parts for share in read_window(packed, plan, steps, 0, 1))
+        batches = (densify(share, labels, plan, (0, 1), "cpu") for share in shares)
+        with screen(plan, runtime) as shown:
+            schedule = Schedule(settings.train, Single())
+            reporter = Reporter(run, settings, plan, state, schedule, shown, _save_serially(run))
+            reporter.train(batches, packed, Single())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _save_serially(run: RunDirectory) -> Callable[[TrainState], None]:
+    return lambda state: save_serial(run.storage, state.step, state.to_bytes())
+
+
+class Reporter:
+    """What a worker does beside the steps themselves: checkpoints, and on the first worker what is seen of a training.
+
+    Parameters
+    ----------
+    display
+        Where the first worker shows how it gets on; none for the others.
+    save
+        Writes a checkpoint; called on all workers at the same step.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        settings: Settings,
+        plan: SamplingPlan,
+        state: TrainState,
+        schedule: Schedule,
+        display: Display | None,
+        save: Callable[[TrainState], None],
+    ) -> None:
+        self._run, self._settings, self._plan = run, settings, plan
+        self._state, self._schedule, self._display, self._save = state, schedule, display, save
+        self._epochs = epoch_rows(state.measures, state.perplexities, plan.steps_per_epoch)
+        if display is not None:
+            display.reached(state.step)
+
+    def train(self, batches: Iterator[MiniBatch], packed: Packed, collective: Single | Distributed) -> None:
+        """Train to the end of the plan; the first worker writes the model and the logs."""
+        try:
+            train(self._state, batches, self._settings, collective, after_step=lambda _: self.after_step())
+        except TrainingError:
+            self._write_logs()  # the steps before the one that failed
+            raise
+        self._write_logs()
+        if self._display is not None:
+            save_model(self._run.storage, self._state.network, packed, self._settings)
+
+    def after_step(self) -> None:
+        """Show a finished step; write a checkpoint where one is due."""
+        if self._display is not None:
+            self._show(self._display)
+        step = self._state.step
+        if step < self._plan.steps and self._schedule.due(step):
+            self._save(self._state)
+            self._write_logs()
+
+    def _show(self, display: Display) -> None:
+        state, length = self._state, self._plan.steps_per_epoch
+        row = state.measures[-1]
+        display.reached(state.step, row)
+        if state.step % length == 0:
+            self._epochs.append(epoch_row(state.measures[-length:], state.perplexities[-length:]))
+            for kind, text in concerns(self._epochs, self._settings, self._plan.epochs).items():
+                display.warn(kind, text)
+
+    def _write_logs(self) -> None:
+        if self._display is not None:
+            write_logs(self._run.storage, self._state.measures, self._epochs, self._plan.steps_per_epoch)
+
+
+def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from ndreamer_dist.training.process_group import RaysNetwork
+
+    check_layout(settings.train, runtime.cpus, lambda: runtime.gpus)
+    use_gpu = settings.train.device == "cuda" or (
+        settings.train.device == "auto" and runtime.gpus >= settings.train.workers
+    )
+    with remote_screen(plan, runtime, run.name) as display, _failures_told(run):
+        result = TorchTrainer(
+            _worker,
+            train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan, "display": display},
+            torch_config=RaysNetwork(),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=settings.train.workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if use_gpu else {})},
+                # GPUs of one machine hear each other best; threads are best off on a machine of their own.
+                placement_strategy="PACK" if use_gpu else "SPREAD",
+            ),
+            run_config=ray.train.RunConfig(
+                name=keys.TRAIN_DIR,
+                failure_config=ray.train.FailureConfig(max_failures=settings.train.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                # OpenMP threads that wait must not spin: the readers need the processor (10 times the time without).
+                worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+                **_train_storage(run.storage),
+            ),
+        ).fit()
+    if result.return_value:
+        raise TrainingError(result.return_value)
+
+
+@contextmanager
+def _failures_told(run: RunDirectory) -> Iterator[None]:
+    """Raise what a worker or its readers raised on purpose, and say of Ray Train's own files that they are damaged."""
+    import ray.train
+
+    try:
+        yield
+    except ray.train.WorkerGroupError as error:
+        causes = filter(None, map(own_cause, error.worker_failures.values()))
+        raise next(causes, error) from None
+    except ray.train.ControllerError as error:
+        cause = error.controller_failure
+        if type(cause).__name__ != "CheckpointManagerInitializationError" or "same Ray version" in str(cause):
+            raise
+        url = f"{run.url}/{keys.TRAIN_DIR}/{SNAPSHOT}"
+        raise DamagedError.of(url, cause) from error
+
+
+def _train_storage(storage: Storage) -> dict[str, Any]:
+    """Return Ray Train's storage settings: a local path as it is, anything else through its fsspec file system."""
+    if storage.is_local:
+        return {"storage_path": storage.root}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {"storage_path": storage.root, "storage_filesystem": PyFileSystem(FSSpecHandler(storage.filesystem))}
+
+
+def _worker(config: dict[str, Any]) -> str | None:
+    """Train one worker's share; this is what Ray Train runs on every worker. Returns what was found wrong, if anything."""
+    import ray.train
+    import ray.train.torch
+
+    run, settings, packed, plan, display = (config[name] for name in ("run", "settings", "packed", "plan", "display"))
+    torch.set_num_threads(settings.train.threads)
+    context = ray.train.get_context()
+    place = (context.get_world_rank(), context.get_world_size())
+    device = ray.train.torch.get_device()
+    collective = Distributed() if place[1] > 1 else Single()
+    state = _fresh(settings, packed, device)
+    checkpoint = _ray_checkpoint(run) or latest_serial(run.storage)
+    if checkpoint is not None:
+        state.load_bytes(checkpoint.files, checkpoint.url)
+    schedule = Schedule(settings.train, collective, device)
+    reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
+    batches = mini_batches(packed, plan, place, state.step, device)
+    try:
+        reporter.train(watched(batches, lambda: display.warn("late", LATE), LATE_SECONDS), packed, collective)
+    except TrainingError as error:
+        # Every worker sees the same loss; a retry would see it again, so this ends the job as a finding, not a failure.
+        return str(error)
+    return None
+
+
+def _ray_checkpoint(run: RunDirectory) -> Checkpoint | None:
+    """Return Ray Train's last checkpoint, if there is one."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    url = f"{run.url}/{keys.TRAIN_DIR}/{PurePath(checkpoint.path).name}"
+    with checkpoint.as_directory() as folder:
+        return Checkpoint(url, {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+
+
+def _save_on_ray(state: TrainState) -> None:
+    """Write a checkpoint: the first worker's files, once all workers have come this far."""
+    import ray.train
+
+    measures = {"step": state.step, "total": state.measures[-1]["total"]}
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(measures)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in state.to_bytes().items():
+            (Path(folder) / name).write_bytes(data)
+        ray.train.report(measures, checkpoint=ray.train.Checkpoint.from_directory(folder))

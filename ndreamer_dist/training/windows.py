@@ -1,0 +1,146 @@
+"""Streaming mini-batches from packed.zarr: a Ray Data `Datasource` that executes the sampling plan.
+
+A read task covers a window of steps. It reads what the window touches once, puts the worker's share of each step
+together and yields one Arrow table with a row per step: the cells' CSR and their packed row numbers. The training loop
+turns a row into a dense `MiniBatch` on its device, with labels it looks up by row. The same windows, read in this
+process, serve the serial runtime.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+from ray.data import DataContext
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+from scipy import sparse
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.training.rows import read_rows
+from ndreamer_dist.training.sampling import SamplingPlan
+
+WINDOW_STEPS = 8
+"""A read task covers the whole epochs that make at least this many steps, so that no block is read twice for them."""
+LONGEST_WINDOW = 64
+"""Most steps of a window: it bounds what a read task holds where the groups, and so the steps of an epoch, are many."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A worker's share of one step, still sparse."""
+
+    step: int
+    rows: np.ndarray  # (cells,) packed rows
+    x: sparse.csr_matrix  # (cells, genes)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A worker's shares of some steps, one after the other in the same arrays."""
+
+    steps: range
+    cuts: np.ndarray  # (steps + 1,) where each step's cells start
+    rows: np.ndarray  # (cells of all steps,) packed rows
+    x: sparse.csr_matrix  # (cells of all steps, genes)
+
+    def shares(self) -> Iterator[Share]:
+        """Yield each step's share, in order."""
+        for step, (start, stop) in zip(self.steps, itertools.pairwise(self.cuts.tolist()), strict=True):
+            yield Share(step, self.rows[start:stop], _row_view(self.x, start, stop))
+
+
+def _row_view(x: sparse.csr_matrix, start: int, stop: int) -> sparse.csr_matrix:
+    """Return some rows of a CSR without copying their values, as slicing would."""
+    first, last = x.indptr[start], x.indptr[stop]
+    parts = x.data[first:last], x.indices[first:last], x.indptr[start : stop + 1] - first
+    return sparse.csr_matrix(parts, shape=(stop - start, x.shape[1]), copy=False)
+
+
+def windows(plan: SamplingPlan, first_step: int) -> list[range]:
+    """Cut the steps from `first_step` on into the ranges that one read task covers."""
+    epochs = -(-WINDOW_STEPS // plan.steps_per_epoch)
+    length = min(epochs * plan.steps_per_epoch, LONGEST_WINDOW)
+    edges = [first_step, *range((first_step // length + 1) * length, plan.steps, length), plan.steps]
+    return [range(a, b) for a, b in itertools.pairwise(edges) if b > a]
+
+
+def read_window(packed: Packed, plan: SamplingPlan, steps: range, rank: int, world: int) -> Iterator[Share]:
+    """Read a worker's shares of a window of steps, in step order; each touched chunk is read once.
+
+    Memory: the rows of the window, sparse, and the chunks of a few blocks.
+    """
+    yield from load_window(packed, plan, steps, rank, world).shares()
+
+
+def load_window(packed: Packed, plan: SamplingPlan, steps: range, rank: int, world: int) -> Window:
+    """Read what `read_window` yields, in one piece."""
+    wanted = [plan.share_rows(step, rank, world) for step in steps]
+    rows = np.concatenate(wanted)
+    cuts = np.concatenate([[0], np.cumsum([len(share) for share in wanted])])
+    return Window(steps, cuts, rows, read_rows(packed, rows))
+
+
+def to_arrow(window: Window) -> pa.Table:
+    """Return a window as a table of one row per step, its arrays as list columns; nothing is copied."""
+    entries = window.x.indptr[window.cuts]
+    columns = {
+        "rows": (window.cuts, window.rows.astype(np.int64, copy=False)),
+        "counts": (window.cuts, np.diff(window.x.indptr).astype(np.int32, copy=False)),
+        keys.INDICES: (entries, window.x.indices.astype(np.int32, copy=False)),
+        keys.DATA: (entries, window.x.data.astype(np.float32, copy=False)),
+    }
+    lists = {
+        name: pa.LargeListArray.from_arrays(pa.array(cuts, pa.int64()), pa.array(values))
+        for name, (cuts, values) in columns.items()
+    }
+    return pa.table({"step": pa.array(window.steps, pa.int64()), **lists})
+
+
+def from_arrow(table: pa.Table, genes: int) -> Share:
+    """Read one row of what `to_arrow` gave, without copying the arrays."""
+    rows, counts, indices, data = (
+        table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=True)
+        for name in ("rows", "counts", keys.INDICES, keys.DATA)
+    )
+    indptr = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    x = sparse.csr_matrix((data, indices, indptr), shape=(len(rows), genes), copy=False)
+    return Share(int(table.column("step")[0].as_py()), rows, x)
+
+
+class PlanSource(Datasource):
+    """A worker's shares of every step from `first_step` on, one Arrow row per step, in order."""
+
+    def __init__(self, packed: Packed, plan: SamplingPlan, *, rank: int, world: int, first_step: int) -> None:
+        super().__init__()
+        self._packed = packed
+        self._plan = plan
+        self._place = (rank, world)
+        self._first_step = first_step
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Return nothing: the number of stored values is known only to the blocks."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """Return one task per window of steps, whatever parallelism is asked for: the windows are the plan's."""
+        del parallelism, data_context
+        return [
+            ReadTask(
+                partial(_read_tables, self._packed, self._plan, steps, *self._place),
+                BlockMetadata(num_rows=len(steps), size_bytes=None, input_files=None, exec_stats=None),
+                per_task_row_limit=per_task_row_limit,
+            )
+            for steps in windows(self._plan, self._first_step)
+        ]
+
+
+def _read_tables(packed: Packed, plan: SamplingPlan, steps: range, rank: int, world: int) -> Iterable[pa.Table]:
+    yield to_arrow(load_window(packed, plan, steps, rank, world))

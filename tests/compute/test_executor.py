@@ -1,0 +1,136 @@
+"""Both runtimes give the same answers, and a task's error arrives as itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ndreamer_dist.compute import machine
+from ndreamer_dist.compute.executor import LazyRuntime, Node, TaskNeed, check_nodes, cluster_nodes, fetch
+from ndreamer_dist.compute.local_ray import object_store_bytes
+from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
+from ndreamer_dist.errors import CohortError, ResourceError
+from ndreamer_dist.settings import RunSettings
+
+
+@pytest.fixture(params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
+def runtime(request: pytest.FixtureRequest) -> LazyRuntime:
+    if request.param == "ray":
+        request.getfixturevalue("local_ray")
+    return LazyRuntime(RunSettings(serial=request.param == "serial"))
+
+
+def square(item: int, offset: np.ndarray) -> float:
+    return float(item**2 + offset.sum())
+
+
+def parts(count: int) -> list[int]:
+    return list(range(count))
+
+
+def refuse(item: int) -> None:
+    msg = f"cell {item} is not a cell"
+    raise CohortError(msg)
+
+
+def threads(_: int) -> int:
+    return torch.get_num_threads()
+
+
+def test_map_answers_for_every_item(runtime: LazyRuntime) -> None:
+    answers = runtime.map(square, range(20), np.arange(3), title="square")
+    assert sorted(answers) == [i**2 + 3.0 for i in range(20)]
+
+
+def test_an_answer_stays_where_it_was_made_until_it_is_fetched(runtime: LazyRuntime) -> None:
+    handles = runtime.submit(parts, 3, returns=3)
+    assert [fetch(handle) for handle in handles] == [0, 1, 2]
+    assert fetch(runtime.put("shared")) == "shared"
+
+
+def test_a_tasks_own_error_arrives_without_a_trace_around_it(runtime: LazyRuntime) -> None:
+    with pytest.raises(CohortError, match=r"^cell 7 is not a cell$"):
+        list(runtime.map(refuse, [7], title="refuse"))
+
+
+def test_tasks_keep_to_the_threads_of_the_settings(runtime: LazyRuntime) -> None:
+    before = torch.get_num_threads()
+    assert list(runtime.map(threads, [0], title="threads")) == [1]
+    assert torch.get_num_threads() == before
+
+
+def test_nothing_is_started_for_no_work() -> None:
+    with LazyRuntime(RunSettings(address="nowhere:1")) as runtime:
+        assert list(runtime.map(square, [], title="nothing")) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus", "memory"),
+    [
+        pytest.param({"cpu.max": "100000 100000", "memory.max": "1000000000"}, 1, 10**9, id="cgroup_v2"),
+        pytest.param({"memory/memory.limit_in_bytes": "2000000000"}, None, 2 * 10**9, id="cgroup_v1"),
+        pytest.param({"cpu.max": "max 100000", "memory.max": "max"}, None, None, id="no_limit"),
+    ],
+)
+def test_limits_are_the_containers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict, cpus: int | None, memory: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    assert cpu_count() == (cpus or cpu_count())
+    assert memory_limit() <= (memory or memory_limit())
+    if memory:
+        assert memory_limit() == memory
+    assert object_store_bytes(RunSettings()) <= memory_limit() // 8 or memory_limit() < 2**30
+
+
+@pytest.mark.parametrize(("memory", "disk", "message"), [(5, 100, "GB of memory"), (50, 10, "GB of disk")])
+def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(memory: int, disk: int, message: str) -> None:
+    needs = Needs(memory=10 * 10**9, disk=20 * 10**9)
+    check_resources(needs, memory=10 * 10**9, disk=20 * 10**9, where="here")
+    with pytest.raises(ResourceError, match=f"{message}.*--"):
+        check_resources(needs, memory=memory * 10**9, disk=disk * 10**9, where="here")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        pytest.param([("a", 4, 8), ("b", 2, 4)], None, id="all_hold_as_many_as_they_run"),
+        pytest.param(
+            [("a", 4, 8), ("b", 3, 5)], r"node b .* with 2 of them \(ray start --num-cpus=2\)", id="one_is_small"
+        ),
+        pytest.param(
+            [("a", 4, 1), ("b", 3, 5)], "node a has 4 processors and 1.0 GB for tasks; take smaller", id="none_fits"
+        ),
+    ],
+)
+def test_a_node_holds_a_task_for_each_of_its_processors(nodes: list[tuple[str, int, int]], message: str | None) -> None:
+    task, made = TaskNeed("clusters", 2 * 10**9), [Node(name, cpus, gb * 10**9) for name, cpus, gb in nodes]
+    if message is None:
+        return check_nodes(task, made)
+    with pytest.raises(ResourceError, match=f"^stage 'clusters' takes 2.0 GB a task.*{message}.*--set"):
+        check_nodes(task, made)
+    return None
+
+
+@pytest.mark.ray
+def test_a_cluster_whose_nodes_are_too_small_is_refused_before_any_task(local_ray: None) -> None:
+    (node,) = cluster_nodes()
+    assert (node.cpus, node.memory > 0) == (2, True)
+    for settings, memory in ((RunSettings(), node.memory), (RunSettings(memory_gb=0.9), int(0.5e9))):
+        with pytest.raises(ResourceError, match=f"node {node.address} has 2 processors"):
+            LazyRuntime(settings, TaskNeed("pack", memory)).map(refuse, [1], title="refuse")
+    enough = LazyRuntime(RunSettings(), TaskNeed("pack", node.memory // 2))
+    assert list(enough.map(square, [1], np.arange(3), title="square")) == [4.0]
+
+
+def test_a_bar_is_hidden_away_from_a_terminal(capsys: pytest.CaptureFixture) -> None:
+    list(LazyRuntime(RunSettings(serial=True)).map(square, [1], np.arange(3), title="hidden"))
+    assert capsys.readouterr().err == ""
+    list(LazyRuntime(RunSettings(serial=True, progress=True)).map(square, [1], np.arange(3), title="shown"))
+    assert "shown: 100%" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""The promise grows with what it should grow with, and a million cells fit a small machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.pack import partitions_of
+from ndreamer_dist.cohort.source import COLUMN_ENTRIES
+from ndreamer_dist.cohort.statistics import spans_of
+from ndreamer_dist.cohort.transpose import TASK_BYTES_PER_ENTRY
+from ndreamer_dist.effects.tables import MATCH_LIMIT
+from ndreamer_dist.planning.memory import (
+    BASE_BYTES,
+    DRIVER_BYTES,
+    DRIVER_BYTES_PER_CELL,
+    CohortSize,
+    _partition_cells,
+    disk_bytes,
+    needs,
+    stage_memory,
+    task_memory,
+)
+from ndreamer_dist.settings import Settings
+from tests.cohorts import design_of
+from tests.tiny import NAMES, SETTINGS, STORES, arrays, tiny_cohort
+
+MILLION = CohortSize(
+    cells=1_000_000, genes=20_000, stored_values=800_000_000, groups=80, largest_group=25_000, edges=4800, conditions=2
+)
+GIB = 2**30
+
+
+@pytest.fixture
+def small() -> Settings:
+    return Settings.build(preset="small")
+
+
+def test_sizes_are_those_of_the_design(small: Settings) -> None:
+    size = CohortSize.of(design_of([300, 200, 150]), small, genes=50, stored_values=7000)
+    assert (size.cells, size.groups, size.largest_group, size.conditions) == (650, 3, 300, 2)
+    assert size.edges == 2 + 3 + 2  # controls meet the two controls, the treated group itself and both controls
+
+
+def test_a_million_cells_are_promised_less_than_16_gb_on_two_processors(small: Settings) -> None:
+    promised = stage_memory(MILLION, small, cpus=2, object_store=2 * GIB)
+    assert tuple(promised) == keys.STAGES
+    assert max(promised.values()) < 16e9
+    assert min(promised.values()) > 2e9
+
+
+@pytest.mark.parametrize(
+    "larger",
+    [
+        pytest.param({"cpus": 8}, id="processors"),
+        pytest.param({"object_store": 8 * GIB}, id="object_store"),
+        pytest.param({"size": dataclasses.replace(MILLION, cells=4_000_000, stored_values=3_200_000_000)}, id="cells"),
+    ],
+)
+def test_more_of_anything_is_never_promised_less(small: Settings, larger: dict) -> None:
+    given = {"size": MILLION, "cpus": 2, "object_store": 2 * GIB}
+    before, after = (stage_memory(**parts, settings=small) for parts in (given, {**given, **larger}))
+    assert all(after[stage] > before[stage] for stage in keys.STAGES)
+
+
+def test_a_wider_network_needs_more_to_train_and_fewer_layers_less_disk(small: Settings) -> None:
+    paper = Settings.build()
+    wide, narrow = (stage_memory(MILLION, s, cpus=2, object_store=0)[keys.STAGE_TRAIN] for s in (paper, small))
+    assert wide > narrow
+    fewer = Settings.build(preset="small", overrides={"effects.store": ["ite"]})
+    assert disk_bytes(MILLION, small) - disk_bytes(MILLION, fewer) == 2 * 1_000_000 * 2000 * 4
+    assert needs(MILLION, small, cpus=2, object_store=0).disk == disk_bytes(MILLION, small)
+    half = Settings.build(preset="small", overrides={"effects.dtype": "float16"})
+    layers = len(small.effects.store) * 1_000_000 * 2000 * 4
+    assert disk_bytes(MILLION, small) - disk_bytes(MILLION, half) == layers // 2
+
+
+def test_matches_that_obsm_leaves_out_take_no_disk(small: Settings) -> None:
+    most = dataclasses.replace(MILLION, groups=MATCH_LIMIT // 1_000_000, edges=0)
+    beyond = dataclasses.replace(most, groups=most.groups + 1)
+    assert disk_bytes(most, small) - disk_bytes(beyond, small) == most.cells * most.groups * 8
+
+
+def test_values_stored_by_columns_are_promised_what_turning_them_takes(small: Settings) -> None:
+    turned = dataclasses.replace(MILLION, by_columns=True)
+    before, after = (stage_memory(size, small, cpus=2, object_store=0) for size in (MILLION, turned))
+    share = COLUMN_ENTRIES + MILLION.cells  # of a task: its values, and a whole last column
+    assert after[keys.STAGE_COHORT] == 2 * int(BASE_BYTES + share * TASK_BYTES_PER_ENTRY) + before_tasks(MILLION)
+    assert {s for s in keys.STAGES if before[s] != after[s]} == {keys.STAGE_COHORT}
+    least = Settings.build(preset="small", overrides={"effects.store": "none"})
+    assert (
+        disk_bytes(MILLION, least) < 16e9 == disk_bytes(turned, least)
+    )  # 20 bytes a value, before all else is written
+    assert disk_bytes(MILLION, small) == disk_bytes(turned, small)  # more is written later than is given back
+
+
+def before_tasks(size: CohortSize) -> int:
+    """Return what is promised beside the tasks."""
+    return int(DRIVER_BYTES + DRIVER_BYTES_PER_CELL * size.cells)
+
+
+@pytest.mark.parametrize(
+    ("within", "graph"),
+    [
+        pytest.param({"within": "group"}, 25_000, id="group"),
+        pytest.param({"within": "all"}, 1_000_000, id="all"),
+        pytest.param({"within": "sketch"}, 100_000, id="sketch"),
+        pytest.param({"within": "auto"}, 200_000, id="auto"),
+        pytest.param({"within": "auto", "max_cells": 50_000, "sketch_cells": 60_000}, 60_000, id="auto_by_sketch"),
+    ],
+)
+def test_clusters_are_promised_the_largest_graph(within: dict[str, object], graph: int) -> None:
+    made = Settings.build(preset="small", overrides={f"clusters.{name}": value for name, value in within.items()})
+    told = task_memory(MILLION, made)[keys.STAGE_CLUSTERS] - int(BASE_BYTES)
+    assert told == graph * (200 * 24 + 15 * 60 + 50 * 12)
+
+
+def test_packing_is_promised_the_largest_partition(small: Settings) -> None:
+    for cells in (5_000, 100_000, 1_000_000):
+        size = dataclasses.replace(MILLION, cells=cells, stored_values=800 * cells)
+        blocks = -(-cells // small.pack.block_rows)
+        partitions = partitions_of(blocks, size.stored_values, len(spans_of(cells)))
+        most = min(cells, max(len(part) for part in partitions) * small.pack.block_rows)
+        assert most == _partition_cells(size, small)
+
+
+def test_the_disk_that_is_promised_is_what_a_run_writes(tmp_path: Path) -> None:
+    cohort, settings = tiny_cohort(tmp_path), SETTINGS | {"train.epochs": 1}
+    nd.run(cohort, out=tmp_path / "run", preset="small", settings=settings, **NAMES)
+    values = sum(
+        array.nbytes for store in STORES for array in arrays(tmp_path / "run" / store).values() if array.dtype != object
+    )
+    weights = 3 * sum(file.stat().st_size for file in (tmp_path / "run" / keys.TRAIN_DIR).rglob("*.safetensors"))
+    promised = nd.plan(cohort, out=tmp_path / "run", preset="small", settings=settings, **NAMES).disk
+    assert values < promised < 1.5 * (values + weights)

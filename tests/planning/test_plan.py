@@ -1,0 +1,167 @@
+"""What is told before a run is what the run then does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys
+from ndreamer_dist.cli import main
+from ndreamer_dist.cohort.source import open_source
+from ndreamer_dist.compute.executor import SerialRuntime
+from ndreamer_dist.errors import CohortError
+from ndreamer_dist.pipeline import run_stages
+from ndreamer_dist.planning import memory
+from ndreamer_dist.planning.memory import CohortSize
+from ndreamer_dist.planning.plan import Plan, plan_of
+from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.rundir.stage import stage_keys
+from ndreamer_dist.settings import Settings
+from tests.cohorts import design_of
+from tests.tiny import NAMES, SETTINGS, as_memory, tiny_cohort
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cohort(tmp_path_factory.mktemp("forecast"))
+
+
+def made(sizes: list[int], **overrides: object) -> Plan:
+    design = design_of(sizes)
+    settings = Settings.build(preset="small", overrides=overrides)
+    size = CohortSize.of(design, settings, genes=30, stored_values=9000)
+    input_groups = {group.name: group.cells for group in design.groups} | {"donor9|treated": 50}
+    return plan_of(design, settings, size, input_groups=input_groups, cpus=2, object_store=0)
+
+
+class Counting(SerialRuntime):
+    """A runtime that writes down how many tasks it is given at once, by the title or the name of their work."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.run)
+        self.tasks: dict[str, int] = {}
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
+    ) -> Iterator[Any]:
+        items = list(items)
+        self.tasks[title] = len(items)
+        return super().map(function, items, *shared, title=title, num_gpus=num_gpus)
+
+    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
+        self.tasks[function.__name__] = self.tasks.get(function.__name__, 0) + 1
+        return super().submit(function, *args, returns=returns)
+
+
+def test_groups_edges_and_steps_are_those_of_the_run() -> None:
+    plan = made([700, 600, 500], **{"train.batch_size": 64, "train.epochs": 20, "match.query_rows": 300})
+    assert (plan.cells, plan.dropped, plan.genes, plan.modelled) == (1800, 50, 30, 30)
+    assert [cells for _, cells in plan.groups] == [700, 600, 500]
+    assert plan.dropped_groups == (("donor9|treated", 50),)
+    assert plan.epochs == 3 * 1800 // (64 * 3) + 1 + 30 - 29 - 2  # enough passes, moved away from a reset
+    assert plan.steps == 2 * plan.epochs
+
+
+@pytest.mark.parametrize(("edges", "within"), [("needed", "group"), ("all", "sketch")])
+def test_the_tasks_of_a_stage_are_those_that_it_is_seen_to_run(
+    edges: str, within: str, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ndreamer_dist.matching.stage.LEAST_DISTANCES", 20_000_000)  # else one unit holds all edges
+    changes = {"train.epochs": 1, "match.edges": edges, "clusters.within": within, "clusters.sketch_cells": 300}
+    settings = Settings.build(
+        preset="small", overrides=SETTINGS | changes | {f"cohort.{k}": v for k, v in NAMES.items()}
+    )
+    source, runtime = open_source(cohort), Counting(settings)
+    run = RunDirectory.at(tmp_path)
+    run.write_json(keys.RUN_JSON, {"input": {}, "settings": {}, "keys": {}})
+    run_stages(run, settings, source, runtime, stage_keys(settings, {}))
+    plan = nd.plan(cohort, settings=settings)
+    seen = {
+        keys.STAGE_COHORT: (runtime.tasks["cohort: values"],),
+        keys.STAGE_PACK: (runtime.tasks["deal_span"], runtime.tasks["pack"]),
+        keys.STAGE_CLUSTERS: tuple(runtime.tasks[t] for t in ("clusters: sketch", "clusters") if t in runtime.tasks),
+        keys.STAGE_EMBED: (runtime.tasks["embed"],),
+        keys.STAGE_PCA: (runtime.tasks["pca"],),
+        keys.STAGE_MATCH: (runtime.tasks["match"],),
+    }
+    told = {stage.name: tuple(tasks for tasks, _ in stage.work) for stage in plan.stages}
+    assert {stage: told[stage] for stage in seen} == seen
+    assert told[keys.STAGE_MATCH][0] > 1
+    assert told[keys.STAGE_TRAIN] == (2 * settings.train.batch_size // 64,)
+    assert told[keys.STAGE_EFFECTS][1] == runtime.tasks["effects: matches counted"]
+
+
+def test_memory_is_the_promise_that_runs_are_refused_by() -> None:
+    design, settings = design_of([700, 600]), Settings.build()
+    size = CohortSize.of(design, settings, genes=30, stored_values=9000)
+    names = {group.name: group.cells for group in design.groups}
+    plan = plan_of(design, settings, size, input_groups=names, cpus=3, object_store=10**9)
+    needs = memory.needs(size, settings, cpus=3, object_store=10**9)
+    assert (plan.memory, plan.disk) == (needs.memory, needs.disk)
+    assert plan.memory == max(stage.memory for stage in plan.stages)
+
+
+def test_the_command_line_tells_everything_and_writes_nothing(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adata = as_memory(cohort)
+    adata.obs["donor"] = adata.obs["donor"].astype(str)
+    rare = np.flatnonzero(adata.obs["condition"] == "treated")[:7]
+    adata.obs.iloc[rare, adata.obs.columns.get_loc("donor")] = [f"rare{i % 4}" for i in range(7)]
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    names = ["--condition-key", "condition", "--control", "control", "--batch-key", "donor"]
+    sets = (
+        "run.memory_gb=7",
+        "run.object_store_gb=0.5",
+        "cohort.min_genes=5",
+        "cohort.min_cells=2",
+        "cohort.min_group_cells=20",
+    )
+    words = [*names, "--preset", "small", *(word for text in sets for word in ("--set", text))]
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(tmp_path / "in.h5ad"), "--out", str(out), *words])
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    assert not out.exists()
+    settings = dict(text.split("=") for text in sets)
+    plan = nd.plan(tmp_path / "in.h5ad", out=out, **NAMES, preset="small", settings=settings)
+    smallest, largest = (pick(plan.groups, key=lambda group: group[1]) for pick in (min, max))
+    assert (plan.cells, plan.dropped, len(plan.groups), len(plan.dropped_groups)) == (893, 7, 6, 4)
+    unknown = (
+        "cells without counts or fewer than 5 genes, genes in fewer than 2 cells, and groups that get too small by it"
+    )
+    expected = [
+        "cells      893 kept, 7 dropped",
+        "genes      200, of which 200 are modelled",
+        "conditions control (control), treated",
+        "groups     6 kept, 4 dropped",
+        f"  smallest {smallest[0]} ({smallest[1]} cells)",
+        f"  largest  {largest[0]} ({largest[1]} cells)",
+        "  dropped  rare0|treated (2 cells), rare1|treated (2 cells), rare2|treated (2 cells), ...",
+        f"not known before the values are read: {unknown}",
+        f"matching   {3 * 3 + 3 * 6} pairs of groups",
+        f"training   {plan.steps:,} steps of 1,024 cells, in {plan.epochs} epochs",
+        f"memory {plan.memory / 1e9:.1f} GB needed, 7.0 GB there",
+    ]
+    lines = told.splitlines()
+    assert [line for line in expected if line not in lines] == []
+    (disk,) = (line for line in lines if line.startswith("disk"))
+    assert re.fullmatch(rf"disk   {plan.disk / 1e9:.1f} GB needed, \d+\.\d GB there", disk)
+    for stage in plan.stages:
+        (line,) = (line for line in lines if line.startswith(f"{stage.name} "))
+        work = ", then ".join(f"{tasks} {unit}" for tasks, unit in stage.work)
+        assert (
+            line.split(None, 1)[1] == f"{stage.memory / 1e9:.1f} GB" + f"up to {stage.workers}".rjust(12) + f"  {work}"
+        )
+
+
+def test_what_run_would_refuse_is_refused(cohort: Path) -> None:
+    with pytest.raises(CohortError, match="Did you mean 'control'"):
+        nd.plan(cohort, condition_key="condition", control="contrl")

@@ -1,0 +1,202 @@
+"""The report is one file that needs nothing else, says what cannot be said, and runs no script that data brought."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist import cli, keys
+from ndreamer_dist.errors import QueryError, StoreError
+from ndreamer_dist.report.tables import signed
+from ndreamer_dist.stats.results import Results
+from tests.report.browser import CHROMIUM, Page, browsing
+from tests.report.conftest import GENE, KINDS, TREATED
+
+
+class Reader(HTMLParser):
+    """Gathers tags with their attributes, and the text by table of what stands in cells."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.lasttag in ("td", "th"):
+            self.rows[-1][-1] += data.strip("\n")
+
+
+@pytest.fixture(scope="session")
+def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the hostile run, written where it goes by itself."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("page") / "run"))
+    assert nd.report(run, cells=300) == str(run / keys.REPORT)
+    return run / keys.REPORT
+
+
+@pytest.fixture(scope="session")
+def read(page: Path) -> Reader:
+    return Reader(page.read_text())
+
+
+def test_the_page_is_one_file_and_names_nothing_outside(read: Reader) -> None:
+    assert [tag for tag, _ in read.tags].count("script") == 1
+    for _, attributes in read.tags:
+        for name in ("src", "href"):
+            if attributes.get(name):
+                assert attributes[name].startswith(("data:", "#"))
+    assert "default-src 'none'" in next(a["content"] for t, a in read.tags if a.get("http-equiv"))
+
+
+def test_names_from_data_are_text(read: Reader) -> None:
+    for name in (*KINDS.values(), GENE, TREATED):
+        assert name in read.text
+    assert not [attributes for tag, attributes in read.tags if tag == "img" and attributes["src"] == "x"]
+    assert not [attributes for _, attributes in read.tags if any(name.startswith("on") for name in attributes)]
+
+
+def test_every_figure_is_there_with_words_for_those_who_cannot_see_it(read: Reader) -> None:
+    pictures = [attributes for tag, attributes in read.tags if tag == "img"]
+    assert len(pictures) >= 8
+    assert all(len(picture["alt"] or "") > 10 for picture in pictures)
+    assert "Not drawn" not in read.text
+
+
+def test_tables_show_the_donors_test_first_and_say_what_the_sign_test_is(read: Reader, results: Results) -> None:
+    heads = next(row for row in read.rows if row[0] == "gene")
+    assert heads.index("p (donors)") < heads.index("mean effect") < heads.index("sign p")
+    assert "it describes and does not test" in read.text
+    table = results.cate("cell_type")
+    part = table[table["population"] == "plain"].set_index("gene")
+    tops = [row for row in read.rows if row[0] in part.index and len(row) == len(heads)]
+    assert len(tops) > 30
+    first = min(p for p in part["p"] if p == p)
+    assert any(row[heads.index("p (donors)")] == f"{first:.2g}" for row in tops)
+
+
+def test_limits_and_timings_are_told(read: Reader) -> None:
+    assert "lost real differences of cell state" in read.text
+    assert "The donors here are nested, so this applies." in read.text
+    assert "Never run a test over cells on denoised expression" in read.text
+    assert {row[0] for row in read.rows} >= set(keys.STAGES)
+
+
+def test_without_donors_there_are_effects_and_no_p_values(without_donors: Results, tmp_path: Path) -> None:
+    nd.report(without_donors, tmp_path / "page.html", cells=100)
+    read = Reader((tmp_path / "page.html").read_text())
+    assert "effects but no p-values" in read.text
+    assert "No column of obs looks like cell types" in read.text
+    assert not [row for row in read.rows if "p (donors)" in row]
+    place, heads = next((place, row) for place, row in enumerate(read.rows) if row[0] == "gene")
+    top = read.rows[place + 1]
+    mean = without_donors.ite("ndreamer_condition == 'stim'", [top[0]]).X.mean(dtype=float)
+    assert top[heads.index("mean effect")] == signed(mean)
+    assert "logs/metrics.csv" in read.text  # why the losses are not drawn
+
+
+def test_the_command_line_writes_it_and_refuses_in_one_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(finished), "--out", str(tmp_path / "page.html"), "--by", "cell_typ"])
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "Did you mean 'cell_type'?" in said.err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_results_apart_from_their_run_need_a_place(finished: Path, tmp_path: Path) -> None:
+    apart = shutil.copytree(finished / keys.RESULTS, tmp_path / "moved.zarr")
+    with pytest.raises(StoreError, match="--out"):
+        nd.report(apart)
+
+
+def test_an_unknown_condition_is_refused(results: Results, tmp_path: Path) -> None:
+    with pytest.raises(QueryError, match="unheard"):
+        nd.report(results, tmp_path / "page.html", condition="unheard")
+
+
+@pytest.fixture(scope="module")
+def shown(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    if CHROMIUM is None:
+        pytest.skip("no chromium here (Debian's package `chromium`): the page was not looked at")
+    with browsing(tmp_path_factory.mktemp("browser")) as opened:
+        opened.open(page)
+        yield opened
+
+
+COLUMN = "Array.from(document.querySelectorAll('#genes-1 tbody tr'), row => row.cells[%d].dataset.order)"
+
+
+def test_a_browser_shows_it_without_a_complaint_and_asks_the_network_for_nothing(shown: Page) -> None:
+    shown.evaluate("Promise.all(Array.from(document.images, image => image.decode()))")
+    assert [event["entry"]["text"] for event in shown.told("Log.entryAdded")] == []
+    assert shown.told("Runtime.exceptionThrown") == []
+    assert [event for event in shown.told("Runtime.consoleAPICalled") if event["type"] in ("error", "warning")] == []
+    asked = {event["request"]["url"].partition(":")[0] for event in shown.told("Network.requestWillBeSent")}
+    assert asked <= {"file", "data"}
+
+
+def test_no_script_of_the_data_ran(shown: Page) -> None:
+    assert shown.told("Page.javascriptDialogOpening") == []
+    assert shown.evaluate("document.scripts.length") == 1
+
+
+def test_tables_sort_by_mouse_and_by_key(shown: Page) -> None:
+    before = shown.evaluate(COLUMN % 0)
+    shown.evaluate("document.querySelector('#genes-1 thead th button').click()")
+    assert shown.evaluate(COLUMN % 0) == shown.evaluate(
+        f"({COLUMN % 0}).toSorted((a, b) => a.localeCompare(b, undefined, {{numeric: true}}))"
+    )
+    assert shown.evaluate(COLUMN % 0) != before
+    assert shown.evaluate("document.querySelector('#genes-1 thead th').ariaSort") == "ascending"
+    shown.evaluate("document.querySelectorAll('#genes-1 thead th button')[1].focus()")
+    shown.press("Enter")
+    first = [float(value) for value in shown.evaluate(COLUMN % 1)]
+    shown.press("Enter")
+    second = [float(value) for value in shown.evaluate(COLUMN % 1)]
+    assert first == sorted(first)
+    assert second == sorted(second, reverse=True)
+    assert shown.evaluate("document.querySelectorAll('#genes-1 [aria-sort]').length") == 1
+
+
+def test_figures_have_content(shown: Page) -> None:
+    spreads = shown.evaluate(
+        """Array.from(document.images, image => {
+            const canvas = document.createElement('canvas');
+            [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+            const context = canvas.getContext('2d');
+            context.drawImage(image, 0, 0);
+            const seen = context.getImageData(0, 0, canvas.width, canvas.height).data;
+            return new Set(new Uint32Array(seen.buffer)).size;
+        })"""
+    )
+    assert len(spreads) >= 8
+    assert min(spreads) > 50
+
+
+def test_it_can_be_read_in_the_dark(shown: Page, tmp_path: Path) -> None:
+    def brightness(what: str) -> float:
+        colour = shown.evaluate(f"getComputedStyle(document.body).{what}")
+        return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+
+    shown.screenshot(tmp_path / "dark.png", dark=True)
+    assert brightness("backgroundColor") < 60 < 200 < brightness("color")
+    shown.screenshot(tmp_path / "light.png")
+    assert brightness("color") < 60 < 200 < brightness("backgroundColor")

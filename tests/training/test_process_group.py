@@ -1,0 +1,27 @@
+"""Where training workers meet: at the address of their Ray node, whatever the machine's name stands for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import ray.util
+
+from ndreamer_dist.training import process_group
+
+
+def test_an_address_is_found_at_its_interface() -> None:
+    assert process_group.interface_of("127.0.0.1") == "lo"
+    assert process_group.interface_of("192.0.2.1") is None  # an address that is nobody's
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "lo"), ("eth7", "eth7")], ids=["found", "told"])
+def test_gloo_listens_at_the_address_of_the_node_unless_told_otherwise(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(process_group.VARIABLE, before or "")
+    if before is None:
+        monkeypatch.delenv(process_group.VARIABLE)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    process_group.choose_interface()
+    assert os.environ[process_group.VARIABLE] == after

@@ -1,0 +1,116 @@
+"""The training stage in one process: on from a kill to the same bits, and what is seen of it while it runs."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from ndreamer_dist import keys
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.training.loop import TrainingError
+from tests.training.helpers import OVERRIDES, Cohort, train_stage, write_with_effect
+
+KILLED_AFTER = 40
+PATIENCE_SECONDS = 100
+
+
+def made(**changes: Any) -> Settings:
+    return Settings.build(preset="small", overrides=OVERRIDES | changes)
+
+
+def steps_of(folder: Path) -> int:
+    log = folder / keys.METRICS
+    return len(pd.read_csv(log)) if log.exists() else 0
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_weights(tmp_path: Path) -> None:
+    settings = made(**{"train.epochs": 60, "train.checkpoint_steps": 20, "train.threads": 1})
+    folders = whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in folders:
+        Cohort.write(folder)
+    train_stage(whole, settings)
+    process = multiprocessing.get_context("spawn").Process(target=train_stage, args=(killed, settings))
+    process.start()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while steps_of(killed) < KILLED_AFTER and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    before = pd.read_csv(killed / keys.METRICS)
+    assert KILLED_AFTER <= len(before) < 120
+    assert not (killed / keys.MODEL_WEIGHTS).exists()
+
+    train_stage(killed, settings)
+    after = pd.read_csv(killed / keys.METRICS)
+    assert after["step"].tolist() == list(range(1, 121))
+    assert after["seconds"][: len(before)].equals(before["seconds"])  # what the checkpoint held was not done again
+    assert pd.read_csv(killed / keys.EPOCHS)["epoch"].tolist() == list(range(1, 61))
+    assert (killed / keys.MODEL_WEIGHTS).read_bytes() == (whole / keys.MODEL_WEIGHTS).read_bytes()
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path: Path) -> None:
+    Cohort.write(tmp_path)
+    settings = made(**{"train.epochs": 3, "train.checkpoint_steps": 2})
+    train_stage(tmp_path, settings)
+    (tmp_path / keys.TRAIN_DIR / "stage_key").write_text("another")
+    (tmp_path / keys.MODEL_WEIGHTS).unlink()
+    before = pd.read_csv(tmp_path / keys.METRICS)
+    train_stage(tmp_path, settings)
+    after = pd.read_csv(tmp_path / keys.METRICS)
+    assert not (after["seconds"] == before["seconds"]).any()
+    assert after["total"].equals(before["total"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "warnings"),
+    [
+        pytest.param({}, [], id="healthy"),
+        pytest.param(
+            {"loss.independence": 0}, [r"the independence loss does not fall.*--set loss\.independence"],
+            id="independence_without_weight",
+        ),
+        pytest.param(
+            {"model.codes": 4096, "model.code_dim": 32, "train.reset_every": 0}, [r"most codes are dead: of 4096 codes.*--set model\.codes"],
+            id="more_codes_than_cells",
+        ),
+    ],
+)  # fmt: skip
+def test_a_training_that_goes_wrong_says_so_once_and_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], warnings: list[str]
+) -> None:
+    write_with_effect(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        train_stage(tmp_path, made(**{"train.batch_size": 128, "train.epochs": 30}, **changes))
+    assert len(caplog.messages) == len(warnings)
+    for message, expected in zip(caplog.messages, warnings, strict=True):
+        assert re.match(expected, message)
+
+
+def test_one_bar_shows_epoch_loss_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Cohort.write(tmp_path)
+    train_stage(tmp_path, made(**{"run.progress": True}))
+    last = capsys.readouterr().err.split("\r")[-1]
+    total = pd.read_csv(tmp_path / keys.METRICS)["total"].iloc[-1]
+    assert last.startswith("train: 100%")
+    assert "24/24" in last
+    assert f"epoch 12/12, loss {total:.4g}, " in last
+    assert " cells/s" in last
+    assert last.count("train:") == 1
+
+
+def test_a_loss_that_is_not_finite_leaves_the_steps_before_it_in_the_logs(tmp_path: Path) -> None:
+    Cohort.write(tmp_path)
+    with pytest.raises(TrainingError, match=r"not finite at step [2-9]"):
+        train_stage(tmp_path, made(**{"train.learning_rate": 1e30}))
+    done = pd.read_csv(tmp_path / keys.METRICS)
+    assert done["step"].tolist() == list(range(1, len(done) + 1))
+    assert not (tmp_path / keys.MODEL_WEIGHTS).exists()
