@@ -33,7 +33,7 @@ import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.genes import run_cohort
 from ndreamer_dist.cohort.source import fingerprint, open_source
-from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.compute.executor import choose_runtime
 from ndreamer_dist.compute.monitors import PeakMemory
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.rundir.stage import stage_keys
@@ -96,7 +96,7 @@ def ours(given: argparse.Namespace, **how: object) -> tuple[float, list[str]]:
     settings = Settings.build(overrides={**NAMES, "hvg.num_hvg": GENES, "run.progress": False, **how})
     source = open_source(cohort_of(given))
     key = stage_keys(settings, fingerprint(source, "condition", ["donor"]))[keys.STAGE_COHORT]
-    with tempfile.TemporaryDirectory() as folder, LazyRuntime(settings.run) as runtime:
+    with tempfile.TemporaryDirectory() as folder, choose_runtime(settings.run) as runtime:
         list(runtime.map(abs, range(given.cpus), title="start"))
         started = time.perf_counter()
         run_cohort(RunDirectory.at(folder), settings, source, runtime, key)

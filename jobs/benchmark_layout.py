@@ -23,7 +23,7 @@ import zarr
 from benchmark_retrieval import BASE_CELLS, average, expression
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from ndreamer_dist.effects.rounding import FULL, Rounding
+from ndreamer_dist.effects.rounding import rounded
 from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.stats.results import open_results
 from ndreamer_dist.storage.arrays import read_array
@@ -47,21 +47,18 @@ class Way:
     rows: int = ROWS
     genes: int = 32
     codec: str = "lz4 shuffle"
-    rounding: Rounding = FULL
+    keep_bits: int | None = None
 
     def __str__(self) -> str:
-        bits = self.rounding.keep_bits or ("all" if self.rounding.dtype == "float32" else 10)
-        return f"{self.rows:>4} x {self.genes:<4} {self.codec:17} {self.rounding.dtype} {bits:>3} bits"
+        return f"{self.rows:>4} x {self.genes:<4} {self.codec:17} {self.keep_bits or 'all':>3} bits"
 
 
 WAYS = (
     *(Way(genes=genes) for genes in (8, 16, 32, 64, 128)),
     *(Way(rows=rows, genes=genes) for rows, genes in ((1024, 32), (2048, 16), (2048, 32), (2048, 64))),
     *(Way(codec=codec) for codec in CODECS if codec != "lz4 shuffle"),
-    Way(rounding=Rounding("float16")),
-    *(Way(rounding=Rounding("float32", bits)) for bits in (12, 10, 8, 6)),
-    *(Way(rounding=Rounding("float32", bits), codec="zstd1 shuffle") for bits in (10, 8)),
-    Way(rounding=Rounding("float16"), codec="zstd1 shuffle"),
+    *(Way(keep_bits=bits) for bits in (12, 10, 8, 6)),
+    *(Way(keep_bits=bits, codec="zstd1 shuffle") for bits in (10, 8)),
 )
 
 
@@ -105,19 +102,19 @@ def measured(way: Way, blocks: list[np.ndarray], repeats: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         storage = open_storage(folder)
         array = zarr.create_array(
-            storage.store("x"), shape=(rows, genes), dtype=way.rounding.dtype, chunks=(way.rows, way.genes),
+            storage.store("x"), shape=(rows, genes), dtype="float32", chunks=(way.rows, way.genes),
             shards=(ROWS, -(-genes // way.genes) * way.genes), compressors=(CODECS[way.codec], Crc32cCodec()),
         )  # fmt: skip
         began = time.process_time()
         for number, block in enumerate(blocks):
-            array[number * ROWS : number * ROWS + len(block)] = way.rounding(block)
+            array[number * ROWS : number * ROWS + len(block)] = rounded(block, way.keep_bits)
         written = time.process_time() - began
         size = sum(path.stat().st_size for path in Path(folder, "x/c").rglob("*") if path.is_file())
         every, some = np.arange(rows), np.linspace(0, genes - 1, 10).astype(int)
         one = best(lambda: read_dense(storage, "x", every, np.array([genes // 2])), repeats)
         ten = best(lambda: read_dense(storage, "x", every, some), repeats)
         whole = best(lambda: read_array(storage, "x"), repeats)
-        errors = [np.abs(block - way.rounding(block).astype(np.float32)) for block in blocks]
+        errors = [np.abs(block - rounded(block, way.keep_bits)) for block in blocks]
     dense, count = rows * genes * 4 / 1e6, len(blocks)
     return (
         f"{way}  {size * 8 / (rows * genes):6.2f} {dense / written:5.0f}/s {one / count * 1e3:5.1f} ms"

@@ -37,7 +37,7 @@ from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
-from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.compute.executor import choose_runtime
 from ndreamer_dist.matching import gpu
 from ndreamer_dist.matching.exact import nearest
 from ndreamer_dist.matching.partition import build_index
@@ -48,10 +48,9 @@ from ndreamer_dist.storage.arrays import read_array, write_array
 
 DIMS = 50
 SAMPLE = 300
-PROBES = Settings().match.probes
 LARGE_TARGETS, LARGE_QUERIES = 4, 50_000
 Search = Callable[[int], float]
-"""Matches every cell in one group and returns the recall."""
+"""Matches every cell in one group."""
 
 
 @dataclass(frozen=True)
@@ -170,19 +169,19 @@ def excluded(problem: Problem, group: int) -> np.ndarray:
     return itself
 
 
-def searched(problem: Problem, group: int, probes: int | None, threads: int) -> np.ndarray:
+def searched(problem: Problem, group: int, threads: int) -> np.ndarray:
     """Return the row of every cell's match in a group."""
     with threadpool_limits(1):
         index = build_index(problem.points[problem.groups[group]])
         itself = excluded(problem, group)
-        return nearest(problem.points, index, 1, exclude=itself, probes=probes, threads=threads).rows[:, 0]
+        return nearest(problem.points, index, 1, exclude=itself, threads=threads).rows[:, 0]
 
 
-def serial_rate(problem: Problem, probes: int | None, threads: int) -> float:
+def serial_rate(problem: Problem, threads: int) -> float:
     """Return the rate of one task."""
     begun = time.perf_counter()
     for group in range(len(problem.groups)):
-        searched(problem, group, probes, threads)
+        searched(problem, group, threads)
     return problem.matches / (time.perf_counter() - begun)
 
 
@@ -194,37 +193,27 @@ def hold(problem: Problem) -> None:
     held[:] = [problem]
 
 
-def task(group: int, probes: int | None) -> int:
+def task(group: int) -> int:
     """Match one group in a worker process."""
-    return int(searched(held[0], group, probes, 1)[-1])
+    return int(searched(held[0], group, 1)[-1])
 
 
-def tasks_rate(problem: Problem, probes: int | None, pool: ProcessPoolExecutor) -> float:
+def tasks_rate(problem: Problem, pool: ProcessPoolExecutor) -> float:
     """Return the rate of two tasks of one thread each."""
     begun = time.perf_counter()
-    list(pool.map(task, range(len(problem.groups)), [probes] * len(problem.groups)))
+    list(pool.map(task, range(len(problem.groups))))
     return problem.matches / (time.perf_counter() - begun)
-
-
-def recall(problem: Problem) -> float:
-    """Return the share of exact matches that the approximate search finds, over all cells and groups."""
-    same = [
-        (searched(problem, group, PROBES, 2) == searched(problem, group, None, 2)).mean()
-        for group in range(len(problem.groups))
-    ]
-    return float(np.mean(same))
 
 
 def compare(problem: Problem, naive: Callable[[], float], given: argparse.Namespace) -> None:
     """Print all rates of a problem, medians over rounds in which each is measured once."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context, initializer=hold, initargs=(problem,)) as pool:
-        list(pool.map(task, range(2), [None] * 2))
+        list(pool.map(task, range(2)))
         ways: dict[str, Callable[[], float]] = {"naive": naive}
-        for name, probes in (("exact", None), ("approximate", PROBES)):
-            ways[f"{name}, 1 thread"] = lambda p=probes: serial_rate(problem, p, 1)
-            ways[f"{name}, 2 threads"] = lambda p=probes: serial_rate(problem, p, 2)
-            ways[f"{name}, 2 tasks"] = lambda p=probes: tasks_rate(problem, p, pool)
+        ways["exact, 1 thread"] = lambda: serial_rate(problem, 1)
+        ways["exact, 2 threads"] = lambda: serial_rate(problem, 2)
+        ways["exact, 2 tasks"] = lambda: tasks_rate(problem, pool)
         if given.engines:
             ways |= dict(other_engines(problem))
         rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -235,7 +224,6 @@ def compare(problem: Problem, naive: Callable[[], float], given: argparse.Namesp
     for name, found in rates.items():
         ratio = statistics.median(rate / base for rate, base in zip(found, rates["naive"], strict=True))
         print(f"  {name:<28}{statistics.median(found):>12,.0f} matches/s{ratio:>8.1f} x naive")
-    print(f"  approximate: recall {recall(problem):.5f} with {PROBES} probes")
 
 
 def other_engines(problem: Problem) -> Iterator[tuple[str, Callable[[], float]]]:
@@ -277,17 +265,15 @@ def large(problem: Problem) -> None:
         begun = time.perf_counter()
         indexes = [build_index(problem.points[rows]) for rows in problem.groups[:LARGE_TARGETS]]
         building = (time.perf_counter() - begun) / LARGE_TARGETS
-        for name, probes in (("exact", None), ("approximate", PROBES)):
-            begun = time.perf_counter()
-            for index in indexes:
-                nearest(queries, index, 1, probes=probes)
-            each = (time.perf_counter() - begun) / LARGE_TARGETS / len(queries)
-            whole = len(problem.groups) * building + problem.matches * each
-            print(
-                f"\n{problem.name}, {name}, one thread: {1 / each:,.0f} matches/s after {building:.2f} s a group for its "
-                f"index; every cell in every group: {whole / 60:.1f} processor-minutes, files apart "
-                f"(load {os.getloadavg()[0]:.1f})"
-            )
+        begun = time.perf_counter()
+        for index in indexes:
+            nearest(queries, index, 1)
+        each = (time.perf_counter() - begun) / LARGE_TARGETS / len(queries)
+        whole = len(problem.groups) * building + problem.matches * each
+        print(
+            f"\n{problem.name}, one thread: {1 / each:,.0f} matches/s after {building:.2f} s a group for its index; every "
+            f"cell in every group: {whole / 60:.1f} processor-minutes, files apart (load {os.getloadavg()[0]:.1f})"
+        )
 
 
 def stage(points: np.ndarray, groups: int) -> None:
@@ -298,7 +284,7 @@ def stage(points: np.ndarray, groups: int) -> None:
     names = tuple(f"d{code}" for code in range(groups))
     design = Design("condition", ("donor",), ("control", "treated"), (names,), names, made)
     settings = Settings.build(overrides={"match.edges": "all"})
-    with tempfile.TemporaryDirectory() as folder, LazyRuntime(settings.run) as runtime:
+    with tempfile.TemporaryDirectory() as folder, choose_runtime(settings.run) as runtime:
         run = RunDirectory.at(folder)
         write_array(run.storage / keys.EMBEDDING, keys.PCA, points[: groups * cells], chunks=(4096, DIMS))
         list(runtime.map(abs, range(runtime.cpus), title="start"))

@@ -32,6 +32,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group, batch_name, group_name
 from ndreamer_dist.cohort.packed import Packed, table_bytes, write_csr
 from ndreamer_dist.effects import tables
+from ndreamer_dist.effects.rounding import rounded
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import Settings, parse_assignments
 from ndreamer_dist.stats.results import Results, open_results
@@ -244,7 +245,7 @@ def write_block(
     effects = np.where((conditions == 0)[:, None], np.nan, own - control).astype(np.float32)
     for name, layer in ((keys.LAYER_DENOISED, own), (keys.LAYER_ITE, effects)):
         for first, last in tables.gene_spans(layout):
-            tables.write_layer(run, name, (start, first), layout.rounding(layer[:, first:last]))
+            tables.write_layer(run, name, (start, first), rounded(layer[:, first:last], layout.keep_bits))
 
 
 def average(rng: np.random.Generator, base: np.ndarray, cells: int) -> np.ndarray:

@@ -1,12 +1,12 @@
 """How fast one training step is, beside the plain way to write it, and what bounds it.
 
     python jobs/benchmark_step.py NAIVE_STEP.py [--preset paper --preset small] [--steps 10] [--warmup 3] [--threads 2] \
-        [--genes 2000] [--batches 8] [--device cpu|cuda] [--precision float32|bf16] [--no-naive] [--no-compiled]
+        [--genes 2000] [--batches 8] [--device cpu|cuda] [--precision float32|bf16] [--no-naive]
 
 NAIVE_STEP.py is a file with `Model(genes, conditions, batches)` and `step(model, optimiser, x, condition, batch, low,
 high)`: the paper preset's step written plainly. Each contestant is a process of its own on data of the same sizes, with
 the same threads; they step in turns, so that what else the machine does meets all of them. Printed per contestant:
-median seconds per step after the warm-up, the first step (with torch.compile: the compilation), peak memory, and how
+median seconds per step after the warm-up, the first step, peak memory, and how
 many times as fast as the naive step it is. Then, for ours: operations, their arithmetic and the bytes they read and
 write, beside what this device reaches on a matrix product and a copy. The default run takes about five minutes.
 """
@@ -37,7 +37,6 @@ class Contestant:
     name: str
     naive: str | None
     preset: str
-    compiled: bool
     precision: str
     device: str
     threads: int
@@ -87,7 +86,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
     parser.add_argument("--no-naive", action="store_true", help="leave the naive step out")
-    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -97,10 +95,8 @@ def contestants(given: argparse.Namespace, preset: str) -> list[Contestant]:
     shared = {name: getattr(given, name) for name in ("device", "threads", "genes", "batches")}
     chosen = []
     if preset == "paper" and not given.no_naive:
-        chosen.append(Contestant("naive", str(given.naive), preset, False, "float32", **shared))
-    chosen.append(Contestant("ours", None, preset, False, given.precision, **shared))
-    if not given.no_compiled:
-        chosen.append(Contestant("ours, compiled", None, preset, True, given.precision, **shared))
+        chosen.append(Contestant("naive", str(given.naive), preset, "float32", **shared))
+    chosen.append(Contestant("ours", None, preset, given.precision, **shared))
     return chosen
 
 
@@ -164,7 +160,7 @@ def serve(contestant: Contestant) -> None:
             print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
             continue
         peak = peak_bytes(contestant.device)  # before the counting, which needs memory of its own
-        counted = {} if contestant.naive or contestant.compiled else count(step, contestant.device)
+        counted = {} if contestant.naive else count(step, contestant.device)
         print(json.dumps({"peak": peak, "cells": cells, "counted": counted}), flush=True)
 
 
@@ -216,11 +212,11 @@ def our_step(contestant: Contestant) -> tuple[Callable[[], object], int]:
     from ndreamer_dist.model.batch import MiniBatch
     from ndreamer_dist.model.collectives import Single
     from ndreamer_dist.settings import Settings
-    from ndreamer_dist.training.loop import TrainState, prepare, training_step
+    from ndreamer_dist.training.loop import TrainState, training_step
 
     settings = Settings.build(
         preset=contestant.preset,
-        overrides={"train.compile": contestant.compiled, "train.precision": contestant.precision},
+        overrides={"train.precision": contestant.precision},
     )
     cells = 2 * settings.train.batch_size
     x, condition, batch, low, high = labelled_cells(cells, contestant)
@@ -229,7 +225,7 @@ def our_step(contestant: Contestant) -> tuple[Callable[[], object], int]:
         settings, genes=contestant.genes, conditions=CONDITIONS, batch_levels=(contestant.batches,),
         device=contestant.device,
     )  # fmt: skip
-    prepare(state, settings, Single())
+    state.network.train()
     step = numbers(1)
 
     def take() -> object:

@@ -42,7 +42,7 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group, group_name
 from ndreamer_dist.cohort.packed import Packed, table_bytes, write_csr
-from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.compute.executor import choose_runtime
 from ndreamer_dist.compute.monitors import PeakMemory
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import RunSettings
@@ -65,7 +65,7 @@ def main() -> None:
     packed = cohort(given.out / f"{given.cells}x{given.genes}", given.cells, given)
     plan = plan_of(packed, given.rows, given.batch_size)
     print(f"{packed.n_rows} cells x {packed.n_genes} genes in {packed.n_blocks} blocks; {plan.steps} steps", flush=True)
-    with LazyRuntime(RunSettings(cpus=given.cpus)) as runtime:
+    with choose_runtime(RunSettings(cpus=given.cpus)) as runtime:
         print(f"Ray with {runtime.cpus} processors", flush=True)
         if given.memory_cells:
             compare_memory(given)

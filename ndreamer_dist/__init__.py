@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ndreamer_dist.commands.ndreamer import NDreamer
     from ndreamer_dist.commands.ndreamer_layout import export
     from ndreamer_dist.commands.verify import check
-    from ndreamer_dist.datasets import fetch, simulate
+    from ndreamer_dist.datasets import simulate
     from ndreamer_dist.errors import NDreamerError
     from ndreamer_dist.pipeline import Run, add_matches, plan, run
     from ndreamer_dist.report import plots as pl
@@ -33,7 +33,6 @@ __all__ = [
     "all_genes",
     "check",
     "export",
-    "fetch",
     "open_results",
     "pl",
     "plan",
@@ -52,12 +51,12 @@ _HOMES = {
     "all_genes": "commands.all_genes",
     "check": "commands.verify",
     "export": "commands.ndreamer_layout",
-    "fetch": "datasets",
     "open_results": "stats.results",
     "plan": "pipeline",
     "run": "pipeline",
     "simulate": "datasets",
 }
+_REMOVED = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
 _MODULES = {"pl": "report.plots", "report": "report"}  # the latter is called like a function
 
 
@@ -68,6 +67,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"ndreamer_dist.{_MODULES[name]}")
     if name not in _HOMES:
-        msg = f"module 'ndreamer_dist' has no attribute {name!r}"
+        hint = f"; it was removed: {_REMOVED[name]}" if name in _REMOVED else ""
+        msg = f"module 'ndreamer_dist' has no attribute {name!r}{hint}"
         raise AttributeError(msg)
     return getattr(import_module(f"ndreamer_dist.{_HOMES[name]}"), name)

@@ -39,6 +39,8 @@ USAGE_ERROR: Any = typer.BadParameter.__base__
 """What all words that no command takes are raised as: unknown options, missing arguments, values of a wrong type."""
 LONGEST_LINE = 4000
 """Characters of a refusal that are shown."""
+REMOVED = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
+"""Commands of earlier versions, and what to do without them."""
 STOPPED = 130
 """The exit code after Ctrl-C, as shells give it; typer makes one of a KeyboardInterrupt too."""
 
@@ -219,19 +221,6 @@ def simulate(
 
     simulate_with_bar(out, cells=cells, genes=genes, batches=batches, conditions=conditions, design=design, seed=seed)
     print(f"wrote {out}: columns condition (control: control), donor, cell_type")
-
-
-@app.command()
-def fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name in the registry, or the URL of a file.")],
-    out: Annotated[Path | None, typer.Option(help="File to write (default: the name in the URL).")] = None,
-    registry: Annotated[Path | None, typer.Option(help="YAML: url and sha256 for each name.", dir_okay=False)] = None,
-    sha256: Annotated[str | None, typer.Option(help="Checksum of the file that a URL names.")] = None,
-) -> None:
-    """Download a public cohort, resuming where it stopped; kept only if its checksum is right."""
-    from ndreamer_dist.datasets import fetch as download
-
-    print(f"{download(name, out=out, registry=registry, sha256=sha256)} is there, and its sha256 is the expected one")
 
 
 @app.command()
@@ -433,6 +422,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def obey(arguments: list[str] | None) -> None:
     """Do what the words of a command line say; `SettingsError` where no command takes them."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in REMOVED:
+        msg = f"command '{words[0]}' was removed: {REMOVED[words[0]]}"
+        raise SettingsError(msg)
     try:
         code = app(args=arguments, prog_name=app.info.name, standalone_mode=False)
     except USAGE_ERROR as error:

@@ -39,7 +39,6 @@ DROPPED: Final = "dropped.parquet"
 LOGS: Final = "logs"
 METRICS: Final = "logs/metrics.csv"
 EPOCHS: Final = "logs/epochs.csv"
-TENSORBOARD: Final = "logs/tensorboard"
 STAGES_LOG: Final = "logs/stages.jsonl"
 PROGRESS: Final = "logs/progress.json"  # how far the stage under way is, written anew every few seconds
 REPORT: Final = "report/report.html"
@@ -73,7 +72,7 @@ PCA_COMPONENTS: Final = "pca_components"  # (z, dimensions) float64
 PCA_VARIANCE: Final = "pca_variance"
 
 # --- matches.zarr ------------------------------------------------------------------------------------------------
-MATCH_SUMMARY: Final = "match/summary.json"  # which search, how many queries had to widen, measured recall
+MATCH_SUMMARY: Final = "match/summary.json"  # how many queries had to widen
 MATCH_ROW: Final = "row"  # <query group>/row: (cells of the group, groups, k); the chunk of an edge has one writer
 MATCH_DISTANCE: Final = "distance"
 

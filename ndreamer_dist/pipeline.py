@@ -25,14 +25,14 @@ from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_source
 from ndreamer_dist.cohort.statistics import decide_values
 from ndreamer_dist.compute.events import choose_format
-from ndreamer_dist.compute.executor import LazyRuntime, Runtime, check_layout, losses_told
+from ndreamer_dist.compute.executor import Runtime, check_layout, choose_runtime, ray_failures
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
 from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
 from ndreamer_dist.compute.monitors import metered
 from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.effects.tables import check_tables
 from ndreamer_dist.errors import DamagedError, RunError, SettingsError, suggest
-from ndreamer_dist.matching.stage import add_edges, match_facts, run_match
+from ndreamer_dist.matching.stage import add_edges, run_match
 from ndreamer_dist.planning import memory
 from ndreamer_dist.planning.memory import CohortSize
 from ndreamer_dist.planning.plan import Plan, plan_of
@@ -118,7 +118,7 @@ def run(
     _check_owner(directory, told, fresh=fresh)
     with directory.locked():
         stage_key = _claim(directory, made, told, redo=redo, fresh=fresh)
-        with losses_told(), LazyRuntime(made.run, memory.largest_task(size, made)) as runtime:
+        with ray_failures(), choose_runtime(made.run, memory.largest_task(size, made)) as runtime:
             promised = None if on_a_cluster(made.run) else _promised(made, size)
             run_stages(directory, made, source, runtime, stage_key, only=stage, promised=promised)
     return Run(directory.url)
@@ -216,7 +216,7 @@ def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Ma
             "(--set run.name=value) can be given here"
         )
         raise RunError(msg)
-    with directory.locked(), LazyRuntime(made.run) as runtime, metered(directory.storage, keys.STAGE_MATCH):
+    with directory.locked(), choose_runtime(made.run) as runtime, metered(directory.storage, keys.STAGE_MATCH):
         design = Design.from_json(directory.read_json(keys.DESIGN_JSON))
         return add_edges(directory, made, design, runtime, before["keys"][keys.STAGE_MATCH], edges)
 
@@ -249,8 +249,7 @@ def run_stages(
             work(replace(run, before=only), settings, *inputs, runtime, stage_key[stage])
 
     def effects(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
-        told = {"input": run.read_run()["input"], **match_facts(run)}
-        summary = {**run.read_json(keys.COHORT_SUMMARY), **told}
+        summary = {**run.read_json(keys.COHORT_SUMMARY), "input": run.read_run()["input"]}
         run_effects(run, settings, packed, source, runtime, key, summary)
 
     staged(keys.STAGE_COHORT, run_cohort, source)

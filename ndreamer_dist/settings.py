@@ -194,7 +194,6 @@ class TrainSettings(StageSettings):
     reset_every: int = result(30, "steps between resets of unused codes; 0: never", ge=0)
     reset_below: float = result(1.0, "codes used less than this multiple of 1/codes are re-initialised", ge=0)
     precision: Literal["float32", "bf16"] = result("float32", "of the products after the codebooks; bf16 is for GPUs")
-    compile: bool = how(False, "torch.compile the layers; falls back, and says so, where that fails")
     workers: int = how(1, "data-parallel training workers", ge=1)
     threads: int = how(2, "threads of one training worker", ge=1)
     device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train")
@@ -232,8 +231,6 @@ class MatchSettings(StageSettings):
     bandwidth: float = result(1.0, "kernel bandwidth where k > 1", gt=0)
     edges: Literal["needed", "all"] = result("needed", "own and control condition, or every pair of groups")
     query_rows: int = result(65_536, "query cells of one unit of work", ge=1)
-    search: Literal["exact", "approximate"] = result("exact", "approximate: only in the cells nearest to a query")
-    probes: int = result(12, "approximate: cells of a target group that a query looks into", ge=1)
 
 
 class EffectsSettings(StageSettings):
@@ -243,7 +240,6 @@ class EffectsSettings(StageSettings):
         ("denoised", "batch_effect", "ite"), "layers written to results.zarr"
     )
     chunk_genes: int = result(32, "genes of a chunk of a layer", ge=1)
-    dtype: Literal["float32", "float16"] = result("float32", "type of the layers' values")
     keep_bits: int | None = result(None, "bits of the values' mantissa that are kept; by default all", ge=1, le=23)
     near_quantile: float = result(
         0.99, "a control match is near within this quantile of the distances inside groups", gt=0, le=1
@@ -344,6 +340,9 @@ class Settings(BaseModel):
         for stage, fields in (config or {}).items():
             _check_name(cls, stage)
             fields = {} if fields is None else fields  # a heading in YAML with nothing below it
+            if isinstance(fields, Mapping):
+                for field in fields:
+                    _refuse_removed(f"{stage}.{field}")
             values[stage] = {**values.get(stage, {}), **fields} if isinstance(fields, Mapping) else fields
         for name, value in (overrides or {}).items():
             stage, _, field = name.partition(".")
@@ -379,6 +378,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "train": {"epochs": 100, "passes": 3, "batch_size": 512},
     },
 }  # fmt: skip
+
+
+REMOVED = {
+    "match.search": "search is always exact",
+    "match.probes": "search is always exact",
+    "train.compile": "it was no faster; train without it",
+    "effects.dtype": "use effects.keep_bits=10, which saves most of the space in float32",
+}
+"""Settings of earlier versions, and what to do without them."""
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
@@ -417,9 +425,16 @@ def _check_name(cls: type[BaseModel], stage: str, field: str = "") -> None:
         raise SettingsError(msg)
     inner = cls.model_fields[stage].annotation
     fields = inner.model_fields if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
+    _refuse_removed(f"{stage}.{field}")
     if field and field not in fields:
         names = [f"{stage}.{name}" for name in fields]
         msg = f"there is no setting {quoted(f'{stage}.{field}')}.{suggest(f'{stage}.{field}', names)}"
+        raise SettingsError(msg)
+
+
+def _refuse_removed(name: str) -> None:
+    if name in REMOVED:
+        msg = f"setting '{name}' was removed: {REMOVED[name]}"
         raise SettingsError(msg)
 
 

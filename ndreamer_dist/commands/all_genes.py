@@ -24,7 +24,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed, write_tables
 from ndreamer_dist.cohort.statistics import frame_of_cells
-from ndreamer_dist.compute.executor import LazyRuntime, Runtime
+from ndreamer_dist.compute.executor import Runtime, choose_runtime
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
 from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
 from ndreamer_dist.effects import tables
@@ -89,7 +89,7 @@ def all_genes(
         return open_results(out)
     if not on_a_cluster(made.run):
         _check_machine(directory, made, given)
-    with directory.locked(), LazyRuntime(made.run) as runtime:
+    with directory.locked(), choose_runtime(made.run) as runtime:
         directory.write_json(keys.WIDE_JSON, {"of": origin.url, "key": key})
         _prepare_cohort(directory, origin, given, key)
         packed = run_pack(directory, made, given.source, runtime, key)

@@ -18,7 +18,7 @@ import zarr
 from zarr.core.metadata import ArrayV3Metadata
 
 from ndreamer_dist import keys
-from ndreamer_dist.compute.executor import LazyRuntime, Runtime
+from ndreamer_dist.compute.executor import Runtime, choose_runtime
 from ndreamer_dist.effects.tables import ROOT
 from ndreamer_dist.errors import DamagedError, RunError
 from ndreamer_dist.rundir.directory import ArrayFile, RunDirectory
@@ -87,7 +87,7 @@ def check(out: str | os.PathLike[str], *, mend: bool = False, settings: Mapping[
         found, before = _run_json(directory)
         made = Settings.build(config=before.get("settings"), overrides=settings)
         files, unread = _made_files(directory, markers)
-        with LazyRuntime(made.run) as runtime:
+        with choose_runtime(made.run) as runtime:
             found += [*unread, *_damage(directory, files, runtime)]
         told = {error.url: error for error in found}
         for error in told.values() if mend else ():

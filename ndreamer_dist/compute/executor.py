@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -102,6 +103,12 @@ class SerialRuntime:
         self.progress = settings.bars
         self._threads = settings.task_threads
 
+    def __enter__(self) -> SerialRuntime:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
     def map(
         self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
     ) -> Iterator[Any]:
@@ -131,36 +138,80 @@ class SerialRuntime:
 
 
 class RayRuntime:
-    """Tasks on a Ray cluster, or on a local Ray that ends with the run."""
+    """Tasks on a Ray cluster, or on a local Ray that ends with the run; connected when a stage first has work.
+
+    A Ray that is already connected is used as it is; `RAY_ADDRESS` (set inside a submitted job) and `run.address` name
+    a cluster; otherwise a local Ray is started with the container's processors and a modest object store.
+    """
 
     serial = False
 
-    def __init__(self, settings: RunSettings) -> None:
+    def __init__(self, settings: RunSettings, task: TaskNeed | None = None) -> None:
+        self.progress = settings.bars
+        self._settings = settings
+        self._task = task
+        self._started = False
+
+    @cached_property
+    def _resources(self) -> dict[str, float]:
+        """Resources of the cluster; connects to it."""
         import ray
 
-        resources = ray.cluster_resources()
-        # An autoscaled cluster grows as it is asked to: work is handed out for what it may become.
-        self.cpus = max(1, int(resources.get("CPU", 1)), settings.cpus or 0)
-        self.gpus = max(int(resources.get("GPU", 0)), settings.gpus or 0)
-        self.progress = settings.bars
-        self._threads = settings.task_threads
+        clustered = on_a_cluster(self._settings)
+        if not ray.is_initialized():
+            with sigterm_kept():
+                start_ray(self._settings)
+            self._started = True
+        if clustered and self._task is not None:
+            check_nodes(self._task, cluster_nodes(self._settings.memory_gb))
+        return dict(ray.cluster_resources())
+
+    @property
+    def cpus(self) -> int:
+        """Processors of the cluster; an autoscaled one grows as it is asked to, so of what it may become."""
+        return max(1, int(self._resources.get("CPU", 1)), self._settings.cpus or 0)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the cluster, or of what it may become."""
+        return max(int(self._resources.get("GPU", 0)), self._settings.gpus or 0)
+
+    def close(self) -> None:
+        """End a local Ray that was started here."""
+        if self._started:
+            import ray
+
+            ray.shutdown()
+        self._started = False
+        self.__dict__.pop("_resources", None)
+
+    def __enter__(self) -> RayRuntime:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def map(
         self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
     ) -> Iterator[Any]:
-        """See `Runtime.map`; twice as many tasks as processors are under way, so that none waits for the driver."""
+        """See `Runtime.map`; twice as many tasks as processors are under way, so that none waits for the driver.
+
+        Without items nothing is started.
+        """
         import ray
 
+        if not (waiting := list(items)):
+            return
+        cpus = self.cpus
         remote = ray.remote(_with_peak).options(name=title, num_cpus=1, num_gpus=num_gpus, max_retries=3)
-        how = _stage_name(), self._threads
+        how = _stage_name(), self._settings.task_threads
         handles = [ray.put(value) for value in shared]
-        waiting = list(items)
         with progress_bar(waiting, title, self.progress) as advance:
             queue = iter(waiting)
             running: set[Any] = set()
             try:
                 while True:
-                    for item in itertools.islice(queue, 2 * self.cpus - len(running)):
+                    for item in itertools.islice(queue, 2 * cpus - len(running)):
                         running.add(remote.remote(*how, function, item, *handles))
                     if not running:
                         return
@@ -177,15 +228,17 @@ class RayRuntime:
         """See `Runtime.put`."""
         import ray
 
+        self._resources  # noqa: B018 - connects
         return ray.put(value)
 
     def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
         """See `Runtime.submit`."""
         import ray
 
+        self._resources  # noqa: B018 - connects
         options = {"name": function.__name__.strip("_"), "num_returns": returns}
         remote = ray.remote(_counted).options(num_cpus=1, max_retries=3, **options)
-        handles = remote.remote(_stage_name(), self._threads, function, *args)
+        handles = remote.remote(_stage_name(), self._settings.task_threads, function, *args)
         return [handles] if returns == 1 else list(handles)
 
 
@@ -266,7 +319,7 @@ def own_cause(error: BaseException) -> Exception | None:
 
 
 @contextmanager
-def losses_told() -> Iterator[None]:
+def ray_failures() -> Iterator[None]:
     """Say in one line that Ray has lost what a run cannot go on without: its own node, or what no retry brought back.
 
     Raises
@@ -314,86 +367,15 @@ def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[C
         yield advance
 
 
-class LazyRuntime:
-    """The runtime that the settings ask for, started when a stage first has work; `close` ends what was started.
+def choose_runtime(settings: RunSettings, task: TaskNeed | None = None) -> SerialRuntime | RayRuntime:
+    """Return the runtime that the settings ask for; use it in a `with` block, which ends a local Ray started for it.
 
-    A Ray that is already connected is used as it is; `RAY_ADDRESS` (set inside a submitted job) and `run.address` name
-    a cluster; otherwise a local Ray is started with the container's processors and a modest object store. The machines
-    of a cluster are known once it is connected, so that is when they are compared with the largest task, if it is given.
+    Parameters
+    ----------
+    task
+        The largest task of the run; the nodes of a cluster are compared with it once it is connected.
     """
-
-    def __init__(self, settings: RunSettings, task: TaskNeed | None = None) -> None:
-        self._settings = settings
-        self._task = task
-        self._runtime: Runtime | None = None
-        self._started = False
-        self.progress = settings.bars
-
-    def _actual(self) -> Runtime:
-        if self._runtime is None:
-            if self._settings.serial:
-                self._runtime = SerialRuntime(self._settings)
-            else:
-                clustered = on_a_cluster(self._settings)
-                self._runtime, self._started = _connect(self._settings)
-                if clustered and self._task is not None:
-                    check_nodes(self._task, cluster_nodes(self._settings.memory_gb))
-        return self._runtime
-
-    @property
-    def serial(self) -> bool:
-        """Whether everything runs in this process."""
-        return self._settings.serial
-
-    @property
-    def cpus(self) -> int:
-        """Processors of the cluster."""
-        return self._actual().cpus
-
-    @property
-    def gpus(self) -> int:
-        """GPUs of the cluster."""
-        return self._actual().gpus
-
-    def map(
-        self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
-    ) -> Iterator[Any]:
-        """See `Runtime.map`; without items nothing is started."""
-        items = list(items)
-        return self._actual().map(function, items, *shared, title=title, num_gpus=num_gpus) if items else iter(())
-
-    def put(self, value: Any) -> Any:
-        """See `Runtime.put`."""
-        return self._actual().put(value)
-
-    def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
-        """See `Runtime.submit`."""
-        return self._actual().submit(function, *args, returns=returns)
-
-    def close(self) -> None:
-        """End a local Ray that was started here."""
-        if self._started:
-            import ray
-
-            ray.shutdown()
-        self._runtime, self._started = None, False
-
-    def __enter__(self) -> LazyRuntime:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-def _connect(settings: RunSettings) -> tuple[Runtime, bool]:
-    """Return a Ray runtime, and whether Ray was started for it."""
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        with sigterm_kept():
-            start_ray(settings)
-    return RayRuntime(settings), started
+    return SerialRuntime(settings) if settings.serial else RayRuntime(settings, task)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Cohorts: simulated ones of any size, whose true expression and effects are known, and public ones to download.
+"""Simulated cohorts of any size, whose true expression and effects are known.
 
 `simulate` writes counts as a plain AnnData zarr v3 store, chunk of cells by chunk of cells, and the truth beside it
 (`cohort.zarr` and `cohort.truth.zarr`); `load_truth` opens the latter. Nothing of size cells x genes is ever held: the
@@ -16,15 +16,12 @@ where the donors' u are centred over the donors that hold c, so that E[g | X, c]
 drawn with the shares `phi^-1(f + g)`. Their sum is kept at 1 by one abundant gene, `BALLAST`, which takes what the
 distortions leave: without it, normalising would spread every gene's batch effect over all genes. It is the only gene
 whose g is not centred. A condition's gains and losses cancel, so it has no treatment effect.
-
-`fetch` downloads a public cohort and checks that it is the one that was meant.
 """
 
 from __future__ import annotations
 
-from ndreamer_dist.datasets.download import fetch
 from ndreamer_dist.datasets.parameters import BALLAST, CELL_TYPE, CONDITION, DONOR
 from ndreamer_dist.datasets.simulation import simulate
 from ndreamer_dist.datasets.truth import Truth, load_truth, truth_path
 
-__all__ = ["BALLAST", "CELL_TYPE", "CONDITION", "DONOR", "Truth", "fetch", "load_truth", "simulate", "truth_path"]
+__all__ = ["BALLAST", "CELL_TYPE", "CONDITION", "DONOR", "Truth", "load_truth", "simulate", "truth_path"]

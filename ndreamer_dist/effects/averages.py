@@ -16,7 +16,7 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
-from ndreamer_dist.effects.rounding import FULL, Rounding
+from ndreamer_dist.effects.rounding import rounded
 
 ENTRIES = 2048
 """Counterparts' rows added at once; it bounds the memory of their gathered values."""
@@ -148,9 +148,9 @@ def layer_values(
     values: sparse.csr_matrix,
     own: np.ndarray,
     control: np.ndarray | None,
-    rounding: Rounding = FULL,
+    keep_bits: int | None = None,
 ) -> np.ndarray:
-    """Return a layer as it is stored: (cells, genes) float32, or as `rounding` says (METHOD section 6).
+    """Return a layer as it is stored: (cells, genes) float32 (METHOD section 6).
 
     `batch_effect` is taken from the rounded `denoised`, so that the two add up to the expression, up to the rounding
     of `batch_effect` itself.
@@ -163,13 +163,13 @@ def layer_values(
         (cells, genes) float64 averages under the own condition and the control; the latter is for `ite` alone.
     """
     if name == keys.LAYER_DENOISED:
-        return rounding(own)
+        return rounded(own, keep_bits)
     if name == keys.LAYER_BATCH_EFFECT:
-        return rounding(values.toarray() - rounding(own).astype(np.float32))
+        return rounded(values.toarray() - rounded(own, keep_bits), keep_bits)
     if control is None:
         msg = f"{name} needs the averages under the control"
         raise ValueError(msg)
-    return rounding(own - control)
+    return rounded(own - control, keep_bits)
 
 
 def control_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarray:

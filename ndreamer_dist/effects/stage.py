@@ -213,7 +213,7 @@ def write_rows(
     own, *control = average_through(averages, _needed(targets, packed, averages), genes)
     values = load_block(packed, part.block, part.genes)
     for name in layout.layers:
-        layer = layer_values(name, values, own, control[0] if control else None, layout.rounding)
+        layer = layer_values(name, values, own, control[0] if control else None, layout.keep_bits)
         tables.write_layer(run, name, (int(rows[0]), part.genes[0]), layer)
 
 

@@ -25,7 +25,6 @@ from zarr.storage import MemoryStore
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.effects.rounding import FULL, Rounding
 from ndreamer_dist.errors import CohortError, DamagedError
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.settings import Settings, canonical_json
@@ -75,8 +74,8 @@ class Layout:
         Width of each array in `obsm`.
     layers
         Names of the layers that are stored.
-    rounding
-        How their values are kept.
+    keep_bits
+        Bits of the layers' mantissa that are kept; none for all.
     """
 
     cells: int
@@ -88,7 +87,7 @@ class Layout:
     obsm: Mapping[str, int]
     layers: tuple[str, ...]
     row_dtype: str
-    rounding: Rounding = FULL
+    keep_bits: int | None = None
 
     @property
     def entries(self) -> int:
@@ -126,7 +125,7 @@ def layout_with(settings: Settings, packed: Packed, obsm: Mapping[str, int]) -> 
         obsm=obsm,
         layers=settings.effects.store,
         row_dtype="int32" if packed.n_rows <= np.iinfo(np.int32).max else "int64",
-        rounding=Rounding(settings.effects.dtype, settings.effects.keep_bits),
+        keep_bits=settings.effects.keep_bits,
     )
 
 
@@ -206,7 +205,7 @@ def prepare(run: RunDirectory, layout: Layout, *, fresh: bool) -> None:
         )  # fmt: skip
     for name in layout.layers:
         ensure_array(
-            storage, f"layers/{name}", shape=(layout.cells, layout.genes), dtype=layout.rounding.dtype, fill_value=np.nan,
+            storage, f"layers/{name}", shape=(layout.cells, layout.genes), dtype="float32", fill_value=np.nan,
             attributes=ARRAY, chunks=(layout.block_rows, layout.chunk_genes), shards=(layout.block_rows, layout.shard_genes),
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours on the processor, and those among a query's nearest cells (METHOD section 6).
+"""Find exact nearest neighbours on the processor (METHOD section 6).
 
 In: queries and the index of a target group. Out: rows and distances of the k nearest targets. Cells that certainly
 hold no neighbour are ruled out by the index; the rest is looked at by float32 products, which leave the few targets
@@ -56,7 +56,6 @@ def nearest(
     k: int,
     *,
     exclude: np.ndarray | None = None,
-    probes: int | None = None,
     threads: int = 1,
 ) -> Neighbours:
     """Return the k nearest targets of every query, exactly (METHOD section 6).
@@ -69,9 +68,6 @@ def nearest(
         (t, d) float32 coordinates, or their index.
     exclude
         (q,) target row that is no candidate for a query, or -1: the cell itself in its own group.
-    probes
-        Look only into the cells of the index whose centroids are the `probes` nearest to a query; then the answer is
-        approximate, but as independent of tiles and threads as the exact one.
     threads
         Tiles of queries worked on at once.
     """
@@ -83,7 +79,7 @@ def nearest(
         index = targets if isinstance(targets, Index) else build_index(targets)
 
         def search(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return _Tile(index, queries[part], skipped[part], k).search(probes)
+            return _Tile(index, queries[part], skipped[part], k).search()
 
         found = list(mapped(search, _tiles(len(queries), threads), threads))
     rows, squared, widened = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -192,20 +188,18 @@ class _Tile:
         # Where the excluded target has copies, its point stays and the row is left out at the end.
         self.excluded = np.where(index.copies[itself] == 1, itself, -1)
 
-    def search(self, probes: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows, squared distances, both (q, k), and which queries were widened."""
         along = self.local[:, :-1] @ self.index.centroids.T
         nearness = np.einsum("cd,cd->c", self.index.centroids, self.index.centroids) / 2 - along
         own = nearness.argmin(axis=1)
         begins = self._beginnings(np.ascontiguousarray(along.T), own)
-        if probes is not None and probes < self.index.cells:
-            begins[~self._probed(nearness, probes).T] = np.inf
         for cell in range(self.index.cells):  # the own cells first: they set limits that rule out most of the others
             self._scan(cell, np.flatnonzero((own == cell) & (begins[cell] <= self.reach)))
         begins[own, np.arange(len(own))] = np.inf
         for cell in range(self.index.cells):
             self._scan(cell, np.flatnonzero(begins[cell] <= self.reach))
-        return self._decided(probes)
+        return self._decided()
 
     def _beginnings(self, along: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Return a lower bound of the squared distance to any point of a cell: (cells, q), -1 for the own cell.
@@ -225,23 +219,6 @@ class _Tile:
         bounds[:, self.far] = 0
         bounds[own, tile] = -1
         return bounds
-
-    def _probed(self, nearness: np.ndarray, probes: int) -> np.ndarray:
-        """Return which cells' centroids are among the nearest to each query: (q, cells) bool.
-
-        Where rounding leaves it open, float64 distances and then the cell's number decide.
-        """
-        index = self.index
-        norms = np.sqrt(self.squared) + index.radius
-        slack = (2 * len(index.points) + 32) * FLOAT32 * norms * norms
-        border = np.partition(nearness, (probes - 1, probes), axis=1)[:, probes - 1 : probes + 1].astype(np.float64)
-        open_ = np.flatnonzero(border[:, 1] - border[:, 0] <= 2 * slack)
-        chosen = nearness <= border[:, :1]
-        query, cell = np.divmod(np.arange(len(open_) * index.cells), index.cells)
-        exact = exact_squared(self.local[open_, :-1], index.centroids, query, cell).reshape(len(open_), index.cells)
-        rank = np.argsort(np.argsort(exact, axis=1, kind="stable"), axis=1, kind="stable")
-        chosen[open_] = rank < probes
-        return chosen
 
     def _scan(self, cell: int, queries: np.ndarray) -> None:
         """Look at a cell's points for some of the queries."""
@@ -311,7 +288,7 @@ class _Tile:
         candidates[:, span] = values <= np.minimum(limit, np.finfo(np.float64).max)[:, None]
         near[crowded] = candidates
 
-    def _decided(self, probes: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _decided(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Let exact distances decide among the candidates that are still within the limits."""
         index = self.index
         query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
@@ -320,10 +297,7 @@ class _Tile:
         other = row != self.skipped[query]
         query, row = query[other], row[other]
         exact = exact_squared(self.queries, index.targets, query, row)
-        rows, squared = k_best(len(self.queries), self.k, query, row, exact)
-        if probes is not None:
-            self._complete(rows, squared)
-        return rows, squared, self.widened
+        return *k_best(len(self.queries), self.k, query, row, exact), self.widened
 
     def _members(self, query: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the target rows behind the candidates: of a point's copies the first k, and one for the excluded."""
@@ -333,14 +307,6 @@ class _Tile:
         ends = np.cumsum(copies)
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - copies, copies)
         return np.repeat(query, copies), self.index.rows[np.repeat(self.index.first[point], copies) + within]
-
-    def _complete(self, rows: np.ndarray, squared: np.ndarray) -> None:
-        """Search exactly where the probed cells held fewer targets than asked for."""
-        available = len(self.index.targets) - (self.skipped >= 0)
-        short = np.flatnonzero((rows >= 0).sum(axis=1) < np.minimum(self.k, available))
-        if len(short):
-            tile = _Tile(self.index, self.queries[short], self.skipped[short], self.k)
-            rows[short], squared[short], _ = tile.search()
 
 
 # --- lists of the best -----------------------------------------------------------------------------------------------

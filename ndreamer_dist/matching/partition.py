@@ -2,9 +2,8 @@
 
 In: the (targets, d) coordinates of a group. Out: an `Index`. Equal rows become one point. The points lie in cells, each
 around a centroid; for every pair of cells the index knows how far into the direction from one centroid to the other
-the other cell's points begin, so that a query can rule out a whole cell by one number. Which cells there are bears on
-speed alone where search is exact; approximate search looks into the cells nearest to the query, so they are made by
-the same arithmetic everywhere: it wants BLAS held to one thread.
+the other cell's points begin, so that a query can rule out a whole cell by one number. Which cells there are bears
+on speed alone.
 """
 
 from __future__ import annotations

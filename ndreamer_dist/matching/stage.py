@@ -1,8 +1,8 @@
 """The stage that finds every needed nearest neighbour, and the reader of what it wrote (METHOD section 6).
 
 In: the embedding's PCA coordinates and the design's edges (query group, target group). Out: matches.zarr, which all
-effects and statistics read, and match/summary.json, which says how the search went. Search is exact by default, by
-`exact` or, on a GPU, by `gpu`: the same bits. Approximate search is asked for by name and measures its own recall.
+effects and statistics read, and match/summary.json, which says how the search went. Search is exact, by
+`exact` or, on a GPU, by `gpu`: the same bits.
 Edges can be added to a finished run; nothing that is there is searched again or changed.
 """
 
@@ -43,10 +43,6 @@ EDGE_DISTANCES = 2_000_000
 """What an edge costs besides its distances, in distances: files to write."""
 BATCH_QUERIES = 65_536
 """Queries of a target group that are searched together."""
-RECALL_EVERY = 64
-"""Approximate search: every so many queries of an edge tile are searched exactly too."""
-RECALL_ASKED = 0.995
-"""Approximate search: a recall below this is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -142,42 +138,18 @@ def write_summary(
     """
     shards = edge_shards(settings, design, design.needed_edges("needed"))
     counts = [found.get(shard.name) or run.facts(keys.STAGE_MATCH, shard) for shard in shards]
-    total = {name: sum(count[name] for count in counts) for name in ("queries", "widened", "sampled", "recalled")}
-    recall = total["recalled"] / total["sampled"] if total["sampled"] else 1.0
+    total = {name: sum(count[name] for count in counts) for name in ("queries", "widened")}
     summary = {
         "key": key,
-        "search": settings.match.search,
         "searches": total["queries"],
         "widened": total["widened"],
         "widened_share": total["widened"] / max(total["queries"], 1),
-        "recall_sample": total["sampled"],
-        "recall": recall,
     }
     run.write_json(keys.MATCH_SUMMARY, summary)
-    _report(summary, settings)
-    return summary
-
-
-def match_facts(run: RunDirectory) -> dict[str, Any]:
-    """Return what the results should say of the search: which it was, and its recall.
-
-    These depend on data and settings alone. How many queries had to widen depends on how the work was cut, too.
-    """
-    summary = run.read_json(keys.MATCH_SUMMARY)
-    return {f"match_{name}": summary[name] for name in ("search", "recall", "recall_sample")}
-
-
-def _report(summary: Mapping[str, Any], settings: Settings) -> None:
     logger.info(
-        "match: %d of %d searches had to look beyond their first candidates", summary["widened"], summary["searches"]
+        "match: %d of %d searches had to look beyond their first candidates", total["widened"], total["queries"]
     )
-    if settings.match.search == "approximate":
-        level = logging.WARNING if summary["recall"] < RECALL_ASKED else logging.INFO
-        more = f"; more probes (match.probes, {settings.match.probes} now) find more" if level > logging.INFO else ""
-        logger.log(
-            level, "match: approximate, recall %.4f on %d neighbours%s",
-            summary["recall"], summary["recall_sample"], more,
-        )  # fmt: skip
+    return summary
 
 
 def _summary_key(run: RunDirectory) -> str | None:
@@ -260,7 +232,7 @@ def _search(
         return {}
     _make_arrays(run.storage / keys.MATCHES, settings, design)
     points = coordinates(run)
-    gpus = 1.0 if settings.match.search == "exact" and runtime.gpus and gpu.has_gpu() else 0.0
+    gpus = 1.0 if runtime.gpus and gpu.has_gpu() else 0.0
     parts = units(todo, settings, design, workers=runtime.gpus if gpus else runtime.cpus)
     counts: dict[str, dict[str, int]] = {}
     for found in runtime.map(search_unit, parts, run, settings, design, key, points, title="match", num_gpus=gpus):
@@ -319,23 +291,13 @@ class Searcher:
         self._targets = targets
         self._k = settings.match.neighbours
         self._threads = settings.run.task_threads
-        self._probes = settings.match.probes if settings.match.search == "approximate" else None
-        self._flat = self._probes is None and gpu.has_gpu()
-        self._index = None if self._flat else build_index(targets)
+        self._index = None if gpu.has_gpu() else build_index(targets)
 
     def search(self, queries: np.ndarray, exclude: np.ndarray) -> Neighbours:
         """Return the neighbours of queries; `exclude` is the target row that is no candidate, or -1."""
         if self._index is None:
             return gpu.nearest(queries, self._targets, self._k, exclude=exclude, threads=self._threads)
-        return nearest(queries, self._index, self._k, exclude=exclude, probes=self._probes, threads=self._threads)
-
-    def recalled(self, queries: np.ndarray, exclude: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return of each query how many true neighbours it has, and how many of them are among `rows`: (q,) each."""
-        if self._probes is None or self._index is None:
-            return np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
-        true = nearest(queries, self._index, self._k, exclude=exclude, threads=self._threads).rows
-        there = (true[:, :, None] == rows[:, None, :]).any(axis=2) & (true >= 0)
-        return (true >= 0).sum(axis=1), there.sum(axis=1)
+        return nearest(queries, self._index, self._k, exclude=exclude, threads=self._threads)
 
 
 def batches(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
@@ -368,17 +330,8 @@ def _search_batch(
     found = search.search(queries, exclude)
     cuts = np.cumsum([0, *(stop - start for start, stop in spans)])
     parts = [slice(first, last) for first, last in itertools.pairwise(cuts.tolist())]
-    chosen = [np.arange(part.start, part.stop, RECALL_EVERY) for part in parts]
-    every = np.concatenate(chosen)
-    sampled, recalled = search.recalled(queries[every], exclude[every], found.rows[every])
-    ends = np.cumsum([0, *(len(one) for one in chosen)])
-    for part, (first, last) in zip(parts, itertools.pairwise(ends.tolist()), strict=True):
-        counts = {
-            "queries": part.stop - part.start,
-            "widened": int(found.widened[part].sum()),
-            "sampled": int(sampled[first:last].sum()),
-            "recalled": int(recalled[first:last].sum()),
-        }
+    for part in parts:
+        counts = {"queries": part.stop - part.start, "widened": int(found.widened[part].sum())}
         yield Found(found.rows[part], found.distances[part], counts)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-import numpy as np
-
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.pack import partition_count
@@ -144,7 +142,7 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     embedding = size.cells * (2 * settings.model.latent + 100) * 4
     told = size.cells * size.groups if size.cells * size.groups <= MATCH_LIMIT else 0  # in results.zarr's obsm
     matches = size.cells * size.edges / size.groups * settings.match.neighbours * 8 + told * 8
-    layers = len(settings.effects.store) * size.cells * modelled * np.dtype(settings.effects.dtype).itemsize
+    layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * _parameters(settings, modelled) * 4
     turned = size.stored_values * DISK_BYTES_PER_ENTRY if size.by_columns else 0
     return int(max(turned, 2 * own * 8 + embedding + matches + layers + checkpoints))

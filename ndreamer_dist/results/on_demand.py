@@ -19,7 +19,6 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.effects.averages import Average, average_over, average_through, layer_values, segments
-from ndreamer_dist.effects.rounding import FULL, Rounding
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.results.read import read_dense, read_sparse
@@ -63,11 +62,11 @@ class Question:
     expression: bool = False
 
 
-def layer_question(name: str, rounding: Rounding = FULL) -> Question:
+def layer_question(name: str, keep_bits: int | None = None) -> Question:
     """Return the question that a stored layer answers."""
 
     def answer(values: sparse.csr_matrix, sums: Sequence[np.ndarray]) -> np.ndarray:
-        return layer_values(name, values, sums[0], sums[1] if len(sums) > 1 else None, rounding)
+        return layer_values(name, values, sums[0], sums[1] if len(sums) > 1 else None, keep_bits)
 
     terms = (Term(None), Term(0, own_cells=False)) if name == keys.LAYER_ITE else (Term(None),)
     return Question(terms, answer, expression=name == keys.LAYER_BATCH_EFFECT)

@@ -38,9 +38,7 @@ def read_dense(
     """
     array = open_array(storage, name)
     _check_holds(array, f"{storage.url}: array '{name}'", rows, columns)
-    # Half-precision layers come out in float32: few tools take them as they are.
-    dtype = np.float32 if array.dtype == np.float16 else array.dtype
-    values = np.empty((len(rows), len(columns)), dtype=dtype) if out is None else out
+    values = np.empty((len(rows), len(columns)), dtype=array.dtype) if out is None else out
     down, across = (_wanted(places, size) for places, size in zip((rows, columns), array.chunks, strict=True))
 
     def place(position: Position, chunk: np.ndarray) -> None:

@@ -23,7 +23,6 @@ import pandas as pd
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.effects.rounding import Rounding
 from ndreamer_dist.errors import QueryError, StoreError, listing, suggest
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
 from ndreamer_dist.results.on_demand import (
@@ -260,7 +259,7 @@ class ResultsReader:
         if drop_undefined and name == keys.LAYER_ITE:
             rows = self._with_effect(rows)
         if cohort is not None or name not in self.layers:
-            return self._computed(layer_question(name, self._rounding), rows, genes, cohort, room)
+            return self._computed(layer_question(name, self._keep_bits), rows, genes, cohort, room)
         columns = self._columns(genes)
         out = room((len(rows), len(columns))) if room else None
         values = read_dense(self.storage, f"layers/{name}", rows, columns, out=out)
@@ -443,10 +442,9 @@ class ResultsReader:
             raise StoreError(msg) from error
 
     @cached_property
-    def _rounding(self) -> Rounding:
-        """How the values of layers are kept; of a store that does not say, whole."""
-        settings = self._told("settings").get("effects", {})
-        return Rounding(settings.get("dtype", "float32"), settings.get("keep_bits"))
+    def _keep_bits(self) -> int | None:
+        """Bits of the layers' mantissa that were kept; none for all."""
+        return self._told("settings").get("effects", {}).get("keep_bits")
 
     def _table(self, name: str) -> Any:
         return read_element(self.storage, name)

@@ -117,20 +117,11 @@ def train(
     TrainingError
         The loss of a step is not finite.
     """
-    prepare(state, settings, collective)
+    state.network.train()
     for batch, waited, started in _timed(batches):
         terms, quantised = training_step(state, batch, settings, collective)
         _measure(state, batch, terms, quantised, started, waited)
         after_step(state)
-
-
-def prepare(state: TrainState, settings: Settings, collective: Collective) -> None:
-    """Bring the network into training mode, compiled where `train.compile` asks for it."""
-    state.network.train()
-    if settings.train.compile:
-        from ndreamer_dist.model.compiled import compile_layers
-
-        compile_layers(state.network, collective)
 
 
 def training_step(

@@ -63,7 +63,7 @@ def _keep_own_checkpoints(run: RunDirectory, key: str) -> None:
     name = f"{keys.TRAIN_DIR}/{KEY_FILE}"
     if run.storage.read_if_there(name) == key.encode():
         return
-    told = (keys.METRICS, keys.EPOCHS, keys.TENSORBOARD)
+    told = (keys.METRICS, keys.EPOCHS)
     for stale in (keys.TRAIN_DIR, keys.MODEL_WEIGHTS, keys.MODEL_JSON, *told):
         run.storage.delete(stale)
     run.storage.write_atomic(name, key.encode())
@@ -171,7 +171,7 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from ndreamer_dist.training.process_group import RaysNetwork
+    from ndreamer_dist.training.process_group import NodeNetwork
 
     check_layout(settings.train, runtime.cpus, lambda: runtime.gpus)
     use_gpu = settings.train.device == "cuda" or (
@@ -181,7 +181,7 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
         result = TorchTrainer(
             _worker,
             train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan, "display": display},
-            torch_config=RaysNetwork(),
+            torch_config=NodeNetwork(),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=settings.train.workers,
                 use_gpu=use_gpu,

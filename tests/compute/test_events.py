@@ -20,7 +20,7 @@ from ndreamer_dist import cli, keys
 from ndreamer_dist.commands.info import describe
 from ndreamer_dist.compute import monitors
 from ndreamer_dist.compute.events import METRICS, Lines, choose_format
-from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.compute.executor import choose_runtime
 from ndreamer_dist.compute.monitors import metered
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.settings import RunSettings, Settings
@@ -116,7 +116,7 @@ def test_info_says_how_far_a_run_under_way_is(
     monkeypatch.setattr(monitors, "INTERVAL_SECONDS", 0.05)
     monkeypatch.setattr(monitors, "LOG_SECONDS", 0.3)
     begun(directory)
-    runtime = LazyRuntime(RunSettings(serial=True, progress=False))
+    runtime = choose_runtime(RunSettings(serial=True, progress=False))
     with metered(directory.storage, "pack", cells=1000):
         directory.pending("pack", "key", [Shard(str(i), ("x",)) for i in range(10)])
         done = runtime.map(slow, range(10), title="pack")
@@ -185,7 +185,7 @@ def test_a_stage_that_finds_nothing_to_do_writes_nothing(tmp_path: Path) -> None
 
 
 def test_a_resumed_stage_counts_only_the_cells_that_it_does(tmp_path: Path) -> None:
-    run, runtime = RunDirectory.at(tmp_path), LazyRuntime(RunSettings(serial=True, progress=False))
+    run, runtime = RunDirectory.at(tmp_path), choose_runtime(RunSettings(serial=True, progress=False))
     shards = [Shard(str(i), ()) for i in range(10)]
     for shard in shards[:8]:
         run.mark("pack", "key", shard)
@@ -233,7 +233,7 @@ def test_prometheus_finds_cells_bytes_steps_and_losses(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitors, "LOCAL_SECONDS", 0.1)
-    run, runtime = RunDirectory.at(tmp_path / WATCHED), LazyRuntime(RunSettings(progress=False))
+    run, runtime = RunDirectory.at(tmp_path / WATCHED), choose_runtime(RunSettings(progress=False))
     with metered(run.storage, "cohort", cells=1000):
         assert list(runtime.map(hungry, range(4), title="cohort")) == [1] * 4
     with metered(run.storage, "pack", cells=1000):
@@ -281,7 +281,7 @@ def test_the_page_on_watching_names_the_metrics_that_there_are() -> None:
 
 @pytest.mark.ray
 def test_tasks_have_the_names_of_what_they_do(local_ray: None) -> None:
-    runtime = LazyRuntime(RunSettings(progress=False))
+    runtime = choose_runtime(RunSettings(progress=False))
     assert list(runtime.map(task_name, [0], title="effects: genes 0 to 10")) == ["effects: genes 0 to 10"]
     from ndreamer_dist.compute.executor import fetch
 

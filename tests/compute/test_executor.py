@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ndreamer_dist.compute import machine
-from ndreamer_dist.compute.executor import LazyRuntime, Node, TaskNeed, check_nodes, cluster_nodes, fetch
+from ndreamer_dist.compute.executor import Node, Runtime, TaskNeed, check_nodes, choose_runtime, cluster_nodes, fetch
 from ndreamer_dist.compute.local_ray import object_store_bytes
 from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
 from ndreamer_dist.errors import CohortError, ResourceError
@@ -17,10 +17,10 @@ from ndreamer_dist.settings import RunSettings
 
 
 @pytest.fixture(params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
-def runtime(request: pytest.FixtureRequest) -> LazyRuntime:
+def runtime(request: pytest.FixtureRequest) -> Runtime:
     if request.param == "ray":
         request.getfixturevalue("local_ray")
-    return LazyRuntime(RunSettings(serial=request.param == "serial"))
+    return choose_runtime(RunSettings(serial=request.param == "serial"))
 
 
 def square(item: int, offset: np.ndarray) -> float:
@@ -40,30 +40,30 @@ def threads(_: int) -> int:
     return torch.get_num_threads()
 
 
-def test_map_answers_for_every_item(runtime: LazyRuntime) -> None:
+def test_map_answers_for_every_item(runtime: Runtime) -> None:
     answers = runtime.map(square, range(20), np.arange(3), title="square")
     assert sorted(answers) == [i**2 + 3.0 for i in range(20)]
 
 
-def test_an_answer_stays_where_it_was_made_until_it_is_fetched(runtime: LazyRuntime) -> None:
+def test_an_answer_stays_where_it_was_made_until_it_is_fetched(runtime: Runtime) -> None:
     handles = runtime.submit(parts, 3, returns=3)
     assert [fetch(handle) for handle in handles] == [0, 1, 2]
     assert fetch(runtime.put("shared")) == "shared"
 
 
-def test_a_tasks_own_error_arrives_without_a_trace_around_it(runtime: LazyRuntime) -> None:
+def test_a_tasks_own_error_arrives_without_a_trace_around_it(runtime: Runtime) -> None:
     with pytest.raises(CohortError, match=r"^cell 7 is not a cell$"):
         list(runtime.map(refuse, [7], title="refuse"))
 
 
-def test_tasks_keep_to_the_threads_of_the_settings(runtime: LazyRuntime) -> None:
+def test_tasks_keep_to_the_threads_of_the_settings(runtime: Runtime) -> None:
     before = torch.get_num_threads()
     assert list(runtime.map(threads, [0], title="threads")) == [1]
     assert torch.get_num_threads() == before
 
 
 def test_nothing_is_started_for_no_work() -> None:
-    with LazyRuntime(RunSettings(address="nowhere:1")) as runtime:
+    with choose_runtime(RunSettings(address="nowhere:1")) as runtime:
         assert list(runtime.map(square, [], title="nothing")) == []
 
 
@@ -124,13 +124,13 @@ def test_a_cluster_whose_nodes_are_too_small_is_refused_before_any_task(local_ra
     assert (node.cpus, node.memory > 0) == (2, True)
     for settings, memory in ((RunSettings(), node.memory), (RunSettings(memory_gb=0.9), int(0.5e9))):
         with pytest.raises(ResourceError, match=f"node {node.address} has 2 processors"):
-            LazyRuntime(settings, TaskNeed("pack", memory)).map(refuse, [1], title="refuse")
-    enough = LazyRuntime(RunSettings(), TaskNeed("pack", node.memory // 2))
+            list(choose_runtime(settings, TaskNeed("pack", memory)).map(refuse, [1], title="refuse"))
+    enough = choose_runtime(RunSettings(), TaskNeed("pack", node.memory // 2))
     assert list(enough.map(square, [1], np.arange(3), title="square")) == [4.0]
 
 
 def test_a_bar_is_hidden_away_from_a_terminal(capsys: pytest.CaptureFixture) -> None:
-    list(LazyRuntime(RunSettings(serial=True)).map(square, [1], np.arange(3), title="hidden"))
+    list(choose_runtime(RunSettings(serial=True)).map(square, [1], np.arange(3), title="hidden"))
     assert capsys.readouterr().err == ""
-    list(LazyRuntime(RunSettings(serial=True, progress=True)).map(square, [1], np.arange(3), title="shown"))
+    list(choose_runtime(RunSettings(serial=True, progress=True)).map(square, [1], np.arange(3), title="shown"))
     assert "shown: 100%" in capsys.readouterr().err

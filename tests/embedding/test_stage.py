@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.compute.executor import Runtime, choose_runtime
 from ndreamer_dist.embedding.stage import principal_axes, run_embed, run_pca
 from ndreamer_dist.settings import RunSettings, Settings
 from ndreamer_dist.storage.arrays import read_array
@@ -30,7 +30,7 @@ SETTINGS = Settings.build(
 )  # fmt: skip
 
 
-def embedded(folder: Path, runtime: LazyRuntime, settings: Settings = SETTINGS) -> Packed:
+def embedded(folder: Path, runtime: Runtime, settings: Settings = SETTINGS) -> Packed:
     packed = packed_cohort(folder, cells=(150, 101), genes=40, block_rows=128)
     state = TrainState.fresh(settings, genes=40, conditions=2, batch_levels=(1,))
     save_model(packed.run.storage, state.network, packed, settings)
@@ -45,7 +45,7 @@ def arrays(packed: Packed) -> dict[str, np.ndarray]:
 
 
 def test_every_cell_is_placed_and_the_pca_is_that_of_all_cells(tmp_path: Path) -> None:
-    found = arrays(embedded(tmp_path, LazyRuntime(SETTINGS.run)))
+    found = arrays(embedded(tmp_path, choose_runtime(SETTINGS.run)))
     mu = found[keys.MU].astype(np.float64)
     assert mu.shape == (251, 12)
     _, singular, axes = np.linalg.svd(mu - mu.mean(0), full_matrices=False)
@@ -57,7 +57,7 @@ def test_every_cell_is_placed_and_the_pca_is_that_of_all_cells(tmp_path: Path) -
 
 
 def test_a_cells_embedding_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
-    packed = embedded(tmp_path, LazyRuntime(SETTINGS.run))
+    packed = embedded(tmp_path, choose_runtime(SETTINGS.run))
     model = TrainedModel.load(packed.run.storage)
     x = packed.rows(0, packed.n_rows)
     together = model.embed(x, 64)
@@ -66,7 +66,7 @@ def test_a_cells_embedding_does_not_depend_on_its_neighbours(tmp_path: Path) -> 
 
 
 def test_the_model_alone_says_what_it_reads(tmp_path: Path) -> None:
-    packed = embedded(tmp_path, LazyRuntime(SETTINGS.run))
+    packed = embedded(tmp_path, choose_runtime(SETTINGS.run))
     model = TrainedModel.load(packed.run.storage)
     assert model.genes == packed.genes
     assert model.conditions == ("control", "treated")
@@ -75,7 +75,7 @@ def test_the_model_alone_says_what_it_reads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("harmed", ["embed", "pca"])
 def test_a_lost_shard_is_made_again_with_the_same_bits(tmp_path: Path, harmed: str) -> None:
-    runtime = LazyRuntime(SETTINGS.run)
+    runtime = choose_runtime(SETTINGS.run)
     packed = embedded(tmp_path, runtime)
     before = arrays(packed)
     store = {"embed": keys.MU, "pca": keys.PCA}[harmed]
@@ -90,7 +90,7 @@ def test_a_lost_shard_is_made_again_with_the_same_bits(tmp_path: Path, harmed: s
 
 @pytest.mark.parametrize("array", [keys.MU, keys.PCA])
 def test_a_lost_array_is_made_again_with_the_same_bits(tmp_path: Path, array: str) -> None:
-    runtime = LazyRuntime(SETTINGS.run)
+    runtime = choose_runtime(SETTINGS.run)
     packed = embedded(tmp_path, runtime)
     before = arrays(packed)
     shutil.rmtree(tmp_path / keys.EMBEDDING / array)
@@ -101,7 +101,7 @@ def test_a_lost_array_is_made_again_with_the_same_bits(tmp_path: Path, array: st
 
 @pytest.mark.parametrize("codes", ["expected", "sampled"])
 def test_codes_are_chosen_as_asked_and_a_lost_block_has_the_same_ones(tmp_path: Path, codes: str) -> None:
-    runtime = LazyRuntime(SETTINGS.run)
+    runtime = choose_runtime(SETTINGS.run)
     chosen = Settings.build(config=SETTINGS.model_dump(), overrides={"embed.codes": codes})
     packed = embedded(tmp_path / codes, runtime, chosen)
     before = arrays(packed)[keys.MU]
@@ -114,8 +114,8 @@ def test_codes_are_chosen_as_asked_and_a_lost_block_has_the_same_ones(tmp_path: 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_ray_gives_the_same_bits_as_one_process(tmp_path: Path) -> None:
-    serial = arrays(embedded(tmp_path / "serial", LazyRuntime(SETTINGS.run)))
-    on_ray = arrays(embedded(tmp_path / "ray", LazyRuntime(RunSettings())))
+    serial = arrays(embedded(tmp_path / "serial", choose_runtime(SETTINGS.run)))
+    on_ray = arrays(embedded(tmp_path / "ray", choose_runtime(RunSettings())))
     assert all(np.array_equal(serial[name], on_ray[name]) for name in serial)
 
 

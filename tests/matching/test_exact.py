@@ -1,4 +1,4 @@
-"""Exact search is exact, whatever cuts and engines; approximate search is as reproducible."""
+"""Exact search is exact, whatever cuts and engines."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ ENGINES = {
     "one_cell": lambda q, t, k, exclude=None: nearest(q, built(t, 1), k, exclude=exclude),
     "many_cells": lambda q, t, k, exclude=None: nearest(q, built(t, 40), k, exclude=exclude),
     "two_threads": lambda q, t, k, exclude=None: nearest(q, t, k, exclude=exclude, threads=2),
-    "all_probed": lambda q, t, k, exclude=None: nearest(q, built(t, 9), k, exclude=exclude, probes=9),
     "flat": gpu.nearest,
 }
 
@@ -137,15 +136,14 @@ CUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("probes", [None, 3], ids=["exact", "approximate"])
-def test_tiles_blocks_and_threads_change_nothing(monkeypatch, probes):
+def test_tiles_blocks_and_threads_change_nothing(monkeypatch):
     rng = np.random.default_rng(1)
     cloud = rng.permutation(np.concatenate([copies(rng, 1e-6)[::3], gaussian(rng, 200), clusters(rng, 300)]))
     queries, targets = cloud[:120], cloud[120:]
     index = build_index(targets, cells=20)
 
     def found(part=slice(None), threads=1):
-        return nearest(queries[part], index, 3, probes=probes, threads=threads)
+        return nearest(queries[part], index, 3, threads=threads)
 
     whole = found()
     others = [found(threads=2)]
@@ -156,7 +154,7 @@ def test_tiles_blocks_and_threads_change_nothing(monkeypatch, probes):
         flats.append(gpu.nearest(queries, targets, 3))
     pieces = [found(slice(i, i + 31)) for i in range(0, 120, 31)]
     others.append([np.concatenate(column) for column in zip(*pieces, strict=True)])
-    for other in [*others, *(flats if probes is None else [])]:
+    for other in [*others, *flats]:
         np.testing.assert_array_equal(whole.rows, other[0])
         np.testing.assert_array_equal(whole.distances, other[1])
 
@@ -210,43 +208,3 @@ def test_cells_that_hold_no_neighbour_are_not_looked_at():
     rows, _, _ = Watched(index, targets[::5], np.full(300, -1), 1).search()
     assert (rows[:, 0] == np.arange(0, 1500, 5)).all()
     assert sum(looked_at) < 0.2 * 300 * 1500
-
-
-# --- approximate -----------------------------------------------------------------------------------------------------
-
-
-def test_more_probes_find_more_and_all_probes_find_all():
-    rng = np.random.default_rng(0)
-    cloud = gaussian(rng, 3000, 8)
-    queries, index = cloud[:500], build_index(cloud[500:], cells=25)
-    true = nearest(queries, index, 1).rows
-    recall = [(nearest(queries, index, 1, probes=probes).rows == true).mean() for probes in (1, 4, 12, 25, 99)]
-    assert recall == sorted(recall)
-    assert recall[0] < 0.8
-    assert recall[2] > 0.98
-    assert recall[3] == recall[4] == 1
-
-
-def test_probed_cells_are_the_nearest_even_where_centroids_tie():
-    grid = np.stack(np.meshgrid(*[np.arange(4.0)] * 3), axis=-1).reshape(-1, 3).astype(np.float32)
-    targets = np.repeat(grid, 3, axis=0) + np.tile(np.float32([[0.01, 0, 0], [0, 0.01, 0], [0, 0, 0.01]]), (64, 1))
-    index = build_index(targets, cells=64)
-    queries = grid + np.float32(0.5)
-    tile = exact._Tile(index, queries, np.full(64, -1), 1)
-    along = tile.local[:, :-1] @ index.centroids.T
-    nearness = (index.centroids**2).sum(axis=1) / 2 - along
-    query, cell = np.divmod(np.arange(64 * index.cells), index.cells)
-    distances = exact_squared(tile.local[:, :-1], index.centroids, query, cell).reshape(64, -1)
-    expected = np.argsort(distances, axis=1, kind="stable")[:, :5]
-    probed = tile._probed(nearness, 5)
-    assert (probed.sum(axis=1) == 5).all()
-    assert np.take_along_axis(probed, expected, axis=1).all()
-
-
-def test_probed_cells_with_too_few_targets_are_not_the_end():
-    rng = np.random.default_rng(0)
-    cloud = gaussian(rng, 60, 3)
-    index = build_index(cloud, cells=20)
-    found = nearest(cloud, index, 8, exclude=np.arange(60), probes=1)
-    assert (found.rows >= 0).all()
-    assert not (found.rows == np.arange(60)[:, None]).any()

@@ -1,6 +1,5 @@
-"""Every edge is searched once, exactly or with a known recall, and never again."""
+"""Every edge is searched once, exactly, and never again."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from ndreamer_dist.compute.executor import RayRuntime, SerialRuntime
 from ndreamer_dist.errors import QueryError, RunError, StoreError
 from ndreamer_dist.matching import exact
 from ndreamer_dist.matching import stage as search
-from ndreamer_dist.matching.stage import add_edges, match_facts, run_match
+from ndreamer_dist.matching.stage import add_edges, run_match
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.storage.arrays import open_array, read_array
 from tests.results.brute_force import nearest_rows
@@ -71,9 +70,8 @@ def test_all_edges_are_searched_where_asked(tmp_path):
     assert all(matches.edge(q, t)[0].shape == (made.design.groups[q].cells, 1) for q in range(4) for t in range(4))
 
 
-@pytest.mark.parametrize("kind", ["exact", "approximate"])
-def test_batches_of_queries_do_not_change_the_matches(tmp_path, monkeypatch, kind):
-    overrides = {"match.search": kind, "match.probes": 2, "match.query_rows": 100}
+def test_batches_of_queries_do_not_change_the_matches(tmp_path, monkeypatch):
+    overrides = {"match.query_rows": 100}
     sizes = {(0, 0): 500, (0, 1): 300}
     together, _ = matched(tmp_path / "a", overrides, sizes=sizes)
     monkeypatch.setattr(search, "BATCH_QUERIES", 150)
@@ -81,7 +79,6 @@ def test_batches_of_queries_do_not_change_the_matches(tmp_path, monkeypatch, kin
     monkeypatch.setattr(search, "UNIT_DISTANCES", 1)
     apart, _ = matched(tmp_path / "b", overrides, sizes=sizes)
     assert_same(stored(together), stored(apart))
-    assert match_facts(together.run) == match_facts(apart.run)
 
 
 def test_query_tiles_do_not_change_the_matches(tmp_path):
@@ -160,52 +157,6 @@ def test_exact_search_reports_what_it_did(tmp_path, monkeypatch):
     assert summary["searches"] == queries
     assert 0 < summary["widened"] <= queries
     assert summary["widened_share"] == summary["widened"] / queries
-    assert match_facts(made.run) == {"match_search": "exact", "match_recall": 1.0, "match_recall_sample": 0}
-
-
-LARGER = {(0, 0): 2000, (0, 1): 1500}
-FEW = {"match.search": "approximate", "match.probes": 1, "match.neighbours": 2, "match.query_rows": 400}
-
-
-def test_approximate_search_measures_its_recall_against_brute_force(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        made, matches = matched(tmp_path, FEW, sizes=LARGER, dims=8)
-    points = read_array(made.run.storage / keys.EMBEDDING, keys.PCA)
-    asked = hits = 0
-    for query, target in made.design.needed_edges("needed"):
-        q, t = made.design.groups[query], made.design.groups[target]
-        cells = np.concatenate([np.arange(start, min(start + 400, q.cells), 64) for start in range(0, q.cells, 400)])
-        itself = cells if query == target else None
-        true, _ = nearest_rows(points[q.start + cells], points[t.start : t.stop], 2, itself)
-        rows = matches.edge(query, target)[0][cells] - t.start
-        hits += sum(len(set(a) & set(b)) for a, b in zip(true.tolist(), rows.tolist(), strict=True))
-        asked += true.size
-    facts = match_facts(made.run)
-    assert facts == {"match_search": "approximate", "match_recall": hits / asked, "match_recall_sample": asked}
-    assert 0.3 < hits / asked < 0.99
-    assert f"recall {hits / asked:.4f}" in caplog.text
-    assert "match.probes, 1 now" in caplog.text
-
-
-def test_enough_probes_are_no_cause_for_a_warning(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        made, _ = matched(tmp_path, {**FEW, "match.probes": 12}, sizes=LARGER, dims=8)
-    assert match_facts(made.run)["match_recall"] >= 0.995
-    assert not caplog.records
-
-
-def test_an_interrupted_approximate_run_reports_the_whole(tmp_path):
-    made, _ = matched(tmp_path, FEW, sizes=LARGER, dims=8)
-    before, whole = stored(made), match_facts(made.run)
-    for marker in sorted((tmp_path / keys.DONE / keys.STAGE_MATCH).iterdir())[::3]:
-        marker.unlink()
-    (tmp_path / keys.MATCH_SUMMARY).unlink()
-    search_again(made)
-    assert match_facts(made.run) == whole
-    assert_same(before, stored(made))
-    (tmp_path / keys.MATCH_SUMMARY).unlink()
-    search_again(made)
-    assert match_facts(made.run) == whole
 
 
 # --- more edges ------------------------------------------------------------------------------------------------------
@@ -236,7 +187,6 @@ def test_edges_are_added_to_a_finished_run_and_none_is_searched_twice(tmp_path):
     assert made.run.read_json(keys.MATCH_SUMMARY) == summary
     at_once, _ = matched(tmp_path / "b", {"match.edges": "all"})
     assert_same(stored(at_once), stored(made))
-    assert match_facts(at_once.run) == match_facts(made.run)
     search_again(made)
     assert chunk_times(tmp_path / "a") == after
     assert matches.edge(1, 3)[0].shape == (70, 1)
@@ -296,4 +246,3 @@ def test_a_killed_search_goes_on_where_it_was_with_the_same_bits(tmp_path):
     search_again(undisturbed)
     assert {path: path.stat().st_mtime_ns for path in finished} == times
     assert_same(stored(undisturbed), stored(made))
-    assert match_facts(undisturbed.run) == match_facts(made.run)

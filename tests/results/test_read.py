@@ -22,7 +22,6 @@ SPARSE = sparse.vstack([SPARSE[:20], sparse.csr_matrix((8, 30)), SPARSE[28:]], f
 def stored(tmp_path_factory):
     storage = open_storage(tmp_path_factory.mktemp("pieces"))
     write_array(storage, "x", VALUES, chunks=(7, 5), shards=(14, 45))
-    write_array(storage, "half", VALUES.astype(np.float16), chunks=(7, 5))
     for name in ("data", "indices"):
         write_array(storage, f"X/{name}", getattr(SPARSE, name), chunks=(16,), shards=(64,))
     return storage
@@ -44,12 +43,6 @@ def test_values_go_where_they_are_wanted(stored, rows):
     out = np.full((len(rows), 42), -1, dtype=np.float32)
     assert read_dense(stored, "x", rows, np.arange(42), out=out) is out
     np.testing.assert_array_equal(out, VALUES[rows])
-
-
-def test_half_precision_is_read_as_float32(stored):
-    found = read_dense(stored, "half", np.arange(9), np.arange(42))
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, VALUES[:9].astype(np.float16))
 
 
 @settings(deadline=None, max_examples=60)

@@ -17,11 +17,11 @@ from ndreamer_dist.compute.monitors import _descendants
 
 STARTED = """
 import json, os, sys
-from ndreamer_dist.compute.executor import LazyRuntime
+from ndreamer_dist.compute.executor import choose_runtime
 from ndreamer_dist.compute.local_ray import USAGE
 from ndreamer_dist.settings import RunSettings
 from tests.security.test_ports import listening
-with LazyRuntime(RunSettings(cpus=1, object_store_gb=0.1, progress=False)) as runtime:
+with choose_runtime(RunSettings(cpus=1, object_store_gb=0.1, progress=False)) as runtime:
     (asked,) = runtime.map(os.getenv, [USAGE], title="a task")
     print(json.dumps({"sockets": listening(os.getpid()), "asked for usage": asked, "after": os.getenv(USAGE)}))
 """
