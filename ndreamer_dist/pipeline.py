@@ -325,7 +325,7 @@ def _check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> 
     if not run.storage.exists():
         return
     if not run.storage.exists(keys.RUN_JSON):
-        if set(run.storage.list()) - {keys.LOCK}:
+        if any(not name.startswith(keys.LOCK) for name in run.storage.list()):
             msg = f"{run.url} holds files that are not a run's; choose another --out"
             raise RunError(msg)
         return

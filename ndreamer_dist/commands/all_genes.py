@@ -149,7 +149,7 @@ def _key(origin: Results, made: Settings) -> str:
 
 def _check_owner(directory: RunDirectory, origin: Results, key: str) -> None:
     """Refuse a directory that holds anything else."""
-    if not directory.storage.exists() or not set(directory.storage.list()) - {keys.LOCK}:
+    if not directory.storage.exists() or all(name.startswith(keys.LOCK) for name in directory.storage.list()):
         return
     if not directory.storage.exists(keys.WIDE_JSON):
         msg = f"{directory.url} holds files that are not effects of all genes; choose another --out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import json
 import logging
@@ -65,8 +66,13 @@ def file_lock(storage: Storage) -> Iterator[None]:
 
 def _lock_of(storage: Storage) -> dict[str, Any]:
     """Return what a remote directory's lock says; nothing where there is none, or none that can be read."""
+    return _lease_in(storage, keys.LOCK)
+
+
+def _lease_in(storage: Storage, name: str) -> dict[str, Any]:
+    """Return the lease that a file holds; nothing where there is no file, or none that can be read."""
     try:
-        return dict(json.loads(storage.read_if_there(keys.LOCK) or b"{}"))
+        return dict(json.loads(storage.read_if_there(name) or b"{}"))
     except ValueError:
         return {}
 
@@ -87,8 +93,10 @@ def _is_held(held: Mapping[str, Any]) -> bool:
     return _seconds_left(held) > 0 and not gone
 
 
-def _await_holder(storage: Storage) -> None:
+def _await_holder(storage: Storage) -> dict[str, Any]:
     """Wait until a lease is let go or has run out, so that a retry on another machine goes on after a killed run.
+
+    Returns the lease that has run out; nothing where there is none.
 
     Raises
     ------
@@ -106,41 +114,91 @@ def _await_holder(storage: Storage) -> None:
             logger.warning("%s is locked by %s; waiting %.0f s for a sign of life", storage.url, holder, seconds)
         time.sleep(LEASE_SECONDS / LOOKS)
         held = _lock_of(storage)
+    return held
+
+
+class _Lease:
+    """A lease on a remote directory: a file that its holder renews, and that says who the holder is."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._token = uuid.uuid4().hex
+        self.lost = False
+
+    def is_ours(self) -> bool:
+        """Return whether the lock names this holder."""
+        return _lock_of(self._storage).get("token") == self._token
+
+    def write(self) -> None:
+        """Write or renew the lock."""
+        self._storage.write_atomic(keys.LOCK, self._content())
+
+    def _content(self) -> bytes:
+        return json.dumps(_holder() | {"token": self._token}).encode()
+
+    def take(self, expired: Mapping[str, Any]) -> None:
+        """Write the lock in place of one that has run out, unless another run writes it at the same moment.
+
+        A run first announces itself in a file of its own, then looks for other announcements and for a lock. Of two
+        runs, the one that announces itself later sees the other's announcement or, once that is gone, its lock; so
+        never do both go on.
+
+        Raises
+        ------
+        RunError
+            Another run holds the lock, or is about to.
+        """
+        own = f"{keys.LOCK_ANNOUNCED}/{self._token}"
+        self._storage.write_atomic(own, self._content())
+        try:
+            others = [name for name in self._storage.list(keys.LOCK_ANNOUNCED) if name != own]
+            for held in (*(_lease_in(self._storage, name) for name in others), _lock_of(self._storage)):
+                if held and held != expired and _is_held(held):
+                    raise RunError(_locked_message(self._storage, canonical_json(held)))
+            self.write()
+        finally:
+            self._storage.delete_file(own)
+
+    def renew_until(self, stop: threading.Event) -> None:
+        """Renew the lock until `stop`; where another run has taken it over, interrupt this one."""
+        while not stop.wait(LEASE_SECONDS / 4):
+            try:
+                with hurry():
+                    if self.is_ours():
+                        self.write()
+                        continue
+            except Exception as error:  # noqa: BLE001 - a store that is away for a moment must not end the lease
+                logger.warning("the lock of %s could not be renewed; trying again (%s)", self._storage.url, error)
+                continue
+            self.lost = True
+            _thread.interrupt_main()
+            return
 
 
 @contextmanager
 def lease(storage: Storage) -> Iterator[None]:
-    """Lock a remote directory by a lease that is renewed while its holder lives."""
-    _await_holder(storage)
-    stop = threading.Event()
-    token = uuid.uuid4().hex
+    """Lock a remote directory by a lease that is renewed while its holder lives.
 
-    def is_ours() -> bool:
-        return _lock_of(storage).get("token") == token
-
-    def write() -> None:
-        storage.write_atomic(keys.LOCK, json.dumps(_holder() | {"token": token}).encode())
-
-    def renew() -> None:
-        while not stop.wait(LEASE_SECONDS / 4):
-            try:
-                with hurry():
-                    if is_ours():
-                        write()
-            except Exception as error:  # noqa: BLE001 - a store that is away for a moment must not end the lease
-                logger.warning("the lock of %s could not be renewed; trying again (%s)", storage.url, error)
-
-    write()
-    if not is_ours():  # of two that began at once the later one has it
-        raise RunError(_locked_message(storage, canonical_json(_lock_of(storage))))
-    renewal = threading.Thread(target=renew, daemon=True, name="ndreamer-lease")
+    Raises
+    ------
+    RunError
+        Another run holds the lock, or took it over because this one could not renew it.
+    """
+    held, stop = _Lease(storage), threading.Event()
+    held.take(_await_holder(storage))
+    renewal = threading.Thread(target=held.renew_until, args=(stop,), daemon=True, name="ndreamer-lease")
     renewal.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if not held.lost:
+            raise
+        msg = f"{storage.url} was taken over by another run, since this one could not renew its lock; it has stopped"
+        raise RunError(msg) from None
     finally:
         stop.set()
         renewal.join()
-        _let_go(storage, is_ours)
+        _let_go(storage, held.is_ours)
 
 
 def _let_go(storage: Storage, is_ours: Callable[[], bool]) -> None:

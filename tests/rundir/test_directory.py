@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -152,3 +153,48 @@ def test_a_remote_lock_that_is_renewed_meanwhile_or_let_go_is_seen_at_once(
     started = time.monotonic()
     with run.locked():
         assert time.monotonic() - started < 30
+
+
+def test_of_two_runs_that_begin_at_once_never_do_both_hold_a_remote_lock(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Both have seen that there is no lock before either writes one.
+    seen = threading.Barrier(2)
+    looked = lock._await_holder
+    monkeypatch.setattr(lock, "_await_holder", lambda storage: (looked(storage), seen.wait(10))[0])
+    run = RunDirectory(open_storage(f"memory://{tmp_path.name}"))
+    holding, most = [0], [0]
+    guard = threading.Lock()
+
+    def hold() -> None:
+        with contextlib.suppress(RunError), run.locked():
+            with guard:
+                holding[0] += 1
+                most[0] = max(most[0], holding[0])
+            time.sleep(0.2)
+            with guard:
+                holding[0] -= 1
+
+    for _ in range(20):
+        runs = [threading.Thread(target=hold) for _ in range(2)]
+        for one in runs:
+            one.start()
+        for one in runs:
+            one.join()
+    assert most[0] <= 1
+    assert not run.storage.list()
+
+
+def test_a_run_whose_remote_lock_was_taken_over_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 0.4)
+    run = RunDirectory(open_storage(f"memory://{tmp_path.name}"))
+    other = {"host": "elsewhere", "pid": 1, "space": "a", "time": time.time() + 60, "token": "other"}
+
+    def work() -> None:
+        with run.locked():
+            run.write_json(keys.LOCK, other)
+            time.sleep(10)
+
+    with pytest.raises(RunError, match="was taken over by another run"):
+        work()
+    assert run.storage.exists(keys.LOCK)  # the other's stays
