@@ -286,7 +286,7 @@ def _settings(
 
 
 def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> None:
-    """Refuse what this machine cannot hold; where tasks run on a cluster, the driver alone (see `runtime.check_nodes`)."""
+    """Refuse what this machine cannot hold; where tasks run on a cluster, the driver alone (see `executor.check_nodes`)."""
     if on_a_cluster(settings.run):
         needs = Needs(memory.driver_memory(size), memory.disk_bytes(size, settings))
         check_resources(needs, memory=memory_limit(), disk=run.free_disk(), where=run.url)

@@ -150,20 +150,20 @@ class RayRuntime:
         self.progress = settings.bars
         self._settings = settings
         self._task = task
-        self._started = False
+        self._started = self._clustered = False
 
     @cached_property
     def _resources(self) -> dict[str, float]:
         """Resources of the cluster; connects to it."""
         import ray
 
-        clustered = on_a_cluster(self._settings)
+        self._clustered = on_a_cluster(self._settings)
         if not ray.is_initialized():
             with sigterm_kept():
                 start_ray(self._settings)
             self._started = True
-        if clustered and self._task is not None:
-            check_nodes(self._task, cluster_nodes(self._settings.memory_gb))
+        if self._clustered and self._task is not None:
+            check_nodes(self._task, cluster_nodes())
         return dict(ray.cluster_resources())
 
     @property
@@ -203,7 +203,7 @@ class RayRuntime:
         if not (waiting := list(items)):
             return
         cpus = self.cpus
-        remote = ray.remote(_with_peak).options(name=title, num_cpus=1, num_gpus=num_gpus, max_retries=3)
+        remote = ray.remote(_with_peak).options(name=title, num_gpus=num_gpus, **self._needs())
         how = _stage_name(), self._settings.task_threads
         handles = [ray.put(value) for value in shared]
         with progress_bar(waiting, title, self.progress) as advance:
@@ -224,6 +224,11 @@ class RayRuntime:
             finally:
                 _end(running)
 
+    def _needs(self) -> dict[str, Any]:
+        """Return what Ray reserves for a task: on a cluster its memory too, so that no node takes more than it holds."""
+        memory = self._task.memory if self._task is not None and self._clustered else 0
+        return {"num_cpus": 1, "max_retries": 3, "memory": memory or None}
+
     def put(self, value: Any) -> Any:
         """See `Runtime.put`."""
         import ray
@@ -237,7 +242,7 @@ class RayRuntime:
 
         self._resources  # noqa: B018 - connects
         options = {"name": function.__name__.strip("_"), "num_returns": returns}
-        remote = ray.remote(_counted).options(num_cpus=1, max_retries=3, **options)
+        remote = ray.remote(_counted).options(**options, **self._needs())
         handles = remote.remote(_stage_name(), self._settings.task_threads, function, *args)
         return [handles] if returns == 1 else list(handles)
 
@@ -395,37 +400,28 @@ class Node:
     memory: int
 
 
-def cluster_nodes(memory_gb: float | None = None) -> list[Node]:
-    """Return the machines that take tasks now, as Ray reports them; with `memory_gb`, that is what each of them has."""
+def cluster_nodes() -> list[Node]:
+    """Return the nodes that take tasks now, as Ray reports them."""
     import ray
 
     taking = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
-    own = int(memory_gb * 1e9) if memory_gb else None
-    return [
-        Node(n["NodeManagerAddress"], int(n["Resources"]["CPU"]), own or int(n["Resources"]["memory"])) for n in taking
-    ]
+    return [Node(n["NodeManagerAddress"], int(n["Resources"]["CPU"]), int(n["Resources"]["memory"])) for n in taking]
 
 
 def check_nodes(task: TaskNeed, nodes: Iterable[Node]) -> None:
-    """Refuse a cluster of which a machine cannot hold as many of the largest tasks as it has processors.
-
-    A task may come to any machine that has a processor free.
+    """Refuse a cluster of which no node can hold the largest task; Ray runs as many of them on a node as it can hold.
 
     Raises
     ------
     ResourceError
-        The message names the machine that lacks most, and says what to change.
+        The message names the largest node, and says what to change.
     """
-    lacking = [node for node in nodes if node.cpus * task.memory > node.memory]
-    if not lacking:
+    node = max(nodes, key=lambda node: node.memory, default=None)
+    if node is None or task.memory <= node.memory:
         return
-    node = max(lacking, key=lambda node: node.cpus * task.memory - node.memory)
-    fit = node.memory // task.memory
-    fewer = f"start Ray there with {fit} of them (ray start --num-cpus={fit}), " if fit else ""
     msg = (
-        f"stage {task.stage!r} takes {task.memory / 1e9:.1f} GB a task, and node {node.address} has {node.cpus} "
-        f"processors and {node.memory / 1e9:.1f} GB for tasks; {fewer}take smaller blocks "
-        "(--set pack.block_rows=1024) or larger machines, or say what a machine has (--set run.memory_gb=N)"
+        f"stage {task.stage!r} takes {task.memory / 1e9:.1f} GB a task, and the largest node, {node.address}, has "
+        f"{node.memory / 1e9:.1f} GB for tasks; take smaller blocks (--set pack.block_rows=1024) or larger machines"
     )
     raise ResourceError(msg)
 

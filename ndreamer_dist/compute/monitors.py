@@ -16,11 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 
 from ndreamer_dist import keys
 from ndreamer_dist.compute import events
@@ -74,48 +74,35 @@ class PeakMemory:
 
 
 def tree_memory(pid: int) -> int:
-    """Return the bytes that a process and its descendants hold together; 0 where the system does not tell."""
-    held = [_resident_and_shared(process) for process in _descendants(pid)]
-    return sum(resident - shared for resident, shared in held) + max(shared for _, shared in held)
+    """Return the bytes that a process and its descendants hold together, the largest shared part counted once."""
+    held = []
+    for process in _descendants(pid):
+        with suppress(psutil.Error):  # it has ended
+            # `memory_full_info` counts shares exactly, but it walks all pages and stops the process meanwhile.
+            memory = process.memory_info()
+            held.append((memory.rss, getattr(memory, "shared", 0)))
+    return sum(resident - shared for resident, shared in held) + max((shared for _, shared in held), default=0)
 
 
 def tree_traffic(pid: int) -> tuple[int, int]:
     """Return the bytes that a process and its descendants have read and written, those that have ended among them.
 
-    Linux adds what a process has moved to its parent's when it is waited for. Zeros where the system does not tell.
+    Linux adds what a process has moved to its parent's when it is waited for. Zeros where the system does not count.
     """
     read = written = 0
     for process in _descendants(pid):
-        try:
-            told = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
-        except OSError:
-            continue  # it has ended
-        read, written = read + int(told["rchar"]), written + int(told["wchar"])
+        with suppress(psutil.Error, AttributeError):
+            moved = process.io_counters()
+            read, written = read + moved.read_chars, written + moved.write_chars
     return read, written
 
 
-def _resident_and_shared(pid: int) -> tuple[int, int]:
+def _descendants(pid: int) -> list[psutil.Process]:
     try:
-        # smaps_rollup would tell shares exactly, but it walks all pages and stops the process meanwhile.
-        fields = Path(f"/proc/{pid}/statm").read_text().split()
-    except OSError:
-        return 0, 0  # the process has ended
-    page = os.sysconf("SC_PAGE_SIZE")
-    return int(fields[1]) * page, int(fields[2]) * page
-
-
-def _descendants(pid: int) -> list[int]:
-    found, waiting = [], [pid]
-    while waiting:
-        process = waiting.pop()
-        found.append(process)
-        try:
-            tasks = list(Path(f"/proc/{process}/task").iterdir())
-            children = [(task / "children").read_text().split() for task in tasks]
-        except OSError:
-            continue
-        waiting += [int(child) for line in children for child in line]
-    return found
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []
 
 
 class Watcher:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -97,36 +99,36 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(memory: int, di
         check_resources(needs, memory=memory * 10**9, disk=disk * 10**9, where="here")
 
 
-@pytest.mark.parametrize(
-    ("nodes", "message"),
-    [
-        pytest.param([("a", 4, 8), ("b", 2, 4)], None, id="all_hold_as_many_as_they_run"),
-        pytest.param(
-            [("a", 4, 8), ("b", 3, 5)], r"node b .* with 2 of them \(ray start --num-cpus=2\)", id="one_is_small"
-        ),
-        pytest.param(
-            [("a", 4, 1), ("b", 3, 5)], "node a has 4 processors and 1.0 GB for tasks; take smaller", id="none_fits"
-        ),
-    ],
-)
-def test_a_node_holds_a_task_for_each_of_its_processors(nodes: list[tuple[str, int, int]], message: str | None) -> None:
-    task, made = TaskNeed("clusters", 2 * 10**9), [Node(name, cpus, gb * 10**9) for name, cpus, gb in nodes]
-    if message is None:
-        return check_nodes(task, made)
-    with pytest.raises(ResourceError, match=f"^stage 'clusters' takes 2.0 GB a task.*{message}.*--set"):
-        check_nodes(task, made)
-    return None
+def test_a_cluster_is_refused_where_its_largest_node_cannot_hold_a_task() -> None:
+    task, small, large = TaskNeed("clusters", 2 * 10**9), Node("a", 4, 10**9), Node("b", 2, 3 * 10**9)
+    check_nodes(task, [small, large])
+    check_nodes(task, [])  # an autoscaled cluster has none yet
+    message = (
+        "^stage 'clusters' takes 2.0 GB a task, and the largest node, a, has 1.0 GB for tasks; take smaller.*--set"
+    )
+    with pytest.raises(ResourceError, match=message):
+        check_nodes(task, [small])
+
+
+def at_once(_: int, folder: Path) -> int:
+    """Return how many calls of this function run at the same time."""
+    own = folder / uuid.uuid4().hex
+    own.touch()
+    time.sleep(0.5)
+    count = len(list(folder.iterdir()))
+    own.unlink()
+    return count
 
 
 @pytest.mark.ray
-def test_a_cluster_whose_nodes_are_too_small_is_refused_before_any_task(local_ray: None) -> None:
+def test_a_node_of_a_cluster_runs_as_many_tasks_as_its_memory_holds(local_ray: None, tmp_path: Path) -> None:
     (node,) = cluster_nodes()
     assert (node.cpus, node.memory > 0) == (2, True)
-    for settings, memory in ((RunSettings(), node.memory), (RunSettings(memory_gb=0.9), int(0.5e9))):
-        with pytest.raises(ResourceError, match=f"node {node.address} has 2 processors"):
-            list(choose_runtime(settings, TaskNeed("pack", memory)).map(refuse, [1], title="refuse"))
-    enough = choose_runtime(RunSettings(), TaskNeed("pack", node.memory // 2))
-    assert list(enough.map(square, [1], np.arange(3), title="square")) == [4.0]
+    with pytest.raises(ResourceError, match=f"the largest node, {node.address}, has"):
+        list(choose_runtime(RunSettings(), TaskNeed("pack", 2 * node.memory)).map(refuse, [1], title="refuse"))
+    for share, most in ((0.6, 1), (0.4, 2)):
+        runtime = choose_runtime(RunSettings(), TaskNeed("pack", int(share * node.memory)))
+        assert max(runtime.map(at_once, range(4), tmp_path, title="at once")) <= most
 
 
 def test_a_bar_is_hidden_away_from_a_terminal(capsys: pytest.CaptureFixture) -> None:
