@@ -167,7 +167,20 @@ class LossSettings(StageSettings):
     reconstruction: float = result(1.0, "weight of the mean squared error", ge=0)
     cosine: float = result(20.0, "weight of 1 - cosine similarity", ge=0)
     kl: float = result(0.005, "weight of the KL and correlation term", ge=0)
-    independence: float = result(1000.0, "weight of the information about condition and batch", ge=0)
+    independence: float = result(
+        1000.0,
+        "weight of the information about the condition, and about the batch, where they have none of their own",
+        ge=0,
+    )
+    independence_condition: float | None = result(
+        None, "weight of the information about the condition; null: loss.independence", ge=0
+    )
+    independence_batch: float | None = result(
+        None, "weight of the information about each batch covariate; null: loss.independence", ge=0
+    )
+    independence_batch_within: float = result(
+        0.0, "weight of the information about each batch covariate among the cells of one condition", ge=0
+    )
     dependence: float = result(
         50.0, "weight of the information about the clusters, over the number of conditions", ge=0
     )
@@ -181,6 +194,16 @@ class LossSettings(StageSettings):
     cross_cluster: Literal["published", "clusters"] = result("published", "what counts as crossing (section 8)")
     commitment: float = result(1.0, "weight of the commitment and codebook term", ge=0)
     ceiling: float = result(1e5, "weighted terms and their sum are clamped to this from above", gt=0)
+
+    @property
+    def condition_weight(self) -> float:
+        """Weight of the information about the condition."""
+        return self.independence if self.independence_condition is None else self.independence_condition
+
+    @property
+    def batch_weight(self) -> float:
+        """Weight of the information about each batch covariate."""
+        return self.independence if self.independence_batch is None else self.independence_batch
 
 
 class TrainSettings(StageSettings):

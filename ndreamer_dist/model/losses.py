@@ -7,7 +7,7 @@ are added over workers; the losses inside groups take own cells as anchors and e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,9 @@ class Terms:
     reconstruction: Tensor
     cosine: Tensor
     kl: Tensor
-    independence: Tensor
+    independence_condition: Tensor
+    independence_batch: Tensor
+    independence_batch_within: Tensor
     dependence: Tensor
     triplet: Tensor
     neighbourhood: Tensor
@@ -121,10 +123,49 @@ def nmi(joint: Tensor) -> Tensor:
     return nmi_from_entropies(entropy(probs.sum(-1)), entropy(probs.sum(-2)), entropy(probs.flatten(-2)))
 
 
-def independence(quantised: Quantised, labels: Labels) -> Tensor:
-    """Return the information of the codes about the condition and about each batch covariate, added."""
-    kinds = [labels.group_condition, *labels.group_batch.unbind(1)]
-    return torch.stack([nmi(_merge_groups(quantised.group_probs, kind)).mean() for kind in kinds]).sum()
+def independence_condition(quantised: Quantised, labels: Labels) -> Tensor:
+    """Return the information of the codes about the condition."""
+    return nmi(_merge_groups(quantised.group_probs, labels.group_condition)).mean()
+
+
+def independence_batch(quantised: Quantised, labels: Labels) -> Tensor:
+    """Return the information of the codes about each batch covariate, added; 0 where there is none."""
+    terms = [nmi(_merge_groups(quantised.group_probs, batch)).mean() for batch in labels.group_batch.unbind(1)]
+    return torch.stack([quantised.group_probs.new_zeros(()), *terms]).sum()
+
+
+def independence_batch_within(quantised: Quantised, labels: Labels) -> Tensor:
+    """Return the information of the codes about each batch covariate inside conditions, mean over conditions, added.
+
+    Where donors have one condition each, this leaves alone what the donors of one condition share and those of another
+    do not. A condition with one batch counts as 0.
+    """
+    terms = [
+        nmi_within(quantised.group_probs, labels.group_condition, batch).mean()
+        for batch in labels.group_batch.unbind(1)
+    ]
+    return torch.stack([quantised.group_probs.new_zeros(()), *terms]).sum()
+
+
+def nmi_within(group_probs: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """Return the information of the codes about `inner` among the groups of each `outer`, (codebooks, outer labels).
+
+    Parameters
+    ----------
+    group_probs
+        (codebooks, groups, codes), of any positive sum.
+    outer, inner
+        Labels of the groups, (groups,), on the host.
+    """
+    pairs, row = torch.unique(torch.stack([outer, inner]), dim=1, return_inverse=True)
+    outer_of_pair = torch.unique(pairs[0], return_inverse=True)[1].to(group_probs.device)
+    joint = _merge_groups(group_probs, row)
+    of_outer = _merge_groups(joint, outer_of_pair)
+    cells = of_outer.sum(-1)  # (codebooks, outer labels)
+    probs = joint / cells[:, outer_of_pair, None]
+    terms = torch.stack([entropy(probs.sum(-1, keepdim=True)), entropy(probs)])
+    of_label, of_both = terms.new_zeros((2, *cells.shape)).index_add(2, outer_of_pair, terms)
+    return nmi_from_entropies(of_label, entropy(of_outer / cells[..., None]), of_both)
 
 
 def dependence(quantised: Quantised, labels: Labels) -> Tensor:
@@ -427,10 +468,10 @@ def total_loss(
     conditions
         C, conditions of the cohort, whichever of them are in the mini-batch.
     """
-    quantised, cells = outputs.quantised, batch.cells
+    quantised, labels, cells = outputs.quantised, outputs.labels, batch.cells
     pairs = pair_losses(
         outputs.mean, collective.all_gather_rows(outputs.mean),
-        batch.x, collective.all_gather_rows(batch.x), outputs.labels, noise.keys, loss,
+        batch.x, collective.all_gather_rows(batch.x), labels, noise.keys, loss,
     )  # fmt: skip
     sums = [
         squared_error(batch.x, outputs.reconstruction).sum(),
@@ -446,13 +487,22 @@ def total_loss(
         reconstruction=error / cells,
         cosine=cosine / cells,
         kl=kl / cells + correlation,
-        independence=independence(quantised, outputs.labels),
-        dependence=dependence(quantised, outputs.labels),
+        independence_condition=independence_condition(_learning(quantised, loss.condition_weight), labels),
+        independence_batch=independence_batch(_learning(quantised, loss.batch_weight), labels),
+        independence_batch_within=independence_batch_within(
+            _learning(quantised, loss.independence_batch_within), labels
+        ),
+        dependence=dependence(quantised, labels),
         triplet=triplets / triplet_pairs.clamp_min(1),
         neighbourhood=near,
         commitment=committed / (cells * len(quantised.vectors)),
     )
     return weigh(unweighted, loss, conditions)
+
+
+def _learning(quantised: Quantised, weight: float) -> Quantised:
+    """Return what an information loss of this weight reads: without weight it is measured, and has no gradient."""
+    return quantised if weight else replace(quantised, group_probs=quantised.group_probs.detach())
 
 
 def weigh(terms: Terms, loss: LossSettings, conditions: int) -> LossTerms:
@@ -461,7 +511,11 @@ def weigh(terms: Terms, loss: LossSettings, conditions: int) -> LossTerms:
         reconstruction=loss.reconstruction * terms.reconstruction,
         cosine=loss.cosine * terms.cosine,
         kl=(loss.kl * terms.kl).clamp_max(loss.ceiling),
-        independence=(loss.independence * terms.independence).clamp_max(loss.ceiling),
+        independence_condition=(loss.condition_weight * terms.independence_condition).clamp_max(loss.ceiling),
+        independence_batch=(loss.batch_weight * terms.independence_batch).clamp_max(loss.ceiling),
+        independence_batch_within=(loss.independence_batch_within * terms.independence_batch_within).clamp_max(
+            loss.ceiling
+        ),
         dependence=-loss.dependence / conditions * terms.dependence,
         triplet=loss.triplet * terms.triplet,
         neighbourhood=loss.neighbourhood * terms.neighbourhood,

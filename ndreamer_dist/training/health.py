@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from ndreamer_dist.settings import Settings
+from ndreamer_dist.settings import LossSettings, Settings
 from ndreamer_dist.training.log import Row
 
 FAIR_SHARE = 0.25
@@ -39,20 +39,41 @@ def concerns(epochs: Sequence[Row], settings: Settings, planned: int) -> dict[st
     window = max(math.ceil(FEWEST_STEPS / steps_per_epoch), len(epochs) // 5)
     if len(epochs) < 2 * window:
         return {}
-    found = {"independence": _independence(epochs, window), "codes": _codes(epochs, window, settings.model.codes)}
+    found = {
+        "independence": _independence(epochs, window, settings.loss),
+        "codes": _codes(epochs, window, settings.model.codes),
+    }
     return {kind: text for kind, text in found.items() if text is not None}
 
 
-def _independence(epochs: Sequence[Row], window: int) -> str | None:
-    """Return a warning where the information about condition and batch is not below what it was at the start."""
-    first, last = (fmean(row["independence"] for row in part) for part in (epochs[:window], epochs[-window:]))
-    if last < max(first, NEGLIGIBLE_INFORMATION):
+def _independence(epochs: Sequence[Row], window: int, loss: LossSettings) -> str | None:
+    """Return a warning where information that the losses are to remove is not below what it was at the start."""
+    asked = {
+        "independence_condition": (loss.condition_weight, "conditions"),
+        "independence_batch": (loss.batch_weight, "batches"),
+        "independence_batch_within": (loss.independence_batch_within, "batches inside a condition"),
+    }
+    kept = [name for name, (weight, _) in asked.items() if weight and _stays(epochs, window, name)]
+    if not kept:
         return None
+    name = kept[0]
+    first, last = _first_and_last(epochs, window, name)
     return (
-        f"the independence loss does not fall: {first:.4f} over epochs 1 to {window}, {last:.4f} over epochs "
-        f"{len(epochs) - window + 1} to {len(epochs)}, so the embedding still tells conditions or batches apart; raise "
-        "--set loss.independence, or lower --set loss.dependence"
+        f"the independence loss does not fall: {name} {first:.4f} over epochs 1 to {window}, {last:.4f} over epochs "
+        f"{len(epochs) - window + 1} to {len(epochs)}, so the embedding still tells {asked[name][1]} apart; raise "
+        f"--set loss.{name}, or lower --set loss.dependence"
     )
+
+
+def _stays(epochs: Sequence[Row], window: int, name: str) -> bool:
+    """Return whether a loss ends no lower than it began, and is not negligible."""
+    first, last = _first_and_last(epochs, window, name)
+    return last >= max(first, NEGLIGIBLE_INFORMATION)
+
+
+def _first_and_last(epochs: Sequence[Row], window: int, name: str) -> tuple[float, float]:
+    """Return the means of a loss over the first, and the last, epochs."""
+    return fmean(row[name] for row in epochs[:window]), fmean(row[name] for row in epochs[-window:])
 
 
 def _codes(epochs: Sequence[Row], window: int, codes: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -72,8 +72,80 @@ def test_independence_equals_the_reference(covariates: int) -> None:
     batch = golden_batch()
     batch = replace(batch, batch=batch.batch[:, :covariates])
     labels = gather_labels(batch, Single())
-    expected = LOSSES["value_nmi_condition"] + covariates * LOSSES["value_nmi_batch"]
-    close(losses.independence(quantised_of(LOSSES["probs"], labels), labels), expected.item())
+    quantised = quantised_of(LOSSES["probs"], labels)
+    close(losses.independence_condition(quantised, labels), LOSSES["value_nmi_condition"].item())
+    close(losses.independence_batch(quantised, labels), covariates * LOSSES["value_nmi_batch"].item())
+
+
+def test_independence_of_the_batch_inside_conditions_equals_the_sum_over_cells() -> None:
+    batch = random_batch(120, dtype=torch.float64)
+    labels = gather_labels(batch, Single())
+    probs = torch.rand(3, 120, 7, dtype=torch.float64).square()
+    probs = probs / probs.sum(-1, keepdim=True)
+    names = batch.condition.unique()
+    expected = sum(
+        literal_nmi(covariate[batch.condition == name], probs[:, batch.condition == name]) / len(names)
+        for covariate in batch.batch.T
+        for name in names
+    )
+    # The helper's sums are of float32, hence of the golden tolerance.
+    close(losses.independence_batch_within(quantised_of(probs, labels), labels), float(expected))
+
+
+@pytest.mark.parametrize(
+    ("batch_of", "expected"),
+    [
+        pytest.param([0, 0, 1, 1], 0.0, id="one_batch_per_condition"),
+        pytest.param([0, 1, 2, 3], 1.0, id="codes_name_the_batch"),
+    ],
+)
+def test_batches_inside_a_condition_count_and_the_condition_itself_does_not(
+    batch_of: list[int], expected: float
+) -> None:
+    condition, donors = torch.tensor([0, 0, 1, 1]), torch.tensor(batch_of)
+    batch = MiniBatch(torch.rand(4, 3), condition, donors[:, None], donors, condition, condition, 0, 1, 4)
+    labels = gather_labels(batch, Single())
+    found = losses.independence_batch_within(quantised_of(torch.eye(4)[None], labels), labels)
+    close(found, expected, atol=1e-5)
+
+
+def test_each_information_has_its_own_weight_and_the_common_one_stands_for_those_without() -> None:
+    zero = {field.name: torch.tensor(0.0) for field in fields(losses.Terms)}
+    terms = losses.Terms(
+        **zero | {"independence_condition": torch.tensor(1.0), "independence_batch": torch.tensor(2.0),
+                  "independence_batch_within": torch.tensor(4.0)}
+    )  # fmt: skip
+    totals = [
+        losses.weigh(terms, LossSettings(**weights), CONDITIONS).total
+        for weights in (
+            {}, {"independence": 3.0}, {"independence_batch": 0.0}, {"independence": 3.0, "independence_condition": 0.0},
+            {"independence": 0.0, "independence_batch_within": 5.0},
+        )
+    ]  # fmt: skip
+    assert totals == [3000, 9, 1000, 6, 20]
+
+
+def test_an_information_without_weight_is_measured_and_moves_nothing() -> None:
+    batch = random_batch(70, dtype=torch.float32)
+    network, noise = tiny_network(dtype=torch.float32), noises.draw(batch, TINY, 0)
+    weightless = LossSettings(
+        **dict.fromkeys(("reconstruction", "cosine", "kl", "dependence", "triplet", "neighbourhood", "commitment"), 0.0)
+    )
+    gradients = {}
+    for name, weights in {
+        "none": {"independence": 0.0},
+        "within": {"independence": 0.0, "independence_batch_within": 1.0},
+    }.items():
+        network.zero_grad()
+        found = losses.total_loss(
+            network(batch, noise, Single()), batch, noise, weightless.model_copy(update=weights),
+            conditions=CONDITIONS, collective=Single(),
+        )  # fmt: skip
+        found.total.backward()
+        assert found.unweighted.independence_condition > 0
+        assert found.unweighted.independence_batch_within > 0
+        gradients[name] = network.quantiser.embedding.grad.abs().max().item()
+    assert gradients["none"] == 0 < gradients["within"]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +328,7 @@ def test_triplets_are_counted_where_there_are_any(labels: list[int], expected: i
 
 
 def test_terms_and_total_are_clamped_from_above() -> None:
-    names = ("reconstruction", "cosine", "kl", "independence", "dependence", "triplet", "neighbourhood", "commitment")
+    names = [field.name for field in fields(losses.Terms)]
     huge = losses.Terms(**{name: torch.tensor(1e9 if name in ("kl", "reconstruction") else 0.0) for name in names})
     loss = LossSettings(kl=1.0, ceiling=10.0)
     found = losses.weigh(huge, loss, CONDITIONS)

@@ -17,7 +17,7 @@ LENGTH, BOOKS = 3, 2
 
 def steps_of(count: int) -> tuple[list[dict[str, float]], list[list[float]]]:
     rng = np.random.default_rng(0)
-    names = ("total", "independence", "learning_rate", "perplexity", "cells_per_second", "waiting", "seconds")
+    names = ("total", "independence_batch", "learning_rate", "perplexity", "cells_per_second", "waiting", "seconds")
     rows = [{"step": step, **dict(zip(names, rng.random(7).tolist(), strict=True))} for step in range(1, count + 1)]
     return rows, (10 * rng.random((count, BOOKS))).tolist()
 

@@ -75,8 +75,15 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path: Path) -> N
     [
         pytest.param({}, [], id="healthy"),
         pytest.param(
-            {"loss.independence": 0}, [r"the independence loss does not fall.*--set loss\.independence"],
-            id="independence_without_weight",
+            {"loss.independence": 1e-6},
+            [r"the independence loss does not fall: independence_condition.*tells conditions apart.*--set loss\.independence_condition"],
+            id="independence_of_little_weight",
+        ),
+        pytest.param({"loss.independence": 0}, [], id="independence_without_weight"),
+        pytest.param(
+            {"loss.independence": 0, "loss.independence_batch": 1e-6},
+            [r"the independence loss does not fall: independence_batch .*tells batches apart.*--set loss\.independence_batch,"],
+            id="one_of_two_without_weight",
         ),
         pytest.param(
             {"model.codes": 4096, "model.code_dim": 32, "train.reset_every": 0}, [r"most codes are dead: of 4096 codes.*--set model\.codes"],
