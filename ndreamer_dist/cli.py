@@ -214,12 +214,22 @@ def simulate(
     design: Annotated[
         Layout, typer.Option(help="crossed: every donor in every condition; nested: each in one.")
     ] = "crossed",
+    state_effects: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the effects that cells of the lowest state lack.")
+    ] = 0.0,
+    state_shift: Annotated[
+        float,
+        typer.Option(min=-2, max=2, help="Shift of the cells' state outside the control, in standard deviations."),
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 0,
 ) -> None:
     """Write a cohort whose true effects are known, chunk by chunk."""
     from ndreamer_dist.commands.demo import simulate_with_bar
 
-    simulate_with_bar(out, cells=cells, genes=genes, batches=batches, conditions=conditions, design=design, seed=seed)
+    simulate_with_bar(
+        out, cells=cells, genes=genes, batches=batches, conditions=conditions, design=design, state_effects=state_effects,
+        state_shift=state_shift, seed=seed,
+    )  # fmt: skip
     print(f"wrote {out}: columns condition (control: control), donor, cell_type")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndreamer_dist.datasets.expectation import Floats, expectation_tables
-from ndreamer_dist.datasets.parameters import Cells, Codes, Parameters
+from ndreamer_dist.datasets.parameters import Cells, Codes, Parameters, StateLaw, affected
 
 BLOCK_ROWS: Final = 64  # cells that share a generator: results depend on no other cut
 
@@ -17,11 +17,13 @@ BLOCK_ROWS: Final = 64  # cells that share a generator: results depend on no oth
 class Model:
     """The expectations of a cohort as functions of cells' latent variables; pure, shared by simulation and truth."""
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, law: StateLaw | None = None) -> None:
         self.parameters = parameters
+        self.law = law or StateLaw()
         self.tables = expectation_tables()
         self.genes = parameters.log_share.shape[1]
         self.ballast = self.genes - 1
+        self.affected = affected(parameters)
         present = (parameters.group_weight > 0).T.astype(np.float32)  # (conditions, donors)
         # The mean of the donors that hold a condition, per condition: what centres the batch effect.
         self.centre = np.einsum("cb,kbg->kcg", present / present.sum(1, keepdims=True), parameters.donor_shape)
@@ -56,9 +58,19 @@ class Model:
 
     def _log_share(self, cells: Cells, genes: Codes) -> Floats:
         p, kind = self.parameters, cells.cell_type[:, None]
-        log_share = p.log_share[kind, genes] + p.fold[cells.condition[:, None], kind, genes]
+        log_share = p.log_share[kind, genes] + self._fold(cells, genes)
         log_share += cells.state[:, None] * p.state_load[kind, genes]
         return log_share
+
+    def _fold(self, cells: Cells, genes: Codes) -> Floats:
+        """Return the log-fold changes of cells (cells, genes) by their condition, and state where that bears on them."""
+        fold = self.parameters.fold[cells.condition[:, None], cells.cell_type[:, None], genes]
+        if self.law.effects:
+            # The shares gained and lost shrink alike, so that they still cancel: the ballast has no effect.
+            changed = np.flatnonzero(self.affected[genes])
+            gain = np.expm1(fold[:, changed]) * self.law.response(cells.state)[:, None]
+            fold[:, changed] = np.log1p(gain)
+        return fold
 
     def _distortion(self, true: Floats, cells: Cells, genes: Codes) -> Floats:
         kind, condition, donor = (a[:, None] for a in (cells.cell_type, cells.condition, cells.donor))

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from ndreamer_dist.datasets.expectation import DISPERSIONS, SCALE, Floats
 from ndreamer_dist.errors import CohortError
@@ -21,6 +22,36 @@ BALLAST: Final = "BALLAST"
 
 BALLAST_SHARE: Final = 0.2
 FOLD_MIN, FOLD_MAX = 0.7, 3.0  # log-fold changes of effect genes
+STATE_LIMIT: Final = 2.0  # cells' states are a standard normal, held within these limits
+STATE_QUANTILES: Final = 512  # states that a mean over the law of the states is taken over
+
+
+@dataclass(frozen=True)
+class StateLaw:
+    """How effects and conditions depend on the cells' state; by default they do not.
+
+    Attributes
+    ----------
+    effects
+        Share of a condition's effect that cells of the lowest state lack, 0 to 1. Effects grow evenly with the state and
+        are whole in the highest, so their mean over states is that of `1 - effects / 2`.
+    shift
+        How much higher the state of cells is in conditions other than the control, in standard deviations.
+    """
+
+    effects: float = 0.0
+    shift: float = 0.0
+
+    def response(self, state: Floats) -> Floats:
+        """Return the share of its condition's effect, as a gain or loss of counts, that a cell of each state shows."""
+        lacking = np.clip((STATE_LIMIT - state) / (2 * STATE_LIMIT), 0, 1)
+        return (1 - self.effects * lacking).astype(np.float32)
+
+    def states(self, condition: int) -> Floats:
+        """Return states at even quantiles of their law in a condition: a mean over these is one over the law."""
+        quantiles = (np.arange(STATE_QUANTILES) + 0.5) / STATE_QUANTILES
+        states = np.clip(special.ndtri(quantiles), -STATE_LIMIT, STATE_LIMIT)
+        return (states + (self.shift if condition else 0)).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ndreamer_dist.datasets.expectation import DISPERSIONS, LIBRARY_MEDIAN, LIBRARY_SIGMA, Floats
 from ndreamer_dist.datasets.model import BLOCK_ROWS, Model, rest
-from ndreamer_dist.datasets.parameters import Cells, Codes, Parameters
+from ndreamer_dist.datasets.parameters import STATE_LIMIT, Cells, Codes
 
 DIRECT_MEAN: Final = 4.0  # above this mean a count is drawn as gamma-Poisson, below by inversion
 
@@ -29,7 +29,7 @@ def draw_chunk(model: Model, seed: int, start: int, stop: int) -> Chunk:
     """Draw the cells start to stop (start a multiple of `BLOCK_ROWS`), the same whatever the chunks are."""
     generators = [generator(seed, 1, row // BLOCK_ROWS) for row in range(start, stop, BLOCK_ROWS)]
     sizes = [min(BLOCK_ROWS, stop - row) for row in range(start, stop, BLOCK_ROWS)]
-    blocks = [_draw_cells(model.parameters, rng, size) for rng, size in zip(generators, sizes, strict=True)]
+    blocks = [_draw_cells(model, rng, size) for rng, size in zip(generators, sizes, strict=True)]
     cells = Cells(*(np.concatenate([getattr(b, field.name) for b in blocks]) for field in fields(Cells)))
     kinds, of_cell = _kinds_of_cell(cells)
     # Most genes do not depend on the state: their shares are worked out once per (type, condition, donor).
@@ -49,11 +49,13 @@ def generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, *key))))
 
 
-def _draw_cells(p: Parameters, rng: np.random.Generator, size: int) -> Cells:
+def _draw_cells(model: Model, rng: np.random.Generator, size: int) -> Cells:
+    p = model.parameters
     group = _choose(rng.random(size), np.broadcast_to(p.group_weight.ravel(), (size, p.group_weight.size)))
     donor, condition = np.divmod(group, p.group_weight.shape[1])
     kind = _choose(rng.random(size), p.type_weight[donor])
-    state = np.clip(rng.standard_normal(size, dtype=np.float32), -2, 2)
+    state = np.clip(rng.standard_normal(size, dtype=np.float32), -STATE_LIMIT, STATE_LIMIT)
+    state += np.float32(model.law.shift) * (condition > 0)
     library = LIBRARY_MEDIAN * np.exp(LIBRARY_SIGMA * rng.standard_normal(size, dtype=np.float32))
     return Cells(kind, condition, donor, state, library.astype(np.float32))
 
@@ -74,7 +76,8 @@ def _kinds_of_cell(cells: Cells) -> tuple[Cells, Codes]:
 
 def _draw_counts(model: Model, rng: np.random.Generator, cells: Cells, mean: Floats) -> tuple[Any, Any, Any]:
     """Draw the counts of a block; `mean` (cells, genes) comes with the shares at state 0 and is used up."""
-    moved = np.flatnonzero(model.parameters.state_load.any(0))
+    moves = model.parameters.state_load.any(0)
+    moved = np.flatnonzero(moves | model.affected if model.law.effects else moves)
     mean[:, moved] = model.observed_shares(cells, moved)
     mean[:, model.ballast] = rest(mean[:, : model.ballast].sum(1, dtype=np.float64))
     mean *= cells.library[:, None]

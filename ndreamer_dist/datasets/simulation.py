@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from ndreamer_dist.datasets.model import BLOCK_ROWS, Model
-from ndreamer_dist.datasets.parameters import Names, draw_parameters
+from ndreamer_dist.datasets.parameters import STATE_LIMIT, Names, StateLaw, draw_parameters
 from ndreamer_dist.datasets.sampling import draw_chunk, generator
 from ndreamer_dist.datasets.truth import Truth, truth_path
 from ndreamer_dist.datasets.writing import Writer
@@ -29,6 +29,8 @@ def simulate(
     conditions: int = 2,
     design: Literal["crossed", "nested"] = "crossed",
     cell_types: int = 6,
+    state_effects: float = 0.0,
+    state_shift: float = 0.0,
     seed: int = 0,
     chunk_rows: int = 4096,
     threads: int = 2,
@@ -45,6 +47,12 @@ def simulate(
         Donors. `crossed`: each has cells of every condition. `nested`: each has one condition.
     cell_types
         The last third of them (at least one, where there are two) does not respond to any condition.
+    state_effects
+        Share of the effects that cells of the lowest state lack, 0 to 1: by default a condition moves all cells of a type
+        alike, at 1 those of the lowest state do not respond at all.
+    state_shift
+        How much higher the state of cells is in conditions other than the control, in standard deviations: a difference
+        of composition, not an effect on any cell.
     seed
         The same seed and sizes give the same cohort, whatever `chunk_rows` and `threads` are.
     chunk_rows, threads
@@ -57,6 +65,7 @@ def simulate(
     CohortError
         The sizes make no cohort, or there is one at `path` already.
     """
+    law = _state_law(state_effects, state_shift)
     _check_sizes(cells, genes, batches, conditions, cell_types, design, chunk_rows, threads)
     cohort, truth = open_storage(path), open_storage(truth_path(path))
     if cohort.exists("zarr.json"):
@@ -67,7 +76,7 @@ def simulate(
         generator(seed, 0), genes=genes, donors=batches, conditions=conditions, cell_types=cell_types,
         nested=design == "nested",
     )  # fmt: skip
-    model, writer = Model(parameters), Writer(cohort, truth, Names.of(parameters))
+    model, writer = Model(parameters, law), Writer(cohort, truth, Names.of(parameters))
     step = -(-chunk_rows // BLOCK_ROWS) * BLOCK_ROWS
     ranges = ((start, min(start + step, cells)) for start in range(0, cells, step))
     with ThreadPoolExecutor(threads) as pool:
@@ -75,7 +84,7 @@ def simulate(
             writer.add(chunk)
             if progress is not None:
                 progress(writer.cells, cells)
-    writer.close(parameters)
+    writer.close(parameters, law)
     return Truth(truth, model, cells)
 
 
@@ -90,6 +99,16 @@ def _in_order(
             yield begun.popleft().result()
     while begun:
         yield begun.popleft().result()
+
+
+def _state_law(effects: float, shift: float) -> StateLaw:
+    if not 0 <= effects <= 1:
+        msg = f"state_effects is {effects:g}; it is a share of the effects, from 0 to 1"
+        raise CohortError(msg)
+    if not abs(shift) <= STATE_LIMIT:
+        msg = f"state_shift is {shift:g} standard deviations; at most {STATE_LIMIT:g} either way can be simulated"
+        raise CohortError(msg)
+    return StateLaw(effects, shift)
 
 
 def _check_sizes(

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ndreamer_dist import keys
 from ndreamer_dist.datasets.expectation import Floats
 from ndreamer_dist.datasets.model import Model
-from ndreamer_dist.datasets.parameters import CELL_TYPE, CONDITION, DONOR, Cells, Codes, Names, Parameters, affected
+from ndreamer_dist.datasets.parameters import CELL_TYPE, CONDITION, DONOR, Cells, Codes, Names, Parameters, StateLaw
 from ndreamer_dist.errors import CohortError, QueryError, listing, suggest
 from ndreamer_dist.storage.arrays import read_array
 from ndreamer_dist.storage.files import Storage, open_storage
@@ -43,7 +43,7 @@ class Truth:
         self.cell_types = names.categories[CELL_TYPE]
         self.conditions = names.categories[CONDITION]
         self.donors = names.categories[DONOR]
-        self.effect_genes = [self.genes[j] for j in np.flatnonzero(affected(model.parameters))]
+        self.effect_genes = [self.genes[j] for j in np.flatnonzero(model.affected)]
 
     def __len__(self) -> int:
         return self._cells
@@ -74,13 +74,37 @@ class Truth:
             effect[cells.condition == 0] = np.nan
         return effect
 
+    @property
+    def law(self) -> StateLaw:
+        """How effects and conditions depend on the cells' state."""
+        return self._model.law
+
     def mean_ite(self, cell_type: str, condition: str, genes: Sequence[str] | None = None) -> Floats:
-        """Return the mean effect of a condition on a cell type, (genes,); exact: effects do not vary with the state."""
-        kind = np.array([self._code(self.cell_types, cell_type, "cell type")])
-        zero = np.zeros(1, np.float32)
-        cell = Cells(kind, np.zeros_like(kind), np.zeros_like(kind), zero, zero)
-        treated, columns = cell.under(self._code(self.conditions, condition, "condition")), self._columns(genes)
-        return (self._model.true_expression(treated, columns) - self._model.true_expression(cell, columns))[0]
+        """Return the mean effect of a condition on the cells of a type that are in it, (genes,).
+
+        Where effects depend on the state, the mean is over the law of the state in that condition; else it is exact.
+        """
+        code, columns = self._code(self.conditions, condition, "condition"), self._columns(genes)
+        states = self.law.states(code) if self.law.effects else np.zeros(1, np.float32)
+        cells = self._typical(cell_type, states)
+        effects = self._model.true_expression(cells.under(code), columns) - self._model.true_expression(cells, columns)
+        return effects.mean(0, dtype=np.float64).astype(np.float32)
+
+    def mean_state_shift(self, cell_type: str, condition: str, genes: Sequence[str] | None = None) -> Floats:
+        """Return by how much a condition's shift of the state alone moves the mean of a type's control cells, (genes,).
+
+        A difference of means between condition and control is `mean_ite` plus this.
+        """
+        code, columns = self._code(self.conditions, condition, "condition"), self._columns(genes)
+        moved, unmoved = (
+            self._model.true_expression(self._typical(cell_type, self.law.states(c)), columns) for c in (code, 0)
+        )
+        return (moved - unmoved).mean(0, dtype=np.float64).astype(np.float32)
+
+    def _typical(self, cell_type: str, states: Floats) -> Cells:
+        """Return control cells of a type, one for each state."""
+        kind = np.full(len(states), self._code(self.cell_types, cell_type, "cell type"))
+        return Cells(kind, np.zeros_like(kind), np.zeros_like(kind), states, np.zeros_like(states))
 
     def obs(self, rows: slice | ArrayLike = slice(None)) -> dict[str, NDArray[Any]]:
         """Return the cells' names of cell type, condition and donor, and their true state and library size."""
@@ -154,4 +178,5 @@ def load_truth(path: str | os.PathLike[str]) -> Truth:
         msg = f"{storage.url} has format {attributes['format']}, expected {keys.FORMAT_VERSION}: simulate it again"
         raise CohortError(msg)
     parameters = Parameters(*(read_array(storage, field.name) for field in fields(Parameters)))
-    return Truth(storage, Model(parameters), int(str(attributes["cells"])))
+    law = StateLaw(*(float(attributes.get(f"state_{field.name}", 0)) for field in fields(StateLaw)))
+    return Truth(storage, Model(parameters, law), int(str(attributes["cells"])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +12,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ndreamer_dist import keys
-from ndreamer_dist.datasets.parameters import CELL_TYPE, CONDITION, DONOR, Names, Parameters
+from ndreamer_dist.datasets.parameters import CELL_TYPE, CONDITION, DONOR, Names, Parameters, StateLaw
 from ndreamer_dist.datasets.sampling import Chunk
 from ndreamer_dist.storage.arrays import create_array, open_array, read_array, write_array
 from ndreamer_dist.storage.files import Storage
@@ -88,14 +88,14 @@ class Writer:
         self.entries += len(chunk.data)
         self.cells += len(cells)
 
-    def close(self, parameters: Parameters) -> None:
+    def close(self, parameters: Parameters, law: StateLaw) -> None:
         """Finish both stores; without this neither opens."""
         for column in self._columns.values():
             column.close()
         self._write_indptr()
         for field in fields(parameters):
             write_array(self.truth, field.name, getattr(parameters, field.name))
-        _group(self.truth, "", {"format": keys.FORMAT_VERSION, "cells": self.cells})
+        _group(self.truth, "", {"format": keys.FORMAT_VERSION, "cells": self.cells} | _of_state(law))
         self._frame("obs", [CELL_TYPE, CONDITION, DONOR])
         for key, categories in self.names.categories.items():
             _strings(self.cohort, f"obs/{key}/categories", categories)
@@ -124,6 +124,11 @@ class Writer:
 
     def _frame(self, name: str, columns: list[str]) -> None:
         _group(self.cohort, name, {**_encoding("dataframe", "0.2.0"), "_index": "_index", "column-order": columns})
+
+
+def _of_state(law: StateLaw) -> dict[str, float]:
+    """Return what is not the default of a state's law."""
+    return {f"state_{name}": value for name, value in asdict(law).items() if value}
 
 
 def _encoding(kind: str, version: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 import anndata
 import numpy as np
 import pytest
+import zarr
 
 from ndreamer_dist.datasets import BALLAST, load_truth, simulate, truth_path
 from ndreamer_dist.datasets.expectation import (
@@ -18,7 +19,7 @@ from ndreamer_dist.datasets.expectation import (
     expected_log1p,
 )
 from ndreamer_dist.datasets.model import Model
-from ndreamer_dist.datasets.parameters import Cells, draw_parameters
+from ndreamer_dist.datasets.parameters import Cells, StateLaw, draw_parameters
 from ndreamer_dist.datasets.sampling import DIRECT_MEAN, _draw_counts, _positive_counts, generator
 from ndreamer_dist.errors import CohortError, QueryError
 
@@ -296,6 +297,8 @@ def test_truth_opens_again_and_refuses_what_is_not_there(cohort, tmp_path):
         pytest.param({"conditions": 1}, "conditions is 1", id="one_condition"),
         pytest.param({"design": "nested", "batches": 1}, "at least as many batches", id="fewer_donors_than_conditions"),
         pytest.param({"design": "croszed"}, "Did you mean 'crossed'", id="unknown_design"),
+        pytest.param({"state_effects": 1.2}, "state_effects is 1.2", id="more_than_all_of_an_effect"),
+        pytest.param({"state_shift": -3.0}, "state_shift is -3", id="a_state_beyond_all_states"),
         pytest.param({"genes": 60, "cell_types": 30}, "too few", id="no_room_for_effects"),
     ],
 )
@@ -315,3 +318,80 @@ def test_an_unfinished_cohort_does_not_open(tmp_path):
         load_truth(tmp_path / "c.zarr")
     assert len(simulate(tmp_path / "c.zarr", cells=200, genes=100)) == 200
     assert anndata.read_zarr(tmp_path / "c.zarr").n_obs == 200
+
+
+# --- effects and conditions that depend on the state -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stateful(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stateful") / "c.zarr"
+    truth = simulate(path, cells=12_000, genes=400, seed=4, state_effects=0.8, state_shift=1.0)
+    return path, truth, anndata.read_zarr(path)
+
+
+def test_gains_and_losses_of_counts_grow_evenly_with_the_state():
+    """Brute force: the share of counts is the control's plus a part of what the condition adds, by the state."""
+    plain = model_of()
+    model = Model(plain.parameters, StateLaw(effects=0.8))
+    states = np.array([-2, -1, 0, 1, 2], np.float32)
+    zero = np.zeros(5, np.intp)
+    cells = Cells(zero, zero + 1, zero, states, np.ones(5, np.float32))
+    genes = np.flatnonzero(plain.parameters.fold[1, 0])
+    control, whole = (np.exp(plain._log_share(cells.under(c), genes)) for c in (0, 1))
+    expected = control + np.array([0.2, 0.4, 0.6, 0.8, 1.0])[:, None] * (whole - control)
+    np.testing.assert_allclose(np.exp(model._log_share(cells, genes)), expected, rtol=1e-5)
+    everything = np.arange(399)
+    kept = np.exp(model._log_share(cells, everything).astype(float)).sum(1)
+    np.testing.assert_allclose(
+        kept, np.exp(model._log_share(cells.under(0), everything).astype(float)).sum(1), rtol=1e-5
+    )
+
+
+def test_counts_of_every_state_average_to_its_own_effect(stateful):
+    _, truth, adata = stateful
+    obs, genes = truth.obs(), truth.effect_genes
+    value = log_normalised(adata.X)[:, [truth.genes.index(gene) for gene in genes]]
+    cells = (obs["cell_type"] == "type_1") & (obs["condition"] == "treated")
+    expected, noise = truth.expression(slice(None), genes=genes) + truth.batch_effect(slice(None), genes), []
+    for low, high in [(-1.0, 0.3), (0.3, 1.2), (1.2, 3.1)]:
+        part = cells & (obs["state"] > low) & (obs["state"] < high)
+        error = value[part].mean(0) - expected[part].mean(0)
+        noise.append(error / (value[part].std(0) / np.sqrt(part.sum())))
+    assert np.abs(np.concatenate(noise)).mean() < 1.1  # 0.8 in expectation
+
+
+def test_the_mean_effect_is_that_of_the_cells_in_the_condition(stateful):
+    _, truth, _ = stateful
+    obs = truth.obs()
+    rows = np.flatnonzero((obs["cell_type"] == "type_2") & (obs["condition"] == "treated"))
+    effects, mean = truth.ite(rows), truth.mean_ite("type_2", "treated")
+    error = effects.std(0) / np.sqrt(len(rows))
+    assert (np.abs(effects.mean(0) - mean) < 4 * error + 1e-5).all()
+    named = [truth.genes.index(gene) for gene in truth.effect_genes]
+    moving = effects[:, named].std(0) > 0.05
+    assert moving.sum() > 5
+    assert not effects[:, np.setdiff1d(np.arange(400), named)].any()
+
+
+def test_a_shift_of_the_state_moves_conditions_and_is_no_effect(stateful):
+    _, truth, _ = stateful
+    obs = truth.obs()
+    state = {name: obs["state"][obs["condition"] == name].mean() for name in truth.conditions}
+    assert state["treated"] - state["control"] == pytest.approx(1, abs=0.05)
+    inside = {name: (obs["cell_type"] == "type_6") & (obs["condition"] == name) for name in truth.conditions}
+    f = {name: truth.expression(np.flatnonzero(mask)) for name, mask in inside.items()}
+    shift = truth.mean_state_shift("type_6", "treated")
+    assert np.abs(shift).max() > 0.3
+    assert not truth.mean_ite("type_6", "treated").any()
+    error = np.sqrt(sum(value.var(0) / len(value) for value in f.values()))
+    assert (np.abs(f["treated"].mean(0) - f["control"].mean(0) - shift) < 4.5 * error + 1e-4).all()
+
+
+def test_a_states_law_is_kept_with_the_truth_and_not_written_where_there_is_none(stateful, cohort):
+    path, truth, _ = stateful
+    opened = load_truth(path)
+    assert opened.law == truth.law == StateLaw(effects=0.8, shift=1.0)
+    assert (opened.ite(slice(0, 50), "treated") == truth.ite(slice(0, 50), "treated")).all()
+    assert load_truth(cohort[0]).law == StateLaw()
+    assert set(zarr.open_group(truth_path(cohort[0]), mode="r").attrs) == {"format", "cells"}
