@@ -55,7 +55,9 @@ Input = Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr s
 ConditionKey = Annotated[str | None, typer.Option(help="Column of obs that holds the condition.")]
 Control = Annotated[str | None, typer.Option(help="Name of the control condition.")]
 BatchKey = Annotated[list[str] | None, typer.Option(help="Column of obs that holds the batch; repeatable.")]
-PresetName = Annotated[Preset, typer.Option(help="paper: the method's defaults; small: for laptops.")]
+PresetName = Annotated[
+    Preset, typer.Option(help="paper: the method's defaults; small: for laptops, keeps types, not states.")
+]
 ValuesOfX = Annotated[
     Normalise | None, typer.Option(help="What X holds: counts; none: log-normalised values; auto: looked at (default).")
 ]
@@ -192,6 +194,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the simulated cohort and the run.")] = Path("ndreamer_demo"),
     cells: Annotated[int, typer.Option(min=2000, help="Cells to simulate.")] = 20_000,
     genes: Annotated[int, typer.Option(min=200, help="Genes to simulate.")] = 2_000,
+    state_effects: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the effects that cells of the lowest states lack.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the cohort and of the run.")] = 0,
     assignments: Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
@@ -199,9 +204,8 @@ def demo(
     """Simulate a small cohort, run the whole job on it, and say how well the truth was recovered."""
     from ndreamer_dist.commands.demo import run_demo
 
-    print(
-        run_demo(out, cells=cells, genes=genes, seed=seed, settings=parse_assignments(assignments or []), fresh=fresh)
-    )
+    sizes = {"cells": cells, "genes": genes, "state_effects": state_effects}
+    print(run_demo(out, sizes=sizes, seed=seed, settings=parse_assignments(assignments or []), fresh=fresh))
 
 
 @app.command()
@@ -215,7 +219,7 @@ def simulate(
         Layout, typer.Option(help="crossed: every donor in every condition; nested: each in one.")
     ] = "crossed",
     state_effects: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the effects that cells of the lowest state lack.")
+        float, typer.Option(min=0, max=1, help="Share of the effects that cells of the lowest states lack.")
     ] = 0.0,
     state_shift: Annotated[
         float,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ndreamer_dist import keys
 from ndreamer_dist.datasets import CELL_TYPE, CONDITION, DONOR, Truth, load_truth, simulate, truth_path
+from ndreamer_dist.datasets.local_score import local_scores
 from ndreamer_dist.datasets.score import Recovery, recovery
 from ndreamer_dist.pipeline import run
 from ndreamer_dist.stats.results import Results
@@ -26,15 +28,23 @@ DEMO_EPOCHS = 60
 """Fewer than the preset's 100: enough for this cohort, and the demo is over sooner."""
 
 
-def run_demo(out: Path, *, cells: int, genes: int, seed: int, settings: Mapping[str, Any], fresh: bool = False) -> str:
-    """Simulate a cohort of four donors in two conditions, run the small preset on it and score it; return the report."""
+def run_demo(
+    out: Path, *, sizes: Mapping[str, Any], seed: int, settings: Mapping[str, Any], fresh: bool = False
+) -> str:
+    """Simulate a cohort of four donors in two conditions, run the small preset on it and score it; return the report.
+
+    Parameters
+    ----------
+    sizes
+        Of `datasets.simulate`: `cells`, `genes`, `state_effects`.
+    """
     cohort, directory = out / "cohort.zarr", out / "run"
     if fresh:
         open_storage(cohort).delete()
         open_storage(truth_path(cohort)).delete()
     simulated = time.perf_counter()
     if not open_storage(cohort).exists("zarr.json"):
-        simulate_with_bar(cohort, cells=cells, genes=genes, seed=seed)
+        simulate_with_bar(cohort, **sizes, seed=seed)
     started = time.perf_counter()
     finished = run(
         cohort, out=directory, condition_key=CONDITION, control="control", batch_key=DONOR, preset="small",
@@ -71,7 +81,14 @@ def score(results: Results, truth: Truth) -> Recovery:
         values = readers[layer](cells=list(obs.index[start:stop])).X
         return values.toarray() if sparse.issparse(values) else np.asarray(values)
 
-    return recovery(
-        truth, read, cell_type=obs[CELL_TYPE], condition=obs[CONDITION], donor=obs[DONOR],
-        genes=list(results.var_names),
+    genes = list(results.var_names)
+    found = recovery(
+        truth, read, cell_type=obs[CELL_TYPE], condition=obs[CONDITION], donor=obs[DONOR], genes=genes,
     )  # fmt: skip
+    if not truth.law.effects:
+        return found
+    local = local_scores(
+        truth, partial(read, keys.LAYER_ITE), positions=truth.positions(list(obs.index)),
+        points=results.embedding(pca=True, order="packed").to_numpy(), genes=genes,
+    )  # fmt: skip
+    return replace(found, local=local)

@@ -19,10 +19,13 @@ CELL_TYPE: Final = "cell_type"
 CONDITION: Final = "condition"
 DONOR: Final = "donor"
 BALLAST: Final = "BALLAST"
+CELL_PREFIX: Final = "cell_"
+"""Of cells' names, before their position in seven digits."""
 
 BALLAST_SHARE: Final = 0.2
 FOLD_MIN, FOLD_MAX = 0.7, 3.0  # log-fold changes of effect genes
 STATE_LIMIT: Final = 2.0  # cells' states are a standard normal, held within these limits
+RESPONSE_STEEPNESS: Final = 2.0  # of the response about the middle state, where effects depend on the state
 STATE_QUANTILES: Final = 512  # states that a mean over the law of the states is taken over
 
 
@@ -33,8 +36,8 @@ class StateLaw:
     Attributes
     ----------
     effects
-        Share of a condition's effect that cells of the lowest state lack, 0 to 1. Effects grow evenly with the state and
-        are whole in the highest, so their mean over states is that of `1 - effects / 2`.
+        Share of a condition's effect that cells of the lowest states lack, 0 to 1. It grows with the state, most steeply
+        about the middle, and is whole in the highest: the response is `1 - effects * Phi(-2 state)`.
     shift
         How much higher the state of cells is in conditions other than the control, in standard deviations.
     """
@@ -44,8 +47,7 @@ class StateLaw:
 
     def response(self, state: Floats) -> Floats:
         """Return the share of its condition's effect, as a gain or loss of counts, that a cell of each state shows."""
-        lacking = np.clip((STATE_LIMIT - state) / (2 * STATE_LIMIT), 0, 1)
-        return (1 - self.effects * lacking).astype(np.float32)
+        return (1 - self.effects * special.ndtr(-RESPONSE_STEEPNESS * state)).astype(np.float32)
 
     def states(self, condition: int) -> Floats:
         """Return states at even quantiles of their law in a condition: a mean over these is one over the law."""

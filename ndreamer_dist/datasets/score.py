@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ndreamer_dist import keys
 from ndreamer_dist.datasets import Truth
+from ndreamer_dist.datasets.local_score import LocalScore
 from ndreamer_dist.errors import QueryError
 
 THRESHOLD: Final = 0.25
@@ -64,6 +65,7 @@ class Recovery:
     batches: tuple[BatchScore, ...]
     genes: int
     threshold: float
+    local: tuple[LocalScore, ...] = ()  # where true effects depend on the state
 
     @property
     def correlation(self) -> float:
@@ -104,6 +106,7 @@ class Recovery:
             "",
             f"Mean correlation {self.correlation:.3f}; {self.false_genes} genes called in cell types without effect;",
             f"{self.batch_variance_removed:.0%} of the variance between donors removed.",
+            *_local_lines(self.local),
         ]
         return "\n".join(lines)
 
@@ -293,6 +296,21 @@ def _effect_line(e: EffectScore) -> str:
         f"{e.cell_type:<14}{e.condition:<12}{e.cells:>8}{e.affected:>10}{agreement}"
         f"{e.false_genes:>8}{e.largest_false:>9.3f}"
     )
+
+
+def _local_lines(scores: Sequence[LocalScore]) -> list[str]:
+    """Return the scores of single cells' effects as text; nothing where there are none."""
+    if not scores:
+        return []
+    return [
+        "",
+        "Effects of single cells, which depend on their state here, smoothed over neighbours, against the true ones",
+        "",
+        f"{'cell type':<14}{'condition':<12}{'cells':>8}{'affected':>10}{'local r':>9}",
+        *(f"{s.cell_type:<14}{s.condition:<12}{s.cells:>8}{s.genes:>10}{s.correlation:>9.3f}" for s in scores),
+        "",
+        f"Mean local correlation {_mean([s.correlation for s in scores]):.3f} (about 0 where a cell's match is any of its type).",
+    ]
 
 
 def _batch_line(b: BatchScore) -> str:

@@ -48,8 +48,8 @@ def simulate(
     cell_types
         The last third of them (at least one, where there are two) does not respond to any condition.
     state_effects
-        Share of the effects that cells of the lowest state lack, 0 to 1: by default a condition moves all cells of a type
-        alike, at 1 those of the lowest state do not respond at all.
+        Share of the effects that cells of the lowest states lack, 0 to 1: by default a condition moves all cells of a type
+        alike, at 1 those of the lowest states do not respond at all.
     state_shift
         How much higher the state of cells is in conditions other than the control, in standard deviations: a difference
         of composition, not an effect on any cell.

@@ -15,7 +15,17 @@ from numpy.typing import ArrayLike, NDArray
 from ndreamer_dist import keys
 from ndreamer_dist.datasets.expectation import Floats
 from ndreamer_dist.datasets.model import Model
-from ndreamer_dist.datasets.parameters import CELL_TYPE, CONDITION, DONOR, Cells, Codes, Names, Parameters, StateLaw
+from ndreamer_dist.datasets.parameters import (
+    CELL_PREFIX,
+    CELL_TYPE,
+    CONDITION,
+    DONOR,
+    Cells,
+    Codes,
+    Names,
+    Parameters,
+    StateLaw,
+)
 from ndreamer_dist.errors import CohortError, QueryError, listing, suggest
 from ndreamer_dist.storage.arrays import read_array
 from ndreamer_dist.storage.files import Storage, open_storage
@@ -106,6 +116,15 @@ class Truth:
         kind = np.full(len(states), self._code(self.cell_types, cell_type, "cell type"))
         return Cells(kind, np.zeros_like(kind), np.zeros_like(kind), states, np.zeros_like(states))
 
+    def positions(self, cells: Sequence[str]) -> Codes:
+        """Return the rows of cells by their names, as `simulate` named them."""
+        numbers = [name.removeprefix(CELL_PREFIX) for name in cells]
+        wrong = [name for name, number in zip(cells, numbers, strict=True) if not number.isdigit() or name == number]
+        if wrong:
+            msg = f"the simulated cohort has no cell {listing(wrong)}; its cells are {CELL_PREFIX}0000000 and so on"
+            raise QueryError(msg)
+        return np.array([int(number) for number in numbers], dtype=np.intp)
+
     def obs(self, rows: slice | ArrayLike = slice(None)) -> dict[str, NDArray[Any]]:
         """Return the cells' names of cell type, condition and donor, and their true state and library size."""
         cells = self._latents(rows)
@@ -178,5 +197,5 @@ def load_truth(path: str | os.PathLike[str]) -> Truth:
         msg = f"{storage.url} has format {attributes['format']}, expected {keys.FORMAT_VERSION}: simulate it again"
         raise CohortError(msg)
     parameters = Parameters(*(read_array(storage, field.name) for field in fields(Parameters)))
-    law = StateLaw(*(float(attributes.get(f"state_{field.name}", 0)) for field in fields(StateLaw)))
+    law = StateLaw(*(float(str(attributes.get(f"state_{field.name}", 0))) for field in fields(StateLaw)))
     return Truth(storage, Model(parameters, law), int(str(attributes["cells"])))

@@ -12,7 +12,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ndreamer_dist import keys
-from ndreamer_dist.datasets.parameters import CELL_TYPE, CONDITION, DONOR, Names, Parameters, StateLaw
+from ndreamer_dist.datasets.parameters import CELL_PREFIX, CELL_TYPE, CONDITION, DONOR, Names, Parameters, StateLaw
 from ndreamer_dist.datasets.sampling import Chunk
 from ndreamer_dist.storage.arrays import create_array, open_array, read_array, write_array
 from ndreamer_dist.storage.files import Storage
@@ -77,7 +77,7 @@ class Writer:
         columns, cells = self._columns, chunk.cells
         columns["data"].add(chunk.data)
         columns["indices"].add(chunk.indices)
-        columns["name"].add(np.array([f"cell_{self.cells + i:07d}" for i in range(len(cells))]))
+        columns["name"].add(np.array([f"{CELL_PREFIX}{self.cells + i:07d}" for i in range(len(cells))]))
         columns["state"].add(cells.state)
         columns["library"].add(cells.library)
         columns["nnz"].add(chunk.row_nnz.astype(np.int32))

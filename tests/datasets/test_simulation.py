@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from statistics import NormalDist
 
 import anndata
 import numpy as np
@@ -330,7 +331,7 @@ def stateful(tmp_path_factory):
     return path, truth, anndata.read_zarr(path)
 
 
-def test_gains_and_losses_of_counts_grow_evenly_with_the_state():
+def test_gains_and_losses_of_counts_grow_with_the_state_and_cancel():
     """Brute force: the share of counts is the control's plus a part of what the condition adds, by the state."""
     plain = model_of()
     model = Model(plain.parameters, StateLaw(effects=0.8))
@@ -339,7 +340,8 @@ def test_gains_and_losses_of_counts_grow_evenly_with_the_state():
     cells = Cells(zero, zero + 1, zero, states, np.ones(5, np.float32))
     genes = np.flatnonzero(plain.parameters.fold[1, 0])
     control, whole = (np.exp(plain._log_share(cells.under(c), genes)) for c in (0, 1))
-    expected = control + np.array([0.2, 0.4, 0.6, 0.8, 1.0])[:, None] * (whole - control)
+    response = np.array([1 - 0.8 * (1 - NormalDist().cdf(2 * state)) for state in states.tolist()])
+    expected = control + response[:, None] * (whole - control)
     np.testing.assert_allclose(np.exp(model._log_share(cells, genes)), expected, rtol=1e-5)
     everything = np.arange(399)
     kept = np.exp(model._log_share(cells, everything).astype(float)).sum(1)
