@@ -58,6 +58,12 @@ BatchKey = Annotated[list[str] | None, typer.Option(help="Column of obs that hol
 PresetName = Annotated[
     Preset, typer.Option(help="paper: the method's defaults; small: for laptops, keeps types, not states.")
 ]
+Embedding = Annotated[
+    str | None,
+    typer.Option(
+        help="Space to match in: ndreamer (default), pca, harmony, state, ndreamer+state, or obsm:KEY of the input."
+    ),
+]
 ValuesOfX = Annotated[
     Normalise | None, typer.Option(help="What X holds: counts; none: log-normalised values; auto: looked at (default).")
 ]
@@ -99,6 +105,7 @@ def run(
     condition_key: ConditionKey = None,
     control: Control = None,
     batch_key: BatchKey = None,
+    embedding: Embedding = None,
     preset: PresetName = "paper",
     normalise: ValuesOfX = None,
     config: Config = None,
@@ -121,6 +128,7 @@ def run(
         condition_key=condition_key,
         control=control,
         batch_key=tuple(batch_key) if batch_key else None,
+        embedding=embedding,
         preset=preset,
         config=_read_config(config),
         settings=_overrides(assignments, given),
@@ -139,6 +147,7 @@ def plan(
     condition_key: ConditionKey = None,
     control: Control = None,
     batch_key: BatchKey = None,
+    embedding: Embedding = None,
     preset: PresetName = "paper",
     normalise: ValuesOfX = None,
     config: Config = None,
@@ -156,6 +165,7 @@ def plan(
             condition_key=condition_key,
             control=control,
             batch_key=tuple(batch_key) if batch_key else None,
+            embedding=embedding,
             preset=preset,
             config=_read_config(config),
             settings=_overrides(assignments, given),

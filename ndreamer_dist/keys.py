@@ -6,6 +6,7 @@ Nothing else in the package spells the name of an array, a column, a file or a s
 from __future__ import annotations
 
 from typing import Final
+from urllib.parse import quote
 
 FORMAT_VERSION: Final = 1
 """Version of the stores' layout; part of every stage key."""
@@ -17,12 +18,33 @@ STAGE_CLUSTERS: Final = "clusters"
 STAGE_TRAIN: Final = "train"
 STAGE_EMBED: Final = "embed"
 STAGE_PCA: Final = "pca"
+STAGE_SPACE: Final = "space"  # coordinates that need no network; not in STAGES, which the default space goes through
 STAGE_MATCH: Final = "match"
 STAGE_EFFECTS: Final = "effects"
 STAGE_ROWS: Final = "rows"  # not a stage of the flow: a column-compressed input is turned into row blocks first
+STAGE_SUMS: Final = "space-sums"  # not a stage of the flow: sums that the space stage deletes once it has its axes
 STAGES: Final = (
     STAGE_COHORT, STAGE_PACK, STAGE_CLUSTERS, STAGE_TRAIN, STAGE_EMBED, STAGE_PCA, STAGE_MATCH, STAGE_EFFECTS,
 )  # fmt: skip
+"""The stages of a run that matches in the trained space."""
+FLOW: Final = (*STAGES[:6], STAGE_SPACE, *STAGES[6:])
+"""Every stage there is; a run has those that its matching space needs."""
+SHARED: Final = STAGES[:6]
+"""Stages that all matching spaces of a run directory share."""
+
+# --- the matching space (METHOD section 9) ------------------------------------------------------------------------
+NDREAMER: Final = "ndreamer"
+SPACE_PCA: Final = "pca"
+HARMONY: Final = "harmony"
+STATE: Final = "state"
+NDREAMER_STATE: Final = "ndreamer+state"
+OBSM_PREFIX: Final = "obsm:"
+SPACES: Final = {
+    NDREAMER: "X_ndreamer_pca", SPACE_PCA: "X_pca", HARMONY: "X_harmony", STATE: "X_state",
+    NDREAMER_STATE: "X_ndreamer_state", OBSM_PREFIX: "X_given",
+}  # fmt: skip
+"""Array of embedding.zarr and of `obsm` that holds a space's coordinates."""
+SPACES_DIR: Final = "spaces"  # spaces/<name>/: embedding, matches and results of the spaces added to a finished run
 
 # --- the run directory -------------------------------------------------------------------------------------------
 RUN_JSON: Final = "run.json"
@@ -72,6 +94,21 @@ PCA_MEAN: Final = "pca_mean"
 PCA_COMPONENTS: Final = "pca_components"  # (z, dimensions) float64
 PCA_VARIANCE: Final = "pca_variance"
 
+# --- embedding.zarr of a space without a network ------------------------------------------------------------------
+GENE_MEAN: Final = "axes_mean"  # (genes,) float64
+GENE_AXES: Final = "axes_components"  # (genes, dimensions) float64
+GENE_VARIANCE: Final = "axes_variance"  # (dimensions,) float64
+SPACE_SUMS: Final = "sums"  # sums/<number>/...: what the axes are made from; deleted once they are there
+STATE_MEAN: Final = "state_mean"  # (populations, genes) float64
+STATE_AXES: Final = "state_axes"  # (populations, genes, dimensions) float64
+STATE_RANK: Final = "state_rank"  # (populations,) int32: how many axes a population has
+STATE_DIMENSIONS: Final = "state_dimensions"  # (populations,) int32: how many of the dimensions a population uses
+STATE_RELIABILITY: Final = "state_reliability"  # (populations, dimensions, dimensions) float64: Lambda
+STATE_GROUP_MEAN: Final = "state_group_mean"  # (populations, groups, dimensions) float64
+STATE_CORNER: Final = "state_corner"  # (populations, bits) float64: what keeps populations apart
+STATE_WEIGHT: Final = "state_weight"  # (1,) float64: of the state coordinates beside the trained ones
+HARMONY_INPUT: Final = "harmony_input"  # (cells, dimensions) float32: the principal components that are corrected
+
 # --- matches.zarr ------------------------------------------------------------------------------------------------
 MATCH_SUMMARY: Final = "match/summary.json"  # how many queries had to widen
 MATCH_ROW: Final = "row"  # <query group>/row: (cells of the group, groups, k); the chunk of an edge has one writer
@@ -93,12 +130,14 @@ OBSM_MU: Final = "X_ndreamer"
 OBSM_PCA: Final = "X_ndreamer_pca"
 OBSM_MATCH: Final = "ndreamer_match"
 OBSM_MATCH_DISTANCE: Final = "ndreamer_match_distance"
-OBSM: Final = (OBSM_MU, OBSM_PCA, OBSM_MATCH, OBSM_MATCH_DISTANCE)
+OBSM: Final = (OBSM_MU, *SPACES.values(), OBSM_MATCH, OBSM_MATCH_DISTANCE)
 LAYER_DENOISED: Final = "denoised"
 LAYER_BATCH_EFFECT: Final = "batch_effect"
 LAYER_ITE: Final = "ite"
 LAYERS: Final = (LAYER_DENOISED, LAYER_BATCH_EFFECT, LAYER_ITE)
 UNS: Final = "ndreamer"
+UNS_EMBEDDING: Final = "embedding"  # the matching space
+UNS_EMBEDDING_KEY: Final = "embedding_key"  # the array of obsm with its coordinates
 VAR_MODELLED: Final = "ndreamer_modelled"  # in results of all genes: whether the run modelled the gene
 
 # --- the layout that the published package writes, of h5ad files --------------------------------------------------
@@ -125,3 +164,18 @@ MADE: Final = (
 def block_name(index: int) -> str:
     """Return the name of a row block, a group or a shard: its number in five digits, so that names sort."""
     return f"{index:05d}"
+
+
+def embedding_key(method: str) -> str:
+    """Return the array that holds the coordinates of a matching space, by the space's name."""
+    return SPACES[OBSM_PREFIX if method.startswith(OBSM_PREFIX) else method]
+
+
+def is_trained(method: str) -> bool:
+    """Return whether a matching space needs the trained network."""
+    return method in (NDREAMER, NDREAMER_STATE)
+
+
+def space_folder(method: str) -> str:
+    """Return the folder of a matching space that was added to a run: `spaces/harmony`, `spaces/obsm-X_scVI`."""
+    return f"{SPACES_DIR}/{quote(method.replace(':', '-', 1), safe='+')}"

@@ -1,7 +1,7 @@
 """The job: the sequence of the stages, and what is checked before the first of them.
 
 Follow a cell: `cohort` finds its group and its genes, `pack` gives it a row, `clusters` two labels, `train` learns from
-it, `embed` and `pca` place it, `match` finds its counterparts, `effects` writes its denoised expression, the batch
+it, `embed` and `pca` place it (`space` where no network is needed, or not one alone), `match` finds its counterparts, `effects` writes its denoised expression, the batch
 effect it lost and its treatment effect into results.zarr. Each stage is a function of settings and the stores before
 it; it skips what is already there.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from anndata import AnnData
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.clusters import run_clusters
+from ndreamer_dist.cohort.clusters import clustered_by, run_clusters
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes, run_cohort
 from ndreamer_dist.cohort.pack import run_pack
@@ -30,14 +30,15 @@ from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
 from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
 from ndreamer_dist.compute.monitors import metered
 from ndreamer_dist.effects.stage import run_effects
-from ndreamer_dist.effects.tables import check_tables
+from ndreamer_dist.effects.tables import ROOT, check_tables
+from ndreamer_dist.embedding.space import SpaceInput, run_space
 from ndreamer_dist.errors import DamagedError, RunError, SettingsError, suggest
 from ndreamer_dist.matching.stage import add_edges, run_match
 from ndreamer_dist.planning import memory
 from ndreamer_dist.planning.memory import CohortSize
 from ndreamer_dist.planning.plan import Plan, plan_of
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.rundir.stage import GRAPH, stage_keys
+from ndreamer_dist.rundir.stage import stage_keys, stages_of
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.stats.results import Results, open_results
 
@@ -69,6 +70,7 @@ def run(
     condition_key: str | None = None,
     control: str | None = None,
     batch_key: str | Sequence[str] | None = None,
+    embedding: str | None = None,
     preset: str = "paper",
     config: Mapping[str, Any] | None = None,
     settings: Settings | Mapping[str, Any] | None = None,
@@ -90,6 +92,10 @@ def run(
         Column of `obs` that holds the condition, and the name of the control in it.
     batch_key
         Column or columns of `obs` that hold the batch (donor, site, platform); none for one batch.
+    embedding
+        Space that cells are matched in (METHOD section 9): `ndreamer` (the default, trained), `pca`, `harmony`, `state`,
+        `ndreamer+state`, or `obsm:KEY`, coordinates of the cohort's own. On the directory of a finished run another
+        space is added to it: `open_results(out, embedding="harmony")`.
     preset
         `paper` (the method's defaults) or `small` (for laptops).
     config, settings
@@ -99,29 +105,33 @@ def run(
     fresh
         Delete what `out` holds of another run first.
     stage
-        Run this stage alone (`keys.STAGES`); those before it must be finished.
+        Run this stage alone (`keys.FLOW`); those before it must be finished.
 
     Raises
     ------
     NDreamerError
         The settings, the cohort, the directory or the machine will not do, or a stage before `stage` is not finished.
     """
-    _check_stage(stage)
-    made = _settings(preset, config, settings, condition_key, control, batch_key)
+    made = _settings(preset, config, settings, condition_key, control, batch_key, embedding)
+    _check_stage(stage, made)
     choose_format(made.run.log_format)
     directory = RunDirectory.at(out)
     directory.refuse_read_only()
     source, _, size = _checked(cohort, made)
     decide_values(source, made.cohort.normalise)
     _check_machine(directory, made, size)
+    from_input = SpaceInput.of(source, made)
     told = fingerprint(source, made.cohort.condition_key, made.cohort.batch_key)
     _check_owner(directory, told, fresh=fresh)
     with directory.locked():
-        stage_key = _claim(directory, made, told, redo=redo, fresh=fresh)
+        claimed = _claim(directory, made, told, from_input.checksums(), redo=redo, fresh=fresh)
         with ray_failures(), choose_runtime(made.run, memory.largest_task(size, made)) as runtime:
             promised = None if on_a_cluster(made.run) else _promised(made, size)
-            run_stages(directory, made, source, runtime, stage_key, only=stage, promised=promised)
-    return Run(directory.url)
+            run_stages(
+                claimed.space, made, source, runtime, claimed.stage_key, only=stage, promised=promised,
+                from_input=from_input,
+            )  # fmt: skip
+    return Run(claimed.space.url)
 
 
 def plan(
@@ -131,6 +141,7 @@ def plan(
     condition_key: str | None = None,
     control: str | None = None,
     batch_key: str | Sequence[str] | None = None,
+    embedding: str | None = None,
     preset: str = "paper",
     config: Mapping[str, Any] | None = None,
     settings: Settings | Mapping[str, Any] | None = None,
@@ -149,7 +160,7 @@ def plan(
     NDreamerError
         The settings or the cohort will not do.
     """
-    made = _settings(preset, config, settings, condition_key, control, batch_key)
+    made = _settings(preset, config, settings, condition_key, control, batch_key, embedding)
     directory = None if out is None else RunDirectory.at(out)
     if directory is not None:
         directory.refuse_read_only()
@@ -173,11 +184,25 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     design = check_cohort(source, settings.cohort)
     check_genes(source, settings.hvg)
     check_tables(source.obs, source.var)
+    _check_populations(settings, design)
     by_columns = source.kind == "csc" and isinstance(source.matrix, StoredMatrix)
     size = CohortSize.of(
         design, settings, genes=source.n_genes, stored_values=source.nnz, by_columns=by_columns
     )  # fmt: skip
     return source, design, size
+
+
+def _check_populations(settings: Settings, design: Design) -> None:
+    """Refuse clusters as populations where they are made inside each group: their labels mean nothing in another."""
+    method = settings.embed.method
+    if method not in (keys.STATE, keys.NDREAMER_STATE) or settings.state.by != keys.OBS_LOW:
+        return
+    if clustered_by(settings.clusters, design.n_cells, len(design.groups)) == "group":
+        msg = (
+            f"state.by is {keys.OBS_LOW}, but this cohort would be clustered inside each group, where labels mean nothing "
+            "elsewhere; set clusters.within=all (or sketch), or name a column of obs"
+        )
+        raise SettingsError(msg)
 
 
 def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Mapping[str, Any] | None = None) -> int:
@@ -210,7 +235,7 @@ def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Ma
         raise RunError(msg)
     before = directory.read_run()
     made = Settings.build(config=before["settings"], overrides=settings)
-    if stage_keys(made, before["input"]) != before["keys"]:
+    if stage_keys(made, before["input"], before.get("from_input")) != before["keys"]:
         msg = (
             f"{directory.url} was made with other settings or by another version: only settings that say how to work "
             "(--set run.name=value) can be given here"
@@ -230,10 +255,12 @@ def run_stages(
     *,
     only: str | None = None,
     promised: Mapping[str, int] | None = None,
+    from_input: SpaceInput | None = None,
 ) -> None:
-    """Run all stages, each with its key; every one skips what it has already done.
+    """Run all stages that the matching space needs, each with its key; every one skips what it has already done.
 
-    With `only`, the stages before that one must be finished, and the later ones are left alone.
+    With `only`, the stages before that one must be finished, and the later ones are left alone. What spaces share is
+    done in the directory of the run, the rest in that of the space, which is another for a space that was added.
     What each stage was promised to stay under, in bytes, is logged beside what it took.
     """
     # With them comes torch, for which no refusal need wait. It is loaded before Ray is there: a second raylet on one
@@ -241,31 +268,39 @@ def run_stages(
     from ndreamer_dist.embedding.stage import run_embed, run_pca
     from ndreamer_dist.training.trainer import run_train
 
+    home = RunDirectory(run.home or run.storage)
+
     def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> None:
+        if stage not in stage_key:
+            return
+        where = home if stage in keys.SHARED else run
         if only is None or stage == only:
-            with metered(run.storage, stage, source.n_cells, (promised or {}).get(stage)):
-                work(run, settings, *inputs, runtime, stage_key[stage])
-        elif keys.STAGES.index(stage) < keys.STAGES.index(only):
-            work(replace(run, before=only), settings, *inputs, runtime, stage_key[stage])
+            with metered(where.storage, stage, source.n_cells, (promised or {}).get(stage)):
+                work(where, settings, *inputs, runtime, stage_key[stage])
+        elif keys.FLOW.index(stage) < keys.FLOW.index(only):
+            work(replace(where, before=only), settings, *inputs, runtime, stage_key[stage])
 
     def effects(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
-        summary = {**run.read_json(keys.COHORT_SUMMARY), "input": run.read_run()["input"]}
+        summary = {**home.read_json(keys.COHORT_SUMMARY), "input": run.read_run()["input"]}
         run_effects(run, settings, packed, source, runtime, key, summary)
 
     staged(keys.STAGE_COHORT, run_cohort, source)
     staged(keys.STAGE_PACK, run_pack, source)
-    packed = Packed.open(run, settings.pack.block_rows)
+    packed = Packed.open(home, settings.pack.block_rows)
     staged(keys.STAGE_CLUSTERS, run_clusters, packed)
     staged(keys.STAGE_TRAIN, run_train, packed)
     staged(keys.STAGE_EMBED, run_embed, packed)
     staged(keys.STAGE_PCA, run_pca, packed)
+    staged(keys.STAGE_SPACE, run_space, packed, from_input or SpaceInput())
     staged(keys.STAGE_MATCH, run_match, packed.design)
     staged(keys.STAGE_EFFECTS, effects, packed)
 
 
-def _check_stage(stage: str | None) -> None:
-    if stage is not None and stage not in keys.STAGES:
-        msg = f"there is no stage {stage!r}; there are {', '.join(keys.STAGES)}.{suggest(stage, keys.STAGES)}"
+def _check_stage(stage: str | None, settings: Settings) -> None:
+    stages = tuple(stages_of(settings))
+    if stage is not None and stage not in stages:
+        where = "" if settings.embed.method == keys.NDREAMER else f" in the space {settings.embed.method!r}"
+        msg = f"there is no stage {stage!r}{where}; there are {', '.join(stages)}.{suggest(stage, stages)}"
         raise SettingsError(msg)
 
 
@@ -276,9 +311,13 @@ def _settings(
     condition_key: str | None,
     control: str | None,
     batch_key: str | Sequence[str] | None,
+    embedding: str | None,
 ) -> Settings:
-    """Return the settings, the cohort's names among them."""
-    given = {"cohort.condition_key": condition_key, "cohort.control": control, "cohort.batch_key": batch_key}
+    """Return the settings, the cohort's names and the matching space among them."""
+    given = {
+        "cohort.condition_key": condition_key, "cohort.control": control, "cohort.batch_key": batch_key,
+        "embed.method": embedding,
+    }  # fmt: skip
     named = {name: value for name, value in given.items() if value is not None}
     if isinstance(settings, Settings):
         config, settings = settings.model_dump(), {}
@@ -293,7 +332,8 @@ def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> N
         return
     alone = settings.run.serial  # one process trains and reads in turn, so no processor need be left to readers
     cpus = 2**20 if alone else settings.run.cpus or cpu_count()
-    check_layout(settings.train, cpus, gpus=lambda: 0 if alone else _gpu_count())
+    if keys.STAGE_TRAIN in stages_of(settings):
+        check_layout(settings.train, cpus, gpus=lambda: 0 if alone else _gpu_count())
     needs = memory.needs(size, settings, **_machine(settings))
     check_resources(needs, memory=_memory(settings), disk=run.free_disk(), where=run.url)
 
@@ -337,9 +377,23 @@ def _check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> 
         raise RunError(msg)
 
 
+@dataclass(frozen=True)
+class Claim:
+    """Where a run works: the directory of its matching space, and the keys of its stages."""
+
+    space: RunDirectory
+    stage_key: dict[str, str]
+
+
 def _claim(
-    run: RunDirectory, settings: Settings, told: Mapping[str, Any], *, redo: bool, fresh: bool
-) -> dict[str, str]:
+    run: RunDirectory,
+    settings: Settings,
+    told: Mapping[str, Any],
+    from_input: Mapping[str, str],
+    *,
+    redo: bool,
+    fresh: bool,
+) -> Claim:
     """Write run.json and return the stage keys; refuse where finished stages would have to be run again.
 
     Raises
@@ -349,28 +403,81 @@ def _claim(
     """
     if fresh:
         _delete_run(run)
-    stage_key = stage_keys(settings, told)
-    before = _before(run, redo=redo)
+    stage_key = stage_keys(settings, told, from_input)
+    first = _before(run, redo=redo)
+    space = _space_of(run, first, settings, stage_key)
+    before = first if space == run else _before(space, redo=redo)
     if before is not None:
-        changed = [stage for stage in keys.STAGES if before["keys"].get(stage) != stage_key[stage]]
-        stale = [stage for stage in changed if run.storage.list(f"{keys.DONE}/{stage}")]
+        changed = [stage for stage, key in stage_key.items() if before["keys"].get(stage) != key]
+        stale = [stage for stage in changed if space.storage.list(f"{keys.DONE}/{stage}")]
         if stale and not redo:
             which = ", ".join(_differences(before["settings"], settings.model_dump(mode="json"), stale))
             msg = (
-                f"{run.url} was made with other settings ({which or 'another version'}); --redo runs these stages "
+                f"{space.url} was made with other settings ({which or 'another version'}); --redo runs these stages "
                 f"again: {', '.join(stale)}; --fresh starts over"
             )
             raise RunError(msg)
-    run.write_json(
-        keys.RUN_JSON,
-        {
-            "format": keys.FORMAT_VERSION,
-            "input": dict(told),
-            "settings": settings.model_dump(mode="json"),
-            "keys": stage_key,
-        },
-    )
-    return stage_key
+    kept = _kept_spaces(run, first, stage_key) if space == run else []
+    told = {
+        "format": keys.FORMAT_VERSION,
+        "input": dict(told),
+        "settings": settings.model_dump(mode="json"),
+        "keys": stage_key,
+        "from_input": dict(from_input),
+    }
+    space.write_json(keys.RUN_JSON, told | ({"spaces": kept} if kept else {}))
+    if space != run and first is not None:
+        names = sorted({*first.get("spaces", ()), settings.embed.method})
+        run.write_json(keys.RUN_JSON, first | {"spaces": names})
+    return Claim(space, stage_key)
+
+
+def _space_of(
+    run: RunDirectory, first: Mapping[str, Any] | None, settings: Settings, stage_key: Mapping[str, str]
+) -> RunDirectory:
+    """Return the directory of the settings' space: the run's own for the space that it was begun with.
+
+    Raises
+    ------
+    RunError
+        Another space would be added, but the run is not finished, or what the two would share was made with other settings.
+    """
+    method = settings.embed.method
+    begun = method if first is None else first["settings"].get("embed", {}).get("method", keys.NDREAMER)
+    if begun == method:
+        return run
+    if not run.storage.exists(f"{keys.RESULTS}/{ROOT}"):
+        msg = (
+            f"{run.url} was begun in the space {begun!r} and is not finished; finish it with --embedding {begun} before "
+            f"{method!r} is added, or start over in {method!r} with --fresh"
+        )
+        raise RunError(msg)
+    shared = {stage: run.done_key(stage) for stage in keys.SHARED if stage in stage_key}
+    differ = [stage for stage, key in shared.items() if key not in (None, stage_key[stage])]
+    if differ:
+        now = settings.model_dump(mode="json")
+        which = ", ".join(_differences((first or {})["settings"], now, differ)) or "another version"
+        msg = (
+            f"{run.url} was made with other settings ({which}); a space is added with the settings of the run "
+            f"(its {', '.join(differ)} would have to be run again): give those, or choose another --out"
+        )
+        raise RunError(msg)
+    return run.space(method)
+
+
+def _kept_spaces(run: RunDirectory, first: Mapping[str, Any] | None, stage_key: Mapping[str, str]) -> list[str]:
+    """Return the spaces that were added to a run; those that rest on a shared stage which is run again are deleted."""
+    kept = []
+    for name in (first or {}).get("spaces", ()):
+        before = _before(run.space(name)) or {"keys": {}}
+        if all(
+            before["keys"].get(stage) in (None, stage_key.get(stage)) for stage in keys.SHARED if stage in stage_key
+        ):
+            kept.append(name)
+        else:
+            logger.warning("the space %r rests on what is run again, and is deleted", name)
+            run.storage.delete(keys.space_folder(name))
+    return kept
 
 
 def _before(run: RunDirectory, *, redo: bool = True) -> dict[str, Any] | None:
@@ -388,7 +495,8 @@ def _before(run: RunDirectory, *, redo: bool = True) -> dict[str, Any] | None:
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
     """Return the changed settings that bear on the given stages, as `stage.name: old -> new`."""
-    parts = {part for stage in stages for part in GRAPH[stage].settings}
+    graph = stages_of(Settings.build(config=now))
+    parts = {part for stage in stages if stage in graph for part in graph[stage].settings}
     found = [f"seed: {before['seed']} -> {now['seed']}"] if before.get("seed") != now["seed"] else []
     bearing = Settings()
     for part in sorted(parts):
@@ -405,7 +513,7 @@ def _delete_run(run: RunDirectory) -> None:
         return
     own = (
         keys.DONE, keys.RESULTS, keys.MATCHES, keys.EMBEDDING, keys.PACKED, keys.TRAIN_DIR, keys.MODEL_DIR,
-        keys.COHORT_DIR, keys.LOGS, keys.REPORT, keys.DROPPED, keys.MATCH_SUMMARY, keys.RUN_JSON,
+        keys.COHORT_DIR, keys.LOGS, keys.REPORT, keys.DROPPED, keys.MATCH_SUMMARY, keys.SPACES_DIR, keys.RUN_JSON,
     )  # fmt: skip
     for name in own:
         run.storage.delete(name)

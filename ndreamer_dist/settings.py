@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ndreamer_dist import keys
 from ndreamer_dist.errors import SettingsError, quoted, suggest
 
 RUN_ROWS = 32
@@ -238,13 +239,48 @@ CodeChoice = Literal["probable", "expected", "sampled"]
 
 
 class EmbedSettings(StageSettings):
-    """The embedding and its PCA (METHOD section 5)."""
+    """The matching space: the trained embedding and its PCA (METHOD section 5), or another (section 9)."""
 
+    method: str = result(
+        keys.NDREAMER, "space that cells are matched in: ndreamer, pca, harmony, state, ndreamer+state, or obsm:KEY"
+    )
     codes: CodeChoice = result(
         "probable", "what stands for a cell: its most probable codes, their expectation, or codes drawn as in training"
     )
     tile_rows: int = result(1024, "cells encoded at once", ge=1)
-    dimensions: int = result(50, "principal components of the embedding", ge=1)
+    dimensions: int = result(50, "principal components, of the embedding or of the genes", ge=1)
+    harmony_keys: tuple[str, ...] = result((), "harmony: columns of obs to correct for; by default the group")
+    state_weight: float | None = result(
+        None,
+        "ndreamer+state: what state coordinates are multiplied by; by default both spread alike inside groups",
+        gt=0,
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        named = value.startswith(keys.OBSM_PREFIX) and value != keys.OBSM_PREFIX
+        if not named and (value not in keys.SPACES or value == keys.OBSM_PREFIX):
+            names = [*keys.SPACES][:-1]
+            msg = f"there is no such space; there are {', '.join(names)} and obsm:KEY.{suggest(value, names)}"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("harmony_keys", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return tuple(value.split(",")) if isinstance(value, str) else value or ()
+
+
+class StateSettings(StageSettings):
+    """The state space: what varies inside a donor (METHOD section 10)."""
+
+    by: str | None = result(
+        None,
+        "column of obs whose populations have a state space each; ndreamer_cluster_low: the low clusters; null: one",
+    )
+    k: int | None = result(None, "dimensions of a population; by default those that a permutation confirms", ge=1)
+    shrink: bool = result(True, "regress noisy coordinates to the mean of the cell's own group, by their reliability")
 
 
 class MatchSettings(StageSettings):
@@ -321,6 +357,7 @@ class Settings(BaseModel):
     loss: LossSettings = LossSettings()
     train: TrainSettings = TrainSettings()
     embed: EmbedSettings = EmbedSettings()
+    state: StateSettings = StateSettings()
     match: MatchSettings = MatchSettings()
     effects: EffectsSettings = EffectsSettings()
     run: RunSettings = RunSettings()

@@ -110,6 +110,13 @@ def read_table(run: RunDirectory, name: str) -> pd.DataFrame:
     return pq.read_table(io.BytesIO(data)).to_pandas()
 
 
+def cell_totals(packed: Packed) -> np.ndarray:
+    """Return the counts that each cell's expression was scaled by: (cells,) float64, in packed order."""
+    cells = read_table(packed.run, keys.CELLS_TABLE)
+    places = np.searchsorted(cells["input_row"].to_numpy(), packed.input_row)
+    return cells["total"].to_numpy(dtype=np.float64)[places]
+
+
 def write_tables(run: RunDirectory, tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     """Write parquet tables of the cohort stage, by name; return their checksums, the facts of its marker."""
     digests = {}

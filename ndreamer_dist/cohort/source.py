@@ -12,7 +12,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -196,12 +196,15 @@ class Source:
         Tables of cells and genes, as anndata reads them.
     matrix
         The values of `X`, or of the layer asked for.
+    obsm
+        Coordinates that an AnnData in memory brings along; of a stored one they are read where they are asked for.
     """
 
     name: str
     obs: pd.DataFrame
     var: pd.DataFrame
     matrix: StoredMatrix | MemoryMatrix
+    obsm: Mapping[str, Any] | None = None
 
     @property
     def n_cells(self) -> int:
@@ -238,9 +241,8 @@ class Source:
         return self.matrix.read_rows(start, stop)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            field.name: getattr(self, field.name) for field in fields(self)
-        }  # the sample is read where it is asked for
+        # The sample is read where it is asked for, and no task asks for coordinates.
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"obsm": None}
 
     @cached_property
     def sample(self) -> sparse.csr_matrix:
@@ -343,9 +345,9 @@ def _open_memory(adata: ad.AnnData, layer: str | None) -> Source:
             msg = "the AnnData is a view of a backed one; pass its .to_memory(), or write it to a file of its own"
             raise CohortError(msg)
         matrix = _open_stored(str(adata.filename), None).matrix
-        return Source(str(adata.filename), adata.obs.copy(), adata.var.copy(), matrix)
+        return Source(str(adata.filename), adata.obs.copy(), adata.var.copy(), matrix, adata.obsm)
     values = adata.X if layer is None else adata.layers[layer]
-    return Source("the AnnData", adata.obs.copy(), adata.var.copy(), _memory_matrix(values))
+    return Source("the AnnData", adata.obs.copy(), adata.var.copy(), _memory_matrix(values), adata.obsm)
 
 
 def _memory_matrix(values: Any) -> MemoryMatrix:

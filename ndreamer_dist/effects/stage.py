@@ -19,7 +19,7 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
-from ndreamer_dist.cohort.packed import Packed, read_table
+from ndreamer_dist.cohort.packed import Packed, cell_totals
 from ndreamer_dist.compute.executor import Runtime, fetch
 from ndreamer_dist.effects import tables
 from ndreamer_dist.effects.averages import (
@@ -36,7 +36,7 @@ from ndreamer_dist.effects.averages import (
 from ndreamer_dist.effects.tables import Layout, RowPart
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
-from ndreamer_dist.rundir.stage import run_task
+from ndreamer_dist.rundir.stage import is_clustered, run_task
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import read_array
 from ndreamer_dist.storage.files import Storage
@@ -91,8 +91,8 @@ class RunOrigin:
 
     def obsm(self, name: str, rows: np.ndarray, edges: Edges) -> np.ndarray:
         """See `Origin.obsm`."""
-        if name in (keys.OBSM_MU, keys.OBSM_PCA):
-            return read_array(self.run.storage / keys.EMBEDDING, name, slice(int(rows[0]), int(rows[-1]) + 1))
+        if name not in (keys.OBSM_MATCH, keys.OBSM_MATCH_DISTANCE):
+            return read_array(self.run.embedding(name), name, slice(int(rows[0]), int(rows[-1]) + 1))
         found, distances = nearest_per_group(self.design, edges, rows, self.row_dtype)
         return found if name == keys.OBSM_MATCH else distances
 
@@ -135,7 +135,8 @@ def run_effects(
     facts = dict(summary or {})
     if facts.get("normalise") == "counts":
         told[keys.OBS_TOTAL] = cell_totals(packed)
-    cells, genes = tables.cell_table(source, packed, told), tables.gene_table(source, packed)
+    cells = tables.cell_table(source, packed, told, clustered=is_clustered(settings))
+    genes = tables.gene_table(source, packed)
     tables.finish(run, settings, packed, cells, genes, layout, key, facts)
 
 
@@ -315,10 +316,3 @@ def times_matched(target: Group, matches: Matches, design: Design) -> np.ndarray
             found = matches.rows(query, code, start, min(start + QUERY_ROWS, design.groups[query].cells))
             times += np.bincount(found[found >= 0] - target.start, minlength=target.cells)
     return times
-
-
-def cell_totals(packed: Packed) -> np.ndarray:
-    """Return the counts that each cell's expression was scaled by: (cells,) float64, in packed order."""
-    cells = read_table(packed.run, keys.CELLS_TABLE)
-    places = np.searchsorted(cells["input_row"].to_numpy(), packed.input_row)
-    return cells["total"].to_numpy(dtype=np.float64)[places]

@@ -102,8 +102,10 @@ class Layout:
 
 def layout_of(run: RunDirectory, settings: Settings, packed: Packed) -> Layout:
     """Return the layout of a run's results."""
-    embedding = run.storage / keys.EMBEDDING
-    obsm = {name: int(open_array(embedding, name).shape[1]) for name in (keys.OBSM_MU, keys.OBSM_PCA)}
+    method = settings.embed.method
+    placed = keys.embedding_key(method)
+    names = (keys.OBSM_MU, placed) if method == keys.NDREAMER else (placed,)
+    obsm = {name: int(open_array(run.embedding(name), name).shape[1]) for name in names}
     groups = len(packed.design.groups)
     if packed.n_rows * groups <= MATCH_LIMIT:
         obsm |= {keys.OBSM_MATCH: groups, keys.OBSM_MATCH_DISTANCE: groups}
@@ -268,8 +270,14 @@ def finish(
     run.mark(keys.STAGE_EFFECTS, key, Shard(ANNOTATIONS, tuple(sizes)), sizes=sizes)
 
 
-def cell_table(source: Any, packed: Packed, told: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Return `obs`: every column of the input, untouched, and ours, in packed order; those in `told` come last."""
+def cell_table(source: Any, packed: Packed, told: Mapping[str, np.ndarray], *, clustered: bool = True) -> pd.DataFrame:
+    """Return `obs`: every column of the input, untouched, and ours, in packed order; those in `told` come last.
+
+    Parameters
+    ----------
+    clustered
+        Whether there are clusters to name; a matching space that needs none has none.
+    """
     design, rows = packed.design, packed.input_row
     table = source.obs.iloc[rows].copy()
     table.index = pd.Index(np.asarray(source.cell_names, dtype=object)[rows], name=source.obs.index.name)
@@ -281,8 +289,9 @@ def cell_table(source: Any, packed: Packed, told: Mapping[str, np.ndarray]) -> p
         (keys.OBS_GROUP, groups, [group.name for group in design.groups]),
     ):
         table[name] = pd.Categorical.from_codes(codes, pd.Index(list(names)))
-    table[keys.OBS_LOW] = packed.clusters(keys.PACKED_LOW)
-    table[keys.OBS_HIGH] = packed.clusters(keys.PACKED_HIGH)
+    if clustered:
+        table[keys.OBS_LOW] = packed.clusters(keys.PACKED_LOW)
+        table[keys.OBS_HIGH] = packed.clusters(keys.PACKED_HIGH)
     table[keys.OBS_INPUT_ROW] = rows
     return table.assign(**told)
 
@@ -316,6 +325,8 @@ def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary:
         "design": design.to_json(),
         "sign": SIGN,
         "layers": list(layout.layers),
+        keys.UNS_EMBEDDING: settings.embed.method,
+        keys.UNS_EMBEDDING_KEY: keys.embedding_key(settings.embed.method),
         "notes": notes,
         **summary,
     }

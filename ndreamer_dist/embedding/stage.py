@@ -15,6 +15,7 @@ import numpy as np
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.compute.executor import Runtime, with_threads
+from ndreamer_dist.embedding.axes import principal_axes
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import begin_stage, run_task
@@ -72,31 +73,6 @@ def run_pca(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runt
         todo.remove(axes)
     for _ in runtime.map(_project_shard, todo, run, key, packed, title="pca"):
         pass
-
-
-def principal_axes(
-    cells: int, sums: np.ndarray, outer: np.ndarray, dimensions: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the exact PCA of n points from their moments.
-
-    Parameters
-    ----------
-    sums, outer
-        Sum of the points (z,), and of their outer products (z, z), float64.
-
-    Returns
-    -------
-    mean (z,), components (z, dimensions) with the largest absolute loading of each positive, variance (dimensions,).
-    `dimensions` is cut to z and to the number of points.
-    """
-    mean = sums / cells
-    covariance = (outer - cells * np.outer(mean, mean)) / max(cells - 1, 1)
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    keep = min(dimensions, len(mean), cells)
-    components = vectors[:, ::-1][:, :keep]
-    largest = np.abs(components).argmax(axis=0)
-    signs = np.where(components[largest, np.arange(keep)] < 0, -1.0, 1.0)
-    return mean, components * signs, np.maximum(values[::-1][:keep], 0.0)
 
 
 def _embed_files(block: int) -> tuple[str, ...]:

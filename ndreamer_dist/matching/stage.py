@@ -1,6 +1,6 @@
 """The stage that finds every needed nearest neighbour, and the reader of what it wrote (METHOD section 6).
 
-In: the embedding's PCA coordinates and the design's edges (query group, target group). Out: matches.zarr, which all
+In: the coordinates of the matching space and the design's edges (query group, target group). Out: matches.zarr, which all
 effects and statistics read, and match/summary.json, which says how the search went. Search is exact, by
 `exact` or, on a GPU, by `gpu`: the same bits.
 Edges can be added to a finished run; nothing that is there is searched again or changed.
@@ -231,7 +231,7 @@ def _search(
     if not todo:
         return {}
     _make_arrays(run.storage / keys.MATCHES, settings, design)
-    points = coordinates(run)
+    points = coordinates(run, settings.embed.method)
     gpus = 1.0 if runtime.gpus and gpu.has_gpu() else 0.0
     parts = units(todo, settings, design, workers=runtime.gpus if gpus else runtime.cpus)
     counts: dict[str, dict[str, int]] = {}
@@ -240,19 +240,22 @@ def _search(
     return counts
 
 
-def coordinates(run: RunDirectory) -> np.ndarray:
-    """Return the PCA coordinates of all cells: (cells, d) float32, in packed order.
+def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
+    """Return the coordinates of all cells in a matching space: (cells, d) float32, in packed order.
 
     Raises
     ------
     StoreError
         They are missing, damaged or not finite.
     """
-    points = read_array(run.storage / keys.EMBEDDING, keys.PCA)
+    name = keys.embedding_key(method)
+    storage = run.embedding(name)
+    points = read_array(storage, name)
     finite = np.isfinite(points).all(axis=1)
     if not finite.all():
         row = int(np.flatnonzero(~finite)[0])
-        msg = f"{run.url}/{keys.EMBEDDING}: '{keys.PCA}' is not finite in row {row}; training has diverged"
+        why = "; training has diverged" if keys.is_trained(method) else ""
+        msg = f"{storage.url}: '{name}' is not finite in row {row}{why}"
         raise StoreError(msg)
     return points
 

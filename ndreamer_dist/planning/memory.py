@@ -18,6 +18,9 @@ from ndreamer_dist.cohort.transpose import DISK_BYTES_PER_ENTRY, TASK_BYTES_PER_
 from ndreamer_dist.compute.executor import TaskNeed
 from ndreamer_dist.compute.machine import Needs
 from ndreamer_dist.effects.tables import MATCH_LIMIT
+from ndreamer_dist.embedding.harmony import BYTES_PER_CELL as HARMONY_BYTES
+from ndreamer_dist.embedding.space import MOST_SPANS
+from ndreamer_dist.rundir.stage import stages_of
 from ndreamer_dist.settings import Settings
 
 BASE_BYTES = 450e6
@@ -26,6 +29,9 @@ DRIVER_BYTES = 700e6
 """The driver and Ray's own processes."""
 DRIVER_BYTES_PER_CELL = 1500
 """obs (names and a few dozen columns), codes, and the embedding's 50 dimensions."""
+
+GIVEN_DIMENSIONS = 100
+"""Dimensions that the input's own coordinates are taken to have, before they are read."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,23 @@ def stage_memory(size: CohortSize, settings: Settings, *, cpus: int, object_stor
     tasks = task_memory(size, settings)
     driver = driver_memory(size) + object_store
     promised = {stage: driver + cpus * task for stage, task in tasks.items()}
-    promised[keys.STAGE_TRAIN] += settings.train.workers * trainer_memory(size, settings)
+    if keys.STAGE_TRAIN in promised:
+        promised[keys.STAGE_TRAIN] += settings.train.workers * trainer_memory(size, settings)
+    if keys.STAGE_SPACE in promised:
+        promised[keys.STAGE_SPACE] += space_memory(size, settings)
     return promised
+
+
+def space_memory(size: CohortSize, settings: Settings) -> int:
+    """Return what the driver holds to place cells without a network, beside its tables.
+
+    That is the covariance of the genes and its eigenvectors; all that Harmony holds; or the input's own coordinates.
+    """
+    method, modelled = settings.embed.method, min(size.genes, settings.hvg.num_hvg)
+    if method.startswith(keys.OBSM_PREFIX):
+        return size.cells * GIVEN_DIMENSIONS * 12
+    harmony = size.cells * HARMONY_BYTES if method == keys.HARMONY else 0
+    return modelled * modelled * 8 * 6 + harmony
 
 
 def task_memory(size: CohortSize, settings: Settings) -> dict[str, int]:
@@ -89,6 +110,7 @@ def task_memory(size: CohortSize, settings: Settings) -> dict[str, int]:
     block = rows * own * 12
     # A range of columns ends with a whole column.
     turned = min(size.stored_values, COLUMN_ENTRIES + size.cells) if size.by_columns else 0
+    products = modelled * modelled * 8
     tiles = {
         keys.STAGE_COHORT: max(
             settings.cohort.chunk_rows * per_cell * 40 + size.groups * size.genes * 24, turned * TASK_BYTES_PER_ENTRY
@@ -99,10 +121,11 @@ def task_memory(size: CohortSize, settings: Settings) -> dict[str, int]:
         keys.STAGE_TRAIN: block * 4,
         keys.STAGE_EMBED: block * 2 + rows * settings.model.latent * 12 + _parameters(settings, modelled) * 4,
         keys.STAGE_PCA: rows * settings.model.latent * 24,
+        keys.STAGE_SPACE: rows * modelled * 24 + 3 * products + block * 6,
         keys.STAGE_MATCH: _matching_bytes(size, settings),
         keys.STAGE_EFFECTS: rows * modelled * 24 + block * 3,
     }
-    return {stage: int(BASE_BYTES + tiles[stage]) for stage in keys.STAGES}
+    return {stage: int(BASE_BYTES + tiles[stage]) for stage in stages_of(settings)}
 
 
 def driver_memory(size: CohortSize) -> int:
@@ -139,13 +162,25 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     """
     modelled = min(size.genes, settings.hvg.num_hvg)
     own = size.cells * _stored(size, settings)[1]
-    embedding = size.cells * (2 * settings.model.latent + 100) * 4
+    embedding = _coordinate_bytes(size, settings, modelled)
     told = size.cells * size.groups if size.cells * size.groups <= MATCH_LIMIT else 0  # in results.zarr's obsm
     matches = size.cells * size.edges / size.groups * settings.match.neighbours * 8 + told * 8
     layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * _parameters(settings, modelled) * 4
     turned = size.stored_values * DISK_BYTES_PER_ENTRY if size.by_columns else 0
     return int(max(turned, 2 * own * 8 + embedding + matches + layers + checkpoints))
+
+
+def _coordinate_bytes(size: CohortSize, settings: Settings, genes: int) -> int:
+    """Return the bytes of the coordinates, in embedding.zarr and in results.zarr, and of the sums behind them."""
+    method, width = settings.embed.method, settings.embed.dimensions
+    trained = size.cells * (2 * settings.model.latent + 100) * 4 if keys.is_trained(method) else 0
+    if method == keys.NDREAMER:
+        return trained
+    if method.startswith(keys.OBSM_PREFIX):
+        return size.cells * 2 * GIVEN_DIMENSIONS * 4
+    arrays = 3 if method == keys.HARMONY else 2
+    return trained + size.cells * arrays * width * 4 + MOST_SPANS * genes * genes * 8
 
 
 def needs(size: CohortSize, settings: Settings, *, cpus: int, object_store: int) -> Needs:

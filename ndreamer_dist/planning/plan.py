@@ -15,10 +15,12 @@ from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.pack import partitions_of
 from ndreamer_dist.cohort.source import COLUMN_ENTRIES
 from ndreamer_dist.cohort.statistics import spans_of
+from ndreamer_dist.embedding.space import MOST_SPANS
 from ndreamer_dist.errors import shown
 from ndreamer_dist.matching.stage import edge_shards, units
 from ndreamer_dist.planning import memory
 from ndreamer_dist.planning.memory import CohortSize
+from ndreamer_dist.rundir.stage import stages_of
 from ndreamer_dist.settings import NOISE_ROWS, CohortSettings, Settings
 from ndreamer_dist.training.sampling import SamplingPlan
 
@@ -58,8 +60,12 @@ class Plan:
         What may be left out as well, which only the values tell.
     edges
         Pairs of groups to match.
+    embedding
+        The space that cells are matched in.
     epochs, steps, batch_cells
-        Training: optimiser steps in all, cells of one step.
+        Training: optimiser steps in all, cells of one step; 0 in a space that needs none.
+    left_out
+        Stages that this space does not need.
     stages
         In order.
     memory, disk
@@ -83,6 +89,8 @@ class Plan:
     disk: int
     memory_free: int | None = None
     disk_free: int | None = None
+    embedding: str = keys.NDREAMER
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join([*self._cohort_lines(), "", *self._stage_lines(), "", *self._resource_lines()])
@@ -100,9 +108,18 @@ class Plan:
             f"  largest  {_group(largest)}",
             *([f"  dropped  {self._dropped_names()}"] if self.dropped_groups else []),
             f"not known before the values are read: {self.unknown}",
-            f"matching   {self.edges:,} pairs of groups",
-            f"training   {self.steps:,} steps of {self.batch_cells:,} cells, in {self.epochs:,} epochs",
+            f"matching   {self.edges:,} pairs of groups{self._place()}",
+            f"training   {self._training()}",
+            *([f"not run    {', '.join(self.left_out)}: {shown(self.embedding)} needs none"] if self.left_out else []),
         ]
+
+    def _place(self) -> str:
+        return "" if self.embedding == keys.NDREAMER else f", in {shown(self.embedding)}"
+
+    def _training(self) -> str:
+        if not self.steps:
+            return "none"
+        return f"{self.steps:,} steps of {self.batch_cells:,} cells, in {self.epochs:,} epochs"
 
     def _dropped_names(self) -> str:
         named = ", ".join(map(_group, self.dropped_groups[:NAMED_GROUPS]))
@@ -149,6 +166,8 @@ def plan_of(
     input_cells = sum(input_groups.values())
     work = stage_work(design, settings, schedule, size, input_cells)
     kept = {group.name for group in design.groups}
+    stages = stages_of(settings)
+    trained = keys.STAGE_TRAIN in stages
     return Plan(
         cells=design.n_cells,
         dropped=input_cells - design.n_cells,
@@ -159,14 +178,16 @@ def plan_of(
         dropped_groups=tuple((name, cells) for name, cells in input_groups.items() if name not in kept),
         unknown=_unknown(settings.cohort),
         edges=size.edges,
-        epochs=schedule.epochs,
-        steps=schedule.steps,
-        batch_cells=schedule.cells(0),
-        stages=tuple(StagePlan(stage, work[stage], stage_memory[stage]) for stage in keys.STAGES),
+        epochs=schedule.epochs if trained else 0,
+        steps=schedule.steps if trained else 0,
+        batch_cells=schedule.cells(0) if trained else 0,
+        stages=tuple(StagePlan(stage, work[stage], stage_memory[stage]) for stage in stages),
         memory=needs.memory,
         disk=needs.disk,
         memory_free=memory_free,
         disk_free=disk_free,
+        embedding=settings.embed.method,
+        left_out=tuple(stage for stage in keys.STAGES if stage not in stages),
     )
 
 
@@ -187,6 +208,7 @@ def stage_work(
         keys.STAGE_TRAIN: ((schedule.cells(0) // NOISE_ROWS, f"share(s) of {NOISE_ROWS} cells of a step"),),
         keys.STAGE_EMBED: by_block,
         keys.STAGE_PCA: by_block,
+        keys.STAGE_SPACE: _placing(settings, blocks),
         keys.STAGE_MATCH: ((_matching(design, settings), "unit(s) of edges"),),
         keys.STAGE_EFFECTS: (*by_block, (blocks + len(design.groups), "count(s) of matches")),
     }
@@ -200,6 +222,15 @@ def _clustering(design: Design, settings: Settings) -> Work:
         "all": ((1, "graph"),),
         "sketch": ((1, "graph of a sketch"), (groups, "group(s)")),
     }[way]
+
+
+def _placing(settings: Settings, blocks: int) -> Work:
+    """Return the work of placing cells without a network; the populations of a state space follow one another."""
+    method, by_block = settings.embed.method, ((blocks, "row block(s)"),)
+    if method.startswith(keys.OBSM_PREFIX):
+        return by_block
+    sums: Work = ((min(blocks, MOST_SPANS), "span(s) of blocks"), *by_block)
+    return {keys.SPACE_PCA: sums, keys.HARMONY: (*sums, (1, "run of Harmony"))}.get(method, (*sums, *by_block))
 
 
 def _matching(design: Design, settings: Settings) -> int:

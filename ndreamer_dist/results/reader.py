@@ -23,7 +23,7 @@ import pandas as pd
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.errors import QueryError, StoreError, listing, suggest
+from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, suggest
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
 from ndreamer_dist.results.on_demand import (
     Counterparts,
@@ -37,6 +37,7 @@ from ndreamer_dist.results.on_demand import (
 )
 from ndreamer_dist.results.provenance import matches_table
 from ndreamer_dist.results.read import read_dense, read_element, read_sparse
+from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import MatchSettings
 from ndreamer_dist.storage.arrays import open_array, read_array
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage, open_storage
@@ -56,26 +57,33 @@ OBJECTS: dict[str, Callable[[Any], Any]] = {
     "settings": dict, "versions": str, "dropped": int, "design": lambda value: value, "input": lambda value: value,
 }  # fmt: skip
 """Entries of it that are objects in JSON, and what the values of these are."""
-SCALARS: dict[str, type] = {"seed": Integral, "key": str, "version": str, "normalise": str}
+SCALARS: dict[str, type] = {
+    "seed": Integral, "key": str, "version": str, "normalise": str, keys.UNS_EMBEDDING: str, keys.UNS_EMBEDDING_KEY: str,
+}  # fmt: skip
 """Entries of it that are plain."""
 SUGGEST_AMONG = 50_000
 """Beyond this many names, none is suggested for a misspelt one: looking for it would take minutes."""
 
 
-def results_storage(address: str | os.PathLike[str] | Storage) -> ConsolidatedStorage:
+def results_storage(address: str | os.PathLike[str] | Storage, embedding: str | None = None) -> ConsolidatedStorage:
     """Return the storage of a run's results.
 
     Parameters
     ----------
     address
         A run directory, a results.zarr, or the URL of either (`s3://`, `https://`, ...).
+    embedding
+        The matching space whose results are wanted, where a run directory holds several: `harmony`, say. By default
+        those of the space that the run was begun with.
 
     Raises
     ------
     StoreError
-        There are no results, or the run that makes them has not finished.
+        There are no results, or none of that space, or the run that makes them has not finished.
     """
     folder = open_storage(address)
+    if embedding is not None:
+        folder = _of_space(folder, embedding)
     for url in (folder.url, (folder / keys.RESULTS).url):
         storage = ConsolidatedStorage(url)
         if (storage.root_metadata or {}).get("attributes", {}).get("encoding-type") == "anndata":
@@ -85,6 +93,22 @@ def results_storage(address: str | os.PathLike[str] | Storage) -> ConsolidatedSt
         raise StoreError(msg)
     msg = f"{folder.url} holds no results: expected a run directory or a results.zarr"
     raise StoreError(msg)
+
+
+def _of_space(folder: Storage, method: str) -> Storage:
+    """Return where the results of a matching space are."""
+    if not folder.exists(keys.RUN_JSON):
+        found = ResultsReader(results_storage(folder)).space
+        if found == method:
+            return folder
+        msg = f"{folder.url} is matched in {quoted(found)}, not in {quoted(method)}; give the run directory to choose"
+        raise StoreError(msg)
+    spaces = RunDirectory(folder).spaces()
+    if method not in spaces:
+        there = f"{listing(spaces)}.{suggest(method, spaces)}"
+        msg = f"{folder.url} has no space {quoted(method)}; it has {there} `run` with --embedding adds one"
+        raise StoreError(msg)
+    return spaces[method].storage
 
 
 def counted(query: Callable[Concatenate[ResultsReader, P], Answer]) -> Callable[Concatenate[ResultsReader, P], Answer]:
@@ -376,18 +400,37 @@ class ResultsReader:
         (row,) = _places(self._cells.index, [cell], "cell")
         return matches_table(self.counterparts, self._cells.index, int(row))
 
+    @cached_property
+    def space(self) -> str:
+        """Name of the space that cells were matched in: `ndreamer`, `pca`, `harmony`, ... (METHOD section 9)."""
+        return str(self._fact_or(keys.UNS_EMBEDDING, keys.NDREAMER))
+
+    @cached_property
+    def embedding_key(self) -> str:
+        """Name of the array in `obsm` that holds the coordinates cells were matched in."""
+        name = str(self._fact_or(keys.UNS_EMBEDDING_KEY, keys.OBSM_PCA))
+        if name not in keys.SPACES.values():
+            msg = f"{self.url}: what it tells of its {keys.UNS_EMBEDDING_KEY} is damaged (it is {quoted(name)})"
+            raise StoreError(msg)
+        return name
+
     @counted
     def embedding(self, cells: Cells = None, *, pca: bool = False, order: Order = "input") -> pd.DataFrame:
-        """Return effect-modifier coordinates, or their principal components: one row a cell, by name."""
+        """Return coordinates of cells: one row a cell, by name.
+
+        They are those that cells were matched in; where these are principal components of the trained effect modifier,
+        they come with `pca`, and the effect modifier itself without it.
+        """
         rows = self._rows(cells, order)
-        name = keys.OBSM_PCA if pca else keys.OBSM_MU
+        whole = self.space == keys.NDREAMER and not pca
+        name = keys.OBSM_MU if whole else self.embedding_key
         width = open_array(self.storage, f"obsm/{name}").shape[1]
         values = read_dense(self.storage, f"obsm/{name}", rows, np.arange(width))
         return pd.DataFrame(values, index=self._cells.index[rows])
 
     def add_embedding(self, adata: anndata.AnnData) -> None:
-        """Add the principal components to a part of these results, as `obsm["X_ndreamer_pca"]`, for plots."""
-        adata.obsm[keys.OBSM_PCA] = self.embedding(list(adata.obs_names), pca=True).to_numpy()
+        """Add the coordinates cells were matched in to a part of these results, as `obsm[results.embedding_key]`."""
+        adata.obsm[self.embedding_key] = self.embedding(list(adata.obs_names), pca=True).to_numpy()
 
     # --- what is behind them -----------------------------------------------------------------------------------------
 
@@ -428,6 +471,10 @@ class ResultsReader:
     def _fact(self, name: str) -> Any:
         """Return one entry of `uns["ndreamer"]`, without reading the others."""
         return self._table(f"uns/{keys.UNS}/{name}")
+
+    def _fact_or(self, name: str, default: str) -> Any:
+        """Return one entry of `uns["ndreamer"]`, or what stands for it in results of a version that wrote none."""
+        return self._fact(name) if self.storage.node(f"uns/{keys.UNS}/{name}") is not None else default
 
     def _told(self, name: str) -> dict[str, Any]:
         """Return an entry of `uns["ndreamer"]` that is an object in JSON."""

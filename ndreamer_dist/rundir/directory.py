@@ -45,10 +45,13 @@ class RunDirectory:
     ----------
     before
         The stage that is run alone: those before it must be finished, so that `pending` refuses where they are not.
+    home
+        For a space that was added to a run: the run's folder, which holds what all its spaces share.
     """
 
     storage: Storage
     before: str | None = None
+    home: Storage | None = None
 
     @classmethod
     def at(cls, address: str | os.PathLike[str] | Storage) -> RunDirectory:
@@ -64,6 +67,21 @@ class RunDirectory:
     def name(self) -> str:
         """The last part of the address."""
         return self.storage.name
+
+    def space(self, method: str) -> RunDirectory:
+        """Return the directory of a matching space that is added to this run, whether or not it is there yet."""
+        return RunDirectory(self.storage / keys.space_folder(method), self.before, home=self.storage)
+
+    def spaces(self) -> dict[str, RunDirectory]:
+        """Return the matching spaces of a run by name, the first that it was begun with; what is in them, they say."""
+        told = self.read_run()
+        first = told["settings"].get("embed", {}).get("method", keys.NDREAMER)
+        return {first: self, **{name: self.space(name) for name in told.get("spaces", ())}}
+
+    def embedding(self, array: str) -> Storage:
+        """Return the store that holds an array of coordinates: those of the trained network are the run's."""
+        trained = array in (keys.MU, keys.PCA)
+        return ((self.home or self.storage) if trained else self.storage) / keys.EMBEDDING
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Return a JSON file's content; `DamagedError` where it is not what was written."""
@@ -122,6 +140,15 @@ class RunDirectory:
         """Forget all that a stage has done."""
         self.storage.delete(f"{keys.DONE}/{stage}")
 
+    def done_key(self, stage: str) -> str | None:
+        """Return the key under which a stage was last done, or begun; none where nothing is, or it cannot be read."""
+        for name in self.storage.list(f"{keys.DONE}/{stage}"):
+            try:
+                return str(self.read_json(name)["key"])
+            except (DamagedError, KeyError):
+                continue
+        return None
+
     def pending(self, stage: str, key: str, shards: Sequence[Shard]) -> list[Shard]:
         """Return the shards still to be done: without a marker of this key, or with files missing or cut short.
 
@@ -176,6 +203,10 @@ class RunDirectory:
         is work, with a chunk of the array. What the run did not make stays.
         """
         top = name.partition("/")[0]
+        if top == keys.SPACES_DIR:
+            folder, _, rest = name.removeprefix(f"{top}/").partition("/")
+            RunDirectory(self.storage / f"{top}/{folder}", home=self.storage).remove_damaged(rest)
+            return
         if name.startswith(f"{keys.ROWS}/"):
             self.storage.delete(keys.ROWS)
             self.unmark(keys.STAGE_ROWS)

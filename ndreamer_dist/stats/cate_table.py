@@ -63,6 +63,8 @@ class StatisticsInput:
         `obs` in packed order.
     genes
         Names, in the order of `columns`, which are places in the expression.
+    embedding
+        The array of `obsm` that cells were matched in.
     """
 
     storage: Storage
@@ -74,6 +76,7 @@ class StatisticsInput:
     genes: pd.Index
     stored_ite: bool
     seed: int = 0
+    embedding: str = keys.OBSM_PCA
 
 
 def cate_table(
@@ -276,7 +279,7 @@ class Neighbours:
         return np.where(rows < 0, -1, targets[rows])
 
     def _coordinates(self, rows: np.ndarray) -> np.ndarray:
-        name = f"obsm/{keys.OBSM_PCA}"
+        name = f"obsm/{self._given.embedding}"
         width = open_array(self._given.storage, name).shape[1]
         return read_dense(self._given.storage, name, rows, np.arange(width))
 

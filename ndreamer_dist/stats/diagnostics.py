@@ -158,7 +158,7 @@ def mixing(given: StatisticsInput, populations: np.ndarray, cells: int) -> pd.Da
     share = min(1.0, cells / design.n_cells)
     rows = np.concatenate([np.arange(g.start, g.start + int(np.ceil(share * g.cells))) for g in design.groups])
     rows = rows[populations[rows] >= 0]
-    name = f"obsm/{keys.OBSM_PCA}"
+    name = f"obsm/{given.embedding}"
     embedded = read_dense(given.storage, name, rows, np.arange(open_array(given.storage, name).shape[1]))
     measured = principal_components(given.expression.read(rows, given.columns).toarray())
     groups = design.group_of(rows)

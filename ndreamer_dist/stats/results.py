@@ -22,20 +22,23 @@ DIAGNOSED_CELLS = 4000
 """Cells that the mixing of batches is measured on, about."""
 
 
-def open_results(address: str | os.PathLike[str] | Storage) -> Results:
+def open_results(address: str | os.PathLike[str] | Storage, *, embedding: str | None = None) -> Results:
     """Open the results of a run.
 
     Parameters
     ----------
     address
         A run directory, a results.zarr, or the URL of either (`s3://`, `https://`, ...).
+    embedding
+        The matching space whose results are wanted, where a run directory holds several: `harmony`, say. By default
+        those of the space that the run was begun with.
 
     Raises
     ------
     StoreError
-        There are no results, or the run that makes them has not finished.
+        There are no results, or none of that space, or the run that makes them has not finished.
     """
-    return Results(results_storage(address))
+    return Results(results_storage(address, embedding))
 
 
 class Results(ResultsReader):
@@ -214,5 +217,5 @@ class Results(ResultsReader):
         stored = cohort is None and keys.LAYER_ITE in self.layers
         return StatisticsInput(
             self.storage, self.design, self._cells, self.counterparts, expression, columns, table.index[columns],
-            stored_ite=stored, seed=int(self.uns.get("seed", 0)),
+            stored_ite=stored, seed=int(self.uns.get("seed", 0)), embedding=self.embedding_key,
         )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Coordinates that the input brings along in `obsm`, and columns of its `obs` that a matching space asks for.
+
+An opened cohort and a key come in; a dense float32 array, or codes, in input order, goes out. What cannot be matched in
+is refused here, before work starts: an unknown key, sparse or non-numeric values, a wrong length, values not finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+from scipy import sparse
+
+from ndreamer_dist.cohort.source import MemoryMatrix, Source, open_root
+from ndreamer_dist.errors import CohortError, NDreamerError, listing, quoted, suggest
+
+CHUNK_ROWS = 65_536
+"""Rows that are looked at at a time."""
+
+
+def coordinates_of(source: Source, key: str) -> np.ndarray:
+    """Return the coordinates under a key of the input's `obsm`: (cells, d) float32, in input order.
+
+    Raises
+    ------
+    CohortError
+        There is no such key, or it does not hold a finite number per cell and dimension.
+    """
+    held = _obsm(source)
+    if key not in held:
+        names = [str(name) for name in held]
+        there = f"it holds {listing(names)}" if names else "it is empty"
+        msg = f"{source.name}: obsm has no {quoted(key)}; {there}.{suggest(key, names)}"
+        raise CohortError(msg)
+    where = f"{source.name}: obsm[{quoted(key)}]"
+    try:
+        values = _array(held[key], where)
+    except NDreamerError:
+        raise
+    except Exception as error:
+        msg = f"{where} cannot be read; the store is truncated or damaged ({type(error).__name__}: {error})"
+        raise CohortError(msg) from error
+    _check_shape(values, source.n_cells, where)
+    made = values.astype(np.float32, copy=False)
+    _check_finite(made, source, where)
+    return made
+
+
+def codes_of(source: Source, name: str, setting: str) -> np.ndarray:
+    """Return the codes of a column of the input's `obs`, categories in order of appearance: (cells,), -1 where missing.
+
+    Raises
+    ------
+    CohortError
+        There is no such column.
+    """
+    if name not in source.obs:
+        names = [str(column) for column in source.obs.columns]
+        msg = f"{setting}: obs has no column {quoted(name)}; it has {listing(names)}.{suggest(name, names)}"
+        raise CohortError(msg)
+    return np.asarray(pd.factorize(source.obs[name].astype("string"))[0], dtype=np.int32)
+
+
+def checksum(values: np.ndarray) -> str:
+    """Return the sha256 of an array's values."""
+    found = hashlib.sha256(f"{values.shape} {values.dtype.str}".encode())
+    for start in range(0, len(values), CHUNK_ROWS):
+        found.update(np.ascontiguousarray(values[start : start + CHUNK_ROWS]).tobytes())
+    return found.hexdigest()
+
+
+def _obsm(source: Source) -> Any:
+    """Return the input's `obsm`, of which nothing is read yet where it is stored."""
+    if source.obsm is not None:
+        return source.obsm
+    if isinstance(source.matrix, MemoryMatrix):
+        return {}
+    return open_root(source.matrix.url, source.matrix.container).get("obsm", {})
+
+
+def _array(element: Any, where: str) -> np.ndarray:
+    """Return what lies under a key as a dense array of floats; refuse all else by its type."""
+    values = element if isinstance(element, (np.ndarray, pd.DataFrame)) or sparse.issparse(element) else None
+    if values is None:
+        values = read_elem(element) if hasattr(element, "attrs") else element
+    if isinstance(values, pd.DataFrame):
+        _refuse_columns((str(name) for name, kind in values.dtypes.items() if not _is_float(kind)), where)
+        values = values.to_numpy(dtype=np.float64)
+    if sparse.issparse(values) or not isinstance(values, np.ndarray):
+        msg = f"{where} is {type(values).__name__}; expected a dense array of floats, or a DataFrame of them"
+        raise CohortError(msg)
+    if not _is_float(values.dtype):
+        msg = f"{where} holds {values.dtype.name} values; expected floats, the coordinates of an embedding"
+        raise CohortError(msg)
+    return values
+
+
+def _is_float(dtype: Any) -> bool:
+    return pd.api.types.is_float_dtype(dtype)
+
+
+def _refuse_columns(names: Iterable[str], where: str) -> None:
+    if found := list(names):
+        msg = f"{where} has columns that are no floats: {listing(found)}; expected the coordinates of an embedding"
+        raise CohortError(msg)
+
+
+def _check_shape(values: np.ndarray, cells: int, where: str) -> None:
+    if values.ndim != 2 or values.shape[0] != cells or not values.shape[1]:
+        msg = f"{where} has shape {values.shape}; expected ({cells}, d), a row for every cell of the cohort"
+        raise CohortError(msg)
+
+
+def _check_finite(values: np.ndarray, source: Source, where: str) -> None:
+    for start in range(0, len(values), CHUNK_ROWS):
+        finite = np.isfinite(values[start : start + CHUNK_ROWS]).all(axis=1)
+        if not finite.all():
+            row = start + int(np.flatnonzero(~finite)[0])
+            cell = quoted(str(source.cell_names[row]))
+            msg = f"{where} is not finite in cell {cell} (row {row}); every cell needs a place, so leave such cells out"
+            raise CohortError(msg)

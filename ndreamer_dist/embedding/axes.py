@@ -1,0 +1,104 @@
+"""Axes of a space from sums over cells: exact principal components, and those of what varies inside groups. Pure.
+
+Sums of expression and of its products come in, in float64 and in block order; mean, axes and variances go out
+(METHOD sections 9 and 10). The sign of an axis is fixed: its largest absolute loading is positive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over some cells.
+
+    Attributes
+    ----------
+    cells
+        (groups,) cells of every group.
+    sums
+        (groups, genes) sum of the expression of every group's cells.
+    inner_cells
+        (groups,) those cells of every group that `outer` is of.
+    outer
+        (genes, genes) sum of the outer products of their expression.
+    """
+
+    cells: np.ndarray
+    sums: np.ndarray
+    inner_cells: np.ndarray
+    outer: np.ndarray
+
+    def plus(self, other: Moments) -> Moments:
+        """Return the sums over the cells of both."""
+        return Moments(
+            self.cells + other.cells,
+            self.sums + other.sums,
+            self.inner_cells + other.inner_cells,
+            self.outer + other.outer,
+        )
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean expression of all cells: (genes,)."""
+        return self.sums.sum(axis=0) / max(int(self.cells.sum()), 1)
+
+
+def moments_of(x: sparse.csr_matrix, groups: np.ndarray, count: int, inner: np.ndarray) -> Moments:
+    """Return the sums of a row block.
+
+    Parameters
+    ----------
+    x
+        (cells, genes) log-normalised expression.
+    groups, count
+        (cells,) group of every cell, and how many groups there are.
+    inner
+        (groups,) whether a group's cells enter the outer product.
+    """
+    exact = x.astype(np.float64)
+    cells = np.bincount(groups, minlength=count)
+    member = sparse.csr_matrix((np.ones(len(groups)), (groups, np.arange(len(groups)))), shape=(count, len(groups)))
+    inside = exact[inner[groups]].toarray()
+    return Moments(cells, (member @ exact).toarray(), np.where(inner, cells, 0), inside.T @ inside)
+
+
+def signed_axes(matrix: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the leading eigenvectors of a symmetric matrix, (n, keep), largest first, and their eigenvalues, >= 0."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    axes = vectors[:, ::-1][:, :keep]
+    largest = np.abs(axes).argmax(axis=0)
+    signs = np.where(axes[largest, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
+    return axes * signs, np.maximum(values[::-1][:keep], 0.0)
+
+
+def principal_axes(
+    cells: int, sums: np.ndarray, outer: np.ndarray, dimensions: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the exact PCA of n points from their moments.
+
+    Parameters
+    ----------
+    sums, outer
+        Sum of the points (z,), and of their outer products (z, z), float64.
+
+    Returns
+    -------
+    mean (z,), components (z, dimensions) with the largest absolute loading of each positive, variance (dimensions,).
+    `dimensions` is cut to z and to the number of points.
+    """
+    mean = sums / cells
+    covariance = (outer - cells * np.outer(mean, mean)) / max(cells - 1, 1)
+    components, variance = signed_axes(covariance, min(dimensions, len(mean), cells))
+    return mean, components, variance
+
+
+def within_covariance(moments: Moments) -> np.ndarray:
+    """Return the covariance inside groups, Sigma_w of METHOD section 10: (genes, genes), over the cells of `outer`."""
+    cells = moments.inner_cells
+    means = moments.sums[cells > 0] / np.sqrt(cells[cells > 0])[:, None]
+    return np.asarray((moments.outer - means.T @ means) / max(int(cells.sum()), 1))

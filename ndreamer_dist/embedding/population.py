@@ -1,0 +1,379 @@
+"""The state space's part of the stage: axes, reliability and coordinates of every population (METHOD section 10).
+
+Two passes over packed.zarr: the first leaves, per population, the covariance inside its control groups, whose leading
+axes are W; the second what tells the reliability of a coordinate, from two halves of every cell's counts. Then the blocks
+are placed. Cells of different populations are kept further apart than any two of one, so that a cell is matched outside
+its population only where the target group has no cell of it: such a match is further away than any inside.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from threadpoolctl import threadpool_limits
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.packed import cell_totals
+from ndreamer_dist.compute.executor import Runtime, with_threads
+from ndreamer_dist.embedding import state
+from ndreamer_dist.embedding.axes import Moments, signed_axes, within_covariance
+from ndreamer_dist.embedding.space import Space, summed_moments
+from ndreamer_dist.embedding.state import HalfSums
+from ndreamer_dist.errors import StoreError
+from ndreamer_dist.rundir.directory import Shard
+from ndreamer_dist.rundir.stage import run_task
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage.arrays import open_array, read_array, shard_files, write_array, write_part
+from ndreamer_dist.storage.files import Storage
+
+logger = logging.getLogger(__name__)
+
+LEAST_CELLS = 100
+"""Cells of a population of its own; smaller ones are pooled. With fewer control cells its axes are of all its groups."""
+VANISHING = 1e-9
+"""Directions whose variance is below this share of the largest are no directions."""
+SEEDED = keys.FLOW.index(keys.STAGE_SPACE)
+HALVES, CHANCE = 0, 1
+"""What a generator is for."""
+GROUPED, WHOLE = ("whole", "first", "second"), ("spread", "signal", "noise", "reach")
+"""Parts of `HalfSums` of a group each, and of all cells."""
+DIRECTIONS = ((keys.STATE_MEAN, 2), (keys.STATE_AXES, 3), (keys.STATE_RANK, 1))
+OWN_AXES = (
+    (keys.STATE_DIMENSIONS, 1), (keys.STATE_RELIABILITY, 3), (keys.STATE_GROUP_MEAN, 3), (keys.STATE_CORNER, 2),
+    (keys.STATE_WEIGHT, 1),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Populations:
+    """Which population every packed row is of.
+
+    Attributes
+    ----------
+    codes
+        (cells,) int32.
+    names
+        Of the populations; `others` are cells of small ones and without a name.
+    """
+
+    codes: np.ndarray
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, codes: np.ndarray) -> Populations:
+        """Pool the small populations, and the cells of none (-1)."""
+        labels, counts = np.unique(codes, return_counts=True)
+        large = labels[(counts >= LEAST_CELLS) & (labels >= 0)]
+        place = np.full(int(labels[-1]) + 2, len(large), dtype=np.int32)  # the last is -1's
+        place[large] = np.arange(len(large))
+        found = place[codes]
+        names = [str(label) for label in large]
+        return cls(found, (*names, "others") if (found == len(large)).any() else tuple(names))
+
+
+def run_state(space: Space, settings: Settings, codes: Mapping[str, np.ndarray], runtime: Runtime) -> None:
+    """Write the state coordinates, beside the trained ones where the space is of both."""
+    first, own = space.axes_shard(DIRECTIONS, "directions"), space.axes_shard(OWN_AXES)
+    blocks = space.block_shards(space.array)
+    todo, fresh = space.todo([first, own, *blocks])
+    if not todo:
+        return
+    populations = _populations(space, settings, codes)
+    if first in todo:
+        _make_directions(space, settings, populations, runtime)
+        space.run.mark(keys.STAGE_SPACE, space.key, first)
+    if own in todo:
+        _make_reliability(space, settings, populations, runtime)
+        space.run.mark(keys.STAGE_SPACE, space.key, own)
+    space.forget_sums()
+    missing = [shard for shard in todo if shard in blocks]
+    if missing:
+        trained = open_array(space.run.embedding(keys.PCA), keys.PCA).shape[1] if _is_beside(settings) else 0
+        space.make(space.array, trained + _width(space.storage), fresh=fresh)
+    for _ in runtime.map(_place_shard, missing, space, populations, _is_beside(settings), title="space"):
+        pass
+
+
+def _is_beside(settings: Settings) -> bool:
+    """Return whether the trained coordinates stand beside those of state."""
+    return settings.embed.method == keys.NDREAMER_STATE
+
+
+def _width(storage: Storage) -> int:
+    """Return how many state coordinates a cell has, those that keep populations apart among them."""
+    dimensions = read_array(storage, keys.STATE_DIMENSIONS)
+    corner = read_array(storage, keys.STATE_CORNER)
+    return int(dimensions.max()) + (corner.shape[1] if len(corner) > 1 else 0)
+
+
+def _populations(space: Space, settings: Settings, codes: Mapping[str, np.ndarray]) -> Populations:
+    by = settings.state.by
+    if by is None:
+        return Populations(np.zeros(space.packed.n_rows, dtype=np.int32), ("all cells",))
+    rows = space.packed.clusters(keys.PACKED_LOW) if by == keys.OBS_LOW else codes[by][space.packed.input_row]
+    return Populations.of(rows)
+
+
+# --- W ---------------------------------------------------------------------------------------------------------------
+
+
+def _make_directions(space: Space, settings: Settings, populations: Populations, runtime: Runtime) -> None:
+    """Write mean and leading axes of every population, one population after the other."""
+    packed = space.packed
+    keep = min(settings.embed.dimensions, packed.n_genes)
+    number = len(populations.names)
+    means, axes = np.zeros((number, packed.n_genes)), np.zeros((number, packed.n_genes, keep))
+    ranks = np.zeros(number, dtype=np.int32)
+    for code in range(number):
+        inner = _inner_groups(space, populations, code)
+        moments = summed_moments(space, inner, populations.codes, code, runtime)
+        means[code] = moments.mean
+        axes[code], ranks[code] = with_threads(1, _directions, moments, keep, settings.seed, code, _has_counts(space))
+    if not ranks.any():
+        msg = f"{space.run.url}: no gene varies inside a group, so there is no state space; match in another one"
+        raise StoreError(msg)
+    values: tuple[np.ndarray, ...] = (means, axes, ranks)
+    for (name, _), array in zip(DIRECTIONS, values, strict=True):
+        write_array(space.storage, name, array)
+
+
+def _directions(moments: Moments, keep: int, seed: int, code: int, has_counts: bool) -> tuple[np.ndarray, int]:
+    """Return the leading axes of what varies inside groups, (genes, keep), and how many of them are any.
+
+    Where there are no counts to halve, those are any whose variance independent genes would not have by chance.
+    """
+    covariance = within_covariance(moments)
+    axes, variance = signed_axes(covariance, keep)
+    least = VANISHING * max(float(variance[0]), VANISHING)
+    if not has_counts:
+        generator = np.random.default_rng(np.random.SeedSequence((seed, SEEDED, CHANCE, code)))
+        cells = int(moments.inner_cells.sum())
+        least = max(least, state.chance_eigenvalue(np.maximum(covariance.diagonal(), 0.0), cells, generator))
+    return axes, int((variance > least).sum()) or int(variance[0] > VANISHING)
+
+
+def _has_counts(space: Space) -> bool:
+    return bool(space.packed.run.read_json(keys.COHORT_SUMMARY)["normalise"] == "counts")
+
+
+def _inner_groups(space: Space, populations: Populations, code: int) -> np.ndarray:
+    """Return the groups that a population's axes are of: those of the control, or all where it has too few control cells."""
+    design = space.packed.design
+    control = design.group_conditions == 0
+    groups = design.group_of(np.flatnonzero(populations.codes == code))
+    if int(control[groups].sum()) >= LEAST_CELLS:
+        return np.asarray(control)
+    return np.ones(len(control), dtype=bool)
+
+
+# --- Lambda ----------------------------------------------------------------------------------------------------------
+
+
+def _make_reliability(space: Space, settings: Settings, populations: Populations, runtime: Runtime) -> None:
+    """Write how many dimensions every population uses, their reliability, the groups' means, and what keeps it apart."""
+    halved = _has_counts(space) and (settings.state.shrink or settings.state.k is None)
+    if settings.state.shrink and not halved:
+        logger.warning("state: the input is log-normalised and has no counts to halve, so coordinates are not shrunk")
+    sums = _half_sums(space, settings, populations, runtime, halved=halved)
+    ranks = read_array(space.storage, keys.STATE_RANK)
+    keep = len(sums[0].reach)
+    dimensions, shares, reaches = np.zeros(len(sums), dtype=np.int32), np.zeros((len(sums), keep, keep)), []
+    for code, found in enumerate(sums):
+        k = dimensions[code] = _chosen(found, int(ranks[code]), settings.state.k, halved=halved)
+        shares[code, :k, :k] = with_threads(1, _share, found, k, halved and settings.state.shrink)
+        reaches.append(_reach(found, shares[code, :k, :k]))
+        reliable = np.trace(shares[code, :k, :k]) / max(k, 1)
+        logger.info(
+            "state: population %s, %d cells: %d dimensions, mean reliability %.2f",
+            populations.names[code], int(found.cells.sum()), k, reliable,
+        )  # fmt: skip
+    weight, beside = _weight(space, settings, sums, shares) if _is_beside(settings) else (1.0, 0.0)
+    apart = state.corners(len(sums), float(np.hypot(beside, weight * max(reaches))))
+    values = (
+        dimensions, shares, np.stack([found.group_means for found in sums]),
+        apart if apart.shape[1] else np.zeros((1, 1)), np.array([weight]),
+    )  # fmt: skip
+    for (name, _), array in zip(OWN_AXES, values, strict=True):
+        write_array(space.storage, name, array)
+
+
+def _chosen(found: HalfSums, rank: int, asked: int | None, *, halved: bool) -> int:
+    """Return how many dimensions a population uses."""
+    if asked is not None:
+        return min(asked, rank)
+    if not halved:
+        return rank
+    signal, noise = (found.covariance(name)[:rank, :rank] for name in ("signal", "noise"))
+    return state.confirmed_dimensions(signal, noise) if rank else 0
+
+
+def _share(found: HalfSums, k: int, shrink: bool) -> np.ndarray:
+    """Return Lambda of the first k dimensions; the identity where nothing is shrunk."""
+    if not shrink or not k:
+        return np.eye(k)
+    return state.reliability(found.covariance("signal")[:k, :k], found.covariance("spread")[:k, :k])
+
+
+def _reach(found: HalfSums, share: np.ndarray) -> float:
+    """Return a bound on the length of a population's coordinates."""
+    k = len(share)
+    if not k:
+        return 0.0
+    mean = float(np.linalg.norm(found.group_means[:, :k], axis=1).max())
+    return mean + float(np.linalg.norm(share, 2)) * (float(np.sqrt(found.reach[k - 1])) + mean)
+
+
+def _half_sums(
+    space: Space, settings: Settings, populations: Populations, runtime: Runtime, *, halved: bool
+) -> list[HalfSums]:
+    """Return the sums of every population, added in the order of the blocks; blocks that are there are not redone."""
+    shards = []
+    for block in range(space.packed.n_blocks):
+        name = f"{keys.SPACE_SUMS}/halves/{keys.block_name(block)}"
+        shards.append(Shard(f"halves-{block:05d}", (f"{keys.EMBEDDING}/{shard_files(name, 0)}",), block))
+    todo = space.run.pending(keys.STAGE_SUMS, space.key, shards)
+    totals = cell_totals(space.packed) if halved else None
+    shared = (space, populations, totals, settings.seed)
+    for _ in runtime.map(_sum_halves, todo, *shared, title="space: reliability"):
+        pass
+    keep = open_array(space.storage, keys.STATE_AXES).shape[2]
+    parts = (_read_halves(space, block, len(populations.names), keep) for block in range(space.packed.n_blocks))
+    return functools.reduce(lambda one, other: [a.plus(b) for a, b in zip(one, other, strict=True)], parts)
+
+
+def _sum_halves(shard: Shard, space: Space, populations: Populations, totals: np.ndarray | None, seed: int) -> None:
+    def work(block: int) -> None:
+        with threadpool_limits(1):
+            found = _block_halves(space, block, populations, totals, seed)
+        first, last = _group_range(space, block)
+        values = [getattr(one, name)[..., first:last, :].ravel() for one in found for name in GROUPED]
+        values += [one.cells[first:last].astype(np.float64) for one in found]
+        values += [getattr(one, name).ravel() for one in found for name in WHOLE]
+        write_array(space.storage, f"{keys.SPACE_SUMS}/halves/{keys.block_name(block)}", np.concatenate(values))
+
+    run_task(space.run, keys.STAGE_SUMS, space.key, work, shard)
+
+
+def _block_halves(
+    space: Space, block: int, populations: Populations, totals: np.ndarray | None, seed: int
+) -> list[HalfSums]:
+    """Return the sums of a row block, of every population; all that is drawn is drawn for the block as a whole.
+
+    Without the cells' total counts nothing is halved, and the sums of the halves are those of the whole.
+    """
+    x, groups, codes = space.packed.block(block), space.groups(block), populations.codes[space.rows(block)]
+    count, number = len(space.packed.design.groups), len(populations.names)
+    generator = np.random.default_rng(np.random.SeedSequence((seed, SEEDED, HALVES, block)))
+    pair = (x, x) if totals is None else state.halves(x, totals[space.rows(block)], generator)
+    moved = state.shuffled_inside(groups.astype(np.int64) * number + codes, generator)
+    found = []
+    for code in range(number):
+        here = np.flatnonzero(codes == code)
+        mean, axes = directions_of(space.storage, space.key, code)
+        e, a, b = (_coordinates(values, here, mean, axes) for values in (x, *pair))
+        inside = np.searchsorted(here, moved[here])
+        found.append(state.half_sums(e, (a, b), groups[here], count, inside))
+    return found
+
+
+def _coordinates(x: sparse.csr_matrix, rows: np.ndarray, mean: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Return W'(x - mean) of some rows: (rows, k) float64."""
+    return np.asarray(x[rows].astype(np.float64) @ axes - mean @ axes)
+
+
+@functools.lru_cache(maxsize=64)
+def directions_of(storage: Storage, key: str, code: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and axes of a population; a process reads them once, not once a task."""
+    del key  # only tells one stage's axes from another's
+    part = slice(code, code + 1)
+    return read_array(storage, keys.STATE_MEAN, part)[0], read_array(storage, keys.STATE_AXES, part)[0]
+
+
+def _group_range(space: Space, block: int) -> tuple[int, int]:
+    """Return the first group of a block and the one after its last."""
+    groups = space.groups(block)
+    return int(groups[0]), int(groups[-1]) + 1
+
+
+def _read_halves(space: Space, block: int, number: int, keep: int) -> list[HalfSums]:
+    """Return the sums that a block's task has left."""
+    values = read_array(space.storage, f"{keys.SPACE_SUMS}/halves/{keys.block_name(block)}")
+    first, last = _group_range(space, block)
+    count, place = len(space.packed.design.groups), 0
+
+    def take(*shape: int) -> np.ndarray:
+        nonlocal place
+        place += int(np.prod(shape))
+        return np.asarray(values[place - int(np.prod(shape)) : place].reshape(shape))
+
+    def spread_out(part: np.ndarray) -> np.ndarray:
+        whole = np.zeros((count, *part.shape[1:]))
+        whole[first:last] = part
+        return whole
+
+    grouped = [{name: spread_out(take(last - first, keep)) for name in GROUPED} for _ in range(number)]
+    cells = [spread_out(take(last - first)) for _ in range(number)]
+    whole = [{name: take(*((keep,) if name == "reach" else (keep, keep))) for name in WHOLE} for _ in range(number)]
+    return [HalfSums(cells=cells[i], **grouped[i], **whole[i]) for i in range(number)]
+
+
+# --- beside the trained coordinates ----------------------------------------------------------------------------------
+
+
+def _weight(space: Space, settings: Settings, sums: Sequence[HalfSums], shares: np.ndarray) -> tuple[float, float]:
+    """Return what state coordinates are multiplied by, and the largest length of the trained ones.
+
+    By default both spread alike inside groups: the sums of their variances there are equal.
+    """
+    packed, storage = space.packed, space.run.embedding(keys.PCA)
+    design = packed.design
+    groups = len(design.groups)
+    width = open_array(storage, keys.PCA).shape[1]
+    total, squares, longest = np.zeros((groups, width)), 0.0, 0.0
+    for block in range(packed.n_blocks):
+        points = read_array(storage, keys.PCA, space.rows(block)).astype(np.float64)
+        np.add.at(total, space.groups(block), points)
+        lengths = (points**2).sum(axis=1)
+        squares, longest = squares + float(lengths.sum()), max(longest, float(lengths.max()))
+    cells = np.array([group.cells for group in design.groups])
+    trained = (squares - float((total**2 / cells[:, None]).sum())) / packed.n_rows
+    own = sum(
+        float(np.trace(share @ found.covariance("spread") @ share.T)) * float(found.cells.sum())
+        for found, share in zip(sums, shares, strict=True)
+    )
+    weight = settings.embed.state_weight or float(np.sqrt(trained / (own / packed.n_rows)))
+    logger.info("state: beside the trained coordinates with weight %.3g", weight)
+    return weight, float(np.sqrt(longest))
+
+
+# --- coordinates -----------------------------------------------------------------------------------------------------
+
+
+def _place_shard(shard: Shard, space: Space, populations: Populations, beside: bool) -> None:
+    def work(block: int) -> None:
+        with threadpool_limits(1):
+            values = _placed(space, block, populations)
+        rows = space.rows(block)
+        parts = [read_array(space.run.embedding(keys.PCA), keys.PCA, rows), values] if beside else [values]
+        write_part(space.storage, space.array, rows, np.column_stack(parts).astype(np.float32))
+
+    run_task(space.run, keys.STAGE_SPACE, space.key, work, shard)
+
+
+def _placed(space: Space, block: int, populations: Populations) -> np.ndarray:
+    """Return the state coordinates of a row block, weighted, with what keeps populations apart: (cells, d) float64."""
+    storage = space.storage
+    dimensions, shares, means, corner, weight = (read_array(storage, name) for name, _ in OWN_AXES)
+    x, groups, codes = space.packed.block(block), space.groups(block), populations.codes[space.rows(block)]
+    out = np.zeros((x.shape[0], int(dimensions.max())))
+    for code in np.unique(codes):
+        here, k = np.flatnonzero(codes == code), int(dimensions[code])
+        mean, axes = directions_of(storage, space.key, int(code))
+        e = _coordinates(x, here, mean, axes[:, :k])
+        out[here, :k] = state.shrunk(e, means[code][groups[here], :k], shares[code, :k, :k])
+    return np.column_stack([out * weight[0], corner[codes]]) if len(corner) > 1 else out * weight[0]

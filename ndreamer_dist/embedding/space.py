@@ -1,0 +1,330 @@
+"""The stage that places cells without a network: principal components, Harmony, or coordinates of the input's own.
+
+Reads packed.zarr, and what a space takes from the input; writes the space's coordinates, with the axes behind them, to
+embedding.zarr (METHOD section 9). Sums are taken by spans of blocks, each the work of one task, and added in their order,
+in float64; coordinates are written by block. What is there already is not made again. `population.py` has the state space.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.obsm import checksum, codes_of, coordinates_of
+from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.cohort.source import Source
+from ndreamer_dist.compute.executor import Runtime, with_threads
+from ndreamer_dist.compute.machine import cpu_count
+from ndreamer_dist.embedding.axes import Moments, moments_of, principal_axes
+from ndreamer_dist.embedding.harmony import harmonised
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import run_task
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage.arrays import (
+    create_array,
+    ensure_array,
+    open_array,
+    read_array,
+    shard_files,
+    write_array,
+    write_part,
+)
+from ndreamer_dist.storage.files import Storage
+
+MOST_SPANS = 32
+"""Spans of blocks that sums are taken by, at most: each leaves a matrix of genes by genes until the axes are known."""
+AXES = "axes"
+"""The driver's own unit of work."""
+
+
+@dataclass(frozen=True)
+class SpaceInput:
+    """What a matching space takes from the input, in input order.
+
+    Attributes
+    ----------
+    coordinates
+        (cells, d) float32, for `obsm:KEY`.
+    codes
+        (cells,) codes of columns of `obs`, by name.
+    """
+
+    coordinates: np.ndarray | None = None
+    codes: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Source, settings: Settings) -> SpaceInput:
+        """Read and check what the settings' space needs of the input.
+
+        Raises
+        ------
+        CohortError
+            A key or column is not there, or does not hold what can be matched in.
+        """
+        method = settings.embed.method
+        if method.startswith(keys.OBSM_PREFIX):
+            return cls(coordinates_of(source, method.removeprefix(keys.OBSM_PREFIX)))
+        if method == keys.HARMONY:
+            return cls(codes={n: codes_of(source, n, "embed.harmony_keys") for n in settings.embed.harmony_keys})
+        by = settings.state.by
+        if method in (keys.STATE, keys.NDREAMER_STATE) and by not in (None, keys.OBS_LOW):
+            return cls(codes={by: codes_of(source, by, "state.by")})
+        return cls()
+
+    def checksums(self) -> dict[str, str]:
+        """Return checksums of it all, for the key of the stage."""
+        own = {} if self.coordinates is None else {"coordinates": checksum(self.coordinates)}
+        return own | {f"obs {name}": checksum(codes) for name, codes in self.codes.items()}
+
+
+@dataclass(frozen=True)
+class Space:
+    """What every task of the stage needs to know."""
+
+    run: RunDirectory
+    packed: Packed
+    key: str
+    array: str
+
+    @property
+    def storage(self) -> Storage:
+        """The space's embedding.zarr."""
+        return self.run.storage / keys.EMBEDDING
+
+    def rows(self, block: int) -> slice:
+        """Return the packed rows of a block."""
+        return slice(*self.packed.block_range(block))
+
+    def groups(self, block: int) -> np.ndarray:
+        """Return the group of every cell of a block."""
+        return self.packed.design.group_of(np.arange(*self.packed.block_range(block)))
+
+    def block_shards(self, array: str, prefix: str = "") -> list[Shard]:
+        """Return a unit of work for every block of an array of coordinates."""
+        return [
+            Shard(f"{prefix}{keys.block_name(block)}", (f"{keys.EMBEDDING}/{shard_files(array, block, 0)}",), block)
+            for block in range(self.packed.n_blocks)
+        ]
+
+    def axes_shard(self, arrays: Iterable[tuple[str, int]], name: str = AXES) -> Shard:
+        """Return the driver's unit of work: arrays of axes, by name and number of axes, each of one chunk."""
+        files = tuple(f"{keys.EMBEDDING}/{shard_files(array, *[0] * axes)}" for array, axes in arrays)
+        return Shard(name, files)
+
+    def todo(self, shards: Sequence[Shard]) -> tuple[list[Shard], bool]:
+        """Return the shards that are to be done, and whether those are all."""
+        todo = self.run.pending(keys.STAGE_SPACE, self.key, shards)
+        fresh = len(todo) == len(shards)
+        if fresh:
+            self.run.unmark(keys.STAGE_SPACE)
+        return todo, fresh
+
+    def make(self, array: str, width: int, *, fresh: bool) -> None:
+        """Make an array of coordinates; one that is partly there is left as it is."""
+        shape, chunks = (self.packed.n_rows, width), (self.packed.block_rows, width)
+        make: Callable[..., None] = create_array if fresh else ensure_array
+        make(self.storage, array, shape=shape, dtype="float32", chunks=chunks, fill_value=np.nan)
+
+    def forget_sums(self) -> None:
+        """Delete the sums that axes were made from."""
+        self.run.unmark(keys.STAGE_SUMS)
+        self.storage.delete(keys.SPACE_SUMS)
+
+
+def run_space(
+    run: RunDirectory, settings: Settings, packed: Packed, from_input: SpaceInput, runtime: Runtime, key: str
+) -> None:
+    """Write the coordinates of the settings' matching space, if it is another than the trained one (METHOD section 9)."""
+    method = settings.embed.method
+    space = Space(run, packed, key, keys.embedding_key(method))
+    if from_input.coordinates is not None:
+        _run_given(space, from_input.coordinates, runtime)
+    elif method == keys.SPACE_PCA:
+        _run_components(space, settings, runtime)
+    elif method == keys.HARMONY:
+        _run_harmony(space, settings, from_input, runtime)
+    else:
+        from ndreamer_dist.embedding.population import run_state
+
+        run_state(space, settings, from_input.codes, runtime)
+
+
+# --- coordinates of the input's own ----------------------------------------------------------------------------------
+
+
+def _run_given(space: Space, coordinates: np.ndarray, runtime: Runtime) -> None:
+    todo, fresh = space.todo(space.block_shards(space.array))
+    if not todo:
+        return
+    space.make(space.array, coordinates.shape[1], fresh=fresh)
+    packed = coordinates[space.packed.input_row]
+    for _ in runtime.map(_write_given, todo, space, packed, title="space"):
+        pass
+
+
+def _write_given(shard: Shard, space: Space, coordinates: np.ndarray) -> None:
+    def work(block: int) -> None:
+        write_part(space.storage, space.array, space.rows(block), coordinates[space.rows(block)])
+
+    run_task(space.run, keys.STAGE_SPACE, space.key, work, shard)
+
+
+# --- principal components of the genes -------------------------------------------------------------------------------
+
+GENE_ARRAYS = ((keys.GENE_MEAN, 1), (keys.GENE_AXES, 2), (keys.GENE_VARIANCE, 1))
+
+
+def _run_components(space: Space, settings: Settings, runtime: Runtime) -> None:
+    axes, blocks = space.axes_shard(GENE_ARRAYS), space.block_shards(space.array)
+    todo, fresh = space.todo([axes, *blocks])
+    _make_components(space, settings, runtime, axes, todo)
+    _project(space, space.array, [shard for shard in todo if shard.name != AXES], runtime, fresh=fresh)
+
+
+def _make_components(space: Space, settings: Settings, runtime: Runtime, axes: Shard, todo: Sequence[Shard]) -> None:
+    """Write the axes of the modelled genes, if they are to be done."""
+    if axes not in todo:
+        return
+    packed = space.packed
+    everyone = np.ones(len(packed.design.groups), dtype=bool)
+    moments = summed_moments(space, everyone, np.zeros(packed.n_rows, dtype=np.int32), 0, runtime)
+    with_threads(1, _write_components, space, moments, settings.embed.dimensions)
+    space.run.mark(keys.STAGE_SPACE, space.key, axes)
+    space.forget_sums()
+
+
+def _write_components(space: Space, moments: Moments, dimensions: int) -> None:
+    found = principal_axes(space.packed.n_rows, moments.sums.sum(axis=0), moments.outer, dimensions)
+    for (name, _), values in zip(GENE_ARRAYS, found, strict=True):
+        write_array(space.storage, name, values)
+
+
+def _project(space: Space, array: str, todo: Sequence[Shard], runtime: Runtime, *, fresh: bool) -> None:
+    """Write the blocks' principal components."""
+    if not todo:
+        return
+    width = open_array(space.storage, keys.GENE_AXES).shape[1]
+    space.make(array, width, fresh=fresh)
+    for _ in runtime.map(_project_shard, todo, space, array, title="space"):
+        pass
+
+
+def _project_shard(shard: Shard, space: Space, array: str) -> None:
+    def work(block: int) -> None:
+        axes, mean = axes_of(space.storage, space.key)
+        with threadpool_limits(1):
+            scores = space.packed.block(block).astype(np.float64) @ axes - mean @ axes
+        write_part(space.storage, array, space.rows(block), scores.astype(np.float32))
+
+    run_task(space.run, keys.STAGE_SPACE, space.key, work, shard)
+
+
+@functools.lru_cache(maxsize=1)
+def axes_of(storage: Storage, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the principal axes of the genes and the mean; a process reads them once, not once a task."""
+    del key  # only tells one stage's axes from another's
+    return read_array(storage, keys.GENE_AXES), read_array(storage, keys.GENE_MEAN)
+
+
+# --- Harmony ---------------------------------------------------------------------------------------------------------
+
+
+def _run_harmony(space: Space, settings: Settings, from_input: SpaceInput, runtime: Runtime) -> None:
+    """Correct the principal components in this process: Harmony looks at all cells at once, and its threads at no other."""
+    axes = space.axes_shard(GENE_ARRAYS)
+    inputs, blocks = space.block_shards(keys.HARMONY_INPUT, "input-"), space.block_shards(space.array)
+    todo, fresh = space.todo([axes, *inputs, *blocks])
+    _make_components(space, settings, runtime, axes, todo)
+    _project(space, keys.HARMONY_INPUT, [shard for shard in todo if shard in inputs], runtime, fresh=fresh)
+    missing = [shard for shard in todo if shard in blocks]
+    if not missing:
+        return
+    points = read_array(space.storage, keys.HARMONY_INPUT)
+    design, rows = space.packed.design, space.packed.input_row
+    batches = {name: codes[rows] for name, codes in from_input.codes.items()}
+    corrected = harmonised(
+        points,
+        batches or {"group": design.group_of(np.arange(design.n_cells))},
+        seed=settings.seed,
+        threads=cpu_count(),
+    )
+    space.make(space.array, corrected.shape[1], fresh=fresh)
+    for shard in missing:
+        write_part(space.storage, space.array, space.rows(shard.task), corrected[space.rows(shard.task)])
+        space.run.mark(keys.STAGE_SPACE, space.key, shard)
+
+
+# --- sums over cells -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SumTask:
+    """A span of blocks, `first:last`, and the population whose cells are summed; `name` is its folder."""
+
+    first: int
+    last: int
+    population: int
+    name: str
+
+
+def summed_moments(
+    space: Space, inner: np.ndarray, populations: np.ndarray, population: int, runtime: Runtime
+) -> Moments:
+    """Return the sums over a population's cells, added in the order of the blocks; spans that are there are not redone.
+
+    Parameters
+    ----------
+    inner
+        (groups,) groups whose cells enter the products.
+    populations, population
+        (cells,) code of every packed row's population, and the one that is summed.
+    """
+    edges = np.linspace(0, space.packed.n_blocks, min(space.packed.n_blocks, MOST_SPANS) + 1).astype(int)
+    shards = []
+    for number, (first, last) in enumerate(itertools.pairwise(edges.tolist())):
+        name = f"{keys.SPACE_SUMS}/{keys.block_name(population)}-{keys.block_name(number)}"
+        files = tuple(f"{keys.EMBEDDING}/{shard_files(f'{name}/{part}', 0, 0)}" for part in ("groups", "outer"))
+        shards.append(Shard(name.rpartition("/")[2], files, SumTask(first, last, population, name)))
+    todo = space.run.pending(keys.STAGE_SUMS, space.key, shards)
+    for _ in runtime.map(_sum_shard, todo, space, inner, populations, title="space: sums"):
+        pass
+    return functools.reduce(Moments.plus, (_read_moments(space, shard.task) for shard in shards))
+
+
+def _sum_shard(shard: Shard, space: Space, inner: np.ndarray, populations: np.ndarray) -> None:
+    def work(task: SumTask) -> None:
+        with threadpool_limits(1):
+            write(task)
+
+    def write(task: SumTask) -> None:
+        parts = (_block_moments(space, block, inner, populations, task) for block in range(task.first, task.last))
+        found = functools.reduce(Moments.plus, parts)
+        there = np.flatnonzero(found.cells)
+        table = np.column_stack([there, found.cells[there], found.inner_cells[there], found.sums[there]])
+        # An array cannot be empty; a row without cells stands for no row.
+        groups = table if len(there) else np.zeros((1, 3 + found.sums.shape[1]))
+        write_array(space.storage, f"{task.name}/groups", groups.astype(np.float64))
+        write_array(space.storage, f"{task.name}/outer", found.outer)
+
+    run_task(space.run, keys.STAGE_SUMS, space.key, work, shard)
+
+
+def _block_moments(space: Space, block: int, inner: np.ndarray, populations: np.ndarray, task: SumTask) -> Moments:
+    chosen = populations[space.rows(block)] == task.population
+    rows = space.packed.block(block)
+    return moments_of(rows if chosen.all() else rows[chosen], space.groups(block)[chosen], len(inner), inner)
+
+
+def _read_moments(space: Space, task: SumTask) -> Moments:
+    table = read_array(space.storage, f"{task.name}/groups")
+    count = len(space.packed.design.groups)
+    codes = table[:, 0].astype(np.int64)
+    cells, inner, sums = np.zeros(count), np.zeros(count), np.zeros((count, table.shape[1] - 3))
+    cells[codes], inner[codes], sums[codes] = table[:, 1], table[:, 2], table[:, 3:]
+    return Moments(cells, sums, inner, read_array(space.storage, f"{task.name}/outer"))

@@ -1,0 +1,199 @@
+"""State inside a type: what varies between cells of the same donor (METHOD section 10). Pure.
+
+The axes W come from the covariance inside the control groups (`axes.within_covariance`). Here are the parts that ask how
+far a cell's coordinate can be trusted: two halves of its counts, drawn by binomial thinning, have independent noise, so
+their covariance inside groups is the signal's. Coordinates are then regressed to the mean of the cell's own group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from scipy import linalg, sparse
+
+from ndreamer_dist.cohort.statistics import TARGET_SUM
+
+LEAST_RELIABLE = 0.05
+"""No direction is shrunk further than to this share."""
+SMALLEST_SIGNAL = 1e-6
+"""Eigenvalues of the signal are held above this."""
+
+
+def recovered_counts(x: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
+    """Return the counts that log-normalised values were made from: int64, in the order of `x.data`.
+
+    Parameters
+    ----------
+    x
+        (cells, genes) log1p of counts scaled to 10 000 a cell.
+    totals
+        (cells,) counts of every cell over all genes.
+    """
+    scale = np.repeat(np.where(totals > 0, totals, TARGET_SUM) / TARGET_SUM, np.diff(x.indptr))
+    return np.rint(np.expm1(x.data.astype(np.float64)) * scale).astype(np.int64)
+
+
+def halves(
+    x: sparse.csr_matrix, totals: np.ndarray, generator: np.random.Generator
+) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Split every cell's counts in two by binomial thinning, and log-normalise each half by its own total.
+
+    The counts of genes that are not modelled are known as a sum alone, and split as one.
+
+    Returns
+    -------
+    Two matrices like `x`, float64; they keep its entries, zeros among them.
+    """
+    counts = recovered_counts(x, totals)
+    cells = np.repeat(np.arange(x.shape[0]), np.diff(x.indptr))
+    rest = np.maximum(np.rint(totals).astype(np.int64) - _sums(cells, counts, x.shape[0]).astype(np.int64), 0)
+    first, first_rest = generator.binomial(counts, 0.5), generator.binomial(rest, 0.5)
+    parts = []
+    for part, others in ((first, first_rest), (counts - first, rest - first_rest)):
+        half_total = _sums(cells, part, x.shape[0]) + others
+        values = np.log1p(part / np.maximum(half_total, 1)[cells] * TARGET_SUM)
+        parts.append(sparse.csr_matrix((values, x.indices, x.indptr), shape=x.shape, copy=False))
+    return parts[0], parts[1]
+
+
+def _sums(cells: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    return np.bincount(cells, weights=values, minlength=count)
+
+
+def shuffled_inside(strata: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return a permutation of rows that moves each only inside its stratum: (rows,) int64.
+
+    Inside a stratum the rows are drawn in random order and each takes the next one's place, so none stays where it is
+    that has company.
+    """
+    order = np.lexsort((generator.random(len(strata)), strata))
+    first = np.flatnonzero(np.diff(strata[order], prepend=-1) != 0)
+    following = np.roll(order, -1)
+    following[np.append(first[1:], len(order)) - 1] = order[first]
+    moved = np.empty(len(order), dtype=np.int64)
+    moved[order] = following
+    return moved
+
+
+@dataclass(frozen=True)
+class HalfSums:
+    """Sums over some cells of one population, of their coordinates e = W'(x - mean) and of both halves' (a and b).
+
+    Attributes
+    ----------
+    cells, whole, first, second
+        (groups,) cells, and (groups, k) sums of e, a and b, of every group.
+    spread
+        (k, k) sum of e e'.
+    signal, noise
+        (k, k) sum of a b', and of a b' with the rows of b permuted inside groups.
+    reach
+        (k,) largest squared length of an e cut to its first 1, 2, ... dimensions.
+    """
+
+    cells: np.ndarray
+    whole: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    spread: np.ndarray
+    signal: np.ndarray
+    noise: np.ndarray
+    reach: np.ndarray
+
+    def plus(self, other: HalfSums) -> HalfSums:
+        """Return the sums over the cells of both."""
+        names = [field.name for field in fields(self) if field.name != "reach"]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return HalfSums(**sums, reach=np.maximum(self.reach, other.reach))
+
+    @property
+    def group_means(self) -> np.ndarray:
+        """Mean coordinates of every group: (groups, k); zero where it has no cell."""
+        return np.asarray(self.whole / np.maximum(self.cells, 1)[:, None])
+
+    def covariance(self, name: str) -> np.ndarray:
+        """Return the covariance inside groups behind `spread`, `signal` or `noise`: (k, k), symmetric."""
+        left, right = (self.whole, self.whole) if name == "spread" else (self.first, self.second)
+        scaled = left / np.maximum(self.cells, 1)[:, None]
+        between = getattr(self, name) - scaled.T @ right
+        return np.asarray((between + between.T) / (2 * max(int(self.cells.sum()), 1)))
+
+
+def half_sums(
+    e: np.ndarray, pair: tuple[np.ndarray, np.ndarray], groups: np.ndarray, count: int, moved: np.ndarray
+) -> HalfSums:
+    """Return the sums of some cells of one population.
+
+    Parameters
+    ----------
+    e, pair
+        (cells, k) coordinates of the cells, and those of either half of their counts.
+    groups, count
+        (cells,) group of every cell, and how many groups there are.
+    moved
+        (cells,) permutation inside groups, for the noise.
+    """
+    a, b = pair
+    member = sparse.csr_matrix((np.ones(len(groups)), (groups, np.arange(len(groups)))), shape=(count, len(groups)))
+    reach = np.cumsum(e**2, axis=1).max(axis=0, initial=0.0)
+    cells = np.bincount(groups, minlength=count)
+    return HalfSums(cells, member @ e, member @ a, member @ b, e.T @ e, a.T @ b, a.T @ b[moved], reach)
+
+
+def confirmed_dimensions(signal: np.ndarray, noise: np.ndarray) -> int:
+    """Return how many eigenvalues of the signal exceed the largest of the noise; at least 1."""
+    largest = float(np.linalg.eigvalsh(noise)[-1])
+    return max(1, int((np.linalg.eigvalsh(signal) > largest).sum()))
+
+
+def chance_eigenvalue(variances: np.ndarray, cells: int, generator: np.random.Generator) -> float:
+    """Return the largest eigenvalue of a covariance of independent genes with these variances, drawn once.
+
+    It stands for the permutation where there are no counts to halve. The sample covariance of normal values is drawn by
+    Bartlett's decomposition, so that no cell is needed.
+    """
+    genes = len(variances)
+    rows = np.tril(generator.standard_normal((genes, genes)), -1)
+    freedom = np.maximum(cells - np.arange(genes), 1)
+    rows[np.diag_indices(genes)] = np.sqrt(generator.chisquare(freedom))
+    scaled = np.sqrt(variances)[:, None] * rows
+    drawn = scaled @ scaled.T / max(cells, 1)
+    return float(linalg.eigh(drawn, eigvals_only=True, subset_by_index=(genes - 1, genes - 1))[0])
+
+
+def reliability(signal: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Return Lambda, the share of a coordinate's spread inside groups that is signal: (k, k), eigenvalues in [0.05, 1].
+
+    Parameters
+    ----------
+    signal, spread
+        (k, k) covariances inside groups: of one half of the counts with the other, and of the coordinates.
+    """
+    values, vectors = np.linalg.eigh(signal)
+    positive = (vectors * np.maximum(values, SMALLEST_SIGNAL)) @ vectors.T
+    shares, directions = linalg.eigh(positive, spread)  # directions' spread directions = I
+    return np.asarray(spread @ (directions * np.clip(shares, LEAST_RELIABLE, 1.0)) @ directions.T)
+
+
+def shrunk(e: np.ndarray, own_mean: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Return coordinates regressed to the mean of the cell's own group: (cells, k).
+
+    Parameters
+    ----------
+    e, own_mean
+        (cells, k) coordinates, and the mean of each cell's group.
+    share
+        (k, k) Lambda.
+    """
+    return np.asarray(own_mean + (e - own_mean) @ share.T)
+
+
+def corners(populations: int, reach: float) -> np.ndarray:
+    """Return extra coordinates that keep populations apart: (populations, bits), none for one population.
+
+    Two populations differ in at least one of them by more than `2 * reach`, the largest distance inside one.
+    """
+    bits = max(populations - 1, 0).bit_length()
+    written = (np.arange(populations)[:, None] >> np.arange(bits)) & 1
+    return np.asarray((2 * written - 1) * (reach * 1.01 + 1e-3))

@@ -1,0 +1,64 @@
+"""Axes from sums are those of the whole matrix, computed at once."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from ndreamer_dist.embedding.axes import Moments, moments_of, principal_axes, signed_axes, within_covariance
+
+CELLS, GENES, GROUPS = 300, 12, 5
+
+
+@pytest.fixture(scope="module")
+def cells() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    groups = np.sort(rng.integers(0, GROUPS, CELLS))
+    x = rng.poisson(1.0, (CELLS, GENES)) * rng.uniform(0.2, 2.0, GENES) + groups[:, None] * 0.3
+    return x.astype(np.float32), groups
+
+
+def summed(x: np.ndarray, groups: np.ndarray, inner: np.ndarray, step: int) -> Moments:
+    parts = [
+        moments_of(sparse.csr_matrix(x[i : i + step]), groups[i : i + step], GROUPS, inner)
+        for i in range(0, CELLS, step)
+    ]
+    return functools.reduce(Moments.plus, parts)
+
+
+@pytest.mark.parametrize("step", [7, 128, CELLS])
+def test_components_are_those_of_the_centred_matrix(cells, step):
+    x, groups = cells
+    found = summed(x, groups, np.ones(GROUPS, bool), step)
+    mean, components, variance = principal_axes(CELLS, found.sums.sum(axis=0), found.outer, 4)
+    exact = x.astype(np.float64)
+    _, values, axes = np.linalg.svd(exact - exact.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(mean, exact.mean(axis=0))
+    np.testing.assert_allclose(variance, values[:4] ** 2 / (CELLS - 1))
+    np.testing.assert_allclose(np.abs(components), np.abs(axes[:4].T), atol=1e-9)
+
+
+def test_the_largest_loading_of_an_axis_is_positive():
+    matrix = np.diag([1.0, 5.0, 3.0])
+    axes, values = signed_axes(matrix, 2)
+    np.testing.assert_allclose(axes, [[0, 0], [1, 0], [0, 1]], atol=1e-12)
+    np.testing.assert_allclose(values, [5, 3])
+
+
+@pytest.mark.parametrize("inner", [(1, 1, 1, 1, 1), (1, 0, 1, 0, 0)])
+def test_covariance_inside_groups_is_that_of_the_groups_centred_one_by_one(cells, inner):
+    x, groups = cells
+    chosen = np.array(inner, dtype=bool)
+    exact = x.astype(np.float64)
+    centred = np.concatenate([exact[groups == g] - exact[groups == g].mean(axis=0) for g in np.flatnonzero(chosen)])
+    found = within_covariance(summed(x, groups, chosen, 50))
+    np.testing.assert_allclose(found, centred.T @ centred / len(centred), atol=1e-12)
+
+
+def test_the_mean_is_of_all_cells_whichever_enter_the_products(cells):
+    x, groups = cells
+    found = summed(x, groups, np.array([True, False, False, False, False]), 50)
+    np.testing.assert_allclose(found.mean, x.astype(np.float64).mean(axis=0))

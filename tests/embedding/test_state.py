@@ -1,0 +1,147 @@
+"""The state space's parts equal the prototype's, computed at once in plain numpy (METHOD section 10)."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from ndreamer_dist.cohort.statistics import normalised
+from ndreamer_dist.embedding import state
+from ndreamer_dist.embedding.state import HalfSums
+
+CELLS, GENES, GROUPS, K = 600, 30, 6, 3
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module")
+def counts() -> np.ndarray:
+    """Counts whose rates follow one state, of which the groups have different shares."""
+    rng = generator(1)
+    groups = group_codes()
+    score = rng.normal(size=CELLS) + groups * 0.2
+    rates = np.exp(rng.normal(0.5, 0.7, GENES) + np.outer(score, rng.normal(0, 0.5, GENES)))
+    return rng.poisson(rates)
+
+
+def group_codes() -> np.ndarray:
+    return np.repeat(np.arange(GROUPS), CELLS // GROUPS)
+
+
+def logged(counts: np.ndarray, totals: np.ndarray) -> sparse.csr_matrix:
+    return normalised(sparse.csr_matrix(counts.astype(np.float32)), totals)
+
+
+def donor_means(z: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.stack([z[d == j].mean(axis=0) for j in range(d.max() + 1)])
+
+
+def test_counts_are_recovered_from_log_normalised_values_to_the_last_one():
+    rng = generator()
+    counts = rng.poisson(rng.choice([0.3, 5, 2000, 60_000], (40, 25)))
+    totals = counts.sum(axis=1) + rng.integers(0, 50_000, 40)
+    x = logged(counts, totals.astype(np.float64))
+    np.testing.assert_array_equal(state.recovered_counts(x, totals), counts[counts > 0])
+
+
+def test_halves_add_up_to_the_counts_and_are_normalised_by_their_own_totals(counts):
+    totals = counts.sum(axis=1).astype(np.float64)
+    x = logged(counts, totals)
+    halves = state.halves(x, totals, generator())
+    undone = [np.expm1(half.toarray()) for half in halves]
+    for half in undone:
+        np.testing.assert_allclose(half.sum(axis=1), 1e4)
+    drawn = generator().binomial(counts[counts > 0], 0.5)
+    first = np.zeros(counts.shape)
+    first[counts > 0] = drawn  # in the order of the entries
+    for half, part in zip(undone, (first, counts - first), strict=True):
+        np.testing.assert_allclose(half, part / part.sum(axis=1, keepdims=True) * 1e4, atol=1e-6)
+
+
+def test_counts_of_other_genes_are_halved_as_one(counts):
+    others = np.full(CELLS, 1000)
+    totals = (counts.sum(axis=1) + others).astype(np.float64)
+    halves = state.halves(logged(counts, totals), totals, generator())
+    shares = [np.expm1(half.toarray()).sum(axis=1) / 1e4 for half in halves]
+    expected = counts.sum(axis=1) / totals
+    for share in shares:
+        np.testing.assert_allclose(share.mean(), expected.mean(), rtol=0.01)
+        assert (share < 1).all()
+
+
+def test_rows_move_inside_their_stratum_and_none_stays_that_has_company():
+    strata = np.array([3, 0, 0, 1, 0, 3, 7, 0])
+    moved = state.shuffled_inside(strata, generator())
+    assert sorted(moved) == list(range(len(strata)))
+    np.testing.assert_array_equal(strata[moved], strata)
+    stays = moved == np.arange(len(strata))
+    np.testing.assert_array_equal(stays, [s in (1, 7) for s in strata])
+
+
+def test_shrunk_coordinates_are_the_prototypes(counts):
+    """The arithmetic of the prototype, on the same halves: S, N, Lambda by `eig`, and coordinates."""
+    totals, d = counts.sum(axis=1).astype(np.float64), group_codes()
+    x = logged(counts, totals)
+    halves = state.halves(x, totals, generator())
+    z = x.toarray().astype(np.float64)
+    axes = np.linalg.eigh(np.cov((z - donor_means(z, d)[d]).T))[1][:, ::-1][:, :K]
+    e = (z - z.mean(axis=0)) @ axes
+    parts = [half.toarray() @ axes for half in halves]
+
+    ew = e - donor_means(e, d)[d]
+    a, b = (part - donor_means(part, d)[d] for part in parts)
+    S, N = (a.T @ b + b.T @ a) / 2 / CELLS, ew.T @ ew / CELLS
+    w, v = np.linalg.eigh(S)
+    S_positive = (v * np.maximum(w, 1e-6)) @ v.T
+    w, v = np.linalg.eig(S_positive @ np.linalg.inv(N))
+    share = v.real @ np.diag(np.clip(w.real, 0.05, 1)) @ np.linalg.inv(v.real)
+    expected = donor_means(e, d)[d] + ew @ share.T
+
+    moved = state.shuffled_inside(d, generator(3))
+    sums = []
+    for start in range(0, CELLS, 250):
+        rows = np.arange(start, min(start + 250, CELLS))
+        inside = state.shuffled_inside(d[rows], generator(start))
+        sums.append(state.half_sums(e[rows], (parts[0][rows], parts[1][rows]), d[rows], GROUPS, inside))
+    found = functools.reduce(HalfSums.plus, sums)
+    np.testing.assert_allclose(found.covariance("signal"), S, atol=1e-10)
+    np.testing.assert_allclose(found.covariance("spread"), N, atol=1e-10)
+    got = state.reliability(found.covariance("signal"), found.covariance("spread"))
+    np.testing.assert_allclose(got, share, atol=1e-8)
+    np.testing.assert_allclose(state.shrunk(e, found.group_means[d], got), expected, atol=1e-7)
+    assert moved.shape == (CELLS,)
+
+
+def test_as_many_dimensions_are_confirmed_as_were_planted():
+    rng = generator(4)
+    d = np.repeat(np.arange(8), 200)
+    score = rng.normal(size=(len(d), 2)) @ np.diag([2.0, 1.0])
+    axes = np.linalg.qr(rng.normal(size=(10, 10)))[0]
+    signal = score @ axes[:2]
+    a, b = (signal + rng.normal(size=(len(d), 10)) for _ in range(2))
+    found = state.half_sums(signal, (a, b), d, 8, state.shuffled_inside(d, rng))
+    assert state.confirmed_dimensions(found.covariance("signal"), found.covariance("noise")) == 2
+
+
+def test_chance_gives_independent_genes_an_eigenvalue_as_a_permutation_does():
+    rng = generator(5)
+    variances = rng.uniform(0.1, 1.0, 40)
+    drawn = state.chance_eigenvalue(variances, 2000, generator(6))
+    values = rng.normal(size=(2000, 40)) * np.sqrt(variances)
+    assert drawn == pytest.approx(np.linalg.eigvalsh(np.cov(values.T))[-1], rel=0.1)
+
+
+@pytest.mark.parametrize("populations", [2, 3, 9])
+def test_populations_are_further_apart_than_any_two_cells_of_one(populations):
+    corners = state.corners(populations, 4.0)
+    gaps = np.abs(corners[:, None] - corners[None]).max(axis=2)[~np.eye(populations, dtype=bool)]
+    assert (gaps > 8.0).all()
+
+
+def test_one_population_needs_no_further_coordinate():
+    assert state.corners(1, 4.0).shape == (1, 0)
