@@ -10,8 +10,10 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
+import zarr
 from anndata.io import read_elem
 from scipy import sparse
 
@@ -84,9 +86,11 @@ def _obsm(source: Source) -> Any:
 
 def _array(element: Any, where: str) -> np.ndarray:
     """Return what lies under a key as a dense array of floats; refuse all else by its type."""
-    values = element if isinstance(element, (np.ndarray, pd.DataFrame)) or sparse.issparse(element) else None
-    if values is None:
-        values = read_elem(element) if hasattr(element, "attrs") else element
+    values = element
+    if isinstance(element, h5py.Dataset | zarr.Array):
+        values = np.asarray(element[...])
+    elif isinstance(element, h5py.Group | zarr.Group):
+        values = read_elem(element)
     if isinstance(values, pd.DataFrame):
         _refuse_columns((str(name) for name, kind in values.dtypes.items() if not _is_float(kind)), where)
         values = values.to_numpy(dtype=np.float64)
