@@ -11,6 +11,7 @@ cluster (`RAY_AUTH_MODE=token` and `RAY_AUTH_TOKEN_PATH=FILE`), and the YAML fil
     condition_key: disease             # column of obs, and the name of the control in it
     control: normal
     batch_key: [donor_id]              # optional, as everything below
+    embedding: ndreamer                # or pca, harmony, state, ndreamer+state, obsm:KEY
     preset: paper
     normalise: auto
     redo: false                        # run stages whose settings changed again
@@ -50,6 +51,7 @@ class Job(BaseModel):
     condition_key: str
     control: str
     batch_key: tuple[str, ...] = ()
+    embedding: str | None = None
     preset: Preset = "paper"
     normalise: Normalise = "auto"
     redo: bool = False
@@ -140,6 +142,7 @@ def run_job(job: Job, stage: str | None = None) -> None:
         condition_key=job.condition_key,
         control=job.control,
         batch_key=job.batch_key,
+        embedding=job.embedding,
         preset=job.preset,
         settings=job.overrides(),
         redo=job.redo,

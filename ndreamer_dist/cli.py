@@ -189,14 +189,19 @@ def match(
     edges: Annotated[
         str, typer.Option(help="all: every pair of groups; or a condition: from every group to its groups.")
     ] = "all",
+    embedding: Annotated[
+        str | None, typer.Option(help="Matching space, where there are several (default: the first).")
+    ] = None,
     assignments: Set = None,
     address: Address = None,
 ) -> None:
     """Match more pairs of groups of a finished run, for other contrasts; its results stay as they are."""
     from ndreamer_dist.pipeline import add_matches
 
-    added = add_matches(run_directory, edges=edges, settings=_overrides(assignments, {"run.address": address}))
-    print(f"added {added} pairs of groups to {run_directory}/matches.zarr")
+    how = _overrides(assignments, {"run.address": address})
+    added = add_matches(run_directory, edges=edges, embedding=embedding, settings=how)
+    space = f" of the space {embedding}" if embedding else ""
+    print(f"added {added} pairs of groups{space} to {run_directory}/matches.zarr")
 
 
 @app.command()

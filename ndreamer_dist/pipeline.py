@@ -205,7 +205,13 @@ def _check_populations(settings: Settings, design: Design) -> None:
         raise SettingsError(msg)
 
 
-def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Mapping[str, Any] | None = None) -> int:
+def add_matches(
+    out: str | os.PathLike[str],
+    *,
+    edges: str = "all",
+    embedding: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> int:
     """Search more edges of a finished run into its matches.zarr; results.zarr stays as it is (METHOD section 6).
 
     Parameters
@@ -214,6 +220,8 @@ def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Ma
         Run directory.
     edges
         `all`: from every group to every group; or a condition: from every group to the groups of that condition.
+    embedding
+        The matching space whose matches are added to; by default the one that the run was begun with.
     settings
         Dotted settings that say how to work: `{"run.address": "auto"}`.
 
@@ -233,17 +241,22 @@ def add_matches(out: str | os.PathLike[str], *, edges: str = "all", settings: Ma
     if not directory.storage.exists(keys.RUN_JSON):
         msg = f"{directory.url} holds no run"
         raise RunError(msg)
-    before = directory.read_run()
+    spaces = directory.spaces()
+    if embedding is not None and embedding not in spaces:
+        msg = f"{directory.url} has no space {embedding!r}; it has {', '.join(spaces)}.{suggest(embedding, spaces)}"
+        raise RunError(msg)
+    space = directory if embedding is None else spaces[embedding]
+    before = space.read_run()
     made = Settings.build(config=before["settings"], overrides=settings)
     if stage_keys(made, before["input"], before.get("from_input")) != before["keys"]:
         msg = (
-            f"{directory.url} was made with other settings or by another version: only settings that say how to work "
+            f"{space.url} was made with other settings or by another version: only settings that say how to work "
             "(--set run.name=value) can be given here"
         )
         raise RunError(msg)
-    with directory.locked(), choose_runtime(made.run) as runtime, metered(directory.storage, keys.STAGE_MATCH):
+    with directory.locked(), choose_runtime(made.run) as runtime, metered(space.storage, keys.STAGE_MATCH):
         design = Design.from_json(directory.read_json(keys.DESIGN_JSON))
-        return add_edges(directory, made, design, runtime, before["keys"][keys.STAGE_MATCH], edges)
+        return add_edges(space, made, design, runtime, before["keys"][keys.STAGE_MATCH], edges)
 
 
 def run_stages(

@@ -32,7 +32,7 @@ def describe(address: str) -> str:
         if not run.storage.exists(f"{keys.RESULTS}/zarr.json"):
             return _progress(run)
         results = open_results(address)  # finished meanwhile; or damaged, and the error says so
-    return _summary(results) + _costs(run)
+    return _summary(results) + _spaces(run) + _costs(run)
 
 
 def _progress(run: RunDirectory) -> str:
@@ -48,8 +48,33 @@ def _progress(run: RunDirectory) -> str:
     silent = time.time() - told.get("seen", 0.0)
     state = "under way" if silent < SILENT_SECONDS else "not finished; the same `run` command goes on"
     lines = [f"{run.url}: {state}", "", f"{'stage':<12}{'shards done':>12}"]
-    lines += [f"{stage:<12}{done[stage]:>12}" for stage in keys.STAGES]
+    lines += [f"{stage:<12}{done[stage]:>12}" for stage in _stages(run)]
     return "\n".join([*lines, *damage, *(_stage_lines(told, silent) if told else [])]) + _costs(run)
+
+
+def _stages(run: RunDirectory) -> list[str]:
+    """Return the stages that a run's matching space needs, those of the trained one where run.json cannot be read."""
+    try:
+        known = run.read_run()["keys"]
+    except DamagedError:
+        known = keys.STAGES
+    return [stage for stage in keys.FLOW if stage in known]
+
+
+def _spaces(run: RunDirectory) -> str:
+    """Return the matching spaces of a run directory and where their results are, a line each; nothing for one alone."""
+    try:
+        spaces = run.spaces() if run.storage.exists(keys.RUN_JSON) else {}
+    except DamagedError:
+        spaces = {}
+    if len(spaces) < 2:
+        return ""
+    lines = [f"{'space':<24}results"]
+    for name, place in spaces.items():
+        finished = place.storage.exists(f"{keys.RESULTS}/zarr.json")
+        which = "the default" if place == run else place.url.removeprefix(f"{run.url}/")
+        lines.append(f"{shown(name):<24}{which}{'' if finished else ', not finished; the same `run` command goes on'}")
+    return "\n\n" + "\n".join(lines)
 
 
 def _costs(run: RunDirectory) -> str:
@@ -88,7 +113,7 @@ def _summary(results: Results) -> str:
     cells = results.packed_obs
     lines = [
         f"{results.url}: {design.n_cells} cells x {len(results.var_names)} genes",
-        f"effects are {printable(str(told.get('sign')))}",
+        f"effects are {printable(str(told.get('sign')))}; matched in {shown(results.space)} (obsm {results.embedding_key})",
         f"layers: {printable(', '.join(results.layers)) or 'none'}; columns: {printable(', '.join(map(str, cells.columns)))}",
         "",
         (

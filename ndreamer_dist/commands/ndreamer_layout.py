@@ -22,7 +22,7 @@ from anndata.io import sparse_dataset, write_elem
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Group
-from ndreamer_dist.errors import QueryError, listing, suggest
+from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, suggest
 from ndreamer_dist.results.export import replaced, room_beside, save
 from ndreamer_dist.stats.results import Results, open_results
 from ndreamer_dist.storage.arrays import open_array
@@ -70,6 +70,9 @@ def export(
         raise QueryError(msg)
     results = run if isinstance(run, Results) else open_results(run)
     results.refuse_damaged()
+    if results.space != keys.NDREAMER and "space" in parts:
+        msg = f"{results.url} is matched in {quoted(results.space)}: it holds no effect modifiers; leave the part 'space' out"
+        raise StoreError(msg)
     folder = _folder(out)
     written: list[Path] = []
     for part in PARTS:

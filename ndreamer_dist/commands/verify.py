@@ -78,21 +78,37 @@ def check(out: str | os.PathLike[str], *, mend: bool = False, settings: Mapping[
     """
     directory = RunDirectory.at(out)
     with directory.locked() if mend else nullcontext():
-        # What is made of the rows of a column-compressed input, and the cells packed for all genes, is deleted on the way.
-        deleted = (keys.STAGE_ROWS, keys.STAGE_PACK) if directory.storage.exists(keys.WIDE_JSON) else (keys.STAGE_ROWS,)
-        markers = [name for name in directory.storage.list(keys.DONE) if name.split("/")[1] not in deleted]
-        if not markers:
-            msg = f"{directory.url} holds nothing that a run has made"
-            raise RunError(msg)
         found, before = _run_json(directory)
         made = Settings.build(config=before.get("settings"), overrides=settings)
-        files, unread = _made_files(directory, markers)
+        spaces = [directory.space(name) for name in before.get("spaces", ())]
+        found += [error for space in spaces for error in _run_json(space)[0]]
+        files: list[MadeFile] = []
         with choose_runtime(made.run) as runtime:
-            found += [*unread, *_damage(directory, files, runtime)]
+            for place in (directory, *spaces):
+                own, unread = _made_files(place, _markers(place))
+                files += own
+                found += [*unread, *_damage(place, own, runtime)]
         told = {error.url: error for error in found}
         for error in told.values() if mend else ():
             directory.remove_damaged(error.url.removeprefix(f"{directory.url}/"))
     return Checked(directory.url, len(files), sum(f.size for f in files), tuple(e.what for e in told.values()))
+
+
+def _markers(directory: RunDirectory) -> list[str]:
+    """Return the markers of what a run, or a space added to it, has made and keeps.
+
+    Raises
+    ------
+    RunError
+        It has made nothing.
+    """
+    # What is made of the rows of a column-compressed input, and the cells packed for all genes, is deleted on the way.
+    deleted = (keys.STAGE_ROWS, keys.STAGE_PACK) if directory.storage.exists(keys.WIDE_JSON) else (keys.STAGE_ROWS,)
+    markers = [name for name in directory.storage.list(keys.DONE) if name.split("/")[1] not in deleted]
+    if not markers:
+        msg = f"{directory.url} holds nothing that a run has made"
+        raise RunError(msg)
+    return markers
 
 
 def _run_json(directory: RunDirectory) -> tuple[list[DamagedError], dict[str, Any]]:

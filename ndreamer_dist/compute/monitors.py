@@ -188,7 +188,7 @@ def stage_costs(run: Storage) -> pd.DataFrame:
     """
     lines = list(_stage_lines(run))
     rows = []
-    for stage in keys.STAGES:
+    for stage in keys.FLOW:
         own = [line for line in lines if line.get("stage") == stage]
         if own:
             line = max(own, key=lambda line: line["seconds"])

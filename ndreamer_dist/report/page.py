@@ -391,9 +391,9 @@ def _cell_pictures(data: PageData) -> Iterator[Picture]:
     )
     yield _picture(
         "The embedding",
-        f"What cells are, whatever their condition and batch (UMAP of about {whole(drawn)} of {whole(design.n_cells)} cells). "
-        "Conditions and batches should mix; kinds of cells should not. Distances in a UMAP mean little.",
-        f"UMAP of the effect-modifier embedding, one panel each for {names}",
+        f"What cells are, whatever their condition and batch, in the space that they were matched in, {results.space} "
+        f"(UMAP of about {whole(drawn)} of {whole(design.n_cells)} cells). Conditions and batches should mix; kinds of cells should not. Distances in a UMAP mean little.",
+        f"UMAP of the matching space, one panel each for {names}",
         lambda: plots.embedding(results, color, cells=data.cells),
     )
 
@@ -471,6 +471,9 @@ def _trust_pictures(data: PageData) -> Iterator[Picture]:
 
 
 def _training(data: PageData) -> Picture:
+    if not keys.is_trained(data.results.space):
+        why = f"Cells were matched in {data.results.space}, which is not trained."
+        return Picture("Training", "", "", missing=why)
     return _picture(
         "Training", "Unweighted losses: steps pale, means of epochs strong. They should fall; what the codes tell of the "
         "clusters should rise, and many codes stay in use.",
