@@ -481,15 +481,17 @@ def _space_of(
 def _kept_spaces(run: RunDirectory, first: Mapping[str, Any] | None, stage_key: Mapping[str, str]) -> list[str]:
     """Return the spaces that were added to a run; those that rest on a shared stage which is run again are deleted."""
     kept = []
+    shared = [stage for stage in keys.SHARED if stage in stage_key]
     for name in (first or {}).get("spaces", ()):
         before = _before(run.space(name)) or {"keys": {}}
-        if all(
-            before["keys"].get(stage) in (None, stage_key.get(stage)) for stage in keys.SHARED if stage in stage_key
-        ):
+        if all(before["keys"].get(stage) in (None, stage_key[stage]) for stage in shared):
             kept.append(name)
-        else:
-            logger.warning("the space %r rests on what is run again, and is deleted", name)
-            run.storage.delete(keys.space_folder(name))
+            continue
+        logger.warning("the space %r rests on what is run again, and is deleted", name)
+        run.storage.delete(keys.space_folder(name))
+        for stage in keys.SHARED:  # what the added space alone needed
+            if stage not in stage_key:
+                run.unmark(stage)
     return kept
 
 

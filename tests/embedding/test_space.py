@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
-from pathlib import Path
 from typing import Any
 
 import anndata
@@ -15,44 +13,11 @@ import pytest
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.errors import CohortError, RunError, SettingsError, StoreError
+from ndreamer_dist.errors import CohortError, SettingsError
 from ndreamer_dist.storage.arrays import read_array
 from ndreamer_dist.storage.files import open_storage
-from tests.tiny import NAMES, SETTINGS, as_memory, assert_same_bits, dense, tiny_cohort
-
-GIVEN = f"{keys.OBSM_PREFIX}X_mine"
-SPACES = (keys.SPACE_PCA, keys.HARMONY, keys.STATE, GIVEN)
-QUICK = {**SETTINGS, "effects.store": "ite"}
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> anndata.AnnData:
-    made = as_memory(tiny_cohort(tmp_path_factory.mktemp("cohort")))
-    rng = np.random.default_rng(0)
-    made.obsm["X_mine"] = rng.normal(size=(made.n_obs, 7))
-    made.obsm["frame"] = pd.DataFrame(made.obsm["X_mine"], index=made.obs_names, columns=list("abcdefg"))
-    made.obsm["counts"] = rng.integers(0, 9, (made.n_obs, 3))
-    made.obsm["mixed"] = pd.DataFrame({"x": made.obsm["X_mine"][:, 0], "name": "a"}, index=made.obs_names)
-    made.obsm["holes"] = np.where(np.arange(made.n_obs)[:, None] == 17, np.nan, made.obsm["X_mine"])
-    return made
-
-
-def run(cohort: Any, out: Path, embedding: str, **settings: Any) -> nd.Run:
-    made = {**QUICK, **settings}
-    return nd.run(cohort, out=out, preset="small", embedding=embedding, settings=made, **NAMES)
-
-
-@pytest.fixture(scope="module")
-def finished(cohort: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in the first space, to which the others are added."""
-    out = tmp_path_factory.mktemp("run") / "run"
-    for name in SPACES:
-        run(cohort, out, name)
-    return out
-
-
-def folder(run: Path, name: str) -> Path:
-    return run if name == SPACES[0] else run / keys.space_folder(name)
+from tests.embedding.spaces import GIVEN, QUICK, SPACES, folder, run, written
+from tests.tiny import NAMES, assert_same_bits, dense
 
 
 def expression(results: nd.Results) -> np.ndarray:
@@ -202,25 +167,6 @@ def test_tasks_on_ray_write_the_same_bits(cohort, finished, tmp_path, local_ray)
     assert_same_bits(folder(finished, keys.STATE), tmp_path / "run", (keys.EMBEDDING, keys.MATCHES, keys.RESULTS))
 
 
-def test_a_space_that_is_there_is_not_made_again(cohort, finished):
-    before = arrays_of(finished)
-    run(cohort, finished, keys.HARMONY)
-    run(cohort, finished, keys.SPACE_PCA)
-    assert arrays_of(finished) == before
-
-
-def arrays_of(run: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in run.rglob("*.zarr/**/c/**") if path.is_file()}
-
-
-def test_the_first_space_stays_the_default_and_absent_ones_are_refused(finished):
-    assert nd.open_results(finished).space == SPACES[0]
-    with pytest.raises(StoreError, match="has no space 'ndreamer'; it has 'pca', 'harmony'"):
-        nd.open_results(finished, embedding="ndreamer")
-    with pytest.raises(StoreError, match="matched in 'pca'"):
-        nd.open_results(finished / keys.RESULTS, embedding=keys.HARMONY)
-
-
 REFUSED = [
     pytest.param("obsm:X_mien", {}, CohortError, "no 'X_mien'.*Did you mean 'X_mine'", id="misspelt_key"),
     pytest.param("obsm:counts", {}, CohortError, "int64 values; expected floats", id="integers"),
@@ -246,12 +192,6 @@ def test_what_cannot_be_matched_in_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def written(cohort: anndata.AnnData, path: Path) -> None:
-    with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=3):
-        warnings.simplefilter("ignore")  # of what anndata will do by default
-        cohort.write_zarr(path) if path.suffix == ".zarr" else cohort.write_h5ad(path)
-
-
 def test_coordinates_of_another_length_are_refused(cohort, tmp_path):
     path = tmp_path / "cohort.h5ad"
     written(cohort, path)
@@ -269,33 +209,6 @@ def test_given_coordinates_are_read_from_stored_cohorts(cohort, finished, tmp_pa
     for key in ("X_mine", "frame"):
         results = run(path, tmp_path / key, f"{keys.OBSM_PREFIX}{key}").results
         np.testing.assert_array_equal(results.embedding(), nd.open_results(finished, embedding=GIVEN).embedding())
-
-
-def test_a_space_is_added_only_to_a_finished_run_of_the_same_settings(cohort, finished, tmp_path):
-    with pytest.raises(RunError, match=r"hvg.num_hvg: 150 -> 140"):
-        run(cohort, finished, keys.STATE, **{"hvg.num_hvg": 140})
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / keys.RESULTS / "zarr.json").unlink()
-    with pytest.raises(RunError, match="begun in the space 'pca' and is not finished"):
-        run(cohort, tmp_path / "run", keys.STATE)
-
-
-def test_other_settings_of_a_space_redo_it_alone(cohort, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    with pytest.raises(RunError, match=r"state.k: None -> 2.*--redo"):
-        run(cohort, tmp_path / "run", keys.STATE, **{"state.k": 2})
-    made = {**QUICK, "state.k": 2}
-    nd.run(cohort, out=tmp_path / "run", preset="small", embedding="state", settings=made, redo=True, **NAMES)
-    assert nd.open_results(tmp_path / "run", embedding="state").embedding().shape[1] == 2
-    assert_same_bits(finished, tmp_path / "run", (keys.PACKED, keys.EMBEDDING, keys.MATCHES))
-
-
-def test_coordinates_that_changed_are_told_from_those_of_before(cohort, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    other = cohort.copy()
-    other.obsm["X_mine"] = cohort.obsm["X_mine"] * 2
-    with pytest.raises(RunError, match="--redo"):
-        run(other, tmp_path / "run", GIVEN)
 
 
 @pytest.mark.parametrize("name", [*SPACES, keys.NDREAMER])
