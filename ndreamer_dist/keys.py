@@ -102,6 +102,7 @@ SPACE_SUMS: Final = "sums"  # sums/<number>/...: what the axes are made from; de
 STATE_MEAN: Final = "state_mean"  # (populations, genes) float64
 STATE_AXES: Final = "state_axes"  # (populations, genes, dimensions) float64
 STATE_RANK: Final = "state_rank"  # (populations,) int32: how many axes a population has
+STATE_BEYOND_CHANCE: Final = "state_beyond_chance"  # (populations,) int32: how many of them chance would not give
 STATE_DIMENSIONS: Final = "state_dimensions"  # (populations,) int32: how many of the dimensions a population uses
 STATE_RELIABILITY: Final = "state_reliability"  # (populations, dimensions, dimensions) float64: Lambda
 STATE_GROUP_MEAN: Final = "state_group_mean"  # (populations, groups, dimensions) float64

@@ -38,11 +38,9 @@ LEAST_CELLS = 100
 VANISHING = 1e-9
 """Directions whose variance is below this share of the largest are no directions."""
 SEEDED = keys.FLOW.index(keys.STAGE_SPACE)
-HALVES, CHANCE = 0, 1
-"""What a generator is for."""
 GROUPED, WHOLE = ("whole", "first", "second"), ("spread", "signal", "noise", "reach")
 """Parts of `HalfSums` of a group each, and of all cells."""
-DIRECTIONS = ((keys.STATE_MEAN, 2), (keys.STATE_AXES, 3), (keys.STATE_RANK, 1))
+DIRECTIONS = ((keys.STATE_MEAN, 2), (keys.STATE_AXES, 3), (keys.STATE_RANK, 1), (keys.STATE_BEYOND_CHANCE, 1))
 OWN_AXES = (
     (keys.STATE_DIMENSIONS, 1), (keys.STATE_RELIABILITY, 3), (keys.STATE_GROUP_MEAN, 3), (keys.STATE_CORNER, 2),
     (keys.STATE_WEIGHT, 1),
@@ -128,33 +126,27 @@ def _make_directions(space: Space, settings: Settings, populations: Populations,
     keep = min(settings.embed.dimensions, packed.n_genes)
     number = len(populations.names)
     means, axes = np.zeros((number, packed.n_genes)), np.zeros((number, packed.n_genes, keep))
-    ranks = np.zeros(number, dtype=np.int32)
+    ranks, beyond = np.zeros((2, number), dtype=np.int32)
     for code in range(number):
         inner = _inner_groups(space, populations, code)
         moments = summed_moments(space, inner, populations.codes, code, runtime)
         means[code] = moments.mean
-        axes[code], ranks[code] = with_threads(1, _directions, moments, keep, settings.seed, code, _has_counts(space))
+        axes[code], ranks[code], beyond[code] = with_threads(1, _directions, moments, keep)
     if not ranks.any():
         msg = f"{space.run.url}: no gene varies inside a group, so there is no state space; match in another one"
         raise StoreError(msg)
-    values: tuple[np.ndarray, ...] = (means, axes, ranks)
+    values: tuple[np.ndarray, ...] = (means, axes, ranks, beyond)
     for (name, _), array in zip(DIRECTIONS, values, strict=True):
         write_array(space.storage, name, array)
 
 
-def _directions(moments: Moments, keep: int, seed: int, code: int, has_counts: bool) -> tuple[np.ndarray, int]:
-    """Return the leading axes of what varies inside groups, (genes, keep), and how many of them are any.
-
-    Where there are no counts to halve, those are any whose variance independent genes would not have by chance.
-    """
+def _directions(moments: Moments, keep: int) -> tuple[np.ndarray, int, int]:
+    """Return the leading axes of what varies inside groups, (genes, keep), how many there are, and beyond chance."""
     covariance = within_covariance(moments)
     axes, variance = signed_axes(covariance, keep)
-    least = VANISHING * max(float(variance[0]), VANISHING)
-    if not has_counts:
-        generator = np.random.default_rng(np.random.SeedSequence((seed, SEEDED, CHANCE, code)))
-        cells = int(moments.inner_cells.sum())
-        least = max(least, state.chance_eigenvalue(np.maximum(covariance.diagonal(), 0.0), cells, generator))
-    return axes, int((variance > least).sum()) or int(variance[0] > VANISHING)
+    rank = int((variance > VANISHING * max(float(variance[0]), VANISHING)).sum())
+    beyond = state.beyond_chance(covariance, int(moments.inner_cells.sum()))
+    return axes, rank, min(rank, max(1, beyond))
 
 
 def _has_counts(space: Space) -> bool:
@@ -180,11 +172,13 @@ def _make_reliability(space: Space, settings: Settings, populations: Populations
     if settings.state.shrink and not halved:
         logger.warning("state: the input is log-normalised and has no counts to halve, so coordinates are not shrunk")
     sums = _half_sums(space, settings, populations, runtime, halved=halved)
-    ranks = read_array(space.storage, keys.STATE_RANK)
+    ranks, beyond = (read_array(space.storage, name) for name in (keys.STATE_RANK, keys.STATE_BEYOND_CHANCE))
     keep = len(sums[0].reach)
     dimensions, shares, reaches = np.zeros(len(sums), dtype=np.int32), np.zeros((len(sums), keep, keep)), []
     for code, found in enumerate(sums):
-        k = dimensions[code] = _chosen(found, int(ranks[code]), settings.state.k, halved=halved)
+        k = dimensions[code] = min(
+            settings.state.k or _confirmed(found, int(beyond[code]), halved=halved), int(ranks[code])
+        )
         shares[code, :k, :k] = with_threads(1, _share, found, k, halved and settings.state.shrink)
         reaches.append(_reach(found, shares[code, :k, :k]))
         reliable = np.trace(shares[code, :k, :k]) / max(k, 1)
@@ -202,14 +196,12 @@ def _make_reliability(space: Space, settings: Settings, populations: Populations
         write_array(space.storage, name, array)
 
 
-def _chosen(found: HalfSums, rank: int, asked: int | None, *, halved: bool) -> int:
-    """Return how many dimensions a population uses."""
-    if asked is not None:
-        return min(asked, rank)
-    if not halved:
-        return rank
-    signal, noise = (found.covariance(name)[:rank, :rank] for name in ("signal", "noise"))
-    return state.confirmed_dimensions(signal, noise) if rank else 0
+def _confirmed(found: HalfSums, beyond: int, *, halved: bool) -> int:
+    """Return how many of the axes beyond chance the halves of the counts confirm; all of them without halves."""
+    if not halved or not beyond:
+        return beyond
+    parts = (found.covariance(name)[:beyond, :beyond] for name in ("signal", "noise", "spread"))
+    return state.confirmed_dimensions(*parts)
 
 
 def _share(found: HalfSums, k: int, shrink: bool) -> np.ndarray:
@@ -268,7 +260,7 @@ def _block_halves(
     """
     x, groups, codes = space.packed.block(block), space.groups(block), populations.codes[space.rows(block)]
     count, number = len(space.packed.design.groups), len(populations.names)
-    generator = np.random.default_rng(np.random.SeedSequence((seed, SEEDED, HALVES, block)))
+    generator = np.random.default_rng(np.random.SeedSequence((seed, SEEDED, block)))
     pair = (x, x) if totals is None else state.halves(x, totals[space.rows(block)], generator)
     moved = state.shuffled_inside(groups.astype(np.int64) * number + codes, generator)
     found = []

@@ -17,7 +17,11 @@ from ndreamer_dist.cohort.statistics import TARGET_SUM
 LEAST_RELIABLE = 0.05
 """No direction is shrunk further than to this share."""
 SMALLEST_SIGNAL = 1e-6
-"""Eigenvalues of the signal are held above this."""
+"""Eigenvalues of the signal are held above this; genes that vary less do not vary."""
+MOSTLY_SIGNAL = 0.5
+"""A dimension is confirmed with at least this share of signal."""
+TRACY_WIDOM = 0.9793
+"""95 % point of the Tracy-Widom law of order 1."""
 
 
 def recovered_counts(x: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
@@ -141,25 +145,30 @@ def half_sums(
     return HalfSums(cells, member @ e, member @ a, member @ b, e.T @ e, a.T @ b, a.T @ b[moved], reach)
 
 
-def confirmed_dimensions(signal: np.ndarray, noise: np.ndarray) -> int:
-    """Return how many eigenvalues of the signal exceed the largest of the noise; at least 1."""
-    largest = float(np.linalg.eigvalsh(noise)[-1])
-    return max(1, int((np.linalg.eigvalsh(signal) > largest).sum()))
+def confirmed_dimensions(signal: np.ndarray, noise: np.ndarray, spread: np.ndarray) -> int:
+    """Return how many dimensions two halves of the counts confirm, at least 1.
 
-
-def chance_eigenvalue(variances: np.ndarray, cells: int, generator: np.random.Generator) -> float:
-    """Return the largest eigenvalue of a covariance of independent genes with these variances, drawn once.
-
-    It stands for the permutation where there are no counts to halve. The sample covariance of normal values is drawn by
-    Bartlett's decomposition, so that no cell is needed.
+    A dimension counts whose signal exceeds the largest of the noise, and half of the spread: what varies in one gene alone
+    from cell to cell, as counts beyond Poisson do, is signal to both halves, but little of it for its spread.
     """
-    genes = len(variances)
-    rows = np.tril(generator.standard_normal((genes, genes)), -1)
-    freedom = np.maximum(cells - np.arange(genes), 1)
-    rows[np.diag_indices(genes)] = np.sqrt(generator.chisquare(freedom))
-    scaled = np.sqrt(variances)[:, None] * rows
-    drawn = scaled @ scaled.T / max(cells, 1)
-    return float(linalg.eigh(drawn, eigvals_only=True, subset_by_index=(genes - 1, genes - 1))[0])
+    largest = float(np.linalg.eigvalsh(noise)[-1])
+    beyond_noise = int((np.linalg.eigvalsh(signal) > largest).sum())
+    reliable = int((linalg.eigh(signal, spread, eigvals_only=True) >= MOSTLY_SIGNAL).sum())
+    return max(1, min(beyond_noise, reliable))
+
+
+def beyond_chance(covariance: np.ndarray, cells: int) -> int:
+    """Return how many eigenvalues of the genes' correlation independent genes would not have by chance.
+
+    The largest by chance follows the Tracy-Widom law (Patterson 2006, Johnstone 2001); its 95 % point is taken.
+    """
+    variance = covariance.diagonal()
+    varying = variance > SMALLEST_SIGNAL
+    scale = np.sqrt(variance[varying])
+    values = np.linalg.eigvalsh(covariance[np.ix_(varying, varying)] / np.outer(scale, scale))
+    a, b = np.sqrt(max(cells - 1, 1)), np.sqrt(max(len(scale), 1))
+    largest = ((a + b) ** 2 + TRACY_WIDOM * (a + b) * (1 / a + 1 / b) ** (1 / 3)) / max(cells, 1)
+    return int((values > largest).sum())
 
 
 def reliability(signal: np.ndarray, spread: np.ndarray) -> np.ndarray:

@@ -125,15 +125,24 @@ def test_as_many_dimensions_are_confirmed_as_were_planted():
     signal = score @ axes[:2]
     a, b = (signal + rng.normal(size=(len(d), 10)) for _ in range(2))
     found = state.half_sums(signal, (a, b), d, 8, state.shuffled_inside(d, rng))
-    assert state.confirmed_dimensions(found.covariance("signal"), found.covariance("noise")) == 2
+    parts = [found.covariance(name) for name in ("signal", "noise", "spread")]
+    assert state.confirmed_dimensions(parts[0], parts[1], parts[2] + 1e-6 * np.eye(10)) == 2
+    noisy = parts[2] + np.diag([10.0] * 10)  # nothing is mostly signal; one dimension is always kept
+    assert state.confirmed_dimensions(parts[0], parts[1], noisy) == 1
 
 
-def test_chance_gives_independent_genes_an_eigenvalue_as_a_permutation_does():
+@pytest.mark.parametrize("planted", [0, 1, 3])
+def test_as_many_axes_are_beyond_chance_as_genes_share_factors(planted):
     rng = generator(5)
-    variances = rng.uniform(0.1, 1.0, 40)
-    drawn = state.chance_eigenvalue(variances, 2000, generator(6))
-    values = rng.normal(size=(2000, 40)) * np.sqrt(variances)
-    assert drawn == pytest.approx(np.linalg.eigvalsh(np.cov(values.T))[-1], rel=0.1)
+    values = rng.normal(size=(2000, 60)) * rng.uniform(0.3, 3.0, 60)
+    values[:, -1] = 0.0  # a gene that does not vary
+    factors = rng.normal(size=(2000, planted)) @ rng.normal(0, 1.5, (planted, 60))
+    assert state.beyond_chance(np.cov((values + factors).T), 2000) == planted
+
+
+def test_an_eigenvalue_of_independent_genes_is_beyond_chance_once_in_twenty_times():
+    draws = [state.beyond_chance(np.cov(generator(seed).normal(size=(400, 50)).T), 400) for seed in range(200)]
+    assert 0 < np.mean(np.array(draws) > 0) < 0.12
 
 
 @pytest.mark.parametrize("populations", [2, 3, 9])
