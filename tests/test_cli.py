@@ -15,12 +15,12 @@ import pytest
 
 import ndreamer_dist as nd
 from ndreamer_dist import cli, keys
-from tests.tiny import SETTINGS, run_words, tiny_cohort
+from tests.tiny import SETTINGS, run_words
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+def cohort(tiny: Path) -> Path:
+    return tiny
 
 
 def spoken(arguments: Sequence[str], capsys: pytest.CaptureFixture) -> tuple[int, str, str]:

@@ -171,8 +171,7 @@ def private_parts(tree: ast.Module, own: set[str]) -> Iterator[str]:
         elif isinstance(node, ast.Import):
             yield from (name.name for name in node.names if is_private(name.name))
         elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
-            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
-                yield node.attr
+            yield node.attr
 
 
 def is_private(dotted: str) -> bool:

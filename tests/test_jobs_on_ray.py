@@ -1,7 +1,7 @@
 """The whole job as a user starts it, each on a Ray of its own: the same bits, no hang, and on from any kill.
 
 A fit of Ray Train takes half a minute, so the tests share few of them: one job loses one of its two training workers
-and is then killed itself, and what it left is gone on from twice, once with two training workers and once with one.
+and is then killed itself, and what it left is gone on from with two training workers; in the slow tier also with one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ndreamer_dist.training.checkpoints import ASK_EVERY
 from tests.results.brute_force import check
 from tests.security.looked_at import assert_no_pickle, assert_no_secret
 from tests.security.test_ports import is_loopback, listening
-from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words
 from tests.two_workers import WORKERS, run_with_two_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_token")]
@@ -112,8 +112,8 @@ class Disturbed:
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+def cohort(tiny: Path) -> Path:
+    return tiny
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +201,11 @@ def test_a_killed_job_goes_on_to_the_bits_of_an_undisturbed_one_without_ray(
     assert newest > len(disturbed.before_job)
     assert newest % ASK_EVERY == 0
     check(run / keys.RESULTS)
+    assert_no_pickle(run)
+    assert_no_secret([Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()], run, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_one_worker_on_one_processor_goes_on_from_the_checkpoint_of_two(
     cohort: Path, disturbed: Disturbed, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +229,7 @@ def test_one_worker_on_one_processor_goes_on_from_the_checkpoint_of_two(
     assert_no_secret([Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()], run, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_job_in_one_line(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for part in ("packed.zarr", "cohort", *(f"{keys.DONE}/{stage}" for stage in ("cohort", "pack", "clusters"))):

@@ -40,7 +40,7 @@ from ndreamer_dist.training.trainer import SNAPSHOT
 from tests.results.brute_force import check
 from tests.security.looked_at import assert_no_secret, contents
 from tests.servers import S3_ENVIRONMENT, s3
-from tests.tiny import NAMES, PROMPT, SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.tiny import NAMES, PROMPT, SETTINGS, assert_same_bits, run_words
 
 ROOT = Path(__file__).parent.parent
 JOBS = ROOT / "jobs"
@@ -49,8 +49,8 @@ BY_STAGE = {stage: JOBS / f"{stage}.py" for stage in keys.STAGES}
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+def cohort(tiny: Path) -> Path:
+    return tiny
 
 
 def job_file(folder: Path, cohort: Path, out: Path | str, settings: dict[str, Any], **more: Any) -> Path:
@@ -204,7 +204,7 @@ SDK_ALONE = "import sys; from ray.job_submission import JobSubmissionClient; Job
 
 @dataclass(frozen=True)
 class LockedRay:
-    """A Ray on loopback: a head without processors and one node with two; `env` holds the key to its door."""
+    """A Ray on loopback: a head without processors, later one node with two; `env` holds the key to its door."""
 
     address: str  # of the dashboard
     cluster: str
@@ -287,7 +287,7 @@ def started_node(
 
 @pytest.fixture(scope="module")
 def locked_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedRay]:
-    """Ray as `cluster/` runs it: a token at the door, no processors on the head."""
+    """The head of a Ray as `cluster/` runs it: a token at the door, no processors."""
     logs, token = tmp_path_factory.mktemp("ray"), tmp_path_factory.mktemp("token") / "token"
     token.write_text(secrets.token_hex(32))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -313,11 +313,18 @@ def locked_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedRay]:
         head = ["--head", "--node-ip-address", "127.0.0.2", "--port", str(port), "--num-cpus", "0"]
         head += ["--temp-dir", folder, "--ray-client-server-port", str(client)]
         head += ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
-        worker = ["--address", ray.cluster, "--node-ip-address", "127.0.0.3", "--num-cpus", "2"]
         started_node(nodes, env, head, lambda: len(ray.nodes()) == 1)
-        started_node(nodes, env, worker, lambda: len(ray.nodes()) == 2)
         yield ray
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def working_ray(locked_ray: LockedRay) -> Iterator[LockedRay]:
+    """The same with a node of two processors."""
+    worker = ["--address", locked_ray.cluster, "--node-ip-address", "127.0.0.3", "--num-cpus", "2"]
+    with contextlib.ExitStack() as nodes:
+        started_node(nodes, locked_ray.env, worker, lambda: len(locked_ray.nodes()) == 2)
+        yield locked_ray
 
 
 @pytest.fixture(scope="module")
@@ -390,12 +397,13 @@ def stopped_in_training(ray: LockedRay, folder: Path) -> tuple[dict[str, Any], d
     return json.loads(first), json.loads(last)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(800)
 def test_a_job_that_is_stopped_in_training_lets_go_and_goes_on_to_the_same_bits_when_submitted_again(
-    locked_ray: LockedRay, sent: Path, finished: Path, tmp_path: Path
+    working_ray: LockedRay, sent: Path, finished: Path, tmp_path: Path
 ) -> None:
-    before, stopped = stopped_in_training(locked_ray, sent)
+    before, stopped = stopped_in_training(working_ray, sent)
     refused, staged = before["bad"], before["stage"]
     assert refused["status"] == "FAILED"
     assert "exit code 2" in refused["message"]
@@ -407,7 +415,7 @@ def test_a_job_that_is_stopped_in_training_lets_go_and_goes_on_to_the_same_bits_
     assert stopped["status"] == "STOPPED", stopped["logs"]
     assert "stopped; the same command goes on from here" in stopped["logs"]
     assert "Traceback" not in stopped["logs"]
-    assert stopped["node"] in [node["node_id"] for node in locked_ray.nodes() if node["is_head_node"]]
+    assert stopped["node"] in [node["node_id"] for node in working_ray.nodes() if node["is_head_node"]]
     run = open_storage(OUT)
     assert not run.exists(keys.LOCK)
     assert not run.exists(keys.MODEL_WEIGHTS)
@@ -415,7 +423,7 @@ def test_a_job_that_is_stopped_in_training_lets_go_and_goes_on_to_the_same_bits_
     assert done_before
     assert len(learned) < 90
 
-    again = ray_job(locked_ray, "submit", "--working-dir", str(sent), "--", "python", "run_cohort.py", "job.yaml")
+    again = ray_job(working_ray, "submit", "--working-dir", str(sent), "--", "python", "run_cohort.py", "job.yaml")
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"done: the whole job: {OUT}" in again.stdout  # the log was followed
     assert {name: run.read(name) for name in done_before} == done_before
@@ -429,12 +437,13 @@ def test_a_job_that_is_stopped_in_training_lets_go_and_goes_on_to_the_same_bits_
     assert max(stage["peak_bytes"] for stage in stages) < DRIVER_MOST
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-def test_neither_the_token_nor_the_key_to_s3_is_in_anything_that_ray_has_written(locked_ray: LockedRay) -> None:
+def test_neither_the_token_nor_the_key_to_s3_is_in_anything_that_ray_has_written(working_ray: LockedRay) -> None:
     """The logs of nodes, workers and jobs, after all of the above."""
-    told = [name for name, _ in contents(locked_ray.written[0])]
+    told = [name for name, _ in contents(working_ray.written[0])]
     assert any("job-driver" in name for name in told)
-    assert_no_secret([locked_ray.token, S3_ENVIRONMENT["AWS_SECRET_ACCESS_KEY"]], *locked_ray.written)
+    assert_no_secret([working_ray.token, S3_ENVIRONMENT["AWS_SECRET_ACCESS_KEY"]], *working_ray.written)
 
 
 def submit_lines(text: str) -> list[list[str]]:

@@ -18,21 +18,25 @@ from ndreamer_dist import keys
 from ndreamer_dist.errors import CohortError, ResourceError, RunError, StoreError
 from ndreamer_dist.storage.arrays import read_array
 from ndreamer_dist.storage.files import open_storage
+from tests.fuzz.helpers import command
 from tests.results.brute_force import check
-from tests.tiny import NAMES, SETTINGS, arrays, as_memory, assert_same_bits, dense, tiny_cohort
+from tests.tiny import NAMES, SETTINGS, arrays, as_memory, assert_same_bits, dense, run_words, tiny_cohort, undone
+
+IN_THE_GATE = (keys.STAGE_TRAIN, keys.STAGE_EFFECTS)
+STOPPED_BEFORE = [
+    pytest.param(stage, marks=() if stage in IN_THE_GATE else pytest.mark.slow) for stage in keys.STAGES[1:]
+]
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+def cohort(tiny: Path) -> Path:
+    return tiny
 
 
 @pytest.fixture(scope="module")
-def finished(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_run: Path) -> Path:
     """A finished run; tests that change it work on a copy."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    nd.run(cohort, out=out, preset="small", settings=SETTINGS, **NAMES)
-    return out
+    return tiny_run
 
 
 @pytest.fixture
@@ -88,21 +92,34 @@ def test_a_finished_run_does_nothing(cohort: Path, run: Path) -> None:
     assert times() == before
 
 
+def lose_a_shard(run: Path, stage: str) -> list[Path]:
+    """Delete the last marker of a stage and the files that it names; return them."""
+    marker = sorted((run / keys.DONE / stage).iterdir())[-1]
+    lost = [marker, *(run / name for name in json.loads(marker.read_text())["files"])]
+    for file in lost:
+        file.unlink()
+    return lost
+
+
+def test_lost_shards_of_all_stages_are_made_again_with_the_same_bits(cohort: Path, finished: Path, run: Path) -> None:
+    lost = [file for stage in keys.STAGES for file in lose_a_shard(run, stage)]
+    again(cohort, run)
+    assert_same_bits(finished, run)
+    assert all(file.exists() for file in lost)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", keys.STAGES)
 def test_a_lost_shard_of_any_stage_is_made_again_with_the_same_bits(
     cohort: Path, finished: Path, run: Path, stage: str
 ) -> None:
-    marker = sorted((run / keys.DONE / stage).iterdir())[-1]
-    files = [run / name for name in json.loads(marker.read_text())["files"]]
-    marker.unlink()
-    for file in files:
-        file.unlink()
+    lost = lose_a_shard(run, stage)
     again(cohort, run)
     assert_same_bits(finished, run)
-    assert all(file.exists() for file in [marker, *files])
+    assert all(file.exists() for file in lost)
 
 
-@pytest.mark.parametrize("stage", keys.STAGES[1:])
+@pytest.mark.parametrize("stage", STOPPED_BEFORE)
 def test_a_run_that_was_stopped_after_any_stage_goes_on(cohort: Path, finished: Path, run: Path, stage: str) -> None:
     stopped_at = keys.STAGES.index(stage)
     for later in keys.STAGES[stopped_at:]:
@@ -232,6 +249,15 @@ def test_no_batch_three_conditions_and_fewer_layers(tmp_path: Path) -> None:
     seen = as_memory(cohort).obs["condition"].astype(str)
     assert results.conditions == ("control", *(name for name in seen.unique() if name != "control"))
     assert np.array_equal(dense(results.denoised().X), dense(results.expression().X))
+
+
+def test_a_loss_that_is_not_finite_ends_the_job_in_one_line(cohort: Path, finished: Path, tmp_path: Path) -> None:
+    run = undone(finished, tmp_path / "run", keys.STAGE_TRAIN)
+    shutil.rmtree(run / keys.TRAIN_DIR)
+    words = run_words(cohort, run, SETTINGS | {"train.learning_rate": 1e30}, "--redo")
+    refusal = command(words).refusal
+    assert refusal.startswith("the loss is not finite at step ")
+    assert "train.learning_rate" in refusal
 
 
 def test_stages_are_logged_with_what_they_cost(finished: Path) -> None:

@@ -30,10 +30,10 @@ from ndreamer_dist import keys
 from ndreamer_dist.compute.monitors import _descendants
 from tests.machines import CannotBe, Machine, join, machine, make_hub, wait_until
 from tests.servers import S3_ENVIRONMENT
-from tests.tiny import PROMPT, SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.tiny import PROMPT, SETTINGS, assert_same_bits, run_words
 from tests.two_workers import WORKERS, run_with_two_workers
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_token")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_token")]
 ROOT = Path(__file__).parent.parent
 JOB = SETTINGS | {"pack.block_rows": 64, "embed.tile_rows": 64, "train.epochs": 16, "train.checkpoint_steps": 8}
 ON_RAY = {name: value for name, value in JOB.items() if name != "run.serial"} | {"train.workers": WORKERS}
@@ -140,8 +140,8 @@ def made(env: dict[str, str], home: Path, logs: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+def cohort(tiny: Path) -> Path:
+    return tiny
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def writers_of(requests: list[dict[str, Any]], place: str) -> set[str]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(False, id="undisturbed"), pytest.param(True, id="losses", marks=pytest.mark.slow)],
+    params=[pytest.param(False, id="undisturbed"), pytest.param(True, id="losses")],
 )
 def lived(request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Lived:
     asked: list[dict[str, Any]] = []

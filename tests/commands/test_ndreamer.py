@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from ndreamer_dist import NDreamer, keys
 from ndreamer_dist.errors import SettingsError
-from tests.tiny import SETTINGS, as_memory, assert_same_bits, dense, tiny_cohort
+from tests.tiny import SETTINGS, as_memory, assert_same_bits, dense
 
 SMALL = {name: value for name, value in SETTINGS.items() if name not in ("train.epochs", "train.batch_size")}
 PATTERNS = {"ite": keys.PUBLISHED_ITE, "denoised": keys.PUBLISHED_EXPRESSION, "batch_effect": keys.PUBLISHED_BATCH}
@@ -21,8 +21,8 @@ CODED = {"batch": "*", "condition": "*"}
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+def cohort(tiny: Path) -> Path:
+    return tiny
 
 
 @pytest.fixture(scope="module", params=["published", "ours"])

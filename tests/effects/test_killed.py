@@ -16,9 +16,9 @@ import pytest
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.errors import StoreError
-from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_token")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_token")]
 MANY_SHARDS = SETTINGS | {"pack.block_rows": 64, "embed.tile_rows": 64, "train.epochs": 2}
 ON_RAY = {name: value for name, value in MANY_SHARDS.items() if name != "run.serial"}
 LEAST_DONE = 3
@@ -36,8 +36,8 @@ def kill_in_the_middle(cohort: Path, run: Path) -> None:
         job.send_signal(signal.SIGKILL)
 
 
-def test_a_job_killed_in_the_middle_of_the_effects_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    cohort, undisturbed, run = tiny_cohort(tmp_path), tmp_path / "undisturbed", tmp_path / "run"
+def test_a_job_killed_in_the_middle_of_the_effects_goes_on_to_the_same_bits(tiny: Path, tmp_path: Path) -> None:
+    cohort, undisturbed, run = tiny, tmp_path / "undisturbed", tmp_path / "run"
     nd.run(cohort, out=undisturbed, preset="small", settings=MANY_SHARDS, **NAMES)
     shutil.copytree(undisturbed, run)
     shutil.rmtree(run / keys.DONE / keys.STAGE_EFFECTS)

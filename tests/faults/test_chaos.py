@@ -1,4 +1,7 @@
-"""Twenty rounds of harm, by a seed, and two on a Ray of several raylets; `python jobs/chaos.py` plays more."""
+"""Twenty rounds of harm, by a seed, and two on a Ray of several raylets; `python jobs/chaos.py` plays more.
+
+Six of the twenty are played in the gate, all else in the slow tier.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ import pytest
 from ndreamer_dist import keys
 
 ROUNDS, SEED = 20, 7
+IN_THE_GATE = (2, 3, 5, 8, 11, 14)
+"""Rounds that meet every harm; the others are slow."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,10 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         sys.modules.pop("chaos")
 
 
-@pytest.mark.parametrize("number", range(ROUNDS))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(number, marks=() if number in IN_THE_GATE else pytest.mark.slow) for number in range(ROUNDS)],
+)
 def test_a_round_of_harm_ends_with_the_bits_of_an_undisturbed_run(chaos: Any, number: int) -> None:
     chaos.play(number, *chaos.rounds[number], random.Random(f"{SEED} {number}"))
 
@@ -36,6 +44,7 @@ def test_the_rounds_meet_every_stage_and_every_harm(chaos: Any) -> None:
     assert {stage for stage, fault in chaos.rounds if fault == "job"} == set(keys.STAGES)
     assert {stage for stage, fault in chaos.rounds if fault != "job"} == {*keys.STAGES[1:], "finished"}
     assert {fault for _, fault in chaos.rounds} == {"job", "flip", "cut", "lose"}
+    assert {chaos.rounds[number][1] for number in IN_THE_GATE} == {"job", "flip", "cut", "lose"}
 
 
 # --- on Ray ----------------------------------------------------------------------------------------------------------
@@ -52,6 +61,7 @@ def shared_ray(chaos: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     chaos.nodes, chaos.on_ray = None, False
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from tests.fuzz.helpers import command
-from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words, tiny_cohort
+from tests.tiny import NAMES, SETTINGS, assert_same_bits, run_words
 
 QUICK = SETTINGS | {"train.epochs": 2}
 
@@ -33,16 +33,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+def cohort(tiny: Path) -> Path:
+    return tiny
 
 
 @pytest.fixture(scope="module")
-def reference(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(tiny_short_run: Path) -> Path:
     """A run that nothing happened to."""
-    out = tmp_path_factory.mktemp("reference") / "run"
-    nd.run(cohort, out=out, preset="small", settings=QUICK, **NAMES)
-    return out
+    return tiny_short_run
 
 
 @pytest.mark.parametrize("stage", [keys.STAGE_PACK, keys.STAGE_TRAIN, keys.STAGE_EFFECTS])

@@ -27,7 +27,7 @@ from ndreamer_dist.planning.memory import (
 )
 from ndreamer_dist.settings import Settings
 from tests.cohorts import design_of
-from tests.tiny import NAMES, SETTINGS, STORES, arrays, tiny_cohort
+from tests.tiny import NAMES, SETTINGS, STORES, arrays
 
 MILLION = CohortSize(
     cells=1_000_000, genes=20_000, stored_values=800_000_000, groups=80, largest_group=25_000, edges=4800, conditions=2
@@ -125,8 +125,8 @@ def test_packing_is_promised_the_largest_partition(small: Settings) -> None:
         assert most == _partition_cells(size, small)
 
 
-def test_the_disk_that_is_promised_is_what_a_run_writes(tmp_path: Path) -> None:
-    cohort, settings = tiny_cohort(tmp_path), SETTINGS | {"train.epochs": 1}
+def test_the_disk_that_is_promised_is_what_a_run_writes(tiny: Path, tmp_path: Path) -> None:
+    cohort, settings = tiny, SETTINGS | {"train.epochs": 1}
     nd.run(cohort, out=tmp_path / "run", preset="small", settings=settings, **NAMES)
     values = sum(
         array.nbytes for store in STORES for array in arrays(tmp_path / "run" / store).values() if array.dtype != object

@@ -24,12 +24,12 @@ from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.rundir.stage import stage_keys
 from ndreamer_dist.settings import Settings
 from tests.cohorts import design_of
-from tests.tiny import NAMES, SETTINGS, as_memory, tiny_cohort
+from tests.tiny import NAMES, SETTINGS, as_memory
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cohort(tmp_path_factory.mktemp("forecast"))
+def cohort(tiny: Path) -> Path:
+    return tiny
 
 
 def made(sizes: list[int], **overrides: object) -> Plan:

@@ -45,14 +45,15 @@ MOST_FOR_A_PLAN, MOST_FOR_NOTHING = 40, 200
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cohort(tmp_path_factory.mktemp("cohort"))
+def cohort(tiny: Path) -> Path:
+    return tiny
 
 
 @pytest.fixture(scope="module")
-def h5ad(cohort: Path) -> Path:
-    """The same cohort in a file that takes many blocks."""
-    path = cohort.parent / "cohort.h5ad"
+def h5ad(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same cohort in a file that takes many blocks, beside its store."""
+    path = tmp_path_factory.mktemp("served") / "cohort.h5ad"
+    shutil.copytree(cohort, path.with_suffix(".zarr"))
     as_memory(cohort).write_h5ad(path)
     return path
 
