@@ -67,6 +67,13 @@ Embedding = Annotated[
 ValuesOfX = Annotated[
     Normalise | None, typer.Option(help="What X holds: counts; none: log-normalised values; auto: looked at (default).")
 ]
+LayerOfInput = Annotated[
+    str | None, typer.Option("--layer", help="Layer to read in place of X; raw: the counts in .raw, with its genes.")
+]
+GeneNames = Annotated[
+    str | None, typer.Option(help="Column of var to name genes by: feature_name, say, for their symbols.")
+]
+Excluded = Annotated[list[str] | None, typer.Option(help="Condition whose cells are left out; repeatable.")]
 Config = Annotated[
     Path | None,
     typer.Option(help="YAML file of settings by stage; `ndreamer-dist settings` writes one.", dir_okay=False),
@@ -108,6 +115,9 @@ def run(
     embedding: Embedding = None,
     preset: PresetName = "paper",
     normalise: ValuesOfX = None,
+    layer: LayerOfInput = None,
+    gene_names: GeneNames = None,
+    exclude_condition: Excluded = None,
     config: Config = None,
     assignments: Set = None,
     workers: Workers = None,
@@ -121,7 +131,8 @@ def run(
     """Run the whole job on a cohort; an interrupted run goes on, a finished one does nothing."""
     from ndreamer_dist.pipeline import run as run_job
 
-    given = {"train.workers": workers, "run.address": address, "cohort.normalise": normalise}
+    given = {"train.workers": workers, "run.address": address}
+    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition)
     finished = run_job(
         cohort,
         out=out,
@@ -150,6 +161,9 @@ def plan(
     embedding: Embedding = None,
     preset: PresetName = "paper",
     normalise: ValuesOfX = None,
+    layer: LayerOfInput = None,
+    gene_names: GeneNames = None,
+    exclude_condition: Excluded = None,
     config: Config = None,
     assignments: Set = None,
     workers: Workers = None,
@@ -157,7 +171,7 @@ def plan(
     """Tell what `run` would do and need: groups, steps, memory, disk; nothing is run."""
     from ndreamer_dist.pipeline import plan as plan_job
 
-    given = {"train.workers": workers, "cohort.normalise": normalise}
+    given = {"train.workers": workers, **_cohort_settings(normalise, layer, gene_names, exclude_condition)}
     print(
         plan_job(
             cohort,
@@ -422,6 +436,16 @@ def export(
 def _names(text: str | None) -> list[str] | None:
     """Return the names that are separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()] if text else None
+
+
+def _cohort_settings(
+    normalise: str | None, layer: str | None, gene_names: str | None, exclude: list[str] | None
+) -> dict[str, Any]:
+    """Return what the options of `run` and `plan` say of the input."""
+    return {
+        "cohort.normalise": normalise, "cohort.layer": layer, "cohort.gene_names": gene_names,
+        "cohort.exclude_conditions": tuple(exclude) if exclude else None,
+    }  # fmt: skip
 
 
 def _overrides(assignments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,7 @@ UNS: Final = "ndreamer"
 UNS_EMBEDDING: Final = "embedding"  # the matching space
 UNS_EMBEDDING_KEY: Final = "embedding_key"  # the array of obsm with its coordinates
 VAR_MODELLED: Final = "ndreamer_modelled"  # in results of all genes: whether the run modelled the gene
+VAR_GENE_ID: Final = "ndreamer_gene_id"  # what a gene was called before it was named by another column
 
 # --- the layout that the published package writes, of h5ad files --------------------------------------------------
 PUBLISHED_ADATA: Final = "adata.h5ad"

@@ -22,8 +22,8 @@ from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes, run_cohort
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_source
-from ndreamer_dist.cohort.statistics import decide_values
+from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_cohort
+from ndreamer_dist.cohort.values import decide_values
 from ndreamer_dist.compute.events import choose_format
 from ndreamer_dist.compute.executor import Runtime, check_layout, choose_runtime, ray_failures
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
@@ -118,7 +118,7 @@ def run(
     directory = RunDirectory.at(out)
     directory.refuse_read_only()
     source, _, size = _checked(cohort, made)
-    decide_values(source, made.cohort.normalise)
+    decide_values(source, made.cohort.normalise, made.cohort.log_base)
     _check_machine(directory, made, size)
     from_input = SpaceInput.of(source, made)
     told = fingerprint(source, made.cohort.condition_key, made.cohort.batch_key)
@@ -165,14 +165,14 @@ def plan(
     if directory is not None:
         directory.refuse_read_only()
     source, design, size = _checked(cohort, made)
-    if source.kind != "csc":
-        decide_values(source, made.cohort.normalise)
+    seen = "" if source.kind == "csc" else decide_values(source, made.cohort.normalise, made.cohort.log_base).seen
     return plan_of(
         design,
         made,
         size,
         input_groups=input_sizes(source, made.cohort),
         **_machine(made),
+        notes=tuple(note for note in (seen, *source.notes) if note),
         memory_free=_memory(made),
         disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
     )
@@ -180,7 +180,7 @@ def plan(
 
 def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tuple[Source, Design, CohortSize]:
     """Open a cohort and refuse what cannot be; return it with its design and sizes."""
-    source = open_source(cohort, layer=settings.cohort.layer)
+    source = open_cohort(cohort, settings.cohort)
     design = check_cohort(source, settings.cohort)
     check_genes(source, settings.hvg)
     check_tables(source.obs, source.var)

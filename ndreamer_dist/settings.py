@@ -8,6 +8,7 @@ A preset is a set of overrides of the defaults; explicit values win over the pre
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -84,20 +85,38 @@ class CohortSettings(StageSettings):
     condition_key: str | None = result(None, "column of obs that holds the condition")
     control: str | None = result(None, "name of the control condition")
     batch_key: tuple[str, ...] = result((), "columns of obs that hold the batch covariates; none for one batch")
-    layer: str | None = result(None, "layer to read instead of X")
+    layer: str | None = result(None, "layer to read instead of X; raw: the counts in .raw, with its own genes")
+    gene_names: str | None = result(None, "column of var to name genes by: feature_name, say, for their symbols")
     normalise: Literal["auto", "counts", "none"] = result("auto", "counts: to 10 000 per cell, log1p; none: as is")
+    log_base: float | None = result(None, "base of the logarithm of log-normalised values; by default looked for", gt=1)
+    exclude_conditions: tuple[str, ...] = result((), "conditions whose cells are left out")
     min_genes: int = result(0, "fewest genes a kept cell expresses", ge=0)
     min_cells: int = result(0, "fewest cells a kept gene is expressed in", ge=0)
     min_group_cells: int = result(100, "fewest cells of a (batch, condition) group", ge=1)
     small_groups: Literal["drop", "keep", "error"] = result("drop", "what to do with smaller groups")
     chunk_rows: int = how(4096, "rows read at a time", ge=1)
 
-    @field_validator("batch_key", mode="before")
+    @field_validator("condition_key", "control", "layer", "gene_names", mode="before")
+    @classmethod
+    def _name(cls, value: object) -> object:
+        return _as_name(value)
+
+    @field_validator("batch_key", "exclude_conditions", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         if value is None:
             return ()
-        return (value,) if isinstance(value, str) else value
+        if isinstance(value, (list, tuple)):
+            return tuple(_as_name(name) for name in value)
+        return (_as_name(value),)
+
+
+def _as_name(value: object) -> object:
+    """Return a name as text; a number is one too, yes and no are refused with what to do."""
+    if isinstance(value, bool):
+        msg = "expected a name, and YAML reads true and false (some readers also yes, no, on and off) as something else: quote it"
+        raise ValueError(msg)  # noqa: TRY004 - pydantic takes this one
+    return str(value) if isinstance(value, (int, float)) else value
 
 
 class HvgSettings(StageSettings):
@@ -461,13 +480,30 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
+class _Words(yaml.SafeLoader):
+    """YAML in which names stay names: `no`, `on` and `001` are what is written, and only `true` and `false` are not.
+
+    Settings that are no names take such words too: pydantic knows what `on` means where yes or no is wanted.
+    """
+
+
+_Words.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "int", "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Words.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Words.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+
+
 def read_yaml(text: str | bytes, where: str) -> Any:
     """Return the plain values of a YAML text; `SettingsError` begins with `where` and says why it is none.
 
     Nothing in it is called: a tag that asks for a Python object is an error.
     """
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Words)  # noqa: S506 - a kind of SafeLoader
     except Exception as error:
         # PyYAML lets the errors of int(), of dates and of recursion through as they are.
         msg = f"{where} cannot be read as plain YAML ({' '.join(str(error).split())[:200] or type(error).__name__})"
@@ -506,5 +542,5 @@ def _validated(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
         name = ".".join(str(part) for part in first["loc"]) or "settings"
         # What YAML makes of a few nested aliases can be too long to write out.
         found = "" if not first["loc"] else f" (found {reprlib.repr(first['input'])})"
-        msg = f"setting '{name}': {first['msg']}{found}"
+        msg = f"setting '{name}': {first['msg'].removeprefix('Value error, ')}{found}"
         raise SettingsError(msg) from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,10 +19,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ndreamer_dist.errors import CohortError, QueryError, StoreError, is_unicode, listing, quoted, suggest
+from ndreamer_dist.errors import LONGEST_NAME, CohortError, QueryError, StoreError, is_unicode, listing, quoted, suggest
 
 logger = logging.getLogger(__name__)
 
+EXCLUDED = "excluded condition"
+"""Why a cell of an excluded condition is left out."""
 MOST_EDGES = 20_000_000
 """Pairs of groups to match at most: every one is a piece of work of its own."""
 
@@ -211,6 +214,7 @@ def build_design(
     keep: np.ndarray | None = None,
     min_group_cells: int = 1,
     small_groups: Literal["drop", "keep", "error"] = "drop",
+    exclude: Sequence[str] = (),
 ) -> tuple[Design, np.ndarray, np.ndarray]:
     """Return the design of a cohort, the group of every input cell, and why a cell was left out here.
 
@@ -222,6 +226,8 @@ def build_design(
         (cells,) bool, the cells to look at; none: all.
     min_group_cells, small_groups
         What is done with groups of fewer cells: `drop` leaves their cells out, `error` refuses.
+    exclude
+        Conditions whose cells are left out.
 
     Returns
     -------
@@ -240,9 +246,12 @@ def build_design(
     keep = np.ones(len(obs), dtype=bool) if keep is None else keep
     condition_key, control, batch_keys = _check_keys(obs, condition_key, control, batch_keys)
     columns = [_named(obs, name) for name in (*batch_keys, condition_key)]
-    _check_conditions(columns[-1], condition_key, control, keep)
+    control = _level(obs[condition_key], columns[-1].levels, control)
+    left_out = excluded(obs, condition_key, exclude, control)
+    _check_conditions(columns[-1], condition_key, control, keep, left_out)
     pairs = _combined([column.codes for column in columns])
-    reasons = np.full(len(obs), "", dtype=object)
+    reasons = np.where(keep & left_out, EXCLUDED, "").astype(object)
+    keep = keep & ~left_out
     small = _small_groups(pairs, columns, keep, min_group_cells)
     if small and small_groups == "error":
         msg = (
@@ -353,20 +362,59 @@ def _columns(obs: pd.DataFrame) -> str:
     return listing(obs.columns) or "none"
 
 
-def _check_conditions(column: _Column, key: str, control: str, keep: np.ndarray) -> None:
+def excluded(obs: pd.DataFrame, key: str, names: Sequence[str], control: str | None = None) -> np.ndarray:
+    """Return which cells are of an excluded condition: (cells,) bool; `CohortError` where no cell is, or it is the control."""
+    column = _named(obs, key)
+    levels = [_level(obs[key], column.levels, name) for name in names]
+    absent = [name for name in levels if name not in column.levels]
+    if absent:
+        msg = (
+            f"no cell has the excluded condition {listing(absent)} in {key!r}; there are {listing(column.levels)}."
+            f"{suggest(absent[0], column.levels)}"
+        )
+        raise CohortError(msg)
+    if control in levels:
+        msg = f"{quoted(control)} is the control and cannot be excluded"
+        raise CohortError(msg)
+    return np.isin(column.codes, [column.levels.index(name) for name in levels])
+
+
+def _level(values: pd.Series[Any], levels: Sequence[str], name: str) -> str:
+    """Return the level that a name means: itself, or where the column holds numbers or yes and no, the one of its value."""
+    kind = values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype
+    if name in levels:
+        return name
+    if pd.api.types.is_bool_dtype(kind):
+        same = [level for level in levels if level.lower() == name.lower()]
+    elif pd.api.types.is_numeric_dtype(kind):
+        same = [level for level in levels if _number(level) == _number(name)]
+    else:
+        same = []
+    return same[0] if len(same) == 1 else name
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _check_conditions(column: _Column, key: str, control: str, keep: np.ndarray, left_out: np.ndarray) -> None:
     if control not in column.levels:
         msg = (
             f"no cell has the control {quoted(control)} in {key!r}; there are {listing(column.levels)}."
             f"{suggest(control, column.levels)}"
         )
         raise CohortError(msg)
-    if len(column.levels) < 2:
+    if len(np.unique(column.codes[~left_out])) < 2:
         msg = f"{key!r} holds one condition, {control!r}; effects need a second one"
         raise CohortError(msg)
-    gone = _absent(column, keep)
+    gone = set(_absent(column, keep & ~left_out)) - set(_absent(column, ~left_out))
     if gone:
+        names = [name for name in column.levels if name in gone]
         msg = (
-            f"no cell is left of {_what(gone, control)}: all were left out for their counts (see min_genes, min_cells)"
+            f"no cell is left of {_what(names, control)}: all were left out for their counts (see min_genes, min_cells)"
         )
         raise CohortError(msg)
 
@@ -374,12 +422,22 @@ def _check_conditions(column: _Column, key: str, control: str, keep: np.ndarray)
 def _check_nothing_vanishes(column: _Column, before: np.ndarray, after: np.ndarray, control: str, limit: int) -> None:
     already = set(_absent(column, before))
     gone = [name for name in _absent(column, after) if name not in already]
-    if gone:
-        msg = (
-            f"{_what(gone, control)} would vanish: no group of it has {limit} cells (min_group_cells); lower it "
-            "(--set cohort.min_group_cells=N) or keep small groups (--set cohort.small_groups=keep)"
-        )
-        raise CohortError(msg)
+    if not gone:
+        return
+    others = [name for name in gone if name != control]
+    leave = f"leave out ({' '.join(f'--exclude-condition {_word(name)}' for name in others[:8])}" if others else ""
+    leave += f" and {len(others) - 8} more), " if len(others) > 8 else "), " if others else ""
+    msg = (
+        f"{_what(gone, control)} would vanish: no group of {'it' if len(gone) == 1 else 'them'} has {limit} cells "
+        f"(min_group_cells); {leave if control not in gone else ''}lower it (--set cohort.min_group_cells=N) or keep small "
+        "groups (--set cohort.small_groups=keep)"
+    )
+    raise CohortError(msg)
+
+
+def _word(name: str) -> str:
+    """Return a name as a shell takes it."""
+    return shlex.quote(name) if len(name) <= LONGEST_NAME else quoted(name)
 
 
 def _absent(column: _Column, keep: np.ndarray) -> list[str]:
@@ -388,7 +446,9 @@ def _absent(column: _Column, keep: np.ndarray) -> list[str]:
 
 
 def _what(names: list[str], control: str) -> str:
-    return f"the control {quoted(control)}" if control in names else f"condition {quoted(names[0])}"
+    if control in names:
+        return f"the control {quoted(control)}"
+    return f"condition {quoted(names[0])}" if len(names) == 1 else f"{len(names)} conditions, {listing(names)},"
 
 
 def _check_edges(design: Design) -> None:

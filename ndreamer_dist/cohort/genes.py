@@ -15,11 +15,14 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.design import Design, build_design, group_sizes, pair_codes, report_design
+from ndreamer_dist.cohort.design import EXCLUDED, Design, build_design, excluded, group_sizes, pair_codes, report_design
+from ndreamer_dist.cohort.matrix import MemoryMatrix
 from ndreamer_dist.cohort.packed import write_tables
-from ndreamer_dist.cohort.source import MemoryMatrix, Source
-from ndreamer_dist.cohort.statistics import Recipe, Scan, Values, decide_values, frame_of_cells, scan
+from ndreamer_dist.cohort.source import Source
+from ndreamer_dist.cohort.statistics import Recipe, Scan, frame_of_cells, scan
+from ndreamer_dist.cohort.tables import gene_places
 from ndreamer_dist.cohort.transpose import rows_first
+from ndreamer_dist.cohort.values import Decision, decide_values
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, listing, suggest
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
@@ -49,11 +52,14 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     cohort = settings.cohort
     check_cohort(source, cohort)
     kept_genes = check_genes(source, settings.hvg)
-    values, integers = decide_values(source, cohort.normalise)
+    decision = decide_values(source, cohort.normalise, cohort.log_base)
+    source = source.in_natural_logs(decision.base)
+    for note in (decision.seen, *source.notes):
+        logger.info(note)
     run.unmark(keys.STAGE_COHORT)
     pairs = pair_codes(source.obs, str(cohort.condition_key), cohort.batch_key)
     try:
-        found, genes_left = _scanned(run, source, cohort, runtime, key, pairs, values, integers, kept_genes)
+        found, genes_left = _scanned(run, source, cohort, runtime, key, pairs, decision, kept_genes)
     except CohortError:
         run.unmark(keys.STAGE_ROWS)  # a mended cohort may have the same fingerprint, but not the same rows
         raise
@@ -61,8 +67,11 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     design, groups, reasons = build_design(source.obs, keep=keep, **_design_arguments(cohort))
     reasons = np.where(dropped_for != "", dropped_for, reasons)
     genes = _selected(source, found, design, groups, pairs, genes_left, kept_genes, settings.hvg)
-    notes = _report(source, cohort, design, keep, reasons)
-    summary = _summary(cohort, values, design, reasons, genes, notes)
+    notes = [decision.seen, *source.notes, *_report(source, cohort, design, keep & (reasons != EXCLUDED), reasons)]
+    if found.repeated:
+        notes.append(f"{found.repeated} values stood beside another of the same cell and gene; they were added up")
+        logger.warning(notes[-1])
+    summary = _summary(cohort, decision, design, reasons, genes, notes)
     digests = _write(run, source, design, groups, found, genes, reasons, summary)
     run.mark(keys.STAGE_COHORT, key, shard, digests)
     return design
@@ -75,18 +84,29 @@ def check_cohort(source: Source, cohort: CohortSettings) -> Design:
 
 def input_sizes(source: Source, cohort: CohortSettings) -> dict[str, int]:
     """Return the number of cells of every group of the input, whatever its size, by name."""
-    every = np.ones(source.n_cells, dtype=bool)
+    every = ~excluded(source.obs, str(cohort.condition_key), cohort.exclude_conditions)
     return group_sizes(source.obs, str(cohort.condition_key), cohort.batch_key, every)
 
 
 def check_genes(source: Source, hvg: HvgSettings) -> np.ndarray:
-    """Return which input genes are always modelled, (genes,) bool; `CohortError` names those that are not there."""
-    absent = [name for name in hvg.keep if name not in source.gene_names]
+    """Return which input genes are always modelled, (genes,) bool; `CohortError` names those that are not there.
+
+    A gene may be named by its id, with or without its version, or by its symbol.
+    """
+    places = gene_places(source.gene_names, source.var, hvg.keep)
+    absent = [name for name, found in places.items() if not found]
     if absent:
         near = suggest(absent[0], source.gene_names)
         msg = f"hvg.keep names {listing(absent)}, not among the {source.n_genes} genes of the cohort.{near}"
         raise CohortError(msg)
-    return np.asarray(source.gene_names.isin(hvg.keep))
+    several = [name for name, found in places.items() if len(found) > 1]
+    if several:
+        meant = listing(source.gene_names[places[several[0]]])
+        msg = f"hvg.keep names {listing(several)}, which several genes are called; name one of them: {meant}"
+        raise CohortError(msg)
+    kept = np.zeros(source.n_genes, dtype=bool)
+    kept[[found[0] for found in places.values()]] = True
+    return kept
 
 
 def seurat_hvg(
@@ -213,6 +233,7 @@ def _design_arguments(cohort: CohortSettings) -> dict[str, Any]:
     return {
         "condition_key": cohort.condition_key,
         "control": cohort.control,
+        "exclude": cohort.exclude_conditions,
         "batch_keys": cohort.batch_key,
         "min_group_cells": cohort.min_group_cells,
         "small_groups": cohort.small_groups,
@@ -226,22 +247,21 @@ def _scanned(
     runtime: Runtime,
     key: str,
     pairs: np.ndarray,
-    values: Values,
-    integers: bool,
+    decision: Decision,
     kept_genes: np.ndarray,
 ) -> tuple[Scan, np.ndarray]:
     """Pass over the matrix, twice where genes are filtered first; return the sums and the genes left."""
     matrix = task_matrix(run, source, runtime, key)
-    recipe = Recipe(values, None, cohort.min_genes, cohort.chunk_rows)
-    found = scan(source, matrix, pairs, recipe, runtime, integers=integers, title="cohort: values")
+    recipe = Recipe(decision.normalise, None, cohort.min_genes, cohort.chunk_rows)
+    found = scan(source, matrix, pairs, recipe, runtime, integers=decision.integers, title="cohort: values")
     left = (found.expressed >= cohort.min_cells) | kept_genes
     if left.all():
         return found, left
     if not left.any():
         msg = f"no gene is expressed in {cohort.min_cells} cells (min_cells); lower it"
         raise CohortError(msg)
-    recipe = Recipe(values, left, cohort.min_genes, cohort.chunk_rows)
-    return scan(source, matrix, pairs, recipe, runtime, integers=integers, title="cohort: genes left"), left
+    recipe = Recipe(decision.normalise, left, cohort.min_genes, cohort.chunk_rows)
+    return scan(source, matrix, pairs, recipe, runtime, integers=decision.integers, title="cohort: genes left"), left
 
 
 def task_matrix(run: RunDirectory, source: Source, runtime: Runtime, key: str) -> Any:
@@ -311,12 +331,19 @@ def _report(source: Source, cohort: CohortSettings, design: Design, keep: np.nda
 
 
 def _summary(
-    cohort: CohortSettings, values: Values, design: Design, reasons: np.ndarray, genes: pd.DataFrame, notes: list[str]
+    cohort: CohortSettings,
+    decision: Decision,
+    design: Design,
+    reasons: np.ndarray,
+    genes: pd.DataFrame,
+    notes: list[str],
 ) -> dict[str, Any]:
     names, counts = np.unique(reasons[reasons != ""].astype(str), return_counts=True)
     return {
-        "normalise": values,
+        "normalise": decision.normalise,
         "normalise_asked": cohort.normalise,
+        "values": decision.seen,
+        **({"log_base": decision.base} if decision.base else {}),
         "input_cells": len(reasons),
         "cells": design.n_cells,
         "input_genes": len(genes),

@@ -20,10 +20,12 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import task_matrix
+from ndreamer_dist.cohort.matrix import Matrix
 from ndreamer_dist.cohort.packed import COHORT_MARKER, Packed, csr_files, read_table, write_csr
-from ndreamer_dist.cohort.source import Matrix, Source
-from ndreamer_dist.cohort.statistics import Span, Values, chunks_of, normalised, spans_of
+from ndreamer_dist.cohort.source import Source
+from ndreamer_dist.cohort.statistics import Span, chunks_of, normalised, spans_of
 from ndreamer_dist.cohort.transpose import drop_rows
+from ndreamer_dist.cohort.values import Values
 from ndreamer_dist.compute.executor import Runtime, fetch
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.settings import Settings
@@ -151,6 +153,7 @@ def _start_dealing(
         edges=tuple((packed.block_range(p[0])[0], packed.block_range(p[-1])[1]) for p in partitions),
         chunk_rows=settings.cohort.chunk_rows,
     )
+    source = source.in_natural_logs(run.read_json(keys.COHORT_SUMMARY).get("log_base"))
     cohort_key = run.read_json(COHORT_MARKER)["key"]
     shared = runtime.put(dealing), runtime.put(task_matrix(run, source, runtime, cohort_key))
     handles = [

@@ -2,8 +2,7 @@
 
 The rows, in input order, are cut into spans that depend on the number of cells alone; a span is a task, read a chunk
 at a time. Out come the cells' totals and, per group and gene, the sums of the normalised expression and of its squares,
-in float64 and in row order, so that neither chunk size nor the number of workers changes a bit. The decision whether
-the values are counts or already log-normalised is made here as well, on a sample.
+in float64 and in row order, so that neither chunk size nor the number of workers changes a bit.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ndreamer_dist.cohort.source import Matrix, Source
+from ndreamer_dist.cohort.matrix import Matrix, rows_and_repeats
+from ndreamer_dist.cohort.source import Source
+from ndreamer_dist.cohort.values import Values, named_value, refuse_value
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError
 
@@ -25,10 +25,6 @@ TARGET_SUM = 1e4
 """Counts per cell after scaling (METHOD section 1.1)."""
 SPAN_ROWS = 65_536
 """Most rows of a span, where there are more than 16 of them."""
-LOG_CEILING = 20.0
-"""No log1p of counts per 10 000, nor per million, is as large."""
-
-Values = Literal["counts", "none"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,7 @@ class SpanSums:
     expressed: np.ndarray  # (genes,) int64 cells above zero
     bad: tuple[int, int, float] | None  # first row, gene and value that cannot be
     fractional: tuple[int, int, float] | None  # first value that is no integer
+    repeated: int = 0  # values added to another of the same cell and gene
 
 
 def spans_of(n_cells: int) -> list[Span]:
@@ -102,8 +99,10 @@ def scan_span(span: Span, matrix: Matrix, pairs: np.ndarray, recipe: Recipe) -> 
     totals, detected = np.zeros(span.stop - span.start), np.zeros(span.stop - span.start, dtype=np.int64)
     expressed = np.zeros(n_genes, dtype=np.int64)
     bad = fractional = None
+    repeated = 0
     for start, stop in chunks_of(span, recipe.chunk_rows):
-        rows = matrix.read_rows(start, stop)
+        rows, again = rows_and_repeats(matrix, start, stop)
+        repeated += again
         bad = _first(rows, ~(np.isfinite(rows.data) & (rows.data >= 0)), start)
         if bad is not None:
             break
@@ -119,7 +118,7 @@ def scan_span(span: Span, matrix: Matrix, pairs: np.ndarray, recipe: Recipe) -> 
         # add.at adds one by one in row order, so the sum does not depend on where chunks begin.
         np.add.at(sums.reshape(-1), flat, values.astype(np.float64))
         np.add.at(squares.reshape(-1), flat, (values * values).astype(np.float64))
-    return SpanSums(span.index, totals, detected, groups, sums, squares, expressed, bad, fractional)
+    return SpanSums(span.index, totals, detected, groups, sums, squares, expressed, bad, fractional, repeated)
 
 
 @dataclass
@@ -131,6 +130,7 @@ class Scan:
     sums: np.ndarray  # (pairs, genes) float64
     squares: np.ndarray  # (pairs, genes) float64
     expressed: np.ndarray  # (genes,) int64
+    repeated: int = 0  # values added to another of the same cell and gene
 
     def add(self, span: Span, part: SpanSums) -> None:
         """Take in one span; to be called in the order of the spans."""
@@ -139,6 +139,7 @@ class Scan:
         self.sums[part.groups] += part.sums
         self.squares[part.groups] += part.squares
         self.expressed += part.expressed
+        self.repeated += part.repeated
 
 
 def scan(
@@ -176,62 +177,6 @@ def scan(
     return whole
 
 
-def decide_values(source: Source, asked: Literal["auto", "counts", "none"]) -> tuple[Values, bool]:
-    """Decide on a sample whether the values are counts to be normalised, and whether all of them are integers.
-
-    Raises
-    ------
-    CohortError
-        What is asked for contradicts the values, or `auto` cannot tell.
-    """
-    rows = source.sample
-    values = rows.data
-    if not values.size or not (np.isfinite(values) & (values >= 0)).all():
-        return (
-            "none" if asked == "none" else "counts"
-        ), False  # the pass over all values says what is wrong, and where
-    integers = bool((values == np.floor(values)).all())
-    largest = float(values.max())
-    logged = not integers and _looks_logged(rows)
-    if asked == "none" and integers and largest > 1:
-        msg = (
-            f"the values look like counts (integers up to {largest:.0f}), but normalise=none expects them "
-            "log-normalised; use --normalise counts, or name the layer that is log-normalised"
-        )
-        raise CohortError(msg)
-    if asked == "counts" and logged:
-        msg = (
-            f"the values look log-normalised (not integers, at most {largest:.2f}), but normalise=counts expects counts; "
-            "use --normalise none, or name the layer that holds counts"
-        )
-        raise CohortError(msg)
-    if asked == "auto" and not integers and not logged:
-        msg = (
-            f"the values are neither counts nor clearly log-normalised (not integers, at most {largest:.2f}); say which: "
-            "--normalise counts or --normalise none"
-        )
-        raise CohortError(msg)
-    decided: Values = ("counts" if integers else "none") if asked == "auto" else asked
-    return decided, integers and asked == "auto"
-
-
-def _looks_logged(rows: sparse.csr_matrix) -> bool:
-    """Return whether values look like log1p of scaled counts.
-
-    Either all cells have one library size once the log is undone, or each cell's values are multiples of its smallest.
-    """
-    if not rows.data.size or not np.isfinite(rows.data).all() or rows.data.max() >= LOG_CEILING:
-        return False
-    undone = np.expm1(rows.data.astype(np.float64))
-    held = np.diff(rows.indptr) > 0
-    sizes = np.add.reduceat(undone, rows.indptr[:-1][held])
-    if len(sizes) > 1 and sizes.std() < 0.02 * sizes.mean():
-        return True
-    smallest = np.minimum.reduceat(undone, rows.indptr[:-1][held])
-    multiples = undone / np.repeat(smallest, np.diff(rows.indptr)[held])
-    return bool((np.abs(multiples - np.round(multiples)) < 0.01 * multiples).mean() > 0.95)
-
-
 def _first(rows: sparse.csr_matrix, wanted: np.ndarray, start: int) -> tuple[int, int, float] | None:
     """Return input row, gene and value of the first stored value that is wanted."""
     if not wanted.any():
@@ -253,25 +198,15 @@ def _without(rows: sparse.csr_matrix, cells: np.ndarray, genes: np.ndarray | Non
 
 
 def _check_values(source: Source, part: SpanSums, integers: bool) -> None:
-    found = part.bad or (part.fractional if integers else None)
-    if found is None:
-        return
-    row, gene, value = found
-    where = f"cell {str(source.cell_names[row])!r}, gene {str(source.gene_names[gene])!r}"
-    if part.bad is None:
+    if part.bad is not None:
+        refuse_value(source, *part.bad)
+    if part.fractional is not None and integers:
+        row, gene, value = part.fractional
         msg = (
-            f"most values are counts, but {where} (row {row}) holds {value:g}; say which they are: "
+            f"most values are counts, but {named_value(source, row, gene)} holds {value:g}; say which they are: "
             "--normalise counts or --normalise none"
         )
         raise CohortError(msg)
-    what = (
-        "NaN" if np.isnan(value) else f"{value:g}, an infinite value" if np.isinf(value) else f"{value:g}, below zero"
-    )
-    msg = (
-        f"{where} (row {row}) holds {what}; expected counts or log-normalised expression, finite and not negative "
-        "(not scaled or corrected values)"
-    )
-    raise CohortError(msg)
 
 
 def frame_of_cells(rows: np.ndarray, groups: np.ndarray, totals: np.ndarray) -> pd.DataFrame:

@@ -114,6 +114,7 @@ def _summary(results: Results) -> str:
     lines = [
         f"{results.url}: {design.n_cells} cells x {len(results.var_names)} genes",
         f"effects are {printable(str(told.get('sign')))}; matched in {shown(results.space)} (obsm {results.embedding_key})",
+        *([printable(str(told["values"]))] if "values" in told else []),
         f"layers: {printable(', '.join(results.layers)) or 'none'}; columns: {printable(', '.join(map(str, cells.columns)))}",
         "",
         (

@@ -12,6 +12,8 @@ import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any
 
 import anndata
@@ -344,6 +346,9 @@ def _plain(value: Any) -> Any:
 def writable(table: pd.DataFrame, where: str) -> pd.DataFrame:
     """Return a table that anndata can write, with columns that are not plain turned into their nullable likes.
 
+    An index whose name is that of a column with other values loses its name: names are text, and a table that is
+    indexed by whole numbers of its own (`cell_id`, Entrez ids) keeps them in the column.
+
     Raises
     ------
     CohortError
@@ -356,37 +361,78 @@ def writable(table: pd.DataFrame, where: str) -> pd.DataFrame:
             raise CohortError(msg)
         if column.dtype == object and not column.map(lambda value: isinstance(value, str)).all():
             changed[name] = _nullable(column, where)
-    return table.assign(**changed) if changed else table
+        elif _is_unwritable_number(column.dtype):
+            changed[name] = _plain_numbers(column)
+    made = table.assign(**changed) if changed else table
+    name = made.index.name
+    if name is not None and name in made and not made.index.equals(pd.Index(made[name])):
+        made = made.rename_axis(index=None)
+    return made
+
+
+def _is_unwritable_number(dtype: Any) -> bool:
+    """Return whether numbers are of a type that anndata does not write: nullable fractions, pyarrow's, long doubles."""
+    if isinstance(dtype, pd.ArrowDtype):
+        return bool(pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype))
+    return isinstance(dtype, pd.Float32Dtype | pd.Float64Dtype) or dtype == np.dtype(np.longdouble)
+
+
+def _plain_numbers(column: pd.Series[Any]) -> pd.Series[Any]:
+    """Return numbers as anndata writes them: whole ones and yes or no nullable, others float64 with NaN."""
+    better = column.convert_dtypes(dtype_backend="numpy_nullable") if column.dtype != np.longdouble else column
+    if pd.api.types.is_float_dtype(better.dtype):
+        return pd.Series(better.to_numpy(dtype=np.float64, na_value=np.nan), index=column.index, name=column.name)
+    return better
 
 
 def _nullable(column: pd.Series[Any], where: str) -> pd.Series[Any]:
-    found = column.dropna()
-    if found.map(lambda value: isinstance(value, str)).all():
+    held = column.dropna()
+    if held.map(lambda value: isinstance(value, str)).all():
         return column.astype("string")
+    if held.map(lambda value: isinstance(value, Real | Decimal) and not isinstance(value, bool | np.bool_)).all():
+        return _plain_numbers(pd.to_numeric(column.map(float, na_action="ignore") if _fractions(held) else column))
     better = column.convert_dtypes()
     if better.dtype == object:
-        kinds = sorted({type(value).__name__ for value in found})
+        kinds = sorted({type(value).__name__ for value in held})
         msg = f"{where} column {column.name!r} mixes {', '.join(kinds)} and cannot be stored; make it one type"
         raise CohortError(msg)
     return better
 
 
+def _fractions(values: pd.Series[Any]) -> bool:
+    return not values.map(lambda value: isinstance(value, Integral)).all()
+
+
 def check_tables(obs: pd.DataFrame, var: pd.DataFrame) -> None:
-    """Refuse tables that could not be written at the end of the job, before work starts.
+    """Refuse tables that could not be written at the end of the job, before work starts, by writing their first row.
 
     Raises
     ------
     CohortError
-        A column cannot be stored; the message names it.
+        A column, or the table's index, cannot be stored; the message names it.
     """
     for where, table in (("obs", obs), ("var", var)):
-        plain = writable(table, where)
-        for name in plain.columns:
-            try:
-                _write(zarr.open_group(MemoryStore(), mode="w", zarr_format=3), where, plain[[name]].head(1))
-            except Exception as error:
-                msg = f"{where} column {name!r} ({plain[name].dtype}) cannot be stored; turn it into text or numbers"
-                raise CohortError(msg) from error
+        plain = writable(table.set_axis(table.index.astype(str), axis=0), where)
+        try:
+            _write(zarr.open_group(MemoryStore(), mode="w", zarr_format=3), where, plain.head(1))
+        except Exception as error:
+            raise _unwritable(where, plain, error) from error
+
+
+def _unwritable(where: str, table: pd.DataFrame, error: Exception) -> CohortError:
+    """Return the error that names what of a table cannot be written."""
+    for name in table.columns:
+        try:
+            _write(
+                zarr.open_group(MemoryStore(), mode="w", zarr_format=3), where, table[[name]].head(1).rename_axis(None)
+            )
+        except Exception:  # noqa: BLE001 - whatever anndata says of this column, it cannot be stored
+            msg = (
+                f"{where} column {name!r} ({table[name].dtype}) cannot be stored; turn it into text or numbers, or leave it "
+                f"out: adata.{where}[{name!r}] = adata.{where}[{name!r}].astype(str)"
+            )
+            return CohortError(msg)
+    return CohortError(f"{where} cannot be stored as a whole ({type(error).__name__}: {error})")
 
 
 def _write(root: zarr.Group, name: str, value: Any) -> None:

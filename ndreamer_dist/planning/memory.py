@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.pack import partition_count
-from ndreamer_dist.cohort.source import COLUMN_ENTRIES
 from ndreamer_dist.cohort.statistics import spans_of
+from ndreamer_dist.cohort.stored import COLUMN_ENTRIES
 from ndreamer_dist.cohort.transpose import DISK_BYTES_PER_ENTRY, TASK_BYTES_PER_ENTRY
 from ndreamer_dist.compute.executor import TaskNeed
 from ndreamer_dist.compute.machine import Needs

@@ -13,10 +13,10 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.clusters import clustered_by
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.pack import partitions_of
-from ndreamer_dist.cohort.source import COLUMN_ENTRIES
 from ndreamer_dist.cohort.statistics import spans_of
+from ndreamer_dist.cohort.stored import COLUMN_ENTRIES
 from ndreamer_dist.embedding.space import MOST_SPANS
-from ndreamer_dist.errors import shown
+from ndreamer_dist.errors import printable, shown
 from ndreamer_dist.matching.stage import edge_shards, units
 from ndreamer_dist.planning import memory
 from ndreamer_dist.planning.memory import CohortSize
@@ -68,6 +68,8 @@ class Plan:
         Stages that this space does not need.
     stages
         In order.
+    notes
+        What was seen of the values, and decided.
     memory, disk
         Most bytes over all stages; `memory_free` and `disk_free` are what there is (none where it cannot be known).
     """
@@ -91,6 +93,7 @@ class Plan:
     disk_free: int | None = None
     embedding: str = keys.NDREAMER
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join([*self._cohort_lines(), "", *self._stage_lines(), "", *self._resource_lines()])
@@ -107,6 +110,7 @@ class Plan:
             f"  smallest {_group(smallest)}",
             f"  largest  {_group(largest)}",
             *([f"  dropped  {self._dropped_names()}"] if self.dropped_groups else []),
+            *map(printable, self.notes),
             f"not known before the values are read: {self.unknown}",
             f"matching   {self.edges:,} pairs of groups{self._place()}",
             f"training   {self._training()}",
@@ -150,6 +154,7 @@ def plan_of(
     object_store: int,
     memory_free: int | None = None,
     disk_free: int | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Plan:
     """Return the plan of a cohort.
 
@@ -188,6 +193,7 @@ def plan_of(
         disk_free=disk_free,
         embedding=settings.embed.method,
         left_out=tuple(stage for stage in keys.STAGES if stage not in stages),
+        notes=notes,
     )
 
 

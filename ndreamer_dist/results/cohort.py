@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_source
+from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_cohort
 from ndreamer_dist.cohort.statistics import normalised
 from ndreamer_dist.errors import CohortError, StoreError, listing
 from ndreamer_dist.settings import CohortSettings
@@ -87,7 +87,7 @@ def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFram
         _check_cells(cohort.source, rows, cells.index)
         return cohort
     settings = _cohort_settings(told)
-    source = open_source(cohort, layer=settings.layer)
+    source = open_cohort(cohort, settings)
     _check_cells(source, rows, cells.index)
     if "input" in told:
         _check_fingerprint(source, json.loads(told["input"]), settings)
@@ -95,6 +95,7 @@ def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFram
         msg = "the results do not say how the cohort was normalised; run their effects again (`run --redo`)"
         raise StoreError(msg)
     counts = told["normalise"] == "counts"
+    source = source.in_natural_logs(float(told["log_base"]) if "log_base" in told else None)
     return GivenExpression(source, rows, cells[keys.OBS_TOTAL].to_numpy(dtype=np.float64) if counts else None)
 
 
@@ -115,7 +116,8 @@ def _check_cells(source: Source, rows: np.ndarray, names: pd.Index) -> None:
 def _cohort_settings(told: Mapping[str, Any]) -> CohortSettings:
     values = json.loads(told["settings"]).get("cohort", {})
     try:
-        return CohortSettings(**{name: values[name] for name in ("layer", "condition_key", "batch_key")})
+        held = {name: values[name] for name in ("gene_names", "normalise") if name in values}
+        return CohortSettings(**held, **{name: values[name] for name in ("layer", "condition_key", "batch_key")})
     except (KeyError, TypeError, ValueError) as error:
         msg = f"what the results tell of their settings is damaged ({type(error).__name__})"
         raise StoreError(msg) from error

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -145,6 +148,61 @@ def _in_memory(change: Callable[[ad.AnnData], object]) -> Case:
     return case
 
 
+def _file(name: str, content: bytes) -> Case:
+    def case(folder: Path) -> Work:
+        (folder / name).write_bytes(content)
+        return _words(folder / name, folder / "run")
+
+    return case
+
+
+def _hdf5(name: str, *arrays: str) -> Case:
+    def case(folder: Path) -> Work:
+        with h5py.File(folder / name, "w") as file:
+            for array in arrays:
+                file[array] = np.arange(3)
+        return _words(folder / name, folder / "run")
+
+    return case
+
+
+def _folder(name: str, *files: str) -> Case:
+    def case(folder: Path) -> Work:
+        for file in files:
+            path = folder / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        return _words(folder / name, folder / "run")
+
+    return case
+
+
+HOLD = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print('held', flush=True); sys.stdin.read()"
+
+
+def _locked(folder: Path) -> Work:
+    path = _write(counts(200, 30), folder / "cohort.h5ad")
+    work = _words(path, folder / "run")
+
+    def while_held() -> None:
+        words = [sys.executable, "-c", HOLD, str(path)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            try:
+                work()
+            finally:
+                holder.communicate()
+
+    return while_held
+
+
+def _scaled(adata: ad.AnnData) -> None:
+    adata.raw = adata.copy()
+    x = adata.X.toarray()
+    adata.X = (x - x.mean(axis=0)) / (x.std(axis=0) + 1)
+
+
 def _set(row: int, gene: int, value: float) -> Callable[[ad.AnnData], object]:
     def change(adata: ad.AnnData) -> None:
         x = adata.X.toarray()
@@ -193,6 +251,20 @@ CASES: dict[str, Case] = {
     "no such file": lambda folder: _words(folder / "cohort.h5ad", folder / "run"),
     "an h5ad file cut short": _stored("cohort.h5ad", _cut),
     "a file that is no HDF5": _stored("cohort.h5ad", lambda path: path.write_text("cell,gene\n")),
+    "a file that another program writes": _locked,
+    "a pointer of git-lfs": _file("cohort.h5ad", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+    "a web page": _file("cohort.h5ad", b"<!DOCTYPE html><html><body>404</body></html>"),
+    "an h5ad file in gzip": _file("cohort.h5ad.gz", gzip.compress(b"\x89HDF\r\n\x1a\n")),
+    "a zarr store in a zip": _file("cohort.zarr.zip", b"PK\x03\x04 and so on"),
+    "an R object": _file("cohort.rds", gzip.compress(b"X\n\0\0\0\3")),
+    "a MatrixMarket file": _file("matrix.mtx", b"%%MatrixMarket matrix coordinate integer general\n"),
+    "a 10x HDF5 matrix": _hdf5("filtered_feature_bc_matrix.h5", "matrix/barcodes", "matrix/indptr", "matrix/features/id"),
+    "a loom file": _hdf5("cohort.loom", "matrix", "row_attrs/Gene", "col_attrs/CellID"),
+    "an h5Seurat file": _hdf5("cohort.h5seurat", "assays/RNA/counts/data", "cell.names", "meta.data/x"),
+    "a MuData without a modality rna": _hdf5("cohort.h5mu", "obs/x", "mod/protein/X", "mod/gex/X"),
+    "a 10x matrix folder": _folder("filtered", "matrix.mtx.gz", "barcodes.tsv.gz", "features.tsv.gz"),
+    "a folder of h5ad files": _folder("samples", "D1.h5ad", "D2.h5ad"),
+    "a SOMA experiment": _folder("soma", "__group/0_0", "ms/__group/0_0", "obs/__schema/0_0"),
     "an HDF5 file that is not AnnData": _stored("cohort.h5ad", _edited(lambda file: file.__delitem__("obs"))),
     "a store without X": _stored("cohort.h5ad", _edited(lambda file: file.__delitem__("X"))),
     "a matrix whose parts do not fit": _stored("cohort.h5ad", _edited(_shorten)),
@@ -202,6 +274,10 @@ CASES: dict[str, Case] = {
         lambda a: a.layers.__setitem__("counts", a.X), "--set", "cohort.layer=count"
     ),
     "a layer where there is none": _cohort(None, "--set", "cohort.layer=counts"),
+    "raw where there is none": _cohort(None, "--layer", "raw"),
+    "a column to name genes by that is not there": _cohort(
+        lambda a: a.var.__setitem__("feature_name", "x"), "--gene-names", "featurename"
+    ),
     "no cells": _stored("cohort.h5ad", lambda path: _write(counts(200, 30)[:0], path)),
     "cell names used twice": _cohort(lambda a: setattr(a, "obs_names", ["cell1", *a.obs_names[1:]])),
     "gene names used twice": _cohort(lambda a: setattr(a, "var_names", ["ISG15", "ISG15", *a.var_names[2:]])),
@@ -226,6 +302,12 @@ CASES: dict[str, Case] = {
     "a condition that min_group_cells makes vanish": _cohort(
         _column("condition", _few_controls), control="drug", batch_key=None
     ),
+    "several conditions that min_group_cells makes vanish": _cohort(
+        _column("condition", lambda a: np.where(np.arange(a.n_obs) < 6, [f"KO {i % 3}" for i in range(a.n_obs)], "ctrl")),
+        batch_key=None,
+    ),
+    "a condition to exclude that is not there": _cohort(None, "--exclude-condition", "stimm"),
+    "the control to be excluded": _cohort(None, "--exclude-condition", "ctrl"),
     "small groups, with small_groups=error": _cohort(
         None, "--set", "cohort.min_group_cells=60", "--set", "cohort.small_groups=error"
     ),
@@ -233,8 +315,15 @@ CASES: dict[str, Case] = {
     "log-normalised values, with normalise=counts": _cohort(_logged, "--normalise", "counts"),
     "counts, with normalise=none": _cohort(None, "--normalise", "none"),
     "neither counts nor log-normalised, with normalise=auto": _cohort(
-        lambda a: setattr(a, "X", a.X * np.float32(13.37))
+        lambda a: setattr(a.X, "data", a.X.data ** np.float32(1.3))
     ),
+    "scaled counts without their log": _cohort(lambda a: setattr(a, "X", a.X * np.float32(13.37))),
+    "proportions": _cohort(lambda a: setattr(a, "X", sparse.csr_matrix(a.X / a.X.sum(axis=1)))),
+    "a negative value": _cohort(_set(17, 3, -1.5)),
+    "NaN": _cohort(_set(150, 29, np.nan)),
+    "an infinite value": _cohort(_set(1, 0, np.inf)),
+    "scaled values, with counts in .raw": _cohort(_scaled, "--layer", "X"),
+    "yes and no as names": _cohort(None, "--set", "cohort.control=true", control=None),
     "a misspelled setting": _cohort(None, "--set", "train.epoch=5"),
     "a setting out of range": _cohort(None, "--set", "hvg.num_hvg=0"),
     "a setting that is no assignment": _cohort(None, "--set", "epochs"),
@@ -253,9 +342,7 @@ CASES: dict[str, Case] = {
     "a run directory in use": _in_use,
 }  # fmt: skip
 ON_THE_WAY: dict[str, Case] = {
-    "a negative value": _cohort(_set(17, 3, -1.5)),
-    "NaN": _cohort(_set(150, 29, np.nan)),
-    "an infinite value": _cohort(_set(1, 0, np.inf)),
+    "a negative value where no sample is taken": _cohort(_set(25, 3, -1.5), cells=2000),
     "a value that is no integer, among counts": _cohort(_set(25, 2, 0.5), cells=2000),
     "min_genes that no cell of a condition reaches": _cohort(None, "--set", "cohort.min_genes=31"),
     "min_cells that no gene reaches": _cohort(None, "--set", "cohort.min_cells=201"),

@@ -10,8 +10,8 @@ import pytest
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.pack import partitions_of
-from ndreamer_dist.cohort.source import COLUMN_ENTRIES
 from ndreamer_dist.cohort.statistics import spans_of
+from ndreamer_dist.cohort.stored import COLUMN_ENTRIES
 from ndreamer_dist.cohort.transpose import TASK_BYTES_PER_ENTRY
 from ndreamer_dist.effects.tables import MATCH_LIMIT
 from ndreamer_dist.planning.memory import (

@@ -21,7 +21,7 @@ import pytest
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.cohort import source
+from ndreamer_dist.cohort import source, stored
 from ndreamer_dist.errors import CohortError, RunError, StoreError
 from ndreamer_dist.rundir import lock
 from ndreamer_dist.rundir.directory import RunDirectory
@@ -61,8 +61,8 @@ def h5ad(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def blocks_of(monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes in which a remote h5ad file is read: so few that this one has to be read by ranges."""
-    monkeypatch.setattr(source, "REMOTE_BLOCK", 2**16)
-    monkeypatch.setattr(source, "REMOTE_BLOCKS", 4)
+    monkeypatch.setattr(stored, "REMOTE_BLOCK", 2**16)
+    monkeypatch.setattr(stored, "REMOTE_BLOCKS", 4)
     return 2**16
 
 

@@ -1,0 +1,166 @@
+"""Matrices of cells x genes that are read by ranges of rows: in memory, or as blocks of a dask array.
+
+Every kind hands out the same: CSR float32 with sorted indices, without stored zeros, each gene once a cell. A gene that
+a cell holds twice is added up, as scipy, anndata and scanpy do; `tidied` says how many values that took. Matrices are
+cheap to send to a task. Those in files are in `stored.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from scipy import sparse
+
+from ndreamer_dist.compute.executor import Runtime, fetch
+from ndreamer_dist.errors import CohortError
+
+Kind = Literal["csr", "csc", "dense"]
+
+
+class Matrix(Protocol):
+    """A cells x genes matrix that is read by ranges of rows; it can be sent to a task."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and genes."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """How the matrix is stored."""
+        ...
+
+    @property
+    def nnz(self) -> int:
+        """Stored values; of a dense matrix all of them."""
+        ...
+
+    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Return the rows `start:stop`: (rows, genes) CSR float32 with sorted indices."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryMatrix:
+    """A matrix in memory: the caller's own, or a handle to the one copy that tasks share.
+
+    Attributes
+    ----------
+    factor
+        What every value is multiplied by: the natural logarithm of a base, where values are logarithms to that base.
+    """
+
+    values: Any  # csr_matrix, csr_array or 2-d array; or a handle to one
+    kind: Kind
+    shape: tuple[int, int]
+    nnz: int
+    dtype: str
+    shared: bool = False
+    factor: float = 1.0
+
+    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """See `Matrix.read_rows`."""
+        return scaled(as_rows(self.raw_rows(start, stop)), self.factor)
+
+    def raw_rows(self, start: int, stop: int) -> Any:
+        """Return rows as they are held."""
+        values = fetch(self.values) if self.shared else self.values
+        return values[start:stop]
+
+    def share(self, runtime: Runtime) -> MemoryMatrix:
+        """Return the same matrix with its values put once where tasks can see them."""
+        return MemoryMatrix(
+            runtime.put(self.values), self.kind, self.shape, self.nnz, self.dtype, shared=True, factor=self.factor
+        )
+
+
+@dataclass(frozen=True)
+class DaskMatrix(MemoryMatrix):
+    """A dask array, dense or of sparse blocks, of which a task computes the blocks that hold its rows."""
+
+    def raw_rows(self, start: int, stop: int) -> Any:
+        """Compute some rows, in the thread that asks."""
+        values = fetch(self.values) if self.shared else self.values
+        return values[start:stop].compute(scheduler="synchronous")
+
+    def share(self, runtime: Runtime) -> DaskMatrix:
+        """Return the same matrix with its graph put once where tasks can see it."""
+        return DaskMatrix(
+            runtime.put(self.values), self.kind, self.shape, self.nnz, self.dtype, shared=True, factor=self.factor
+        )
+
+
+def memory_matrix(values: Any) -> MemoryMatrix:
+    """Return a matrix of an AnnData; `CohortError` where it is none of numbers."""
+    if is_dask(values) and values.ndim == 2:
+        check_numbers(values.dtype, "the AnnData: the matrix")
+        rows, genes = (int(n) for n in values.shape)
+        # Along one row lies one block: a task then computes what it returns and nothing else.
+        whole = values.rechunk({1: -1})
+        return DaskMatrix(whole, "dense", (rows, genes), rows * genes, str(values.dtype))
+    if sparse.issparse(values) or isinstance(values, np.ndarray):
+        check_numbers(values.dtype, "the AnnData: the matrix")
+    if sparse.issparse(values):
+        kind: Kind = "csc" if values.format == "csc" else "csr"
+        rows = values.tocsr()
+        return MemoryMatrix(rows, kind, rows.shape, int(rows.nnz), str(rows.dtype))
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        return MemoryMatrix(values, "dense", values.shape, int(values.size), str(values.dtype))
+    what = "nothing" if values is None else type(values).__name__
+    msg = f"the AnnData's matrix holds {what}; expected a sparse matrix or an array (or name a layer)"
+    raise CohortError(msg)
+
+
+def is_dask(values: Any) -> bool:
+    """Return whether a matrix is a dask array."""
+    return type(values).__module__.startswith("dask.")
+
+
+def check_numbers(dtype: Any, where: str) -> None:
+    """Refuse what is not whole or real numbers: an imaginary part, say, would be lost without a word."""
+    if np.dtype(dtype).kind not in "iuf":
+        msg = f"{where} holds {np.dtype(dtype).name} values; expected counts or log-normalised expression"
+        raise CohortError(msg)
+
+
+def as_rows(values: Any) -> sparse.csr_matrix:
+    """Return values as CSR float32, indices sorted, each gene once a cell, no stored zeros; the input is not changed."""
+    return tidied(values)[0]
+
+
+def tidied(values: Any) -> tuple[sparse.csr_matrix, int]:
+    """Return values as `as_rows` does, and how many were added to another of the same cell and gene."""
+    rows = sparse.csr_matrix(values)
+    changed = sparse.csr_matrix(
+        (rows.data.astype(np.float32, copy=False), rows.indices, rows.indptr), shape=rows.shape, copy=False
+    )
+    if not changed.has_sorted_indices:
+        changed = changed.sorted_indices()
+    repeated = 0
+    if not changed.has_canonical_format:
+        changed = changed.copy()
+        changed.sum_duplicates()
+        repeated = int(rows.nnz - changed.nnz)
+    if not changed.data.all():
+        changed = changed.copy()
+        changed.eliminate_zeros()
+    return changed, repeated
+
+
+def rows_and_repeats(matrix: Matrix, start: int, stop: int) -> tuple[sparse.csr_matrix, int]:
+    """Return the rows `start:stop` as `read_rows` does, and how many values were added to others."""
+    raw_rows = getattr(matrix, "raw_rows", None)
+    if raw_rows is None:  # a matrix that is tidy as it is stored
+        return matrix.read_rows(start, stop), 0
+    rows, repeated = tidied(raw_rows(start, stop))
+    return scaled(rows, getattr(matrix, "factor", 1.0)), repeated
+
+
+def scaled(rows: sparse.csr_matrix, factor: float) -> sparse.csr_matrix:
+    """Return rows with every value multiplied by a factor, in float32."""
+    if factor == 1.0:
+        return rows
+    data = rows.data * np.float32(factor)
+    return sparse.csr_matrix((data, rows.indices, rows.indptr), shape=rows.shape, copy=False)

@@ -1,0 +1,286 @@
+"""Matrices in h5ad files and zarr stores: found, checked by their shapes, and read by ranges of rows.
+
+A root group comes in; a `StoredMatrix` goes out, which every process opens for itself. Nothing of the store is opened
+that is not needed: what a cohort holds besides its matrix and its two tables may be damaged, or of a kind that nobody
+reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import zarr
+from scipy import sparse
+
+from ndreamer_dist.cohort.hdf5 import missing_filter, open_file, use_plugins
+from ndreamer_dist.cohort.matrix import Kind, as_rows, check_numbers, scaled
+from ndreamer_dist.errors import CohortError, StoreError, listing, quoted, suggest
+from ndreamer_dist.storage.arrays import touched_shards
+from ndreamer_dist.storage.files import Storage, open_storage
+from ndreamer_dist.storage.shards import CONCURRENT_SHARDS
+
+Container = Literal["h5ad", "zarr"]
+COLUMN_ENTRIES = 2**23
+"""Stored values of a column-compressed matrix that are read at a time."""
+MOST_REPEATS = 8
+"""No cell of a sound matrix holds each gene as often as that."""
+REMOTE_BLOCK, REMOTE_BLOCKS = 2**22, 32
+"""Bytes of a block of a remote h5ad file, and how many blocks a process keeps: HDF5 jumps, and what is near is wanted next."""
+MATRIX = "X"
+RAW = "raw"
+RAW_PLACES = (("raw/X", "raw/var"), ("raw.X", "raw.var"))
+"""Where `AnnData.raw` is stored: today, and by anndata before 0.7."""
+RAW_NAMES = (RAW, "raw/X", "raw.X")
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix in an h5ad file or a zarr store; every process opens it for itself.
+
+    Attributes
+    ----------
+    factor
+        What every value is multiplied by: the natural logarithm of a base, where values are logarithms to that base.
+    """
+
+    url: str
+    container: Container
+    name: str  # "X", "raw/X" or "layers/..."
+    kind: Kind
+    shape: tuple[int, int]
+    nnz: int
+    dtype: str
+    factor: float = 1.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # the open file stays where it is
+
+    @cached_property
+    def _element(self) -> Any:
+        return open_root(self.url, self.container)[self.name]
+
+    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """See `Matrix.read_rows`; of a column-compressed matrix this passes over all of it."""
+        return scaled(as_rows(self.raw_rows(start, stop)), self.factor)
+
+    def raw_rows(self, start: int, stop: int) -> Any:
+        """Return rows as they are stored, dense or CSR."""
+        with self._reading(f"rows {start} to {stop}"):
+            return self._read_rows(start, min(stop, self.shape[0]))
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Say of any error what was being read."""
+        try:
+            yield
+        except (CohortError, StoreError):
+            raise
+        except Exception as error:
+            msg = f"{self.url}: {what} of {self.name} cannot be read ({one_line(error)})"
+            raise CohortError(msg) from error
+
+    def _read_rows(self, start: int, stop: int) -> Any:
+        if self.kind == "dense":
+            return np.asarray(self._element[start:stop])
+        if self.kind == "csc":
+            return self.pick_rows(np.arange(start, stop))
+        indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
+        first, last = (int(indptr[0]), int(indptr[-1])) if indptr.size else (0, 0)
+        indices = np.asarray(self._element["indices"][first:last])
+        self._check_inside(indices, self.shape[1], f"rows {start} to {stop} name genes")
+        data = np.asarray(self._element["data"][first:last])
+        return sparse.csr_matrix((data, indices, indptr - first), shape=(stop - start, self.shape[1]))
+
+    def _check_inside(self, indices: np.ndarray, limit: int, what: str) -> None:
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < limit:
+            msg = f"{self.url}: {self.name} is damaged: {what} that are not there"
+            raise CohortError(msg)
+
+    def column_ranges(self, entries: int = COLUMN_ENTRIES) -> list[tuple[int, int]]:
+        """Return ranges of columns of about `entries` stored values each, for a column-compressed matrix."""
+        indptr = np.asarray(self._element["indptr"][:]).astype(np.int64)
+        cuts = np.searchsorted(indptr, np.arange(entries, self.nnz, entries), side="left")
+        edges = np.unique(np.concatenate([[0], cuts, [self.shape[1]]]))
+        return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+
+    def read_columns(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the stored values of the columns `start:stop`: row, column and value of each, by column."""
+        with self._reading(f"columns {start} to {stop}"):
+            indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
+            part = slice(int(indptr[0]), int(indptr[-1]))
+            rows = np.asarray(self._element["indices"][part])
+            self._check_inside(rows, self.shape[0], f"columns {start} to {stop} name cells")
+            columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(indptr))
+            return rows, columns, np.asarray(self._element["data"][part]).astype(np.float32, copy=False)
+
+    def pick_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return some rows (ascending) of a column-compressed matrix in one pass over its columns."""
+        wanted, place = np.zeros(self.shape[0], dtype=bool), np.zeros(self.shape[0], dtype=np.int64)
+        wanted[rows], place[rows] = True, np.arange(len(rows))
+        parts = []
+        for start, stop in self.column_ranges():
+            cells, columns, data = self.read_columns(start, stop)
+            kept = wanted[cells]
+            parts.append((place[cells[kept]], columns[kept], data[kept]))
+        row, column, data = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        return as_rows(sparse.coo_matrix((data, (row, column)), shape=(len(rows), self.shape[1])).tocsr())
+
+
+def open_root(url: str, container: str) -> Any:
+    """Open the root group of a stored AnnData, read-only; a remote h5ad is read by ranges through a file object."""
+    storage = Storage(url)
+    if container == "zarr":
+        return _open_zarr(storage)
+    if storage.is_local:
+        return open_file(storage.root, url)
+    return _remote_h5ad(url, storage.version())
+
+
+def _open_zarr(storage: Storage) -> zarr.Group:
+    """Open a zarr group; without what it holds consolidated, where that names what this zarr cannot read.
+
+    Such a part stands in `uns` as a rule (`rank_genes_groups`, a structured array), and nobody asks for it here.
+    """
+    try:
+        return zarr.open_group(storage.store(read_only=True), mode="r")
+    except (ValueError, TypeError, KeyError, NotImplementedError):
+        return zarr.open_group(storage.store(read_only=True), mode="r", use_consolidated=False)
+
+
+@lru_cache(maxsize=1)
+def _remote_h5ad(url: str, version: str) -> h5py.File:  # noqa: ARG001 - a file that has changed is opened anew
+    """Open an h5ad file on a server; a process keeps the last, with the blocks it has read, from one task to the next."""
+    use_plugins()
+    return h5py.File(Storage(url).open_file(REMOTE_BLOCK, REMOTE_BLOCKS), "r")
+
+
+def place_of(root: Any, url: str, layer: str | None) -> str:
+    """Return where the values stand: `X`, a layer, or `raw`; `CohortError` where they are not there."""
+    layers = list(root["layers"]) if "layers" in root and is_group(root["layers"]) else []
+    if layer is None:
+        if MATRIX in root:
+            return MATRIX
+        instead = " --layer raw reads the counts in .raw;" if raw_place(root) else ""
+        msg = f"{url} holds no X;{instead} name a layer to read instead (layers there: {listing(layers) or 'none'})"
+        raise CohortError(msg)
+    if layer in layers:
+        return f"layers/{layer}"
+    if layer in RAW_NAMES and (place := raw_place(root)) is not None:
+        return place[0]
+    if layer == MATRIX and MATRIX in root:
+        return MATRIX
+    raise CohortError(no_layer(url, layer, layers, raw=raw_place(root) is not None))
+
+
+def raw_place(root: Any) -> tuple[str, str] | None:
+    """Return the names of matrix and gene table of `AnnData.raw`; none where a store has none."""
+    for matrix, table in RAW_PLACES:
+        if "/" in matrix and not ("raw" in root and is_group(root["raw"])):
+            continue
+        if matrix in root and table in root:
+            return matrix, table
+    return None
+
+
+def no_layer(where: str, layer: str, present: Iterable[str], *, raw: bool) -> str:
+    """Return the message that a layer is not there."""
+    names = list(present)
+    more = "" if raw else "; there is no .raw either" if layer in RAW_NAMES else ""
+    return f"{where} has no layer {quoted(layer)}; there are {listing(names) or 'none'}{more}.{suggest(layer, names)}"
+
+
+def stored_matrix(root: Any, url: str, container: Container, name: str) -> StoredMatrix:
+    """Return the matrix of a name, checked as far as shapes tell."""
+    element: Any = root[name]
+    if isinstance(element, h5py.Dataset | h5py.Group):
+        refuse_missing_filter(element, f"{url}: {name}")
+    kind = text_of(element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "array")))
+    if not is_group(element):
+        check_numbers(element.dtype, f"{url}: {name}")
+        return StoredMatrix(
+            url, container, name, "dense", element.shape, int(np.prod(element.shape)), str(element.dtype)
+        )
+    if kind[:3] not in ("csr", "csc"):
+        msg = f"{url}: {name} is stored as {kind!r}; expected csr_matrix, csc_matrix or array"
+        raise CohortError(msg)
+    shape = tuple(int(n) for n in element.attrs.get("shape", element.attrs.get("h5sparse_shape", (0, 0))))
+    major, minor = shape if kind.startswith("csr") else shape[::-1]
+    _check_sparse(element, url, name, major, minor)
+    data = element["data"]
+    stored: Kind = "csr" if kind.startswith("csr") else "csc"
+    return StoredMatrix(url, container, name, stored, (shape[0], shape[1]), int(data.shape[0]), str(data.dtype))
+
+
+def text_of(value: Any) -> str:
+    """Return an attribute as text; R and Julia write it at a fixed length, which h5py hands out as bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def refuse_missing_filter(element: Any, where: str) -> None:
+    """Refuse what HDF5 cannot decompress here."""
+    name = missing_filter(element)
+    if name is not None:
+        msg = f"{where} is compressed by {quoted(name)}, which HDF5 does not have by itself; pip install hdf5plugin"
+        raise CohortError(msg)
+
+
+def is_group(element: Any) -> bool:
+    """Return whether an element of a store is a group."""
+    return isinstance(element, h5py.Group | zarr.Group)
+
+
+def _check_sparse(element: Any, url: str, name: str, major: int, minor: int) -> None:
+    """Refuse a sparse matrix whose parts do not fit together, or a zarr one with chunks missing."""
+    lacking = [part for part in ("data", "indices", "indptr") if part not in element]
+    if lacking:
+        msg = f"{url}: {name} is truncated: it has no {', '.join(lacking)}"
+        raise CohortError(msg)
+    check_numbers(element["data"].dtype, f"{url}: {name}")
+    if not _fits(element, major, minor):
+        msg = f"{url}: {name} is truncated or damaged: indptr does not fit data and indices"
+        raise CohortError(msg)
+    for part in ("data", "indices"):
+        values = element[part]
+        if isinstance(values, zarr.Array) and (lost := _missing_chunks(url, values)):
+            open_storage(url).list(values.path)  # raises where they are not missing but may not be listed
+            msg = f"{url}: {name} is truncated: {lost} of {values.nchunks} chunks of {name}/{part} are missing"
+            raise CohortError(msg)
+
+
+def _fits(element: Any, major: int, minor: int) -> bool:
+    """Return whether the parts of a sparse matrix fit together, as far as indptr and shapes tell."""
+    shapes = {part: tuple(element[part].shape) for part in ("data", "indices", "indptr")}
+    if shapes["indptr"] != (major + 1,) or any(element[part].dtype.kind not in "iu" for part in ("indices", "indptr")):
+        return False
+    indptr = np.asarray(element["indptr"][:]).astype(np.int64)
+    lengths = np.diff(indptr)
+    if not indptr.size or indptr[0] != 0 or not ((lengths >= 0) & (lengths <= MOST_REPEATS * minor)).all():
+        return False
+    return shapes["data"] == shapes["indices"] == (int(indptr[-1]),)
+
+
+def _missing_chunks(url: str, array: Any) -> int:
+    """Return how many chunks a zarr array lacks; a web server lists none, so it is asked for each file, side by side."""
+    storage = Storage(f"{url}/{array.path}")
+    if storage.is_read_only:
+        files = [array.metadata.encode_chunk_key(position) for position in touched_shards(array, ...)]
+        with ThreadPoolExecutor(CONCURRENT_SHARDS) as pool:
+            return sum(not there for there in pool.map(storage.is_file, files))
+    try:
+        return max(0, int(array.nchunks) - int(array.nchunks_initialized))
+    except Exception:  # noqa: BLE001 - a store that may not be listed cannot be checked this way
+        return 0
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's class and the beginning of what it says."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"

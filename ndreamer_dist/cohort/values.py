@@ -1,0 +1,218 @@
+"""Telling what the values of a cohort are, on a sample: counts, scaled counts, or logarithms and to which base.
+
+A source and what was asked for come in; a `Decision` goes out, or a refusal that names the way. What was seen and
+decided is a sentence that plan, log, `info` and report show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+import numpy as np
+from scipy import sparse
+
+from ndreamer_dist.cohort.source import Source
+from ndreamer_dist.errors import CohortError
+
+Values = Literal["counts", "none"]
+Asked = Literal["auto", "counts", "none"]
+
+LOG_CEILING = 20.0
+"""No log1p of counts per 10 000, nor per million, is as large."""
+BASES: dict[float, str] = {
+    float(np.exp(1.0)): "natural logarithms",
+    2.0: "logarithms to base 2",
+    10.0: "logarithms to base 10",
+}
+EXACT = 1e-3
+"""Spread of the cells' sums, as a share of their mean, below which these are one and the same number."""
+CLOSE = 0.02
+"""Spread below which natural logarithms are taken for such of scaled counts: some genes may be missing."""
+MULTIPLES = 0.95
+"""Share of values that are multiples of their cell's smallest, from which on they are scaled counts."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the values are taken for.
+
+    Attributes
+    ----------
+    integers
+        Whether all values must be whole numbers: `auto` has taken them for counts.
+    base
+        Base of the logarithm that values are given in; none: natural logarithms, or counts.
+    seen
+        What was seen and decided, in a sentence.
+    """
+
+    normalise: Values
+    integers: bool
+    base: float | None
+    seen: str
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """On what scale values are counts that were divided by something: `base` 0: as they are; a base: once the log is undone."""
+
+    base: float
+    why: str
+
+
+def decide_values(source: Source, asked: Asked, log_base: float | None = None) -> Decision:
+    """Decide on a sample what the values are, and so whether they are normalised here.
+
+    Parameters
+    ----------
+    asked
+        What the user says of them.
+    log_base
+        Base of the logarithm, where the user says that.
+
+    Raises
+    ------
+    CohortError
+        A value of the sample cannot be, what is asked for contradicts the values, or `auto` cannot tell.
+    """
+    rows = source.sample
+    _refuse_impossible(source)
+    if not rows.data.size:
+        return Decision("none" if asked == "none" else "counts", False, None, "values: none in the cells looked at")
+    if (rows.data == np.floor(rows.data)).all():
+        return _whole_numbers(rows, asked)
+    scale = _scale(rows)
+    if asked == "counts" and scale is not None and scale.base:
+        msg = (
+            f"the values look log-normalised ({_shown(rows)}, {scale.why}), but normalise=counts expects counts; use "
+            f"--normalise none, or name the layer that holds counts{_raw_hint(source)}"
+        )
+        raise CohortError(msg)
+    if asked == "counts":
+        return Decision("counts", False, None, f"values: {_shown(rows)}; taken for counts, as asked: {SCALING}")
+    return _logarithms(source, asked, scale, log_base)
+
+
+SCALING = "scaled to 10,000 a cell, ln(1 + x)"
+
+
+def _whole_numbers(rows: sparse.csr_matrix, asked: Asked) -> Decision:
+    largest = float(rows.data.max())
+    if asked == "none" and largest > 1:
+        msg = (
+            f"the values look like counts (integers up to {largest:.0f}), but normalise=none expects them "
+            "log-normalised; use --normalise counts, or name the layer that is log-normalised"
+        )
+        raise CohortError(msg)
+    seen = f"values: whole numbers up to {largest:.0f} in {rows.shape[0]} cells looked at"
+    if asked == "none":
+        return Decision("none", False, None, f"{seen}; used as they are, as asked")
+    return Decision("counts", asked == "auto", None, f"{seen}: counts; {SCALING}")
+
+
+def _logarithms(source: Source, asked: Asked, scale: _Scale | None, log_base: float | None) -> Decision:
+    rows = source.sample
+    if scale is not None and not scale.base and log_base is None:
+        msg = (
+            f"the values are scaled but not log-normalised ({_shown(rows)}; {scale.why}); --normalise counts scales them to "
+            f"10,000 a cell and takes the log, as it does with counts, or name a layer of counts{_raw_hint(source)}"
+        )
+        raise CohortError(msg)
+    base = log_base or (scale.base if scale else None) or source.log_base
+    if asked == "auto" and scale is None and log_base is None and source.log_base is None:
+        msg = (
+            f"the values are neither counts nor clearly log-normalised ({_shown(rows)}); say what they are: "
+            "--normalise counts; --normalise none for natural logarithms, with --set cohort.log_base=2 for such to base 2"
+            f"{_raw_hint(source)}"
+        )
+        raise CohortError(msg)
+    why = "as asked" if log_base else scale.why if scale else "uns['log1p'] says so" if source.log_base else "as asked"
+    natural = base is None or abs(base - np.e) < 1e-6
+    named = "natural logarithms" if base is None else BASES.get(base, f"logarithms to base {base:g}")
+    turned = "used as they are" if natural else "turned into natural ones"
+    return Decision("none", False, None if natural else base, f"values: {_shown(rows)}; {named} ({why}), {turned}")
+
+
+def _shown(rows: sparse.csr_matrix) -> str:
+    return f"not integers, at most {float(rows.data.max()):.2f}"
+
+
+def _raw_hint(source: Source) -> str:
+    return "; --layer raw reads what is in .raw" if source.raw else ""
+
+
+def _scale(rows: sparse.csr_matrix) -> _Scale | None:
+    """Return the scale on which values are scaled counts; none where they are on none.
+
+    Either all cells have one library size on it, or each cell's values are multiples of its smallest.
+    """
+    held = np.diff(rows.indptr) > 0
+    starts, lengths = rows.indptr[:-1][held], np.diff(rows.indptr)[held]
+    undone = {base: _undone(rows.data, base) for base in (*BASES, 0.0) if _may_be(rows.data, base)}
+    spread = {base: _spread(np.add.reduceat(values, starts)) for base, values in undone.items()}
+    nearest = min(spread, key=lambda base: spread[base])
+    natural = next(iter(BASES))
+    if spread[nearest] >= EXACT and spread.get(natural, 1.0) < CLOSE:
+        nearest = natural
+    if spread[nearest] < (CLOSE if nearest == natural else EXACT):
+        total = float(np.add.reduceat(undone[nearest], starts).mean())
+        return _Scale(nearest, f"every cell sums to {total:,.4g}{_without_log(nearest)}")
+    share = {base: _multiples(values, starts, lengths) for base, values in undone.items()}
+    likeliest = max(share, key=lambda base: share[base])
+    if share[likeliest] > MULTIPLES:
+        return _Scale(likeliest, f"a cell's values are multiples of its smallest{_without_log(likeliest)}")
+    return None
+
+
+def _without_log(base: float) -> str:
+    return f" once {BASES[base]} are undone" if base else ""
+
+
+def _may_be(values: np.ndarray, base: float) -> bool:
+    return not base or float(values.max()) * np.log(base) < LOG_CEILING
+
+
+def _undone(values: np.ndarray, base: float) -> np.ndarray:
+    """Return values with log(1 + x) to a base undone; base 0: as they are."""
+    wide = values.astype(np.float64)
+    return np.expm1(wide * np.log(base)) if base else wide
+
+
+def _spread(sums: np.ndarray) -> float:
+    """Return the standard deviation of sums as a share of their mean; of one sum nothing can be said."""
+    return float(sums.std() / sums.mean()) if len(sums) > 1 and sums.mean() > 0 else 1.0
+
+
+def _multiples(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> float:
+    """Return the share of values that are multiples of the smallest of their cell."""
+    smallest = np.repeat(np.minimum.reduceat(values, starts), lengths)
+    times = values / smallest
+    return float((np.abs(times - np.round(times)) < 0.01 * times).mean())
+
+
+def _refuse_impossible(source: Source) -> None:
+    """Refuse a sample with a value that is no expression; where it stands is said."""
+    rows = source.sample
+    bad = ~(np.isfinite(rows.data) & (rows.data >= 0))
+    if bad.any():
+        place = int(bad.argmax())
+        row = int(np.searchsorted(rows.indptr, place, side="right")) - 1
+        refuse_value(source, int(source.sample_rows[row]), int(rows.indices[place]), float(rows.data[place]))
+
+
+def refuse_value(source: Source, row: int, gene: int, value: float) -> NoReturn:
+    """Refuse a cohort for a value that is neither a count nor log-normalised expression."""
+    what = (
+        "NaN" if np.isnan(value) else f"{value:g}, an infinite value" if np.isinf(value) else f"{value:g}, below zero"
+    )
+    msg = (
+        f"{named_value(source, row, gene)} holds {what}; expected counts or log-normalised expression, finite and not "
+        f"negative (not scaled or corrected values){_raw_hint(source)}"
+    )
+    raise CohortError(msg)
+
+
+def named_value(source: Source, row: int, gene: int) -> str:
+    """Return the names of the cell and the gene of a value."""
+    return f"cell {str(source.cell_names[row])!r}, gene {str(source.gene_names[gene])!r} (row {row})"
