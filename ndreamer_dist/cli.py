@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ndreamer_dist.compute.events import Lines
+from ndreamer_dist.compute.machine import use_writable_caches
 from ndreamer_dist.errors import NDreamerError, SettingsError, StoreError, printable
 from ndreamer_dist.settings import parse_assignments, read_yaml
 
@@ -502,6 +503,7 @@ def speak(work: Callable[[], object]) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("ndreamer_dist").setLevel(logging.INFO)
     try:
+        use_writable_caches()
         work()
     except (NDreamerError, OSError) as error:
         # OSError: a full disk, a lost permission, a server that is away. Ray wraps a task's.

@@ -27,7 +27,7 @@ from ndreamer_dist.cohort.values import decide_values
 from ndreamer_dist.compute.events import choose_format
 from ndreamer_dist.compute.executor import Runtime, check_layout, choose_runtime, ray_failures
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
-from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
+from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit, use_writable_caches
 from ndreamer_dist.compute.monitors import metered
 from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.effects.tables import ROOT, check_tables
@@ -112,6 +112,7 @@ def run(
     NDreamerError
         The settings, the cohort, the directory or the machine will not do, or a stage before `stage` is not finished.
     """
+    use_writable_caches()
     made = _settings(preset, config, settings, condition_key, control, batch_key, embedding)
     _check_stage(stage, made)
     choose_format(made.run.log_format)

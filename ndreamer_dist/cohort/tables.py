@@ -138,8 +138,8 @@ def gene_places(index: pd.Index, table: pd.DataFrame, names: Iterable[object]) -
     """
     places: dict[str, list[int]] = {}
     known: list[pd.Series[Any]] | None = None
-    for name in map(str, names):
-        place = int(index.get_indexer(pd.Index([name], dtype=object))[0])
+    wanted = [str(name) for name in names]
+    for name, place in zip(wanted, index.get_indexer(pd.Index(wanted, dtype=object)).tolist(), strict=True):
         if place >= 0:
             places[name] = [place]
             continue

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ndreamer_dist.compute import events
 from ndreamer_dist.compute.local_ray import on_a_cluster, sigterm_kept, start_ray
+from ndreamer_dist.compute.machine import use_writable_caches
 from ndreamer_dist.errors import NDreamerError, ResourceError, RunError
 from ndreamer_dist.settings import RunSettings, TrainSettings
 
@@ -262,6 +263,7 @@ def loads(*modules: str) -> Callable[[Task], Task]:
 
 def with_threads(threads: int, function: Callable[..., Any], *args: Any) -> Any:
     """Call a function with BLAS, OpenMP and torch held to `threads` threads: sums then have one order everywhere."""
+    use_writable_caches()
     for name in getattr(function, "loads", ()):
         importlib.import_module(name)
     torch = sys.modules.get("torch")  # a task that needs none does not wait for it

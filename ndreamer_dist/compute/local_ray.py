@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import secrets
 import shutil
 import signal
+import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ndreamer_dist.compute.machine import GIB, cpu_count, memory_limit
+from ndreamer_dist.compute.machine import GIB, cpu_count, home_is_writable, memory_limit
+from ndreamer_dist.errors import RunError
 from ndreamer_dist.settings import RunSettings
 
 USAGE = "RAY_USAGE_STATS_ENABLED"
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
+CONNECT_SECONDS = 10.0
+"""How long a cluster's address may take to answer."""
+LONGEST_FOLDER = 40
+"""Characters of Ray's folder: with the names below it a socket's path has at most 107."""
 IDLE_WORKER_SECONDS = 60
 """How long a local Ray keeps a worker that has nothing to do. Ray's own second ends the readers of a training between
 two of their tasks, and each new one spends seconds of processor time on imports."""
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -37,17 +49,126 @@ def start_ray(settings: RunSettings) -> None:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
-        ray.init(address=address, **common)
+        check_reachable(address)
+        try:
+            ray.init(address=address, **common)
+        except ConnectionError as error:
+            raise _unreachable(address, error) from error
         return
-    with _loopback_alone(), _untold():
+    folder = _ray_folder()
+    with _loopback_alone(), _untold(), _token():
         ray.init(
             address="local",
+            _temp_dir=folder,
             num_cpus=settings.cpus or cpu_count(),
             object_store_memory=object_store_bytes(settings),
             include_dashboard=False,
             _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_SECONDS * 1000},
             **common,
         )
+
+
+def check_reachable(address: str) -> None:
+    """Refuse the address of a Ray cluster that nobody answers at: Ray itself would try for ten minutes.
+
+    Raises
+    ------
+    RunError
+        There is no connection within `CONNECT_SECONDS`.
+    """
+    where = address if address != "auto" else _started_here()
+    host, _, port = where.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # Ray says what is wrong with it
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> RunError:
+    what = " ".join(str(error).split())[:200]
+    msg = (
+        f"no Ray answers at {address} ({what}); start the cluster again, name another (--address, RAY_ADDRESS), or unset "
+        "RAY_ADDRESS for a Ray on this machine"
+    )
+    return RunError(msg)
+
+
+def _started_here() -> str:
+    """Return the address of the cluster that `ray start` made on this machine; empty where there is none."""
+    try:
+        return (Path(_default_folder()) / "ray/ray_current_cluster").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _default_folder() -> str:
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - as Ray chooses it
+
+
+def _ray_folder() -> str | None:
+    """Return a folder for a local Ray; none where the one that Ray would take will do.
+
+    Raises
+    ------
+    RunError
+        `RAY_TMPDIR` names one that is too long for Ray's sockets or not writable, or nowhere can be written.
+    """
+    if _is_fit(Path(_default_folder()) / "ray"):
+        return None
+    if "RAY_TMPDIR" in os.environ:
+        msg = (
+            f"Ray cannot keep its files in RAY_TMPDIR={os.environ['RAY_TMPDIR']}: it must be writable and at most "
+            f"{LONGEST_FOLDER} characters long; set RAY_TMPDIR to another folder"
+        )
+        raise RunError(msg)
+    for parent in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - short ones, as sockets need
+        if os.access(parent, os.W_OK | os.X_OK):
+            made = tempfile.mkdtemp(prefix="ray-", dir=parent)
+            atexit.register(_leave, made)
+            logger.info("Ray keeps its files in %s: %s is too long or not writable", made, _default_folder())
+            return made
+    msg = "Ray finds no folder to keep its files in; set RAY_TMPDIR to a short one that can be written"
+    raise RunError(msg)
+
+
+def _leave(folder: str) -> None:
+    """End a Ray that is still there and delete its folder."""
+    import ray
+
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_fit(folder: Path) -> bool:
+    """Return whether Ray could make its sockets below a folder."""
+    there = folder if folder.exists() else folder.parent
+    return (
+        len(str(folder)) <= LONGEST_FOLDER and os.access(there, os.W_OK | os.X_OK) and there.is_dir() and _writes(there)
+    )
+
+
+def _writes(folder: Path) -> bool:
+    """Return whether a file can be made in a folder; permissions do not tell of a read-only file system."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _token() -> Iterator[None]:
+    """Give a Ray that is started in the block a token of its own where it could not write one to the home folder."""
+    if any(name in os.environ for name in TOKEN_VARIABLES) or home_is_writable():
+        yield
+        return
+    os.environ[TOKEN_VARIABLES[0]] = secrets.token_hex(32)
+    try:
+        yield
+    finally:
+        del os.environ[TOKEN_VARIABLES[0]]
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, suggest
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
+from ndreamer_dist.results.names import cells_of_query, places_of_cells, places_of_genes
 from ndreamer_dist.results.on_demand import (
     Counterparts,
     Expression,
@@ -61,8 +62,6 @@ SCALARS: dict[str, type] = {
     "seed": Integral, "key": str, "version": str, "normalise": str, keys.UNS_EMBEDDING: str, keys.UNS_EMBEDDING_KEY: str,
 }  # fmt: skip
 """Entries of it that are plain."""
-SUGGEST_AMONG = 50_000
-"""Beyond this many names, none is suggested for a misspelt one: looking for it would take minutes."""
 
 
 def results_storage(address: str | os.PathLike[str] | Storage, embedding: str | None = None) -> ConsolidatedStorage:
@@ -365,9 +364,47 @@ class ResultsReader:
             values = read_sparse(self.storage, rows, self._pointers, len(self._genes))[:, columns]
             return self._part(values, rows, self._genes.iloc[columns])
         expression, table = self._expression(cohort)
-        columns = self._columns(genes, table.index)
+        columns = self._columns(genes, table)
         wanted, back = np.unique(rows, return_inverse=True)
         return self._part(expression.read(wanted, columns)[back], rows, table.iloc[columns])
+
+    def lazy(
+        self,
+        cells: Cells = None,
+        genes: Sequence[str] | None = None,
+        *,
+        effects: Sequence[str] = (),
+        counterfactuals: Sequence[str] = (),
+        cohort: Cohort | None = None,
+        order: Order = "packed",
+    ) -> anndata.AnnData:
+        """Return an AnnData of dask arrays: `X`, all layers and the embedding, read by blocks when they are wanted.
+
+        scanpy, anndata and dask go on with it out of core. Blocks are the store's in packed order, which is the default.
+
+        Parameters
+        ----------
+        effects, counterfactuals
+            Conditions whose effect, and expected expression, are layers as well: `effect_NAME`, `counterfactual_NAME`.
+
+        Returns
+        -------
+        Layers `denoised`, `batch_effect` and `ite` (NaN on control cells) besides, stored or not. A block that cannot be
+        computed, for want of its matches, raises `StoreError` when it is wanted.
+        """
+        from ndreamer_dist.results import lazy
+
+        rows = self._rows(cells, order)
+        expression, table = self._expression(cohort)
+        columns = self._columns(genes, table)
+        token = lazy.token_of(self.url, str(self._fact("key")), rows, columns, cohort is None)
+        block_rows = int(open_array(self.storage, f"obsm/{keys.OBSM_MU}").chunks[0])
+        asked = lazy.conditional_questions(effects, counterfactuals, self.design.condition_code)
+        return lazy.lazy_anndata(
+            self, (self._cells.iloc[rows].copy(), table.iloc[columns].copy()),
+            lazy.LazyParts(rows, columns, block_rows, token), expression, stored=cohort is None,
+            questions={name: layer_question(name, self._rounding) for name in keys.LAYERS} | asked,
+        )  # fmt: skip
 
     def open_cohort(self, cohort: Cohort) -> GivenExpression:
         """Open and check the input cohort once, to be given as `cohort` in many questions.
@@ -397,7 +434,7 @@ class ResultsReader:
         StoreError
             More than one neighbour is averaged, or results.zarr holds none, and there is no matches.zarr beside it.
         """
-        (row,) = _places(self._cells.index, [cell], "cell")
+        (row,) = places_of_cells(self._cells.index, [cell])
         return matches_table(self.counterparts, self._cells.index, int(row))
 
     @cached_property
@@ -530,7 +567,7 @@ class ResultsReader:
     ) -> anndata.AnnData:
         """Answer a question through the matches."""
         expression, table = self._expression(cohort)
-        columns = self._columns(genes, table.index)
+        columns = self._columns(genes, table)
         out = room((len(rows), len(columns))) if room else None
         values = compute(question, self.counterparts, expression, rows, columns, out=out)
         return self._part(values, rows, table.iloc[columns])
@@ -552,17 +589,7 @@ class ResultsReader:
         return np.sort(chosen) if order == "packed" else chosen
 
     def _queried(self, query: str) -> np.ndarray:
-        table = self._cells
-        try:
-            mask = table.eval(query, engine="python", local_dict={}, global_dict={})
-        except Exception as error:
-            names = [str(name) for name in table.columns]
-            msg = f"the query {query!r} cannot be read ({error}); the columns are {listing(names, limit=30)}"
-            raise QueryError(msg) from error
-        if not isinstance(mask, pd.Series) or not pd.api.types.is_bool_dtype(mask.dtype):
-            msg = f"the query {query!r} does not say yes or no of every cell; compare a column with a value"
-            raise QueryError(msg)
-        kept = mask.fillna(value=False).to_numpy(dtype=bool)
+        kept = cells_of_query(self._cells, query)
         return self._input_order[kept[self._input_order]]
 
     def _listed(self, cells: Any) -> np.ndarray:
@@ -572,14 +599,14 @@ class ResultsReader:
                 msg = f"a mask over the cells needs shape ({len(self._cells)},), found {values.shape}"
                 raise QueryError(msg)
             return self._input_order[values]
-        return _places(self._cells.index, values.tolist(), "cell")
+        return places_of_cells(self._cells.index, values.tolist())
 
-    def _columns(self, genes: Sequence[str] | None, among: pd.Index | None = None) -> np.ndarray:
+    def _columns(self, genes: Sequence[str] | None, among: pd.DataFrame | None = None) -> np.ndarray:
         """Return where genes stand among the modelled ones, or others that are given."""
-        index = self._genes.index if among is None else among
+        table = self._genes if among is None else among
         if genes is None:
-            return np.arange(len(index))
-        chosen = _places(index, [genes] if isinstance(genes, str) else list(genes), "gene")
+            return np.arange(len(table))
+        chosen = places_of_genes(table, [genes] if isinstance(genes, str) else list(genes))
         if not len(chosen):
             msg = "no gene is selected"
             raise QueryError(msg)
@@ -594,15 +621,3 @@ class ResultsReader:
             )
             raise QueryError(msg)
         return rows[treated]
-
-
-def _places(index: pd.Index, names: Sequence[Any], what: str) -> np.ndarray:
-    """Return where names stand; `QueryError` names those that are not there."""
-    places = index.get_indexer(pd.Index(names, dtype=object))
-    absent = [str(name) for name, place in zip(names, places, strict=True) if place < 0]
-    if absent:
-        near = suggest(absent[0], index) if len(index) <= SUGGEST_AMONG else ""
-        hint = " Genes that were not modelled are found in the input cohort, if given." if what == "gene" else ""
-        msg = f"there is no {what} {listing(absent)} among the {len(index)} here.{near}{hint}"
-        raise QueryError(msg)
-    return np.asarray(places, dtype=np.int64)

@@ -213,7 +213,7 @@ class Results(ResultsReader):
     def _statistics_input(self, genes: Sequence[str] | None, cohort: Cohort | None) -> StatisticsInput:
         """Return what the tables of statistics are made from."""
         expression, table = self._expression(cohort)
-        columns = self._columns(genes, table.index)
+        columns = self._columns(genes, table)
         stored = cohort is None and keys.LAYER_ITE in self.layers
         return StatisticsInput(
             self.storage, self.design, self._cells, self.counterparts, expression, columns, table.index[columns],

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -120,7 +120,8 @@ def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
         if not own_tries:
             config["retries"] = {"mode": "standard", "total_max_attempts": 1}
         # At more than one it would ask for the size of every object before it reads it whole.
-        return {"max_concurrency": 1, "config_kwargs": config | _configured(protocol, "config_kwargs")}
+        made = {"max_concurrency": 1, "config_kwargs": config | _configured(protocol, "config_kwargs")}
+        return made if _has_credentials(protocol) else made | {"anon": True}
     if protocol in ("http", "https"):
         return {"client_kwargs": {"timeout": silent} | _configured(protocol, "client_kwargs")}
     # `alone` changes a file system, so that whoever wants its own tries needs another than the one that fsspec keeps.
@@ -130,6 +131,31 @@ def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
     if protocol in AZURE:
         return {"connection_timeout": connect, "read_timeout": limit} | apart
     return {}
+
+
+def _has_credentials(protocol: str) -> bool:
+    """Return whether S3 would be asked as somebody: without credentials a public bucket is still to be read."""
+    told = fsspec.config.conf.get(protocol, {}) | fsspec.config.conf.get("s3", {})
+    if told.keys() & {"key", "secret", "token", "anon", "profile", "client_kwargs"}:
+        return True
+    return _found_credentials(
+        tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    )
+
+
+@lru_cache(maxsize=4)
+def _found_credentials(environment: tuple[tuple[str, str], ...]) -> bool:  # noqa: ARG001 - what they depend on
+    try:
+        import botocore.session
+    except ImportError:  # the file system will say what is missing
+        return True
+    try:
+        found = botocore.session.Session().get_credentials() is not None
+    except Exception:  # noqa: BLE001 - a profile that is not there, say: the file system says it better
+        return True
+    if not found:
+        logger.info("there are no credentials for S3: buckets are asked anonymously, as public ones allow")
+    return found
 
 
 def _configured(protocol: str, option: str) -> dict[str, Any]:

@@ -61,13 +61,13 @@ def test_rows_are_read_in_order_once_a_pass(
     min_cells: int, passes: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cohort, seen = PLACES[place](counts(2000, 40), tmp_path), []
-    read = StoredMatrix.read_rows
+    read = StoredMatrix.raw_rows
 
-    def watched(matrix: StoredMatrix, start: int, stop: int) -> sparse.csr_matrix:
+    def watched(matrix: StoredMatrix, start: int, stop: int) -> object:
         seen.append((start, stop))
         return read(matrix, start, stop)
 
-    monkeypatch.setattr(StoredMatrix, "read_rows", watched)
+    monkeypatch.setattr(StoredMatrix, "raw_rows", watched)
     pack(tmp_path / "run", cohort, settings_of(cohort__min_cells=min_cells))
     sample, rest = seen[:SAMPLES], seen[SAMPLES:]
     assert all(stop - start == SAMPLE_ROWS for start, stop in sample)

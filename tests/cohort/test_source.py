@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata as ad
+import cloudpickle
 import dask.array as da
 import fsspec
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import zarr
+from anndata.io import write_elem
 from anndata.tests.helpers import assert_equal
 from scipy import sparse
 
@@ -96,13 +99,93 @@ def test_other_data_have_another_fingerprint(change: Callable[[ad.AnnData], None
     assert fingerprint(open_source(adata), "condition", ["donor"]) != before
 
 
-def test_a_dask_array_is_refused_with_what_to_give_instead() -> None:
+def lazily(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    """Return a cohort whose matrix and tables stay in a store until they are wanted."""
+    return ad.experimental.read_lazy(as_zarr(3)(adata, folder))
+
+
+def with_dask(
+    chunks: tuple[int, int], blocks: Callable[[np.ndarray], object]
+) -> Callable[[ad.AnnData, Path], ad.AnnData]:
+    def make(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+        made = adata.copy()
+        made.X = da.from_array(adata.X.toarray(), chunks=chunks).map_blocks(blocks)
+        return made
+
+    return make
+
+
+LAZY = {
+    "dense": with_dask((13, 7), lambda x: x),
+    "sparse": with_dask((13, 20), sparse.csr_matrix),
+    "read_lazy": lazily,
+}
+
+
+@pytest.mark.parametrize("kind", LAZY)
+def test_a_lazy_anndata_is_read_by_blocks(kind: str, tmp_path: Path) -> None:
+    adata = counts(60, 20)
+    cohort = LAZY[kind](adata, tmp_path)
+    source = cloudpickle.loads(cloudpickle.dumps(open_source(cohort)))
+    for start, stop in ((0, 60), (0, 1), (7, 31)):
+        rows = source.read_rows(start, stop)
+        assert rows.has_canonical_format
+        np.testing.assert_array_equal(rows.toarray(), adata.X[start:stop].toarray())
+    assert list(source.obs["condition"]) == list(adata.obs["condition"])
+    assert list(source.cell_names) == list(adata.obs_names)
+    assert isinstance(source.obs, pd.DataFrame)
+    assert (
+        fingerprint(source, "condition", ["donor"])["rows"]
+        == fingerprint(open_source(adata), "condition", ["donor"])["rows"]
+    )
+
+
+def test_of_a_dask_array_only_the_blocks_asked_for_are_computed() -> None:
+    computed: list[int] = []
+
+    def block(x: np.ndarray, block_info: dict | None = None) -> np.ndarray:
+        if block_info:
+            computed.append(block_info[0]["chunk-location"][0])
+        return x
+
+    adata = counts(60, 20)
+    lazy = ad.AnnData(da.from_array(adata.X.toarray(), chunks=(10, 20)).map_blocks(block, dtype=np.float32))
+    source = open_source(lazy)
+    computed.clear()
+    source.read_rows(25, 35)
+    assert sorted(set(computed)) == [2, 3]
+
+
+class MuData:
+    """What a MuData is to those that have none installed: modalities by name."""
+
+    def __init__(self, **mod: ad.AnnData) -> None:
+        self.mod = mod
+
+
+def test_of_a_mudata_the_modality_rna_is_read() -> None:
     adata = counts(50, 12)
-    adata.X = da.from_array(adata.X.toarray())
-    with pytest.raises(
-        CohortError, match=r"holds a dask array; give the path of the store.* or the AnnData's .to_memory\(\)$"
-    ):
-        open_source(adata)
+    source = open_source(MuData(rna=adata, protein=counts(50, 8)))
+    np.testing.assert_array_equal(source.read_rows(0, 50).toarray(), adata.X.toarray())
+    with pytest.raises(CohortError, match="the MuData has no modality 'rna'; there are 'gex'"):
+        open_source(MuData(gex=adata))
+
+
+@pytest.mark.parametrize("store", ["h5mu", "zarr"])
+def test_of_a_stored_mudata_the_modality_rna_is_read(store: str, tmp_path: Path) -> None:
+    adata = counts(50, 12)
+    if store == "h5mu":
+        with h5py.File(tmp_path / "in.h5mu", "w") as file:
+            write_elem(file, "mod/rna", adata)
+            write_elem(file, "obs", adata.obs)
+            file.attrs["encoding-type"] = "MuData"
+        path = tmp_path / "in.h5mu"
+    else:
+        path = tmp_path / "in.zarr"
+        with ad.settings.override(auto_shard_zarr_v3=False):
+            write_elem(zarr.open_group(path, mode="w"), "mod/rna", adata)
+    source = pickle.loads(pickle.dumps(open_source(path)))
+    np.testing.assert_array_equal(source.read_rows(0, 50).toarray(), adata.X.toarray())
 
 
 def test_other_columns_are_no_part_of_the_fingerprint() -> None:

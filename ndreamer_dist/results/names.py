@@ -1,0 +1,103 @@
+"""What users call cells and genes, and where these stand: queries on `obs`, names of cells, names and symbols of genes.
+
+Tables of cells and genes and a user's words come in; places in the tables go out, or an error that says what is there.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist.cohort.tables import gene_places
+from ndreamer_dist.errors import QueryError, listing, suggest
+
+SUGGEST_AMONG = 50_000
+"""Beyond this many names, none is suggested for a misspelt one: looking for it would take minutes."""
+QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`[^`]*`)""")
+"""Parts of a query in which no column is named anew: texts, and names in backticks."""
+
+
+def cells_of_query(table: pd.DataFrame, query: str) -> np.ndarray:
+    """Return for which rows of `obs` a pandas query holds: (cells,) bool.
+
+    Columns whose names are no Python names (`orig.ident`, `Donor ID`, `class`) are understood with and without backticks.
+
+    Raises
+    ------
+    QueryError
+        The query cannot be read, or does not say yes or no of every cell.
+    """
+    mask, error = _evaluated(table, query)
+    if error is not None and (plainer := with_backticks(query, map(str, table.columns))) != query:
+        mask, again = _evaluated(table, plainer)
+        error = error if again is not None else None
+    if error is not None:
+        names = [str(name) for name in table.columns]
+        odd = [name for name in names if not _is_plain(name)]
+        hint = f'; write names like {listing(odd, limit=3)} in backticks: `{odd[0]}` == "..."' if odd else ""
+        msg = f"the query {query!r} cannot be read ({error}); the columns are {listing(names, limit=30)}{hint}"
+        raise QueryError(msg) from error
+    if not isinstance(mask, pd.Series) or not pd.api.types.is_bool_dtype(mask.dtype):
+        msg = f"the query {query!r} does not say yes or no of every cell; compare a column with a value"
+        raise QueryError(msg)
+    return mask.fillna(value=False).to_numpy(dtype=bool)
+
+
+def _evaluated(table: pd.DataFrame, query: str) -> tuple[Any, Exception | None]:
+    try:
+        return table.eval(query, engine="python", local_dict={}, global_dict={}), None
+    except Exception as error:  # noqa: BLE001 - pandas raises whatever it meets in a query
+        return None, error
+
+
+def with_backticks(query: str, columns: Any) -> str:
+    """Return a query in which columns whose names are no Python names stand in backticks."""
+    odd = sorted((name for name in columns if name and not _is_plain(name)), key=len, reverse=True)
+    if not odd:
+        return query
+    pattern = re.compile(r"(?<![\w.`])(" + "|".join(map(re.escape, odd)) + r")(?![\w`])")
+    parts = QUOTED.split(query)
+    return "".join(part if place % 2 else pattern.sub(r"`\1`", part) for place, part in enumerate(parts))
+
+
+def _is_plain(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def places_of_cells(index: pd.Index, names: Sequence[Any]) -> np.ndarray:
+    """Return where cells stand: (names,) int64; `QueryError` names those that are not there."""
+    places = index.get_indexer(pd.Index(names, dtype=object))
+    absent = [str(name) for name, place in zip(names, places, strict=True) if place < 0]
+    if absent:
+        raise QueryError(_absent("cell", absent, index, ""))
+    return np.asarray(places, dtype=np.int64)
+
+
+def places_of_genes(table: pd.DataFrame, names: Sequence[Any]) -> np.ndarray:
+    """Return where genes stand in their table, by name, by Ensembl id with or without version, or by symbol: (names,) int64.
+
+    Raises
+    ------
+    QueryError
+        A gene is not there, or several are called so.
+    """
+    found = gene_places(table.index, table, names)
+    absent = [name for name, places in found.items() if not places]
+    if absent:
+        hint = " Genes that were not modelled are found in the input cohort, if given."
+        raise QueryError(_absent("gene", absent, table.index, hint))
+    several = {name: places for name, places in found.items() if len(places) > 1}
+    for name, places in several.items():
+        msg = f"{len(places)} genes are called {name!r}; name one of them: {listing(table.index[places])}"
+        raise QueryError(msg)
+    return np.array([found[str(name)][0] for name in names], dtype=np.int64)
+
+
+def _absent(what: str, names: Sequence[str], index: pd.Index, hint: str) -> str:
+    near = suggest(names[0], index) if len(index) <= SUGGEST_AMONG else ""
+    return f"there is no {what} {listing(names)} among the {len(index)} here.{near}{hint}"
