@@ -1,7 +1,8 @@
 """The results of a run in the layout that the published package writes: h5ad files, a few for each group.
 
 Groups are taken one by one, so memory holds the values of one group. `x` and `y` in `b-x--c-y__ITE.h5ad` are codes of
-batch and condition; `mappings.json` says which names they stand for and lists the files. Rows of `adata.h5ad` and
+batch and condition; `mappings.json` says which names they stand for and lists the files, and the published
+`condition2num_mapping.pth` and `batch2num_mapping.pth` hold the codes, as JSON. Rows of `adata.h5ad` and
 `preprocessed.h5ad` come group by group; `obs["original_order"]`, in every file, is the cell's row in the input.
 """
 
@@ -32,6 +33,10 @@ from ndreamer_dist.storage.files import Storage
 Part: TypeAlias = Literal["model", "space", "decomposition", "effects"]
 PARTS: tuple[Part, ...] = get_args(Part)
 FORMATS = ("ndreamer",)
+WEIGHTS = {
+    "weights": keys.PUBLISHED_WEIGHTS, "network": keys.PUBLISHED_MODEL, "read_with": "safetensors.torch.load_file",
+}  # fmt: skip
+"""What stands in `ndreamer.pth`: where the weights are, since nothing is pickled."""
 
 
 def export(
@@ -96,9 +101,14 @@ def file_name(pattern: str, group: Group) -> str:
 
 
 def _write_model(results: Results, folder: Path) -> list[Path]:
-    mappings = folder / keys.PUBLISHED_MAPPINGS
-    mappings.write_text(json.dumps(_mappings(results), indent=1))
-    written, run = [mappings], Storage(results.url.rpartition("/")[0])
+    mappings = _mappings(results)
+    contents = {
+        keys.PUBLISHED_MAPPINGS: mappings, keys.PUBLISHED_CONDITIONS: mappings["conditions"],
+        keys.PUBLISHED_BATCHES: mappings["batches"], keys.PUBLISHED_POINTER: WEIGHTS,
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=1))
+    written, run = [folder / name for name in contents], Storage(results.url.rpartition("/")[0])
     if run.exists(keys.MODEL_JSON):
         read_model(run)  # refuses what is damaged
         for source, name in ((keys.MODEL_JSON, keys.PUBLISHED_MODEL), (keys.MODEL_WEIGHTS, keys.PUBLISHED_WEIGHTS)):

@@ -73,6 +73,7 @@ def test_the_layout_is_the_published_one(made):
     wanted = {f"c-{c}--b-{b}__{what}.h5ad" for b, c in pairs for what in ("expression", "batch")}
     wanted |= {f"b-{b}--c-{c}__ITE.h5ad" for b, c in pairs if c}
     wanted |= {"adata.h5ad", "preprocessed.h5ad", "mappings.json", "model.json", "weights.safetensors", "run"}
+    wanted |= {"condition2num_mapping.pth", "batch2num_mapping.pth", "ndreamer.pth"}
     assert {path.name for path in made.folder.iterdir()} == wanted
 
 
