@@ -403,7 +403,7 @@ class ResultsReader:
         return lazy.lazy_anndata(
             self, (self._cells.iloc[rows].copy(), table.iloc[columns].copy()),
             lazy.LazyParts(rows, columns, block_rows, token), expression, stored=cohort is None,
-            questions={name: layer_question(name, self._rounding) for name in keys.LAYERS} | asked,
+            questions={name: layer_question(name, self._keep_bits) for name in keys.LAYERS} | asked,
         )  # fmt: skip
 
     def open_cohort(self, cohort: Cohort) -> GivenExpression:
