@@ -8,10 +8,9 @@ A preset is a set of overrides of the defaults; explicit values win over the pre
 from __future__ import annotations
 
 import json
-import re
 import reprlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -481,20 +480,27 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 class _Words(yaml.SafeLoader):
-    """YAML in which names stay names: `no`, `on` and `001` are what is written, and only `true` and `false` are not.
+    """YAML in which names stay names: `no`, `on`, `001`, `0.10`, `12:30` and dates are what is written.
 
-    Settings that are no names take such words too: pydantic knows what `on` means where yes or no is wanted.
+    Only `true`, `false` and numbers that read as they are written become something else. Settings that are numbers, or yes
+    or no, take the rest too: pydantic knows what they mean.
     """
 
 
-_Words.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "int", "timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Words.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Words.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+def _as_written(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return what makes a value of a word where the value reads like the word, and leaves the word otherwise."""
+
+    def made(loader: Any, node: Any) -> Any:
+        value = construct(loader, node)
+        return value if str(value).lower() == str(node.value).lower() else node.value
+
+    return made
+
+
+for _kind in ("bool", "int", "float"):
+    _tag = f"tag:yaml.org,2002:{_kind}"
+    _Words.add_constructor(_tag, _as_written(yaml.SafeLoader.yaml_constructors[_tag]))
+_Words.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
 
 
 def read_yaml(text: str | bytes, where: str) -> Any:

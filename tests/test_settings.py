@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from ndreamer_dist.errors import SettingsError
-from ndreamer_dist.settings import Settings, StageSettings, parse_assignments
+from ndreamer_dist.settings import Settings, StageSettings, parse_assignments, read_yaml
 
 
 def test_the_paper_preset_is_the_method() -> None:
@@ -103,3 +103,30 @@ def test_the_yaml_of_settings_says_what_each_is_and_which_bear_on_results() -> N
             line = next(line for line in below if line.startswith(f"  {name}: "))
             role = setting.json_schema_extra["role"]  # type: ignore[index, call-overload]
             assert line.endswith(f"  # {'* ' if role == 'result' else ''}{setting.description}")
+
+
+NAMES_IN_YAML = {
+    "no": "no", "No": "No", "NO": "NO", "yes": "yes", "on": "on", "off": "off", "0": "0", "0.0": "0.0", "001": "001", "1e3": "1e3",
+    "12:30": "12:30", "2020-01-01": "2020-01-01", "1_000": "1_000", "'no'": "no", "SEPT1": "SEPT1", "0.10": "0.10", "1.": "1.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", NAMES_IN_YAML)
+def test_names_in_yaml_are_what_is_written(written: str) -> None:
+    told = read_yaml(f"cohort:\n  control: {written}\n  batch_key: [{written}, x]\nhvg:\n  keep: [{written}]\n", "text")
+    made, name = Settings.build(config=told), NAMES_IN_YAML[written]
+    assert (made.cohort.control, made.cohort.batch_key, made.hvg.keep) == (name, (name, "x"), (name,))
+    assert Settings.build(overrides=parse_assignments([f"cohort.control={written}"])).cohort.control == name
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("on", True), ("no", False), ("true", True), ("off", False), ("False", False)]
+)
+def test_yes_and_no_are_still_understood_where_they_are_meant(written: str, value: bool) -> None:
+    assert Settings.build(overrides=parse_assignments([f"run.serial={written}"])).run.serial is value
+
+
+def test_what_yaml_has_read_as_yes_or_no_is_to_be_quoted() -> None:
+    with pytest.raises(SettingsError, match=r"setting 'cohort\.control': expected a name.*quote it \(found False\)"):
+        Settings.build(config={"cohort": {"control": False}})
+    assert Settings.build(config={"cohort": {"control": 0}}).cohort.control == "0"

@@ -121,3 +121,43 @@ def test_batches_without_controls_are_ordinary_and_said() -> None:
     assert report_design(design, {}, 1, "drop") == [
         "2 of 3 batches hold no control: their controls come from the other batches"
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "control"),
+    [([0, 1] * 20, "0.0"), ([0.0, 1.0] * 20, "0"), ([False, True] * 20, "false"), (pd.Categorical([0, 1] * 20), "0.0")],
+)
+def test_a_control_that_is_a_number_is_found_by_its_value(values: object, control: str) -> None:
+    obs = pd.DataFrame({"condition": values})
+    design, _, _ = build_design(obs, condition_key="condition", control=control)
+    assert design.control in ("0", "0.0", "False")
+
+
+def test_text_is_no_number() -> None:
+    obs = pd.DataFrame({"condition": ["0", "1"] * 20})
+    with pytest.raises(CohortError, match=r"no cell has the control '0\.0'"):
+        build_design(obs, condition_key="condition", control="0.0")
+
+
+def screen() -> pd.DataFrame:
+    """Return a screen: a control, two knock-outs of many cells, three of few."""
+    sizes = {"ctrl": 60, "KO A": 40, "KO B": 40, "KO rare": 5, "KO once": 1, "KO two": 2}
+    return pd.DataFrame({"condition": np.repeat(list(sizes), list(sizes.values()))})
+
+
+def test_conditions_of_few_cells_are_named_all_at_once() -> None:
+    words = "--exclude-condition 'KO rare' --exclude-condition 'KO once' --exclude-condition 'KO two'"
+    with pytest.raises(CohortError, match=f"^3 conditions, 'KO rare', 'KO once', 'KO two', would vanish: .*{words}"):
+        build_design(screen(), condition_key="condition", control="ctrl", min_group_cells=20)
+
+
+def test_excluded_conditions_are_left_out_and_say_why() -> None:
+    gone = ("KO rare", "KO once", "KO two")
+    design, groups, reasons = build_design(
+        screen(), condition_key="condition", control="ctrl", min_group_cells=20, exclude=gone
+    )
+    assert design.conditions == ("ctrl", "KO A", "KO B")
+    assert (groups >= 0).sum() == 140
+    assert set(reasons[groups < 0]) == {"excluded condition"}
+    with pytest.raises(CohortError, match="'condition' holds one condition, 'ctrl'"):
+        build_design(screen(), condition_key="condition", control="ctrl", exclude=("KO A", "KO B", *gone))

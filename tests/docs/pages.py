@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pytest
+import scanpy as sc
+from scipy import sparse
 
 from ndreamer_dist import cli
 from ndreamer_dist.datasets import simulate
@@ -107,3 +110,39 @@ def cohort(folder: Path) -> None:
     adata.obs_names = ["AAACCTG-1", "AAACGGG-1", *adata.obs_names[2:]]
     for suffix in ("h5ad", "zarr"):
         save(adata, folder / f"cohort.{suffix}")
+    save(as_cellxgene_has_it(adata), folder / "census.h5ad")
+    for donor in ("D1", "D2"):
+        (folder / donor).mkdir()
+        write_10x(adata[adata.obs["donor_id"] == adata.obs["donor_id"].cat.categories[1]], folder / donor)
+
+
+def as_cellxgene_has_it(adata: anndata.AnnData) -> anndata.AnnData:
+    """Return a cohort with counts in `.raw`, normalised values in X, and genes by Ensembl id."""
+    made = adata.copy()
+    made.var["feature_name"] = made.var_names.to_numpy(dtype=object)
+    made.var_names = [f"ENSG{number:011d}" for number in range(made.n_vars)]
+    made.raw = made.copy()
+    sc.pp.normalize_total(made, target_sum=1e4)
+    sc.pp.log1p(made)
+    return made
+
+
+def write_10x(adata: anndata.AnnData, folder: Path) -> None:
+    """Write counts as Cell Ranger does: genes x cells, by cells."""
+    counts = sparse.csr_matrix(adata.X).astype("int32")
+    names = adata.var_names.to_numpy(dtype="S")
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
+        for part in ("data", "indices", "indptr"):
+            file[f"matrix/{part}"] = getattr(counts, part)
+        file["matrix/shape"], file["matrix/barcodes"] = (
+            np.array(counts.shape[::-1]),
+            adata.obs_names.to_numpy(dtype="S"),
+        )
+        kinds = {
+            "id": names,
+            "name": names,
+            "feature_type": [b"Gene Expression"] * len(names),
+            "genome": [b"g"] * len(names),
+        }
+        for part, values in kinds.items():
+            file[f"matrix/features/{part}"] = values

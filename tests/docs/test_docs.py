@@ -87,7 +87,7 @@ def test_a_page_runs(page: Path, place: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_every_block_says_what_it_is() -> None:
     kinds = Counter(block.kind for page in PAGES for block in blocks(page))
-    assert set(kinds) <= {"python", "bash", "yaml", "text"}
+    assert set(kinds) <= {"python", "bash", "yaml", "text", "r"}
     assert kinds["python"] >= 5
     fences = sum(len(re.findall(r"^```", page.read_text(), re.MULTILINE)) for page in PAGES)
     assert fences == 2 * sum(kinds.values())  # none is missed
