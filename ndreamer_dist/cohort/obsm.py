@@ -81,7 +81,7 @@ def _obsm(source: Source) -> Any:
         return source.obsm
     if isinstance(source.matrix, MemoryMatrix):
         return {}
-    return open_root(source.matrix.url, source.matrix.container).get("obsm", {})
+    return open_root(source.matrix.url, source.matrix.container).get(f"{source.matrix.folder}obsm", {})
 
 
 def _array(element: Any, where: str) -> np.ndarray:

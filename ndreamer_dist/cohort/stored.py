@@ -63,6 +63,11 @@ class StoredMatrix:
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # the open file stays where it is
 
+    @property
+    def folder(self) -> str:
+        """Where in the store the AnnData is: `mod/rna/` of a MuData, else nothing."""
+        return "/".join(self.name.split("/")[:2]) + "/" if self.name.startswith("mod/") else ""
+
     @cached_property
     def _element(self) -> Any:
         return open_root(self.url, self.container)[self.name]

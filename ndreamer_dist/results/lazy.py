@@ -156,7 +156,9 @@ def lazy_anndata(
         else:
             layers[name] = parts.array(name, ComputedBlocks(question, reader.counterparts, expression))
     obsm = {}
-    for name in (keys.OBSM_MU, keys.OBSM_PCA):
+    for name in (keys.OBSM_MU, reader.embedding_key):
+        if reader.storage.node(f"obsm/{name}") is None:  # a space that was not trained has none of a network's
+            continue
         width = np.arange(int(open_array(reader.storage, f"obsm/{name}").shape[1]))
         obsm[name] = parts.array(name, StoredBlocks(reader.storage, f"obsm/{name}"), columns=width)
     obs, var = tables

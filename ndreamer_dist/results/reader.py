@@ -398,7 +398,7 @@ class ResultsReader:
         expression, table = self._expression(cohort)
         columns = self._columns(genes, table)
         token = lazy.token_of(self.url, str(self._fact("key")), rows, columns, cohort is None)
-        block_rows = int(open_array(self.storage, f"obsm/{keys.OBSM_MU}").chunks[0])
+        block_rows = int(open_array(self.storage, f"obsm/{self.embedding_key}").chunks[0])
         asked = lazy.conditional_questions(effects, counterfactuals, self.design.condition_code)
         return lazy.lazy_anndata(
             self, (self._cells.iloc[rows].copy(), table.iloc[columns].copy()),

@@ -177,7 +177,13 @@ def _folder(name: str, *files: str) -> Case:
     return case
 
 
-HOLD = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "rb") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)  # as HDF5 does for whoever writes
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def _locked(folder: Path) -> Work:
