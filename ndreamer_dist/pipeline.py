@@ -27,7 +27,15 @@ from ndreamer_dist.cohort.values import decide_values
 from ndreamer_dist.compute.events import choose_format
 from ndreamer_dist.compute.executor import Runtime, check_layout, choose_runtime, ray_failures
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
-from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit, use_writable_caches
+from ndreamer_dist.compute.machine import (
+    Allowance,
+    Needs,
+    check_resources,
+    cpu_allowance,
+    cpu_count,
+    memory_allowance,
+    use_writable_caches,
+)
 from ndreamer_dist.compute.monitors import metered
 from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.effects.tables import ROOT, check_tables
@@ -167,16 +175,18 @@ def plan(
         directory.refuse_read_only()
     source, design, size = _checked(cohort, made)
     seen = "" if source.kind == "csc" else decide_values(source, made.cohort.normalise, made.cohort.log_base).seen
-    return plan_of(
+    limit = _memory(made)
+    planned = plan_of(
         design,
         made,
         size,
         input_groups=input_sizes(source, made.cohort),
         **_machine(made),
         notes=tuple(note for note in (seen, *source.notes) if note),
-        memory_free=_memory(made),
+        memory_free=limit.amount,
         disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
     )
+    return replace(planned, cpus_source=_processors(made).source, memory_source=limit.source)
 
 
 def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tuple[Source, Design, CohortSize]:
@@ -342,14 +352,19 @@ def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> N
     """Refuse what this machine cannot hold; where tasks run on a cluster, the driver alone (see `executor.check_nodes`)."""
     if on_a_cluster(settings.run):
         needs = Needs(memory.driver_memory(size), memory.disk_bytes(size, settings))
-        check_resources(needs, memory=memory_limit(), disk=run.free_disk(), where=run.url)
+        check_resources(needs, memory=memory_allowance().amount, disk=run.free_disk(), where=run.url)
         return
     alone = settings.run.serial  # one process trains and reads in turn, so no processor need be left to readers
     cpus = 2**20 if alone else settings.run.cpus or cpu_count()
     if keys.STAGE_TRAIN in stages_of(settings):
         check_layout(settings.train, cpus, gpus=lambda: 0 if alone else _gpu_count())
     needs = memory.needs(size, settings, **_machine(settings))
-    check_resources(needs, memory=_memory(settings), disk=run.free_disk(), where=run.url)
+    check_resources(needs, memory=_memory(settings).amount, disk=run.free_disk(), where=run.url)
+    own, limit = _processors(settings), _memory(settings)
+    logger.info(
+        "this machine: %d processors (%s), %.1f GB of memory (%s)",
+        own.amount, own.source, limit.amount / 1e9, limit.source,
+    )  # fmt: skip
 
 
 def _gpu_count() -> int:
@@ -365,13 +380,21 @@ def _promised(settings: Settings, size: CohortSize) -> dict[str, int]:
 
 def _machine(settings: Settings) -> dict[str, int]:
     """Return the tasks that run at once on this machine, and the bytes of its object store."""
+    store = 0 if settings.run.serial else object_store_bytes(settings.run)
+    return {"cpus": _processors(settings).amount, "object_store": store}
+
+
+def _processors(settings: Settings) -> Allowance:
+    """Return how many tasks run at once on this machine, and why so many."""
     if settings.run.serial:
-        return {"cpus": 1, "object_store": 0}
-    return {"cpus": settings.run.cpus or cpu_count(), "object_store": object_store_bytes(settings.run)}
+        return Allowance(1, "run.serial")
+    return Allowance(settings.run.cpus, "run.cpus") if settings.run.cpus else cpu_allowance()
 
 
-def _memory(settings: Settings) -> int:
-    return int(settings.run.memory_gb * 1e9) if settings.run.memory_gb else memory_limit()
+def _memory(settings: Settings) -> Allowance:
+    """Return the bytes of memory the job may use on this machine, and why so many."""
+    own = settings.run.memory_gb
+    return Allowance(int(own * 1e9), "run.memory_gb") if own else memory_allowance()
 
 
 def _check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> None:

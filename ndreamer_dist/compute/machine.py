@@ -1,4 +1,4 @@
-"""Read what this process may use of the machine: processors and memory, within the limits of its container."""
+"""Read what this process may use of the machine: processors and memory, within its container's and its SLURM job's limits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,26 +15,47 @@ from pathlib import Path
 from ndreamer_dist.errors import ResourceError
 
 GIB = 2**30
+MIB = 2**20
 CGROUP = Path("/sys/fs/cgroup")
 CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
 """Variables that name the folders of what others cache, and ours for them."""
+OWN_CGROUP = Path("/proc/self/cgroup")
+"""Lines `number:controllers:path`: where in the tree of control groups this process is."""
+NO_LIMIT = 2**60
+"""Control groups of version 1 write a number near 2^63 where there is no limit."""
+
+
+@dataclass(frozen=True, order=True)
+class Allowance:
+    """How much of the machine this process may use, and who limits it: `16 (SLURM_CPUS_PER_TASK)`."""
+
+    amount: int
+    source: str
+
+
+def cpu_allowance() -> Allowance:
+    """Return the processors this process may use: the least of its affinity, its control groups and its SLURM job."""
+    if hasattr(os, "sched_getaffinity"):
+        own = Allowance(len(os.sched_getaffinity(0)), "affinity")
+    else:
+        own = Allowance(os.cpu_count() or 1, "machine")
+    return min([own, *_cgroup_cpus(), *_slurm_cpus()], key=lambda each: each.amount)
+
+
+def memory_allowance() -> Allowance:
+    """Return the bytes of memory this process may use: the least of the machine, its control groups and its SLURM job."""
+    machine = Allowance(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine")
+    return min([machine, *_cgroup_memory(), *_slurm_memory()], key=lambda each: each.amount)
 
 
 def cpu_count() -> int:
-    """Return the processors this process may use: its affinity and its container's quota."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_value("cpu.max")
-    if quota and quota[0] != "max":
-        allowed = min(allowed, max(1, -(-int(quota[0]) // int(quota[1]))))
-    return allowed
+    """Return the processors this process may use."""
+    return cpu_allowance().amount
 
 
 def memory_limit() -> int:
-    """Return the bytes of memory this process may use: the container's limit (cgroup v1 or v2), else the machine's."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = [_cgroup_value("memory.max"), _cgroup_value("memory/memory.limit_in_bytes")]
-    limits = [int(value[0]) for value in found if value and value[0] != "max"]
-    return min([machine, *limits])
+    """Return the bytes of memory this process may use."""
+    return memory_allowance().amount
 
 
 def home_is_writable() -> bool:
@@ -78,12 +100,71 @@ def _remove(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cgroup_value(name: str) -> list[str] | None:
-    path = CGROUP / name
+def _slurm_cpus() -> Iterator[Allowance]:
+    """Yield what a SLURM job gives to one task, or to all of its tasks on this node."""
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        if count := _slurm_number(name):
+            yield Allowance(count, name)
+
+
+def _slurm_memory() -> Iterator[Allowance]:
+    """Yield what a SLURM job gives on this node; SLURM counts in MiB, and 0 (`--mem=0`) is all of the node."""
+    if size := _slurm_number("SLURM_MEM_PER_NODE"):
+        yield Allowance(size * MIB, "SLURM_MEM_PER_NODE")
+    size, count = _slurm_number("SLURM_MEM_PER_CPU"), _slurm_number("SLURM_CPUS_ON_NODE")
+    if size and count:
+        yield Allowance(size * count * MIB, "SLURM_MEM_PER_CPU")
+
+
+def _slurm_number(name: str) -> int:
+    """Return a number that SLURM sets in a job; 0 outside of jobs and where it is no number."""
+    text = os.environ.get(name, "") if "SLURM_JOB_ID" in os.environ else ""
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def _cgroup_cpus() -> Iterator[Allowance]:
+    """Yield the processor quotas of this process's control groups, whole processors upwards."""
+    for folder in _cgroup_folders("cpu"):
+        quota = _words(folder / "cpu.max") or [
+            *_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")
+        ]  # fmt: skip
+        if len(quota) == 2 and quota[0] not in ("max", "-1"):
+            yield Allowance(max(1, -(-int(quota[0]) // int(quota[1]))), "cgroup")
+
+
+def _cgroup_memory() -> Iterator[Allowance]:
+    """Yield the memory limits of this process's control groups."""
+    for folder in _cgroup_folders("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = _words(folder / name)
+            if limit and limit[0] != "max" and int(limit[0]) < NO_LIMIT:
+                yield Allowance(int(limit[0]), "cgroup")
+
+
+def _cgroup_folders(controller: str) -> Iterator[Path]:
+    """Yield the folders of a controller's groups around this process, versions 2 and 1, from the root inwards.
+
+    A SLURM job's group lies deep below the root; a container usually sees its own group as the root.
+    """
+    try:
+        lines = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
+    except OSError:
+        lines = []
+    for mount, listed in ((CGROUP, ""), (CGROUP / controller, controller)):
+        paths = [path for _, controllers, path in lines if listed in controllers.split(",")]
+        folder = mount
+        yield folder
+        for part in Path(paths[0].lstrip("/")).parts if paths else ():
+            folder /= part
+            yield folder
+
+
+def _words(path: Path) -> list[str]:
+    """Return the words of a file; none where it cannot be read."""
     try:
         return path.read_text().split()
     except OSError:
-        return None
+        return []
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ class Plan:
         What was seen of the values, and decided.
     memory, disk
         Most bytes over all stages; `memory_free` and `disk_free` are what there is (none where it cannot be known).
+    cpus, cpus_source, memory_source
+        Processors that the promise counts with, and who limits them and the memory: SLURM, a cgroup, a setting, ...
     """
 
     cells: int
@@ -94,6 +96,9 @@ class Plan:
     embedding: str = keys.NDREAMER
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    cpus: int = 1
+    cpus_source: str = ""
+    memory_source: str = ""
 
     def __str__(self) -> str:
         return "\n".join([*self._cohort_lines(), "", *self._stage_lines(), "", *self._resource_lines()])
@@ -137,11 +142,13 @@ class Plan:
         return lines
 
     def _resource_lines(self) -> list[str]:
-        pairs = (("memory", self.memory, self.memory_free), ("disk", self.disk, self.disk_free))
-        return [
-            f"{name:<7}{_gb(need)} needed" + ("" if free is None else f", {_gb(free)} there")
-            for name, need, free in pairs
+        memory = ("memory", self.memory, self.memory_free, self.memory_source)
+        disk = ("disk", self.disk, self.disk_free, "")
+        lines = [
+            f"{name:<7}{_gb(need)} needed" + ("" if free is None else f", {_gb(free)} there{_in_brackets(source)}")
+            for name, need, free, source in (memory, disk)
         ]
+        return [*lines, f"cpus   {self.cpus:,}{_in_brackets(self.cpus_source)}"]
 
 
 def plan_of(
@@ -194,6 +201,7 @@ def plan_of(
         embedding=settings.embed.method,
         left_out=tuple(stage for stage in keys.STAGES if stage not in stages),
         notes=notes,
+        cpus=cpus,
     )
 
 
@@ -254,6 +262,10 @@ def _unknown(cohort: CohortSettings) -> str:
 
 def _group(group: tuple[str, int]) -> str:
     return f"{shown(group[0])} ({group[1]:,} cells)"
+
+
+def _in_brackets(source: str) -> str:
+    return f" ({source})" if source else ""
 
 
 def _gb(size: float) -> str:

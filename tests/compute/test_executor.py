@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ndreamer_dist.compute import machine
 from ndreamer_dist.compute.executor import Node, Runtime, TaskNeed, check_nodes, choose_runtime, cluster_nodes, fetch
-from ndreamer_dist.compute.local_ray import object_store_bytes
-from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
 from ndreamer_dist.errors import CohortError, ResourceError
 from ndreamer_dist.settings import RunSettings
 
@@ -67,36 +64,6 @@ def test_tasks_keep_to_the_threads_of_the_settings(runtime: Runtime) -> None:
 def test_nothing_is_started_for_no_work() -> None:
     with choose_runtime(RunSettings(address="nowhere:1")) as runtime:
         assert list(runtime.map(square, [], title="nothing")) == []
-
-
-@pytest.mark.parametrize(
-    ("files", "cpus", "memory"),
-    [
-        pytest.param({"cpu.max": "100000 100000", "memory.max": "1000000000"}, 1, 10**9, id="cgroup_v2"),
-        pytest.param({"memory/memory.limit_in_bytes": "2000000000"}, None, 2 * 10**9, id="cgroup_v1"),
-        pytest.param({"cpu.max": "max 100000", "memory.max": "max"}, None, None, id="no_limit"),
-    ],
-)
-def test_limits_are_the_containers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict, cpus: int | None, memory: int | None
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    assert cpu_count() == (cpus or cpu_count())
-    assert memory_limit() <= (memory or memory_limit())
-    if memory:
-        assert memory_limit() == memory
-    assert object_store_bytes(RunSettings()) <= memory_limit() // 8 or memory_limit() < 2**30
-
-
-@pytest.mark.parametrize(("memory", "disk", "message"), [(5, 100, "GB of memory"), (50, 10, "GB of disk")])
-def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(memory: int, disk: int, message: str) -> None:
-    needs = Needs(memory=10 * 10**9, disk=20 * 10**9)
-    check_resources(needs, memory=10 * 10**9, disk=20 * 10**9, where="here")
-    with pytest.raises(ResourceError, match=f"{message}.*--"):
-        check_resources(needs, memory=memory * 10**9, disk=disk * 10**9, where="here")
 
 
 def test_a_cluster_is_refused_where_its_largest_node_cannot_hold_a_task() -> None:

@@ -148,7 +148,8 @@ def test_the_command_line_tells_everything_and_writes_nothing(
         f"not known before the values are read: {unknown}",
         f"matching   {3 * 3 + 3 * 6} pairs of groups",
         f"training   {plan.steps:,} steps of 1,024 cells, in {plan.epochs} epochs",
-        f"memory {plan.memory / 1e9:.1f} GB needed, 7.0 GB there",
+        f"memory {plan.memory / 1e9:.1f} GB needed, 7.0 GB there (run.memory_gb)",
+        f"cpus   {plan.cpus} ({plan.cpus_source})",
     ]
     lines = told.splitlines()
     assert [line for line in expected if line not in lines] == []
