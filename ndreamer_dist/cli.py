@@ -20,9 +20,16 @@ from ndreamer_dist.compute.machine import use_writable_caches
 from ndreamer_dist.errors import NDreamerError, SettingsError, StoreError, printable
 from ndreamer_dist.settings import parse_assignments, read_yaml
 
+EXIT_CODES = """\
+Exit codes: 0, done; 1, an unexpected error, with its trace; 2, refused: the last line of standard error names the input,
+setting, file or resource that will not do, and what to change (`check`: something is damaged); 130, stopped by Ctrl-C:
+the same command goes on. Answers go to standard output, progress and errors to standard error."""
+"""Shown under `--help`, and in docs/how-to/workflows.md."""
+
 app = typer.Typer(
     name="ndreamer-dist",
     help="Remove batch effects from single-cell RNA-seq and estimate what a condition does to every cell.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -88,6 +95,7 @@ ResultsAddress = Annotated[str, typer.Argument(metavar="DIR", help="Run director
 Compared = Annotated[str | None, typer.Option(help="Condition to compare with the control (default: each of them).")]
 Genes = Annotated[str | None, typer.Option(help="Gene names, separated by commas.")]
 InputAgain = Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object, for programs.")]
 DonorKey = Annotated[str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")]
 
 
@@ -168,24 +176,24 @@ def plan(
     config: Config = None,
     assignments: Set = None,
     workers: Workers = None,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what `run` would do and need: groups, steps, memory, disk; nothing is run."""
     from ndreamer_dist.pipeline import plan as plan_job
 
     given = {"train.workers": workers, **_cohort_settings(normalise, layer, gene_names, exclude_condition)}
-    print(
-        plan_job(
-            cohort,
-            out=out,
-            condition_key=condition_key,
-            control=control,
-            batch_key=tuple(batch_key) if batch_key else None,
-            embedding=embedding,
-            preset=preset,
-            config=_read_config(config),
-            settings=_overrides(assignments, given),
-        )
+    planned = plan_job(
+        cohort,
+        out=out,
+        condition_key=condition_key,
+        control=control,
+        batch_key=tuple(batch_key) if batch_key else None,
+        embedding=embedding,
+        preset=preset,
+        config=_read_config(config),
+        settings=_overrides(assignments, given),
     )
+    print(planned.to_json() if as_json else planned)
 
 
 @app.command()
@@ -270,11 +278,12 @@ def simulate(
 @app.command()
 def info(
     run_directory: ResultsAddress,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a run holds, or how far a running one is."""
     from ndreamer_dist.commands.info import describe
 
-    print(describe(run_directory))
+    print(describe(run_directory, as_json=as_json))
 
 
 @app.command()

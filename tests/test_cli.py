@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,21 @@ def test_a_finished_run_is_described(finished: Path, capsys: pytest.CaptureFixtu
     assert "own condition minus control" in out
     assert "donor_01|treated" in out
     assert_costs_are_told(out, keys.STAGES)
+
+
+def test_a_run_is_described_for_programs(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = spoken(["info", str(finished), "--json"], capsys)
+    told = json.loads(out)
+    assert (code, told["state"], told["cells"], told["genes"], told["control"]) == (0, "finished", 900, 150, "control")
+    assert sum(group["cells"] for group in told["groups"]) == 900
+    assert {group["name"]: group["match_distance"] for group in told["groups"]}["donor_01|treated"] > 0
+    assert [each["stage"] for each in told["costs"]] == list(keys.STAGES)
+    (tmp_path / keys.RUN_JSON).write_text((finished / keys.RUN_JSON).read_text())
+    (tmp_path / keys.DONE / "pack").mkdir(parents=True)
+    (tmp_path / keys.DONE / "pack" / "00000.json").write_text("{}")
+    code, out, _ = spoken(["info", str(tmp_path), "--json"], capsys)
+    told = json.loads(out)
+    assert (code, told["state"], told["shards_done"]["pack"], told["shards_done"]["train"]) == (0, "stopped", 1, 0)
 
 
 def assert_costs_are_told(out: str, stages: Sequence[str]) -> None:
@@ -198,6 +214,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
     code, out, _ = spoken(["--help"], capsys)
     assert code == 0
     assert all(name in out for name in ("run", "match", "all-genes", "demo", "simulate", "info", "get"))
+    assert all(f" {code}, " in f" {' '.join(out.split())}" for code in (0, 1, 2, 130))  # the exit codes
 
 
 def test_importing_the_package_loads_nothing_heavy_and_changes_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,21 +19,67 @@ from ndreamer_dist.stats.results import Results, open_results
 from ndreamer_dist.storage.checksums import unseal
 
 
-def describe(address: str) -> str:
-    """Return what a run directory holds: the design and the results where it is finished, else how far it is."""
+def describe(address: str, *, as_json: bool = False) -> str:
+    """Return what a run directory holds: the design and the results where it is finished, else how far it is.
+
+    Parameters
+    ----------
+    as_json
+        Return a JSON object for programs, instead of lines for people.
+    """
     run = RunDirectory.at(address)
     if not run.storage.exists():
         msg = f"{run.url} does not exist"
         raise StoreError(msg)
+    results = _results(run, address)
+    if as_json:
+        return _as_json(run, results)
+    return _progress(run) if results is None else _summary(results) + _spaces(run) + _costs(run)
+
+
+def _results(run: RunDirectory, address: str) -> Results | None:
+    """Return the results of a run, none where it has not got that far; `StoreError` where there is no run."""
     try:
-        results = open_results(address)
+        return open_results(address)
     except StoreError:
         if not run.storage.exists(keys.RUN_JSON):
             raise
         if not run.storage.exists(f"{keys.RESULTS}/zarr.json"):
-            return _progress(run)
-        results = open_results(address)  # finished meanwhile; or damaged, and the error says so
-    return _summary(results) + _spaces(run) + _costs(run)
+            return None
+        return open_results(address)  # finished meanwhile; or damaged, and the error says so
+
+
+def _as_json(run: RunDirectory, results: Results | None) -> str:
+    """Return state, stages and, of a finished run, design and layers as a JSON object; sizes in GB (10^9 bytes)."""
+    costs = stage_costs(run.storage).to_json(orient="records")  # NaN becomes null
+    answer: dict[str, Any] = {"url": run.url, "state": "finished", "costs": json.loads(costs)}
+    if results is None:
+        done = Counter(name.split("/")[1] for name in run.storage.list(keys.DONE))
+        progress = unseal(run.storage.read_if_there(keys.PROGRESS) or b"{}", f"{run.url}/{keys.PROGRESS}")
+        silent = time.time() - progress.get("seen", 0.0)
+        state = "running" if silent < SILENT_SECONDS else "stopped"
+        shards = {stage: done[stage] for stage in _stages(run)}
+        answer |= {"state": state, "shards_done": shards, "progress": progress}
+    else:
+        answer |= _design(results)
+    return json.dumps(answer, indent=2)
+
+
+def _design(results: Results) -> dict[str, Any]:
+    """Return what was compared, and what is stored of it."""
+    design, cells = results.design, results.packed_obs
+    distances = [
+        cells[keys.OBS_MATCH_DISTANCE].iloc[group.start : group.stop].mean() for group in design.groups
+    ]  # NaN without a control group
+    groups = [
+        {"name": group.name, "cells": group.cells, "match_distance": None if pd.isna(mean) else float(mean)}
+        for group, mean in zip(design.groups, distances, strict=True)
+    ]
+    return {
+        "cells": design.n_cells, "genes": len(results.var_names), "layers": list(results.layers),
+        "condition_key": design.condition_key, "control": design.control, "batch_keys": list(design.batch_keys),
+        "groups": groups,
+    }  # fmt: skip
 
 
 def _progress(run: RunDirectory) -> str:

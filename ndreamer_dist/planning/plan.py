@@ -6,8 +6,9 @@ printed and what `run` refuses by are the same numbers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.clusters import clustered_by
@@ -102,6 +103,19 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join([*self._cohort_lines(), "", *self._stage_lines(), "", *self._resource_lines()])
+
+    def to_json(self) -> str:
+        """Return the plan as a JSON object: the attributes by name, sizes in bytes, groups and stages as objects."""
+        named = {
+            name: [{"name": group, "cells": cells} for group, cells in groups]
+            for name, groups in (("groups", self.groups), ("dropped_groups", self.dropped_groups))
+        }
+        stages = [
+            {"name": stage.name, "memory": stage.memory, "workers": stage.workers,
+             "work": [{"tasks": tasks, "unit": unit} for tasks, unit in stage.work]}
+            for stage in self.stages
+        ]  # fmt: skip
+        return json.dumps({**asdict(self), **named, "stages": stages}, indent=2)
 
     def _cohort_lines(self) -> list[str]:
         smallest = min(self.groups, key=lambda group: group[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -129,6 +130,9 @@ def test_the_command_line_tells_everything_and_writes_nothing(
         main(["plan", str(tmp_path / "in.h5ad"), "--out", str(out), *words])
     assert not ended.value.code
     told = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path / "in.h5ad"), "--out", str(out), *words, "--json"])
+    for_programs = json.loads(capsys.readouterr().out)
     assert not out.exists()
     settings = dict(text.split("=") for text in sets)
     plan = nd.plan(tmp_path / "in.h5ad", out=out, **NAMES, preset="small", settings=settings)
@@ -151,6 +155,9 @@ def test_the_command_line_tells_everything_and_writes_nothing(
         f"memory {plan.memory / 1e9:.1f} GB needed, 7.0 GB there (run.memory_gb)",
         f"cpus   {plan.cpus} ({plan.cpus_source})",
     ]
+    assert (for_programs["cells"], for_programs["memory"], for_programs["steps"]) == (893, plan.memory, plan.steps)
+    assert {each["name"]: each["cells"] for each in for_programs["groups"]} == dict(plan.groups)
+    assert [each["workers"] for each in for_programs["stages"]] == [stage.workers for stage in plan.stages]
     lines = told.splitlines()
     assert [line for line in expected if line not in lines] == []
     (disk,) = (line for line in lines if line.startswith("disk"))
