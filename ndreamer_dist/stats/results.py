@@ -188,14 +188,14 @@ class Results(ResultsReader):
         `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`) and `donors`, which says it in words; and:
 
         - `groups`, a row per batch and condition. Overlap: `overlap`, the share of cells with a near control match
-          (`obs["ndreamer_overlap"]`), the median `match_distance` to the control and `own_distance` to the nearest other
-          cell of the group. Reuse, as any cell's match: `times_matched_mean`, `times_matched_max`, `never_matched` (share
-          of cells), `effective_cells` ((sum w)^2 / sum w^2). Distortion, on `distortion_cells` cells: `correlation` (mean
-          over cells) and mean `squared_difference` of denoised and measured expression.
+            (`obs["ndreamer_overlap"]`), the median `match_distance` to the control and `own_distance` to the nearest other
+            cell of the group. Reuse, as any cell's match: `times_matched_mean`, `times_matched_max`, `never_matched` (share
+            of cells), `effective_cells` ((sum w)^2 / sum w^2). Distortion, on `distortion_cells` cells: `correlation` (mean
+            over cells) and mean `squared_difference` of denoised and measured expression.
         - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.
         - `mixing`, a row per condition: the share of a cell's 15 nearest neighbours, within condition and population,
-          that are of other batches, in principal components of the `input` and in the `embedding`, beside what is
-          `expected` of batches mixed at random; `cells` and `batches` looked at.
+            that are of other batches, in principal components of the `input` and in the `embedding`, beside what is
+            `expected` of batches mixed at random; `cells` and `batches` looked at.
 
         NaN stands where there is nothing to compare with: no other control group, one batch.
 

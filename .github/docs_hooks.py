@@ -1,0 +1,33 @@
+"""What the site makes of the pages: the README as its first, links to files of the repository that are no pages as code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the README as the site's first page, its links as seen from docs/."""
+    text = (ROOT / "README.md").read_text().replace("](docs/", "](").replace('src="docs/', 'src="')
+    files.append(File.generated(config, "index.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **others: Any) -> str:
+    """Write links that lead out of docs/ as code; they lead to files of the repository."""
+    del others
+    folder = (ROOT / "docs" / page.file.src_uri).parent
+
+    def kept(link: re.Match[str]) -> str:
+        inside = (folder / link[2]).resolve().is_relative_to(ROOT / "docs") and (folder / link[2]).exists()
+        return link[0] if inside else link[1] if link[1].startswith("`") else f"`{link[1]}`"
+
+    return LINK.sub(kept, markdown)
