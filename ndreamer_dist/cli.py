@@ -354,6 +354,7 @@ def cate(
 ) -> None:
     """Write the effect of the condition per population and gene, with donors as the replicates."""
     from ndreamer_dist.results.export import TABLES, checked, save_table
+    from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
     from ndreamer_dist.stats.results import open_results
 
     checked(out, TABLES)
@@ -362,10 +363,10 @@ def cate(
         population=population, covariates=_names(covariates) or (),
     )  # fmt: skip
     save_table(table, out)
-    called = int((table["p_adjusted"] < 0.05).sum())
-    print(
-        f"wrote {out}: {table['population'].nunique()} populations, {len(table)} rows, {called} with p_adjusted < 0.05"
-    )
+    called = f"{(table['p_adjusted'] < 0.05).sum()} with p_adjusted < 0.05"
+    if table["p"].isna().all():
+        called = f"no test was possible: {TOO_FEW_DONORS}"
+    print(f"wrote {out}: {table['population'].nunique()} populations, {len(table)} rows, {called}")
 
 
 @app.command()

@@ -248,6 +248,16 @@ def test_population_effects_are_written_as_a_table(
     assert (code, said.count("\n")) == (2, 1)
 
 
+def test_where_nothing_can_be_tested_the_answer_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["cate", str(finished), "--by", "cell_type", "--out", str(tmp_path / "x.csv"), "--min-cells", "10000"]
+    code, said, _ = spoken(words, capsys)
+    assert code == 0
+    assert "no test was possible: no population has 3 donors a condition" in said
+    assert "p_adjusted" not in said
+
+
 def test_a_table_goes_to_no_other_format(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, _, said = spoken(["cate", str(finished), "--by", "cell_type", "--out", str(tmp_path / "x.h5ad")], capsys)
     assert code == 2

@@ -43,6 +43,7 @@ from ndreamer_dist.report.tables import (
     whole,
 )
 from ndreamer_dist.stats.diagnostics import Diagnostics
+from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
 from ndreamer_dist.stats.null import rates
 from ndreamer_dist.stats.results import MIN_CELLS, Results
 
@@ -247,7 +248,7 @@ def _summary(data: PageData) -> Iterator[str]:
 
 
 def _why_untested(data: PageData) -> str:
-    return "no population has three donors a condition" if data.donors else "nothing says who the donors are"
+    return TOO_FEW_DONORS if data.donors else "nothing says who the donors are"
 
 
 def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str) -> str:

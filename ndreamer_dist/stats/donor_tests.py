@@ -26,9 +26,14 @@ DRAWS_PER_GENE = 20
 ENOUGH_LABELLINGS = 1_000
 """From here on the permutation's p-value is the main one."""
 LEAST_DONORS = 3
-"""Donors a condition below which there are effects but no p-values."""
+"""Donors a condition below which there are effects but no p-values; of paired donors, that many pairs."""
+TOO_FEW_DONORS = (
+    f"no population has {LEAST_DONORS} donors a condition with enough cells each (where donors are seen in both "
+    "conditions, only these are compared)"
+)
+"""Why nothing could be tested."""
 FEW_DONORS = 4
-LEAST_PAIRS, LEAST_FLIPPED_PAIRS = 4, 6
+LEAST_FLIPPED_PAIRS = 6
 CHUNK = 2**20
 """Statistics held at once while labellings are gone through."""
 TIE = 1e-9
@@ -169,7 +174,7 @@ def paired_test(differences: np.ndarray, *, seed: int = 0) -> DonorTest:
         msg = "a paired test needs donors that were seen in both conditions"
         raise ValueError(msg)
     effect = differences.mean(axis=0)
-    if pairs < LEAST_PAIRS:
+    if pairs < LEAST_DONORS:
         return untested(effect)
     t = _paired(differences, np.ones((1, pairs)))[0]
     parametric = 2 * stats.t.sf(np.abs(t), pairs - 1)

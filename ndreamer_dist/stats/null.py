@@ -31,7 +31,14 @@ from ndreamer_dist.stats.cate_table import (
     populations_of,
     replicates_of,
 )
-from ndreamer_dist.stats.donor_tests import LEAST_DONORS, LEAST_PAIRS, DonorTest, paired_test, welch_tests, with_arrays
+from ndreamer_dist.stats.donor_tests import (
+    LEAST_DONORS,
+    TOO_FEW_DONORS,
+    DonorTest,
+    paired_test,
+    welch_tests,
+    with_arrays,
+)
 from ndreamer_dist.stats.populations import Nearest, Replicates
 
 LEVELS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -65,7 +72,7 @@ def null_table(
             kept, paired = kept_replicates(replicates, means.included[number], code)
             pairs = pairs_of(replicates, kept) if paired else None
             truth = replicates.conditions[kept] != 0
-            if min(truth.sum(), (~truth).sum()) < (LEAST_PAIRS if paired else LEAST_DONORS):
+            if min(truth.sum(), (~truth).sum()) < LEAST_DONORS:
                 continue
             labels = permuted_labels(truth, count, np.random.default_rng((seed, number, code)), pairs)
             if not len(labels):
@@ -77,7 +84,7 @@ def null_table(
             told |= {"treated_donors": int(truth.sum()), "control_donors": int((~truth).sum())}
             tables.append(counted_below(found).assign(**told))
     if not tables:
-        msg = f"no population has {LEAST_DONORS} donors a condition, so there is no test to look at"
+        msg = f"there is no test to look at: {TOO_FEW_DONORS}"
         raise QueryError(msg)
     table = pd.concat(tables, ignore_index=True)
     return table[[*told, *(name for name in table if name not in told)]]

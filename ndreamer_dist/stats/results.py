@@ -162,7 +162,7 @@ class Results(ResultsReader):
         Raises
         ------
         QueryError
-            A name is unknown, or no population has three donors a condition (four pairs).
+            A name is unknown, or no population has three donors a condition with enough cells each.
         """
         return null_table(
             self._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,

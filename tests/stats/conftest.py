@@ -18,3 +18,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         cohort, out=folder / "run", condition_key="condition", control="control", batch_key="donor", preset="small",
         settings=SETTINGS,
     ).results  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def paired(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """A finished run of three donors, each seen in both conditions."""
+    folder = tmp_path_factory.mktemp("paired")
+    cohort = tiny_cohort(folder, cells=900, batches=3, conditions=2)
+    return nd.run(
+        cohort, out=folder / "run", condition_key="condition", control="control", batch_key="donor", preset="small",
+        settings=SETTINGS,
+    ).results  # fmt: skip

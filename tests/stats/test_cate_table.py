@@ -187,3 +187,22 @@ def test_donors_in_both_conditions_are_paired_and_the_others_are_listed(tmp_path
     for asked in ({"population": "treated"}, {"covariates": ["donor"]}):
         with pytest.raises(QueryError, match="are paired"):
             results.cate("cell_type", min_cells=3, **asked)
+
+
+def test_three_paired_donors_are_tested_and_marked_as_few(paired: Results) -> None:
+    table = paired.cate("cell_type", min_cells=3)
+    assert (table[["treated_donors", "control_donors"]] == 3).all(axis=None)
+    assert set(table["p_method"]) == {"paired t"}
+    assert table["few_donors"].all()
+    assert table.groupby("population")["p"].count().min() > 0
+    means = paired.donor_means("cell_type", min_cells=3).to_df()
+    obs = paired.donor_means("cell_type", min_cells=3).obs
+    name = table["population"].iloc[0]
+    pairs = [
+        means[(obs["cell_type"] == name) & (obs["condition"] == condition)].to_numpy()
+        for condition in ("treated", "control")
+    ]
+    known = stats.ttest_rel(*pairs)
+    part = table[table["population"] == name]
+    tested = part["p"].notna().to_numpy()
+    np.testing.assert_allclose(part["p"][tested], known.pvalue[tested], rtol=1e-6)

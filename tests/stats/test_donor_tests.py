@@ -85,7 +85,7 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(welch_test(drawn(15), split(6, 9)).p, whole.p)
 
 
-@pytest.mark.parametrize("pairs", [4, 5, 6, 10])
+@pytest.mark.parametrize("pairs", [3, 4, 5, 6, 10])
 def test_paired_donors_are_tested_as_scipy_does(pairs: int) -> None:
     differences = np.random.default_rng(3).normal(0.4, 1, size=(pairs, 5))
     test = paired_test(differences)
@@ -93,6 +93,7 @@ def test_paired_donors_are_tested_as_scipy_does(pairs: int) -> None:
     np.testing.assert_allclose(test.statistic, known.statistic)
     np.testing.assert_allclose(test.p_parametric, known.pvalue)
     assert test.method == ("sign flips" if pairs >= 10 else "paired t")
+    assert test.few_donors == (pairs <= 4)
     if pairs < 6:
         assert np.isnan(test.p_permutation).all()
         return
@@ -146,7 +147,7 @@ def test_below_three_donors_there_are_only_effects() -> None:
     assert test.method == "none"
     assert np.isnan(test.p).all()
     assert np.isfinite(test.effect).all()
-    assert np.isnan(paired_test(drawn(3)).p).all()
+    assert np.isnan(paired_test(drawn(2)).p).all()
     with pytest.raises(ValueError, match="found 0 treated and 5 control"):
         welch_test(drawn(5), split(0, 5))
 

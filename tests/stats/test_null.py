@@ -148,7 +148,7 @@ def test_a_sample_takes_the_same_share_of_every_donor(job: ModuleType) -> None:
 
 
 def test_under_the_true_labels_the_tests_are_those_of_the_cate_table(results: Results) -> None:
-    table, given = results.cate("cell_type", min_cells=1), results._given(None, None)
+    table, given = results.cate("cell_type", min_cells=1), results._statistics_input(None, None)
     name = table["population"].iloc[0]
     codes = np.where(results.packed_obs["cell_type"].astype(str) == name, 0, -1)
     replicates, nearest = replicates_of(given, None), Neighbours(given)
@@ -186,8 +186,15 @@ def test_the_table_counts_p_values_below_each_level(results: Results) -> None:
 
 
 def test_without_donors_there_is_nothing_to_permute(results: Results) -> None:
-    with pytest.raises(QueryError, match="no population has 3 donors a condition"):
+    with pytest.raises(QueryError, match="no population has 3 donors a condition with enough cells"):
         results.null("cell_type", min_cells=10_000)
+
+
+def test_three_pairs_have_a_null_of_the_exchanges_inside_them(paired: Results) -> None:
+    table = paired.null("cell_type", min_cells=3)
+    assert set(table["labelling"]) == {0, 1, 2}  # of the 4 ways to exchange labels in 3 pairs, all but the true one
+    assert (table[["treated_donors", "control_donors"]] == 3).all(axis=None)
+    assert {"main", "welch", "pseudobulk", "sign"} == set(table["test"])
 
 
 def test_the_command_writes_the_table_and_says_the_rates(
