@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import reprlib
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,6 @@ def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Run the job that a YAML file describes, or a stage of it.")
     parser.add_argument("job", metavar="JOB.yaml", help="path or URL of the job file")
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`: let go of the run before leaving
     speak(lambda: run_job(read_job(given.job), stage))
 
 

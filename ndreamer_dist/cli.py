@@ -17,6 +17,7 @@ import typer
 
 from ndreamer_dist.compute.events import Lines
 from ndreamer_dist.compute.machine import use_writable_caches
+from ndreamer_dist.compute.signals import StopRequest, stop_signals
 from ndreamer_dist.errors import NDreamerError, SettingsError, StoreError, printable
 from ndreamer_dist.settings import parse_assignments, read_yaml
 
@@ -50,7 +51,7 @@ LONGEST_LINE = 4000
 REMOVED = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
 """Commands of earlier versions, and what to do without them."""
 STOPPED = 130
-"""The exit code after Ctrl-C, as shells give it; typer makes one of a KeyboardInterrupt too."""
+"""What typer returns in place of a KeyboardInterrupt."""
 
 Set = Annotated[
     list[str] | None,
@@ -505,13 +506,22 @@ def obey(arguments: list[str] | None) -> None:
 
 
 def speak(work: Callable[[], object]) -> None:
-    """Do some work as a program: its refusals are one line and exit code 2, its progress goes to standard error."""
+    """Do some work as a program: its refusals are one line and exit code 2, its progress goes to standard error.
+
+    Ctrl-C and SIGTERM end it with one line and exit codes 130 and 143.
+    """
     # Threads that wait must sleep, not spin, or the job starves itself on a busy machine; torch reads this when loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     lines, handler = Lines(), logging.StreamHandler(sys.stderr)
     handler.setFormatter(lines)
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("ndreamer_dist").setLevel(logging.INFO)
+    with stop_signals() as stop:
+        _ended(work, lines, stop)
+
+
+def _ended(work: Callable[[], object], lines: Lines, stop: StopRequest) -> None:
+    """Do some work, and end the program where it is refused or stopped."""
     try:
         use_writable_caches()
         work()
@@ -525,7 +535,7 @@ def speak(work: Callable[[], object]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(STOPPED)
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

@@ -69,14 +69,11 @@ def spoken(script: Path, job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     """Run a job's script in this process, as `python SCRIPT JOB`; return its exit code and what it said."""
     monkeypatch.setattr(sys, "argv", [str(script), str(job)])
     monkeypatch.syspath_prepend(str(JOBS))
-    before = signal.getsignal(signal.SIGTERM)
     try:
         runpy.run_path(str(script), run_name="__main__")
         code = 0
     except SystemExit as ended:
         code = int(ended.code or 0)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     said = capsys.readouterr()
     return code, (said.out if code == 0 else said.err).strip()
 

@@ -30,6 +30,8 @@ WORKER_CPUS = 0.5
 """Processors a training worker reserves: the rest stay free for the readers that feed it."""
 READER_CPUS = 0.5
 """Processors a reader reserves: with a training worker's half, two processors hold three readers."""
+CANCEL_SECONDS = 5
+"""How long a cancelled task may take to end by itself."""
 LONGEST_LOSS = 400
 """Characters that are told of an error of Ray's."""
 Task = TypeVar("Task", bound=Callable[..., Any])
@@ -297,13 +299,18 @@ def _with_peak(*call: Any) -> tuple[int, Any]:
 
 
 def _end(running: set[Any]) -> None:
-    """Cancel tasks and wait until none is left: one that wrote on after an error could write into the next run."""
+    """Cancel tasks and wait until none is left: one that wrote on after an error could write into the next run.
+
+    One that does not end, since it is inside a library's loop, loses its process.
+    """
     import ray
 
-    for handle in running:
-        ray.cancel(handle, force=False)
-    if running:
-        ray.wait(list(running), num_returns=len(running), timeout=60)
+    for seconds, force in ((CANCEL_SECONDS, False), (60, True)):
+        for handle in running:
+            ray.cancel(handle, force=force)
+        if running:
+            _, left = ray.wait(list(running), num_returns=len(running), timeout=seconds)
+            running = set(left)
 
 
 def _unwrapped(call: Callable[[], Any]) -> Any:

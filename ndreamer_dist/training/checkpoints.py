@@ -24,7 +24,13 @@ ASK_EVERY = 8
 
 
 class Schedule:
-    """Says after which steps a checkpoint is due: every so many steps, and every so many minutes."""
+    """Says after which steps a checkpoint is due: every so many steps, every so many minutes, and where training must stop.
+
+    Attributes
+    ----------
+    stopping
+        Whether training ends after this step. `stop`, which says so, is asked on the first worker alone.
+    """
 
     def __init__(
         self,
@@ -32,26 +38,36 @@ class Schedule:
         collective: Collective,
         device: Any = "cpu",
         clock: Callable[[], float] = time.monotonic,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._steps, self._minutes = settings.checkpoint_steps, settings.checkpoint_minutes
         self._collective, self._device, self._clock = collective, device, clock
+        self._stop = stop
         self._last = clock()
+        self.stopping = False
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint follows this step; every worker must ask after every step, and all hear the same."""
-        if step % self._steps and not self._overdue(step):
+        late, self.stopping = self._asked(step)
+        if step % self._steps and not late and not self.stopping:
             return False
         self._last = self._clock()
         return True
 
+    def _asked(self, step: int) -> tuple[bool, bool]:
+        """Return whether a checkpoint is overdue and whether training must stop, the same on every worker."""
+        if self._collective.world == 1:
+            return self._overdue(step), self._stop()
+        if step % ASK_EVERY:
+            return False, False
+        asked = [float(self._collective.rank == 0 and flag) for flag in (self._overdue(step), self._stop())]
+        late, stopping = (self._collective.all_sum(torch.tensor(asked, device=self._device)) > 0).tolist()
+        return late, stopping
+
     def _overdue(self, step: int) -> bool:
         if self._minutes is None or step % ASK_EVERY:
             return False
-        late = self._clock() - self._last >= 60 * self._minutes
-        if self._collective.world == 1:
-            return late
-        told = torch.tensor(float(late and self._collective.rank == 0), device=self._device)
-        return bool(self._collective.all_sum(told) > 0)
+        return self._clock() - self._last >= 60 * self._minutes
 
 
 def save_serial(storage: Storage, step: int, files: dict[str, bytes]) -> None:

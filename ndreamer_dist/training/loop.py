@@ -41,6 +41,10 @@ class TrainingError(NDreamerError, RuntimeError):
     """Training cannot go on: a loss is not finite."""
 
 
+class TrainingStopped(Exception):  # noqa: N818 - not an error
+    """Training ends before its last step, since it was asked to; its checkpoint is written."""
+
+
 @dataclass
 class TrainState:
     """All that a checkpoint holds."""

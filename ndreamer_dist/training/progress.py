@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -44,11 +44,15 @@ class Display(Protocol):
     def warn(self, kind: str, text: str) -> None:
         """Note that something is wrong; a kind is told once."""
 
+    def stop_asked(self) -> bool:
+        """Return whether training must stop after this step."""
+
 
 class Screen:
-    """One bar on this process's screen, and warnings in its log."""
+    """One bar on this process's screen, and warnings in its log; `stop_asked` says whether training must stop."""
 
-    def __init__(self, plan: SamplingPlan, runtime: Runtime) -> None:
+    def __init__(self, plan: SamplingPlan, runtime: Runtime, stop_asked: Callable[[], bool]) -> None:
+        self.stop_asked = stop_asked
         hidden = None if runtime.progress is None else not runtime.progress
         self._plan, self._warned, self._stage = plan, set[str](), stage_now()
         self.bar = tqdm(total=plan.steps, desc="train", disable=hidden)
@@ -80,9 +84,9 @@ class Screen:
 
 
 @contextmanager
-def screen(plan: SamplingPlan, runtime: Runtime) -> Iterator[Screen]:
+def screen(plan: SamplingPlan, runtime: Runtime, stop_asked: Callable[[], bool]) -> Iterator[Screen]:
     """Show a bar until the block ends."""
-    shown = Screen(plan, runtime)
+    shown = Screen(plan, runtime, stop_asked)
     with shown.bar:
         yield shown
 
@@ -92,10 +96,16 @@ class TrainingProgress:
 
     def __init__(self) -> None:
         self._told = Told()
+        self._stop_asked = False
 
-    def reached(self, step: int, measures: Mapping[str, float] | None = None, peak: int = 0) -> None:
-        """See `Display.reached`; `peak` is the most memory that the worker has held."""
+    def reached(self, step: int, measures: Mapping[str, float] | None = None, peak: int = 0) -> bool:
+        """See `Display.reached`; `peak` is the most memory that the worker has held. Return whether it must stop."""
         self._told.step, self._told.measures, self._told.peak = step, dict(measures or {}), peak
+        return self._stop_asked
+
+    def stop(self) -> None:
+        """Let training stop after its next step."""
+        self._stop_asked = True
 
     def warn(self, kind: str, text: str) -> None:
         """See `Display.warn`."""
@@ -111,10 +121,22 @@ class RemoteDisplay:
     """A worker's way to the driver's screen. That the actor is gone is no reason to stop training."""
 
     actor: Any
+    answers: list[Any] = field(default_factory=list)
 
     def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
         """See `Display.reached`; nothing is waited for."""
-        self.actor.reached.remote(step, measures, peak_bytes())
+        self.answers.append(self.actor.reached.remote(step, measures, peak_bytes()))
+
+    def stop_asked(self) -> bool:
+        """See `Display.stop_asked`; it is what the actor has answered by now."""
+        import ray
+
+        if not self.answers:
+            return False
+        ready, self.answers[:] = ray.wait(self.answers, num_returns=len(self.answers), timeout=0)
+        with suppress(ray.exceptions.RayActorError):
+            return any(ray.get(ready))
+        return False
 
     def warn(self, kind: str, text: str) -> None:
         """See `Display.warn`; rare, so it is waited for: training may end right after."""
@@ -125,7 +147,9 @@ class RemoteDisplay:
 
 
 @contextmanager
-def remote_screen(plan: SamplingPlan, runtime: Runtime, run: str) -> Iterator[RemoteDisplay]:
+def remote_screen(
+    plan: SamplingPlan, runtime: Runtime, run: str, stop_asked: Callable[[], bool]
+) -> Iterator[RemoteDisplay]:
     """Show, in the driver, what workers tell the display that is given, until the block ends.
 
     The actor between them is named after the run; of two that began at once each has a name of its own.
@@ -135,10 +159,12 @@ def remote_screen(plan: SamplingPlan, runtime: Runtime, run: str) -> Iterator[Re
     name = f"training progress of {run} ({uuid.uuid4().hex[:6]})"
     actor: Any = ray.remote(TrainingProgress).options(name=name, num_cpus=0).remote()
     stop = threading.Event()
-    with screen(plan, runtime) as shown:
+    with screen(plan, runtime, stop_asked) as shown:
 
         def show() -> None:
             with suppress(ray.exceptions.RayActorError):
+                if stop_asked():
+                    actor.stop.remote()
                 shown.show(ray.get(actor.told.remote()))
 
         def watch() -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.compute.executor import WORKER_CPUS, Runtime, check_layout, own_cause
+from ndreamer_dist.compute.signals import StopRequest, deferred_stop
 from ndreamer_dist.errors import DamagedError
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.collectives import Distributed, Single
@@ -31,15 +34,19 @@ from ndreamer_dist.training.densify import RowLabels, densify
 from ndreamer_dist.training.health import concerns
 from ndreamer_dist.training.loader import LATE, LATE_SECONDS, mini_batches, watched
 from ndreamer_dist.training.log import epoch_row, epoch_rows, write_logs
-from ndreamer_dist.training.loop import TrainingError, TrainState, train
+from ndreamer_dist.training.loop import TrainingError, TrainingStopped, TrainState, train
 from ndreamer_dist.training.model_file import save_model
-from ndreamer_dist.training.progress import Display, remote_screen, screen
+from ndreamer_dist.training.progress import POLL_SECONDS, Display, remote_screen, screen
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import read_window, windows
 
 KEY_FILE = "stage_key"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train keeps which checkpoints there are."""
+STOPPED = "stopped"
+"""What a worker returns that has stopped when it was asked to."""
+STOP_SECONDS = 60.0
+"""How long Ray's training may take to end its step and write a checkpoint after it is asked to stop."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +58,10 @@ def run_train(run: RunDirectory, settings: Settings, packed: Packed, runtime: Ru
         return
     plan = SamplingPlan.for_cohort(packed.design.starts, settings.train, settings.seed)
     logger.info("training: %d epochs of %d steps", plan.epochs, plan.steps_per_epoch)
-    if runtime.serial:
-        _train_serially(run, settings, packed, plan, runtime)
-    else:
-        _train_on_ray(run, settings, packed, plan, runtime)
-    run.mark(keys.STAGE_TRAIN, key, shard)
+    train_on = _train_serially if runtime.serial else _train_on_ray
+    with deferred_stop() as stop, _stopped_by_hand():
+        train_on(run, settings, packed, plan, runtime, stop)
+        run.mark(keys.STAGE_TRAIN, key, shard)
 
 
 def _keep_own_checkpoints(run: RunDirectory, key: str) -> None:
@@ -81,7 +87,7 @@ def _fresh(settings: Settings, packed: Packed, device: Any) -> TrainState:
 
 
 def _train_serially(
-    run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime
+    run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime, stop: StopRequest
 ) -> None:
     """Train in this process."""
     threads = torch.get_num_threads()
@@ -94,8 +100,8 @@ def _train_serially(
         parts = windows(plan, state.step) if state.step < plan.steps else []
         shares = (share for steps in parts for share in read_window(packed, plan, steps, 0, 1))
         batches = (densify(share, labels, plan, (0, 1), "cpu") for share in shares)
-        with screen(plan, runtime) as shown:
-            schedule = Schedule(settings.train, Single())
+        with screen(plan, runtime, stop) as shown:
+            schedule = Schedule(settings.train, Single(), stop=stop)
             reporter = Reporter(run, settings, plan, state, schedule, shown, _save_serially(run))
             reporter.train(batches, packed, Single())
     finally:
@@ -145,13 +151,15 @@ class Reporter:
             save_model(self._run.storage, self._state.network, packed, self._settings)
 
     def after_step(self) -> None:
-        """Show a finished step; write a checkpoint where one is due."""
+        """Show a finished step; write a checkpoint where one is due. `TrainingStopped` where training must stop."""
         if self._display is not None:
             self._show(self._display)
         step = self._state.step
         if step < self._plan.steps and self._schedule.due(step):
             self._save(self._state)
             self._write_logs()
+            if self._schedule.stopping:
+                raise TrainingStopped
 
     def _show(self, display: Display) -> None:
         state, length = self._state, self._plan.steps_per_epoch
@@ -167,7 +175,10 @@ class Reporter:
             write_logs(self._run.storage, self._state.measures, self._epochs, self._plan.steps_per_epoch)
 
 
-def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime) -> None:
+def _train_on_ray(
+    run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime, stop: StopRequest
+) -> None:
+    """Train under Ray Train."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -177,8 +188,8 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
     use_gpu = settings.train.device == "cuda" or (
         settings.train.device == "auto" and runtime.gpus >= settings.train.workers
     )
-    with remote_screen(plan, runtime, run.name) as display, _failures_told(run):
-        result = TorchTrainer(
+    with remote_screen(plan, runtime, run.name, stop) as display, _failures_told(run):
+        trainer = TorchTrainer(
             _worker,
             train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan, "display": display},
             torch_config=NodeNetwork(),
@@ -197,9 +208,43 @@ def _train_on_ray(run: RunDirectory, settings: Settings, packed: Packed, plan: S
                 worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
                 **_train_storage(run.storage),
             ),
-        ).fit()
-    if result.return_value:
-        raise TrainingError(result.return_value)
+        )
+        finding = _fitted(trainer.fit, stop).return_value
+    if finding == STOPPED:
+        raise TrainingStopped
+    if finding:
+        raise TrainingError(finding)
+
+
+def _fitted(fit: Callable[[], Any], stop: StopRequest) -> Any:
+    """Call Ray Train's `fit` in a thread and return its result; `TrainingStopped` where it does not end after a stop.
+
+    In the main thread Ray Train would answer Ctrl-C itself: it aborts the workers, without a checkpoint.
+    """
+    outcome: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(fit())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="ndreamer-fit").start()
+    while not stop():
+        if wait([outcome], timeout=POLL_SECONDS).done:
+            return outcome.result()
+    if not wait([outcome], timeout=STOP_SECONDS).done:
+        raise TrainingStopped
+    return outcome.result()
+
+
+@contextmanager
+def _stopped_by_hand() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` where training stopped since it was asked to; what comes after it must not run."""
+    try:
+        yield
+    except TrainingStopped:
+        raise KeyboardInterrupt from None
 
 
 @contextmanager
@@ -230,7 +275,10 @@ def _train_storage(storage: Storage) -> dict[str, Any]:
 
 
 def _worker(config: dict[str, Any]) -> str | None:
-    """Train one worker's share; this is what Ray Train runs on every worker. Returns what was found wrong, if anything."""
+    """Train one worker's share; this is what Ray Train runs on every worker.
+
+    Returns what was found wrong, if anything, or `STOPPED`.
+    """
     import ray.train
     import ray.train.torch
 
@@ -244,7 +292,7 @@ def _worker(config: dict[str, Any]) -> str | None:
     checkpoint = _ray_checkpoint(run) or latest_serial(run.storage)
     if checkpoint is not None:
         state.load_bytes(checkpoint.files, checkpoint.url)
-    schedule = Schedule(settings.train, collective, device)
+    schedule = Schedule(settings.train, collective, device, stop=display.stop_asked)
     reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
     batches = mini_batches(packed, plan, place, state.step, device)
     try:
@@ -252,6 +300,8 @@ def _worker(config: dict[str, Any]) -> str | None:
     except TrainingError as error:
         # Every worker sees the same loss; a retry would see it again, so this ends the job as a finding, not a failure.
         return str(error)
+    except TrainingStopped:
+        return STOPPED
     return None
 
 

@@ -1,0 +1,84 @@
+"""Ctrl-C and SIGTERM: how a program ends on them, and how a training step is finished first.
+
+`stop_signals` is for the command line, `deferred_stop` for work that must not be interrupted in the middle. Outside the
+main thread, where Python lets nobody set handlers, and where a signal is ignored (`nohup`), both change nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FATAL = 128
+"""Shells add this to the number of the signal that ended a program."""
+Handler = Callable[[int, FrameType | None], object]
+
+
+@dataclass
+class StopRequest:
+    """The signal that asked the program to stop; 0 before one has come."""
+
+    number: int = 0
+
+    def __call__(self) -> bool:
+        """Return whether a signal has come."""
+        return self.number != 0
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code that shells expect; that of Ctrl-C where an interrupt came without a signal."""
+        return FATAL + (self.number or signal.SIGINT)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Raise `KeyboardInterrupt` on SIGTERM as on Ctrl-C until the block ends, and note which of them came."""
+    request = StopRequest()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del frame
+        request.number = request.number or number
+        raise KeyboardInterrupt
+
+    with _handled(interrupt):
+        yield request
+
+
+@contextmanager
+def deferred_stop() -> Iterator[StopRequest]:
+    """Note the first signal and go on; it is delivered where the block ends, a second one at once."""
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if request() and callable(earlier := before[number]):
+            earlier(number, frame)
+        request.number = request.number or number
+
+    try:
+        with _handled(note) as before:
+            yield request
+    finally:
+        if request():
+            signal.raise_signal(request.number)
+
+
+@contextmanager
+def _handled(handler: Handler) -> Iterator[dict[int, object]]:
+    """Put a handler in the place of those of both signals until the block ends; yield the earlier ones by signal."""
+    before: dict[int, object] = {}
+    if threading.current_thread() is threading.main_thread():
+        earlier = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        # None: it was not set from Python and could not be put back.
+        before |= {number: kept for number, kept in earlier.items() if kept not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield before
+    finally:
+        for number, kept in before.items():
+            signal.signal(number, kept)  # type: ignore[arg-type]
