@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -18,7 +19,7 @@ import typer
 from ndreamer_dist.compute.events import Lines
 from ndreamer_dist.compute.machine import use_writable_caches
 from ndreamer_dist.compute.signals import StopRequest, stop_signals
-from ndreamer_dist.errors import NDreamerError, SettingsError, StoreError, printable
+from ndreamer_dist.errors import NDreamerError, QueryError, SettingsError, StoreError, printable
 from ndreamer_dist.settings import parse_assignments, read_yaml
 
 EXIT_CODES = """\
@@ -94,7 +95,7 @@ Address = Annotated[
 ]
 ResultsAddress = Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")]
 Compared = Annotated[str | None, typer.Option(help="Condition to compare with the control (default: each of them).")]
-Genes = Annotated[str | None, typer.Option(help="Gene names, separated by commas.")]
+Genes = Annotated[str | None, typer.Option(help="Gene names, separated by commas, or @FILE with one a line.")]
 InputAgain = Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object, for programs.")]
 DonorKey = Annotated[str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")]
@@ -111,8 +112,16 @@ def _whole(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Log more, what was read among it; also after the command's name.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No bars, and no lines but warnings; also after the command's name.")
+    ] = False,
 ) -> None:
     del version  # its callback has answered
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logging.getLogger("ndreamer_dist").setLevel(level)
 
 
 @app.command()
@@ -156,6 +165,8 @@ def run(
         redo=redo,
         fresh=fresh,
     )
+    if finished.annotation:
+        print(f"taken over from obs of {cohort}: {printable(str(finished.annotation))}")
     print(f"done: {finished.url}\nlook at it with: ndreamer-dist info {finished.url}")
 
 
@@ -313,9 +324,11 @@ def check(
 @app.command()
 def get(
     run_directory: ResultsAddress,
-    out: Annotated[Path, typer.Option(help="File to write: .h5ad, .zarr, .csv or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File to write: .h5ad, .zarr, .csv, .tsv or .parquet.")],
     layer: Annotated[Layer, typer.Option(help="What to read.")] = "ite",
-    cells: Annotated[str | None, typer.Option(help="""Query on obs: 'cell_type == "B cells"'.""")] = None,
+    cells: Annotated[
+        str | None, typer.Option(help="""Query on obs: 'cell_type == "B cells"'; or @FILE with a cell's name a line.""")
+    ] = None,
     genes: Genes = None,
     embedding: Annotated[bool, typer.Option(help="Add obsm X_ndreamer_pca to .h5ad and .zarr, for plots.")] = True,
     condition: Annotated[
@@ -330,17 +343,39 @@ def get(
     from ndreamer_dist.results.export import write_part
 
     (n_cells, n_genes), reads = write_part(
-        run_directory, out, layer, cells=cells, genes=_names(genes), embedding=embedding, cohort=cohort, condition=condition,
+        run_directory, out, layer, cells=_selected(cells), genes=_names(genes), embedding=embedding, cohort=cohort, condition=condition,
         baseline=baseline,
     )  # fmt: skip
     print(f"wrote {out}: {n_cells} cells x {n_genes} genes of {layer}; read {reads}")
 
 
 @app.command()
+def annotate(
+    run_directory: ResultsAddress,
+    table: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Labels of cells: .csv or .tsv with the cells' names in the first column, .parquet, .h5ad or .zarr.",
+        ),
+    ],
+    columns: Annotated[
+        str | None, typer.Option(help="Columns to take, separated by commas (default: all that are new or differ).")
+    ] = None,
+) -> None:
+    """Keep columns of obs that were made after the run, labels of cell types say; every other command then finds them."""
+    from ndreamer_dist.results.annotations import table_of_file
+    from ndreamer_dist.stats.results import open_results
+
+    annotation = open_results(run_directory).annotate(table_of_file(table, _names(columns)))
+    print(f"annotated {run_directory}: {printable(str(annotation))}")
+
+
+@app.command()
 def cate(
     run_directory: ResultsAddress,
     by: Annotated[str, typer.Option(help="Column of obs that names populations, e.g. cell_type.")],
-    out: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File to write: .csv, .tsv or .parquet.")],
     condition: Compared = None,
     genes: Genes = None,
     cohort: InputAgain = None,
@@ -373,7 +408,7 @@ def cate(
 @app.command()
 def null(
     run_directory: ResultsAddress,
-    out: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File to write: .csv, .tsv or .parquet.")],
     by: Annotated[
         str | None,
         typer.Option(help="Column of obs that names populations, e.g. cell_type (default: all cells together)."),
@@ -446,7 +481,9 @@ def export(
 
 
 def _names(text: str | None) -> list[str] | None:
-    """Return the names that are separated by commas."""
+    """Return the names that are separated by commas, or that a file holds: @FILE, a name a line."""
+    if text and text.startswith("@"):
+        return _listed(text)
     return [name.strip() for name in text.split(",") if name.strip()] if text else None
 
 
@@ -460,9 +497,27 @@ def _cohort_settings(
     }  # fmt: skip
 
 
+def _listed(text: str) -> list[str]:
+    """Return the names in the file of an @FILE, the first column of a table."""
+    try:
+        lines = Path(text[1:]).expanduser().read_text().splitlines()
+    except (OSError, ValueError) as error:
+        msg = f"{text}: the file cannot be read ({error})"
+        raise QueryError(msg) from None
+    names = [re.split("[\t,]", line)[0].strip() for line in lines]
+    return [name for name in names if name]
+
+
+def _selected(text: str | None) -> str | list[str] | None:
+    """Return a query on obs as it is, and of @FILE the names of cells."""
+    return _listed(text) if text and text.startswith("@") else text
+
+
 def _overrides(assignments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that were given by `--set` and by options of their own."""
-    return parse_assignments(assignments or []) | {name: value for name, value in given.items() if value is not None}
+    quiet = not logging.getLogger("ndreamer_dist").isEnabledFor(logging.INFO)
+    bars = {"run.progress": False} if quiet else {}
+    return bars | parse_assignments(assignments or []) | {k: value for k, value in given.items() if value is not None}
 
 
 def _read_config(path: Path | None) -> dict[str, Any] | None:
@@ -487,12 +542,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def obey(arguments: list[str] | None) -> None:
     """Do what the words of a command line say; `SettingsError` where no command takes them."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if words and words[0] in REMOVED:
-        msg = f"command '{words[0]}' was removed: {REMOVED[words[0]]}"
+    words = _global_first(sys.argv[1:] if arguments is None else arguments)
+    asked = next((word for word in words if not word.startswith("-")), "")
+    if asked in REMOVED:
+        msg = f"command '{asked}' was removed: {REMOVED[asked]}"
         raise SettingsError(msg)
     try:
-        code = app(args=arguments, prog_name=app.info.name, standalone_mode=False)
+        code = app(args=words, prog_name=app.info.name, standalone_mode=False)
     except USAGE_ERROR as error:
         text = error.format_message().replace("Value error, ", "")
         if not text:  # no words at all: the help has been shown
@@ -503,6 +559,12 @@ def obey(arguments: list[str] | None) -> None:
     if code == STOPPED:
         raise KeyboardInterrupt
     sys.exit(code)
+
+
+def _global_first(words: list[str]) -> list[str]:
+    """Return a command line with the options that hold for every command before its name."""
+    first = [word for word in words if word in ("--verbose", "--quiet")]
+    return [*first, *(word for word in words if word not in first)]
 
 
 def speak(work: Callable[[], object]) -> None:

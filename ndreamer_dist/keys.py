@@ -67,6 +67,7 @@ REPORT: Final = "report/report.html"
 DONE: Final = "done"
 LOCK: Final = "lock"
 LOCK_ANNOUNCED: Final = "lock.d"  # on object storage: runs that are about to take the lock
+ANNOTATIONS: Final = "annotations.parquet"  # beside a results.zarr, after its name: columns of obs made after the run
 WIDE_JSON: Final = "all_genes.json"  # in a directory of all genes: the results that it was made from
 COHORT_DIR: Final = "cohort"  # what the cohort stage found: design.json, genes.parquet, cells.parquet, obs.parquet
 DESIGN_JSON: Final = "cohort/design.json"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 from anndata import AnnData
 
 from ndreamer_dist import keys
@@ -25,7 +26,7 @@ from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_cohort
 from ndreamer_dist.cohort.values import decide_values
 from ndreamer_dist.compute.events import choose_format
-from ndreamer_dist.compute.executor import Runtime, check_layout, choose_runtime, ray_failures
+from ndreamer_dist.compute.executor import Runtime, check_layout, choose_runtime, ray_failures, runtime_choice
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
 from ndreamer_dist.compute.machine import (
     Allowance,
@@ -36,7 +37,7 @@ from ndreamer_dist.compute.machine import (
     memory_allowance,
     use_writable_caches,
 )
-from ndreamer_dist.compute.monitors import metered
+from ndreamer_dist.compute.monitors import metered, progress_of, stage_costs
 from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.effects.tables import ROOT, check_tables
 from ndreamer_dist.embedding.space import SpaceInput, run_space
@@ -45,6 +46,8 @@ from ndreamer_dist.matching.stage import add_edges, run_match
 from ndreamer_dist.planning import memory
 from ndreamer_dist.planning.memory import CohortSize
 from ndreamer_dist.planning.plan import Plan, plan_of
+from ndreamer_dist.results.annotations import Annotation, changed_columns
+from ndreamer_dist.results.read import read_element
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.rundir.stage import stage_keys, stages_of
 from ndreamer_dist.settings import Settings
@@ -61,9 +64,12 @@ class Run:
     ----------
     url
         Address of the run directory.
+    annotation
+        Columns of the cohort's `obs` that were taken over into results that were finished before; none if there are none.
     """
 
     url: str
+    annotation: Annotation | None = None
 
     @property
     def results(self) -> Results:
@@ -121,26 +127,43 @@ def run(
         The settings, the cohort, the directory or the machine will not do, or a stage before `stage` is not finished.
     """
     use_writable_caches()
-    made = _settings(preset, config, settings, condition_key, control, batch_key, embedding)
-    _check_stage(stage, made)
-    choose_format(made.run.log_format)
+    asked = _settings(preset, config, settings, condition_key, control, batch_key, embedding)
+    _check_stage(stage, asked)
+    choose_format(asked.run.log_format)
     directory = RunDirectory.at(out)
     directory.refuse_read_only()
-    source, _, size = _checked(cohort, made)
+    source, _, size = _checked(cohort, asked)
+    choice = runtime_choice(asked, size.cells)
+    made = choice.applied(asked)
     decide_values(source, made.cohort.normalise, made.cohort.log_base)
     _check_machine(directory, made, size)
     from_input = SpaceInput.of(source, made)
     told = fingerprint(source, made.cohort.condition_key, made.cohort.batch_key)
     _check_owner(directory, told, fresh=fresh)
     with directory.locked():
-        claimed = _claim(directory, made, told, from_input.checksums(), redo=redo, fresh=fresh)
+        finished = directory.storage.exists(f"{keys.RESULTS}/{ROOT}")
+        claimed = _claim(directory, asked, told, from_input.checksums(), redo=redo, fresh=fresh)
+        logger.info("works in %s", choice)
         with ray_failures(), choose_runtime(made.run, memory.largest_task(size, made)) as runtime:
             promised = None if on_a_cluster(made.run) else _promised(made, size)
             run_stages(
                 claimed.space, made, source, runtime, claimed.stage_key, only=stage, promised=promised,
                 from_input=from_input,
             )  # fmt: skip
-    return Run(claimed.space.url)
+        annotation = _take_over(directory, source) if finished and stage is None else None
+    return Run(claimed.space.url, annotation)
+
+
+def _take_over(run: RunDirectory, source: Source) -> Annotation | None:
+    """Keep those columns of a cohort's `obs` that are new or differ since the results were made."""
+    results = open_results(run.url)
+    now = source.obs.set_axis(pd.Index(source.cell_names))
+    stored = read_element(results.storage, "obs")
+    changed = changed_columns(stored, results.packed_obs, now, results.design)
+    if not changed:
+        return None
+    annotation = results.annotate(now[changed])
+    return replace(annotation, unknown=0)  # cells that were dropped are no news
 
 
 def plan(
@@ -169,11 +192,13 @@ def plan(
     NDreamerError
         The settings or the cohort will not do.
     """
-    made = _settings(preset, config, settings, condition_key, control, batch_key, embedding)
+    asked = _settings(preset, config, settings, condition_key, control, batch_key, embedding)
     directory = None if out is None else RunDirectory.at(out)
     if directory is not None:
         directory.refuse_read_only()
-    source, design, size = _checked(cohort, made)
+    source, design, size = _checked(cohort, asked)
+    choice = runtime_choice(asked, size.cells)
+    made = choice.applied(asked)
     seen = "" if source.kind == "csc" else decide_values(source, made.cohort.normalise, made.cohort.log_base).seen
     limit = _memory(made)
     planned = plan_of(
@@ -181,12 +206,29 @@ def plan(
         made,
         size,
         input_groups=input_sizes(source, made.cohort),
+        runtime=str(choice),
+        took=_times(directory) if directory is not None else {},
         **_machine(made),
         notes=tuple(note for note in (seen, *source.notes) if note),
         memory_free=limit.amount,
         disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
     )
     return replace(planned, cpus_source=_processors(made).source, memory_source=limit.source)
+
+
+def _times(run: RunDirectory) -> dict[str, float]:
+    """Return the seconds that stages took in a run directory; of a training under way, what its speed makes of it."""
+    table = stage_costs(run.storage)
+    done = {name.split("/")[1] for name in run.storage.list(keys.DONE)}
+    took = {row["stage"]: float(row["seconds"]) for row in table.to_dict("records") if row["stage"] in done}
+    told = progress_of(run.storage)
+    if (
+        told.get("stage") == keys.STAGE_TRAIN
+        and keys.STAGE_TRAIN not in took
+        and told.get("measures", {}).get("seconds")
+    ):
+        took[keys.STAGE_TRAIN] = float(told["measures"]["seconds"]) * told["steps"]
+    return took
 
 
 def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tuple[Source, Design, CohortSize]:
@@ -265,9 +307,16 @@ def add_matches(
             "(--set run.name=value) can be given here"
         )
         raise RunError(msg)
-    with directory.locked(), choose_runtime(made.run) as runtime, metered(space.storage, keys.STAGE_MATCH):
+    with directory.locked():
         design = Design.from_json(directory.read_json(keys.DESIGN_JSON))
-        return add_edges(space, made, design, runtime, before["keys"][keys.STAGE_MATCH], edges)
+        made = runtime_choice(made, design.n_cells).applied(made)
+        return _searched(space, made, design, before["keys"][keys.STAGE_MATCH], edges)
+
+
+def _searched(run: RunDirectory, settings: Settings, design: Design, key: str, edges: str) -> int:
+    """Search edges; return how many were searched now."""
+    with choose_runtime(settings.run) as runtime, metered(run.storage, keys.STAGE_MATCH, design.n_cells):
+        return add_edges(run, settings, design, runtime, key, edges)
 
 
 def run_stages(
@@ -299,7 +348,8 @@ def run_stages(
             return
         where = home if stage in keys.SHARED else run
         if only is None or stage == only:
-            with metered(where.storage, stage, source.n_cells, (promised or {}).get(stage)):
+            with metered(where.storage, stage, source.n_cells, (promised or {}).get(stage)) as facts:
+                facts["input"] = source.name
                 work(where, settings, *inputs, runtime, stage_key[stage])
         elif keys.FLOW.index(stage) < keys.FLOW.index(only):
             work(replace(where, before=only), settings, *inputs, runtime, stage_key[stage])
@@ -553,6 +603,7 @@ def _delete_run(run: RunDirectory) -> None:
     own = (
         keys.DONE, keys.RESULTS, keys.MATCHES, keys.EMBEDDING, keys.PACKED, keys.TRAIN_DIR, keys.MODEL_DIR,
         keys.COHORT_DIR, keys.LOGS, keys.REPORT, keys.DROPPED, keys.MATCH_SUMMARY, keys.SPACES_DIR, keys.RUN_JSON,
+        f"results.{keys.ANNOTATIONS}",
     )  # fmt: skip
     for name in own:
         run.storage.delete(name)

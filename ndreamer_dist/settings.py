@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -347,15 +348,27 @@ class RunSettings(StageSettings):
         None, "size of a local Ray's object store; by default chosen from the memory", gt=0
     )
     task_threads: int = how(1, "threads of one task outside training", ge=1)
-    progress: bool | None = how(None, "progress bars; by default only on a terminal")
+    progress: bool | None = how(None, "progress bars; by default on a terminal and in notebooks")
     log_format: Literal["text", "json"] = how("text", "lines of the log: text, or JSON objects")
-    serial: bool = how(False, "run everything in this process, without Ray; for debugging and tests")
+    serial: bool | None = how(
+        None,
+        "run everything in this process, without Ray; by default (auto) chosen by the number of cells and processors",
+    )
     memory_gb: float | None = how(None, "memory the job may use; by default the container's", gt=0)
+
+    @field_validator("serial", mode="before")
+    @classmethod
+    def _auto_serial(cls, value: object) -> object:
+        return None if value == "auto" else value
 
     @property
     def bars(self) -> bool | None:
-        """Whether bars are shown; by default only on a terminal. They would spoil a log of JSON lines."""
-        return False if self.progress is None and self.log_format == "json" else self.progress
+        """Whether bars are shown; by default in notebooks and on a terminal. They would spoil a log of JSON lines."""
+        if self.progress is not None:
+            return self.progress
+        if self.log_format == "json":
+            return False
+        return True if "ipykernel" in sys.modules else None
 
 
 class Settings(BaseModel):

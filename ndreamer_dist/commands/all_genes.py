@@ -24,7 +24,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed, write_tables
 from ndreamer_dist.cohort.statistics import frame_of_cells
-from ndreamer_dist.compute.executor import Runtime, choose_runtime
+from ndreamer_dist.compute.executor import Runtime, choose_runtime, runtime_choice
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
 from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
 from ndreamer_dist.effects import tables
@@ -82,6 +82,7 @@ def all_genes(
     origin = run if isinstance(run, Results) else open_results(run)
     given = given_expression(cohort, origin.uns, origin.packed_obs)
     made = _settings(origin, layers, settings or {})
+    made = runtime_choice(made, origin.design.n_cells).applied(made)
     origin.refuse_damaged()
     directory, key = RunDirectory.at(out), _key(origin, made)
     _check_owner(directory, origin, key)

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from ndreamer_dist import keys
 from ndreamer_dist.commands.demo import SILENT_SECONDS
+from ndreamer_dist.compute.events import duration
 from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.errors import DamagedError, StoreError, printable, shown
 from ndreamer_dist.rundir.directory import RunDirectory
@@ -148,6 +150,8 @@ def _stage_lines(told: Mapping[str, Any], silent: float) -> list[str]:
         f"  {share[0]:,} of {share[1]:,} {what} ({share[0] / max(share[1], 1):.0%}), {told['cells_per_second']:,.0f} cells/s",
         f"  memory {told['memory_bytes'] / 1e9:.1f} GB, at most {told['peak_bytes'] / 1e9:.1f} GB so far",
     ]
+    if told.get("seconds_left"):
+        lines.append(f"  about {duration(told['seconds_left'])} left in this stage, at its speed so far")
     if "worker_peak_bytes" in told:
         lines.append(f"  largest worker {told['worker_peak_bytes'] / 1e9:.1f} GB")
     if "total" in told.get("measures", {}):
@@ -174,4 +178,16 @@ def _summary(results: Results) -> str:
         distance = cells[keys.OBS_MATCH_DISTANCE].iloc[group.start : group.stop]
         mean = f"{distance.mean():.2f}" if distance.notna().any() else "-"
         lines.append(f"{shown(group.name):<32}{group.cells:>10}{mean:>16}")
-    return "\n".join([*lines, "", f"settings: {printable(str(told.get('settings')))}"])
+    return "\n".join([*lines, "", *_settings_lines(told)])
+
+
+def _settings_lines(told: Mapping[str, Any]) -> list[str]:
+    """Return the settings that bear on the result, as YAML that --config takes."""
+    text = yaml.safe_dump({"seed": int(told["seed"]), **json.loads(told["settings"])}, sort_keys=False, width=120)
+    return ["settings that bear on the result:", *(f"  {indented(line)}" for line in text.splitlines())]
+
+
+def indented(line: str) -> str:
+    """Return a line of YAML for a terminal; its indentation stays."""
+    bare = line.lstrip()
+    return " " * (len(line) - len(bare)) + printable(bare)

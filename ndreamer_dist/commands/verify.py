@@ -8,28 +8,37 @@ asked for: the run's own command then makes it again.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import anndata
+import numpy as np
 import zarr
 from zarr.core.metadata import ArrayV3Metadata
 
 from ndreamer_dist import keys
-from ndreamer_dist.compute.executor import Runtime, choose_runtime
+from ndreamer_dist.compute.executor import Runtime, RuntimeChoice, choose_runtime
+from ndreamer_dist.compute.local_ray import on_a_cluster
 from ndreamer_dist.effects.tables import ROOT
 from ndreamer_dist.errors import DamagedError, RunError
 from ndreamer_dist.rundir.directory import ArrayFile, RunDirectory
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage.arrays import open_array
+from ndreamer_dist.storage.arrays import open_array, read_array
 from ndreamer_dist.storage.checksums import check_digest, read_model, unseal
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
 from ndreamer_dist.storage.shards import Place, chunks_of, read_chunks
 
+OBS = f"{keys.RESULTS}/obs/"
 BATCH_FILES, BATCH_BYTES = 256, 2**28
 """What one task reads at most, or one file."""
+SMALL_BYTES = 2**32
+"""Files of fewer bytes are read in this process by default: starting Ray takes longer."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ def check(out: str | os.PathLike[str], *, mend: bool = False, settings: Mapping[
         made = Settings.build(config=before.get("settings"), overrides=settings)
         spaces = [directory.space(name) for name in before.get("spaces", ())]
         found += [error for space in spaces for error in _run_json(space)[0]]
+        made = _settled(made, directory)
         files: list[MadeFile] = []
         with choose_runtime(made.run) as runtime:
             for place in (directory, *spaces):
@@ -109,6 +119,13 @@ def _markers(directory: RunDirectory) -> list[str]:
         msg = f"{directory.url} holds nothing that a run has made"
         raise RunError(msg)
     return markers
+
+
+def _settled(made: Settings, directory: RunDirectory) -> Settings:
+    """Return the settings with the runtime chosen: little is read sooner in this process than Ray starts."""
+    if made.run.serial is not None or on_a_cluster(made.run) or sum(directory.storage.list().values()) > SMALL_BYTES:
+        return made
+    return RuntimeChoice(serial=True, why="little is to be read").applied(made)
 
 
 def _run_json(directory: RunDirectory) -> tuple[list[DamagedError], dict[str, Any]]:
@@ -140,15 +157,35 @@ def _damage(directory: RunDirectory, files: Sequence[MadeFile], runtime: Runtime
     for top in sorted({file.name.split("/")[0] for file in files}):
         sizes |= directory.storage.list(top)
     whole = []
+    others = _written_by_others(directory, files, sizes)
     for file in files:
         found = sizes.get(file.name)
-        if found == file.size:
+        if found == file.size or (others and file.name == f"{keys.RESULTS}/{ROOT}"):
             whole.append(file)
+            continue
+        if others and file.name.startswith(OBS):
             continue
         how = "is missing" if found is None else f"is damaged (it has {found} bytes in place of {file.size})"
         yield DamagedError(f"{directory.url}/{file.name} {how}", f"{directory.url}/{file.name}")
-    for damage in runtime.map(check_files, list(_batches(whole)), directory, title="check"):
+    for damage in runtime.map(check_files, list(_batches(whole)), directory, others, title="check"):
         yield from damage
+
+
+def _written_by_others(directory: RunDirectory, files: Sequence[MadeFile], sizes: Mapping[str, int]) -> bool:
+    """Return whether another program wrote into obs, a column say, and left it readable and of the run's cells."""
+    tables = {file.name: file.size for file in files if file.name in (f"{OBS}{ROOT}", f"{OBS}_index/{ROOT}")}
+    if all(sizes.get(name) == size for name, size in tables.items()):
+        return False
+    try:
+        obs = anndata.io.read_elem(zarr.open_group((directory.storage / keys.RESULTS / "obs").store(read_only=True)))
+        rows = read_array(directory.storage / keys.PACKED, keys.PACKED_INPUT_ROW)
+        same = np.array_equal(obs[keys.OBS_INPUT_ROW].to_numpy(), rows)
+    except Exception:
+        logger.debug("obs is not as the run wrote it, and cannot be read", exc_info=True)
+        return False
+    if same:
+        logger.info("another program wrote into obs; what it wrote has no checksums of ours")
+    return same
 
 
 def _batches(files: Sequence[MadeFile]) -> Iterator[list[MadeFile]]:
@@ -165,15 +202,21 @@ def _batches(files: Sequence[MadeFile]) -> Iterator[list[MadeFile]]:
         yield batch
 
 
-def check_files(batch: Sequence[MadeFile], directory: RunDirectory) -> list[DamagedError]:
-    """Read some files of a run and return what is wrong with them; a task."""
+def check_files(batch: Sequence[MadeFile], directory: RunDirectory, others: bool = False) -> list[DamagedError]:
+    """Read some files of a run and return what is wrong with them; a task.
+
+    Parameters
+    ----------
+    others
+        Another program wrote into obs, which the root then need not tell of.
+    """
     found = []
     opened: dict[tuple[str, str], zarr.Array[Any]] = {}
     for file in batch:
         part = ArrayFile.of(file.name)
         try:
             if part is None:
-                _check_file(directory, file)
+                _check_file(directory, file, others=others)
             elif part.chunk is None:
                 _check_metadata(directory, file)
             else:
@@ -203,22 +246,24 @@ def _metadata(data: bytes, url: str) -> dict[str, Any]:
     return told
 
 
-def _check_file(directory: RunDirectory, file: MadeFile) -> None:
+def _check_file(directory: RunDirectory, file: MadeFile, *, others: bool) -> None:
     """Look at a file that belongs to no array."""
     url = f"{directory.url}/{file.name}"
     if file.name in (keys.MODEL_JSON, keys.MODEL_WEIGHTS):
         read_model(directory.storage)
     elif file.name == f"{keys.RESULTS}/{ROOT}":
-        _check_root(directory.storage / keys.RESULTS, url)
+        _check_root(directory.storage / keys.RESULTS, url, others=others)
     elif file.name.endswith(".json"):
         unseal(directory.storage.read(file.name), url)
     else:
         check_digest(directory.storage.read(file.name), file.digest, url)
 
 
-def _check_root(storage: Storage, url: str) -> None:
+def _check_root(storage: Storage, url: str, *, others: bool) -> None:
     """Compare what the root of the results says of every array and group with what each says of itself."""
     nodes = ConsolidatedStorage(storage.url).nodes
+    if others:
+        nodes = {name: node for name, node in nodes.items() if name != "obs" and not name.startswith("obs/")}
     for name, data in storage.read_all([f"{name}/{ROOT}" for name in nodes]).items():
         own, told = _metadata(data, f"{storage.url}/{name}"), dict(nodes[name.removesuffix(f"/{ROOT}")])
         own.pop("consolidated_metadata", None), told.pop("consolidated_metadata", None)

@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ndreamer_dist import keys
 from ndreamer_dist.errors import printable
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Stage:
     began: float = field(default_factory=time.time)
     step: int = 0
     steps: int = 0
+    before: tuple[int, float] | None = None  # the step that training went on from, and when
     measures: dict[str, float] = field(default_factory=dict)
     worker_peak: int = 0
 
@@ -112,6 +114,7 @@ class Stage:
 
     def trained(self, step: int, steps: int, measures: Mapping[str, float]) -> None:
         """Note that a training step is done."""
+        self.before = self.before or (step, time.time())
         self.step, self.steps = step, steps
         self.measures.update(measures)
 
@@ -128,6 +131,16 @@ class Stage:
             return float(self.measures.get("cells_per_second", 0.0))
         return self.new_cells / max(time.time() - self.began, 1e-3)
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds that this round of tasks or the training will still take at its speed so far; none before it has one."""
+        if self.steps:
+            first, started = self.before or (self.step, 0.0)
+            done, left = self.step - first, self.steps - self.step
+        else:
+            started, done, left = self.began, self.done, self.total - self.done
+        return (time.time() - started) / done * left if done > 0 else None
+
     def told(self) -> dict[str, Any]:
         """Return what is known, as plain values."""
         facts: dict[str, Any] = {"stage": self.name, "started": self.started, "seen": time.time()}
@@ -139,6 +152,8 @@ class Stage:
             facts |= {"step": self.step, "steps": self.steps, "measures": dict(self.measures)}
         if self.worker_peak:
             facts["worker_peak_bytes"] = self.worker_peak
+        if (left := self.seconds_left) is not None:
+            facts["seconds_left"] = round(left, 1)
         return facts | {"cells_per_second": round(self.cells_per_second, 1)}
 
 
@@ -161,12 +176,33 @@ def staged(name: str, cells: int) -> Iterator[Stage]:
         _now.reset(token)
 
 
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            amount = seconds / size
+            return f"{amount:.1f} {unit}" if amount < 10 else f"{amount:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def titled(title: str) -> str:
+    """Return the title of a bar, with the place of the stage under way among all stages."""
+    stage = stage_now()
+    if stage is None or stage.name not in keys.STAGES:
+        return title
+    return f"{keys.STAGES.index(stage.name) + 1}/{len(keys.STAGES)} {title}"
+
+
 def log_progress(told: Mapping[str, Any]) -> None:
     """Log what is known of a stage."""
     done, total, what = told.get("done", 0), told.get("total", 0), "tasks"
     if "steps" in told:
         done, total, what = told["step"], told["steps"], "steps"
-    text = f"{told['stage']}: {done} of {total} {what}, {told['cells_per_second']:,.0f} cells/s"
+    text = f"{told['stage']}: {done} of {total} {what}"
+    if told["cells_per_second"]:
+        text += f", {told['cells_per_second']:,.0f} cells/s"
+    if told.get("seconds_left"):
+        text += f", about {duration(told['seconds_left'])} left"
     if "total" in told.get("measures", {}):
         text += f", loss {told['measures']['total']:.4g}"
     if "worker_peak_bytes" in told:
@@ -237,9 +273,7 @@ def _metrics() -> dict[str, Any]:
 
 def on_ray() -> bool:
     """Return whether this process is connected to a Ray."""
-    import ray
-
-    return bool(ray.is_initialized())
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def wrote(run: str, stage: str, size: int) -> None:

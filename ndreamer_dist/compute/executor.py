@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,9 @@ from tqdm.auto import tqdm
 
 from ndreamer_dist.compute import events
 from ndreamer_dist.compute.local_ray import on_a_cluster, sigterm_kept, start_ray
-from ndreamer_dist.compute.machine import use_writable_caches
+from ndreamer_dist.compute.machine import cpu_count, has_gpu, use_writable_caches
 from ndreamer_dist.errors import NDreamerError, ResourceError, RunError
-from ndreamer_dist.settings import RunSettings, TrainSettings
+from ndreamer_dist.settings import RunSettings, Settings, TrainSettings
 
 WORKER_CPUS = 0.5
 """Processors a training worker reserves: the rest stay free for the readers that feed it."""
@@ -32,6 +33,11 @@ READER_CPUS = 0.5
 """Processors a reader reserves: with a training worker's half, two processors hold three readers."""
 CANCEL_SECONDS = 5
 """How long a cancelled task may take to end by itself."""
+LEAST_SHARED_CELLS = 25_000
+"""Cells whose work outside training, done on other processors, saves as much time as a local Ray costs.
+
+Measured in processor seconds on a busy machine (docs/benchmarks.md).
+"""
 LONGEST_LOSS = 400
 """Characters that are told of an error of Ray's."""
 Task = TypeVar("Task", bound=Callable[..., Any])
@@ -371,7 +377,9 @@ def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[C
     """
     stage = events.stage_now() or events.Stage("")
     stage.begin(title, len(items))
-    with tqdm(total=len(items), desc=title, disable=None if shown is None else not shown, leave=True) as bar:
+    with tqdm(
+        total=len(items), desc=events.titled(title), disable=None if shown is None else not shown, leave=True
+    ) as bar:
 
         def advance(peak: int) -> None:
             stage.held(peak)
@@ -379,6 +387,50 @@ def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[C
             bar.update()
 
         yield advance
+
+
+@dataclass(frozen=True)
+class RuntimeChoice:
+    """Whether a run works in this process alone, and why."""
+
+    serial: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{'this process, without Ray' if self.serial else 'Ray'}: {self.why}"
+
+    def applied(self, settings: Settings) -> Settings:
+        """Return the settings with the choice in the place of `auto`."""
+        return settings.model_copy(update={"run": settings.run.model_copy(update={"serial": self.serial})})
+
+
+def runtime_choice(settings: Settings, cells: int) -> RuntimeChoice:
+    """Choose where a run works: both ways give the same bits, and a local Ray costs time before it saves any.
+
+    Parameters
+    ----------
+    cells
+        Cells of the run.
+    """
+    run, train = settings.run, settings.train
+    if run.serial is not None:
+        return RuntimeChoice(run.serial, f"run.serial is {str(run.serial).lower()}")
+    for needed, why in (
+        (on_a_cluster(run), "a cluster is there"),
+        (run.cpus is not None or run.object_store_gb is not None, "run.cpus or run.object_store_gb says how it starts"),
+        (train.workers > 1, f"{train.workers} training workers"),
+        (train.device != "cpu" and has_gpu(), "a GPU is there to train on"),
+    ):
+        if needed:
+            return RuntimeChoice(serial=False, why=why)
+    cpus = cpu_count()
+    if cpus == 1:
+        return RuntimeChoice(serial=True, why="there is one processor")
+    least = math.ceil(LEAST_SHARED_CELLS * cpus / (cpus - 1))
+    small = cells < least
+    compared = "fewer than" if small else "at least"
+    why = f"{cells:,} cells are {compared} the {least:,} from which a local Ray on {cpus} processors saves time"
+    return RuntimeChoice(small, f"{why} (--set run.serial={str(not small).lower()} for the other)")
 
 
 def choose_runtime(settings: RunSettings, task: TaskNeed | None = None) -> SerialRuntime | RayRuntime:

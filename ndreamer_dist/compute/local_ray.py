@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -211,9 +212,10 @@ def _loopback_alone() -> Iterator[None]:
 
 def on_a_cluster(settings: RunSettings) -> bool:
     """Return whether tasks will run on a Ray that is there already, whose machines are not known here."""
-    import ray
-
-    return not settings.serial and bool(settings.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
+    if settings.serial:
+        return False
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    return bool(settings.address or os.environ.get("RAY_ADDRESS") or connected)
 
 
 def object_store_bytes(settings: RunSettings) -> int:

@@ -53,6 +53,16 @@ def cpu_count() -> int:
     return cpu_allowance().amount
 
 
+def has_gpu() -> bool:
+    """Return whether torch can train on a GPU here; it is loaded only where the system shows one."""
+    shown = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg"))
+    if not shown:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def memory_limit() -> int:
     """Return the bytes of memory this process may use."""
     return memory_allowance().amount

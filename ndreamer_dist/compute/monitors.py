@@ -24,7 +24,8 @@ import psutil
 
 from ndreamer_dist import keys
 from ndreamer_dist.compute import events
-from ndreamer_dist.storage.checksums import seal
+from ndreamer_dist.errors import DamagedError
+from ndreamer_dist.storage.checksums import seal, unseal
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.storage.retries import hurry
 
@@ -167,6 +168,13 @@ def metered(run: Storage, stage: str, cells: int = 0, promised: int | None = Non
     run.write_atomic(keys.STAGES_LOG, before + (json.dumps(facts) + "\n").encode())
 
 
+def progress_of(run: Storage) -> dict[str, Any]:
+    """Return what logs/progress.json tells of the stage that a run is at; nothing where it tells nothing."""
+    with suppress(DamagedError):
+        return unseal(run.read_if_there(keys.PROGRESS) or b"{}", f"{run.url}/{keys.PROGRESS}")
+    return {}
+
+
 def _stage_lines(run: Storage) -> Iterator[dict[str, Any]]:
     """Give the lines of logs/stages.jsonl; a damaged one is left out, since it holds times and no results."""
     for line in (run.read_if_there(keys.STAGES_LOG) or b"").splitlines():
@@ -178,6 +186,12 @@ def _stage_lines(run: Storage) -> Iterator[dict[str, Any]]:
             ]
             if "stage" in told and all(isinstance(number, int | float) for number in numbers):
                 yield told
+
+
+def last_call(run: Storage) -> tuple[str, float] | None:
+    """Return what a run was given, and when the last stage of the last call that was logged ended; none without a log."""
+    lines = [line for line in _stage_lines(run) if isinstance(line.get("started"), int | float) and line.get("input")]
+    return (str(lines[-1]["input"]), lines[-1]["started"] + lines[-1]["seconds"]) if lines else None
 
 
 def stage_costs(run: Storage) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.pack import partitions_of
 from ndreamer_dist.cohort.statistics import spans_of
 from ndreamer_dist.cohort.stored import COLUMN_ENTRIES
+from ndreamer_dist.compute.events import duration
 from ndreamer_dist.embedding.space import MOST_SPANS
 from ndreamer_dist.errors import printable, shown
 from ndreamer_dist.matching.stage import edge_shards, units
@@ -75,6 +76,10 @@ class Plan:
         Most bytes over all stages; `memory_free` and `disk_free` are what there is (none where it cannot be known).
     cpus, cpus_source, memory_source
         Processors that the promise counts with, and who limits them and the memory: SLURM, a cgroup, a setting, ...
+    runtime
+        Where the work is done, and why.
+    took
+        Seconds that stages took in the run directory before, or will take by their speed there.
     """
 
     cells: int
@@ -100,6 +105,8 @@ class Plan:
     cpus: int = 1
     cpus_source: str = ""
     memory_source: str = ""
+    runtime: str = ""
+    took: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
         return "\n".join([*self._cohort_lines(), "", *self._stage_lines(), "", *self._resource_lines()])
@@ -134,6 +141,7 @@ class Plan:
             f"matching   {self.edges:,} pairs of groups{self._place()}",
             f"training   {self._training()}",
             *([f"not run    {', '.join(self.left_out)}: {shown(self.embedding)} needs none"] if self.left_out else []),
+            *([f"works in   {self.runtime}"] if self.runtime else []),
         ]
 
     def _place(self) -> str:
@@ -149,10 +157,16 @@ class Plan:
         return named + (", ..." if len(self.dropped_groups) > NAMED_GROUPS else "")
 
     def _stage_lines(self) -> list[str]:
-        lines = [f"{'stage':<10}{'memory':>10}{'workers':>12}  tasks"]
+        took = dict(self.took)
+        time = f"{'time':>10}" if took else ""
+        lines = [f"{'stage':<10}{'memory':>10}{'workers':>12}{time}  tasks"]
         for stage in self.stages:
             work = ", then ".join(f"{tasks:,} {unit}" for tasks, unit in stage.work)
-            lines.append(f"{stage.name:<10}{_gb(stage.memory):>10}{f'up to {stage.workers:,}':>12}  {work}")
+            if took:
+                time = f"{duration(took[stage.name]) if stage.name in took else '-':>10}"
+            lines.append(f"{stage.name:<10}{_gb(stage.memory):>10}{f'up to {stage.workers:,}':>12}{time}  {work}")
+        if took:
+            lines.append("time: what the stages took in this run directory, or will by their speed there")
         return lines
 
     def _resource_lines(self) -> list[str]:
@@ -176,6 +190,8 @@ def plan_of(
     memory_free: int | None = None,
     disk_free: int | None = None,
     notes: tuple[str, ...] = (),
+    runtime: str = "",
+    took: Mapping[str, float] | None = None,
 ) -> Plan:
     """Return the plan of a cohort.
 
@@ -216,6 +232,8 @@ def plan_of(
         left_out=tuple(stage for stage in keys.STAGES if stage not in stages),
         notes=notes,
         cpus=cpus,
+        runtime=runtime,
+        took=tuple((took or {}).items()),
     )
 
 

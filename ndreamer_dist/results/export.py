@@ -28,8 +28,9 @@ from ndreamer_dist.results.reader import Cells, ResultsReader, results_storage
 from ndreamer_dist.storage.shards import Reads, counting
 
 CELL = "cell"
-FORMATS = (".h5ad", ".zarr", ".csv", ".parquet")
-TABLES = (".csv", ".parquet")
+FORMATS = (".h5ad", ".zarr", ".csv", ".parquet", ".tsv")
+TABLES = (".csv", ".parquet", ".tsv")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 CONDITIONAL = ("effect", "counterfactual")
 LARGE_BYTES = 2**30
 """Values beyond this many bytes are not held in memory."""
@@ -99,7 +100,7 @@ def room_beside(target: Path) -> Iterator[Callable[[tuple[int, int]], np.ndarray
 
 
 def save(adata: anndata.AnnData, path: str | os.PathLike[str]) -> None:
-    """Write an AnnData to a file whose suffix says how: `.h5ad`, `.zarr`, `.csv` or `.parquet`.
+    """Write an AnnData to a file whose suffix says how: `.h5ad`, `.zarr`, `.csv`, `.tsv` or `.parquet`.
 
     The object is not changed. A file of that name is replaced, once the new one is complete.
 
@@ -114,11 +115,11 @@ def save(adata: anndata.AnnData, path: str | os.PathLike[str]) -> None:
 
 
 def save_table(told: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table, a row per line, to `.csv` or `.parquet`; errors as of `save`."""
+    """Write a table, a row per line, to `.csv`, `.tsv` or `.parquet`; errors as of `save`."""
     target = checked(path, TABLES)
     with replaced(target) as part:
-        if target.suffix.lower() == ".csv":
-            told.to_csv(part, index=False)
+        if (separator := SEPARATORS.get(target.suffix.lower())) is not None:
+            told.to_csv(part, index=False, sep=separator)
         else:
             told.to_parquet(part, index=False)
 
@@ -169,7 +170,7 @@ def _write_zarr(adata: anndata.AnnData, path: Path) -> None:
 
 def _write_csv(adata: anndata.AnnData, path: Path) -> None:
     for start, block in _blocks(adata):
-        block.to_csv(path, header=start == 0, mode="a")
+        block.to_csv(path, header=start == 0, mode="a", sep=SEPARATORS[path.suffix.lower()])
 
 
 def _write_parquet(adata: anndata.AnnData, path: Path) -> None:
@@ -190,4 +191,5 @@ def _blocks(adata: anndata.AnnData) -> Iterator[tuple[int, pd.DataFrame]]:
 
 WRITERS: dict[str, Callable[[anndata.AnnData, Path], None]] = {
     ".h5ad": _write_h5ad, ".zarr": _write_zarr, ".csv": _write_csv, ".parquet": _write_parquet,
+    ".tsv": _write_csv,
 }  # fmt: skip

@@ -40,7 +40,9 @@ def cells_of_query(table: pd.DataFrame, query: str) -> np.ndarray:
         names = [str(name) for name in table.columns]
         odd = [name for name in names if not _is_plain(name)]
         hint = f'; write names like {listing(odd, limit=3)} in backticks: `{odd[0]}` == "..."' if odd else ""
-        msg = f"the query {query!r} cannot be read ({error}); the columns are {listing(names, limit=30)}{hint}"
+        unknown = re.search(r"name '(.+?)' is not defined", str(error))
+        near = suggest(unknown[1], names) if unknown else ""
+        msg = f"the query {query!r} cannot be read ({error});{near} the columns are {listing(names, limit=30)}{hint}"
         raise QueryError(msg) from error
     if not isinstance(mask, pd.Series) or not pd.api.types.is_bool_dtype(mask.dtype):
         msg = f"the query {query!r} does not say yes or no of every cell; compare a column with a value"

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import zarr
 from scipy import sparse
 
@@ -136,15 +139,58 @@ def _held(starts: np.ndarray, stops: np.ndarray, size: int) -> list[Position]:
     return [(number,) for number in np.unique(np.concatenate(numbers)).tolist()]
 
 
-def read_element(storage: Storage, name: str) -> Any:
+def read_cells(storage: ConsolidatedStorage) -> tuple[pd.DataFrame, bool]:
+    """Read `obs`, on this machine's disk with the columns that another program has put into it since.
+
+    Such a program may leave the root's metadata, which the reader goes by, as it was; then what the table's own files
+    say counts.
+
+    Returns
+    -------
+    The table, and whether it was read as another program left it.
+    """
+    own = _own_nodes(storage, "obs") if storage.is_local else {}
+    if own and _written_since(own, storage.nodes):
+        with suppress(StoreError):  # its own metadata is damaged: the root's is not
+            return read_element(storage, "obs", own), True
+    return read_element(storage, "obs"), False
+
+
+def _own_nodes(storage: Storage, name: str) -> dict[str, dict[str, Any]]:
+    """Return what the arrays and groups of an element say of themselves; nothing where one cannot be read."""
+    try:
+        files = storage.read_all([file for file in storage.list(name) if file.endswith(f"/{ROOT}")])
+        return {file.removesuffix(f"/{ROOT}"): dict(json.loads(data)) for file, data in files.items()}
+    except (StoreError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _written_since(own: Mapping[str, Any], root: Mapping[str, Any]) -> bool:
+    """Return whether obs has other columns than the root says, or its index was written by another program."""
+
+    def told(nodes: Mapping[str, Any]) -> tuple[Any, Any]:
+        return nodes["obs"]["attributes"]["column-order"], nodes["obs/_index"].get("codecs")
+
+    try:
+        return told(own) != told(root)
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def read_element(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
     """Read `obs`, `var`, `uns` or a part of them by anndata, from files that were checked to be all there.
+
+    Parameters
+    ----------
+    nodes
+        Metadata of the arrays and groups, by path; by default what the root says of them.
 
     Raises
     ------
     StoreError
         A chunk is missing or fails its checksum; the message names array and chunk.
     """
-    files = _metadata(storage, name)
+    files = _metadata(storage, name, nodes)
     chunks = _chunks_below(storage, name, files)
     for file, data in zip(chunks, read_files(storage.store(read_only=True), storage.url, list(chunks)), strict=True):
         if data is None:
@@ -177,9 +223,10 @@ def _chunks_below(storage: Storage, name: str, files: dict[str, bytes]) -> dict[
     }
 
 
-def _metadata(storage: Storage, name: str) -> dict[str, bytes]:
+def _metadata(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, Any]] | None) -> dict[str, bytes]:
     """Return the metadata files of an element, which the store's root holds all of."""
-    nodes = (storage if isinstance(storage, ConsolidatedStorage) else ConsolidatedStorage(storage.url)).nodes
+    if nodes is None:
+        nodes = (storage if isinstance(storage, ConsolidatedStorage) else ConsolidatedStorage(storage.url)).nodes
     found = {
         path: dict(node)
         for path, node in nodes.items()

@@ -11,11 +11,13 @@ import functools
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 import anndata
 import numpy as np
@@ -23,9 +25,10 @@ import pandas as pd
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, suggest
+from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, shown, suggest
+from ndreamer_dist.results.annotations import annotation_of, read_annotations
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
-from ndreamer_dist.results.names import cells_of_query, places_of_cells, places_of_genes
+from ndreamer_dist.results.names import SUGGEST_AMONG, cells_of_query, places_of_cells, places_of_genes
 from ndreamer_dist.results.on_demand import (
     Counterparts,
     Expression,
@@ -37,7 +40,7 @@ from ndreamer_dist.results.on_demand import (
     layer_question,
 )
 from ndreamer_dist.results.provenance import matches_table
-from ndreamer_dist.results.read import read_dense, read_element, read_sparse
+from ndreamer_dist.results.read import read_cells, read_dense, read_element, read_sparse
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import MatchSettings
 from ndreamer_dist.storage.arrays import open_array, read_array
@@ -50,6 +53,8 @@ P = ParamSpec("P")
 Answer = TypeVar("Answer")
 Order = Literal["input", "packed"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
+Labels = str | pd.Series | None
+"""Populations: the name of a column of `obs`, a label per cell by name, or none for all cells together."""
 Room = Callable[[tuple[int, int]], np.ndarray]
 
 REQUIRED = {"design", "key", "seed", "settings", "version", "versions"}
@@ -110,6 +115,20 @@ def _of_space(folder: Storage, method: str) -> Storage:
     return spaces[method].storage
 
 
+class CellsTable(pd.DataFrame):
+    """A copy of `obs` that says so where a column is put into it; what is made of it is an ordinary table."""
+
+    @property
+    def _constructor(self) -> type[pd.DataFrame]:
+        return pd.DataFrame
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        logger.warning(
+            "column %s is in this copy of obs alone; results.annotate(series) keeps it, and `by` takes a Series", key
+        )
+        super().__setitem__(key, value)
+
+
 def counted(query: Callable[Concatenate[ResultsReader, P], Answer]) -> Callable[Concatenate[ResultsReader, P], Answer]:
     """Make a query say how many bytes it read, in the log and as `last_read`."""
 
@@ -118,7 +137,7 @@ def counted(query: Callable[Concatenate[ResultsReader, P], Answer]) -> Callable[
         with counting() as reads:
             answer = query(self, *args, **kwargs)
         object.__setattr__(self, "_last_read", reads)
-        logger.info("%s: read %s", query.__name__, reads)
+        logger.debug("%s: read %s", query.__name__, reads)
         return answer
 
     return counting_query
@@ -143,6 +162,19 @@ class ResultsReader:
     """
 
     storage: ConsolidatedStorage
+    labels: pd.DataFrame | None = field(default=None, repr=False, compare=False)
+    """Columns by cell that take part as those of `obs` do, for this process alone; see `labelled`."""
+
+    def __repr__(self) -> str:
+        """Return what the results are of, for a notebook."""
+        design = self.design
+        others = ", ".join(map(shown, design.conditions[1:4])) + (", ..." if len(design.conditions) > 4 else "")
+        return (
+            f"{type(self).__name__} of {design.n_cells:,} cells x {len(self._genes):,} modelled genes at {self.url}\n"
+            f"    conditions: {shown(design.control)} (control), {others}; groups: {len(design.groups):,}\n"
+            f"    layers: {', '.join(self.layers) or 'none'}\n"
+            f"    obs: {', '.join(shown(str(name)) for name in self._cells.columns)}"
+        )
 
     @property
     def url(self) -> str:
@@ -151,13 +183,16 @@ class ResultsReader:
 
     @property
     def obs(self) -> pd.DataFrame:
-        """The cells' table, in input order: the input's columns and ours, which start with `ndreamer_`."""
-        return self._input_cells.copy()
+        """The cells' table, in input order: the input's columns and ours, which start with `ndreamer_`.
+
+        It is a copy: `Results.annotate` keeps a column.
+        """
+        return CellsTable(self._input_cells)
 
     @property
     def packed_obs(self) -> pd.DataFrame:
         """The cells' table in the order of the store, by group: reading stretches of it reads each chunk once."""
-        return self._cells.copy()
+        return CellsTable(self._cells)
 
     @property
     def var(self) -> pd.DataFrame:
@@ -469,6 +504,28 @@ class ResultsReader:
         """Add the coordinates cells were matched in to a part of these results, as `obsm[results.embedding_key]`."""
         adata.obsm[self.embedding_key] = self.embedding(list(adata.obs_names), pca=True).to_numpy()
 
+    def labelled(self, by: Labels) -> tuple[Self, str | None]:
+        """Return the results with a Series of labels among the columns of `obs`, and the column's name.
+
+        Nothing is stored. The name of a column, or none, comes back with these results themselves.
+
+        Raises
+        ------
+        QueryError
+            The Series names no cell of these results, or a cell twice.
+        """
+        if not isinstance(by, pd.Series):
+            return self, by
+        labels = by.rename(str(by.name or "population"))
+        table, _ = annotation_of(labels, self._cells, self.design)
+        other = copy(self)
+        for name in ("_cells", "_input_cells"):
+            other.__dict__.pop(name, None)
+        before = pd.DataFrame(index=self._cells.index) if self.labels is None else self.labels
+        kept = pd.concat([before.drop(columns=table.columns, errors="ignore"), table], axis=1)
+        object.__setattr__(other, "labels", kept)
+        return other, str(labels.name)
+
     # --- what is behind them -----------------------------------------------------------------------------------------
 
     def refuse_damaged(self) -> None:
@@ -477,7 +534,26 @@ class ResultsReader:
 
     @cached_property
     def _cells(self) -> pd.DataFrame:
-        return self._table("obs")
+        """`obs` in packed order, with what was annotated after the run."""
+        stored, by_others = read_cells(self.storage)
+        if by_others:
+            self._refuse_other_cells(stored)
+        for later in (read_annotations(self.storage, stored.index), self.labels):
+            if later is not None and len(later.columns):
+                stored = pd.concat([stored.drop(columns=later.columns, errors="ignore"), later], axis=1)
+        return stored
+
+    def _refuse_other_cells(self, stored: pd.DataFrame) -> None:
+        """Refuse an `obs` that another program wrote for other cells, or in another order."""
+        design = self.design
+        names = np.array([group.name for group in design.groups], dtype=object)
+        expected = np.repeat(names, [group.cells for group in design.groups])
+        if not np.array_equal(stored.get(keys.OBS_GROUP, pd.Series(dtype=object)).astype(str), expected):
+            msg = (
+                f"{self.url}: another program wrote obs, of other cells or in another order; `ndreamer-dist check DIR "
+                "--mend` removes it, and the run's own command makes it again"
+            )
+            raise StoreError(msg)
 
     @cached_property
     def _input_cells(self) -> pd.DataFrame:
@@ -584,13 +660,24 @@ class ResultsReader:
         else:
             chosen = self._listed(cells)
         if not len(chosen):
-            msg = f"no cell is selected by {cells!r}" if isinstance(cells, str) else "no cell is selected"
+            msg = "no cell is selected"
+            if isinstance(cells, str):
+                msg += f" by {cells!r}.{self._near_value(cells)}"
             raise QueryError(msg)
         return np.sort(chosen) if order == "packed" else chosen
 
     def _queried(self, query: str) -> np.ndarray:
         kept = cells_of_query(self._cells, query)
         return self._input_order[kept[self._input_order]]
+
+    def _near_value(self, query: str) -> str:
+        """Return what value of a column was meant by a query that selects nothing; empty where none is near."""
+        table = self._cells
+        for column, value in re.findall(r"`?([\w ]+?)`?\s*==\s*[\"'](.+?)[\"']", query):
+            levels = table[column].dropna().unique() if column in table else []
+            if len(levels) <= SUGGEST_AMONG and value not in set(levels):
+                return f" Column {column!r} has no {quoted(value)}.{suggest(value, map(str, levels))}"
+        return ""
 
     def _listed(self, cells: Any) -> np.ndarray:
         values = np.asarray(cells)

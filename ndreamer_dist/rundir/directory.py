@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -254,6 +255,8 @@ def _is_done(key: str, shard: Shard, told: bytes | None, sizes: Mapping[str, int
 
 def _attempt() -> int:
     """Return which attempt of its Ray task this is; 0 outside Ray."""
+    if "ray" not in sys.modules:
+        return 0
     import ray
 
     worker = ray._private.worker.global_worker  # Ray tells the attempt nowhere else

@@ -9,8 +9,9 @@ import anndata
 import pandas as pd
 
 from ndreamer_dist import keys
+from ndreamer_dist.results.annotations import Annotation, annotation_of, read_annotations, write_annotations
 from ndreamer_dist.results.cohort import Cohort
-from ndreamer_dist.results.reader import ResultsReader, results_storage
+from ndreamer_dist.results.reader import Labels, ResultsReader, results_storage
 from ndreamer_dist.stats.cate_table import StatisticsInput, Whose, cate_table, donor_means
 from ndreamer_dist.stats.diagnostics import Diagnostics, diagnose
 from ndreamer_dist.stats.null import null_table
@@ -47,9 +48,40 @@ class Results(ResultsReader):
     Make one with `open_results`.
     """
 
+    def annotate(self, labels: pd.DataFrame | pd.Series | anndata.AnnData) -> Annotation:
+        """Keep columns of `obs` that were made after the run, labels of cell types say, beside the results.
+
+        They then are what every question, table and figure finds in `obs`; nothing that the run wrote is changed.
+
+        Parameters
+        ----------
+        labels
+            A row per cell, by its name: a table, a Series with a name, or an AnnData, of whose `obs` those columns are
+            taken that are new or differ.
+
+        Returns
+        -------
+        Which columns were new and which have changed, and how many cells and rows had no counterpart.
+
+        Raises
+        ------
+        QueryError
+            No cell is named, a cell stands twice, or a column is the run's own or says what was compared.
+        StoreError
+            The results can only be read.
+        """
+        table, annotation = annotation_of(labels, self._cells, self.design)
+        if len(table.columns):
+            before = read_annotations(self.storage, self._cells.index)
+            kept = pd.concat([before.drop(columns=table.columns, errors="ignore"), table], axis=1)
+            write_annotations(self.storage, kept)
+            for name in ("_cells", "_input_cells"):
+                self.__dict__.pop(name, None)
+        return annotation
+
     def cate(
         self,
-        by: str | None = None,
+        by: Labels = None,
         *,
         condition: str | None = None,
         genes: Sequence[str] | None = None,
@@ -69,7 +101,8 @@ class Results(ResultsReader):
         Parameters
         ----------
         by
-            Column of `obs` that names populations, a cell type say; by default all cells are one population.
+            Column of `obs` that names populations, a cell type say, or a Series of labels by cell; by default all cells
+            are one population.
         condition
             The one to compare with the control; by default every one.
         genes, cohort
@@ -100,14 +133,15 @@ class Results(ResultsReader):
         QueryError
             A name is unknown, or nothing says who the donors are.
         """
+        results, by = self.labelled(by)
         return cate_table(
-            self._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
+            results._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
             population=population, covariates=covariates,
         )  # fmt: skip
 
     def donor_means(
         self,
-        by: str,
+        by: str | pd.Series,
         *,
         condition: str | None = None,
         genes: Sequence[str] | None = None,
@@ -123,12 +157,13 @@ class Results(ResultsReader):
         ones; `obs` says of what, with every column of the cohort that is constant in each donor. Where there are
         several conditions, the control donors are there once for each contrast.
         """
-        sample = self._statistics_input(genes, cohort)
-        return donor_means(sample, by=by, condition=condition, donor_key=donor_key, min_cells=min_cells)
+        results, name = self.labelled(by)
+        sample = results._statistics_input(genes, cohort)
+        return donor_means(sample, by=str(name), condition=condition, donor_key=donor_key, min_cells=min_cells)
 
     def null(
         self,
-        by: str | None = None,
+        by: Labels = None,
         *,
         condition: str | None = None,
         genes: Sequence[str] | None = None,
@@ -164,20 +199,22 @@ class Results(ResultsReader):
         QueryError
             A name is unknown, or no population has three donors a condition with enough cells each.
         """
+        results, by = self.labelled(by)
         return null_table(
-            self._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
+            results._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
             count=labellings, seed=seed,
         )  # fmt: skip
 
     def diagnostics(
-        self, by: str | None = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
+        self, by: Labels = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
     ) -> Diagnostics:
         """Return how far the results can be trusted: small tables, none of which is a test.
 
         Parameters
         ----------
         by
-            Column of `obs` that names populations, a cell type say; by default all cells are one population.
+            Column of `obs` that names populations, a cell type say, or a Series of labels by cell; by default all cells
+            are one population.
         donor_key
             Column of `obs` that names the donor; by default the batch.
         cells
@@ -207,7 +244,8 @@ class Results(ResultsReader):
             `denoised` is not stored, and the matches that it is computed from are not there.
         """
         stored = keys.LAYER_DENOISED in self.layers
-        sample = self._statistics_input(None, None)
+        results, by = self.labelled(by)
+        sample = results._statistics_input(None, None)
         return diagnose(sample, by=by, donor_key=donor_key, cells=cells, stored_denoised=stored)
 
     def _statistics_input(self, genes: Sequence[str] | None, cohort: Cohort | None) -> StatisticsInput:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from ndreamer_dist.compute.events import peak_bytes, stage_now
+from ndreamer_dist.compute.events import peak_bytes, stage_now, titled
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.training.sampling import SamplingPlan
 
@@ -55,7 +55,7 @@ class Screen:
         self.stop_asked = stop_asked
         hidden = None if runtime.progress is None else not runtime.progress
         self._plan, self._warned, self._stage = plan, set[str](), stage_now()
-        self.bar = tqdm(total=plan.steps, desc="train", disable=hidden)
+        self.bar = tqdm(total=plan.steps, desc=titled("train"), disable=hidden)
 
     def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
         """See `Display.reached`."""

@@ -166,8 +166,11 @@ def test_damage_is_named_over_http(copied, handler):
             results.ite(drop_undefined=False)
 
 
-def test_what_was_read_is_told_and_logged(local, caplog):
+def test_what_was_read_is_told_and_logged_where_it_is_asked_for(local, caplog):
     with caplog.at_level(logging.INFO, logger="ndreamer_dist"):
+        local.ite(genes=[local.var_names[0]])
+    assert not caplog.messages
+    with caplog.at_level(logging.DEBUG, logger="ndreamer_dist"):
         local.ite(genes=[local.var_names[0]])
     assert f"layer: read {local.last_read}" in caplog.messages
     assert f"in {local.last_read.requests} requests ({local.last_read.chunks} chunks)" in str(local.last_read)
