@@ -12,9 +12,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib import resources
 from typing import Any
 
@@ -26,9 +27,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from ndreamer_dist import keys
+from ndreamer_dist.compute.monitors import last_call
 from ndreamer_dist.errors import NDreamerError, StoreError
 from ndreamer_dist.report import plots
-from ndreamer_dist.report.style import DPI, categories, figure_bytes, write_file
+from ndreamer_dist.report.style import DPI, categories, figure_bytes, gene_labels, write_file
 from ndreamer_dist.report.tables import (
     Table,
     diagnostics_tables,
@@ -42,6 +44,7 @@ from ndreamer_dist.report.tables import (
     timings_table,
     whole,
 )
+from ndreamer_dist.results.reader import Labels
 from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
 from ndreamer_dist.stats.null import rates
@@ -51,6 +54,10 @@ logger = logging.getLogger(__name__)
 
 TOP_GENES = 30
 MOST_VOLCANOES = 6
+MOST_TOLD = 6
+"""Conditions that the summary tells of."""
+MOST_IN_TITLE = 3
+"""Conditions that a title names."""
 MOST_SPREADS = 6
 SHOWN_DPI = 110
 """Pixels of the page per inch of a figure; it is drawn finer, for sharp screens and for paper."""
@@ -91,6 +98,11 @@ class PageData:
         """Whether there is any p-value."""
         return bool(self.table["p"].notna().any())
 
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """What genes are called, by name, where that is not their name."""
+        return gene_labels(self.results.var)
+
     @property
     def conditions(self) -> list[str]:
         """The conditions that are compared with the control."""
@@ -107,7 +119,7 @@ def report(
     results: Results | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    by: str | None = None,
+    by: Labels = None,
     condition: str | None = None,
     donor_key: str | None = None,
     cells: int = plots.CELLS,
@@ -121,7 +133,7 @@ def report(
     out
         The file; by default `report/report.html` in the run directory.
     by
-        Column of `obs` that names populations; by default the one that looks most like cell types, else all cells together.
+        Column of `obs` that names populations, or a Series of labels by cell; by default the column that looks most like cell types, else all cells together.
     condition
         Which to compare with the control; by default every one.
     donor_key
@@ -139,6 +151,7 @@ def report(
     opened = results if isinstance(results, Results) else _opened(results)
     address = out if out is not None else _default(opened)
     chosen = by is None
+    opened, by = opened.labelled(by)
     by = by or likely_populations(opened.packed_obs, opened.design)
     logger.info("report: effects by %s", by or "condition alone")
     table = effects(opened, by, condition, donor_key)
@@ -174,7 +187,7 @@ def _content(data: PageData) -> dict[str, Any]:
     """Return what the template is filled with."""
     results, design = data.results, data.results.design
     return {
-        "title": f"NDreamer: {', '.join(data.conditions)} against {design.control}",
+        "title": f"NDreamer: {_named(data.conditions)} against {design.control}",
         "subtitle": f"What the condition does to {whole(design.n_cells)} cells, and how far the numbers can be trusted.",
         "control": design.control,
         "tiles": _tiles(data),
@@ -198,9 +211,23 @@ def _content(data: PageData) -> dict[str, Any]:
         "training": _training(data),
         "timings": timings_table(results),
         "settings": settings_table(results),
+        "origin": list(_origin(results)),
         "versions": "Versions: " + ", ".join(f"{k} {v}" for k, v in json.loads(results.uns["versions"]).items()) + ".",
         "version": str(results.uns["version"]),
     }
+
+
+def _origin(results: Results) -> Iterator[str]:
+    """Say what the results were made from and when, as far as the run's log tells, and how to cite them."""
+    run = plots.run_of(results)
+    call = last_call(run) if run is not None else None
+    if call:
+        day = time.strftime("%Y-%m-%d", time.gmtime(call[1]))
+        yield f"Input: {call[0]}. Last worked on: {day}."
+    yield (
+        f"To cite: the method is NDreamer (Xiao et al., bioRxiv 2025.03.05.641743); it was run by ndreamer-dist "
+        f"{results.uns['version']}, with the settings and versions below."
+    )
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -222,8 +249,15 @@ def _tiles(data: PageData) -> list[tuple[str, str]]:
 
 
 def _summary(data: PageData) -> Iterator[str]:
-    """Say what was found, a sentence or two per condition."""
-    for condition in data.conditions:
+    """Say what was found, a sentence or two per condition; of many conditions, of those with most called genes."""
+    called_genes = (data.table["p_adjusted"] < plots.SIGNIFICANT).groupby(data.table["condition"]).sum()
+    first = sorted(data.conditions, key=lambda name: -int(called_genes[name]))[:MOST_TOLD]
+    if len(first) < len(data.conditions):
+        yield (
+            f"There are {len(data.conditions)} conditions; these sentences are of the {len(first)} with most called genes, "
+            "the tables below of all."
+        )
+    for condition in first:
         parts = data.populations(condition)
         tested = [(name, part) for name, part in parts if part["p"].notna().any()]
         called = [(int((part["p_adjusted"] < plots.SIGNIFICANT).sum()), name) for name, part in tested]
@@ -231,7 +265,7 @@ def _summary(data: PageData) -> Iterator[str]:
         if not tested:
             yield (
                 f"{condition}: there are effects but no p-values, since {_why_untested(data)}. "
-                f"{_strongest(parts, effect)}"
+                f"{_strongest(parts, effect, data.labels)}"
             )
             continue
         found = sorted((pair for pair in called if pair[0]), reverse=True)
@@ -243,7 +277,7 @@ def _summary(data: PageData) -> Iterator[str]:
                 if found
                 else "no gene differs in any of them. "
             )
-            + _strongest(tested, effect)
+            + _strongest(tested, effect, data.labels)
         )
 
 
@@ -251,15 +285,20 @@ def _why_untested(data: PageData) -> str:
     return TOO_FEW_DONORS if data.donors else "nothing says who the donors are"
 
 
-def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str) -> str:
-    """Name the largest effects, among the genes that were called where there are any."""
+def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str, labels: Mapping[str, str]) -> str:
+    """Name the largest effects, of populations with enough on both sides, and of called genes where there are any."""
     rows = pd.concat([part for _, part in parts])
-    rows = rows[rows["cells"] >= MIN_CELLS]
+    rows = rows[plots.well_founded(rows)]
     called = rows[rows["p_adjusted"] < plots.SIGNIFICANT]
     rows = (called if len(called) else rows).dropna(subset=[effect])
     rows = rows.iloc[np.argsort(-rows[effect].abs().to_numpy(), kind="stable")[:4]]
-    names = [f"{row['gene']} in {row['population']} ({row[effect]:+.2f})" for _, row in rows.iterrows()]
-    return f"Largest {'called ' if len(called) else ''}effects: {', '.join(names)}." if names else ""
+    names = [
+        f"{labels.get(row['gene'], row['gene'])} in {row['population']} ({row[effect]:+.2f})"
+        for _, row in rows.iterrows()
+    ]
+    if not names:
+        return f"No population has {MIN_CELLS} cells on both sides, so no effect is named here."
+    return f"Largest {'called ' if len(called) else ''}effects: {', '.join(names)}."
 
 
 def _warnings(data: PageData) -> Iterator[str]:
@@ -330,7 +369,7 @@ def _genes(data: PageData) -> Iterator[tuple[str, str, Table]]:
             row = part.iloc[0]
             donors = f", {row['treated_donors']} v {row['control_donors']} donors" if data.tested else ""
             words = f"{whole(row['cells'])} cells{donors}, {_method(str(row['p_method']))}"
-            yield f"{name}: {condition}" if several else name, words, genes_table(part, TOP_GENES)
+            yield f"{name}: {condition}" if several else name, words, genes_table(part, TOP_GENES, data.labels)
 
 
 def _method(method: str) -> str:
@@ -400,21 +439,31 @@ def _cell_pictures(data: PageData) -> Iterator[Picture]:
 
 
 def _effect_pictures(data: PageData) -> Iterator[Picture]:
-    results, by = data.results, data.by
-    for condition in data.conditions:
-        top = plots.top_genes(data.table[data.table["condition"] == condition], 8)
-        yield _picture(
-            f"Effects of {condition} by population",
-            "Top genes of every population; genes that behave alike stand together. "
-            + ("A dot marks an adjusted donor-level p below 0.05." if data.tested else "There are no p-values."),
-            f"Heat map of effects of {condition}, populations by genes, among them {', '.join(top)}",
-            partial(plots.heatmap, results, by, condition=condition, table=data.table),
-        )
+    top = [data.labels.get(gene, gene) for gene in plots.top_genes(data.table, 8)]
+    yield _picture(
+        f"Effects of {_named(data.conditions)} by population",
+        "Top genes of every population, all on one scale; genes that behave alike stand together. "
+        + ("A dot marks an adjusted donor-level p below 0.05. " if data.tested else "There are no p-values. ")
+        + "Grey names: too few donors or cells on one side to rely on."
+        + (f" The {plots.MOST_ROWS} rows with most called genes are drawn." if _rows(data) > plots.MOST_ROWS else ""),
+        f"Heat map of effects of {_named(data.conditions)}, populations by genes, among them {', '.join(top)}",
+        partial(plots.heatmap, data.results, data.by, condition=data.conditions, table=data.table),
+    )
+
+
+def _rows(data: PageData) -> int:
+    return len(data.table[["population", "condition"]].drop_duplicates())
+
+
+def _named(conditions: Sequence[str]) -> str:
+    """Return the conditions' names, or how many there are."""
+    return ", ".join(conditions) if len(conditions) <= MOST_IN_TITLE else f"{len(conditions)} conditions"
 
 
 def _volcanoes(data: PageData) -> Iterator[Picture]:
-    """Draw the populations with most called genes."""
+    """Draw the populations with most called genes; where nothing was tested, effects alone of the largest ones."""
     if not data.tested:
+        yield from _untested_effects(data)
         return
     pairs = data.table.groupby(["condition", "population"])
     called = pairs["p_adjusted"].agg(lambda p: (p < plots.SIGNIFICANT).sum())
@@ -428,6 +477,18 @@ def _volcanoes(data: PageData) -> Iterator[Picture]:
             f"Volcano plot of {name} under {condition}: {int(number)} genes with adjusted p below 0.05",
             partial(plots.volcano, data.results, name, data.by, condition=condition, table=data.table),
         )  # fmt: skip
+
+
+def _untested_effects(data: PageData) -> Iterator[Picture]:
+    pairs = data.table[plots.well_founded(data.table)].drop_duplicates(["population", "condition"])
+    for _, row in pairs.sort_values("cells", ascending=False, kind="stable").head(MOST_VOLCANOES).iterrows():
+        name, condition = str(row["population"]), str(row["condition"])
+        yield _picture(
+            f"{name}, {condition}: effects without a test",
+            "Mean effect over cells against the share of cells that express the gene, a point per gene; the largest are named.",
+            f"Scatter plot of mean effects in {name} under {condition}",
+            partial(plots.effect_sizes, data.results, name, data.by, condition=condition, table=data.table),
+        )
 
 
 def _spreads(data: PageData) -> Iterator[Picture]:

@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import anndata
@@ -25,7 +26,7 @@ from scipy.cluster import hierarchy
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.graph import neighbour_graph, principal_components
-from ndreamer_dist.errors import QueryError, StoreError
+from ndreamer_dist.errors import QueryError, StoreError, listing, suggest
 from ndreamer_dist.report.style import (
     DOWN,
     INK,
@@ -33,10 +34,12 @@ from ndreamer_dist.report.style import (
     PALETTE,
     QUIET,
     UP,
+    Palette,
     Save,
     categories,
     colours,
     finish,
+    gene_labels,
     halo,
     label_points,
     legend_outside,
@@ -44,9 +47,15 @@ from ndreamer_dist.report.style import (
     shortened,
     styled,
 )
+from ndreamer_dist.results.reader import Labels
 from ndreamer_dist.stats.cate_table import column
+from ndreamer_dist.stats.donor_tests import LEAST_DONORS
 from ndreamer_dist.stats.results import MIN_CELLS, Results
 from ndreamer_dist.storage.files import Storage, open_storage
+
+__all__ = [
+    "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "null_calibration", "overlap", "volcano",
+]  # fmt: skip
 
 CELLS = 10_000
 """Cells of a UMAP, unless told otherwise."""
@@ -61,6 +70,11 @@ FEWEST_LAID_OUT = 16
 """Cells below which there is no UMAP; they are shown by their first two principal components."""
 
 
+def __dir__() -> list[str]:
+    """Return the figures, and nothing that they are made with."""
+    return sorted(__all__)
+
+
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +85,9 @@ def embedding(
     *,
     cells: int = CELLS,
     seed: int = 0,
+    palette: Palette = None,
+    size: float | None = None,
+    legend: bool = True,
     ax: Axes | None = None,
     show: bool = False,
     save: Save = None,
@@ -87,6 +104,12 @@ def embedding(
         Draw about so many, a sample; of all groups in proportion.
     seed
         Of the UMAP.
+    palette
+        Colours of categories: by name, or in their order; a colour map's name for numbers.
+    size
+        Of a dot, in square points; by default by the number of cells.
+    legend
+        Name the categories beside each panel.
 
     Raises
     ------
@@ -96,7 +119,9 @@ def embedding(
     rows = sampled(results.design, cells)
     table = results.packed_obs.iloc[rows]
     points = umap(results.embedding(list(table.index), pca=True).to_numpy(), seed)
-    axes = _scatter(points, _shading(results, table, color or _grouping(results)), "UMAP", ax)
+    axes = _scatter(
+        points, _shading(results, table, color or _grouping(results)), "UMAP", ax, Dots(palette, size, legend)
+    )
     finish(axes, show=show, save=save)
     return axes
 
@@ -108,6 +133,9 @@ def ite_embedding(
     *,
     cells: int = CELLS,
     seed: int = 0,
+    palette: Palette = None,
+    size: float | None = None,
+    legend: bool = True,
     ax: Axes | None = None,
     show: bool = False,
     save: Save = None,
@@ -125,12 +153,24 @@ def ite_embedding(
         Draw about so many, a sample; fewer where there are many genes.
     seed
         Of the UMAP.
+    palette
+        Colours of categories: by name, or in their order; a colour map's name for numbers.
+    size
+        Of a dot, in square points; by default by the number of cells.
+    legend
+        Name the categories beside each panel.
     """
     rows = sampled(results.design, min(cells, ITE_VALUES // len(results.var_names)), treated=True)
     table = results.packed_obs.iloc[rows]
     effects = results.ite(list(table.index)).X
     points = umap(principal_components(effects, ITE_COMPONENTS, seed), seed)
-    axes = _scatter(points, _shading(results, table, color or _grouping(results)), "UMAP of effects", ax)
+    axes = _scatter(
+        points,
+        _shading(results, table, color or _grouping(results)),
+        "UMAP of effects",
+        ax,
+        Dots(palette, size, legend),
+    )
     finish(axes, show=show, save=save)
     return axes
 
@@ -139,7 +179,7 @@ def ite_embedding(
 def ite_distribution(
     results: Results,
     genes: str | Sequence[str],
-    by: str | None = None,
+    by: Labels = None,
     *,
     condition: str | None = None,
     cells: int = VIOLIN_CELLS,
@@ -155,23 +195,24 @@ def ite_distribution(
     Parameters
     ----------
     by
-        Column of `obs` that names populations; by default all cells of the condition.
+        Column of `obs` that names populations, or a Series of labels by cell; by default all cells of the condition.
     condition
         Whose effects; by default the first after the control.
     cells
         Draw the distribution of about so many cells, a sample.
     """
+    results, by = results.labelled(by)
     genes = [genes] if isinstance(genes, str) else list(genes)
     condition = condition or results.conditions[1]
     rows = sampled(results.design, cells, conditions=[results.design.condition_code(condition)])
     part = results.ite(list(results.packed_obs.index[rows]), genes)
     names = categories(column(part.obs, by) if by else pd.Series(condition, index=part.obs.index))
-    kinds = list(names.categories)
+    kinds, labels = list(names.categories), gene_labels(results.var)
     axes = panels(len(genes), ax, size=(3.6, 0.9 + 0.34 * len(kinds)))
     for place, (gene, panel) in enumerate(zip(genes, axes, strict=True)):
         values = np.asarray(part.X[:, place], dtype=np.float64)
         _violins(panel, [values[names == kind] for kind in kinds], colours(kinds))
-        panel.set_title(shortened(gene), style="italic")
+        panel.set_title(shortened(labels.get(gene, gene)), style="italic")
         panel.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds] if place % 3 == 0 else [])
         panel.set_xlabel(f"effect of {shortened(condition, 20)}\n{units(results)}")
     finish(axes, show=show, save=save)
@@ -222,32 +263,50 @@ def _shading(results: Results, table: pd.DataFrame, color: str | Sequence[str]) 
         if name not in table and name in results.var_names:
             values = results.expression(list(table.index), [name]).X.toarray()[:, 0]
             found[name] = pd.Series(values, index=table.index)
-        else:
+        elif name in table:
             found[titles.get(name, name)] = column(table, name)
+        else:
+            known = [*map(str, table.columns), *map(str, results.var_names)]
+            msg = f"there is neither a column of obs nor a modelled gene {name!r}.{suggest(name, known)}"
+            raise QueryError(msg)
     return found
 
 
-def _scatter(points: np.ndarray, shading: Mapping[str, pd.Series], name: str, ax: Axes | None) -> list[Axes]:
+@dataclass(frozen=True)
+class Dots:
+    """How cells are drawn; see `embedding`."""
+
+    palette: Palette = None
+    size: float | None = None
+    legend: bool = True
+
+
+def _scatter(points: np.ndarray, shading: Mapping[str, pd.Series], name: str, ax: Axes | None, how: Dots) -> list[Axes]:
     axes = panels(len(shading), ax, size=(5.4, 4.1) if len(shading) == 1 else (4.0, 3.2))
     order = np.random.default_rng(len(points)).permutation(len(points))  # no kind is drawn over all others
     dots: dict[str, Any] = {
-        "s": float(np.clip(70_000 / len(points), 1.5, 26)),
+        "s": how.size or float(np.clip(70_000 / len(points), 1.5, 26)),
         "linewidths": 0,
         "rasterized": True,
         "alpha": 0.85,
     }
     for panel, (title, values) in zip(axes, shading.items(), strict=True):
-        x, y, shown = points[order, 0], points[order, 1], values.iloc[order]
-        if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-            drawn = panel.scatter(x, y, c=shown.to_numpy(dtype=np.float64), cmap="viridis", **dots)
+        numbers = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+        # High values on top: the few cells that express a gene are what one looks for.
+        place = np.argsort(values.to_numpy(dtype=np.float64, na_value=-np.inf), kind="stable") if numbers else order
+        x, y, shown = points[place, 0], points[place, 1], values.iloc[place]
+        if numbers:
+            scale = how.palette if isinstance(how.palette, str) else "viridis"
+            drawn = panel.scatter(x, y, c=shown.to_numpy(dtype=np.float64, na_value=np.nan), cmap=scale, **dots)
             figure = panel.get_figure()
             assert figure is not None  # noqa: S101 - it was made above
             figure.colorbar(drawn, ax=panel, shrink=0.6, aspect=18, pad=0.02).outline.set_visible(b=False)
         else:
             kinds = categories(shown)
-            shades = colours(list(kinds.categories))
+            shades = colours(list(kinds.categories), how.palette)
             panel.scatter(x, y, c=np.array(shades)[kinds.codes], **dots)
-            _name_kinds(panel, np.column_stack([x, y]), kinds, shades)
+            if how.legend:
+                _name_kinds(panel, np.column_stack([x, y]), kinds, shades)
         panel.set_title(shortened(title, 40))
         panel.set(xticks=[], yticks=[])
         panel.set_xlabel(f"{name} 1", loc="left", fontsize=8.5)
@@ -292,7 +351,7 @@ def _violins(panel: Axes, values: Sequence[np.ndarray], shades: Sequence[str]) -
 def volcano(
     results: Results,
     population: str,
-    by: str | None = None,
+    by: Labels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -309,7 +368,7 @@ def volcano(
     Parameters
     ----------
     by
-        Column of `obs` that names populations; by default there is one, `all cells`.
+        Column of `obs` that names populations, or a Series of labels by cell; by default there is one, `all cells`.
     condition
         Which to compare with the control; by default the first after it.
     table
@@ -322,11 +381,12 @@ def volcano(
     QueryError
         There is no such population, or it has no p-values: fewer than three donors a condition.
     """
+    results, by = results.labelled(by)
     condition = condition or results.conditions[1]
     part = _of_condition(results, by, condition, table)
-    part = part[part["population"] == population]
+    part = _population(part, population, condition)
     if part["p"].isna().all():
-        msg = f"population {population!r} has no p-values under {condition!r}: too few donors, or no such population"
+        msg = f"population {population!r} has no p-values under {condition!r}: too few donors"
         raise QueryError(msg)
     part = part[part["p"].notna()].sort_values(["p", "effect"], key=lambda c: -c.abs() if c.name == "effect" else c)
     x, y = part["effect"].to_numpy(), -np.log10(np.maximum(part["p"].to_numpy(), SMALLEST))
@@ -343,7 +403,62 @@ def volcano(
     ax.set_title(shortened(population, 40), pad=22)
     ax.text(0, 1.025, _counted(part.iloc[0], int(called.sum())), transform=ax.transAxes, fontsize=8.5, color="#5B616A")
     named = np.flatnonzero(called) if called.any() else np.arange(min(5, len(x)))
-    label_points(ax, x[named], y[named], list(part["gene"].iloc[named].astype(str)), names)
+    labels = gene_labels(results.var)
+    called_genes = [labels.get(gene, gene) for gene in part["gene"].iloc[named].astype(str)]
+    label_points(ax, x[named], y[named], called_genes, names)
+    finish([ax], show=show, save=save)
+    return ax
+
+
+@styled
+def effect_sizes(
+    results: Results,
+    population: str,
+    by: Labels = None,
+    *,
+    condition: str | None = None,
+    table: pd.DataFrame | None = None,
+    names: int = 14,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> Axes:
+    """Draw every gene's mean effect over cells against the share of cells that express it: for where no test is possible.
+
+    The largest effects are named. How sure they are the figure does not say.
+
+    Parameters
+    ----------
+    by
+        Column of `obs` that names populations, or a Series of labels by cell; by default there is one, `all cells`.
+    condition
+        Which to compare with the control; by default the first after it.
+    table
+        What `results.cate(by)` gave, if it is there already.
+    names
+        Name at most so many genes.
+
+    Raises
+    ------
+    QueryError
+        There is no such population.
+    """
+    results, by = results.labelled(by)
+    condition = condition or results.conditions[1]
+    part = _population(_of_condition(results, by, condition, table), population, condition)
+    part = part.sort_values("mean_ite", key=lambda effect: -effect.abs(), kind="stable")
+    x = part[["expressing", "expressing_control"]].max(axis=1).to_numpy(dtype=np.float64)
+    y = part["mean_ite"].to_numpy(dtype=np.float64)
+    (ax,) = panels(1, ax, size=(5.6, 4.6))
+    ax.scatter(x, y, c=np.where(y > 0, UP, DOWN), s=12, linewidths=0, rasterized=len(x) > 5000)
+    ax.axhline(0, color="#8A9099", linewidth=0.8, zorder=0)
+    reach = float(np.abs(y).max(initial=0.1)) * 1.2
+    ax.set(xlim=(-0.03, 1.08), ylim=(-reach, reach))
+    ax.set_xlabel("share of cells that express the gene, the larger of both sides")
+    ax.set_ylabel(f"mean effect of {shortened(condition, 24)} over cells\n{units(results)}")
+    ax.set_title(f"{shortened(population, 40)}: not tested")
+    labels, largest = gene_labels(results.var), list(part["gene"].astype(str))[: 3 * names]
+    label_points(ax, x[: 3 * names], y[: 3 * names], [labels.get(gene, gene) for gene in largest], names)
     finish([ax], show=show, save=save)
     return ax
 
@@ -351,9 +466,9 @@ def volcano(
 @styled
 def heatmap(
     results: Results,
-    by: str | None = None,
+    by: Labels = None,
     *,
-    condition: str | None = None,
+    condition: str | Sequence[str] | None = None,
     genes: Sequence[str] | None = None,
     table: pd.DataFrame | None = None,
     most: int = 36,
@@ -364,12 +479,15 @@ def heatmap(
     """Draw the mean effects of the top genes in every population; a dot marks an adjusted donor-level p below 0.05.
 
     Genes that behave alike stand beside each other. Where there are p-values the effect is the donor-level one, else
-    the mean over cells.
+    the mean over cells. Grey names have too few donors or cells on one side for their effects to be relied on.
 
     Parameters
     ----------
+    by
+        Column of `obs` that names populations, or a Series of labels by cell; by default all cells are one.
     condition
-        Which to compare with the control; by default the first after it.
+        Which to compare with the control; by default the first after it. Several stand below each other on one scale, at
+        most 60 rows.
     genes
         Which to draw; by default the first of every population by p-value, or where there is none by size of the effect.
     table
@@ -377,35 +495,73 @@ def heatmap(
     most
         Draw at most so many genes of none given.
     """
-    condition = condition or results.conditions[1]
-    part = _of_condition(results, by, condition, table)
+    results, by = results.labelled(by)
+    conditions = (
+        [condition or results.conditions[1]] if condition is None or isinstance(condition, str) else list(condition)
+    )
+    part = results.cate(by) if table is None else table
+    part = _in_rows(part[part["condition"].isin(conditions)])
     value = effect_column(part)
     chosen = list(genes) if genes is not None else top_genes(part, most)
-    wide = part[part["gene"].isin(chosen)].pivot_table(index="population", columns="gene", values=value, dropna=False)
+    drawn_part = part[part["gene"].isin(chosen)]
+    wide, adjusted = (
+        drawn_part.pivot(index="row", columns="gene", values=column_name) for column_name in (value, "p_adjusted")
+    )
     wide = wide.loc[list(categories(pd.Series(wide.index)).categories), :]
     wide = wide[alike(wide)] if genes is None else wide[chosen]
-    adjusted = part.pivot_table(index="population", columns="gene", values="p_adjusted", dropna=False)
     adjusted = adjusted.reindex(index=wide.index, columns=wide.columns)
     (ax,) = panels(1, ax, size=(2.6 + 0.23 * wide.shape[1], 1.9 + 0.29 * len(wide)))
+    drawn = _tiles(ax, wide, adjusted)
+    labels = gene_labels(results.var)
+    ax.set_xticks(
+        range(wide.shape[1]), [shortened(labels.get(g, g), 16) for g in wide.columns], rotation=90, style="italic",
+        fontsize=8.5,
+    )  # fmt: skip
+    ax.set_yticks(range(len(wide)), [shortened(name, 40) for name in wide.index])
+    weak = set(part.loc[~well_founded(part), "row"])
+    for text, name in zip(ax.get_yticklabels(), wide.index, strict=True):
+        if name in weak:
+            text.set(color="#8A9099", style="italic")
+    what = shortened(conditions[0], 30) if len(conditions) == 1 else f"{len(conditions)} conditions"
+    ax.set_title(f"Effect of {what} against {shortened(results.control, 30)}")
+    _colour_bar(ax, drawn, f"{'effect' if value == 'effect' else 'mean effect over cells'}\n{units(results)}")
+    finish([ax], show=show, save=save)
+    return ax
+
+
+MOST_ROWS = 60
+"""Rows of a heat map of several conditions."""
+
+
+def _in_rows(part: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with the row of a heat map that each line belongs to; of many, those that say most."""
+    populations, conditions = (part[name].astype(str) for name in ("population", "condition"))
+    if conditions.nunique() == 1:
+        row = populations
+    elif populations.nunique() == 1:
+        row = conditions
+    else:
+        row = conditions + " · " + populations
+    part = part.assign(row=row)
+    said = part.assign(_called=part["p_adjusted"] < SIGNIFICANT, _size=part[effect_column(part)].abs())
+    ranked = said.groupby("row")[["_called", "_size"]].sum().sort_values(["_called", "_size"], ascending=False)
+    return part[part["row"].isin(ranked.index[:MOST_ROWS])]
+
+
+def _tiles(ax: Axes, wide: pd.DataFrame, adjusted: pd.DataFrame) -> Any:
+    """Draw the tiles of a heat map, with a dot on those that were called."""
     top = float(np.nanquantile(np.abs(wide.to_numpy()), 0.99)) or 1.0
     ax.set_facecolor("#ECEEF0")
     drawn = ax.imshow(wide.to_numpy(), cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
     ax.plot(*np.argwhere((adjusted < SIGNIFICANT).to_numpy()).T[::-1], "o", markersize=4, color=INK, markeredgecolor="white",
             markeredgewidth=0.7)  # fmt: skip
-    ax.set_xticks(
-        range(wide.shape[1]), [shortened(g, 16) for g in wide.columns], rotation=90, style="italic", fontsize=8.5
-    )
-    ax.set_yticks(range(len(wide)), [shortened(name) for name in wide.index])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_xticks(np.arange(wide.shape[1] + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(len(wide) + 1) - 0.5, minor=True)
     ax.grid(which="minor", color="white", linewidth=1.2)
     ax.tick_params(which="minor", length=0)
-    ax.set_title(f"Effect of {shortened(condition, 30)} against {shortened(results.control, 30)}")
-    _colour_bar(ax, drawn, f"{'effect' if value == 'effect' else 'mean effect over cells'}\n{units(results)}")
-    finish([ax], show=show, save=save)
-    return ax
+    return drawn
 
 
 # --- how far to trust them -------------------------------------------------------------------------------------------
@@ -417,7 +573,7 @@ TESTS = {"main": "donor-level test", "pseudobulk": "pseudobulk", "sign": "sign t
 @styled
 def null_calibration(
     results: Results,
-    by: str | None = None,
+    by: Labels = None,
     *,
     condition: str | None = None,
     donor_key: str | None = None,
@@ -443,6 +599,7 @@ def null_calibration(
     QueryError
         No population has three donors a condition.
     """
+    results, by = results.labelled(by)
     table = results.null(by, condition=condition, donor_key=donor_key) if table is None else table
     (ax,) = panels(1, ax, size=(5.0, 4.4))
     low = 10.0 ** math.floor(math.log10(float(table["level"].min())))
@@ -473,7 +630,7 @@ def null_calibration(
 @styled
 def overlap(
     results: Results,
-    by: str | None = None,
+    by: Labels = None,
     *,
     ax: Axes | None = None,
     show: bool = False,
@@ -487,13 +644,14 @@ def overlap(
     Parameters
     ----------
     by
-        Column of `obs` that names populations; by default a box per condition.
+        Column of `obs` that names populations, or a Series of labels by cell; by default a box per condition.
 
     Raises
     ------
     StoreError
         The results do not say which cells have a near match.
     """
+    results, by = results.labelled(by)
     cells = results.packed_obs
     if keys.OBS_OVERLAP not in cells:
         msg = (
@@ -525,6 +683,27 @@ def overlap(
     ax.set_xlabel("distance to the control matches in the embedding")
     finish([ax], show=show, save=save)
     return ax
+
+
+def _population(part: pd.DataFrame, population: str, condition: str) -> pd.DataFrame:
+    """Return a population's rows; `QueryError` names those that are there, and the one that was meant."""
+    there = [str(name) for name in part["population"].unique()]
+    if population not in there:
+        near = suggest(population, there)
+        msg = f"there is no population {population!r} under {condition!r}; there are {listing(there)}.{near}"
+        raise QueryError(msg)
+    return part[part["population"] == population]
+
+
+def well_founded(table: pd.DataFrame) -> pd.Series:
+    """Return which rows of a CATE table are of populations with enough cells and donors on both sides.
+
+    Enough donors are as many as a test needs, or where no population has so many, the most that one has on both sides.
+    """
+    donors = table[["treated_donors", "control_donors"]].min(axis=1)
+    least = max(1, min(LEAST_DONORS, int(donors.max())))
+    cells = table[["cells", "effective_control_cells"]].min(axis=1)
+    return (donors >= least) & (cells >= MIN_CELLS)
 
 
 def _of_condition(results: Results, by: str | None, condition: str, table: pd.DataFrame | None) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import functools
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib import font_manager, patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from natsort import natsorted
@@ -122,8 +123,24 @@ def categories(values: pd.Series) -> pd.Categorical:
     return pd.Categorical(names, categories=levels)
 
 
-def colours(levels: Sequence[str]) -> list[str]:
-    """Return a colour per level: Okabe and Ito's for up to eight, scanpy's beyond; grey for what is not known."""
+Palette = str | Sequence[str] | Mapping[str, str] | None
+"""Colours of categories, in their order or by name; a colour map by its name."""
+
+
+def colours(levels: Sequence[str], palette: Palette = None) -> list[str]:
+    """Return a colour per level: Okabe and Ito's for up to eight, scanpy's beyond; grey for what is not known.
+
+    Parameters
+    ----------
+    palette
+        Colours to use instead: in the order of the levels, by level (the others grey), or of a colour map by its name.
+    """
+    if isinstance(palette, Mapping):
+        return [palette.get(level, QUIET) for level in levels]
+    if isinstance(palette, str):
+        palette = [str(to_hex(shade)) for shade in plt.get_cmap(palette, max(len(levels), 1))(range(len(levels)))]
+    if palette is not None:
+        return [palette[place % len(palette)] for place in range(len(levels))]
     from scanpy.plotting import palettes
 
     known = len(levels) - (UNKNOWN in levels)
@@ -143,6 +160,24 @@ def legend_outside(ax: Axes, levels: Sequence[str], shades: Sequence[str], title
         handles=marks, title=title, loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left",
         ncols=1 if len(levels) <= 18 else 2, borderaxespad=0.3,
     )  # fmt: skip
+
+
+SYMBOLS = ("gene_symbols", "gene_symbol", "symbol", "feature_name", "gene_name", "gene_names", "hgnc_symbol")
+"""Columns of var that hold what people call genes, in lower case."""
+
+
+def gene_labels(var: pd.DataFrame) -> dict[str, str]:
+    """Return what to call genes that are named by Ensembl's numbers, by name: the symbols that var holds, if any.
+
+    A symbol of several genes stands with the name of each.
+    """
+    names = pd.Series([str(name) for name in var.index], index=var.index)
+    column = next((name for name in var if str(name).lower() in SYMBOLS), None)
+    if column is None or names.str.fullmatch(r"ENS[A-Z]*\d{6,}(\.\d+)?").mean() < 0.5:
+        return {}
+    symbols = var[column].astype(object).where(var[column].notna(), "").astype(str)
+    labels = symbols.where(~symbols.duplicated(keep=False), symbols + " (" + names + ")")
+    return {name: label for name, symbol, label in zip(names, symbols, labels, strict=True) if symbol}
 
 
 def shortened(name: str, most: int = 28) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from natsort import index_natsorted
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.report.plots import SIGNIFICANT, SMALLEST, effect_column, run_of
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.stats.diagnostics import Diagnostics
@@ -226,8 +227,14 @@ def diagnostics_tables(told: Diagnostics) -> list[Table]:
     return tables
 
 
-def genes_table(part: pd.DataFrame, most: int) -> Table:
-    """Return the top genes of one population and condition, the donor-level test first."""
+def genes_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> Table:
+    """Return the top genes of one population and condition, the donor-level test first.
+
+    Parameters
+    ----------
+    labels
+        What genes are called, by name, where that is not their name.
+    """
     tested = bool(part["p"].notna().any())
     effect = effect_column(part)
     order = part.assign(_p=part["p"].fillna(1), _size=-part[effect].abs()).sort_values(["_p", "_size"], kind="stable")
@@ -248,7 +255,8 @@ def genes_table(part: pd.DataFrame, most: int) -> Table:
         number("sign_z", "sign z", lambda z: signed(z)[:-2], f"sign test {CELLS_ONLY}"),
         number("sign_p", "sign p", small, f"sign test {CELLS_ONLY}"),
     ]
-    return table_of(order.head(most), caption, columns)
+    top = order.head(most)
+    return table_of(top.assign(gene=[labels.get(gene, gene) for gene in top["gene"]]), caption, columns)
 
 
 _DONORS = (
@@ -301,15 +309,14 @@ def _setting(value: Any) -> str:
 def timings_table(results: Results) -> Table | None:
     """Return what the stages took, from the run's log; none where results lie apart from their run."""
     run = run_of(results)
-    if run is None or not run.exists(keys.STAGES_LOG):
+    if run is None:
         return None
-    frame = pd.DataFrame([json.loads(line) for line in run.read(keys.STAGES_LOG).decode().splitlines() if line])
-    frame = frame.groupby("stage", sort=False).agg(
-        times=("seconds", "size"), seconds=("seconds", "sum"), peak=("peak_bytes", "max")
-    )
+    frame = stage_costs(run)
+    if frame.empty:
+        return None
     columns = [
-        text("stage", "stage"), number("times", "begun", whole, "how often; a run that went on has several"),
-        number("seconds", "seconds", lambda value: f"{value:.1f}"),
-        number("peak", "peak memory", lambda value: f"{value / 1e9:.2f} GB", "of the driver's machine, all processes"),
-    ]  # fmt: skip
-    return table_of(frame.reset_index(), "What the stages took", columns)
+        text("stage", "stage"),
+        number("seconds", "seconds", lambda value: f"{value:.1f}", "of the call that finished the stage"),
+        number("peak_gb", "peak memory", lambda value: f"{value:.2f} GB", "of the driver's machine, all processes"),
+    ]
+    return table_of(frame, "What the stages took", columns)

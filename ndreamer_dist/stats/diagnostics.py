@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import linalg
+from scipy import linalg, sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Group
@@ -30,6 +30,7 @@ NEIGHBOURS = 15
 DIMENSIONS = 50
 """Principal components of the input that its mixing is measured in."""
 DISTORTION_CELLS = 512
+DISTORTION_VALUES = 2**22
 """Cells of a group whose denoised expression is compared with the measured one, at most."""
 
 
@@ -86,7 +87,8 @@ def told_of_group(group: Group, given: StatisticsInput, *, stored_denoised: bool
     cells = given.cells.iloc[group.start : group.stop]
     own = given.counterparts.edges(rows, [(group.code, group.code)])[group.code, group.code][1][:, 0]
     times = cells[keys.OBS_TIMES_MATCHED].to_numpy(dtype=np.float64)
-    correlation, difference = distortion(rows[:DISTORTION_CELLS], given, stored_denoised=stored_denoised)
+    looked = min(group.cells, DISTORTION_CELLS, max(1, DISTORTION_VALUES // len(given.columns)))
+    correlation, difference = distortion(rows[:looked], given, stored_denoised=stored_denoised)
     return {
         "group": group.name,
         "batch": given.design.batches[group.batch],
@@ -98,7 +100,7 @@ def told_of_group(group: Group, given: StatisticsInput, *, stored_denoised: bool
         "times_matched_max": int(times.max()),
         "never_matched": float((times == 0).mean()),
         "effective_cells": times.sum() ** 2 / (times**2).sum() if times.any() else np.nan,
-        "distortion_cells": min(group.cells, DISTORTION_CELLS),
+        "distortion_cells": looked,
         "correlation": correlation,
         "squared_difference": difference,
     }
@@ -160,7 +162,7 @@ def mixing(given: StatisticsInput, populations: np.ndarray, cells: int) -> pd.Da
     rows = rows[populations[rows] >= 0]
     name = f"obsm/{given.embedding}"
     embedded = read_dense(given.storage, name, rows, np.arange(open_array(given.storage, name).shape[1]))
-    measured = principal_components(given.expression.read(rows, given.columns).toarray())
+    measured = principal_components(given.expression.read(rows, given.columns))
     groups = design.group_of(rows)
     batches, conditions = np.array([group.batch for group in design.groups])[groups], design.group_conditions[groups]
     told = []
@@ -192,9 +194,25 @@ def _shares(part: np.ndarray, batches: np.ndarray, points: tuple[np.ndarray, np.
     return np.array(found)
 
 
-def principal_components(values: np.ndarray) -> np.ndarray:
-    """Return the points' coordinates along their leading principal axes: (cells, at most 50)."""
+def principal_components(expression: sparse.csr_matrix | np.ndarray) -> np.ndarray:
+    """Return the cells' coordinates along their leading principal axes: (cells, at most 50).
+
+    Where genes are more than cells, from the products of cells, which are fewer than those of genes.
+    """
+    if expression.shape[1] > expression.shape[0]:
+        return _by_cells(sparse.csr_matrix(expression, dtype=np.float64))
+    values = expression.toarray() if sparse.issparse(expression) else expression
     centred = values - values.mean(axis=0)
     genes = centred.shape[1]
     _, axes = linalg.eigh(centred.T @ centred, subset_by_index=(max(0, genes - DIMENSIONS), genes - 1))
     return np.asarray(centred @ axes)
+
+
+def _by_cells(expression: sparse.csr_matrix) -> np.ndarray:
+    """Return the coordinates from the centred products of cells: their eigenvectors times the roots of the eigenvalues."""
+    products = (expression @ expression.T).toarray()
+    means = products.mean(axis=0)
+    products += means.mean() - means[:, None] - means[None, :]
+    cells = len(products)
+    sizes, axes = linalg.eigh(products, subset_by_index=(max(0, cells - DIMENSIONS), cells - 1))
+    return np.asarray(axes * np.sqrt(np.maximum(sizes, 0)))
