@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 import ndreamer_dist as nd
 from ndreamer_dist import cli, keys
 from ndreamer_dist.errors import QueryError, StoreError
-from ndreamer_dist.report.tables import signed
+from ndreamer_dist.report.page import _named, _strongest
+from ndreamer_dist.report.tables import signed, timings_table
 from ndreamer_dist.stats.results import Results
 from tests.report.browser import CHROMIUM, Page, browsing
 from tests.report.conftest import GENE, KINDS, TREATED
@@ -96,11 +98,48 @@ def test_limits_and_timings_are_told(read: Reader) -> None:
     assert {row[0] for row in read.rows} >= set(keys.STAGES)
 
 
+def test_a_damaged_line_of_the_log_costs_a_time_and_not_the_report(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    log = run / keys.STAGES_LOG
+    lines = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([b'{"stage": "cohort", "sec', *lines[1:], b"\xff\xfe", b"[]"]))
+    table = timings_table(nd.open_results(run))
+    assert table is not None
+    assert [row[0].text for row in table.rows] == list(keys.STAGES[1:])
+
+
+def test_the_page_says_what_was_given_when_and_how_to_cite(read: Reader) -> None:
+    assert "Input: the AnnData." in read.text or "Input: AnnData" in read.text
+    assert f"Last worked on: {time.strftime('%Y-')}" in read.text
+    assert "bioRxiv 2025.03.05.641743" in read.text
+
+
+def test_headline_effects_are_of_populations_with_donors_and_cells_on_both_sides(results: Results) -> None:
+    table = results.cate("cell_type")
+    first, second = table["population"].unique()[:2]
+    alone = table["population"] == first
+    table.loc[alone, ["treated_donors", "control_donors"]] = (1, 0)
+    table.loc[alone, ["effect", "mean_ite"]] = 99.0
+    parts = [(name, table[table["population"] == name]) for name in (first, second)]
+    said = _strongest(parts, "effect", {})
+    assert first not in said
+    assert f"in {second} (" in said
+    assert "no effect is named" in _strongest(parts[:1], "effect", {})
+
+
+def test_many_conditions_are_counted_in_titles() -> None:
+    assert _named(["a", "b"]) == "a, b"
+    assert _named([str(number) for number in range(25)]) == "25 conditions"
+
+
 def test_without_donors_there_are_effects_and_no_p_values(without_donors: Results, tmp_path: Path) -> None:
     nd.report(without_donors, tmp_path / "page.html", cells=100)
     read = Reader((tmp_path / "page.html").read_text())
     assert "effects but no p-values" in read.text
     assert "No column of obs looks like cell types" in read.text
+    titles = [attributes["alt"] for tag, attributes in read.tags if tag == "img"]
+    assert sum("Heat map" in str(title) for title in titles) == 1  # of both conditions, on one scale
+    assert sum("Scatter plot of mean effects" in str(title) for title in titles) == 2
     assert not [row for row in read.rows if "p (donors)" in row]
     place, heads = next((place, row) for place, row in enumerate(read.rows) if row[0] == "gene")
     top = read.rows[place + 1]

@@ -194,3 +194,70 @@ def test_many_categories_keep_to_their_colours() -> None:
         assert len(set(style.colours([str(n) for n in range(number)]))) == number
     named = style.categories(pd.Series(["type_10", "type_2", None, "type_1"]))
     assert list(named.categories) == ["type_1", "type_2", "type_10", style.UNKNOWN]
+
+
+# --- what a first week showed ------------------------------------------------------------------------------------------
+
+
+def test_dir_shows_the_figures_alone() -> None:
+    assert dir(nd.pl) == sorted(plots.__all__)
+    assert all(callable(getattr(nd.pl, name)) for name in dir(nd.pl))
+
+
+def test_cells_that_express_a_gene_are_drawn_on_top(results: Results) -> None:
+    (ax,) = plots.embedding(results, results.var_names[0], cells=300)
+    values = np.asarray(ax.collections[0].get_array())
+    assert (np.diff(values) >= 0).all()
+    assert values[-1] > values[0]
+
+
+def test_colours_size_and_legend_are_the_callers(results: Results) -> None:
+    palette = {"plain": "#000000"}
+    (ax,) = plots.embedding(results, "cell_type", cells=300, palette=palette, size=3.0, legend=False)
+    assert ax.get_legend() is None
+    assert set(ax.collections[0].get_sizes()) == {3.0}
+    black = (ax.collections[0].get_facecolors()[:, :3] == 0).all(axis=1).sum()
+    rows = plots.sampled(results.design, 300)
+    assert black == (results.packed_obs["cell_type"].iloc[rows] == "plain").sum()
+    assert len(set(style.colours(["a", "b", "c"], "viridis"))) == 3
+
+
+def test_misspelt_colours_and_populations_are_met_with_what_was_meant(results: Results, table: pd.DataFrame) -> None:
+    with pytest.raises(QueryError, match="Did you mean 'cell_type'"):
+        plots.embedding(results, "cel_type", cells=100)
+    with pytest.raises(QueryError, match="Did you mean 'plain'"):
+        plots.volcano(results, "plian", "cell_type", table=table)
+
+
+def test_several_conditions_are_one_heat_map_on_one_scale(without_donors: Results) -> None:
+    ax = plots.heatmap(without_donors, condition=["stim", "sick"])
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["sick", "stim"]
+    assert len(ax.images) == 1
+    assert "2 conditions" in ax.get_title()
+
+
+def test_rows_with_too_few_donors_are_grey(results: Results, table: pd.DataFrame) -> None:
+    weak = table["population"] == "plain"
+    changed = table.assign(control_donors=table["control_donors"].where(~weak, 0))
+    ax = plots.heatmap(results, "cell_type", table=changed)
+    shades = {text.get_text(): text.get_color() for text in ax.get_yticklabels()}
+    assert shades["plain"] == "#8A9099"
+    assert "#8A9099" not in {shade for name, shade in shades.items() if name != "plain"}
+
+
+def test_without_a_test_the_effects_are_drawn_a_dot_per_gene(without_donors: Results) -> None:
+    ax = plots.effect_sizes(
+        without_donors, "all cells", condition="sick", table=without_donors.cate(donor_key=keys.OBS_CONDITION)
+    )
+    assert len(dots(ax)) == len(without_donors.var_names)
+    assert "not tested" in ax.get_title()
+
+
+def test_ensembl_names_are_shown_as_symbols() -> None:
+    names = [f"ENSG{number:011d}" for number in range(4)]
+    var = pd.DataFrame({"gene_symbols": ["ISG15", "MX1", "MX1", None]}, index=names)
+    assert style.gene_labels(var) == {
+        names[0]: "ISG15", names[1]: f"MX1 ({names[1]})", names[2]: f"MX1 ({names[2]})"
+    }  # fmt: skip
+    assert style.gene_labels(var.set_axis(["a", "b", "c", "d"])) == {}
+    assert style.gene_labels(var.drop(columns="gene_symbols")) == {}

@@ -6,7 +6,8 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.spatial.distance import cdist
+from scipy import sparse
+from scipy.spatial.distance import cdist, pdist
 
 from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError
@@ -164,3 +165,12 @@ def test_overlap_is_lost_where_cells_are_far_from_every_control(tmp_path: pytest
     strict = fabricate(tmp_path / "strict", SIZES, overrides={"effects.near_quantile": 0.5})
     finish(strict)
     assert (~open_results(tmp_path / "strict").packed_obs[keys.OBS_OVERLAP]).sum() > lost.sum()
+
+
+def test_principal_components_of_more_genes_than_cells_never_hold_genes_by_genes() -> None:
+    rows = sparse.random(40, 30_000, density=0.01, random_state=0, format="csr", dtype=np.float32)
+    points = principal_components(rows)
+    centred = rows.toarray().astype(np.float64)
+    centred -= centred.mean(axis=0)
+    u, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(pdist(points), pdist(u * sizes), rtol=1e-6)
