@@ -288,6 +288,18 @@ def simulate(
 
 
 @app.command()
+def convert(
+    cohort: Input,
+    out: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="Zarr store to write.")],
+) -> None:
+    """Write a cohort that is stored by columns (CSC) anew, by rows, as `run` reads it; out of core."""
+    from ndreamer_dist.commands.convert import convert as convert_cohort
+
+    cells, genes = convert_cohort(cohort, out)
+    print(f"wrote {out}: {cells} cells x {genes} genes, by rows")
+
+
+@app.command()
 def info(
     run_directory: ResultsAddress,
     as_json: AsJson = False,

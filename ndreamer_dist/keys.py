@@ -21,7 +21,6 @@ STAGE_PCA: Final = "pca"
 STAGE_SPACE: Final = "space"  # coordinates that need no network; not in STAGES, which the default space goes through
 STAGE_MATCH: Final = "match"
 STAGE_EFFECTS: Final = "effects"
-STAGE_ROWS: Final = "rows"  # not a stage of the flow: a column-compressed input is turned into row blocks first
 STAGE_SUMS: Final = "space-sums"  # not a stage of the flow: sums that the space stage deletes once it has its axes
 STAGES: Final = (
     STAGE_COHORT, STAGE_PACK, STAGE_CLUSTERS, STAGE_TRAIN, STAGE_EMBED, STAGE_PCA, STAGE_MATCH, STAGE_EFFECTS,
@@ -74,7 +73,6 @@ DESIGN_JSON: Final = "cohort/design.json"
 GENES_TABLE: Final = "cohort/genes.parquet"
 CELLS_TABLE: Final = "cohort/cells.parquet"
 COHORT_SUMMARY: Final = "cohort/summary.json"  # what was decided: normalisation, dropped cells by reason, notes
-ROWS: Final = "cohort/rows.zarr"  # a column-compressed input, turned into row blocks
 
 # --- packed.zarr -------------------------------------------------------------------------------------------------
 PACKED_X: Final = "X"  # X/00042/{data,indices,indptr}

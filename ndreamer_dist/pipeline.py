@@ -23,7 +23,7 @@ from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes, run_cohort
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_cohort
+from ndreamer_dist.cohort.source import Source, fingerprint, open_cohort
 from ndreamer_dist.cohort.values import decide_values
 from ndreamer_dist.compute.events import choose_format
 from ndreamer_dist.compute.executor import Runtime, check_layout, choose_runtime, ray_failures, runtime_choice
@@ -180,8 +180,7 @@ def plan(
 ) -> Plan:
     """Tell what `run` would do with the same arguments, and what it would need; nothing is run and nothing written.
 
-    The cohort is checked as `run` checks it, but for a matrix stored by columns, where a look at some cells' values would
-    pass over all of it. Memory and processors are those of this machine, or of `run.cpus`.
+    The cohort is checked as `run` checks it. Memory and processors are those of this machine, or of `run.cpus`.
 
     Returns
     -------
@@ -199,7 +198,7 @@ def plan(
     source, design, size = _checked(cohort, asked)
     choice = runtime_choice(asked, size.cells)
     made = choice.applied(asked)
-    seen = "" if source.kind == "csc" else decide_values(source, made.cohort.normalise, made.cohort.log_base).seen
+    seen = decide_values(source, made.cohort.normalise, made.cohort.log_base).seen
     limit = _memory(made)
     planned = plan_of(
         design,
@@ -238,9 +237,8 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     check_genes(source, settings.hvg)
     check_tables(source.obs, source.var)
     _check_populations(settings, design)
-    by_columns = source.kind == "csc" and isinstance(source.matrix, StoredMatrix)
     size = CohortSize.of(
-        design, settings, genes=source.n_genes, stored_values=source.nnz, by_columns=by_columns
+        design, settings, genes=source.n_genes, stored_values=source.nnz
     )  # fmt: skip
     return source, design, size
 

@@ -16,12 +16,10 @@ import pandas as pd
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import EXCLUDED, Design, build_design, excluded, group_sizes, pair_codes, report_design
-from ndreamer_dist.cohort.matrix import MemoryMatrix
 from ndreamer_dist.cohort.packed import write_tables
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.cohort.statistics import Recipe, Scan, frame_of_cells, scan
 from ndreamer_dist.cohort.tables import gene_places
-from ndreamer_dist.cohort.transpose import rows_first
 from ndreamer_dist.cohort.values import Decision, decide_values
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, listing, suggest
@@ -58,11 +56,7 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
         logger.info(note)
     run.unmark(keys.STAGE_COHORT)
     pairs = pair_codes(source.obs, str(cohort.condition_key), cohort.batch_key)
-    try:
-        found, genes_left = _scanned(run, source, cohort, runtime, key, pairs, decision, kept_genes)
-    except CohortError:
-        run.unmark(keys.STAGE_ROWS)  # a mended cohort may have the same fingerprint, but not the same rows
-        raise
+    found, genes_left = _scanned(source, cohort, runtime, pairs, decision, kept_genes)
     keep, dropped_for = _kept_cells(found, cohort)
     design, groups, reasons = build_design(source.obs, keep=keep, **_design_arguments(cohort))
     reasons = np.where(dropped_for != "", dropped_for, reasons)
@@ -241,17 +235,15 @@ def _design_arguments(cohort: CohortSettings) -> dict[str, Any]:
 
 
 def _scanned(
-    run: RunDirectory,
     source: Source,
     cohort: CohortSettings,
     runtime: Runtime,
-    key: str,
     pairs: np.ndarray,
     decision: Decision,
     kept_genes: np.ndarray,
 ) -> tuple[Scan, np.ndarray]:
     """Pass over the matrix, twice where genes are filtered first; return the sums and the genes left."""
-    matrix = task_matrix(run, source, runtime, key)
+    matrix = source.task_matrix(runtime)
     recipe = Recipe(decision.normalise, None, cohort.min_genes, cohort.chunk_rows)
     found = scan(source, matrix, pairs, recipe, runtime, integers=decision.integers, title="cohort: values")
     left = (found.expressed >= cohort.min_cells) | kept_genes
@@ -262,13 +254,6 @@ def _scanned(
         raise CohortError(msg)
     recipe = Recipe(decision.normalise, left, cohort.min_genes, cohort.chunk_rows)
     return scan(source, matrix, pairs, recipe, runtime, integers=decision.integers, title="cohort: genes left"), left
-
-
-def task_matrix(run: RunDirectory, source: Source, runtime: Runtime, key: str) -> Any:
-    """Return the source's matrix as tasks read it: by rows, and with a matrix in memory put once for all of them."""
-    if isinstance(source.matrix, MemoryMatrix):
-        return source.matrix.share(runtime)
-    return rows_first(run, source.matrix, runtime, key) if source.kind == "csc" else source.matrix
 
 
 def _kept_cells(found: Scan, cohort: CohortSettings) -> tuple[np.ndarray, np.ndarray]:

@@ -103,9 +103,8 @@ def memory_matrix(values: Any) -> MemoryMatrix:
     if sparse.issparse(values) or isinstance(values, np.ndarray):
         check_numbers(values.dtype, "the AnnData: the matrix")
     if sparse.issparse(values):
-        kind: Kind = "csc" if values.format == "csc" else "csr"
         rows = values.tocsr()
-        return MemoryMatrix(rows, kind, rows.shape, int(rows.nnz), str(rows.dtype))
+        return MemoryMatrix(rows, "csr", rows.shape, int(rows.nnz), str(rows.dtype))
     if isinstance(values, np.ndarray) and values.ndim == 2:
         return MemoryMatrix(values, "dense", values.shape, int(values.size), str(values.dtype))
     what = "nothing" if values is None else type(values).__name__

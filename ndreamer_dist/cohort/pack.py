@@ -19,12 +19,10 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.genes import task_matrix
 from ndreamer_dist.cohort.matrix import Matrix
-from ndreamer_dist.cohort.packed import COHORT_MARKER, Packed, csr_files, read_table, write_csr
+from ndreamer_dist.cohort.packed import Packed, csr_files, read_table, write_csr
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.cohort.statistics import Span, chunks_of, normalised, spans_of
-from ndreamer_dist.cohort.transpose import drop_rows
 from ndreamer_dist.cohort.values import Values
 from ndreamer_dist.compute.executor import Runtime, fetch
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
@@ -97,8 +95,6 @@ def run_pack(run: RunDirectory, settings: Settings, source: Source, runtime: Run
         tasks = _start_dealing(run, settings, source, runtime, packed, cells, order, missing)
         for _ in runtime.map(write_partition, tasks, run, key, packed, title="pack"):
             pass
-    if source.kind == "csc":
-        drop_rows(run)
     return packed
 
 
@@ -154,8 +150,7 @@ def _start_dealing(
         chunk_rows=settings.cohort.chunk_rows,
     )
     source = source.in_natural_logs(run.read_json(keys.COHORT_SUMMARY).get("log_base"))
-    cohort_key = run.read_json(COHORT_MARKER)["key"]
-    shared = runtime.put(dealing), runtime.put(task_matrix(run, source, runtime, cohort_key))
+    shared = runtime.put(dealing), runtime.put(source.task_matrix(runtime))
     handles = [
         runtime.submit(deal_span, SpanTask(*parts, *shared), returns=len(partitions))
         for parts in _span_parts(spans, source.n_cells, cells, order)

@@ -37,6 +37,7 @@ from ndreamer_dist.cohort.stored import (
     stored_matrix,
 )
 from ndreamer_dist.cohort.tables import check_names, in_memory, named_genes, read_table
+from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, StoreError, listing
 from ndreamer_dist.settings import CohortSettings
 from ndreamer_dist.storage.files import Storage, open_storage
@@ -112,6 +113,10 @@ class Source:
         """Return the rows `start:stop`: (rows, genes) CSR float32 with sorted indices."""
         return self.matrix.read_rows(start, stop)
 
+    def task_matrix(self, runtime: Runtime) -> Matrix:
+        """Return the matrix as tasks read it: one in memory is put where all of them see it."""
+        return self.matrix.share(runtime) if isinstance(self.matrix, MemoryMatrix) else self.matrix
+
     def in_natural_logs(self, base: float | None) -> Source:
         """Return the cohort with its logarithms to a base turned into natural ones; none: as it is."""
         if base is None:
@@ -133,11 +138,9 @@ class Source:
     def sample(self) -> sparse.csr_matrix:
         """64 evenly spaced chunks of 16 rows (all rows of a small cohort) on top of each other; not to be changed.
 
-        It is read once and kept. Of a column-compressed matrix that takes a pass over all of it.
+        It is read once and kept.
         """
         rows = self.sample_rows
-        if isinstance(self.matrix, StoredMatrix) and self.kind == "csc":
-            return self.matrix.pick_rows(rows)
         runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
         return sparse.vstack([self.read_rows(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")
 
@@ -312,17 +315,9 @@ def _base_of(read: Callable[[], Any]) -> float | None:
 
 def _open_stored(address: str | os.PathLike[str], layer: str | None, prefer_counts: bool) -> Source:
     storage = open_storage(address)
-    container = _container(storage)
-    root = _opened(storage, container)
-    inside = f"mod/{MODALITY}/" if f"mod/{MODALITY}" in root else ""
-    group = root[inside.rstrip("/")] if inside else root
-    missing = [name for name in ("obs", "var") if name not in group]
-    if missing:
-        what = told_apart(storage, root)
-        msg = f"{storage.url} is {what}" if what else (
-            f"{storage.url} is not an AnnData store: it holds no {' and no '.join(missing)}; it holds {listing(root)}"
-        )  # fmt: skip
-        raise CohortError(msg)
+    container = container_of(storage)
+    group = open_group(storage, container)
+    inside = f"mod/{MODALITY}/" if group.name.endswith(f"mod/{MODALITY}") else ""
 
     def read(place: str | None) -> Source:
         return _read_stored(group, storage.url, container, place, inside)
@@ -330,6 +325,20 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None, prefer_coun
     if layer is None and prefer_counts:
         return _chosen(read, has_x=MATRIX in group, has_raw=raw_place(group) is not None)
     return read(layer)
+
+
+def open_group(storage: Storage, container: Container) -> Any:
+    """Open the group of an AnnData, or of the modality `rna` of a MuData; `CohortError` where it is something else."""
+    root = _opened(storage, container)
+    group = root.get(f"mod/{MODALITY}", root)
+    missing = [name for name in ("obs", "var") if name not in group]
+    if missing:
+        what = told_apart(storage, root)
+        msg = f"{storage.url} is {what}" if what else (
+            f"{storage.url} is not an AnnData store: it holds no {' and no '.join(missing)}; it holds {listing(root)}"
+        )  # fmt: skip
+        raise CohortError(msg)
+    return group
 
 
 def _read_stored(group: Any, url: str, container: Container, layer: str | None, inside: str) -> Source:
@@ -342,6 +351,12 @@ def _read_stored(group: Any, url: str, container: Container, layer: str | None, 
     except Exception as error:
         msg = f"{url}: the matrix cannot be read; the store is truncated or damaged ({one_line(error)})"
         raise CohortError(msg) from error
+    if matrix.kind == "csc":
+        msg = (
+            f"{url}: {matrix.name} is stored by columns (CSC), which cannot be read a few cells at a time; turn it once: "
+            f"ndreamer-dist convert {url} OUT.zarr"
+        )
+        raise CohortError(msg)
     from_raw = raw is not None and place == raw[0]
     obs = read_table(group, "obs", url)
     var = read_table(group, raw[1] if raw is not None and from_raw else "var", url)
@@ -373,7 +388,8 @@ def _opened(storage: Storage, container: Container) -> Any:
     return root
 
 
-def _container(storage: Storage) -> Container:
+def container_of(storage: Storage) -> Container:
+    """Return whether an address is an h5ad file or a zarr store; `CohortError` where nothing is there."""
     url = storage.url.split("?")[0]
     if not storage.is_local and url.endswith((".h5ad", ".h5", ".h5mu", ".zarr")):
         return "zarr" if url.endswith(".zarr") else "h5ad"

@@ -73,7 +73,7 @@ class StoredMatrix:
         return open_root(self.url, self.container)[self.name]
 
     def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
-        """See `Matrix.read_rows`; of a column-compressed matrix this passes over all of it."""
+        """See `Matrix.read_rows`."""
         return scaled(as_rows(self.raw_rows(start, stop)), self.factor)
 
     def raw_rows(self, start: int, stop: int) -> Any:
@@ -95,8 +95,6 @@ class StoredMatrix:
     def _read_rows(self, start: int, stop: int) -> Any:
         if self.kind == "dense":
             return np.asarray(self._element[start:stop])
-        if self.kind == "csc":
-            return self.pick_rows(np.arange(start, stop))
         indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
         first, last = (int(indptr[0]), int(indptr[-1])) if indptr.size else (0, 0)
         indices = np.asarray(self._element["indices"][first:last])
@@ -125,18 +123,6 @@ class StoredMatrix:
             self._check_inside(rows, self.shape[0], f"columns {start} to {stop} name cells")
             columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(indptr))
             return rows, columns, np.asarray(self._element["data"][part]).astype(np.float32, copy=False)
-
-    def pick_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return some rows (ascending) of a column-compressed matrix in one pass over its columns."""
-        wanted, place = np.zeros(self.shape[0], dtype=bool), np.zeros(self.shape[0], dtype=np.int64)
-        wanted[rows], place[rows] = True, np.arange(len(rows))
-        parts = []
-        for start, stop in self.column_ranges():
-            cells, columns, data = self.read_columns(start, stop)
-            kept = wanted[cells]
-            parts.append((place[cells[kept]], columns[kept], data[kept]))
-        row, column, data = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        return as_rows(sparse.coo_matrix((data, (row, column)), shape=(len(rows), self.shape[1])).tocsr())
 
 
 def open_root(url: str, container: str) -> Any:

@@ -112,8 +112,8 @@ def _markers(directory: RunDirectory) -> list[str]:
     RunError
         It has made nothing.
     """
-    # What is made of the rows of a column-compressed input, and the cells packed for all genes, is deleted on the way.
-    deleted = (keys.STAGE_ROWS, keys.STAGE_PACK) if directory.storage.exists(keys.WIDE_JSON) else (keys.STAGE_ROWS,)
+    # The cells packed for all genes are deleted once the results are there.
+    deleted = (keys.STAGE_PACK,) if directory.storage.exists(keys.WIDE_JSON) else ()
     markers = [name for name in directory.storage.list(keys.DONE) if name.split("/")[1] not in deleted]
     if not markers:
         msg = f"{directory.url} holds nothing that a run has made"

@@ -13,8 +13,6 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.pack import partition_count
 from ndreamer_dist.cohort.statistics import spans_of
-from ndreamer_dist.cohort.stored import COLUMN_ENTRIES
-from ndreamer_dist.cohort.transpose import DISK_BYTES_PER_ENTRY, TASK_BYTES_PER_ENTRY
 from ndreamer_dist.compute.executor import TaskNeed
 from ndreamer_dist.compute.machine import Needs
 from ndreamer_dist.effects.tables import MATCH_LIMIT
@@ -36,13 +34,7 @@ GIVEN_DIMENSIONS = 100
 
 @dataclass(frozen=True)
 class CohortSize:
-    """The sizes a promise is made from.
-
-    Attributes
-    ----------
-    by_columns
-        Whether the values are stored by columns, so that they are turned first (`cohort/transpose.py`).
-    """
+    """The sizes a promise is made from."""
 
     cells: int
     genes: int
@@ -51,12 +43,9 @@ class CohortSize:
     largest_group: int
     edges: int
     conditions: int
-    by_columns: bool = False
 
     @classmethod
-    def of(
-        cls, design: Design, settings: Settings, *, genes: int, stored_values: int, by_columns: bool = False
-    ) -> CohortSize:
+    def of(cls, design: Design, settings: Settings, *, genes: int, stored_values: int) -> CohortSize:
         """Return the sizes of a designed cohort."""
         return cls(
             cells=design.n_cells,
@@ -66,7 +55,6 @@ class CohortSize:
             largest_group=max(group.cells for group in design.groups),
             edges=sum(len(design.targets(group, settings.match.edges)) for group in design.groups),
             conditions=len(design.conditions),
-            by_columns=by_columns,
         )
 
 
@@ -108,13 +96,9 @@ def task_memory(size: CohortSize, settings: Settings) -> dict[str, int]:
     modelled = min(size.genes, settings.hvg.num_hvg)
     rows = settings.pack.block_rows
     block = rows * own * 12
-    # A range of columns ends with a whole column.
-    turned = min(size.stored_values, COLUMN_ENTRIES + size.cells) if size.by_columns else 0
     products = modelled * modelled * 8
     tiles = {
-        keys.STAGE_COHORT: max(
-            settings.cohort.chunk_rows * per_cell * 40 + size.groups * size.genes * 24, turned * TASK_BYTES_PER_ENTRY
-        ),
+        keys.STAGE_COHORT: settings.cohort.chunk_rows * per_cell * 40 + size.groups * size.genes * 24,
         keys.STAGE_PACK: settings.cohort.chunk_rows * per_cell * 40 + _partition_cells(size, settings) * own * 24,
         keys.STAGE_CLUSTERS: _most_clustered(size, settings)
         * (own * 24 + settings.clusters.n_neighbors * 60 + 50 * 12),
@@ -156,10 +140,7 @@ def _most_clustered(size: CohortSize, settings: Settings) -> int:
 
 
 def disk_bytes(size: CohortSize, settings: Settings) -> int:
-    """Return the bytes that the run directory will take, before compression.
-
-    Where the matrix is turned first, that takes its space before anything else is written, and gives it back.
-    """
+    """Return the bytes that the run directory will take, before compression."""
     modelled = min(size.genes, settings.hvg.num_hvg)
     own = size.cells * _stored(size, settings)[1]
     embedding = _coordinate_bytes(size, settings, modelled)
@@ -167,8 +148,7 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     matches = size.cells * size.edges / size.groups * settings.match.neighbours * 8 + told * 8
     layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * _parameters(settings, modelled) * 4
-    turned = size.stored_values * DISK_BYTES_PER_ENTRY if size.by_columns else 0
-    return int(max(turned, 2 * own * 8 + embedding + matches + layers + checkpoints))
+    return int(2 * own * 8 + embedding + matches + layers + checkpoints)
 
 
 def _coordinate_bytes(size: CohortSize, settings: Settings, genes: int) -> int:

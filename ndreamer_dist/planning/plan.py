@@ -15,7 +15,6 @@ from ndreamer_dist.cohort.clusters import clustered_by
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.pack import partitions_of
 from ndreamer_dist.cohort.statistics import spans_of
-from ndreamer_dist.cohort.stored import COLUMN_ENTRIES
 from ndreamer_dist.compute.events import duration
 from ndreamer_dist.embedding.space import MOST_SPANS
 from ndreamer_dist.errors import printable, shown
@@ -245,10 +244,8 @@ def stage_work(
     by_block: Work = ((blocks, "row block(s)"),)
     spans = len(spans_of(input_cells))
     reading = (spans, "span(s) of rows")
-    turned = -(-size.stored_values // COLUMN_ENTRIES)
-    turning: Work = ((turned, "range(s) of columns"), (turned, "block(s) of rows")) if size.by_columns else ()
     return {
-        keys.STAGE_COHORT: (*turning, reading),
+        keys.STAGE_COHORT: (reading,),
         keys.STAGE_PACK: (reading, (len(partitions_of(blocks, size.stored_values, spans)), "partition(s) of blocks")),
         keys.STAGE_CLUSTERS: _clustering(design, settings),
         keys.STAGE_TRAIN: ((schedule.cells(0) // NOISE_ROWS, f"share(s) of {NOISE_ROWS} cells of a step"),),

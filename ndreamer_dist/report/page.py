@@ -269,14 +269,10 @@ def _summary(data: PageData) -> Iterator[str]:
             )
             continue
         found = sorted((pair for pair in called if pair[0]), reverse=True)
-        first = ", ".join(f"{name} ({number})" for number, name in found[:3])
+        most = ", ".join(f"{name} ({number})" for number, name in found[:3])
         yield (
             f"{condition}: {len(tested)} of {len(parts)} populations could be tested with donors as replicates; "
-            + (
-                f"{len(found)} have genes that differ (most: {first}). "
-                if found
-                else "no gene differs in any of them. "
-            )
+            + (f"{len(found)} have genes that differ (most: {most}). " if found else "no gene differs in any of them. ")
             + _strongest(tested, effect, data.labels)
         )
 

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.source import Source, StoredMatrix, fingerprint, open_cohort
+from ndreamer_dist.cohort.source import Source, fingerprint, open_cohort
 from ndreamer_dist.cohort.statistics import normalised
 from ndreamer_dist.errors import CohortError, StoreError, listing
 from ndreamer_dist.settings import CohortSettings
@@ -49,14 +49,10 @@ class GivenExpression:
         return self.source.nnz / (self.source.n_cells * self.source.n_genes)
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        """See `virtual.Expression.read`; the cohort is read in its own order, by columns where it is stored so."""
-        matrix = self.source.matrix
-        if isinstance(matrix, StoredMatrix) and matrix.kind == "csc":
-            found = _by_columns(matrix, self.input_row[rows], columns)
-        else:
-            order = np.argsort(self.input_row[rows], kind="stable")
-            parts = _by_rows(self.source, self.input_row[rows][order], columns)
-            found = sparse.vstack(list(parts), format="csr")[np.argsort(order, kind="stable")]
+        """See `virtual.Expression.read`; the cohort is read in its own order."""
+        order = np.argsort(self.input_row[rows], kind="stable")
+        parts = _by_rows(self.source, self.input_row[rows][order], columns)
+        found = sparse.vstack(list(parts), format="csr")[np.argsort(order, kind="stable")]
         return found if self.totals is None else normalised(found, self.totals[rows])
 
 
@@ -144,18 +140,3 @@ def _by_rows(source: Source, wanted: np.ndarray, columns: np.ndarray) -> Iterato
         first = int(chunk[0])
         rows = source.read_rows(first, int(chunk[-1]) + 1)
         yield rows[chunk - first][:, columns]
-
-
-def _by_columns(matrix: StoredMatrix, wanted: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-    """Return the wanted input rows from a column-compressed matrix, of which only the columns asked for are read."""
-    place = np.full(matrix.shape[0], -1, dtype=np.int64)
-    place[wanted] = np.arange(len(wanted))
-    distinct, back = np.unique(columns, return_inverse=True)
-    parts = []
-    for run in np.split(distinct, np.flatnonzero(np.diff(distinct) > 1) + 1):
-        rows, found, data = matrix.read_columns(int(run[0]), int(run[-1]) + 1)
-        kept = place[rows] >= 0
-        parts.append((place[rows[kept]], np.searchsorted(distinct, found[kept]), data[kept]))
-    row, column, data = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    shape = (len(wanted), len(distinct))
-    return sparse.coo_matrix((data, (row, column)), shape=shape).tocsr()[:, back]

@@ -208,10 +208,7 @@ class RunDirectory:
             folder, _, rest = name.removeprefix(f"{top}/").partition("/")
             RunDirectory(self.storage / f"{top}/{folder}", home=self.storage).remove_damaged(rest)
             return
-        if name.startswith(f"{keys.ROWS}/"):
-            self.storage.delete(keys.ROWS)
-            self.unmark(keys.STAGE_ROWS)
-        elif top == keys.TRAIN_DIR:
+        if top == keys.TRAIN_DIR:
             self.storage.delete(keys.TRAIN_DIR)
         elif top in keys.MADE:
             file = ArrayFile.of(name)

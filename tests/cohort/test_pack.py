@@ -36,23 +36,17 @@ def expected_rows(adata: ad.AnnData, packed: Packed) -> np.ndarray:
     return made[packed.input_row, list(packed.genes)].X.toarray()
 
 
-CONVERT = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": lambda x: x.toarray()}
-TURNED = "the matrix is stored by columns: it is turned into 1 row blocks first"
+CONVERT = {"csr": sparse.csr_matrix, "dense": lambda x: x.toarray()}
 
 
 @pytest.mark.parametrize("place", ["h5ad", "zarr2", "zarr3"])
 @pytest.mark.parametrize("kind", CONVERT)
-def test_packed_rows_are_scanpys_values_to_the_bit(
-    kind: str, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "ndreamer_dist")
+def test_packed_rows_are_scanpys_values_to_the_bit(kind: str, place: str, tmp_path: Path) -> None:
     adata = counts()
     stored = ad.AnnData(CONVERT[kind](adata.X), obs=adata.obs, var=adata.var)
     packed = pack(tmp_path / "run", PLACES[place](stored, tmp_path), settings_of())
     np.testing.assert_array_equal(packed.rows(0, packed.n_rows).toarray(), expected_rows(adata, packed))
     assert all(packed.block(b).has_canonical_format for b in range(packed.n_blocks))
-    assert not (tmp_path / "run" / keys.ROWS).exists()
-    assert caplog.messages.count(TURNED) == (kind == "csc")
 
 
 @pytest.mark.parametrize("place", ["h5ad", "zarr3"])
@@ -73,25 +67,6 @@ def test_rows_are_read_in_order_once_a_pass(
     assert all(stop - start == SAMPLE_ROWS for start, stop in sample)
     each = [part for span in spans_of(2000) for part in chunks_of(span, 32)]
     assert rest == each * passes
-
-
-def test_columns_are_read_twice_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adata, seen = counts(), []
-    adata.X = sparse.csc_matrix(adata.X)
-    cohort, read = PLACES["h5ad"](adata, tmp_path), StoredMatrix.read_columns
-
-    def watched(matrix: StoredMatrix, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        seen.append((start, stop))
-        return read(matrix, start, stop)
-
-    monkeypatch.setattr(StoredMatrix, "read_columns", watched)
-    monkeypatch.setattr(StoredMatrix.column_ranges, "__defaults__", (2000,))
-    pack(tmp_path / "run", cohort, settings_of())
-    sample, turning = seen[:-1], seen[-1:]  # the small matrix is turned in one piece
-    assert [start for start, _ in sample] == [0, *(stop for _, stop in sample[:-1])]
-    assert len(sample) > 3
-    assert sample[-1][1] == 90
-    assert turning == [(0, 90)]
 
 
 def test_rows_are_sorted_by_group_and_shuffled_inside(tmp_path: Path) -> None:

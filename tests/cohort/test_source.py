@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -20,13 +20,9 @@ from anndata.io import write_elem
 from anndata.tests.helpers import assert_equal
 from scipy import sparse
 
-from ndreamer_dist.cohort.source import StoredMatrix, fingerprint, open_source
-from ndreamer_dist.cohort.transpose import DISK_BYTES_PER_ENTRY, TASK_BYTES_PER_ENTRY, rows_first
-from ndreamer_dist.compute.executor import SerialRuntime
+from ndreamer_dist.cohort.source import fingerprint, open_source
 from ndreamer_dist.errors import CohortError
-from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.settings import RunSettings
-from tests.cohort.inputs import PLACES, SERIAL, as_h5ad, as_zarr, counts, files_below
+from tests.cohort.inputs import PLACES, as_h5ad, as_zarr, counts
 
 MATRICES = {
     "csr": sparse.csr_matrix,
@@ -76,9 +72,6 @@ def test_the_same_data_have_the_same_fingerprint_wherever_they_are(tmp_path: Pat
     found = {
         place: fingerprint(open_source(PLACES[place](adata, tmp_path)), "condition", ["donor"]) for place in PLACES
     }
-    adata.X = sparse.csc_matrix(adata.X)
-    (tmp_path / "csc").mkdir()
-    found["csc"] = fingerprint(open_source(as_h5ad(adata, tmp_path / "csc")), "condition", ["donor"])
     assert all(one == found["h5ad"] for one in found.values())
 
 
@@ -248,47 +241,10 @@ def test_reading_never_holds_the_matrix(kind: str, tmp_path: Path) -> None:
     assert peak < whole / 6
 
 
-def test_columns_are_turned_into_rows_out_of_core_and_resumed(tmp_path: Path) -> None:
-    adata = counts(300, 40)
-    dense = adata.X.toarray()
+@pytest.mark.parametrize("place", ["h5ad", "zarr3"])
+def test_a_matrix_by_columns_is_refused_with_the_command_that_turns_it(place: str, tmp_path: Path) -> None:
+    adata = counts(50, 12)
     adata.X = sparse.csc_matrix(adata.X)
-    source = open_source(as_h5ad(adata, tmp_path))
-    assert isinstance(source.matrix, StoredMatrix)
-    run = RunDirectory.at(tmp_path / "run")
-    rows = rows_first(run, source.matrix, SERIAL, "key", entries=900)
-    assert rows.n_blocks > 3
-    for start, stop in ((0, 300), (17, 18), (90, 211)):
-        np.testing.assert_array_equal(rows.read_rows(start, stop).toarray(), dense[start:stop])
-    before = files_below(tmp_path / "run")
-    (tmp_path / "run/cohort/rows.zarr/00001/indptr/c/0").unlink()
-    again = rows_first(run, source.matrix, SERIAL, "key", entries=900)
-    np.testing.assert_array_equal(again.read_rows(0, 300).toarray(), dense)
-    after = files_below(tmp_path / "run")
-    assert {name: content for name, (_, content) in after.items() if "/c/" in name} == {
-        name: content for name, (_, content) in before.items() if "/c/" in name
-    }
-
-
-def test_turning_columns_holds_and_writes_what_is_promised(tmp_path: Path) -> None:
-    x = sparse.random(4000, 300, 0.5, format="csc", dtype=np.float32, random_state=0)
-    source = open_source(as_h5ad(ad.AnnData(x), tmp_path))
-    assert isinstance(source.matrix, StoredMatrix)
-    run, entries = RunDirectory.at(tmp_path / "run"), 2**17
-    most_written = 0
-
-    def watched(*args: object, **kwargs: object) -> Iterator[object]:
-        nonlocal most_written
-        yield from SERIAL.map(*args, **kwargs)  # type: ignore[arg-type]
-        stored = (tmp_path / "run/cohort/rows.zarr").rglob("zarr.json")
-        written = [zarr.open_array(file.parent, mode="r").nbytes for file in stored]
-        most_written = max(most_written, sum(written))
-
-    runtime = SerialRuntime(RunSettings(serial=True))
-    runtime.map = watched  # type: ignore[method-assign]
-    tracemalloc.start()
-    rows = rows_first(run, source.matrix, runtime, "key", entries=entries)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert rows.n_blocks > 4
-    assert 15 * entries < peak < TASK_BYTES_PER_ENTRY * entries
-    assert x.nnz * DISK_BYTES_PER_ENTRY <= most_written < 1.1 * x.nnz * DISK_BYTES_PER_ENTRY
+    path = PLACES[place](adata, tmp_path)
+    with pytest.raises(CohortError, match=f"X is stored by columns .*: ndreamer-dist convert {path} OUT.zarr"):
+        open_source(path)

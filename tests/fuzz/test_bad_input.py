@@ -148,20 +148,6 @@ def test_an_hdf5_file_that_does_not_fit_together_is_refused(case: str, tmp_path:
     refusal_of(path, tmp_path, message)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        pytest.param(first(120), "name cells that are not there", id="beyond"),
-        pytest.param(first(-1), "name cells that are not there", id="negative"),
-    ],
-)
-def test_a_damaged_matrix_by_columns_is_refused(values: Any, message: str, tmp_path: Path) -> None:
-    path = copied("csc", tmp_path)
-    with h5py.File(path, "r+") as root:
-        edit("X/indices", values)(root)
-    assert message in surveyed(path, tmp_path / "run").refusal
-
-
 @pytest.mark.parametrize("part", ["X/data", "X/indices"])
 @pytest.mark.parametrize("kind", ["zarr", "zarr2"])
 def test_a_lost_chunk_is_no_zero(kind: str, part: str, tmp_path: Path) -> None:

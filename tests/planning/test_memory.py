@@ -11,8 +11,6 @@ import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.pack import partitions_of
 from ndreamer_dist.cohort.statistics import spans_of
-from ndreamer_dist.cohort.stored import COLUMN_ENTRIES
-from ndreamer_dist.cohort.transpose import TASK_BYTES_PER_ENTRY
 from ndreamer_dist.effects.tables import MATCH_LIMIT
 from ndreamer_dist.planning.memory import (
     BASE_BYTES,
@@ -80,19 +78,6 @@ def test_matches_that_obsm_leaves_out_take_no_disk(small: Settings) -> None:
     most = dataclasses.replace(MILLION, groups=MATCH_LIMIT // 1_000_000, edges=0)
     beyond = dataclasses.replace(most, groups=most.groups + 1)
     assert disk_bytes(most, small) - disk_bytes(beyond, small) == most.cells * most.groups * 8
-
-
-def test_values_stored_by_columns_are_promised_what_turning_them_takes(small: Settings) -> None:
-    turned = dataclasses.replace(MILLION, by_columns=True)
-    before, after = (stage_memory(size, small, cpus=2, object_store=0) for size in (MILLION, turned))
-    share = COLUMN_ENTRIES + MILLION.cells  # of a task: its values, and a whole last column
-    assert after[keys.STAGE_COHORT] == 2 * int(BASE_BYTES + share * TASK_BYTES_PER_ENTRY) + before_tasks(MILLION)
-    assert {s for s in keys.STAGES if before[s] != after[s]} == {keys.STAGE_COHORT}
-    least = Settings.build(preset="small", overrides={"effects.store": "none"})
-    assert (
-        disk_bytes(MILLION, least) < 16e9 == disk_bytes(turned, least)
-    )  # 20 bytes a value, before all else is written
-    assert disk_bytes(MILLION, small) == disk_bytes(turned, small)  # more is written later than is given back
 
 
 def before_tasks(size: CohortSize) -> int:
