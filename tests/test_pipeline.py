@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_ends_the_job_in_one_line(cohort: Path, finish
     shutil.rmtree(run / keys.TRAIN_DIR)
     words = run_words(cohort, run, SETTINGS | {"train.learning_rate": 1e30}, "--redo")
     refusal = command(words).refusal
-    assert refusal.startswith("the loss is not finite at step ")
+    assert refusal.startswith("error: the loss is not finite at step ")
     assert "train.learning_rate" in refusal
 
 

@@ -73,7 +73,13 @@ MET = {
 }
 
 
-@pytest.mark.parametrize("case", MET)
+IN_THE_GATE = ("weights", "design", "genes", "packed", "packed_metadata", "embedding", "matches", "checkpoint_state")
+"""One file of each kind; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in IN_THE_GATE else pytest.mark.slow) for case in MET]
+)
 def test_a_damaged_file_is_named_and_removed_and_the_same_command_makes_it_again(
     case: str, cohort: Path, reference: Path, tmp_path: Path
 ) -> None:
