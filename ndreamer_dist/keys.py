@@ -105,6 +105,7 @@ STATE_BEYOND_CHANCE: Final = "state_beyond_chance"  # (populations,) int32: how 
 STATE_DIMENSIONS: Final = "state_dimensions"  # (populations,) int32: how many of the dimensions a population uses
 STATE_RELIABILITY: Final = "state_reliability"  # (populations, dimensions, dimensions) float64: Lambda
 STATE_GROUP_MEAN: Final = "state_group_mean"  # (populations, groups, dimensions) float64
+STATE_POSITION: Final = "state_position"  # (populations, groups, dimensions) float64: where groups stand
 STATE_CORNER: Final = "state_corner"  # (populations, bits) float64: what keeps populations apart
 STATE_WEIGHT: Final = "state_weight"  # (1,) float64: of the state coordinates beside the trained ones
 HARMONY_INPUT: Final = "harmony_input"  # (cells, dimensions) float32: the principal components that are corrected

@@ -299,7 +299,16 @@ class StateSettings(StageSettings):
         "column of obs whose populations have a state space each; ndreamer_cluster_low: the low clusters; null: one",
     )
     k: int | None = result(None, "dimensions of a population; by default those that a permutation confirms", ge=1)
-    shrink: bool = result(True, "regress noisy coordinates to the mean of the cell's own group, by their reliability")
+    shrink: Literal["fitted", "own", "none"] = result(
+        "fitted",
+        "regress noisy coordinates to where the cell's own group stands, found by a fit over genes (fitted) or as the "
+        "group's mean (own); none: plain projections",
+    )
+
+    @field_validator("shrink", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: object) -> object:
+        return {True: "fitted", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
 
 class MatchSettings(StageSettings):

@@ -26,12 +26,15 @@ class Moments:
         (groups,) those cells of every group that `outer` is of.
     outer
         (genes, genes) sum of the outer products of their expression.
+    squares
+        (genes,) sum of the squares of all cells' expression.
     """
 
     cells: np.ndarray
     sums: np.ndarray
     inner_cells: np.ndarray
     outer: np.ndarray
+    squares: np.ndarray
 
     def plus(self, other: Moments) -> Moments:
         """Return the sums over the cells of both."""
@@ -40,12 +43,19 @@ class Moments:
             self.sums + other.sums,
             self.inner_cells + other.inner_cells,
             self.outer + other.outer,
+            self.squares + other.squares,
         )
 
     @property
     def mean(self) -> np.ndarray:
         """Mean expression of all cells: (genes,)."""
         return self.sums.sum(axis=0) / max(int(self.cells.sum()), 1)
+
+    @property
+    def within_variance(self) -> np.ndarray:
+        """Variance of a cell inside its group, over all groups: (genes,)."""
+        between = (self.sums**2 / np.maximum(self.cells, 1)[:, None]).sum(axis=0)
+        return np.maximum(self.squares - between, 0.0) / max(int(self.cells.sum()), 1)
 
 
 def moments_of(x: sparse.csr_matrix, groups: np.ndarray, count: int, inner: np.ndarray) -> Moments:
@@ -64,7 +74,8 @@ def moments_of(x: sparse.csr_matrix, groups: np.ndarray, count: int, inner: np.n
     cells = np.bincount(groups, minlength=count)
     member = sparse.csr_matrix((np.ones(len(groups)), (groups, np.arange(len(groups)))), shape=(count, len(groups)))
     inside = exact[inner[groups]].toarray()
-    return Moments(cells, (member @ exact).toarray(), np.where(inner, cells, 0), inside.T @ inside)
+    squares = np.asarray(exact.power(2).sum(axis=0)).ravel()
+    return Moments(cells, (member @ exact).toarray(), np.where(inner, cells, 0), inside.T @ inside, squares)
 
 
 def signed_axes(matrix: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:

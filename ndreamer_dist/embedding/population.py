@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 LEAST_CELLS = 100
 """Cells of a population of its own; smaller ones are pooled. With fewer control cells its axes are of all its groups."""
+MOST_DIMENSIONS = 4
+"""Dimensions of one of several populations, unless another number is asked for: more absorb a strong effect."""
 VANISHING = 1e-9
 """Directions whose variance is below this share of the largest are no directions."""
 SEEDED = keys.FLOW.index(keys.STAGE_SPACE)
@@ -42,8 +44,8 @@ GROUPED, WHOLE = ("whole", "first", "second"), ("spread", "signal", "noise", "re
 """Parts of `HalfSums` of a group each, and of all cells."""
 DIRECTIONS = ((keys.STATE_MEAN, 2), (keys.STATE_AXES, 3), (keys.STATE_RANK, 1), (keys.STATE_BEYOND_CHANCE, 1))
 OWN_AXES = (
-    (keys.STATE_DIMENSIONS, 1), (keys.STATE_RELIABILITY, 3), (keys.STATE_GROUP_MEAN, 3), (keys.STATE_CORNER, 2),
-    (keys.STATE_WEIGHT, 1),
+    (keys.STATE_DIMENSIONS, 1), (keys.STATE_RELIABILITY, 3), (keys.STATE_GROUP_MEAN, 3), (keys.STATE_POSITION, 3),
+    (keys.STATE_CORNER, 2), (keys.STATE_WEIGHT, 1),
 )  # fmt: skip
 
 
@@ -168,19 +170,25 @@ def _inner_groups(space: Space, populations: Populations, code: int) -> np.ndarr
 
 def _make_reliability(space: Space, settings: Settings, populations: Populations, runtime: Runtime) -> None:
     """Write how many dimensions every population uses, their reliability, the groups' means, and what keeps it apart."""
-    halved = _has_counts(space) and (settings.state.shrink or settings.state.k is None)
-    if settings.state.shrink and not halved:
+    shrink = settings.state.shrink
+    halved = _has_counts(space) and (shrink != "none" or settings.state.k is None)
+    if shrink != "none" and not halved:
         logger.warning("state: the input is log-normalised and has no counts to halve, so coordinates are not shrunk")
     sums = _half_sums(space, settings, populations, runtime, halved=halved)
     ranks, beyond = (read_array(space.storage, name) for name in (keys.STATE_RANK, keys.STATE_BEYOND_CHANCE))
     keep = len(sums[0].reach)
     dimensions, shares, reaches = np.zeros(len(sums), dtype=np.int32), np.zeros((len(sums), keep, keep)), []
+    means = np.stack([found.group_means for found in sums])
+    positions = means.copy()
+    most = settings.embed.dimensions if len(sums) == 1 else MOST_DIMENSIONS
     for code, found in enumerate(sums):
         k = dimensions[code] = min(
-            settings.state.k or _confirmed(found, int(beyond[code]), halved=halved), int(ranks[code])
+            settings.state.k or _confirmed(found, min(most, int(beyond[code])), halved=halved), int(ranks[code])
         )
-        shares[code, :k, :k] = with_threads(1, _share, found, k, halved and settings.state.shrink)
-        reaches.append(_reach(found, shares[code, :k, :k]))
+        shares[code, :k, :k] = with_threads(1, _share, found, k, halved and shrink != "none")
+        if halved and shrink == "fitted" and k:
+            positions[code, :, :k] = _positions(space, populations, code, k, runtime)
+        reaches.append(_reach(found, shares[code, :k, :k], positions[code, :, :k]))
         reliable = np.trace(shares[code, :k, :k]) / max(k, 1)
         logger.info(
             "state: population %s, %d cells: %d dimensions, mean reliability %.2f",
@@ -189,7 +197,7 @@ def _make_reliability(space: Space, settings: Settings, populations: Populations
     weight, beside = _weight(space, settings, sums, shares) if _is_beside(settings) else (1.0, 0.0)
     apart = state.corners(len(sums), float(np.hypot(beside, weight * max(reaches))))
     values = (
-        dimensions, shares, np.stack([found.group_means for found in sums]),
+        dimensions, shares, means, positions,
         apart if apart.shape[1] else np.zeros((1, 1)), np.array([weight]),
     )  # fmt: skip
     for (name, _), array in zip(OWN_AXES, values, strict=True):
@@ -211,13 +219,27 @@ def _share(found: HalfSums, k: int, shrink: bool) -> np.ndarray:
     return state.reliability(found.covariance("signal")[:k, :k], found.covariance("spread")[:k, :k])
 
 
-def _reach(found: HalfSums, share: np.ndarray) -> float:
+def _positions(space: Space, populations: Populations, code: int, k: int, runtime: Runtime) -> np.ndarray:
+    """Return where every group stands on a population's axes, by its mean expression: (groups, k); 0 without a cell."""
+    inner = _inner_groups(space, populations, code)
+    moments = summed_moments(space, inner, populations.codes, code, runtime, products=False)
+    mean, axes = directions_of(space.storage, space.key, code)
+    there = np.flatnonzero(moments.cells)
+    means = moments.sums[there] / moments.cells[there, None] - mean
+    found = np.zeros((len(moments.cells), k))
+    variance = moments.within_variance
+    found[there] = with_threads(1, state.fitted_positions, means, axes[:, :k], variance, moments.cells[there])
+    return found
+
+
+def _reach(found: HalfSums, share: np.ndarray, positions: np.ndarray) -> float:
     """Return a bound on the length of a population's coordinates."""
     k = len(share)
     if not k:
         return 0.0
+    furthest = float(np.linalg.norm(positions, axis=1).max())
     mean = float(np.linalg.norm(found.group_means[:, :k], axis=1).max())
-    return mean + float(np.linalg.norm(share, 2)) * (float(np.sqrt(found.reach[k - 1])) + mean)
+    return furthest + float(np.linalg.norm(share, 2)) * (float(np.sqrt(found.reach[k - 1])) + mean)
 
 
 def _half_sums(
@@ -360,12 +382,13 @@ def _place_shard(shard: Shard, space: Space, populations: Populations, beside: b
 def _placed(space: Space, block: int, populations: Populations) -> np.ndarray:
     """Return the state coordinates of a row block, weighted, with what keeps populations apart: (cells, d) float64."""
     storage = space.storage
-    dimensions, shares, means, corner, weight = (read_array(storage, name) for name, _ in OWN_AXES)
+    dimensions, shares, means, positions, corner, weight = (read_array(storage, name) for name, _ in OWN_AXES)
     x, groups, codes = space.packed.block(block), space.groups(block), populations.codes[space.rows(block)]
     out = np.zeros((x.shape[0], int(dimensions.max())))
     for code in np.unique(codes):
         here, k = np.flatnonzero(codes == code), int(dimensions[code])
-        mean, axes = directions_of(storage, space.key, int(code))
-        e = _coordinates(x, here, mean, axes[:, :k])
-        out[here, :k] = state.shrunk(e, means[code][groups[here], :k], shares[code, :k, :k])
+        centre, axes = directions_of(storage, space.key, int(code))
+        e = _coordinates(x, here, centre, axes[:, :k])
+        mean, position = (values[code][groups[here], :k] for values in (means, positions))
+        out[here, :k] = state.shrunk(e, mean, position, shares[code, :k, :k])
     return np.column_stack([out * weight[0], corner[codes]]) if len(corner) > 1 else out * weight[0]

@@ -41,6 +41,8 @@ MOST_SPANS = 32
 """Spans of blocks that sums are taken by, at most: each leaves a matrix of genes by genes until the axes are known."""
 AXES = "axes"
 """The driver's own unit of work."""
+SUMS = ("groups", "outer", "squares")
+"""Arrays that the sums over a span of blocks are kept in."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,13 @@ class SumTask:
 
 
 def summed_moments(
-    space: Space, inner: np.ndarray, populations: np.ndarray, population: int, runtime: Runtime
+    space: Space,
+    inner: np.ndarray,
+    populations: np.ndarray,
+    population: int,
+    runtime: Runtime,
+    *,
+    products: bool = True,
 ) -> Moments:
     """Return the sums over a population's cells, added in the order of the blocks; spans that are there are not redone.
 
@@ -284,17 +292,20 @@ def summed_moments(
         (groups,) groups whose cells enter the products.
     populations, population
         (cells,) code of every packed row's population, and the one that is summed.
+    products
+        Whether the sum of outer products, by far the largest, is read.
     """
     edges = np.linspace(0, space.packed.n_blocks, min(space.packed.n_blocks, MOST_SPANS) + 1).astype(int)
     shards = []
     for number, (first, last) in enumerate(itertools.pairwise(edges.tolist())):
         name = f"{keys.SPACE_SUMS}/{keys.block_name(population)}-{keys.block_name(number)}"
-        files = tuple(f"{keys.EMBEDDING}/{shard_files(f'{name}/{part}', 0, 0)}" for part in ("groups", "outer"))
+        files = tuple(f"{keys.EMBEDDING}/{shard_files(f'{name}/{part}', 0, 0)}" for part in SUMS)
         shards.append(Shard(name.rpartition("/")[2], files, SumTask(first, last, population, name)))
     todo = space.run.pending(keys.STAGE_SUMS, space.key, shards)
     for _ in runtime.map(_sum_shard, todo, space, inner, populations, title="space: sums"):
         pass
-    return functools.reduce(Moments.plus, (_read_moments(space, shard.task) for shard in shards))
+    read = (_read_moments(space, shard.task, products=products) for shard in shards)
+    return functools.reduce(Moments.plus, read)
 
 
 def _sum_shard(shard: Shard, space: Space, inner: np.ndarray, populations: np.ndarray) -> None:
@@ -309,8 +320,8 @@ def _sum_shard(shard: Shard, space: Space, inner: np.ndarray, populations: np.nd
         table = np.column_stack([there, found.cells[there], found.inner_cells[there], found.sums[there]])
         # An array cannot be empty; a row without cells stands for no row.
         groups = table if len(there) else np.zeros((1, 3 + found.sums.shape[1]))
-        write_array(space.storage, f"{task.name}/groups", groups.astype(np.float64))
-        write_array(space.storage, f"{task.name}/outer", found.outer)
+        for part, values in zip(SUMS, (groups.astype(np.float64), found.outer, found.squares[None]), strict=True):
+            write_array(space.storage, f"{task.name}/{part}", values)
 
     run_task(space.run, keys.STAGE_SUMS, space.key, work, shard)
 
@@ -321,10 +332,11 @@ def _block_moments(space: Space, block: int, inner: np.ndarray, populations: np.
     return moments_of(rows if chosen.all() else rows[chosen], space.groups(block)[chosen], len(inner), inner)
 
 
-def _read_moments(space: Space, task: SumTask) -> Moments:
-    table = read_array(space.storage, f"{task.name}/groups")
+def _read_moments(space: Space, task: SumTask, *, products: bool) -> Moments:
+    table, squares = (read_array(space.storage, f"{task.name}/{part}") for part in ("groups", "squares"))
     count = len(space.packed.design.groups)
     codes = table[:, 0].astype(np.int64)
     cells, inner, sums = np.zeros(count), np.zeros(count), np.zeros((count, table.shape[1] - 3))
     cells[codes], inner[codes], sums[codes] = table[:, 1], table[:, 2], table[:, 3:]
-    return Moments(cells, sums, inner, read_array(space.storage, f"{task.name}/outer"))
+    outer = read_array(space.storage, f"{task.name}/outer") if products else np.zeros((1, 1))
+    return Moments(cells, sums, inner, outer, squares[0])

@@ -18,6 +18,8 @@ LEAST_RELIABLE = 0.05
 """No direction is shrunk further than to this share."""
 SMALLEST_SIGNAL = 1e-6
 """Eigenvalues of the signal are held above this; genes that vary less do not vary."""
+LEAST_DOUBT = 0.05
+"""No gene counts more than one at this quantile of the variances of groups' means."""
 MOSTLY_SIGNAL = 0.5
 """A dimension is confirmed with at least this share of signal."""
 TRACY_WIDOM = 0.9793
@@ -185,17 +187,47 @@ def reliability(signal: np.ndarray, spread: np.ndarray) -> np.ndarray:
     return np.asarray(spread @ (directions * np.clip(shares, LEAST_RELIABLE, 1.0)) @ directions.T)
 
 
-def shrunk(e: np.ndarray, own_mean: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Return coordinates regressed to the mean of the cell's own group: (cells, k).
+def fitted_positions(means: np.ndarray, axes: np.ndarray, variance: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Return where groups stand on the axes: (groups, k).
+
+    A change of state moves all genes of an axis in proportion to their loadings; an effect or a batch does not. So a
+    group's position is not the projection of its mean but the regression of its mean on the axes over genes, by
+    generalised least squares: a gene counts little whose groups differ in ways that the axes do not explain.
 
     Parameters
     ----------
-    e, own_mean
-        (cells, k) coordinates, and the mean of each cell's group.
+    means
+        (groups, genes) mean expression of every group, minus that of all cells.
+    axes
+        (genes, k) orthonormal.
+    variance
+        (genes,) variance of a cell inside its group.
+    cells
+        (groups,) cells of every group, at least 1.
+    """
+    unexplained = means - (means @ axes) @ axes.T
+    between = np.maximum((unexplained**2).mean(axis=0) - variance * (1 / cells).mean(), 0.0)
+    doubt = between + variance / cells[:, None]  # variance of a group's mean of a gene
+    positive = doubt[doubt > 0]
+    doubt = np.maximum(doubt, np.quantile(positive, LEAST_DOUBT) if len(positive) else 1.0)
+    found = np.empty((len(means), axes.shape[1]))
+    for group, (mean, own) in enumerate(zip(means, doubt, strict=True)):
+        weighted = axes / own[:, None]
+        found[group] = np.linalg.solve(weighted.T @ axes, weighted.T @ mean)
+    return found
+
+
+def shrunk(e: np.ndarray, own_mean: np.ndarray, position: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Return coordinates regressed to the position of the cell's own group: (cells, k).
+
+    Parameters
+    ----------
+    e, own_mean, position
+        (cells, k) coordinates, the mean of each cell's group, and where that group stands.
     share
         (k, k) Lambda.
     """
-    return np.asarray(own_mean + (e - own_mean) @ share.T)
+    return np.asarray(position + (e - own_mean) @ share.T)
 
 
 def corners(populations: int, reach: float) -> np.ndarray:

@@ -58,6 +58,14 @@ def test_covariance_inside_groups_is_that_of_the_groups_centred_one_by_one(cells
     np.testing.assert_allclose(found, centred.T @ centred / len(centred), atol=1e-12)
 
 
+def test_variance_inside_groups_is_of_all_cells(cells):
+    x, groups = cells
+    exact = x.astype(np.float64)
+    centred = exact - np.stack([exact[groups == g].mean(axis=0) for g in range(GROUPS)])[groups]
+    found = summed(x, groups, np.array([True, False, False, False, False]), 50)
+    np.testing.assert_allclose(found.within_variance, (centred**2).mean(axis=0))
+
+
 def test_the_mean_is_of_all_cells_whichever_enter_the_products(cells):
     x, groups = cells
     found = summed(x, groups, np.array([True, False, False, False, False]), 50)

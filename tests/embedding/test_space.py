@@ -111,11 +111,11 @@ def test_unshrunk_state_is_the_projection_on_what_varies_inside_control_donors(c
 
 def test_shrunk_state_keeps_the_groups_means_and_draws_cells_towards_them(cohort, finished, tmp_path):
     k = nd.open_results(finished, embedding=keys.STATE).embedding().shape[1]
-    plain = run(cohort, tmp_path / "run", keys.STATE, **{"state.k": k, "state.shrink": False}).results
-    points = [
-        results.embedding(order="packed").to_numpy().astype(np.float64)
-        for results in (nd.open_results(finished, embedding=keys.STATE), plain)
-    ]
+    plain, own = (
+        run(cohort, tmp_path / form, keys.STATE, **{"state.k": k, "state.shrink": form}).results
+        for form in ("none", "own")
+    )
+    points = [results.embedding(order="packed").to_numpy().astype(np.float64) for results in (own, plain)]
     groups = plain.packed_obs[keys.OBS_GROUP].to_numpy()
     means = [pd.DataFrame(p).groupby(groups).transform("mean").to_numpy() for p in points]
     np.testing.assert_allclose(means[0], means[1], atol=1e-5)

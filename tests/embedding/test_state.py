@@ -113,7 +113,8 @@ def test_shrunk_coordinates_are_the_prototypes(counts):
     np.testing.assert_allclose(found.covariance("spread"), N, atol=1e-10)
     got = state.reliability(found.covariance("signal"), found.covariance("spread"))
     np.testing.assert_allclose(got, share, atol=1e-8)
-    np.testing.assert_allclose(state.shrunk(e, found.group_means[d], got), expected, atol=1e-7)
+    own = found.group_means[d]
+    np.testing.assert_allclose(state.shrunk(e, own, own, got), expected, atol=1e-7)
     assert moved.shape == (CELLS,)
 
 
@@ -129,6 +130,36 @@ def test_as_many_dimensions_are_confirmed_as_were_planted():
     assert state.confirmed_dimensions(parts[0], parts[1], parts[2] + 1e-6 * np.eye(10)) == 2
     noisy = parts[2] + np.diag([10.0] * 10)  # nothing is mostly signal; one dimension is always kept
     assert state.confirmed_dimensions(parts[0], parts[1], noisy) == 1
+
+
+def test_a_groups_position_follows_the_state_and_not_what_moves_single_genes():
+    rng = generator(7)
+    axes = np.linalg.qr(rng.normal(size=(200, 2)))[0]
+    truth = rng.normal(size=(12, 2)) * 3
+    cells = rng.integers(50, 200, 12)
+    noise = rng.normal(size=(12, 200)) * np.sqrt(1 / cells)[:, None]
+    means = truth @ axes.T + noise
+    moved = means.copy()
+    moved[:6, np.argsort(-np.abs(axes[:, 0]))[:5]] += 4.0  # an effect on five genes that load on the axis
+    fitted = state.fitted_positions(moved, axes, np.ones(200), cells)
+    projected = moved @ axes
+    errors = [float(np.abs(found - truth).mean()) for found in (fitted, projected)]
+    assert errors[0] < 0.2 < 0.5 < errors[1]
+    np.testing.assert_allclose(state.fitted_positions(means, axes, np.ones(200), cells), truth, atol=0.5)
+
+
+def test_positions_are_those_of_the_prototype():
+    rng = generator(8)
+    axes, variance = np.linalg.qr(rng.normal(size=(30, 3)))[0], rng.uniform(0.1, 2, 30)
+    means, cells = rng.normal(size=(6, 30)), np.array([3, 40, 500, 60, 7, 80])
+    rest = means - means @ axes @ axes.T
+    psi = np.maximum((rest**2).mean(0) - variance * (1 / cells).mean(), 0)[None] + variance[None] / cells[:, None]
+    psi = np.maximum(psi, np.quantile(psi, 0.05))
+    expected = [
+        np.linalg.solve((axes / p[:, None]).T @ axes, (axes / p[:, None]).T @ m)
+        for m, p in zip(means, psi, strict=True)
+    ]
+    np.testing.assert_allclose(state.fitted_positions(means, axes, variance, cells), expected)
 
 
 @pytest.mark.parametrize("planted", [0, 1, 3])
