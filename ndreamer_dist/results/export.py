@@ -59,7 +59,7 @@ def write_part(
     what
         The name of a layer, or `expression`, `effect` or `counterfactual`.
     embedding
-        Add `obsm["X_ndreamer_pca"]`, where the format has room for it.
+        Add the coordinates that cells were matched in to `obsm`, where the format has room for it.
     cohort
         The input cohort, for genes that were not modelled.
     condition, baseline
