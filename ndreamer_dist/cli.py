@@ -342,7 +342,9 @@ def get(
         str | None, typer.Option(help="""Query on obs: 'cell_type == "B cells"'; or @FILE with a cell's name a line.""")
     ] = None,
     genes: Genes = None,
-    embedding: Annotated[bool, typer.Option(help="Add the coordinates that cells were matched in to .h5ad and .zarr, for plots.")] = True,
+    embedding: Annotated[
+        bool, typer.Option(help="Add the coordinates that cells were matched in to .h5ad and .zarr, for plots.")
+    ] = True,
     condition: Annotated[
         str | None, typer.Option(help="Condition of the effect or counterfactual; required for these two layers.")
     ] = None,
