@@ -19,7 +19,7 @@ HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 WEB_PAGE = (b"<!doctype html", b"<html", b"<?xml")
 
 
-def told_apart(storage: Storage, root: Any = None) -> str | None:
+def recognised_format(storage: Storage, root: Any = None) -> str | None:
     """Return what something is that is no AnnData store, and what to do with it; none where nobody can tell.
 
     Parameters

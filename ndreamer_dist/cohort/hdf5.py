@@ -65,8 +65,8 @@ def open_file(path: str, url: str) -> h5py.File:
 
 def lock_error(error: BaseException) -> int | None:
     """Return the number of the system's error where HDF5 could not lock a file; none where something else happened."""
-    told = re.search(r"unable to lock file, errno = (\d+)", str(error))
-    return int(told.group(1)) if told else None
+    match = re.search(r"unable to lock file, errno = (\d+)", str(error))
+    return int(match.group(1)) if match else None
 
 
 @lru_cache(maxsize=1)

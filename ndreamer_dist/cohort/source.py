@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ndreamer_dist.cohort.formats import MODALITY, told_apart
+from ndreamer_dist.cohort.formats import MODALITY, recognised_format
 from ndreamer_dist.cohort.matrix import Kind, Matrix, MemoryMatrix, as_rows, memory_matrix
 from ndreamer_dist.cohort.stored import (
     COLUMN_ENTRIES,
@@ -333,7 +333,7 @@ def open_group(storage: Storage, container: Container) -> Any:
     group = root.get(f"mod/{MODALITY}", root)
     missing = [name for name in ("obs", "var") if name not in group]
     if missing:
-        what = told_apart(storage, root)
+        what = recognised_format(storage, root)
         msg = f"{storage.url} is {what}" if what else (
             f"{storage.url} is not an AnnData store: it holds no {' and no '.join(missing)}; it holds {listing(root)}"
         )  # fmt: skip
@@ -379,7 +379,7 @@ def _opened(storage: Storage, container: Container) -> Any:
         msg = f"{url} may not be read ({one_line(error)})"
         raise CohortError(msg) from error
     except Exception as error:
-        what = told_apart(storage)
+        what = recognised_format(storage)
         kind = "an h5ad file" if container == "h5ad" else "a zarr store"
         msg = f"{url} is {what}" if what else (
             f"{url} cannot be opened as {kind}: it is truncated, or something else ({one_line(error)})"

@@ -145,15 +145,15 @@ def gene_places(index: pd.Index, table: pd.DataFrame, names: Iterable[object]) -
             continue
         known = _other_names(index, table) if known is None else known
         bare = VERSION.sub(r"\1", name)
-        found: list[int] = []
+        matching: list[int] = []
         for other in known:
-            found = (
+            matching = (
                 np.flatnonzero((other == name).to_numpy()).tolist()
                 or np.flatnonzero((other == bare).to_numpy()).tolist()
             )
-            if found:
+            if matching:
                 break
-        places[name] = found
+        places[name] = matching
     return places
 
 

@@ -126,10 +126,10 @@ def _ray_folder() -> str | None:
         raise RunError(msg)
     for parent in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - short ones, as sockets need
         if os.access(parent, os.W_OK | os.X_OK):
-            made = tempfile.mkdtemp(prefix="ray-", dir=parent)
-            atexit.register(_leave, made)
-            logger.info("Ray keeps its files in %s: %s is too long or not writable", made, _default_folder())
-            return made
+            folder = tempfile.mkdtemp(prefix="ray-", dir=parent)
+            atexit.register(_leave, folder)
+            logger.info("Ray keeps its files in %s: %s is too long or not writable", folder, _default_folder())
+            return folder
     msg = "Ray finds no folder to keep its files in; set RAY_TMPDIR to a short one that can be written"
     raise RunError(msg)
 

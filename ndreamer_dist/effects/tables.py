@@ -363,11 +363,11 @@ def writable(table: pd.DataFrame, where: str) -> pd.DataFrame:
             changed[name] = _nullable(column, where)
         elif _is_unwritable_number(column.dtype):
             changed[name] = _plain_numbers(column)
-    made = table.assign(**changed) if changed else table
-    name = made.index.name
-    if name is not None and name in made and not made.index.equals(pd.Index(made[name])):
-        made = made.rename_axis(index=None)
-    return made
+    written = table.assign(**changed) if changed else table
+    name = written.index.name
+    if name is not None and name in written and not written.index.equals(pd.Index(written[name])):
+        written = written.rename_axis(index=None)
+    return written
 
 
 def _is_unwritable_number(dtype: Any) -> bool:

@@ -171,8 +171,8 @@ def conditional_questions(
     effects: Sequence[str], counterfactuals: Sequence[str], code: Callable[[str], int]
 ) -> dict[str, Question]:
     """Return the questions for effects of conditions and for expression under them, by the names of their layers."""
-    made = {f"effect_{name}": effect_question(code(name), 0) for name in effects}
-    return made | {f"counterfactual_{name}": counterfactual_question(code(name)) for name in counterfactuals}
+    questions = {f"effect_{name}": effect_question(code(name), 0) for name in effects}
+    return questions | {f"counterfactual_{name}": counterfactual_question(code(name)) for name in counterfactuals}
 
 
 def token_of(*what: Any) -> str:

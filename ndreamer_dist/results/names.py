@@ -88,16 +88,16 @@ def places_of_genes(table: pd.DataFrame, names: Sequence[Any]) -> np.ndarray:
     QueryError
         A gene is not there, or several are called so.
     """
-    found = gene_places(table.index, table, names)
-    absent = [name for name, places in found.items() if not places]
+    places_by_name = gene_places(table.index, table, names)
+    absent = [name for name, places in places_by_name.items() if not places]
     if absent:
         hint = " Genes that were not modelled are found in the input cohort, if given."
         raise QueryError(_absent("gene", absent, table.index, hint))
-    several = {name: places for name, places in found.items() if len(places) > 1}
+    several = {name: places for name, places in places_by_name.items() if len(places) > 1}
     for name, places in several.items():
         msg = f"{len(places)} genes are called {name!r}; name one of them: {listing(table.index[places])}"
         raise QueryError(msg)
-    return np.array([found[str(name)][0] for name in names], dtype=np.int64)
+    return np.array([places_by_name[str(name)][0] for name in names], dtype=np.int64)
 
 
 def _absent(what: str, names: Sequence[str], index: pd.Index, hint: str) -> str:

@@ -120,8 +120,8 @@ def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
         if not own_tries:
             config["retries"] = {"mode": "standard", "total_max_attempts": 1}
         # At more than one it would ask for the size of every object before it reads it whole.
-        made = {"max_concurrency": 1, "config_kwargs": config | _configured(protocol, "config_kwargs")}
-        return made if _has_credentials(protocol) else made | {"anon": True}
+        asked = {"max_concurrency": 1, "config_kwargs": config | _configured(protocol, "config_kwargs")}
+        return asked if _has_credentials(protocol) else asked | {"anon": True}
     if protocol in ("http", "https"):
         return {"client_kwargs": {"timeout": silent} | _configured(protocol, "client_kwargs")}
     # `alone` changes a file system, so that whoever wants its own tries needs another than the one that fsspec keeps.
@@ -135,8 +135,8 @@ def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
 
 def _has_credentials(protocol: str) -> bool:
     """Return whether S3 would be asked as somebody: without credentials a public bucket is still to be read."""
-    told = fsspec.config.conf.get(protocol, {}) | fsspec.config.conf.get("s3", {})
-    if told.keys() & {"key", "secret", "token", "anon", "profile", "client_kwargs"}:
+    configured = fsspec.config.conf.get(protocol, {}) | fsspec.config.conf.get("s3", {})
+    if configured.keys() & {"key", "secret", "token", "anon", "profile", "client_kwargs"}:
         return True
     return _found_credentials(
         tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
@@ -150,12 +150,12 @@ def _found_credentials(environment: tuple[tuple[str, str], ...]) -> bool:  # noq
     except ImportError:  # the file system will say what is missing
         return True
     try:
-        found = botocore.session.Session().get_credentials() is not None
+        known = botocore.session.Session().get_credentials() is not None
     except Exception:  # noqa: BLE001 - a profile that is not there, say: the file system says it better
         return True
-    if not found:
+    if not known:
         logger.info("there are no credentials for S3: buckets are asked anonymously, as public ones allow")
-    return found
+    return known
 
 
 def _configured(protocol: str, option: str) -> dict[str, Any]:

@@ -208,3 +208,28 @@ def test_what_an_analysis_leaves_in_uns_is_not_opened(tmp_path: Path) -> None:
         for name in file["uns/rank_genes_groups"]:
             file["uns/rank_genes_groups"][name].attrs["encoding-type"] = "of another world"
     assert open_source(path).n_cells == 200
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_sharded_zarr_with_nullable_columns_is_read(dense: bool, tmp_path: Path) -> None:
+    adata = counts(300, 40)
+    adata.obs["text"] = pd.array(["x", None, "y"] * 100, dtype="string")
+    adata.obs["number"] = pd.array([1, None, 3] * 100, dtype="Int64")
+    adata.obs["condition"] = adata.obs["condition"].astype("string")
+    written = adata.copy()
+    if dense:
+        written.X = adata.X.toarray()
+    settings = {"auto_shard_zarr_v3": True, "zarr_write_format": 3, "allow_write_nullable_strings": True}
+    with ad.settings.override(**settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written.write_zarr(tmp_path / "in.zarr", chunks=(50, 40)) if dense else written.write_zarr(tmp_path / "in.zarr")
+    array = zarr.open_group(tmp_path / "in.zarr")["X" if dense else "X/data"]
+    assert array.shards is not None
+    assert_reads(str(tmp_path / "in.zarr"), adata)
+    obs = open_source(str(tmp_path / "in.zarr")).obs
+    assert obs["number"].isna().sum() == 100
+    (path,) = [p for p in (tmp_path / "in.zarr/X").rglob("c/*") if p.is_file()][:1] or [None]
+    if not dense:
+        path.unlink()
+        with pytest.raises(CohortError, match=r"X is truncated: .* chunks of X/"):
+            open_source(str(tmp_path / "in.zarr"))
