@@ -46,7 +46,7 @@ Format = Literal["ndreamer"]
 Layer = Literal["ite", "denoised", "batch_effect", "expression", "effect", "counterfactual"]
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
-"""What all words that no command takes are raised as: unknown options, missing arguments, values of a wrong type."""
+"""The base of typer's errors for unknown options, missing arguments and values of a wrong type."""
 LONGEST_LINE = 4000
 """Characters of a refusal that are shown."""
 REMOVED = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
@@ -57,14 +57,16 @@ STOPPED = 130
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="STAGE.NAME=VALUE", help="Any setting, repeatable; `ndreamer-dist settings` lists them."
+        "--set", metavar="STAGE.NAME=VALUE", help="Change one setting; repeatable. `ndreamer-dist settings` lists all."
     ),
 ]
 
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store, by path or URL.")]
 ConditionKey = Annotated[str | None, typer.Option(help="Column of obs that holds the condition.")]
 Control = Annotated[str | None, typer.Option(help="Name of the control condition.")]
-BatchKey = Annotated[list[str] | None, typer.Option(help="Column of obs that holds the batch; repeatable.")]
+BatchKey = Annotated[
+    list[str] | None, typer.Option(help="Column of obs that holds the batch (donor, site); repeatable.")
+]
 PresetName = Annotated[
     Preset, typer.Option(help="paper: the method's defaults; small: for laptops, keeps types, not states.")
 ]
@@ -75,7 +77,8 @@ Embedding = Annotated[
     ),
 ]
 ValuesOfX = Annotated[
-    Normalise | None, typer.Option(help="What X holds: counts; none: log-normalised values; auto: looked at (default).")
+    Normalise | None,
+    typer.Option(help="What X holds. counts: raw counts; none: log-normalised values; auto: find out (default)."),
 ]
 LayerOfInput = Annotated[
     str | None, typer.Option("--layer", help="Layer to read in place of X; raw: the counts in .raw, with its genes.")
@@ -91,7 +94,9 @@ Config = Annotated[
 Workers = Annotated[int | None, typer.Option(help="Training workers (default: 1).")]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to run on: auto, or ray://HOST:10001 (default: RAY_ADDRESS, else a local Ray)."),
+    typer.Option(
+        help="Ray cluster to run on: auto, HOST:PORT or ray://HOST:10001 (default: RAY_ADDRESS, else a local Ray)."
+    ),
 ]
 ResultsAddress = Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")]
 Compared = Annotated[str | None, typer.Option(help="Condition to compare with the control (default: each of them).")]
@@ -143,11 +148,13 @@ def run(
     address: Address = None,
     redo: Annotated[
         bool,
-        typer.Option("--redo", help="Run again the finished stages whose settings have changed, and those after them."),
+        typer.Option(
+            "--redo", help="Run the finished stages again whose settings have changed, and the stages after them."
+        ),
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete the run that --out holds.")] = False,
 ) -> None:
-    """Run the whole job on a cohort; an interrupted run goes on, a finished one does nothing."""
+    """Run the whole job on a cohort. The same command continues an interrupted run and leaves a finished one alone."""
     from ndreamer_dist.pipeline import run as run_job
 
     given = {"train.workers": workers, "run.address": address}
@@ -174,7 +181,8 @@ def run(
 def plan(
     cohort: Input,
     out: Annotated[
-        str | None, typer.Option(help="Run directory of the run to come: its free disk is compared with the need.")
+        str | None,
+        typer.Option(help="Run directory that `run` will write; the plan compares its free disk with the need."),
     ] = None,
     condition_key: ConditionKey = None,
     control: Control = None,
@@ -190,7 +198,7 @@ def plan(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what `run` would do and need: groups, steps, memory, disk; nothing is run."""
+    """Show what `run` would do and need (groups, steps, memory, disk), without running it."""
     from ndreamer_dist.pipeline import plan as plan_job
 
     given = {"train.workers": workers, **_cohort_settings(normalise, layer, gene_names, exclude_condition)}
@@ -210,9 +218,9 @@ def plan(
 
 @app.command()
 def settings(
-    preset: Annotated[Preset, typer.Option(help="Whose values to write.")] = "paper",
+    preset: Annotated[Preset, typer.Option(help="Print the values of this preset.")] = "paper",
 ) -> None:
-    """Write every setting with its value and meaning, as YAML that --config takes."""
+    """Print every setting with its value and meaning, as YAML for --config."""
     from ndreamer_dist.settings import Settings
 
     print(Settings.build(preset=preset).to_yaml(), end="")
@@ -222,7 +230,10 @@ def settings(
 def match(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory.")],
     edges: Annotated[
-        str, typer.Option(help="all: every pair of groups; or a condition: from every group to its groups.")
+        str,
+        typer.Option(
+            help="all: match every pair of groups; a condition: match every group to the groups of that condition."
+        ),
     ] = "all",
     embedding: Annotated[
         str | None, typer.Option(help="Matching space, where there are several (default: the first).")
@@ -230,7 +241,7 @@ def match(
     assignments: Set = None,
     address: Address = None,
 ) -> None:
-    """Match more pairs of groups of a finished run, for other contrasts; its results stay as they are."""
+    """Match more pairs of groups of a finished run, for other contrasts. Its results stay as they are."""
     from ndreamer_dist.pipeline import add_matches
 
     how = _overrides(assignments, {"run.address": address})
@@ -251,7 +262,7 @@ def demo(
     assignments: Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> None:
-    """Simulate a small cohort, run the whole job on it, and say how well the truth was recovered."""
+    """Simulate a small cohort, run the whole job on it, and show how well the run recovers the true effects."""
     from ndreamer_dist.commands.demo import run_demo
 
     sizes = {"cells": cells, "genes": genes, "state_effects": state_effects}
@@ -277,7 +288,7 @@ def simulate(
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 0,
 ) -> None:
-    """Write a cohort whose true effects are known, chunk by chunk."""
+    """Simulate a cohort whose true effects are known."""
     from ndreamer_dist.commands.demo import simulate_with_bar
 
     simulate_with_bar(
@@ -304,7 +315,7 @@ def info(
     run_directory: ResultsAddress,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run holds, or how far a running one is."""
+    """Show what a finished run holds, or the progress of a running one."""
     from ndreamer_dist.commands.info import describe
 
     print(describe(run_directory, as_json=as_json))
@@ -313,11 +324,13 @@ def info(
 @app.command()
 def check(
     run_directory: Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or its URL.")],
-    mend: Annotated[bool, typer.Option("--mend", help="Remove what is damaged, for `run` to make it again.")] = False,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="Delete the damaged files, so that `run` makes them again.")
+    ] = False,
     assignments: Set = None,
     address: Address = None,
 ) -> None:
-    """Read all that a run has made and name what is damaged or missing; exit code 2 where anything is."""
+    """Read all files of a run and name those that are damaged or missing; if there are any, the exit code is 2."""
     from ndreamer_dist.commands.verify import check as check_run
 
     found = check_run(run_directory, mend=mend, settings=_overrides(assignments, {"run.address": address}))
@@ -346,14 +359,14 @@ def get(
         bool, typer.Option(help="Add the coordinates that cells were matched in to .h5ad and .zarr, for plots.")
     ] = True,
     condition: Annotated[
-        str | None, typer.Option(help="Condition of the effect or counterfactual; required for these two layers.")
+        str | None, typer.Option(help="Condition of the effect or the counterfactual; these two layers need it.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Condition that an effect is compared with (default: the control).")
+        str | None, typer.Option(help="Condition to compare an effect with (default: the control).")
     ] = None,
     cohort: InputAgain = None,
 ) -> None:
-    """Write a part of the results to a file; only the chunks that hold it are read."""
+    """Write a part of the results to a file, reading only the chunks that hold it."""
     from ndreamer_dist.results.export import write_part
 
     (n_cells, n_genes), reads = write_part(
@@ -394,15 +407,16 @@ def cate(
     genes: Genes = None,
     cohort: InputAgain = None,
     donor_key: DonorKey = None,
-    min_cells: Annotated[int, typer.Option(min=1, help="Fewest cells that a donor must have in a population.")] = 10,
+    min_cells: Annotated[int, typer.Option(min=1, help="Leave out donors with fewer cells in a population.")] = 10,
     population: Annotated[
-        Asking, typer.Option(help="Query cells: those of all donors, or of the treated ones.")
+        Asking, typer.Option(help="Cells at which donors are compared: those of all donors, or of the treated donors.")
     ] = "all",
     covariates: Annotated[
-        str | None, typer.Option(help="Columns of obs, separated by commas: donor covariates of a linear model.")
+        str | None,
+        typer.Option(help="Columns of obs, separated by commas: covariates of the donors, for a linear model."),
     ] = None,
 ) -> None:
-    """Write the effect of the condition per population and gene, with donors as the replicates."""
+    """Write the effect of the condition on each population and gene, with donors as replicates."""
     from ndreamer_dist.results.export import TABLES, checked, save_table
     from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
     from ndreamer_dist.stats.results import open_results
@@ -429,10 +443,10 @@ def null(
     ] = None,
     condition: Compared = None,
     donor_key: DonorKey = None,
-    labellings: Annotated[int, typer.Option(min=1, help="How many permutations of the donor labels.")] = 10,
+    labellings: Annotated[int, typer.Option(min=1, help="Number of permutations of the donor labels.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the permutations.")] = 0,
 ) -> None:
-    """Check calibration: the tests under permuted donor labels, where there is no effect to find."""
+    """Check the calibration of the tests: permute the donor labels, so that there is no effect to find."""
     from ndreamer_dist.results.export import TABLES, checked, save_table
     from ndreamer_dist.stats.null import rates
     from ndreamer_dist.stats.results import open_results
@@ -448,14 +462,14 @@ def null(
 @app.command("all-genes")
 def all_genes(
     run_directory: ResultsAddress,
-    cohort: Annotated[str, typer.Argument(metavar="INPUT", help="The cohort that the run was given.")],
+    cohort: Annotated[str, typer.Argument(metavar="INPUT", help="The cohort of the run.")],
     out: Annotated[str, typer.Option(help="Directory to write, local or on object storage.")],
     layers: Annotated[
-        str, typer.Option(help="What to store, separated by commas: ite, denoised, batch_effect.")
+        str, typer.Option(help="Layers to store, separated by commas: ite, denoised, batch_effect.")
     ] = "ite",
     assignments: Set = None,
 ) -> None:
-    """Write the effects of all genes of the cohort, not only the modelled ones, through the run's matches."""
+    """Write the effects of all genes of the cohort, modelled or not, through the run's matches."""
     from ndreamer_dist.commands.all_genes import all_genes as write_all
 
     made = write_all(run_directory, cohort, out=out, layers=_names(layers) or [], settings=_overrides(assignments, {}))
@@ -468,12 +482,14 @@ def report(
     out: Annotated[str | None, typer.Option(help="HTML file to write (default: DIR/report/report.html).")] = None,
     by: Annotated[
         str | None,
-        typer.Option(help="Column of obs that names populations (default: the one that looks most like cell types)."),
+        typer.Option(
+            help="Column of obs that names populations (default: the column that looks most like cell types)."
+        ),
     ] = None,
     condition: Compared = None,
     donor_key: DonorKey = None,
 ) -> None:
-    """Write one HTML page of what a run found, with figures and tables, and how far to trust it."""
+    """Write one HTML page: what a run found, in figures and tables, and how far to trust it."""
     from ndreamer_dist.report.page import report as write_report
 
     print(f"wrote {write_report(run_directory, out, by=by, condition=condition, donor_key=donor_key)}")
@@ -484,10 +500,10 @@ def export(
     run_directory: ResultsAddress,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     layout: Annotated[
-        Format, typer.Option("--format", help="ndreamer: what the published package writes.")
+        Format, typer.Option("--format", help="ndreamer: the layout of the published package.")
     ] = "ndreamer",
 ) -> None:
-    """Write all results in the file layout of the published package, group by group."""
+    """Write all results in the file layout of the published package."""
     from ndreamer_dist.commands.ndreamer_layout import export as write_layout
 
     written = write_layout(run_directory, out=out, format=layout)
@@ -528,7 +544,7 @@ def _selected(text: str | None) -> str | list[str] | None:
 
 
 def _overrides(assignments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that were given by `--set` and by options of their own."""
+    """Return the settings of `--set`, and of the options that stand for a setting."""
     quiet = not logging.getLogger("ndreamer_dist").isEnabledFor(logging.INFO)
     bars = {"run.progress": False} if quiet else {}
     return bars | parse_assignments(assignments or []) | {k: value for k, value in given.items() if value is not None}
@@ -555,7 +571,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def obey(arguments: list[str] | None) -> None:
-    """Do what the words of a command line say; `SettingsError` where no command takes them."""
+    """Run the command that the words name; `SettingsError` where no command takes them."""
     words = _global_first(sys.argv[1:] if arguments is None else arguments)
     asked = next((word for word in words if not word.startswith("-")), "")
     if asked in REMOVED:

@@ -24,9 +24,9 @@ from tests.tiny import NAMES, PROMPT, SETTINGS, assert_same_bits, run_words, tin
 
 SCRIPTS = sorted((CLUSTER / "slurm").glob("*.sbatch"))
 ONE, SEVERAL = CLUSTER / "slurm/one-node.sbatch", CLUSTER / "slurm/nodes.sbatch"
-JOB = SETTINGS | {"train.epochs": 24, "train.checkpoint_steps": 8}
+JOB = SETTINGS | {"train.epochs": 16, "train.checkpoint_steps": 4}
 ON_RAY = {name: value for name, value in JOB.items() if name != "run.serial"}
-PATIENCE_SECONDS = 400
+PATIENCE_SECONDS = 600
 KNOWN = {
     "job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "mem", "time", "signal", "requeue", "open-mode",
     "output", "exclusive",
@@ -156,7 +156,7 @@ def two_nodes(home: Path, shared: Path) -> Iterator[list[Machine]]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_a_stopped_job_on_two_nodes_ends_with_the_same_bits(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
     with tempfile.TemporaryDirectory(prefix="nd-", dir="/tmp") as home, contextlib.ExitStack() as stack:
