@@ -24,8 +24,8 @@ from ndreamer_dist.settings import parse_assignments, read_yaml
 
 EXIT_CODES = """\
 Exit codes: 0, done; 1, an unexpected error, with its trace; 2, refused: the last line of standard error names the input,
-setting, file or resource that will not do, and what to change (`check`: something is damaged); 130, stopped by Ctrl-C:
-the same command goes on. Answers go to standard output, progress and errors to standard error."""
+setting, file or resource that will not do, and what to change (`check`: something is damaged); 130, stopped by Ctrl-C, or
+143, by SIGTERM: the same command goes on. Answers go to standard output, progress and errors to standard error."""
 """Shown under `--help`, and in docs/how-to/workflows.md."""
 
 app = typer.Typer(
@@ -598,7 +598,7 @@ def _global_first(words: list[str]) -> list[str]:
 
 
 def speak(work: Callable[[], object]) -> None:
-    """Do some work as a program: its refusals are one line and exit code 2, its progress goes to standard error.
+    """Run some work as a program: print a refusal as one line, end with exit code 2, log to standard error.
 
     Ctrl-C and SIGTERM end it with one line and exit codes 130 and 143.
     """
