@@ -337,10 +337,10 @@ def check(
     for line in found.damage:
         print(printable(line))
     if found.damage:
-        what = "what was damaged is removed" if mend else "--mend removes what is damaged"
+        what = "the damaged files are deleted" if mend else "--mend deletes the damaged files"
         msg = (
             f"{len(found.damage)} of {found.files} files of {found.url} are damaged or missing; {what}, and the run's own "
-            "command makes it again"
+            "command makes them again"
         )
         raise StoreError(msg)
     print(f"{found.url}: {found.files} files, {found.bytes / 1e6:.1f} MB, all as they were written")

@@ -353,7 +353,7 @@ def ray_failures() -> Iterator[None]:
         if not _is_rays(error):
             raise
         what = " ".join(str(error).split())[:LONGEST_LOSS]
-        msg = f"Ray has failed ({type(error).__name__}: {what}); the same command goes on from what is done"
+        msg = f"Ray failed ({type(error).__name__}: {what}); the same command continues from what is done"
         raise RunError(msg) from error
 
 

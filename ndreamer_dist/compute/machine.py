@@ -95,7 +95,7 @@ def use_writable_caches() -> None:
         folder = tempfile.mkdtemp(prefix="ndreamer-")
     except OSError as error:
         msg = (
-            f"neither the home folder nor one for temporary files can be written ({error}); set TMPDIR to one that can"
+            f"neither the home folder nor a folder for temporary files is writable ({error}); set TMPDIR to one that is"
         )
         raise ResourceError(msg) from error
     atexit.register(_remove, folder, os.getpid())
@@ -195,7 +195,7 @@ def check_resources(needs: Needs, *, memory: int, disk: int, where: str) -> None
     """
     if needs.memory > memory:
         msg = (
-            f"the plan needs {needs.memory / 1e9:.1f} GB of memory and {memory / 1e9:.1f} GB may be used; give it fewer "
+            f"the plan needs {needs.memory / 1e9:.1f} GB of memory and may use {memory / 1e9:.1f} GB; use fewer "
             "processors (--set run.cpus=1), smaller blocks (--set pack.block_rows=1024), or a larger machine"
         )
         raise ResourceError(msg)

@@ -84,7 +84,7 @@ def test_nowhere_to_write_is_one_line(fresh: pytest.MonkeyPatch) -> None:
 
     fresh.setenv("HOME", NOWHERE)
     fresh.setattr(machine.tempfile, "mkdtemp", no_room)
-    with pytest.raises(ResourceError, match=r"neither the home folder nor one for temporary files.*set TMPDIR"):
+    with pytest.raises(ResourceError, match=r"neither the home folder nor a folder for temporary files.*set TMPDIR"):
         machine.use_writable_caches()
 
 

@@ -186,7 +186,7 @@ def test_all_that_is_damaged_is_named_at_once_and_check_with_run_mends_it(
     told = command(["check", str(run), "--mend"])
     assert told.code == 2
     assert told.out.splitlines() == list(found.damage)
-    assert told.err.endswith("what was damaged is removed, and the run's own command makes it again\n")
+    assert told.err.endswith("the damaged files are deleted, and the run's own command makes them again\n")
     run_again(cohort, run)
     assert_same_bits(reference, run)
     assert not nd.check(run).damage
