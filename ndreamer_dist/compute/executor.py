@@ -36,7 +36,7 @@ CANCEL_SECONDS = 5
 LEAST_SHARED_CELLS = 25_000
 """Cells whose work outside training, done on other processors, saves as much time as a local Ray costs.
 
-Measured in processor seconds on a busy machine (docs/benchmarks.md).
+Measured in processor seconds on a busy machine (docs/benchmarks-log.md).
 """
 LONGEST_LOSS = 400
 """Characters that are told of an error of Ray's."""

@@ -1,7 +1,7 @@
 """The tables of cluster/README.md, computed: `python -m tests.cluster.sizing` prints them.
 
 Sizes follow from `ndreamer_dist.planning.memory` and `ndreamer_dist.training.sampling` for the paper preset; none is measured. Costs are
-those steps, cells and matches, times the seconds of one as they were measured on 2 cores (docs/benchmarks.md).
+those steps, cells and matches, times the seconds of one as they were measured on 2 cores (docs/benchmarks-log.md).
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_the_sizing_table_is_what_is_promised() -> None:
 
 def test_the_costs_are_computed_from_what_was_measured() -> None:
     assert sizing.costs() in TEXT
-    measured = (ROOT / "docs" / "benchmarks.md").read_text()
+    measured = (ROOT / "docs" / "benchmarks-log.md").read_text()
     (step,) = re.findall(r"^\| ours \| ([\d.]+) \|", measured, re.MULTILINE)
     assert float(step) == sizing.STEP_SECONDS
     assert f"the steps of the table above times {step} s" in TEXT

@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md, computed: `python -m tests.docs.scaling` prints them.
 
 Sizes follow from `ndreamer_dist.planning.memory` and the sampling plan, times from what was measured of a million cells
-(docs/benchmarks.md): seconds of a stage on 2 cores, divided by what the stage's work grows with.
+(docs/benchmarks-log.md): seconds of a stage on 2 cores, divided by what the stage's work grows with.
 """
 
 from __future__ import annotations
