@@ -177,7 +177,8 @@ def _written_by_others(directory: RunDirectory, files: Sequence[MadeFile], sizes
     if all(sizes.get(name) == size for name, size in tables.items()):
         return False
     try:
-        obs = anndata.io.read_elem(zarr.open_group((directory.storage / keys.RESULTS / "obs").store(read_only=True)))
+        store = (directory.storage / keys.RESULTS / "obs").store(read_only=True)
+        obs = anndata.io.read_elem(zarr.open_group(store, mode="r", use_consolidated=False))
         rows = read_array(directory.storage / keys.PACKED, keys.PACKED_INPUT_ROW)
         same = np.array_equal(obs[keys.OBS_INPUT_ROW].to_numpy(), rows)
     except Exception:

@@ -251,13 +251,13 @@ def _tiles(data: PageData) -> list[tuple[str, str]]:
 def _summary(data: PageData) -> Iterator[str]:
     """Say what was found, a sentence or two per condition; of many conditions, of those with most called genes."""
     called_genes = (data.table["p_adjusted"] < plots.SIGNIFICANT).groupby(data.table["condition"]).sum()
-    first = sorted(data.conditions, key=lambda name: -int(called_genes[name]))[:MOST_TOLD]
-    if len(first) < len(data.conditions):
+    chosen = sorted(data.conditions, key=lambda name: -int(called_genes[name]))[:MOST_TOLD]
+    if len(chosen) < len(data.conditions):
         yield (
-            f"There are {len(data.conditions)} conditions; these sentences are of the {len(first)} with most called genes, "
+            f"There are {len(data.conditions)} conditions; these sentences are of the {len(chosen)} with most called genes, "
             "the tables below of all."
         )
-    for condition in first:
+    for condition in chosen:
         parts = data.populations(condition)
         tested = [(name, part) for name, part in parts if part["p"].notna().any()]
         called = [(int((part["p_adjusted"] < plots.SIGNIFICANT).sum()), name) for name, part in tested]
@@ -435,7 +435,7 @@ def _cell_pictures(data: PageData) -> Iterator[Picture]:
 
 
 def _effect_pictures(data: PageData) -> Iterator[Picture]:
-    top = [data.labels.get(gene, gene) for gene in plots.top_genes(data.table, 8)]
+    top = [data.labels.get(gene, gene) for gene in plots.top_genes(plots.relied_on(data.table), 8)]
     yield _picture(
         f"Effects of {_named(data.conditions)} by population",
         "Top genes of every population, all on one scale; genes that behave alike stand together. "
@@ -489,7 +489,7 @@ def _untested_effects(data: PageData) -> Iterator[Picture]:
 
 def _spreads(data: PageData) -> Iterator[Picture]:
     results, condition = data.results, data.conditions[0]
-    genes = plots.top_genes(data.table[data.table["condition"] == condition], MOST_SPREADS)
+    genes = plots.top_genes(plots.relied_on(data.table[data.table["condition"] == condition]), MOST_SPREADS)
     yield _picture(
         f"How single cells' effects of {condition} are spread",
         "A violin per population, the dot its mean, the bar its middle half. Most of the spread is noise of single cells.",

@@ -452,8 +452,7 @@ def effect_sizes(
     (ax,) = panels(1, ax, size=(5.6, 4.6))
     ax.scatter(x, y, c=np.where(y > 0, UP, DOWN), s=12, linewidths=0, rasterized=len(x) > 5000)
     ax.axhline(0, color="#8A9099", linewidth=0.8, zorder=0)
-    reach = float(np.abs(y).max(initial=0.1)) * 1.2
-    ax.set(xlim=(-0.03, 1.08), ylim=(-reach, reach))
+    ax.set(xlim=(-0.03, 1.08), ylim=(1.2 * float(y.min(initial=-0.1)), 1.2 * float(y.max(initial=0.1))))
     ax.set_xlabel("share of cells that express the gene, the larger of both sides")
     ax.set_ylabel(f"mean effect of {shortened(condition, 24)} over cells\n{units(results)}")
     ax.set_title(f"{shortened(population, 40)}: not tested")
@@ -502,7 +501,7 @@ def heatmap(
     part = results.cate(by) if table is None else table
     part = _in_rows(part[part["condition"].isin(conditions)])
     value = effect_column(part)
-    chosen = list(genes) if genes is not None else top_genes(part, most)
+    chosen = list(genes) if genes is not None else top_genes(relied_on(part), most)
     drawn_part = part[part["gene"].isin(chosen)]
     wide, adjusted = (
         drawn_part.pivot(index="row", columns="gene", values=column_name) for column_name in (value, "p_adjusted")
@@ -704,6 +703,12 @@ def well_founded(table: pd.DataFrame) -> pd.Series:
     least = max(1, min(LEAST_DONORS, int(donors.max())))
     cells = table[["cells", "effective_control_cells"]].min(axis=1)
     return (donors >= least) & (cells >= MIN_CELLS)
+
+
+def relied_on(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that are well founded, or all where none is."""
+    kept = table[well_founded(table)]
+    return kept if len(kept) else table
 
 
 def _of_condition(results: Results, by: str | None, condition: str, table: pd.DataFrame | None) -> pd.DataFrame:

@@ -75,7 +75,7 @@ def read_annotations(results: Storage, cells: pd.Index) -> pd.DataFrame:
         The file is damaged.
     """
     folder, name = beside(results)
-    data = folder.read_if_there(name)
+    data = folder.read_if_there(name, counted=False)
     if data is None:
         return pd.DataFrame(index=cells)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -149,32 +149,33 @@ def read_cells(storage: ConsolidatedStorage) -> tuple[pd.DataFrame, bool]:
     -------
     The table, and whether it was read as another program left it.
     """
-    own = _own_nodes(storage, "obs") if storage.is_local else {}
-    if own and _written_since(own, storage.nodes):
+    if storage.is_local and _written_since(storage):
         with suppress(StoreError):  # its own metadata is damaged: the root's is not
-            return read_element(storage, "obs", own), True
+            return read_element(storage, "obs", _own_nodes(storage, "obs")), True
     return read_element(storage, "obs"), False
 
 
-def _own_nodes(storage: Storage, name: str) -> dict[str, dict[str, Any]]:
-    """Return what the arrays and groups of an element say of themselves; nothing where one cannot be read."""
-    try:
-        files = storage.read_all([file for file in storage.list(name) if file.endswith(f"/{ROOT}")])
-        return {file.removesuffix(f"/{ROOT}"): dict(json.loads(data)) for file, data in files.items()}
-    except (StoreError, ValueError, TypeError, RecursionError):
-        return {}
-
-
-def _written_since(own: Mapping[str, Any], root: Mapping[str, Any]) -> bool:
+def _written_since(storage: ConsolidatedStorage) -> bool:
     """Return whether obs has other columns than the root says, or its index was written by another program."""
+    files = Storage(storage.url)
 
-    def told(nodes: Mapping[str, Any]) -> tuple[Any, Any]:
-        return nodes["obs"]["attributes"]["column-order"], nodes["obs/_index"].get("codecs")
+    def told(nodes: Callable[[str], Mapping[str, Any]]) -> tuple[Any, Any]:
+        return nodes("obs")["attributes"]["column-order"], nodes("obs/_index").get("codecs")
 
     try:
-        return told(own) != told(root)
-    except (KeyError, TypeError, AttributeError):
+        return told(files.metadata) != told(storage.nodes.__getitem__)
+    except (OSError, StoreError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def _own_nodes(storage: Storage, name: str) -> dict[str, dict[str, Any]]:
+    """Return what the arrays and groups of an element say of themselves; `StoreError` where one cannot be read."""
+    files = storage.read_all([file for file in storage.list(name) if file.endswith(f"/{ROOT}")])
+    try:
+        return {file.removesuffix(f"/{ROOT}"): dict(json.loads(data)) for file, data in files.items()}
+    except (ValueError, TypeError, RecursionError) as error:
+        msg = f"{storage.url}: the metadata of '{name}' is damaged ({error})"
+        raise StoreError(msg) from error
 
 
 def read_element(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, Any]] | None = None) -> Any:

@@ -201,7 +201,7 @@ def principal_components(expression: sparse.csr_matrix | np.ndarray) -> np.ndarr
     """
     if expression.shape[1] > expression.shape[0]:
         return _by_cells(sparse.csr_matrix(expression, dtype=np.float64))
-    values: np.ndarray = expression.toarray() if sparse.issparse(expression) else np.asarray(expression)  # type: ignore[union-attr]
+    values = np.asarray(expression if isinstance(expression, np.ndarray) else expression.toarray())
     centred = values - values.mean(axis=0)
     genes = centred.shape[1]
     _, axes = linalg.eigh(centred.T @ centred, subset_by_index=(max(0, genes - DIMENSIONS), genes - 1))

@@ -157,9 +157,17 @@ class Storage:
             raise StoreError(msg)
         return data
 
-    def read_if_there(self, name: str) -> bytes | None:
-        """Return a file's bytes; none where there is no such file."""
+    def read_if_there(self, name: str, *, counted: bool = True) -> bytes | None:
+        """Return a file's bytes; none where there is no such file.
+
+        Parameters
+        ----------
+        counted
+            Count it among what a query reads; not what is looked for beside a store, as metadata is not.
+        """
         data = self._fetched(name)
+        if not counted:
+            return data
         count(Reads(requests=1, bytes=len(data or b"")))
         return data
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ndreamer_dist.compute.executor import Node, Runtime, TaskNeed, check_nodes, choose_runtime, cluster_nodes, fetch
+from ndreamer_dist.compute import executor
+from ndreamer_dist.compute.executor import (
+    LEAST_SHARED_CELLS,
+    Node,
+    Runtime,
+    TaskNeed,
+    check_nodes,
+    choose_runtime,
+    cluster_nodes,
+    fetch,
+    runtime_choice,
+)
 from ndreamer_dist.errors import CohortError, ResourceError
-from ndreamer_dist.settings import RunSettings
+from ndreamer_dist.settings import RunSettings, Settings
 
 
 @pytest.fixture(params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
@@ -103,3 +115,44 @@ def test_a_bar_is_hidden_away_from_a_terminal(capsys: pytest.CaptureFixture) -> 
     assert capsys.readouterr().err == ""
     list(choose_runtime(RunSettings(serial=True, progress=True)).map(square, [1], np.arange(3), title="shown"))
     assert "shown: 100%" in capsys.readouterr().err
+
+
+# --- where a run works ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "cells", "cpus", "serial"),
+    [
+        pytest.param({}, 3_850, 8, True, id="small"),
+        pytest.param({}, 1_000_000, 2, False, id="large"),
+        pytest.param({}, LEAST_SHARED_CELLS * 2 - 1, 2, True, id="just_too_small_for_two_processors"),
+        pytest.param({}, LEAST_SHARED_CELLS * 2, 2, False, id="just_large_enough_for_two_processors"),
+        pytest.param({}, LEAST_SHARED_CELLS * 3 // 2, 3, False, id="more_processors_pay_sooner"),
+        pytest.param({}, 10**9, 1, True, id="one_processor"),
+        pytest.param({"run.serial": False}, 900, 2, False, id="asked_for_ray"),
+        pytest.param({"run.serial": True}, 10**9, 64, True, id="asked_for_none"),
+        pytest.param({"run.serial": "auto"}, 900, 2, True, id="auto_by_name"),
+        pytest.param({"run.address": "auto"}, 900, 2, False, id="a_cluster"),
+        pytest.param({"run.cpus": 2}, 900, 2, False, id="processors_named"),
+        pytest.param({"train.workers": 2}, 900, 2, False, id="several_workers"),
+    ],
+)
+def test_small_data_do_not_wait_for_ray_unless_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], cells: int, cpus: int, serial: bool
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(executor, "on_a_cluster", lambda run: bool(run.address))
+    monkeypatch.setattr(executor, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(executor, "has_gpu", lambda: False)
+    made = Settings.build(overrides=settings)
+    choice = runtime_choice(made, cells)
+    assert choice.serial is serial
+    assert choice.applied(made).run.serial is serial
+    assert len(choice.why) > 10
+
+
+def test_a_gpu_is_trained_on_by_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "on_a_cluster", lambda run: False)
+    monkeypatch.setattr(executor, "has_gpu", lambda: True)
+    assert not runtime_choice(Settings.build(), 900).serial
+    assert runtime_choice(Settings.build(overrides={"train.device": "cpu"}), 900).serial
