@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 import ndreamer_dist as nd
 from ndreamer_dist import cli, keys
@@ -262,3 +264,70 @@ def test_a_table_goes_to_no_other_format(finished: Path, tmp_path: Path, capsys:
     code, _, said = spoken(["cate", str(finished), "--by", "cell_type", "--out", str(tmp_path / "x.h5ad")], capsys)
     assert code == 2
     assert "there are '.csv', '.parquet'" in said
+
+
+# --- what a first week showed ------------------------------------------------------------------------------------------
+
+
+def test_names_come_from_files_and_tables_go_to_tsv(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    results = nd.open_results(finished)
+    genes, cells = list(results.var_names[3:5]), list(results.obs.index[10:0:-3])
+    (tmp_path / "genes.txt").write_text("\n".join(genes) + "\n\n")
+    (tmp_path / "cells.tsv").write_text("".join(f"{cell}\tany\n" for cell in cells))
+    out = tmp_path / "part.tsv"
+    words = ["get", str(finished), "--layer", "denoised", "--out", str(out)]
+    files = ["--genes", f"@{tmp_path / 'genes.txt'}", "--cells", f"@{tmp_path / 'cells.tsv'}"]
+    code, _, _ = spoken([*words, *files], capsys)
+    assert code == 0
+    table = pd.read_csv(out, sep="\t", index_col=0)
+    assert list(table.index) == cells
+    assert list(table.columns) == genes
+    code, _, said = spoken([*words, "--genes", f"@{tmp_path / 'none.txt'}"], capsys)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "none.txt" in said
+
+
+def test_a_query_that_selects_nothing_is_met_with_what_was_meant(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["get", str(finished), "--out", str(tmp_path / "x.csv"), "--cells"]
+    level = str(nd.open_results(finished).obs["cell_type"].iloc[0])
+    code, _, said = spoken([*words, f"cell_type == '{level}x'"], capsys)
+    assert code == 2
+    assert f"Did you mean {level!r}" in said
+    code, _, said = spoken([*words, f"celltype == '{level}'"], capsys)
+    assert code == 2
+    assert "Did you mean 'cell_type'" in said
+
+
+def test_quiet_leaves_answers_and_verbose_tells_what_was_read(
+    cohort: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    code, said, told = spoken([*run_words(cohort, finished, SETTINGS), "--quiet"], capsys)
+    assert (code, told) == (0, "")
+    assert said.startswith("done: ")
+    words = ["get", str(finished), "--genes", nd.open_results(finished).var_names[0], "--out", str(tmp_path / "x.csv")]
+    assert "layer: read " not in spoken(words, capsys)[2]
+    assert "layer: read " in spoken(["--verbose", *words], capsys)[2]
+
+
+def test_plan_says_where_it_works_and_what_the_stages_took(
+    cohort: Path, finished: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = run_words(cohort, finished, {k: v for k, v in SETTINGS.items() if not k.startswith("run.")})
+    code, said, _ = spoken(["plan", *words[1:]], capsys)
+    assert code == 0
+    assert "works in   " in said
+    assert "cells" in said.split("works in")[1].splitlines()[0] or "processor" in said
+    assert "time: what the stages took in this run directory" in said
+
+
+def test_info_shows_the_settings_as_yaml(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    code, said, _ = spoken(["info", str(finished)], capsys)
+    assert code == 0
+    text = said.partition("settings that bear on the result:\n")[2].partition("\n\n")[0]
+    told = yaml.safe_load(textwrap.dedent(text))
+    assert told["hvg"]["num_hvg"] == SETTINGS["hvg.num_hvg"]
+    assert repr(nd.open_results(finished)).startswith("Results of ")

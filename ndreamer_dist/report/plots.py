@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 from scipy.cluster import hierarchy
 
 from ndreamer_dist import keys
@@ -66,6 +67,8 @@ ITE_COMPONENTS = 10
 VIOLIN_CELLS = 50_000
 SIGNIFICANT, SMALLEST = 0.05, 1e-300
 """Adjusted p below which a gene is called; p-values below the latter are not told apart."""
+FEWEST_ON_PANEL = 9
+"""Categories from which on their names stand on a UMAP too: colours alone hardly tell so many apart."""
 FEWEST_LAID_OUT = 16
 """Cells below which there is no UMAP; they are shown by their first two principal components."""
 
@@ -283,6 +286,7 @@ class Dots:
 
 def _scatter(points: np.ndarray, shading: Mapping[str, pd.Series], name: str, ax: Axes | None, how: Dots) -> list[Axes]:
     axes = panels(len(shading), ax, size=(5.4, 4.1) if len(shading) == 1 else (4.0, 3.2))
+    named: list[tuple[Axes, np.ndarray, pd.Categorical]] = []
     order = np.random.default_rng(len(points)).permutation(len(points))  # no kind is drawn over all others
     dots: dict[str, Any] = {
         "s": how.size or float(np.clip(70_000 / len(points), 1.5, 26)),
@@ -306,27 +310,48 @@ def _scatter(points: np.ndarray, shading: Mapping[str, pd.Series], name: str, ax
             shades = colours(list(kinds.categories), how.palette)
             panel.scatter(x, y, c=np.array(shades)[kinds.codes], **dots)
             if how.legend:
-                _name_kinds(panel, np.column_stack([x, y]), kinds, shades)
+                named.append((panel, np.column_stack([x, y]), kinds))
+                _name_kinds(panel, kinds, shades)
         panel.set_title(shortened(title, 40))
         panel.set(xticks=[], yticks=[])
         panel.set_xlabel(f"{name} 1", loc="left", fontsize=8.5)
         panel.set_ylabel(f"{name} 2", loc="bottom", fontsize=8.5)
         panel.spines[["left", "bottom"]].set_visible(False)
         panel.set_aspect("equal", adjustable="datalim")
+    for panel, places, kinds in named:
+        _name_on_panel(panel, places, kinds)
     return axes
 
 
-def _name_kinds(panel: Axes, points: np.ndarray, kinds: pd.Categorical, shades: Sequence[str]) -> None:
-    """Name categories beside the panel, and on it where there are more than colours alone tell apart."""
+def _name_kinds(panel: Axes, kinds: pd.Categorical, shades: Sequence[str]) -> None:
+    """Name categories beside the panel."""
     levels = list(kinds.categories)
     if len(levels) > MOST_NAMED:
         panel.annotate(f"{len(levels)} of them, not named", (1, 0), xycoords="axes fraction", ha="right", fontsize=8.5)
         return
     legend_outside(panel, levels, shades)
-    if len(levels) > 8:
-        for code, level in enumerate(levels):
-            middle = np.median(points[kinds.codes == code], axis=0)
-            panel.text(middle[0], middle[1], shortened(level, 18), ha="center", fontsize=8, path_effects=halo())
+
+
+def _name_on_panel(panel: Axes, points: np.ndarray, kinds: pd.Categorical) -> None:
+    """Name categories on the panel too, where they are more than colours alone tell apart; no name covers another.
+
+    Of two names at one place that of the larger category stays.
+    """
+    levels, sizes = list(kinds.categories), np.bincount(kinds.codes, minlength=len(kinds.categories))
+    figure = panel.get_figure(root=True)
+    if figure is None or not FEWEST_ON_PANEL <= len(levels) <= MOST_NAMED:
+        return
+    figure.canvas.draw()  # now the layout is known
+    placed: list[Bbox] = []
+    for code in np.argsort(-sizes, kind="stable"):
+        middle = np.median(points[kinds.codes == code], axis=0)
+        text = panel.text(*middle, shortened(levels[code], 18), ha="center", fontsize=8, path_effects=halo())
+        text.set_in_layout(False)
+        box = text.get_window_extent()
+        if any(box.overlaps(other) for other in placed):
+            text.remove()
+        else:
+            placed.append(box)
 
 
 def _violins(panel: Axes, values: Sequence[np.ndarray], shades: Sequence[str]) -> None:

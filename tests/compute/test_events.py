@@ -18,7 +18,7 @@ import pytest
 
 from ndreamer_dist import cli, keys
 from ndreamer_dist.commands.info import describe
-from ndreamer_dist.compute import monitors
+from ndreamer_dist.compute import events, monitors
 from ndreamer_dist.compute.events import METRICS, Lines, choose_format
 from ndreamer_dist.compute.executor import choose_runtime
 from ndreamer_dist.compute.monitors import metered
@@ -292,3 +292,39 @@ def task_name(_: int) -> str:
     import ray
 
     return ray.get_runtime_context().get_task_name()
+
+
+# --- how long it will still take -----------------------------------------------------------------------------------------
+
+
+def test_the_time_left_is_that_of_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    stage = events.Stage("clusters", cells=1000)
+    stage.begin("clusters", 10)
+    assert stage.seconds_left is None
+    assert "seconds_left" not in stage.told()
+    stage.advance()
+    stage.advance()
+    now = 110.0
+    assert stage.seconds_left == pytest.approx(40.0)
+    training = events.Stage("train")
+    training.trained(50, 100, {})  # it went on from a checkpoint: the steps before it took no time of this call
+    now = 130.0
+    training.trained(60, 100, {})
+    assert training.seconds_left == pytest.approx(80.0)
+    assert training.told()["seconds_left"] == 80.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (75, "75 s"), (120, "2.0 min"), (1500, "25 min"), (7200, "2.0 h"), (200_000, "2.3 d")],
+)
+def test_durations_come_in_the_unit_that_suits_them(seconds: float, text: str) -> None:
+    assert events.duration(seconds) == text
+
+
+def test_a_bar_says_which_stage_of_how_many_it_is_of() -> None:
+    assert events.titled("check") == "check"
+    with events.staged(keys.STAGES[1], 10):
+        assert events.titled("pack") == f"2/{len(keys.STAGES)} pack"

@@ -262,3 +262,14 @@ def test_ensembl_names_are_shown_as_symbols() -> None:
     }  # fmt: skip
     assert style.gene_labels(var.set_axis(["a", "b", "c", "d"])) == {}
     assert style.gene_labels(var.drop(columns="gene_symbols")) == {}
+
+
+def test_names_on_a_umap_never_cover_each_other(results: Results) -> None:
+    labels = pd.Series([f"kind of cells {number % 12}" for number in range(len(results.obs))], index=results.obs.index)
+    view, name = results.labelled(labels.rename("many"))
+    (ax,) = plots.embedding(view, name, cells=300)
+    ax.get_figure(root=True).canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert 0 < len(boxes) < 12  # twelve kinds, all over the place
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+    assert len(ax.get_legend().get_texts()) == 12
