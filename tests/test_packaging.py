@@ -42,7 +42,9 @@ DOI = r"10\.\d{4,9}/[-._;()/:A-Za-z0-9]+"
 def in_conda(text: str) -> set[str]:
     """Return what the recipe must ask for in place of a requirement."""
     asked = Requirement(text)
-    names = [f"ray-{extra}" for extra in asked.extras if asked.name == "ray"] or [CONDA_NAMES.get(asked.name, asked.name)]
+    names = [f"ray-{extra}" for extra in asked.extras if asked.name == "ray"] or [
+        CONDA_NAMES.get(asked.name, asked.name)
+    ]
     return {f"{name} {asked.specifier}" for name in names}
 
 
