@@ -1,6 +1,7 @@
 """Whether the p-values can be trusted: rates under no effect, power, and the known limit, by simulation.
 
-    python jobs/benchmark_null.py [--cohorts 20] [--labellings 10] [--genes 300] [--trained 2] [--out FOLDER]
+    python jobs/benchmark_null.py [--cohorts 20] [--labellings 10] [--genes 300] [--trained 2] [--hubs csls]
+        [--out FOLDER]
 
 Cohorts are simulated on arrays: donors nested in conditions, two types of cells, each with a continuous state that moves
 the genes; counts of which most are zero; donors that differ in every gene. Where the embedding is given (the true state
@@ -28,9 +29,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 
 import ndreamer_dist as nd
 from ndreamer_dist.cohort.design import Design, build_design
+from ndreamer_dist.matching.hubs import NEAREST_QUERIES
 from ndreamer_dist.stats.null import counted_below, donor_p, permuted_labels, rates, sampled, sign_p
 from ndreamer_dist.stats.populations import PopulationMeans, Replicates, population_means
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
@@ -142,12 +145,18 @@ def simulate(law: Law, seed: int) -> Cohort:
 class Nearest:
     """Nearest neighbours in an embedding that is given: see `stats.populations.Nearest`."""
 
+    hubs = "none"
+    """As `match.hubs`; the command line sets it."""
+
     def __init__(self, points: np.ndarray) -> None:
         self.points = points
         self.trees: dict[int, cKDTree] = {}
 
-    def __call__(self, queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    def __call__(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
         """Return the nearest target of every query, itself left out."""
+        if self.hubs == "csls" and asking[0] != targets[0]:
+            remote = np.sort(cdist(self.points[targets], self.points[asking]), axis=1)[:, :NEAREST_QUERIES].mean(axis=1)
+            return targets[(2 * cdist(self.points[queries], self.points[targets]) - remote).argmin(axis=1)]
         tree = self.trees.setdefault(int(targets[0]), cKDTree(self.points[targets]))
         _, place = tree.query(self.points[queries], k=2)
         found = targets[np.minimum(place, len(targets) - 1)]
@@ -250,7 +259,7 @@ def run(
     adata.var_names = [f"gene{number}" for number in range(adata.n_vars)]
     return nd.run(
         adata, out=out, condition_key="condition", control="control", batch_key="donor", preset="small",
-        settings={"seed": seed, **TRAINING, **(settings or {})},
+        settings={"seed": seed, "match.hubs": Nearest.hubs, **TRAINING, **(settings or {})},
     ).results  # fmt: skip
 
 
@@ -290,6 +299,7 @@ def trained_limit(law: Law, seed: int, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Print the tables; the process ends with 1 where a bound does not hold."""
     given = arguments()
+    Nearest.hubs = given.hubs
     law = Law(0, 0, genes=given.genes, cells=given.cells)
     held = [calibration(law, given)]
     print("\n## Planted effects: power and false discoveries at an adjusted p of 0.05\n")
@@ -309,6 +319,7 @@ def arguments() -> argparse.Namespace:
     numbers = {"cohorts": 20, "labellings": 10, "genes": 300, "cells": 60, "trained": 2}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--hubs", choices=["none", "csls"], default="none", help="as match.hubs")
     parser.add_argument("--out", type=Path, help="where runs are kept; none: nowhere")
     return parser.parse_args()
 

@@ -92,6 +92,10 @@ Config = Annotated[
     typer.Option(help="YAML file of settings by stage; `ndreamer-dist settings` writes one.", dir_okay=False),
 ]
 Workers = Annotated[int | None, typer.Option(help="Training workers (default: 1).")]
+NeighbourCount = Annotated[
+    int | None,
+    typer.Option("--neighbours", min=1, help="Nearest neighbours per group that effects average (default: 1)."),
+]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -145,6 +149,7 @@ def run(
     config: Config = None,
     assignments: Set = None,
     workers: Workers = None,
+    neighbours: NeighbourCount = None,
     address: Address = None,
     redo: Annotated[
         bool,
@@ -157,7 +162,7 @@ def run(
     """Run the whole job on a cohort. The same command continues an interrupted run and leaves a finished one alone."""
     from ndreamer_dist.pipeline import run as run_job
 
-    given = {"train.workers": workers, "run.address": address}
+    given = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
     given |= _cohort_settings(normalise, layer, gene_names, exclude_condition)
     finished = run_job(
         cohort,
@@ -196,12 +201,14 @@ def plan(
     config: Config = None,
     assignments: Set = None,
     workers: Workers = None,
+    neighbours: NeighbourCount = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what `run` would do and need (groups, steps, memory, disk), without running it."""
     from ndreamer_dist.pipeline import plan as plan_job
 
-    given = {"train.workers": workers, **_cohort_settings(normalise, layer, gene_names, exclude_condition)}
+    given = {"train.workers": workers, "match.neighbours": neighbours}
+    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition)
     planned = plan_job(
         cohort,
         out=out,

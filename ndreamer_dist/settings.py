@@ -314,10 +314,17 @@ class StateSettings(StageSettings):
 class MatchSettings(StageSettings):
     """Counterfactual matching (METHOD section 6)."""
 
-    neighbours: int = result(1, "nearest neighbours k per target group", ge=1)
+    neighbours: int = result(1, "nearest neighbours k per target group, for effects and tests", ge=1)
+    hubs: Literal["csls", "none"] = result("none", "csls: distances corrected for hubs (section 9); none: as published")
     bandwidth: float = result(1.0, "kernel bandwidth where k > 1", gt=0)
     edges: Literal["needed", "all"] = result("needed", "own and control condition, or every pair of groups")
     query_rows: int = result(65_536, "query cells of one unit of work", ge=1)
+
+
+class DenoiseSettings(StageSettings):
+    """Which matches the denoised expression is an average of (METHOD section 9)."""
+
+    neighbours: int = result(15, "nearest neighbours k per group of the own condition, for denoised", ge=1)
 
 
 class EffectsSettings(StageSettings):
@@ -399,6 +406,7 @@ class Settings(BaseModel):
     embed: EmbedSettings = EmbedSettings()
     state: StateSettings = StateSettings()
     match: MatchSettings = MatchSettings()
+    denoise: DenoiseSettings = DenoiseSettings()
     effects: EffectsSettings = EffectsSettings()
     run: RunSettings = RunSettings()
 

@@ -113,7 +113,8 @@ class ResultsOrigin:
     def edges(self, rows: np.ndarray, pairs: Iterable[tuple[int, int]]) -> Edges:
         """See `effects.Origin.edges`; in its own group a cell needs no match."""
         others = [(query, target) for query, target in pairs if query != target]
-        return self.counterparts.edges(rows, others, distances=self.counterparts.neighbours > 1)
+        most = max(self.counterparts.neighbours, self.counterparts.denoise_neighbours)
+        return self.counterparts.edges(rows, others, distances=most > 1, neighbours=most)
 
     def obsm(self, name: str, rows: np.ndarray, edges: Edges) -> np.ndarray:
         """See `effects.Origin.obsm`."""
@@ -142,7 +143,7 @@ def _key(origin: Results, made: Settings) -> str:
     content = {
         "format": keys.FORMAT_VERSION,
         "of": origin.uns["key"],
-        "settings": {part: getattr(made, part).bearing() for part in ("pack", "match", "effects")},
+        "settings": {part: getattr(made, part).bearing() for part in ("pack", "match", "denoise", "effects")},
         "shard_genes": tables.SHARD_GENES,
     }
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()

@@ -69,11 +69,13 @@ FIXED: Final[dict[str, tuple[Any, str]]] = {
     "cluster_method": ("Leiden", "Leiden is the one clustering here (clusters.flavor says whose)"),
 }  # fmt: skip
 """Arguments without a counterpart: the published value, which alone is taken, and what to use in place of another."""
-BARE: Final[dict[str, Any]] = {"model.encoder": (2048, 1024), "train.batch_size": 2048, "train.epochs": 10}
+BARE: Final[dict[str, Any]] = {
+    "match.hubs": "none", "model.encoder": (2048, 1024), "train.batch_size": 2048, "train.epochs": 10,
+}  # fmt: skip
 """What the published class takes where an argument is left out and the paper's default is another."""
 FILTERS: Final = {"cohort.min_genes": 300, "cohort.min_cells": 10}
 """What it leaves out when it is asked to normalise."""
-LATER: Final = {"effects.store": (), "match.neighbours": 1, "match.bandwidth": 1.0}
+LATER: Final = {"effects.store": (), "match.neighbours": 1, "denoise.neighbours": 1, "match.bandwidth": 1.0}
 """What is asked for after training; before it is, matches are searched and no layer is stored."""
 
 
@@ -240,7 +242,8 @@ class NDreamer:
     def _ask(self, neighbours: int, bandwidth: float) -> None:
         """Ask for all layers, and for other matches than before if so: the class has its words for that alone."""
         self._later = {
-            "effects.store": keys.LAYERS, "match.neighbours": neighbours, "match.bandwidth": bandwidth,
+            "effects.store": keys.LAYERS, "match.neighbours": neighbours, "denoise.neighbours": neighbours,
+            "match.bandwidth": bandwidth,
         }  # fmt: skip
 
     def _finish(self, part: Any) -> list[Path]:

@@ -43,6 +43,30 @@ class Average:
     groups: np.ndarray
 
 
+@dataclass(frozen=True)
+class Term:
+    """An average that a question needs.
+
+    Attributes
+    ----------
+    condition
+        Over which condition's groups; by default each cell's own.
+    own_cells
+        Whether the condition's own cells are wanted.
+    denoised
+        Whether it is over `denoise.neighbours`, and not over `match.neighbours`.
+    """
+
+    condition: int | None
+    own_cells: bool = True
+    denoised: bool = False
+
+
+def layer_terms(layer: str) -> tuple[Term, ...]:
+    """Return the averages that a layer is made of."""
+    return (Term(None), Term(0, own_cells=False)) if layer == keys.LAYER_ITE else (Term(None, denoised=True),)
+
+
 def segments(design: Design, rows: np.ndarray) -> Iterator[tuple[Group, slice]]:
     """Give the groups that ascending packed rows belong to, with the places of each among the rows."""
     bounds = np.searchsorted(rows, design.starts)
@@ -75,6 +99,7 @@ def average_over(
     *,
     condition: int | None,
     own_cells: bool = True,
+    neighbours: int | None = None,
 ) -> Average:
     """Return what F is an average of: the counterparts of some cells in a condition's groups.
 
@@ -86,6 +111,8 @@ def average_over(
         Its code; by default each cell's own condition. In its own group a cell is its own counterpart.
     own_cells
         Whether the condition's own cells are wanted too; otherwise they get no groups.
+    neighbours
+        How many of the best neighbours of each group count; by default all that `edges` has.
     """
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     groups = np.zeros(len(rows), dtype=np.int64)
@@ -98,7 +125,7 @@ def average_over(
             if target.code == group.code:
                 parts.append((np.arange(here.start, here.stop), rows[here], np.ones(here.stop - here.start)))
                 continue
-            found, distances = edges[group.code, target.code]
+            found, distances = (values[:, :neighbours] for values in edges[group.code, target.code])
             weights = kernel_weights(distances, bandwidth)
             cell, place = np.nonzero(found >= 0)
             parts.append((cell + here.start, found[cell, place].astype(np.int64), weights[cell, place]))
@@ -147,7 +174,7 @@ def layer_values(
     name: str,
     values: sparse.csr_matrix,
     own: np.ndarray,
-    control: np.ndarray | None,
+    control: np.ndarray | None = None,
     keep_bits: int | None = None,
 ) -> np.ndarray:
     """Return a layer as it is stored: (cells, genes) float32 (METHOD section 6).
@@ -160,7 +187,8 @@ def layer_values(
     values
         (cells, genes) the cells' expression.
     own, control
-        (cells, genes) float64 averages under the own condition and the control; the latter is for `ite` alone.
+        (cells, genes) float64 averages under the own condition and the control; the latter is for `ite` alone. For
+        `ite`, own is the average over `match.neighbours`, for the other layers that over `denoise.neighbours`.
     """
     if name == keys.LAYER_DENOISED:
         return rounded(own, keep_bits)
@@ -192,6 +220,12 @@ def own_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarray:
     for group, here in segments(design, rows):
         distances[here] = edges[group.code, group.code][1][:, 0]
     return distances
+
+
+def effective_number(times: np.ndarray) -> float:
+    """Return how many cells used alike would carry as much: `(sum w)^2 / sum w^2`; NaN where none is used."""
+    used = times.astype(np.float64)
+    return float(used.sum() ** 2 / (used**2).sum()) if used.any() else float("nan")
 
 
 def near_control(control: np.ndarray, own: np.ndarray, quantile: float) -> np.ndarray:

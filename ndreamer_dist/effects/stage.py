@@ -28,6 +28,8 @@ from ndreamer_dist.effects.averages import (
     average_over,
     average_through,
     control_distance,
+    effective_number,
+    layer_terms,
     layer_values,
     near_control,
     own_distance,
@@ -125,14 +127,17 @@ def run_effects(
     write_shards(run, key, packed, layout, settings, origin, runtime, todo)
     distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
     parts: list[int | Group] = [*range(packed.n_blocks), *packed.design.groups]
-    for part, values in runtime.map(_count, parts, run, packed, key, title="effects: matches counted"):
+    for part, values in runtime.map(
+        _count, parts, run, packed, key, settings.match.neighbours, title="effects: matches counted"
+    ):
         (times if values.ndim == 1 else distances)[..., part] = values
+    controls = effective_controls(run, packed.design, runtime, key, settings.match.neighbours)
     told: dict[str, np.ndarray] = {
         keys.OBS_MATCH_DISTANCE: distances[0],
         keys.OBS_OVERLAP: near_control(distances[0], distances[1], settings.effects.near_quantile),
         keys.OBS_TIMES_MATCHED: times,
     }
-    facts = dict(summary or {})
+    facts = {**(summary or {}), "effective_controls": controls}
     if facts.get("normalise") == "counts":
         told[keys.OBS_TOTAL] = cell_totals(packed)
     cells = tables.cell_table(source, packed, told, clustered=is_clustered(settings))
@@ -207,13 +212,19 @@ def write_rows(
             tables.write_obsm(run, name, int(rows[0]), origin.obsm(name, rows, edges))
     if not layout.layers:
         return
-    averages = [average_over(design, edges, rows, bandwidth, condition=None)]
-    if keys.LAYER_ITE in layout.layers:
-        averages.append(average_over(design, edges, rows, bandwidth, condition=0, own_cells=False))
+    terms = list(dict.fromkeys(term for name in layout.layers for term in layer_terms(name)))
+    averages = [
+        average_over(
+            design, edges, rows, bandwidth, condition=term.condition, own_cells=term.own_cells,
+            neighbours=settings.denoise.neighbours if term.denoised else settings.match.neighbours,
+        )
+        for term in terms
+    ]  # fmt: skip
     genes = part.genes[1] - part.genes[0]
-    own, *control = average_through(averages, _needed(targets, packed, averages), genes)
+    sums = dict(zip(terms, average_through(averages, _needed(targets, packed, averages), genes), strict=True))
     values = load_block(packed, part.block, part.genes)
     for name in layout.layers:
+        own, *control = (sums[term] for term in layer_terms(name))
         layer = layer_values(name, values, own, control[0] if control else None, layout.keep_bits)
         tables.write_layer(run, name, (int(rows[0]), part.genes[0]), layer)
 
@@ -274,12 +285,12 @@ def _needed(
 # --- what obs says of the matches -------------------------------------------------------------------------------------
 
 
-def _count(item: int | Group, run: RunDirectory, packed: Packed, key: str) -> tuple[slice, np.ndarray]:
+def _count(item: int | Group, run: RunDirectory, packed: Packed, key: str, neighbours: int) -> tuple[slice, np.ndarray]:
     """Return a part of the columns of `obs`: a row block's distances, or how often the cells of a group are matched."""
     matches = matches_of(run.storage / keys.MATCHES, key)
     if isinstance(item, int):
         return slice(*packed.block_range(item)), block_distances(item, matches, packed)
-    return slice(item.start, item.stop), times_matched(item, matches, packed.design)
+    return slice(item.start, item.stop), times_matched(item, matches, packed.design, neighbours)
 
 
 @lru_cache(maxsize=2)
@@ -306,13 +317,41 @@ def block_distances(block: int, matches: Matches, packed: Packed) -> np.ndarray:
     return np.stack([control_distance(packed.design, edges, rows), own_distance(packed.design, edges, rows)])
 
 
-def times_matched(target: Group, matches: Matches, design: Design) -> np.ndarray:
-    """Return how many cells of other groups the effects average each cell of a group for: (cells,) int64."""
+def times_matched(
+    target: Group, matches: Matches, design: Design, neighbours: int, only: Group | None = None
+) -> np.ndarray:
+    """Return how many cells of other groups, or of one, the effects average each cell of a group for: (cells,) int64.
+
+    Of a cell's matches in a group, the first `neighbours` count.
+    """
     times = np.zeros(target.cells, dtype=np.int64)
     for query, code in design.needed_edges("needed"):
-        if code != target.code or query == code:
+        if code != target.code or query == code or (only is not None and query != only.code):
             continue
         for start in range(0, design.groups[query].cells, QUERY_ROWS):
-            found = matches.rows(query, code, start, min(start + QUERY_ROWS, design.groups[query].cells))
+            found = matches.rows(query, code, start, min(start + QUERY_ROWS, design.groups[query].cells))[
+                :, :neighbours
+            ]
             times += np.bincount(found[found >= 0] - target.start, minlength=target.cells)
     return times
+
+
+def effective_controls(
+    run: RunDirectory, design: Design, runtime: Runtime, key: str, neighbours: int
+) -> dict[str, float]:
+    """Return how many control cells, used alike, would carry as much as a treated group's matches do, by group; log it."""
+    treated = [group for group in design.groups if group.condition]
+    numbers = list(runtime.map(_effective_controls, treated, run, design, key, neighbours, title="effects: controls"))
+    available = sum(group.cells for group in design.with_condition(0))
+    least = int(np.argmin(numbers))
+    logger.info(
+        "effects: of %d control cells, the matches of a group are worth %.0f used alike (median), %.0f at the least (%s)",
+        available, np.median(numbers), numbers[least], treated[least].name,
+    )  # fmt: skip
+    return {group.name: round(number, 1) for group, number in zip(treated, numbers, strict=True)}
+
+
+def _effective_controls(query: Group, run: RunDirectory, design: Design, key: str, neighbours: int) -> float:
+    matches = matches_of(run.storage / keys.MATCHES, key)
+    times = [times_matched(target, matches, design, neighbours, query) for target in design.with_condition(0)]
+    return effective_number(np.concatenate(times))

@@ -24,8 +24,12 @@ QUERY_TILE = 16_384
 """Queries that go through the cells together, at most; one thread works on a tile."""
 SCAN_PAIRS = 262_144
 """Query-target pairs of one product: what fits into a processor's cache."""
-EXACT_PAIRS = 16_384
+EXACT_PAIRS = 2048
 """Pairs whose exact distances are computed at once."""
+WIDEST = 4
+"""Entries of a table of pairs per pair, up to which sorting along its rows beats sorting all pairs."""
+FOLD = 4
+"""Values per neighbour among which the k-th smallest is sought; where these are few, the limit is looser."""
 FAR = 1e15
 """Queries beyond this distance, in the index's frame, would overflow float32: they are sifted against all targets."""
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
@@ -79,14 +83,15 @@ def nearest(
         index = targets if isinstance(targets, Index) else build_index(targets)
 
         def search(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return _Tile(index, queries[part], skipped[part], k).search()
+            return Tile(index, queries[part], skipped[part], k).search()
 
-        found = list(mapped(search, _tiles(len(queries), threads), threads))
+        found = list(mapped(search, tiles(len(queries), threads), threads))
     rows, squared, widened = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return Neighbours(*distances_of(rows, squared), widened)
 
 
-def _tiles(queries: int, threads: int) -> list[slice]:
+def tiles(queries: int, threads: int) -> list[slice]:
+    """Return the tiles that queries are searched in: by threads, and small enough for a processor."""
     size = max(1, min(QUERY_TILE, -(-queries // threads)))
     return [slice(start, start + size) for start in range(0, queries, size)]
 
@@ -132,9 +137,11 @@ def exact_squared(queries: np.ndarray, targets: np.ndarray, query: np.ndarray, r
     Each is a sum along its own contiguous row of coordinates, so its bits depend on the pair alone.
     """
     squared = np.empty(len(query))
+    queries, targets = np.ascontiguousarray(queries), np.ascontiguousarray(targets)
     for start in range(0, len(query), EXACT_PAIRS):
         part = slice(start, start + EXACT_PAIRS)
-        difference = queries[query[part]].astype(np.float64) - targets[row[part]]
+        difference = queries.take(query[part], axis=0).astype(np.float64)
+        difference -= targets.take(row[part], axis=0).astype(np.float64)
         difference *= difference
         squared[part] = difference.sum(axis=1)
     return squared
@@ -148,7 +155,39 @@ def kth_smallest(values: np.ndarray, k: int) -> np.ndarray:
     return smallest.astype(np.float64)
 
 
-def _rounded_up(limit: np.ndarray) -> np.ndarray:
+def folded(values: np.ndarray, width: int) -> np.ndarray:
+    """Return some values of every row, of different columns, the smallest among them, at most `2 * width`: (rows, few).
+
+    Halves are laid over each other and the smaller values kept, so the k-th smallest of what is left is no smaller
+    than the k-th smallest of all; sorting the few costs a fraction of a partition of the many.
+    """
+    while values.shape[1] >= 2 * width:
+        half = values.shape[1] // 2
+        values = np.concatenate(
+            [np.minimum(values[:, :half], values[:, half : 2 * half]), values[:, 2 * half :]], axis=1
+        )
+    return values
+
+
+def sorted_by_query(query: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return float32 values in the order of their queries, and of each query ascending: (values,).
+
+    Query and value make one whole number, whose order is theirs: numbers are sorted many times faster than pairs.
+    """
+    bits = values.view(np.uint32)
+    ordered = np.where(bits >> 31, ~bits, bits | np.uint32(2**31))
+    key = np.sort((query.astype(np.uint64) << np.uint64(32)) | ordered).astype(np.uint32)
+    return np.where(key >> 31, key & np.uint32(2**31 - 1), ~key).astype(np.uint32).view(np.float32)
+
+
+def kth_by_query(query: np.ndarray, values: np.ndarray, k: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of `count` queries have k values or more, and the k-th smallest of each of these."""
+    ends = np.cumsum(np.bincount(query, minlength=count))
+    enough = np.flatnonzero(np.diff(ends, prepend=0) >= k)
+    return enough, sorted_by_query(query, values)[np.append(0, ends)[enough] + k - 1]
+
+
+def rounded_up(limit: np.ndarray) -> np.ndarray:
     """Return float32 numbers no smaller than these, `LARGEST` at most."""
     return np.nextafter(np.minimum(limit, LARGEST).astype(np.float32), LARGEST)
 
@@ -156,7 +195,7 @@ def _rounded_up(limit: np.ndarray) -> np.ndarray:
 # --- one tile of queries ---------------------------------------------------------------------------------------------
 
 
-class _Tile:
+class Tile:
     """A tile of queries on its way through the cells of an index; what it has found so far is its state.
 
     Attributes
@@ -173,6 +212,7 @@ class _Tile:
 
     def __init__(self, index: Index, queries: np.ndarray, skipped: np.ndarray, k: int) -> None:
         self.index, self.queries, self.skipped, self.k = index, queries, skipped, k
+        self.usual = k if k == 1 else 3 * k  # candidates of a query in one scan that are no crowd
         local = index.local(queries)
         squared = np.einsum("qd,qd->q", local, local, dtype=np.float64)
         self.far = ~(squared < FAR**2)
@@ -190,16 +230,24 @@ class _Tile:
 
     def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows, squared distances, both (q, k), and which queries were widened."""
-        along = self.local[:, :-1] @ self.index.centroids.T
-        nearness = np.einsum("cd,cd->c", self.index.centroids, self.index.centroids) / 2 - along
-        own = nearness.argmin(axis=1)
-        begins = self._beginnings(np.ascontiguousarray(along.T), own)
+        return *k_best(len(self.queries), self.k, *self.candidates()), self.widened
+
+    def candidates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the pairs of query and target row among which the k nearest are, and their squared distances."""
+        begins, own = self.beginnings()
         for cell in range(self.index.cells):  # the own cells first: they set limits that rule out most of the others
             self._scan(cell, np.flatnonzero((own == cell) & (begins[cell] <= self.reach)))
         begins[own, np.arange(len(own))] = np.inf
         for cell in range(self.index.cells):
             self._scan(cell, np.flatnonzero(begins[cell] <= self.reach))
         return self._decided()
+
+    def beginnings(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return a lower bound of the squared distance to any point of a cell, (cells, q), and the own cell, (q,)."""
+        along = self.local[:, :-1] @ self.index.centroids.T
+        nearness = np.einsum("cd,cd->c", self.index.centroids, self.index.centroids) / 2 - along
+        own = nearness.argmin(axis=1)
+        return self._beginnings(np.ascontiguousarray(along.T), own), own
 
     def _beginnings(self, along: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Return a lower bound of the squared distance to any point of a cell: (cells, q), -1 for the own cell.
@@ -230,28 +278,33 @@ class _Tile:
             excluded = self.excluded[part]
             hit = np.flatnonzero((excluded >= start) & (excluded < stop))
             values[hit, excluded[hit] - start] = np.inf
-            self._tighten(part, values)
             near = values <= self.limit[part, None]
-            if np.count_nonzero(near) > self.k * len(part) + SPARE:
+            if self.k == 1 or np.count_nonzero(near) > 2 * self.k * len(part):
+                self._tighten(part, values)
+                near = values <= self.limit[part, None]
+            if np.count_nonzero(near) > self.usual * len(part) + SPARE:
                 self._sift(part, near, start)
             flat = np.flatnonzero(near)
             query, point = np.divmod(flat, stop - start)
             self.pairs.append((part[query], point + start, values.ravel()[flat]))
 
     def _tighten(self, part: np.ndarray, values: np.ndarray) -> None:
-        """Take new computed values into account: the k best, and from them the limits."""
+        """Take new computed values into account: the k best, or values no smaller than these, and from them the limits."""
         if self.k == 1:
             best = np.minimum(self.best[part], values.min(axis=1, keepdims=True))
         else:
-            few = values if values.shape[1] <= self.k else np.partition(values, self.k - 1, axis=1)[:, : self.k]
-            best = np.partition(np.concatenate([self.best[part], few], axis=1), self.k - 1, axis=1)[:, : self.k]
+            few = np.concatenate([self.best[part], folded(values, FOLD * self.k)], axis=1)
+            best = np.sort(few, axis=1)[:, : self.k]
         self.best[part] = best
+        self._limit(part, best[:, -1])
+
+    def _limit(self, part: np.ndarray, kth: np.ndarray) -> None:
+        """Set the limits of some queries by a computed value that is not below their k-th smallest."""
         squared = self.squared[part]
-        kth = best[:, -1].astype(np.float64) + squared
-        limit = certain_limit(kth, np.sqrt(squared), self.queries.shape[1], FLOAT32)
+        limit = certain_limit(kth.astype(np.float64) + squared, np.sqrt(squared), self.queries.shape[1], FLOAT32)
         limit[self.far[part]] = np.inf
-        self.limit[part] = _rounded_up(limit - squared)
-        self.reach[part] = _rounded_up(limit)
+        self.limit[part] = rounded_up(limit - squared)
+        self.reach[part] = rounded_up(limit)
 
     def _sift(self, part: np.ndarray, near: np.ndarray, start: int) -> None:
         """Of queries with many candidates, leave only those that are candidates by float64 products too.
@@ -261,7 +314,7 @@ class _Tile:
         near
             (queries, points) bool, changed in place: the candidates of one product, whose points begin at `start`.
         """
-        left = np.flatnonzero(near.sum(axis=1) > self.k + SPARE)
+        left = np.flatnonzero(near.sum(axis=1) > self.usual + SPARE)
         self.widened[part[left]] = True
         while len(left):
             origin = int(near[left[0]].argmax())
@@ -283,21 +336,34 @@ class _Tile:
         values += np.einsum("td,td->t", targets, targets)
         np.copyto(values, np.inf, where=~candidates[:, span])
         squared = np.einsum("qd,qd->q", queries, queries)
-        kth = kth_smallest(values, self.k) + squared
-        limit = certain_limit(kth, np.sqrt(squared), queries.shape[1], FLOAT64) - squared
-        candidates[:, span] = values <= np.minimum(limit, np.finfo(np.float64).max)[:, None]
+        points = slice(start + span.start, start + span.stop)
+        candidates[:, span] &= self._sifted(values, squared, points)
         near[crowded] = candidates
 
+    def _sifted(self, values: np.ndarray, squared: np.ndarray, points: slice) -> np.ndarray:
+        """Return which pairs may be among the k nearest by float64 products, less the squared norms of the queries."""
+        del points
+        kth = kth_smallest(values, self.k) + squared
+        limit = certain_limit(kth, np.sqrt(squared), self.queries.shape[1], FLOAT64) - squared
+        return values <= np.minimum(limit, np.finfo(np.float64).max)[:, None]
+
     def _decided(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Let exact distances decide among the candidates that are still within the limits."""
+        """Return the pairs that are still within the limits, and their exact squared distances."""
         index = self.index
         query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
+        if self.k > 1:
+            self._limit_by(query, value)
         within = np.flatnonzero(value <= self.limit[query])
         query, row = self._members(query[within], point[within])
         other = row != self.skipped[query]
         query, row = query[other], row[other]
-        exact = exact_squared(self.queries, index.targets, query, row)
-        return *k_best(len(self.queries), self.k, query, row, exact), self.widened
+        return query, row, exact_squared(self.queries, index.targets, query, row)
+
+    def _limit_by(self, query: np.ndarray, value: np.ndarray) -> None:
+        """Set the limits by the k-th smallest computed value of all pairs, where the scans have not found it."""
+        enough, kth = kth_by_query(query, value, self.k, len(self.queries))
+        lower = kth < self.best[enough, -1]
+        self._limit(enough[lower], kth[lower])
 
     def _members(self, query: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the target rows behind the candidates: of a point's copies the first k, and one for the excluded."""
@@ -320,6 +386,17 @@ def nothing_found(count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 def k_best(count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return each query's k smallest pairs, by distance and then by row: (count, k) rows and squared distances."""
     rows, squared = nothing_found(count, k)
+    if k > 1 and len(query):
+        order = np.argsort(query * (int(row.max()) + 1) + row)
+        query, row, exact = query[order], row[order], exact[order]
+        table = tabled(count, query, exact)
+        if table is not None:  # ties stay in the order of their rows
+            rank = np.argsort(table, axis=1, kind="stable")[:, :k]
+            places = np.minimum((np.searchsorted(query, np.arange(count)))[:, None] + rank, len(row) - 1)
+            found = np.take_along_axis(table, rank, axis=1)
+            squared[:, : rank.shape[1]] = found
+            rows[:, : rank.shape[1]] = np.where(np.isfinite(found), row[places], -1)
+            return rows, squared
     order = np.lexsort((row, exact, query))
     query = query[order]
     rank = np.arange(len(query)) - np.searchsorted(query, query)
@@ -327,6 +404,20 @@ def k_best(count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.nda
     rows[query[kept], rank[kept]] = row[order[kept]]
     squared[query[kept], rank[kept]] = exact[order[kept]]
     return rows, squared
+
+
+def tabled(count: int, query: np.ndarray, values: np.ndarray) -> np.ndarray | None:
+    """Return the values of pairs, which are in the order of their queries, as a table: (count, widest), the rest infinite.
+
+    None where a few queries have so many pairs that the table would be mostly empty.
+    """
+    pairs = np.bincount(query, minlength=count)
+    widest = int(pairs.max(initial=0))
+    if count * widest > WIDEST * len(query):
+        return None
+    table = np.full((count, widest), np.inf, dtype=values.dtype)
+    table[query, np.arange(len(query)) - np.repeat(np.cumsum(pairs) - pairs, pairs)] = values
+    return table
 
 
 def distances_of(rows: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

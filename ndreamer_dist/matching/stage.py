@@ -2,7 +2,9 @@
 
 In: the coordinates of the matching space and the design's edges (query group, target group). Out: matches.zarr, which all
 effects and statistics read, and match/summary.json, which says how the search went. Search is exact, by
-`exact` or, on a GPU, by `gpu`: the same bits.
+`exact` or, on a GPU, by `gpu`: the same bits. Where distances are corrected for hubs (`match.hubs`), `hubs` measures
+how remote a target group's cells are from the query group, and searches; a group's edge to itself, which names the
+nearest other cell, is not corrected.
 Edges can be added to a finished run; nothing that is there is searched again or changed.
 """
 
@@ -24,6 +26,7 @@ from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import RunError, StoreError
 from ndreamer_dist.matching import gpu
 from ndreamer_dist.matching.exact import Neighbours, nearest
+from ndreamer_dist.matching.hubs import MOST_QUERIES, Remoteness, nearest_corrected
 from ndreamer_dist.matching.partition import build_index
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.settings import Settings
@@ -41,6 +44,8 @@ LEAST_DISTANCES = 200_000_000
 """Query-target pairs up to which a unit is not cut for balance; some tenths of a second."""
 EDGE_DISTANCES = 2_000_000
 """What an edge costs besides its distances, in distances: files to write."""
+CROWDED = 0.04
+"""More neighbours than this share of a group's cells are worth a warning."""
 BATCH_QUERIES = 65_536
 """Queries of a target group that are searched together."""
 
@@ -71,6 +76,7 @@ def run_match(run: RunDirectory, settings: Settings, design: Design, runtime: Ru
         The embedding is missing, damaged or not finite.
     """
     shards = edge_shards(settings, design, design.needed_edges(settings.match.edges))
+    warn_of_crowding(settings, design)
     todo = run.pending(keys.STAGE_MATCH, key, shards)
     if todo and len(todo) == len(shards):
         run.unmark(keys.STAGE_MATCH)
@@ -78,6 +84,18 @@ def run_match(run: RunDirectory, settings: Settings, design: Design, runtime: Ru
     found = _search(run, settings, design, runtime, key, todo)
     if todo or _summary_key(run) != key:
         write_summary(run, settings, design, key, found)
+
+
+def warn_of_crowding(settings: Settings, design: Design) -> None:
+    """Warn where effects average so many neighbours that they reach across a group (METHOD section 9)."""
+    k, cells = settings.match.neighbours, np.array([group.cells for group in design.groups])
+    few = np.flatnonzero(k > CROWDED * cells)
+    if k > 1 and len(few):
+        smallest = design.groups[int(cells.argmin())]
+        logger.warning(
+            "match: match.neighbours (%d) is more than %.0f %% of the cells of %d of %d groups (%s: %d): their effects "
+            "take in cells of other states", k, CROWDED * 100, len(few), len(cells), smallest.name, smallest.cells,
+        )  # fmt: skip
 
 
 def add_edges(run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str, edges: str) -> int:
@@ -172,6 +190,19 @@ def edge_shards(settings: Settings, design: Design, pairs: Pairs) -> list[Shard]
     return shards
 
 
+def is_corrected(edge: EdgeTile, settings: Settings) -> bool:
+    """Return whether the distances along an edge are corrected for hubs: those inside a group are not."""
+    return settings.match.hubs == "csls" and edge.query != edge.target
+
+
+def edge_neighbours(edge: EdgeTile, settings: Settings, design: Design) -> int:
+    """Return how many neighbours are sought along an edge; `denoised` needs more, but of the own condition alone."""
+    query, target = design.groups[edge.query], design.groups[edge.target]
+    if query.condition == target.condition and query != target:
+        return max(settings.match.neighbours, settings.denoise.neighbours)
+    return settings.match.neighbours
+
+
 def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: int) -> list[Unit]:
     """Gather edge tiles into units of bounded work, a few per worker, the largest first.
 
@@ -195,7 +226,9 @@ def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: in
 
 def _cost(edge: EdgeTile, settings: Settings, design: Design) -> int:
     start, stop = _tile_range(edge, settings, design)
-    return (stop - start) * design.groups[edge.target].cells + EDGE_DISTANCES
+    targets = design.groups[edge.target].cells
+    measured = min(design.groups[edge.query].cells, MOST_QUERIES) if is_corrected(edge, settings) else 0
+    return (stop - start + measured) * targets + EDGE_DISTANCES
 
 
 def _tile_range(edge: EdgeTile, settings: Settings, design: Design) -> tuple[int, int]:
@@ -205,7 +238,7 @@ def _tile_range(edge: EdgeTile, settings: Settings, design: Design) -> tuple[int
 
 
 def _make_arrays(storage: Storage, settings: Settings, design: Design) -> None:
-    k, groups = settings.match.neighbours, len(design.groups)
+    k, groups = max(settings.match.neighbours, settings.denoise.neighbours), len(design.groups)
     for group in design.groups:
         layout = {
             "shape": (group.cells, groups, k),
@@ -232,7 +265,8 @@ def _search(
         return {}
     _make_arrays(run.storage / keys.MATCHES, settings, design)
     points = coordinates(run, settings.embed.method)
-    gpus = 1.0 if runtime.gpus and gpu.has_gpu() else 0.0
+    # What is corrected for hubs is searched by processors.
+    gpus = 1.0 if runtime.gpus and gpu.has_gpu() and settings.match.hubs == "none" else 0.0
     parts = units(todo, settings, design, workers=runtime.gpus if gpus else runtime.cpus)
     counts: dict[str, dict[str, int]] = {}
     for found in runtime.map(search_unit, parts, run, settings, design, key, points, title="match", num_gpus=gpus):
@@ -266,12 +300,16 @@ def search_unit(
     """Search a unit's edge tiles, write and mark them, and return their counts, by shard."""
     counts: dict[str, dict[str, int]] = {}
     arrays: dict[str, zarr.Array[Any]] = {}
+    remote_from = Remoteness(points, design.starts, threads=settings.run.task_threads)
     with threadpool_limits(1):  # cells then come out the same whatever `run.task_threads` says
         for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
             group = design.groups[target]
             search = Searcher(points[group.start : group.stop], settings)
-            for batch in batches(list(shards), settings, design):
-                for shard, found in zip(batch, _search_batch(batch, search, points, settings, design), strict=True):
+            for batch in alike(list(shards), settings, design):
+                edge = batch[0].task
+                remote = remote_from.of(edge.target, edge.query) if is_corrected(edge, settings) else None
+                searched = _search_batch(batch, search, points, settings, design, remote)
+                for shard, found in zip(batch, searched, strict=True):
                     _write(shard.task, found, run, settings, design, arrays)
                     counts[shard.name] = found.counts
                     run.mark(keys.STAGE_MATCH, key, shard, counts[shard.name])
@@ -292,15 +330,26 @@ class Searcher:
 
     def __init__(self, targets: np.ndarray, settings: Settings) -> None:
         self._targets = targets
-        self._k = settings.match.neighbours
         self._threads = settings.run.task_threads
-        self._index = None if gpu.has_gpu() else build_index(targets)
+        self._index = None if gpu.has_gpu() and settings.match.hubs == "none" else build_index(targets)
 
-    def search(self, queries: np.ndarray, exclude: np.ndarray) -> Neighbours:
-        """Return the neighbours of queries; `exclude` is the target row that is no candidate, or -1."""
+    def search(
+        self, queries: np.ndarray, k: int, *, exclude: np.ndarray, remote: np.ndarray | None = None
+    ) -> Neighbours:
+        """Return the neighbours of queries.
+
+        Parameters
+        ----------
+        exclude
+            (q,) the target row that is no candidate, or -1.
+        remote
+            (t,) the targets' remoteness from the query group, where distances are corrected for hubs.
+        """
         if self._index is None:
-            return gpu.nearest(queries, self._targets, self._k, exclude=exclude, threads=self._threads)
-        return nearest(queries, self._index, self._k, exclude=exclude, threads=self._threads)
+            return gpu.nearest(queries, self._targets, k, exclude=exclude, threads=self._threads)
+        if remote is not None:
+            return nearest_corrected(queries, self._index, remote, k, threads=self._threads)
+        return nearest(queries, self._index, k, exclude=exclude, threads=self._threads)
 
 
 def batches(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
@@ -317,22 +366,36 @@ def batches(shards: Sequence[Shard], settings: Settings, design: Design) -> Iter
     yield batch
 
 
-def _search_batch(
-    batch: Sequence[Shard], search: Searcher, points: np.ndarray, settings: Settings, design: Design
-) -> Iterator[Found]:
-    """Search edge tiles of one target group together and give what was found for each."""
+def alike(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
+    """Give the edge tiles of one target group in batches that one search serves: as many neighbours, the same remoteness."""
+
+    def way(shard: Shard) -> tuple[int, int]:
+        query = shard.task.query if is_corrected(shard.task, settings) else -1
+        return edge_neighbours(shard.task, settings, design), query
+
+    for _, same in itertools.groupby(shards, key=way):
+        yield from batches(list(same), settings, design)
+
+
+def _rows_of(batch: Sequence[Shard], settings: Settings, design: Design) -> tuple[np.ndarray, list[slice]]:
+    """Return the packed rows of a batch's queries, and where those of each tile are among them."""
     spans = [_tile_range(shard.task, settings, design) for shard in batch]
     begins = [design.groups[shard.task.query].start for shard in batch]
-    queries = np.concatenate([points[b + start : b + stop] for b, (start, stop) in zip(begins, spans, strict=True)])
-    exclude = np.concatenate(
-        [
-            np.arange(start, stop) if shard.task.query == shard.task.target else np.full(stop - start, -1)
-            for shard, (start, stop) in zip(batch, spans, strict=True)
-        ]
-    )
-    found = search.search(queries, exclude)
-    cuts = np.cumsum([0, *(stop - start for start, stop in spans)])
-    parts = [slice(first, last) for first, last in itertools.pairwise(cuts.tolist())]
+    rows = [np.arange(b + start, b + stop) for b, (start, stop) in zip(begins, spans, strict=True)]
+    cuts = np.cumsum([0, *(len(part) for part in rows)])
+    return np.concatenate(rows), [slice(first, last) for first, last in itertools.pairwise(cuts.tolist())]
+
+
+def _search_batch(
+    batch: Sequence[Shard], search: Searcher, points: np.ndarray, settings: Settings, design: Design,
+    remote: np.ndarray | None,
+) -> Iterator[Found]:  # fmt: skip
+    """Search edge tiles of one target group together and give what was found for each."""
+    rows, parts = _rows_of(batch, settings, design)
+    target = design.groups[batch[0].task.target]
+    exclude = np.where((rows >= target.start) & (rows < target.stop), rows - target.start, -1)
+    k = edge_neighbours(batch[0].task, settings, design)
+    found = search.search(points[rows], k, exclude=exclude, remote=remote)
     for part in parts:
         counts = {"queries": part.stop - part.start, "widened": int(found.widened[part].sum())}
         yield Found(found.rows[part], found.distances[part], counts)
@@ -351,7 +414,10 @@ def _write(
     rows = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
     storage, name = run.storage / keys.MATCHES, keys.block_name(edge.query)
     part = (slice(start, stop), slice(edge.target, edge.target + 1), slice(None))
-    for array, values in ((keys.MATCH_ROW, rows), (keys.MATCH_DISTANCE, found.distances)):
+    wider = max(settings.match.neighbours, settings.denoise.neighbours) - rows.shape[1]
+    rows = np.pad(rows, ((0, 0), (0, wider)), constant_values=-1)
+    distances = np.pad(found.distances, ((0, 0), (0, wider)), constant_values=np.nan)
+    for array, values in ((keys.MATCH_ROW, rows), (keys.MATCH_DISTANCE, distances)):
         path = f"{name}/{array}"
         if path not in arrays:
             arrays[path] = open_array(storage, path, mode="w")

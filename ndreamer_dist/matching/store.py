@@ -2,7 +2,8 @@
 
 `match` writes it, below `DIR/matches.zarr`; effects, virtual layers and statistics read it here. Layout:
 `<query group>/row` (cells of the group, groups, k) int32, the packed row of each neighbour, and
-`<query group>/distance` float32; -1 and NaN where a target group has fewer cells. An edge that was not searched has no
+`<query group>/distance` float32, best first; -1 and NaN where a target group has fewer cells or fewer were sought: k is
+what groups of one condition need, others hold the first `match.neighbours`. An edge that was not searched has no
 chunks.
 """
 

@@ -107,7 +107,7 @@ def task_memory(size: CohortSize, settings: Settings) -> dict[str, int]:
         keys.STAGE_PCA: rows * settings.model.latent * 24,
         keys.STAGE_SPACE: rows * modelled * 24 + 3 * products + block * 6,
         keys.STAGE_MATCH: _matching_bytes(size, settings),
-        keys.STAGE_EFFECTS: rows * modelled * 24 + block * 3,
+        keys.STAGE_EFFECTS: rows * modelled * 32 + block * 3,
     }
     return {stage: int(BASE_BYTES + tiles[stage]) for stage in stages_of(settings)}
 
@@ -145,7 +145,8 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     own = size.cells * _stored(size, settings)[1]
     embedding = _coordinate_bytes(size, settings, modelled)
     told = size.cells * size.groups if size.cells * size.groups <= MATCH_LIMIT else 0  # in results.zarr's obsm
-    matches = size.cells * size.edges / size.groups * settings.match.neighbours * 8 + told * 8
+    kept = max(settings.match.neighbours, settings.denoise.neighbours)  # of a group's own condition; else fewer
+    matches = size.cells * size.edges / size.groups * kept * 8 + told * 8
     layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * _parameters(settings, modelled) * 4
     return int(2 * own * 8 + embedding + matches + layers + checkpoints)

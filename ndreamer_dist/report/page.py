@@ -332,7 +332,7 @@ def _design(data: PageData) -> Iterator[str]:
     dropped = json.loads(str(results.uns.get("dropped", "{}")))
     if dropped:
         yield "Left out: " + "; ".join(f"{whole(n)} cells ({reason})" for reason, n in dropped.items()) + "."
-    yield from (f"Note: {note}." for note in _notes(results))
+    yield from (f"Note: {note}." for note in (*_notes(results), *data.diagnostics.notes))
 
 
 def _notes(results: Results) -> list[str]:

@@ -210,6 +210,7 @@ def diagnostics_tables(told: Diagnostics) -> list[Table]:
         number("times_matched_max", "at most", whole, "how often its most used cell is a match"),
         number("never_matched", "never used", percent, "share of its cells that are nobody's match"),
         number("effective_cells", "effective cells", whole, "how many cells used alike would carry as much"),
+        number("effective_controls", "effective controls", whole, "the same of the control cells that its cells match"),
         number("correlation", "denoised v raw", plain, "correlation of denoised with raw expression, mean over cells"),
         number("squared_difference", "squared change", plain, "mean squared difference of denoised and raw expression"),
     ]  # fmt: skip

@@ -18,7 +18,15 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
-from ndreamer_dist.effects.averages import Average, average_over, average_through, layer_values, segments
+from ndreamer_dist.effects.averages import (
+    Average,
+    Term,
+    average_over,
+    average_through,
+    layer_terms,
+    layer_values,
+    segments,
+)
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.results.read import read_dense, read_sparse
@@ -35,14 +43,6 @@ BATCH_ENTRIES = 2**22
 
 Pairs = Iterable[tuple[int, int]]
 Found = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Term:
-    """An average that a question needs: over which condition (by default each cell's own), its own cells or not."""
-
-    condition: int | None
-    own_cells: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def layer_question(name: str, keep_bits: int | None = None) -> Question:
     def answer(values: sparse.csr_matrix, sums: Sequence[np.ndarray]) -> np.ndarray:
         return layer_values(name, values, sums[0], sums[1] if len(sums) > 1 else None, keep_bits)
 
-    terms = (Term(None), Term(0, own_cells=False)) if name == keys.LAYER_ITE else (Term(None),)
-    return Question(terms, answer, expression=name == keys.LAYER_BATCH_EFFECT)
+    return Question(layer_terms(name), answer, expression=name == keys.LAYER_BATCH_EFFECT)
 
 
 def effect_question(condition: int, baseline: int) -> Question:
@@ -132,12 +131,22 @@ def batches(rows: np.ndarray, stored: np.ndarray) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Counterparts:
-    """The matches of a finished run: in results.zarr where it holds them, else in the matches.zarr beside it."""
+    """The matches of a finished run: in results.zarr where it holds them, else in the matches.zarr beside it.
+
+    Attributes
+    ----------
+    neighbours, denoise_neighbours
+        How many of a cell's matches in a group count, for effects and for `denoised`.
+    hubs
+        Which distances the matches are nearest by: `match.hubs`.
+    """
 
     storage: Storage
     design: Design
     neighbours: int
     bandwidth: float
+    denoise_neighbours: int = 1
+    hubs: str = "none"
 
     def averages(self, rows: np.ndarray, terms: Sequence[Term]) -> list[Average]:
         """Return what each term averages for some packed rows (ascending).
@@ -148,18 +157,28 @@ class Counterparts:
             A needed edge is nowhere; the message says how to add it.
         """
         pairs = {pair for term in terms for pair in self._pairs(rows, term)}
-        edges = self.edges(rows, pairs, distances=self.neighbours > 1)
+        most = max((self._counted(term) for term in terms), default=1)
+        edges = self.edges(rows, pairs, distances=most > 1, neighbours=most)
         return [
-            average_over(self.design, edges, rows, self.bandwidth, condition=term.condition, own_cells=term.own_cells)
+            average_over(
+                self.design, edges, rows, self.bandwidth, condition=term.condition, own_cells=term.own_cells,
+                neighbours=self._counted(term),
+            )
             for term in terms
-        ]
+        ]  # fmt: skip
 
-    def edges(self, rows: np.ndarray, pairs: Pairs, *, distances: bool = True) -> Found:
-        """Return the matches of some packed rows (ascending) along pairs of groups; without distances, these are 0."""
+    def _counted(self, term: Term) -> int:
+        return self.denoise_neighbours if term.denoised else self.neighbours
+
+    def edges(self, rows: np.ndarray, pairs: Pairs, *, distances: bool = True, neighbours: int | None = None) -> Found:
+        """Return the matches of some packed rows (ascending) along pairs of groups; without distances, these are 0.
+
+        They are at least the first `neighbours` of each, or as many as effects average.
+        """
         parts = {group.code: (group, here) for group, here in segments(self.design, rows)}
         wanted = sorted(pair for pair in pairs if pair[0] in parts)
         found: Found = {}
-        if self.neighbours == 1 and self.nearest_stored:
+        if (neighbours or self.neighbours) == 1 and self.nearest_stored:
             found = self._nearest(rows, wanted, {code: here for code, (_, here) in parts.items()}, distances)
         for query, target in wanted:
             if (query, target) not in found:
@@ -251,7 +270,8 @@ class Counterparts:
         edge = f"the matches of group {query.name!r} in group {target.name!r}"
         if self.searched is None:
             what = "its obsm holds nearest neighbours along other edges only" if self.nearest_stored else "it has none"
-            why = f"{self.neighbours} neighbours are averaged" if self.neighbours > 1 else what
+            most = max(self.neighbours, self.denoise_neighbours)
+            why = f"up to {most} neighbours are averaged" if most > 1 else what
             msg = f"{edge} are not in {self.storage.url} ({why}), nor is a {keys.MATCHES} beside it; open the run directory"
             raise StoreError(msg)
         if not self.searched.holds(query.code, target.code):
@@ -306,7 +326,8 @@ def compute(
     """
     order = np.argsort(rows, kind="stable")
     ordered, values = rows[order], np.empty((len(rows), len(columns)), dtype=np.float32) if out is None else out
-    step = _part_rows(len(columns), len(counterparts.design.groups) * counterparts.neighbours)
+    most = max(counterparts.neighbours, counterparts.denoise_neighbours)
+    step = _part_rows(len(columns), len(counterparts.design.groups) * most)
     parts = [slice(start, start + step) for start in range(0, len(rows), step)]
 
     @functools.lru_cache(maxsize=1)  # one part, the usual case, is looked up once

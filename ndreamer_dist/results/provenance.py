@@ -28,7 +28,8 @@ def matches_table(counterparts: Counterparts, names: pd.Index, row: int) -> pd.D
     design = counterparts.design
     own = int(design.group_of(np.array([row]))[0])
     lines = [(row, own, 0, 0.0, 1.0)]
-    for (_, target), (rows, distances) in counterparts.known(row).items():
+    for (_, target), stored in counterparts.known(row).items():
+        rows, distances = (values[:, : counterparts.neighbours] for values in stored)
         weights = kernel_weights(distances, counterparts.bandwidth)[0] * (target != own)
         there = np.flatnonzero(rows[0] >= 0)
         lines += [(int(rows[0, i]), target, int(i) + 1, float(distances[0, i]), float(weights[i])) for i in there]

@@ -42,7 +42,7 @@ from ndreamer_dist.results.on_demand import (
 from ndreamer_dist.results.provenance import matches_table
 from ndreamer_dist.results.read import read_cells, read_dense, read_element, read_sparse
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.settings import MatchSettings
+from ndreamer_dist.settings import DenoiseSettings, MatchSettings
 from ndreamer_dist.storage.arrays import open_array, read_array
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage, open_storage
 from ndreamer_dist.storage.shards import Reads, counting
@@ -60,7 +60,7 @@ Room = Callable[[tuple[int, int]], np.ndarray]
 REQUIRED = {"design", "key", "seed", "settings", "version", "versions"}
 """What every `uns["ndreamer"]` tells."""
 OBJECTS: dict[str, Callable[[Any], Any]] = {
-    "settings": dict, "versions": str, "dropped": int, "design": lambda value: value, "input": lambda value: value,
+    "settings": dict, "versions": str, "dropped": int, "effective_controls": float, "design": lambda value: value, "input": lambda value: value,
 }  # fmt: skip
 """Entries of it that are objects in JSON, and what the values of these are."""
 SCALARS: dict[str, type] = {
@@ -617,12 +617,18 @@ class ResultsReader:
     def counterparts(self) -> Counterparts:
         """The matches behind the effects."""
         try:
-            told = self._told("settings")["match"]
-            match = MatchSettings(neighbours=told["neighbours"], bandwidth=told["bandwidth"])
+            told = self._told("settings")
+            stored = told["match"]  # results of an earlier version tell of one number of neighbours, and of no hubs
+            match = MatchSettings(
+                neighbours=stored["neighbours"], bandwidth=stored["bandwidth"], hubs=stored.get("hubs", "none")
+            )
+            denoise = DenoiseSettings(**told.get("denoise", {"neighbours": match.neighbours}))
         except (KeyError, TypeError, ValueError) as error:
             msg = f"{self.url}: the settings of the matches are damaged ({type(error).__name__})"
             raise StoreError(msg) from error
-        return Counterparts(self.storage, self.design, match.neighbours, match.bandwidth)
+        return Counterparts(
+            self.storage, self.design, match.neighbours, match.bandwidth, denoise.neighbours, match.hubs
+        )
 
     def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
         """Return the expression to compute with, and the table of its genes."""

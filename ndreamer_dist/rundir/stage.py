@@ -68,8 +68,8 @@ def stages_of(settings: Settings) -> dict[str, Stage]:
         *((Stage(keys.STAGE_CLUSTERS, ("clusters",), (keys.STAGE_PACK,), seeded=True),) if clustered else ()),
         *(learned if trained else ()),
         *space,
-        Stage(keys.STAGE_MATCH, ("match",), (placed,), unheeded=("match.edges", "match.bandwidth")),
-        Stage(keys.STAGE_EFFECTS, ("effects", "match"), (labels, keys.STAGE_MATCH)),
+        Stage(keys.STAGE_MATCH, ("match", "denoise"), (placed,), unheeded=("match.edges", "match.bandwidth")),
+        Stage(keys.STAGE_EFFECTS, ("effects", "match", "denoise"), (labels, keys.STAGE_MATCH)),
     )
     return {stage.name: stage for stage in stages}
 

@@ -20,6 +20,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.errors import QueryError, listing, suggest
 from ndreamer_dist.matching.exact import nearest
+from ndreamer_dist.matching.hubs import MOST_QUERIES, nearest_corrected, remoteness
 from ndreamer_dist.results.on_demand import Counterparts, Expression, compute, layer_question
 from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.stats.cells import (
@@ -252,14 +253,19 @@ class Neighbours:
         self._given = given
         self._told = False
 
-    def __call__(self, queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Return the nearest target of every query, itself left out: (queries,) packed rows, -1 for none."""
+    def __call__(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
+        """Return the nearest target of every query, itself left out; see `stats.populations.Nearest`.
+
+        Corrected for hubs, a target's remoteness is measured from all cells of the piece that asks: who is matched with
+        whom then depends on the two pieces, and not on labels.
+        """
         design = self._given.design
         (query, target) = (design.groups[int(design.group_of(rows[:1])[0])] for rows in (queries, targets))
-        if len(targets) == target.cells and self._kept(query.code, target.code):
+        whole = query == target or not self._corrected or len(asking) == query.cells
+        if whole and len(targets) == target.cells and self._kept(query.code, target.code):
             edges = self._given.counterparts.edges(queries, [(query.code, target.code)], distances=False)
             return edges[query.code, target.code][0][:, 0].astype(np.int64)
-        return self._searched(queries, targets)
+        return self._searched(queries, targets, asking)
 
     def _kept(self, query: int, target: int) -> bool:
         groups = self._given.design.groups
@@ -268,11 +274,19 @@ class Neighbours:
         searched = self._given.counterparts.searched
         return searched is not None and searched.holds(query, target)
 
-    def _searched(self, queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    @property
+    def _corrected(self) -> bool:
+        return self._given.counterparts.hubs == "csls"
+
+    def _searched(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
         if not self._told:
             self._told = True
             logger.info("some matches are not in the run and are searched now; `match DIR --edges all` would keep them")
         near, far = (self._coordinates(rows) for rows in (queries, targets))
+        if self._corrected and not np.array_equal(asking, targets):
+            remote = remoteness(far, self._coordinates(asking[:MOST_QUERIES]))
+            rows = nearest_corrected(near, far, remote, 1).rows[:, 0]
+            return np.where(rows < 0, -1, targets[rows])
         place = np.searchsorted(targets, queries)
         inside = targets[np.minimum(place, len(targets) - 1)] == queries
         rows = nearest(near, far, 1, exclude=np.where(inside, place, -1)).rows[:, 0]

@@ -7,6 +7,7 @@ all cells. Nothing here is a test, least of all over cells of `denoised`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from scipy import linalg, sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Group
+from ndreamer_dist.effects.averages import effective_number
 from ndreamer_dist.matching.exact import nearest
 from ndreamer_dist.results.on_demand import compute, layer_question
 from ndreamer_dist.results.read import read_dense
@@ -25,6 +27,8 @@ from ndreamer_dist.storage.arrays import open_array
 
 Kind = Literal["nested", "crossed", "partly crossed", "no donors"]
 
+CROWDED = 0.04
+"""More neighbours than this share of a donor's cells in a population are said to be many."""
 NEIGHBOURS = 15
 """Nearest cells that are looked at for mixing."""
 DIMENSIONS = 50
@@ -43,6 +47,7 @@ class Diagnostics:
     groups: pd.DataFrame
     populations: pd.DataFrame
     mixing: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
 
 def diagnose(
@@ -55,7 +60,29 @@ def diagnose(
     groups = pd.DataFrame(
         [told_of_group(group, given, stored_denoised=stored_denoised) for group in given.design.groups]
     )
-    return Diagnostics(layout, donors, groups, told_of_populations(given, names, codes), mixing(given, codes, cells))
+    populations = told_of_populations(given, names, codes)
+    notes = tuple(crowding(given, names, codes, donor_key))
+    return Diagnostics(layout, donors, groups, populations, mixing(given, codes, cells), notes)
+
+
+def crowding(given: StatisticsInput, names: list[str], codes: np.ndarray, donor_key: str | None) -> Iterator[str]:
+    """Say where neighbours are more than a small share of a donor's cells in a population, so that they reach across it."""
+    column_given = donor_key is not None or bool(given.design.batch_keys)
+    if not column_given:
+        return
+    counts = replicates_of(given, donor_key).counts(codes, len(names))
+    for setting, k, what in (
+        ("match.neighbours", given.counterparts.neighbours, "a shift of state comes back as an effect"),
+        ("denoise.neighbours", given.counterparts.denoise_neighbours, "denoised follows the state less closely there"),
+    ):
+        few = (counts > 0) & (k > CROWDED * counts) & (k > 1)
+        if few.any():
+            number, _ = np.unravel_index(int(np.where(few, counts, counts.max() + 1).argmin()), counts.shape)
+            yield (
+                f"{setting} ({k}) is more than {CROWDED:.0%} of a donor's cells in {int(few.sum())} of "
+                f"{int((counts > 0).sum())} pairs of population and donor ({names[number]}: {counts[few].min()} cells); "
+                f"{what}"
+            )
 
 
 def told_of_donors(given: StatisticsInput, donor_key: str | None) -> tuple[Kind, str]:
@@ -99,11 +126,23 @@ def told_of_group(group: Group, given: StatisticsInput, *, stored_denoised: bool
         "times_matched_mean": times.mean(),
         "times_matched_max": int(times.max()),
         "never_matched": float((times == 0).mean()),
-        "effective_cells": times.sum() ** 2 / (times**2).sum() if times.any() else np.nan,
+        "effective_cells": effective_number(times),
+        "effective_controls": effective_controls(group, given),
         "distortion_cells": looked,
         "correlation": correlation,
         "squared_difference": difference,
     }
+
+
+def effective_controls(group: Group, given: StatisticsInput) -> float:
+    """Return how many control cells, used alike, would carry as much as the group's matches; NaN of a control group."""
+    if group.condition == 0:
+        return np.nan
+    rows = np.arange(group.start, group.stop)
+    pairs = [(group.code, control.code) for control in given.design.with_condition(0)]
+    found = given.counterparts.edges(rows, pairs, distances=False)
+    near = np.concatenate([rows[:, : given.counterparts.neighbours].ravel() for rows, _ in found.values()])
+    return effective_number(np.bincount(near[near >= 0]))
 
 
 def overlap(cells: pd.DataFrame) -> dict[str, float]:

@@ -229,7 +229,7 @@ def sampled(
     share = np.minimum(1.0, most / np.maximum(sizes, 1))
     rows = [_first(piece.rows, populations, share) for piece in replicates.pieces]
     near = [
-        np.stack([part if one is other else nearest(part, other.rows) for other in replicates.pieces], axis=1)
+        np.stack([part if one is other else nearest(part, other.rows, one.rows) for other in replicates.pieces], axis=1)
         for one, part in zip(replicates.pieces, rows, strict=True)
         if len(part)
     ]

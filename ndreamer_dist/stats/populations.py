@@ -28,8 +28,11 @@ logger = logging.getLogger(__name__)
 READ_ROWS = 8192
 """Rows of expression held at a time."""
 
-Nearest = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Given packed rows of queries and of targets, the nearest target of each query: (queries,) packed rows, -1 for none."""
+Nearest = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""The nearest target of every query, itself left out: (queries,) packed rows, -1 for none.
+
+Takes the packed rows of the queries, of the target piece, and of the whole piece that the queries are of.
+"""
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def _counterparts(
         rows = query.rows[populations[query.rows] >= 0]
         if not len(rows):
             continue
-        near = nearest(rows, target.rows)
+        near = nearest(rows, target.rows, query.rows)
         known = near >= 0
         found.append((query, rows[known], np.searchsorted(target.rows, near[known])))
     return found

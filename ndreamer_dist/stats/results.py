@@ -227,8 +227,10 @@ class Results(ResultsReader):
         - `groups`, a row per batch and condition. Overlap: `overlap`, the share of cells with a near control match
             (`obs["ndreamer_overlap"]`), the median `match_distance` to the control and `own_distance` to the nearest other
             cell of the group. Reuse, as any cell's match: `times_matched_mean`, `times_matched_max`, `never_matched` (share
-            of cells), `effective_cells` ((sum w)^2 / sum w^2). Distortion, on `distortion_cells` cells: `correlation` (mean
+            of cells), `effective_cells` ((sum w)^2 / sum w^2). `effective_controls`: the same of the control cells that a
+            treated group's cells match. Distortion, on `distortion_cells` cells: `correlation` (mean
             over cells) and mean `squared_difference` of denoised and measured expression.
+        - `notes`: where more neighbours are averaged than 4 % of a donor's cells in a population (METHOD section 9).
         - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.
         - `mixing`, a row per condition: the share of a cell's 15 nearest neighbours, within condition and population,
             that are of other batches, in principal components of the `input` and in the `embedding`, beside what is

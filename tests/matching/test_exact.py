@@ -185,7 +185,7 @@ def test_no_target_is_nearer_than_where_its_cell_begins(seed, dims, spread):
     targets = (kinds[rng.integers(6, size=300)] + spread * gaussian(rng, 300, dims)).astype(np.float32)
     queries = (kinds[rng.integers(6, size=40)] + 2 * spread * gaussian(rng, 40, dims)).astype(np.float32)
     index = build_index(targets, cells=12)
-    tile = exact._Tile(index, queries, np.full(40, -1), 1)
+    tile = exact.Tile(index, queries, np.full(40, -1), 1)
     along = tile.local[:, :-1] @ index.centroids.T
     begins = tile._beginnings(np.ascontiguousarray(along.T), rng.integers(index.cells, size=40))
     for cell in range(index.cells):
@@ -200,7 +200,7 @@ def test_cells_that_hold_no_neighbour_are_not_looked_at():
     index = build_index(targets, cells=30)
     looked_at = []
 
-    class Watched(exact._Tile):
+    class Watched(exact.Tile):
         def _scan(self, cell, queries):
             looked_at.append(len(queries) * (self.index.starts[cell + 1] - self.index.starts[cell]))
             super()._scan(cell, queries)

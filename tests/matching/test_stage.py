@@ -13,19 +13,20 @@ import pytest
 from ndreamer_dist import keys
 from ndreamer_dist.compute.executor import RayRuntime, SerialRuntime
 from ndreamer_dist.errors import QueryError, RunError, StoreError
-from ndreamer_dist.matching import exact
+from ndreamer_dist.matching import exact, hubs
 from ndreamer_dist.matching import stage as search
 from ndreamer_dist.matching.stage import add_edges, run_match
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.storage.arrays import open_array, read_array
-from tests.results.brute_force import nearest_rows
+from tests.results.brute_force import corrected_rows, matched_rows, mean_nearest
 from tests.results.fabricate import fabricate
 
 SIZES = {(0, 0): 130, (0, 1): 70, (1, 0): 1, (1, 2): 50}
 
 
 def matched(folder, overrides=None, runtime=None, sizes=None, **kwargs):
-    made = fabricate(folder, sizes or SIZES, overrides={"match.query_rows": 64, **(overrides or {})}, **kwargs)
+    asked = {"match.query_rows": 64, "denoise.neighbours": 1, "match.hubs": "csls", **(overrides or {})}
+    made = fabricate(folder, sizes or SIZES, overrides=asked, **kwargs)
     run_match(made.run, made.settings, made.design, runtime or SerialRuntime(made.settings.run), "key")
     return made, Matches(made.run.storage / keys.MATCHES)
 
@@ -45,9 +46,11 @@ def assert_same(one, other):
         np.testing.assert_array_equal(values, other[name], err_msg=str(name))
 
 
-@pytest.mark.parametrize("k", [1, 5])
-def test_every_needed_edge_is_searched_exactly_and_no_other(tmp_path, k):
-    made, matches = matched(tmp_path, {"match.neighbours": k})
+@pytest.mark.parametrize("distance", ["none", "csls"])
+@pytest.mark.parametrize(("k", "denoised"), [(1, 1), (5, 1), (1, 5)])
+def test_every_needed_edge_is_searched_exactly_and_no_other(tmp_path, k, denoised, distance):
+    asked = {"match.neighbours": k, "denoise.neighbours": denoised, "match.hubs": distance}
+    made, matches = matched(tmp_path, asked)
     points = read_array(made.run.storage / keys.EMBEDDING, keys.PCA)
     needed = made.design.needed_edges("needed")
     for query in made.design.groups:
@@ -58,9 +61,13 @@ def test_every_needed_edge_is_searched_exactly_and_no_other(tmp_path, k):
                 continue
             rows, distances = matches.edge(query.code, target.code)
             itself = np.arange(query.cells) if query.code == target.code else None
-            found, far = nearest_rows(points[query.start : query.stop], points[target.start : target.stop], k, itself)
-            np.testing.assert_array_equal(rows, np.where(found < 0, -1, found + target.start))
-            np.testing.assert_array_equal(distances, far.astype(np.float32))
+            sought = max(k, denoised) if query.condition == target.condition and itself is None else k
+            spans = (slice(query.start, query.stop), slice(target.start, target.stop))
+            found, far = matched_rows(points[spans[0]], points[spans[1]], sought, itself, distance)
+            np.testing.assert_array_equal(rows[:, :sought], np.where(found < 0, -1, found + target.start))
+            np.testing.assert_array_equal(distances[:, :sought], far.astype(np.float32))
+            assert (rows[:, sought:] == -1).all()
+            assert np.isnan(distances[:, sought:]).all()
             part = matches.edge(query.code, target.code, 0, 1)
             np.testing.assert_array_equal(part[0], rows[:1])
 
@@ -79,6 +86,14 @@ def test_batches_of_queries_do_not_change_the_matches(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "UNIT_DISTANCES", 1)
     apart, _ = matched(tmp_path / "b", overrides, sizes=sizes)
     assert_same(stored(together), stored(apart))
+
+
+def test_remoteness_is_measured_from_a_bounded_number_of_queries(tmp_path, monkeypatch):
+    monkeypatch.setattr(hubs, "MOST_QUERIES", 40)
+    made, matches = matched(tmp_path, sizes={(0, 0): 130, (0, 1): 70})
+    points = read_array(made.run.storage / keys.EMBEDDING, keys.PCA)
+    found, _ = corrected_rows(points[130:], points[:130], mean_nearest(points[:130], points[130:170], 10), 1)
+    np.testing.assert_array_equal(matches.edge(1, 0)[0], found)
 
 
 def test_query_tiles_do_not_change_the_matches(tmp_path):
@@ -106,7 +121,7 @@ def test_a_lost_tile_is_searched_again_and_nothing_else(tmp_path):
 def test_another_key_begins_anew(tmp_path):
     made, _ = matched(tmp_path)
     run_match(made.run, made.settings, made.design, SerialRuntime(made.settings.run), "key")
-    other = fabricate(tmp_path, SIZES, seed=1, overrides={"match.neighbours": 2})
+    other = fabricate(tmp_path, SIZES, seed=1, overrides={"match.neighbours": 2, "denoise.neighbours": 1})
     run_match(other.run, other.settings, other.design, SerialRuntime(other.settings.run), "another key")
     assert Matches(other.run.storage / keys.MATCHES).edge(0, 0)[0].shape == (130, 2)
 
@@ -157,6 +172,15 @@ def test_exact_search_reports_what_it_did(tmp_path, monkeypatch):
     assert summary["searches"] == queries
     assert 0 < summary["widened"] <= queries
     assert summary["widened_share"] == summary["widened"] / queries
+
+
+def test_a_warning_tells_of_neighbours_that_reach_across_a_group(tmp_path, caplog):
+    matched(tmp_path / "a", {"match.neighbours": 5})
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "match.neighbours (5) is more than 4 % of the cells of 3 of 4 groups" in line
+    caplog.clear()
+    matched(tmp_path / "b")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 # --- more edges ------------------------------------------------------------------------------------------------------

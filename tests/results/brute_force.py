@@ -27,17 +27,47 @@ def nearest_rows(queries, targets, k, exclude=None):
     return rows, distances
 
 
+def mean_nearest(targets, queries, count):
+    """Return every target's mean distance to its nearest queries, at most `count` of them: float32."""
+    distances = np.sqrt(np.sort(exact_squared(targets, queries), axis=1)[:, :count])
+    return distances.mean(axis=1).astype(np.float32)
+
+
+def corrected_rows(queries, targets, remote, k):
+    """Return the k targets of least `2 d - r`, ties to the smaller row: rows (-1 where there are fewer) and distances."""
+    distances = np.sqrt(exact_squared(queries, targets))
+    found = np.argsort(2 * distances - remote, axis=1, kind="stable")[:, :k]
+    rows, near = np.full((len(queries), k), -1), np.full((len(queries), k), np.nan)
+    rows[:, : found.shape[1]], near[:, : found.shape[1]] = found, np.take_along_axis(distances, found, axis=1)
+    return rows, near
+
+
+def matched_rows(queries, targets, k, exclude=None, hubs="none"):
+    """Return the k matches of every query as a run finds them: inside a group the nearest other cells."""
+    if hubs == "none" or exclude is not None:
+        return nearest_rows(queries, targets, k, exclude)
+    return corrected_rows(queries, targets, mean_nearest(targets, queries, 10), k)
+
+
+def weighed(rows, distances, bandwidth, x):
+    """Return each cell's mean of its matches' expression, by the kernel's weights."""
+    weights = np.exp(-(distances - np.nanmin(distances, axis=1, keepdims=True)) / bandwidth)
+    weights = np.nan_to_num(weights / np.nansum(weights, axis=1, keepdims=True))
+    return np.einsum("ck,ckg->cg", weights, x[np.where(rows < 0, 0, rows)])
+
+
 def check(path, *, atol=1e-4):
     """Compare matches, distances and the stored layers of a results.zarr with their recomputation."""
     stored = anndata.read_zarr(path)
     told = stored.uns["ndreamer"]
-    match = json.loads(told["settings"])["match"]
+    settings = json.loads(told["settings"])
+    match, most = settings["match"], settings["denoise"]["neighbours"]
     k, bandwidth, control = match["neighbours"], match["bandwidth"], told["control"]
     group = np.asarray(stored.obs["ndreamer_group"].astype(str))
     names = [str(name) for name in told["groups"]]
     conditions = dict(zip(group, stored.obs["ndreamer_condition"].astype(str), strict=True))
     points, x = np.asarray(stored.obsm["X_ndreamer_pca"]), stored.X.toarray().astype(np.float64)
-    own_sum, control_sum = np.zeros_like(x), np.zeros_like(x)
+    own_sum, control_sum, denoised_sum = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
     own_count, control_count = np.zeros(len(x)), np.zeros(len(x))
     far = [[] for _ in x]
     times = np.zeros(len(x), dtype=int)
@@ -50,21 +80,20 @@ def check(path, *, atol=1e-4):
                     assert (stored.obsm["ndreamer_match"][cells, column] == -1).all()
                 continue
             itself = np.arange(len(cells)) if query == target else None
-            rows, distances = nearest_rows(points[cells], points[there], k, itself)
+            rows, distances = matched_rows(points[cells], points[there], max(k, most), itself, match["hubs"])
             packed = np.where(rows < 0, -1, there[rows])
             np.testing.assert_array_equal(stored.obsm["ndreamer_match"][cells, column], packed[:, 0])
             np.testing.assert_allclose(
                 stored.obsm["ndreamer_match_distance"][cells, column], distances[:, 0], rtol=1e-6
             )
             if query == target:
-                values = x[cells]
+                values, denoised = x[cells], x[cells]
             else:
-                np.add.at(times, packed[packed >= 0], 1)
-                weights = np.exp(-(distances - distances[:, :1]) / bandwidth)
-                weights = np.nan_to_num(weights / np.nansum(weights, axis=1, keepdims=True))
-                values = np.einsum("ck,ckg->cg", weights, x[np.where(packed < 0, 0, packed)])
+                np.add.at(times, packed[:, :k][packed[:, :k] >= 0], 1)
+                values, denoised = (weighed(packed[:, :n], distances[:, :n], bandwidth, x) for n in (k, most))
             if conditions[target] == conditions[query]:
                 own_sum[cells] += values
+                denoised_sum[cells] += denoised
                 own_count[cells] += 1
             if conditions[target] == control:
                 control_sum[cells] += values
@@ -73,7 +102,8 @@ def check(path, *, atol=1e-4):
                     for cell, distance in zip(cells, distances[:, 0], strict=True):
                         far[cell].append(distance)
     own, base = own_sum / own_count[:, None], control_sum / control_count[:, None]
-    expected = {"denoised": own, "batch_effect": x - own, "ite": own - base}
+    denoised = denoised_sum / own_count[:, None]
+    expected = {"denoised": denoised, "batch_effect": x - denoised, "ite": own - base}
     expected["ite"][np.asarray(stored.obs["ndreamer_condition"] == control)] = np.nan
     for name in stored.layers:
         np.testing.assert_allclose(stored.layers[name], expected[name], atol=atol, err_msg=name)

@@ -30,10 +30,19 @@ def finished(tmp_path_factory):
     return finish(fabricate(tmp_path_factory.mktemp("finished"), SIZES))
 
 
-@pytest.fixture(scope="session", params=[1, 5], ids=["one_neighbour", "kernel"])
+WAYS = {
+    "one_neighbour": {"match.neighbours": 1, "denoise.neighbours": 1, "match.hubs": "none"},
+    "kernel": {"match.neighbours": 5, "denoise.neighbours": 5, "match.hubs": "none"},
+    "hubs_and_two_numbers": {"match.neighbours": 1, "denoise.neighbours": 4, "match.hubs": "csls"},
+    "more_for_effects": {"match.neighbours": 3, "denoise.neighbours": 2, "match.hubs": "csls"},
+}
+"""Ways to match."""
+
+
+@pytest.fixture(scope="session", params=WAYS.values(), ids=WAYS)
 def every_edge(request, tmp_path_factory):
     """A run with the matches of all edges, which no test may change."""
-    overrides = {"match.edges": "all", "match.neighbours": request.param, "match.bandwidth": 0.5}
+    overrides = {"match.edges": "all", "match.bandwidth": 0.5, **request.param}
     return finish(fabricate(tmp_path_factory.mktemp("every_edge"), SIZES, overrides=overrides))
 
 

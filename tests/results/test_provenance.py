@@ -55,7 +55,8 @@ def test_matches_name_group_batch_condition_and_distance(every_edge):
     assert len(others) == every_edge.settings.match.neighbours
     weights = matches.groupby("group")["weight"].sum()
     np.testing.assert_allclose(weights, 1)
-    assert matches.groupby("group")["distance"].apply(lambda column: column.is_monotonic_increasing).all()
+    if every_edge.settings.match.hubs == "none":
+        assert matches.groupby("group")["distance"].apply(lambda column: column.is_monotonic_increasing).all()
 
 
 def test_how_often_a_cell_is_matched_is_stored(every_edge):
@@ -64,7 +65,7 @@ def test_how_often_a_cell_is_matched_is_stored(every_edge):
     for query in every_edge.design.groups:
         for target in every_edge.design.groups:
             if target.condition in (0, query.condition) and target != query:
-                found, _ = matches.edge(query.code, target.code)
+                found = matches.rows(query.code, target.code)[:, : every_edge.settings.match.neighbours]
                 np.add.at(counted, found[found >= 0], 1)
     np.testing.assert_array_equal(stored.obs["ndreamer_times_matched"], counted)
     assert counted.sum() > len(stored)
@@ -101,7 +102,7 @@ def test_several_neighbours_are_in_matches_zarr_alone(every_edge, tmp_path):
     if every_edge.settings.match.neighbours == 1:
         pd.testing.assert_frame_equal(results.matches(cell), whole.matches(cell))
         return
-    with pytest.raises(StoreError, match="5 neighbours are averaged"):
+    with pytest.raises(StoreError, match="neighbours are averaged"):
         results.matches(cell)
 
 
@@ -112,7 +113,8 @@ def test_edges_added_later_are_named_too(copied, every_edge):
     add_edges(copied.run, copied.settings, copied.design, SerialRuntime(copied.settings.run), "key of match", "all")
     after = open_results(copied.folder)
     assert set(after.matches(cell)["condition"]) == {"ctrl", "stim", "sick"}
-    nearest = open_results(every_edge.run.url).matches(cell).query("neighbour <= 1").reset_index(drop=True)
-    columns = ["cell", "group", "neighbour", "distance"]
-    pd.testing.assert_frame_equal(after.matches(cell)[columns], nearest[columns])
+    if every_edge.settings.match.hubs == "none":  # as those of the run that edges are added to
+        nearest = open_results(every_edge.run.url).matches(cell).query("neighbour <= 1").reset_index(drop=True)
+        columns = ["cell", "group", "neighbour", "distance"]
+        pd.testing.assert_frame_equal(after.matches(cell)[columns], nearest[columns])
     assert json.loads(after.uns["settings"])["match"]["edges"] == "needed"

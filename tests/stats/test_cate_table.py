@@ -11,8 +11,15 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 import ndreamer_dist as nd
+from ndreamer_dist import keys
+from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.errors import QueryError
-from ndreamer_dist.stats.results import Results
+from ndreamer_dist.matching.stage import add_edges
+from ndreamer_dist.matching.store import Matches
+from ndreamer_dist.stats.cate_table import Neighbours
+from ndreamer_dist.stats.results import Results, open_results
+from tests.results.conftest import finish
+from tests.results.fabricate import fabricate
 from tests.tiny import SETTINGS, as_memory, dense, tiny_cohort
 
 
@@ -206,3 +213,16 @@ def test_three_paired_donors_are_tested_and_marked_as_few(paired: Results) -> No
     part = table[table["population"] == name]
     tested = part["p"].notna().to_numpy()
     np.testing.assert_allclose(part["p"][tested], known.pvalue[tested], rtol=1e-6)
+
+
+@pytest.mark.parametrize("hubs", ["none", "csls"])
+def test_matches_searched_now_are_those_that_would_be_stored(tmp_path: Path, hubs: str) -> None:
+    made = finish(fabricate(tmp_path, {(0, 0): 90, (0, 1): 70, (1, 1): 50}, overrides={"match.hubs": hubs}))
+    given = open_results(tmp_path)._statistics_input(None, None)
+    rows = [np.arange(group.start, group.stop) for group in made.design.groups]
+    searched = Neighbours(given)(rows[0][::3], rows[1], rows[0])  # from controls to treated: not needed by effects
+    add_edges(made.run, made.settings, made.design, SerialRuntime(made.settings.run), "key of match", "all")
+    stored = Matches(made.run.storage / keys.MATCHES).rows(0, 1)[::3, 0]
+    np.testing.assert_array_equal(searched, stored)
+    own = Neighbours(given)(rows[1], rows[1], rows[1])
+    np.testing.assert_array_equal(own, Matches(made.run.storage / keys.MATCHES).rows(1, 1)[:, 0])

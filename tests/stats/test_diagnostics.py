@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -47,6 +49,31 @@ def test_overlap_and_reuse_are_counted_over_all_cells(results: Results, told: Di
         assert row.cells == len(cells)
         assert row.overlap == cells[keys.OBS_OVERLAP].mean()
     assert told.populations["cells"].sum() == len(obs)
+
+
+def test_effective_controls_are_counted_over_a_treated_group_s_matches(results: Results, told: Diagnostics) -> None:
+    obs, near = results.packed_obs, np.asarray(anndata.read_zarr(results.url).obsm["ndreamer_match"])
+    controls = [group.code for group in results.design.with_condition(0)]
+    facts = json.loads(results.uns["effective_controls"])
+    for row in told.groups.itertuples():
+        if row.condition == results.control:
+            assert np.isnan(row.effective_controls)
+            continue
+        _, times = np.unique(near[(obs[keys.OBS_GROUP] == row.group).to_numpy()][:, controls], return_counts=True)
+        assert row.effective_controls == pytest.approx(times.sum() ** 2 / (times**2).sum())
+        assert facts[row.group] == pytest.approx(row.effective_controls, abs=0.06)
+
+
+def test_neighbours_that_reach_across_a_population_are_noted(results: Results) -> None:
+    notes = results.diagnostics("cell_type").notes
+    assert [note.split()[0] for note in notes] == ["denoise.neighbours"]
+    counts = results.obs.groupby(["cell_type", "donor", "condition"], observed=True).size()
+    most = results.counterparts.denoise_neighbours
+    assert (
+        f"({most}) is more than 4% of a donor's cells in {(counts * 0.04 < most).sum()} of {len(counts)} pairs"
+        in notes[0]
+    )
+    assert f"{counts.min()} cells" in notes[0]
 
 
 def test_distortion_is_of_each_groups_first_cells(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:

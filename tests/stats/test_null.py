@@ -123,7 +123,9 @@ def test_the_sign_test_is_that_of_each_labellings_effects(job: ModuleType) -> No
         effects = []
         for here in np.flatnonzero(treated):
             cells = rows[here][cohort.types[rows[here]] == 1]
-            of = [x[cells] if there == here else x[nearest(cells, rows[there])] for there in range(len(kept))]
+            of = [
+                x[cells] if there == here else x[nearest(cells, rows[there], rows[here])] for there in range(len(kept))
+            ]
             effects.append(np.mean([of[d] for d in np.flatnonzero(treated)], axis=0))
             effects[-1] -= np.mean([of[d] for d in np.flatnonzero(~treated)], axis=0)
         ite = np.concatenate(effects)

@@ -1,0 +1,325 @@
+"""Exact nearest neighbours by a distance that is corrected for hubs (METHOD section 9).
+
+In: queries, the index of a target group and each target's remoteness, its mean distance to its 10 nearest queries. Out:
+of every query the k targets c that minimise `2 d(q, c) - r(c)`, with their true distances. In many dimensions a few
+targets, the hubs, are near to everything; seen from a hub its queries are near as well, so its r is small and its
+distances count in full, while a target that few queries are near to is met half way.
+
+The search is that of `exact`: float32 products propose, the partitions of the index rule targets out, and float64
+decides. With h = r / 2 the score is t = d - h, halved, and a target can be better than a bound U on t only where
+`d^2 <= (U + h)^2`, that is `|p|^2 - h^2 - 2 p q - 2 h U <= U^2 - |q|^2`: one product with two more columns.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from ndreamer_dist.matching.exact import (
+    FAR,
+    FLOAT32,
+    FLOAT64,
+    FOLD,
+    LARGEST,
+    SCAN_PAIRS,
+    SPARE,
+    Neighbours,
+    Tile,
+    distances_of,
+    exact_squared,
+    folded,
+    k_best,
+    kth_by_query,
+    kth_smallest,
+    mapped,
+    nothing_found,
+    rounded_up,
+    tabled,
+    tiles,
+)
+from ndreamer_dist.matching.partition import Index, build_index
+
+NEAREST_QUERIES = 10
+"""Queries nearest to a target that its remoteness is a mean over."""
+MOST_QUERIES = 4096
+"""Cells of a query group that remoteness is measured from: the first in packed order, which is random."""
+KEPT_INDEXES = 32
+"""Indexes of query groups that a task keeps, at some megabytes each."""
+
+
+def remoteness(targets: np.ndarray, queries: np.ndarray | Index, *, threads: int = 1) -> np.ndarray:
+    """Return each target's mean distance to its 10 nearest queries, all of them where there are fewer.
+
+    Parameters
+    ----------
+    targets
+        (t, d) float32 coordinates.
+    queries
+        (q, d) float32 coordinates of the query group's cells, at least one, or their index.
+
+    Returns
+    -------
+    (t,) float32: means, in float64, of the exact distances, rounded once.
+    """
+    if not len(targets):
+        return np.empty(0, dtype=np.float32)
+    with _one_thread(queries):
+        index = queries if isinstance(queries, Index) else build_index(queries)
+
+        def search(part: slice) -> tuple[np.ndarray]:
+            return (_mean_distance(Tile(index, targets[part], np.full(len(targets[part]), -1), NEAREST_QUERIES)),)
+
+        parts = list(mapped(search, tiles(len(targets), threads), threads))
+    return np.concatenate([part for (part,) in parts])
+
+
+def _one_thread(points: np.ndarray | Index) -> AbstractContextManager[object]:
+    """Hold BLAS to one thread, which costs milliseconds, unless an index is there: whoever made it has done so."""
+    return nullcontext() if isinstance(points, Index) else threadpool_limits(1)
+
+
+def _mean_distance(tile: Tile) -> np.ndarray:
+    """Return the mean distance of a tile's cells to the k nearest, as float32; which these are is left open."""
+    query, row, squared = tile.candidates()
+    count, k = len(tile.queries), min(tile.k, len(tile.index.targets))
+    order = np.argsort(query)
+    table = tabled(count, query[order], squared[order])
+    smallest = k_best(count, k, query, row, squared)[1] if table is None else np.sort(table, axis=1)[:, :k]
+    return np.sqrt(smallest).mean(axis=1).astype(np.float32)
+
+
+class Remoteness:
+    """Measures how remote a group's cells are from a query group, from a bounded number of that group's cells.
+
+    Parameters
+    ----------
+    points
+        (cells, d) float32 coordinates, in packed order.
+    starts
+        (groups + 1,) first row of every group, and the number of cells.
+    """
+
+    def __init__(self, points: np.ndarray, starts: np.ndarray, *, threads: int = 1) -> None:
+        self._points, self._starts, self._threads = points, starts, threads
+        self._index = lru_cache(maxsize=KEPT_INDEXES)(self._built)
+        self.of = lru_cache(maxsize=1)(self._measured)  # the tiles of an edge follow each other
+
+    def _built(self, query: int) -> Index:
+        start, stop = self._starts[query : query + 2]
+        return build_index(self._points[start : min(stop, start + MOST_QUERIES)])
+
+    def _measured(self, target: int, query: int) -> np.ndarray:
+        start, stop = self._starts[target : target + 2]
+        return remoteness(self._points[start:stop], self._index(query), threads=self._threads)
+
+
+def nearest_corrected(
+    queries: np.ndarray, targets: np.ndarray | Index, remote: np.ndarray, k: int, *, threads: int = 1
+) -> Neighbours:
+    """Return the k targets of least `2 d - r` of every query, exactly; ties go to the smaller row.
+
+    Parameters
+    ----------
+    queries
+        (q, d) float32 coordinates.
+    targets
+        (t, d) float32 coordinates, or their index.
+    remote
+        (t,) float32, r of every target; equal targets have equal ones.
+
+    Returns
+    -------
+    Best score first, with true distances.
+    """
+    coordinates = targets.targets if isinstance(targets, Index) else targets
+    if not len(queries) or not len(coordinates):
+        return Neighbours(*distances_of(*nothing_found(len(queries), k)), np.zeros(len(queries), dtype=bool))
+    with _one_thread(targets):
+        index = targets if isinstance(targets, Index) else build_index(targets)
+        frame = _Frame(index, remote)
+
+        def search(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return _CorrectedTile(frame, queries[part], k).search()
+
+        parts = list(mapped(search, tiles(len(queries), threads), threads))
+    rows, squared, widened = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return Neighbours(*distances_of(rows, squared), widened)
+
+
+class _Frame:
+    """An index with the remoteness of its points.
+
+    Attributes
+    ----------
+    half
+        (n,) float32, h of every point in the index's frame.
+    products
+        (d + 2, n) float32: `-2 p`, `|p|^2 - h^2` and `-2 h`.
+    most
+        (partitions,) largest h.
+    overflows
+        Whether some h is too large for float32 products.
+    """
+
+    def __init__(self, index: Index, remote: np.ndarray) -> None:
+        self.index, self.remote = index, remote
+        half = remote[index.rows[index.first]].astype(np.float64) / 2 * index.scale
+        self.overflows = not bool((half < FAR).all())
+        self.half = np.where(self.overflows, 0.0, half).astype(np.float32)
+        self.exact_half = half
+        norms = index.points[-1].astype(np.float64) - self.half.astype(np.float64) ** 2
+        self.products = np.concatenate([index.points[:-1], norms.astype(np.float32)[None], -2 * self.half[None]])
+        self.most = np.maximum.reduceat(self.half, index.starts[:-1]).astype(np.float64)
+        self.least = float(self.half.min())
+        self.largest = float(self.half.max())
+
+
+class _CorrectedTile(Tile):
+    """A tile of queries on its way through the partitions; see `exact.Tile`.
+
+    Attributes
+    ----------
+    bound
+        (q,) float64, an upper bound of the k-th best t in the index's frame; a float32 number, or infinite.
+    """
+
+    def __init__(self, frame: _Frame, queries: np.ndarray, k: int) -> None:
+        super().__init__(frame.index, queries, np.full(len(queries), -1, dtype=np.int64), k)
+        self.frame = frame
+        if frame.overflows:
+            self.far[:] = True
+            self.local[:, :-1], self.squared[:] = 0, 0.0
+        self.norms = np.sqrt(self.squared)
+        self.bound = np.full(len(queries), np.inf)
+        self.asking = np.concatenate([self.local, np.zeros((len(queries), 1), dtype=np.float32)], axis=1)
+
+    def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return rows, squared distances, both (q, k), and which queries were widened."""
+        begins, own = self.beginnings()
+        for part in range(self.index.cells):  # the own ones first: they set bounds that rule out most of the others
+            self._scan(part, np.flatnonzero(own == part))
+        begins[own, np.arange(len(own))] = np.inf
+        for part in range(self.index.cells):
+            self._scan(part, np.flatnonzero(begins[part] <= self._farthest(part)))
+        return self._decide()
+
+    def _farthest(self, part: int) -> np.ndarray:
+        """Return the squared distance up to which a partition has to be looked at: (q,), -inf for not at all."""
+        far = self.bound + self.frame.most[part]
+        reach = np.minimum(np.maximum(far, 0) ** 2 + self._error(slice(None)), LARGEST)  # what is done is beyond it
+        return np.where(far < 0, -np.inf, reach)
+
+    def _error(self, part: np.ndarray | slice, rounding: float = FLOAT32) -> np.ndarray:
+        """Return how wrong a computed squared distance can be that counts, or a product that it is compared by.
+
+        As in `exact.certain_limit`: a target that counts lies within U + h, so has a norm of at most |q| + U + h;
+        the two columns more add h^2 + 2 h U to what is summed, and rounding the square root adds two roundings.
+        """
+        bound, most = self.bound[part], self.frame.largest
+        dimensions = self.queries.shape[1]
+        reach = 2 * self.norms[part] + np.maximum(bound + most, 0)
+        return (2 * dimensions + 64) * rounding * (reach**2 + (most + np.abs(bound)) ** 2) + dimensions * 2.0**-120
+
+    def _tighten_by(self, part: np.ndarray, kth: np.ndarray) -> None:
+        """Lower the bounds of queries to what the k-th smallest computed t of each implies."""
+        kth = kth.astype(np.float64)
+        before = self.bound[part]
+        self.bound[part] = kth
+        error = self._error(part)
+        near = np.maximum(kth + self.frame.least, 0)  # the smaller the distance, the more of it is error
+        with np.errstate(invalid="ignore"):
+            slack = error / (near + np.sqrt(near**2 + error)) + 8 * FLOAT32 * (np.abs(kth) + self.frame.largest)
+            bound = np.where(np.isfinite(kth) & ~self.far[part], kth + slack, np.inf)
+        rounded = np.where(bound < LARGEST, rounded_up(bound).astype(np.float64), np.inf)
+        self.bound[part] = np.minimum(before, rounded)
+        self.asking[part, -1] = np.where(np.isfinite(self.bound[part]), self.bound[part], 0)
+
+    def _scan(self, cell: int, queries: np.ndarray) -> None:
+        """Look at a partition's points for some of the queries."""
+        start, stop = self.index.starts[cell], self.index.starts[cell + 1]
+        step = max(1, SCAN_PAIRS // (stop - start))
+        bounded = np.isfinite(self.bound[queries])
+        for chosen, look in ((queries[bounded], self._filter), (queries[~bounded], self._look)):
+            for first in range(0, len(chosen), step):
+                look(chosen[first : first + step], int(start), int(stop))
+
+    def _filter(self, part: np.ndarray, start: int, stop: int) -> None:
+        """Look at points for queries with a bound: a product tells which can be within it."""
+        bound, squared = self.bound[part], self.squared[part]
+        values = self.asking[part] @ self.frame.products[:, start:stop]
+        near = values <= rounded_up(bound**2 - squared + self._error(part))[:, None]
+        count = np.count_nonzero(near)
+        if not count:
+            return
+        if count > self.usual * len(part) + SPARE:
+            self._look(part, start, stop)
+            return
+        query, point = np.divmod(np.flatnonzero(near), stop - start)
+        half = self.frame.half[start + point].astype(np.float64)
+        distance = values[query, point] + squared[query] + half * (half + 2 * bound[query])
+        score = np.sqrt(np.maximum(distance, 0)) - half
+        self._keep(part[query], start + point, score)
+        if self.k == 1:
+            begins = np.flatnonzero(np.diff(query, prepend=-1))
+            self._tighten_by(part[query[begins]], np.minimum.reduceat(score, begins))
+
+    def _look(self, part: np.ndarray, start: int, stop: int) -> None:
+        """Look at points for queries without a bound, or with many points within it: t of all pairs is computed."""
+        half = self.frame.half[start:stop]
+        score = self.local[part] @ self.index.points[:, start:stop]
+        score += self.squared[part].astype(np.float32)[:, None]
+        np.maximum(score, 0, out=score)
+        np.sqrt(score, out=score)
+        score -= half
+        few = folded(score, FOLD * self.k) if self.k > 1 else score.min(axis=1, keepdims=True)
+        best = np.sort(np.concatenate([self.best[part], few], axis=1), axis=1)[:, : self.k]
+        self.best[part] = best
+        self._tighten_by(part, best[:, -1])
+        near = score <= self._within(part)[:, None]
+        if np.count_nonzero(near) > self.usual * len(part) + SPARE:
+            self._sift(part, near, start)
+        query, point = np.divmod(np.flatnonzero(near), stop - start)
+        self._keep(part[query], start + point, score[query, point].astype(np.float64))
+
+    def _within(self, part: np.ndarray) -> np.ndarray:
+        """Return the computed t up to which a target may be within the bound: (queries,)."""
+        bound, error = self.bound[part], self._error(part)
+        near = np.maximum(bound + self.frame.least, 0)
+        with np.errstate(invalid="ignore"):
+            slack = error / (near + np.sqrt(near**2 + error)) + 8 * FLOAT32 * (np.abs(bound) + self.frame.largest)
+        return np.where(np.isfinite(bound), bound + slack, np.inf)
+
+    def _keep(self, query: np.ndarray, point: np.ndarray, score: np.ndarray) -> None:
+        self.pairs.append((query, point, score.astype(np.float32)))
+
+    def _sifted(self, values: np.ndarray, squared: np.ndarray, points: slice) -> np.ndarray:
+        """Return which pairs may still be among the k best by float64 distances about the crowd: (queries, points)."""
+        half = self.frame.exact_half[points]
+        distance = np.maximum(values + squared[:, None], 0)
+        score = np.sqrt(distance) - half
+        kth = kth_smallest(score, self.k)
+        with np.errstate(invalid="ignore"):
+            farthest = np.where(np.isfinite(kth), kth + half.max(), 0)
+            norm = 2 * np.sqrt(squared) + np.maximum(farthest, 0)
+            factor = (2 * self.queries.shape[1] + 64) * FLOAT64
+            error = factor * (norm**2 + (half.max() + np.abs(kth)) ** 2)
+            slack = 2 * np.sqrt(error)
+        return score <= np.where(np.isfinite(kth), kth + slack, np.finfo(np.float64).max)[:, None]
+
+    def _decide(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Let exact scores decide among the candidates that are still within the bounds."""
+        query, point, score = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
+        if self.k > 1:
+            self._tighten_by(*kth_by_query(query, score, self.k, len(self.queries)))
+        kept = np.flatnonzero(score <= self._within(np.arange(len(self.queries)))[query])
+        query, row = self._members(query[kept], point[kept])
+        targets, remote = self.index.targets, self.frame.remote.astype(np.float64)
+        scores = 2 * np.sqrt(exact_squared(self.queries, targets, query, row)) - remote[row]
+        rows, _ = k_best(len(self.queries), self.k, query, row, scores)
+        squared = np.full(rows.shape, np.inf)
+        place, rank = np.nonzero(rows >= 0)
+        squared[place, rank] = exact_squared(self.queries, targets, place, rows[place, rank])
+        return rows, squared, self.widened
