@@ -104,17 +104,23 @@ def all_genes(
 
 @dataclass(frozen=True)
 class ResultsOrigin:
-    """Where the tasks find matches and coordinates: in finished results. See `effects.Origin`."""
+    """Where the tasks find matches and coordinates: in finished results. See `effects.Origin`.
+
+    Attributes
+    ----------
+    neighbours
+        Matches of a cell in a group that the layers need; one is in results.zarr itself.
+    """
 
     storage: Storage
     counterparts: Counterparts
+    neighbours: int
     stored: tuple[tuple[int, int], ...] = ()
 
     def edges(self, rows: np.ndarray, pairs: Iterable[tuple[int, int]]) -> Edges:
         """See `effects.Origin.edges`; in its own group a cell needs no match."""
         others = [(query, target) for query, target in pairs if query != target]
-        most = max(self.counterparts.neighbours, self.counterparts.denoise_neighbours)
-        return self.counterparts.edges(rows, others, distances=most > 1, neighbours=most)
+        return self.counterparts.edges(rows, others, distances=self.neighbours > 1, neighbours=self.neighbours)
 
     def obsm(self, name: str, rows: np.ndarray, edges: Edges) -> np.ndarray:
         """See `effects.Origin.obsm`."""
@@ -216,7 +222,8 @@ def _write(
     )
     todo, fresh = pending_shards(directory, key, layout)
     tables.prepare(directory, layout, fresh=fresh)
-    from_results = ResultsOrigin(origin.storage, origin.counterparts)
+    counted = [made.match.neighbours if name == keys.LAYER_ITE else made.denoise.neighbours for name in layout.layers]
+    from_results = ResultsOrigin(origin.storage, origin.counterparts, max(counted, default=1))
     write_shards(directory, key, packed, layout, made, from_results, runtime, todo)
     ours = tables.facts(made, packed, layout, key, {})
     rest = {name: _plain(value) for name, value in origin.uns.items() if name not in ours}
