@@ -41,6 +41,7 @@ from ndreamer_dist.commands.demo import score
 from ndreamer_dist.datasets import CELL_TYPE, CONDITION, DONOR, Truth, load_truth, simulate
 from ndreamer_dist.errors import SettingsError
 from ndreamer_dist.settings import Settings, parse_assignments
+from ndreamer_dist.stats.cells import match_quality
 
 SPACES = ("ndreamer", "pca", "harmony", "state", "ndreamer+state")
 SIMULATED: dict[str, dict[str, Any]] = {
@@ -213,13 +214,17 @@ def of_kang(results: nd.Results) -> dict[str, float]:
 
 
 def purity(results: nd.Results) -> float:
-    """Return the share of control matches that are of the cell's own type, mean over treated cells."""
-    table = results.cate(CELL_TYPE, genes=[str(results.var_names[0])], min_cells=1)
-    obs = results.obs
-    cells = obs.loc[obs[CONDITION] != results.control, CELL_TYPE].value_counts()
-    weights = cells.reindex(table["population"]).to_numpy(np.float64)
-    held = np.isfinite(table["match_purity"]) & np.isfinite(weights)
-    return float(np.average(table["match_purity"][held], weights=weights[held]))
+    """Return the share of control matches that are of the cell's own type, over cells that are no controls."""
+    codes, names = pd.factorize(results.packed_obs[CELL_TYPE].astype(str))
+    conditions = range(1, len(results.conditions))
+    near = np.ones(len(codes), dtype=bool)
+    found = match_quality(codes, len(names), near, results.design, results.counterparts, conditions).purity
+    condition = results.design.group_conditions[results.design.group_of(np.arange(len(codes)))]
+    cells = np.stack(
+        [np.bincount(codes[condition == c], minlength=len(names)) for c in range(len(results.conditions))], 1
+    )
+    held = np.isfinite(found) & (cells > 0)
+    return float(np.average(found[held], weights=cells[held]))
 
 
 def dense(values: Any) -> np.ndarray:
