@@ -345,7 +345,14 @@ def _name_on_panel(panel: Axes, points: np.ndarray, kinds: pd.Categorical) -> No
     placed: list[Bbox] = []
     for code in np.argsort(-sizes, kind="stable"):
         middle = np.median(points[kinds.codes == code], axis=0)
-        text = panel.text(*middle, shortened(levels[code], 18), ha="center", fontsize=8, path_effects=halo())
+        text = panel.text(
+            float(middle[0]),
+            float(middle[1]),
+            shortened(levels[code], 18),
+            ha="center",
+            fontsize=8,
+            path_effects=halo(),
+        )
         text.set_in_layout(False)
         box = text.get_window_extent()
         if any(box.overlaps(other) for other in placed):
