@@ -1,4 +1,4 @@
-"""What each matching space finds on cohorts whose answer is known, or close to known: the table of docs/benchmarks.md.
+"""What each matching space finds on cohorts whose answer is known, or close to known: the table of docs/benchmarks-log.md.
 
     python jobs/benchmark_embeddings.py --out /tmp/embeddings [--spaces ndreamer pca harmony state ndreamer+state] \
         [--variant weightless:loss.independence=0] [--cohorts crossed nested stateful kang] [--seeds 3] \
