@@ -28,7 +28,7 @@ from tests.tiny import NAMES, SETTINGS, as_memory, assert_same_bits, run_words, 
 
 s3fs = pytest.importorskip("s3fs")
 QUICK = SETTINGS | {"train.epochs": 2}
-LIMIT, PATIENT = 0.2, 1.0
+LIMIT, PATIENT = 1.0, 1.0
 """Seconds of silence after which these tests give a request up, and where the work is to succeed; five tries and their
 pauses are below six of them."""
 GIVEN_UP = f"no answer for {LIMIT:g} s; tried 5 times"
