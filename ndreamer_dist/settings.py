@@ -539,7 +539,8 @@ def read_yaml(text: str | bytes, where: str) -> Any:
     Nothing in it is called: a tag that asks for a Python object is an error.
     """
     try:
-        return yaml.load(text, _Words)  # noqa: S506 - a kind of SafeLoader
+        loader = _Words(text)
+        return loader.get_single_data()
     except Exception as error:
         # PyYAML lets the errors of int(), of dates and of recursion through as they are.
         msg = f"{where} cannot be read as plain YAML ({' '.join(str(error).split())[:200] or type(error).__name__})"
