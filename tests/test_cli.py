@@ -303,14 +303,16 @@ def test_a_query_that_selects_nothing_is_met_with_what_was_meant(
 
 
 def test_quiet_leaves_answers_and_verbose_tells_what_was_read(
-    cohort: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    cohort: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     code, said, told = spoken([*run_words(cohort, finished, SETTINGS), "--quiet"], capsys)
-    assert (code, told) == (0, "")
+    assert (code, told, caplog.messages) == (0, "", [])
     assert said.startswith("done: ")
     words = ["get", str(finished), "--genes", nd.open_results(finished).var_names[0], "--out", str(tmp_path / "x.csv")]
-    assert "layer: read " not in spoken(words, capsys)[2]
-    assert "layer: read " in spoken(["--verbose", *words], capsys)[2]
+    for first, expected in (([], False), (["--verbose"], True)):
+        caplog.clear()
+        assert spoken([*first, *words], capsys)[0] == 0
+        assert any(message.startswith("layer: read ") for message in caplog.messages) == expected
 
 
 def test_plan_says_where_it_works_and_what_the_stages_took(

@@ -33,7 +33,7 @@ READER_CPUS = 0.5
 """Processors a reader reserves: with a training worker's half, two processors hold three readers."""
 CANCEL_SECONDS = 5
 """How long a cancelled task may take to end by itself."""
-LEAST_SHARED_CELLS = 25_000
+LEAST_SHARED_CELLS = 30_000
 """Cells whose work outside training, done on other processors, saves as much time as a local Ray costs.
 
 Measured in processor seconds on a busy machine (docs/benchmarks-log.md).

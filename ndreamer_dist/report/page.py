@@ -263,10 +263,8 @@ def _summary(data: PageData) -> Iterator[str]:
         called = [(int((part["p_adjusted"] < plots.SIGNIFICANT).sum()), name) for name, part in tested]
         effect = plots.effect_column(data.table)
         if not tested:
-            yield (
-                f"{condition}: there are effects but no p-values, since {_why_untested(data)}. "
-                f"{_strongest(parts, effect, data.labels)}"
-            )
+            reason = f", since {_why_untested(data)}" if condition == chosen[0] or data.tested else ""
+            yield f"{condition}: there are effects but no p-values{reason}. {_strongest(parts, effect, data.labels)}"
             continue
         found = sorted((pair for pair in called if pair[0]), reverse=True)
         most = ", ".join(f"{name} ({number})" for number, name in found[:3])
@@ -441,7 +439,11 @@ def _effect_pictures(data: PageData) -> Iterator[Picture]:
         "Top genes of every population, all on one scale; genes that behave alike stand together. "
         + ("A dot marks an adjusted donor-level p below 0.05. " if data.tested else "There are no p-values. ")
         + "Grey names: too few donors or cells on one side to rely on."
-        + (f" The {plots.MOST_ROWS} rows with most called genes are drawn." if _rows(data) > plots.MOST_ROWS else ""),
+        + (
+            f" {plots.MOST_ROWS} of {_rows(data)} rows are drawn, well-founded ones first."
+            if _rows(data) > plots.MOST_ROWS
+            else ""
+        ),
         f"Heat map of effects of {_named(data.conditions)}, populations by genes, among them {', '.join(top)}",
         partial(plots.heatmap, data.results, data.by, condition=data.conditions, table=data.table),
     )

@@ -346,12 +346,7 @@ def _name_on_panel(panel: Axes, points: np.ndarray, kinds: pd.Categorical) -> No
     for code in np.argsort(-sizes, kind="stable"):
         middle = np.median(points[kinds.codes == code], axis=0)
         text = panel.text(
-            float(middle[0]),
-            float(middle[1]),
-            shortened(levels[code], 18),
-            ha="center",
-            fontsize=8,
-            path_effects=halo(),
+            middle[0], middle[1], shortened(levels[code], 18), ha="center", fontsize=8, path_effects=halo()
         )
         text.set_in_layout(False)
         box = text.get_window_extent()
@@ -560,12 +555,13 @@ def heatmap(
     return ax
 
 
+COLOUR_BAR_INCHES = 3.6
 MOST_ROWS = 60
 """Rows of a heat map of several conditions."""
 
 
 def _in_rows(part: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with the row of a heat map that each line belongs to; of many, those that say most."""
+    """Return a table with the row of a heat map that each line belongs to; of many, the well-founded ones that say most."""
     populations, conditions = (part[name].astype(str) for name in ("population", "condition"))
     if conditions.nunique() == 1:
         row = populations
@@ -574,8 +570,11 @@ def _in_rows(part: pd.DataFrame) -> pd.DataFrame:
     else:
         row = conditions + " · " + populations
     part = part.assign(row=row)
-    said = part.assign(_called=part["p_adjusted"] < SIGNIFICANT, _size=part[effect_column(part)].abs())
-    ranked = said.groupby("row")[["_called", "_size"]].sum().sort_values(["_called", "_size"], ascending=False)
+    said = part.assign(
+        _sure=well_founded(part), _called=part["p_adjusted"] < SIGNIFICANT, _size=part[effect_column(part)].abs()
+    )
+    facts = ["_sure", "_called", "_size"]
+    ranked = said.groupby("row")[facts].sum().sort_values(facts, ascending=False, kind="stable")
     return part[part["row"].isin(ranked.index[:MOST_ROWS])]
 
 
@@ -807,7 +806,8 @@ def _floor(ax: Axes, floor: float) -> None:
 def _colour_bar(ax: Axes, drawn: mpl.cm.ScalarMappable, label: str) -> None:
     figure = ax.get_figure()
     if figure is not None:
-        bar = figure.colorbar(drawn, ax=ax, shrink=0.9, aspect=14, pad=0.015, label=label, extend="both")
+        shrink = min(0.9, COLOUR_BAR_INCHES / figure.get_figure(root=True).get_size_inches()[1])
+        bar = figure.colorbar(drawn, ax=ax, shrink=shrink, aspect=14, pad=0.015, label=label, extend="both")
         bar.outline.set_visible(b=False)
 
 

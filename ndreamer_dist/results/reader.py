@@ -192,7 +192,7 @@ class ResultsReader:
     @property
     def packed_obs(self) -> pd.DataFrame:
         """The cells' table in the order of the store, by group: reading stretches of it reads each chunk once."""
-        return CellsTable(self._cells)
+        return self._cells.copy()
 
     @property
     def var(self) -> pd.DataFrame:

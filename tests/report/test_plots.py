@@ -273,3 +273,15 @@ def test_names_on_a_umap_never_cover_each_other(results: Results) -> None:
     assert 0 < len(boxes) < 12  # twelve kinds, all over the place
     assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
     assert len(ax.get_legend().get_texts()) == 12
+
+
+def test_of_many_rows_those_with_donors_and_cells_on_both_sides_are_drawn_first() -> None:
+    rows = pd.DataFrame({"population": "all", "condition": [f"drug {number:02d}" for number in range(80)], "gene": "G"})
+    sure = np.arange(80) % 8 == 0
+    rows = rows.assign(
+        p=np.nan, p_adjusted=np.nan, effect=np.nan, mean_ite=np.where(sure, 0.1, 5.0), treated_donors=3,
+        control_donors=3, cells=np.where(sure, 50, 2), effective_control_cells=50.0,
+    )  # fmt: skip
+    kept = plots._in_rows(rows)
+    assert kept["row"].nunique() == plots.MOST_ROWS
+    assert set(rows["condition"][sure]) <= set(kept["row"])

@@ -108,6 +108,7 @@ def test_a_column_put_into_the_copy_of_obs_is_not_lost_in_silence(run: Path, cap
     own = results.obs.copy()
     own["kind"] = "x"
     assert not caplog.text
+    assert type(own) is type(results.packed_obs) is type(anndata.AnnData(obs=results.obs).obs) is pd.DataFrame
 
 
 def test_damaged_annotations_are_named(run: Path) -> None:
