@@ -26,7 +26,7 @@ from ndreamer_dist.cohort.packed import Packed, write_tables
 from ndreamer_dist.cohort.statistics import frame_of_cells
 from ndreamer_dist.compute.executor import Runtime, choose_runtime, runtime_choice
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
-from ndreamer_dist.compute.machine import Needs, check_resources, cpu_count, memory_limit
+from ndreamer_dist.compute.machine import check_resources, cpu_count, memory_limit
 from ndreamer_dist.effects import tables
 from ndreamer_dist.effects.averages import Edges
 from ndreamer_dist.effects.stage import pending_shards, write_shards
@@ -179,16 +179,13 @@ def _is_finished(directory: RunDirectory, key: str) -> bool:
 
 
 def _check_machine(directory: RunDirectory, made: Settings, given: GivenExpression) -> None:
-    """Refuse what memory or disk will not hold: blocks of all genes, and shards of a span of them."""
-    cells, genes, rows = len(given.input_row), given.source.n_genes, made.pack.block_rows
-    values = given.density * genes
-    task = rows * (min(genes, tables.SHARD_GENES) * 24 + values * 36) + made.cohort.chunk_rows * values * 40
-    cpus = 1 if made.run.serial else made.run.cpus or cpu_count()
-    shared = 0 if made.run.serial else object_store_bytes(made.run)
-    needed = memory.DRIVER_BYTES + memory.DRIVER_BYTES_PER_CELL * cells + cpus * (memory.BASE_BYTES + task) + shared
-    disk = len(made.effects.store) * cells * genes * 4 + 2 * cells * values * 8
+    """Refuse what memory or disk will not hold."""
+    needs = memory.all_genes_needs(
+        len(given.input_row), given.source.n_genes, given.density, made,
+        cpus=1 if made.run.serial else made.run.cpus or cpu_count(),
+        object_store=0 if made.run.serial else object_store_bytes(made.run),
+    )  # fmt: skip
     allowed = int(made.run.memory_gb * 1e9) if made.run.memory_gb else memory_limit()
-    needs = Needs(memory=int(needed), disk=int(disk))
     check_resources(needs, memory=allowed, disk=directory.free_disk(), where=directory.url)
 
 

@@ -15,7 +15,7 @@ from ndreamer_dist.cohort.pack import partition_count
 from ndreamer_dist.cohort.statistics import spans_of
 from ndreamer_dist.compute.executor import TaskNeed
 from ndreamer_dist.compute.machine import Needs
-from ndreamer_dist.effects.tables import MATCH_LIMIT
+from ndreamer_dist.effects.tables import MATCH_LIMIT, SHARD_GENES
 from ndreamer_dist.embedding.harmony import BYTES_PER_CELL as HARMONY_BYTES
 from ndreamer_dist.embedding.space import MOST_SPANS
 from ndreamer_dist.rundir.stage import stages_of
@@ -168,6 +168,23 @@ def needs(size: CohortSize, settings: Settings, *, cpus: int, object_store: int)
     """Return the run's peak memory and disk."""
     memory = max(stage_memory(size, settings, cpus=cpus, object_store=object_store).values())
     return Needs(memory=memory, disk=disk_bytes(size, settings))
+
+
+def all_genes_needs(
+    cells: int, genes: int, density: float, settings: Settings, *, cpus: int, object_store: int
+) -> Needs:
+    """Return peak memory and disk of a store of all genes: packed blocks of all of them, and shards of a span of them.
+
+    Parameters
+    ----------
+    density
+        Share of the values that are stored.
+    """
+    rows, values = settings.pack.block_rows, density * genes
+    task = rows * (min(genes, SHARD_GENES) * 24 + values * 36) + settings.cohort.chunk_rows * values * 40
+    driver = DRIVER_BYTES + DRIVER_BYTES_PER_CELL * cells + object_store
+    disk = len(settings.effects.store) * cells * genes * 4 + 2 * cells * values * 8
+    return Needs(memory=int(driver + cpus * (BASE_BYTES + task)), disk=int(disk))
 
 
 def largest_task(size: CohortSize, settings: Settings) -> TaskNeed:

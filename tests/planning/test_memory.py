@@ -18,6 +18,7 @@ from ndreamer_dist.planning.memory import (
     DRIVER_BYTES_PER_CELL,
     CohortSize,
     _partition_cells,
+    all_genes_needs,
     disk_bytes,
     needs,
     stage_memory,
@@ -119,3 +120,10 @@ def test_the_disk_that_is_promised_is_what_a_run_writes(tiny: Path, tmp_path: Pa
     weights = 3 * sum(file.stat().st_size for file in (tmp_path / "run" / keys.TRAIN_DIR).rglob("*.safetensors"))
     promised = nd.plan(cohort, out=tmp_path / "run", preset="small", settings=settings, **NAMES).disk
     assert values < promised < 1.5 * (values + weights)
+
+
+def test_all_genes_need_memory_by_span_and_disk_by_gene(small: Settings) -> None:
+    few, many = (all_genes_needs(10**6, genes, 0.1, small, cpus=2, object_store=0) for genes in (2000, 20_000))
+    layers = len(small.effects.store) * 10**6 * 4 * 18_000
+    assert many.disk - few.disk == layers + 2 * 10**6 * 1800 * 8
+    assert few.memory < many.memory < 10 * few.memory  # of dense shards, one span of genes is held at a time
