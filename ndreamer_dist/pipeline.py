@@ -208,11 +208,11 @@ def plan(
         runtime=str(choice),
         took=_times(directory) if directory is not None else {},
         **_machine(made),
-        notes=tuple(note for note in (seen, *source.notes) if note),
         memory_free=limit.amount,
         disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
     )
-    return replace(planned, cpus_source=_processors(made).source, memory_source=limit.source)
+    notes = tuple(note for note in (seen, *source.notes) if note)
+    return replace(planned, notes=notes, cpus_source=_processors(made).source, memory_source=limit.source)
 
 
 def _times(run: RunDirectory) -> dict[str, float]:

@@ -36,7 +36,7 @@ from ndreamer_dist.cohort.stored import (
     raw_place,
     stored_matrix,
 )
-from ndreamer_dist.cohort.tables import check_names, in_memory, named_genes, read_table
+from ndreamer_dist.cohort.tables import check_names, in_memory, named_genes, read_frame
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, StoreError, listing
 from ndreamer_dist.settings import CohortSettings
@@ -358,8 +358,8 @@ def _read_stored(group: Any, url: str, container: Container, layer: str | None, 
         )
         raise CohortError(msg)
     from_raw = raw is not None and place == raw[0]
-    obs = read_table(group, "obs", url)
-    var = read_table(group, raw[1] if raw is not None and from_raw else "var", url)
+    obs = read_frame(group, "obs", url)
+    var = read_frame(group, raw[1] if raw is not None and from_raw else "var", url)
     if (len(obs), len(var)) != matrix.shape:
         msg = f"{url}: {matrix.name} is {matrix.shape}, but obs and var have {len(obs)} and {len(var)} rows"
         raise CohortError(msg)

@@ -42,7 +42,7 @@ VERSION = re.compile(r"^(ENS[A-Z]*\d{11})\.\d+$")
 """An Ensembl id with a version."""
 
 
-def read_table(root: Any, name: str, url: str) -> pd.DataFrame:
+def read_frame(root: Any, name: str, url: str) -> pd.DataFrame:
     """Read `obs`, `var` or `raw/var` of a store."""
     try:
         if hasattr(root, "filename"):

@@ -16,7 +16,7 @@ from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.errors import CohortError
 
 Values = Literal["counts", "none"]
-Asked = Literal["auto", "counts", "none"]
+ValuesAsked = Literal["auto", "counts", "none"]
 
 LOG_CEILING = 20.0
 """No log1p of counts per 10 000, nor per million, is as large."""
@@ -61,7 +61,7 @@ class _Scale:
     why: str
 
 
-def decide_values(source: Source, asked: Asked, log_base: float | None = None) -> Decision:
+def decide_values(source: Source, asked: ValuesAsked, log_base: float | None = None) -> Decision:
     """Decide on a sample what the values are, and so whether they are normalised here.
 
     Parameters
@@ -97,7 +97,7 @@ def decide_values(source: Source, asked: Asked, log_base: float | None = None) -
 SCALING = "scaled to 10,000 a cell, ln(1 + x)"
 
 
-def _whole_numbers(rows: sparse.csr_matrix, asked: Asked) -> Decision:
+def _whole_numbers(rows: sparse.csr_matrix, asked: ValuesAsked) -> Decision:
     largest = float(rows.data.max())
     if asked == "none" and largest > 1:
         msg = (
@@ -111,7 +111,7 @@ def _whole_numbers(rows: sparse.csr_matrix, asked: Asked) -> Decision:
     return Decision("counts", asked == "auto", None, f"{seen}: counts; {SCALING}")
 
 
-def _logarithms(source: Source, asked: Asked, scale: _Scale | None, log_base: float | None) -> Decision:
+def _logarithms(source: Source, asked: ValuesAsked, scale: _Scale | None, log_base: float | None) -> Decision:
     rows = source.sample
     if scale is not None and not scale.base and log_base is None:
         msg = (

@@ -32,7 +32,7 @@ from ndreamer_dist.cohort.stored import (
     raw_place,
     stored_matrix,
 )
-from ndreamer_dist.cohort.tables import read_table
+from ndreamer_dist.cohort.tables import read_frame
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.storage.files import open_storage
 
@@ -72,7 +72,7 @@ def convert(
         raise StoreError(msg)
     container = container_of(address)
     group = open_group(address, container)
-    obs, var = (read_table(group, name, address.url) for name in ("obs", "var"))
+    obs, var = (read_frame(group, name, address.url) for name in ("obs", "var"))
     path = Path(target.root)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder, _as_zarr():
@@ -124,7 +124,7 @@ def _copy_rest(group: Any, made: zarr.Group) -> None:
         with suppress(Exception):  # a part that anndata cannot read is not needed for a run
             write_elem(made, name, read_elem(group[name]))
     if raw is not None:
-        write_elem(made, "raw/var", read_table(group, raw[1], "raw"))
+        write_elem(made, "raw/var", read_frame(group, raw[1], "raw"))
         made["raw"].attrs.update({"encoding-type": "raw", "encoding-version": "0.1.0"})
 
 

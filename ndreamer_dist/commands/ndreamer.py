@@ -150,9 +150,6 @@ class NDreamer:
         save_pth: str | os.PathLike[str],
         condition_key: str,
         batch_key: str | Sequence[str] | None = None,
-        require_batch: bool | None = None,
-        save_preprocessed_adata_path: str | os.PathLike[str] | None = BESIDE,
-        library_size_normalize_adata: bool | None = None,
         settings: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
@@ -161,12 +158,15 @@ class NDreamer:
             raise SettingsError(msg)
         self.adata = adata
         self.save_pth = Path(save_pth).expanduser().absolute()
-        self._preprocessed = _path_of(save_preprocessed_adata_path, self.save_pth / keys.PUBLISHED_PREPROCESSED)
+        asked = arguments.pop("save_preprocessed_adata_path", BESIDE)
+        require_batch = arguments.pop("require_batch", None)
+        normalise = arguments.pop("library_size_normalize_adata", None)
+        self._preprocessed = _path_of(asked, self.save_pth / keys.PUBLISHED_PREPROCESSED)
         if require_batch and not batch_key:
             msg = "require_batch=True needs batch_key: the column, or columns, of obs that hold the batch"
             raise SettingsError(msg)
         named_columns = {"condition_key": condition_key, "batch_key": None if require_batch is False else batch_key}
-        values = {} if library_size_normalize_adata is None else {"normalise": library_size_normalize_adata}
+        values = {} if normalise is None else {"normalise": normalise}
         given = _translated(_spelled({**named_columns, **values, **arguments}))
         named = {_setting(name): value for name, value in given.items() if value is not None}
         if named.get("cohort.normalise") == "counts":

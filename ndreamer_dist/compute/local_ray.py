@@ -23,7 +23,7 @@ from ndreamer_dist.settings import RunSettings
 
 USAGE = "RAY_USAGE_STATS_ENABLED"
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
-CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 10.0
 """How long a cluster's address may take to answer."""
 LONGEST_FOLDER = 40
 """Characters of Ray's folder: with the names below it a socket's path has at most 107."""
@@ -75,14 +75,14 @@ def check_reachable(address: str) -> None:
     Raises
     ------
     RunError
-        There is no connection within `CONNECT_SECONDS`.
+        There is no connection within `ANSWER_SECONDS`.
     """
     where = address if address != "auto" else _started_here()
     host, _, port = where.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return  # Ray says what is wrong with it
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
     except OSError as error:
         raise _unreachable(address, error) from error
 

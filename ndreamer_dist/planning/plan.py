@@ -188,7 +188,6 @@ def plan_of(
     object_store: int,
     memory_free: int | None = None,
     disk_free: int | None = None,
-    notes: tuple[str, ...] = (),
     runtime: str = "",
     took: Mapping[str, float] | None = None,
 ) -> Plan:
@@ -229,7 +228,6 @@ def plan_of(
         disk_free=disk_free,
         embedding=settings.embed.method,
         left_out=tuple(stage for stage in keys.STAGES if stage not in stages),
-        notes=notes,
         cpus=cpus,
         runtime=runtime,
         took=tuple((took or {}).items()),

@@ -31,7 +31,7 @@ from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.files import Storage
 
-BLOCK_VALUES = 2**23
+COMPUTED_VALUES = 2**23
 """Values of a computed block at most, about: 32 MB."""
 
 
@@ -104,7 +104,7 @@ class LazyParts:
     ) -> da.Array:
         """Return an array of dask whose blocks are dense; `genes` of them in one, by default as many as are held well."""
         places = self.columns if columns is None else columns
-        step = genes or max(1, BLOCK_VALUES // self.block_rows)
+        step = genes or max(1, COMPUTED_VALUES // self.block_rows)
         return self._mapped(name, blocks, places, step, np.empty((0, 0), dtype=np.float32))
 
     def sparse_array(self, name: str, blocks: Blocks) -> da.Array:
