@@ -201,13 +201,12 @@ def log_progress(told: Mapping[str, Any]) -> None:
     text = f"{told['stage']}: {done} of {total} {what}"
     if told["cells_per_second"]:
         text += f", {told['cells_per_second']:,.0f} cells/s"
-    if told.get("seconds_left"):
-        text += f", about {duration(told['seconds_left'])} left"
     if "total" in told.get("measures", {}):
         text += f", loss {told['measures']['total']:.4g}"
     if "worker_peak_bytes" in told:
         text += f", largest worker {told['worker_peak_bytes'] / 1e9:.1f} GB"
-    logger.info("%s, %.1f GB", text, told["memory_bytes"] / 1e9, extra={FACTS: dict(told)})
+    left = f", about {duration(told['seconds_left'])} left" if told.get("seconds_left") else ""
+    logger.info("%s, %.1f GB%s", text, told["memory_bytes"] / 1e9, left, extra={FACTS: dict(told)})
 
 
 # --- a worker's memory -----------------------------------------------------------------------------------------------
