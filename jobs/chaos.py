@@ -439,9 +439,12 @@ def wait_while(condition: Callable[[], bool]) -> None:
 
 def titled(job: int, fault: str) -> dict[int, str]:
     """Return the processes that a job has started and a fault is for: number and title."""
-    from ndreamer_dist.compute.monitors import _descendants
+    from ndreamer_dist.compute.monitors import process_tree
 
-    titles = {pid: _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip() for pid in _descendants(job)}
+    titles = {
+        pid: _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()
+        for pid in (process.pid for process in process_tree(job))
+    }
     return {pid: title[:80] for pid, title in titles.items() if re.search(TITLES[fault], title)}
 
 

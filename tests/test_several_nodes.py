@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from ndreamer_dist import keys
-from ndreamer_dist.compute.monitors import _descendants
+from ndreamer_dist.compute.monitors import process_tree
 from tests.machines import CannotBe, Machine, join, machine, make_hub, wait_until
 from tests.servers import S3_ENVIRONMENT
 from tests.tiny import PROMPT, SETTINGS, assert_same_bits, run_words
@@ -191,7 +191,7 @@ def training_workers_on(place: Machine) -> int:
 
 def kill_driver(cluster: Cluster, driver: subprocess.Popen[bytes]) -> float:
     """Kill a driver; return the seconds until none of its workers is left."""
-    os.kill(_descendants(driver.pid)[1], signal.SIGKILL)  # the first is `nsenter`
+    os.kill(process_tree(driver.pid)[1].pid, signal.SIGKILL)  # the first is `nsenter`
     killed = time.monotonic()
     while left := workers_on(cluster.head, *cluster.nodes):
         assert time.monotonic() < killed + PATIENCE_SECONDS, left

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ndreamer_dist import keys
-from ndreamer_dist.compute.monitors import _descendants
+from ndreamer_dist.compute.monitors import process_tree
 from tests.tiny import PROMPT, SETTINGS, run_words, tiny_cohort
 
 LONG = SETTINGS | {"train.epochs": 60, "train.checkpoint_steps": 100_000}
@@ -43,7 +43,7 @@ def stopped(words: list[str], run: Path, number: int, environment: Mapping[str, 
         until = time.monotonic() + SECONDS
         while step_of(run) < 3 and job.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
-        started = _descendants(job.pid)[1:]
+        started = [process.pid for process in process_tree(job.pid)[1:]]
         job.send_signal(number)
         said, _ = job.communicate(timeout=SECONDS)
     return job.returncode, said, started

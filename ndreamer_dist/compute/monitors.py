@@ -77,7 +77,7 @@ class PeakMemory:
 def tree_memory(pid: int) -> int:
     """Return the bytes that a process and its descendants hold together, the largest shared part counted once."""
     held = []
-    for process in _descendants(pid):
+    for process in process_tree(pid):
         with suppress(psutil.Error):  # it has ended
             # `memory_full_info` counts shares exactly, but it walks all pages and stops the process meanwhile.
             memory = process.memory_info()
@@ -91,14 +91,15 @@ def tree_traffic(pid: int) -> tuple[int, int]:
     Linux adds what a process has moved to its parent's when it is waited for. Zeros where the system does not count.
     """
     read = written = 0
-    for process in _descendants(pid):
+    for process in process_tree(pid):
         with suppress(psutil.Error, AttributeError):
             moved = process.io_counters()
             read, written = read + moved.read_chars, written + moved.write_chars
     return read, written
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
+def process_tree(pid: int) -> list[psutil.Process]:
+    """Return a process and its descendants; none where it has ended."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]

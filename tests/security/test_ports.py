@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ndreamer_dist.compute.local_ray import USAGE
-from ndreamer_dist.compute.monitors import _descendants
+from ndreamer_dist.compute.monitors import process_tree
 
 STARTED = """
 import json, os, sys
@@ -41,7 +41,7 @@ def is_loopback(text: str) -> bool:
 def listening(pid: int) -> list[tuple[str, int, str]]:
     """Return address, port and command of every socket on which a process or one that it started listens."""
     owners = {}
-    for process in _descendants(pid):
+    for process in [one.pid for one in process_tree(pid)]:
         try:
             files = list(Path(f"/proc/{process}/fd").iterdir())
             command = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")[:80]
