@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,12 @@ def run_command(command: str) -> None:
     if words[0] != "ndreamer-dist":
         subprocess.run(["bash", "-euc", command], check=True, timeout=60)
         return
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words[1:])
+    end = words.index(">") if ">" in words else len(words)
+    with ExitStack() as stack:
+        for target in words[end + 1 :]:
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(target).open("w"))))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words[1:end])
     assert not ended.value.code, f"{command}: exit code {ended.value.code}"
 
 
