@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import anndata
@@ -30,16 +30,20 @@ from ndreamer_dist.stats.cells import (
     placebo_moments,
     plain_expression,
 )
+from ndreamer_dist.stats.decomposition import Decomposition, Part, decomposed, decomposition_columns
 from ndreamer_dist.stats.donor_tests import (
     DonorTest,
     asked_by_treated_test,
+    left_out_differences,
+    left_out_effects,
     linear_test,
     paired_test,
     untested,
     welch_test,
 )
-from ndreamer_dist.stats.populations import PopulationMeans, Replicates, population_means, query_means
+from ndreamer_dist.stats.populations import Nearest, PopulationMeans, Replicates, population_means, query_means
 from ndreamer_dist.stats.sign_test import benjamini_hochberg, sign_test
+from ndreamer_dist.stats.state_space import StateNeighbours, StateSource, StateSpace, state_space
 from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.files import Storage
 
@@ -66,6 +70,10 @@ class StatisticsInput:
         Names, in the order of `columns`, which are places in the expression.
     embedding
         The array of `obsm` that cells were matched in.
+    state
+        What coordinates of state are made from, if they can be had.
+    spaces
+        Coordinates of state that were made before, by column of populations, column of donors and least cells.
     """
 
     storage: Storage
@@ -78,6 +86,8 @@ class StatisticsInput:
     stored_ite: bool
     seed: int = 0
     embedding: str = keys.OBSM_PCA
+    state: StateSource | None = None
+    spaces: dict[tuple[str | None, str | None, int], StateSpace] = field(default_factory=dict)
 
 
 def cate_table(
@@ -94,14 +104,15 @@ def cate_table(
     conditions = conditions_of(given.design, condition)
     names, codes = populations_of(given.cells, by)
     replicates = replicates_of(given, donor_key)
-    means = means_of(given, codes, len(names), replicates, conditions, min_cells)
+    space = space_of(given, by, donor_key, codes, len(names), replicates, min_cells)
+    means = means_of(given, codes, len(names), replicates, conditions, min_cells, space)
     described = _described(given, codes, len(names), conditions)
     tables = []
     for number, name in enumerate(names):
         for code in conditions:
             if not described.cells[number, code]:
                 continue
-            tested = _tested(given, means, replicates, number, code, codes, population, covariates)
+            tested = _tested(given, means, replicates, number, code, codes, population, covariates, space)
             tables.append(_rows(given, name, number, code, described, tested))
     table = pd.concat(tables, ignore_index=True)
     table["p_adjusted_all"] = benjamini_hochberg(table["p"].to_numpy())
@@ -217,7 +228,8 @@ class Tested:
     control: int
     left_out: tuple[str, ...]
     matched: DonorTest
-    pseudobulk: DonorTest
+    total: Part
+    parts: Decomposition | None
 
 
 def conditions_of(design: Design, condition: str | None) -> list[int]:
@@ -238,12 +250,33 @@ def means_of(
     replicates: Replicates,
     conditions: list[int],
     min_cells: int,
+    space: StateSpace | None = None,
 ) -> PopulationMeans:
-    """Return the donors' means in every population; see `population_means`."""
+    """Return the donors' means in every population, and those through state where there is a space; see `population_means`."""
     return population_means(
         codes, number, replicates, Neighbours(given), given.expression, given.columns, conditions=conditions,
-        min_cells=min_cells,
+        min_cells=min_cells, within=None if space is None else StateNeighbours(space),
     )  # fmt: skip
+
+
+def space_of(
+    given: StatisticsInput,
+    by: str | None,
+    donor_key: str | None,
+    codes: np.ndarray,
+    number: int,
+    replicates: Replicates,
+    min_cells: int,
+) -> StateSpace | None:
+    """Return the coordinates of state of the cells that tests are of, made once; none where they cannot be had."""
+    if given.state is None:
+        return None
+    key = by, donor_key, min_cells
+    if key not in given.spaces:
+        included = replicates.counts(codes, number) >= min_cells
+        inside = np.where((codes >= 0) & included[codes, replicates.of_cell], codes, -1)
+        given.spaces[key] = state_space(given.state, inside, number, replicates, typed=by is not None)
+    return given.spaces[key]
 
 
 class Neighbours:
@@ -339,8 +372,9 @@ def _tested(
     codes: np.ndarray,
     population: Whose,
     covariates: Sequence[str],
+    space: StateSpace | None,
 ) -> Tested:
-    """Test one population and condition, through the matches and on plain means."""
+    """Test one population and condition, through the matches, on plain means and through state."""
     there = np.flatnonzero(np.isin(replicates.conditions, (0, code)) & (means.cells[number] > 0))
     kept, paired = kept_replicates(replicates, means.included[number], code)
     # A donor once, not per condition.
@@ -348,31 +382,78 @@ def _tested(
     if paired and (covariates or population == "treated"):
         msg = "donors seen in both conditions are paired: leave out the covariates, and use all donors' query cells"
         raise QueryError(msg)
-    test = _test_of(given, replicates, kept, covariates, paired=paired)
+    test, left_out_of = _tests_of(given, replicates, kept, covariates, paired=paired)
+    own = means.own[number, kept]
+    total = Part.of(test(own), left_out_of(own))
     if population == "treated" and len(kept):
-        chosen = np.isin(np.arange(len(replicates)), kept)
-        asking = query_means(codes == number, chosen, replicates, Neighbours(given), given.expression, given.columns)
-        matched = asked_by_treated_test(asking, replicates.conditions[kept] != 0, seed=given.seed)
+        ask = _Asking(given, codes == number, replicates, kept)
+        matched = ask(Neighbours(given))
     else:
-        matched = test(means.matched[code][number, kept])
+        ask, matched = None, test(means.matched[code][number, kept])
+    parts = None
+    if space is not None and space.dimensions[number] and len(kept):
+        within = means.within[code][number, kept]
+        found = decomposed(own, within, test, left_out_of) if ask is None else ask.decomposed(space, own, total)
+        size = float(np.median(means.cells[number, kept]))
+        parts = Decomposition(*found, size, float(space.reliability[number]))
     treated = int((replicates.conditions[kept] != 0).sum())
-    return Tested(treated, len(kept) - treated, left_out, matched, test(means.own[number, kept]))
+    return Tested(treated, len(kept) - treated, left_out, matched, total, parts)
 
 
-def _test_of(
+@dataclass(frozen=True)
+class _Asking:
+    """Tests of what the treated donors' cells find in every donor."""
+
+    given: StatisticsInput
+    population: np.ndarray
+    replicates: Replicates
+    kept: np.ndarray
+
+    def __call__(self, nearest: Nearest) -> DonorTest:
+        return self._test(self._means(nearest))
+
+    def decomposed(self, space: StateSpace, own: np.ndarray, total: Part) -> tuple[Part, Part, Part]:
+        """Return the total, and what the treated donors' cells find at their own state."""
+        asking = self._means(StateNeighbours(space))
+        treated = self.replicates.conditions[self.kept] != 0
+        found = asking[treated].mean(axis=0)
+        within = Part.of(self._test(asking), left_out_effects(found, treated))
+        shift = Part.of(self._test(own[None] - asking), left_out_effects(own - found, treated))
+        return total, within, shift
+
+    def _means(self, nearest: Nearest) -> np.ndarray:
+        chosen = np.isin(np.arange(len(self.replicates)), self.kept)
+        sample = self.given
+        return query_means(self.population, chosen, self.replicates, nearest, sample.expression, sample.columns)
+
+    def _test(self, asking: np.ndarray) -> DonorTest:
+        return asked_by_treated_test(asking, self.replicates.conditions[self.kept] != 0, seed=self.given.seed)
+
+
+def _tests_of(
     given: StatisticsInput, replicates: Replicates, kept: np.ndarray, covariates: Sequence[str], *, paired: bool
-) -> Callable[[np.ndarray], DonorTest]:
-    """Return the test that the replicates allow: paired where donors are in both conditions, else Welch's, or a model."""
+) -> tuple[Callable[[np.ndarray], DonorTest], Callable[[np.ndarray], np.ndarray]]:
+    """Return the test that the replicates allow, and the effects without each donor.
+
+    It is paired where donors are in both conditions, else Welch's, or a model.
+    """
     treated = replicates.conditions[kept] != 0
     if not treated.any() or treated.all():
-        return lambda values: untested(np.full(values.shape[1], np.nan))
+        nothing = np.full(len(given.genes), np.nan)
+        return lambda _: untested(nothing), lambda _: nothing[None]
     if covariates:
         columns = _numbers(given.cells, replicates, covariates)[kept]
-        return lambda values: linear_test(values, treated, columns)
+        return (
+            lambda values: linear_test(values, treated, columns),
+            lambda values: left_out_effects(values, treated, columns),
+        )
     if not paired:
-        return lambda values: welch_test(values, treated, seed=given.seed)
+        return lambda values: welch_test(values, treated, seed=given.seed), lambda v: left_out_effects(v, treated)
     ups, downs = pairs_of(replicates, kept)
-    return lambda values: paired_test(values[ups] - values[downs], seed=given.seed)
+    return (
+        lambda values: paired_test(values[ups] - values[downs], seed=given.seed),
+        lambda values: left_out_differences(values[ups] - values[downs]),
+    )
 
 
 def kept_replicates(replicates: Replicates, included: np.ndarray, code: int) -> tuple[np.ndarray, bool]:
@@ -433,6 +514,7 @@ def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Descr
         "sign_z": sign_z,
         "sign_p": sign_p,
         **_columns_of(tested),
+        **decomposition_columns(tested.parts, tested.total, len(given.genes)),
         "p_adjusted": benjamini_hochberg(tested.matched.p),
         "match_purity": told.purity[place],
         "impure": bool(told.purity[place] < PURE),
@@ -453,6 +535,6 @@ def _columns_of(tested: Tested) -> dict[str, Any]:
         "p_permutation": tested.matched.p_permutation,
         "p_parametric": tested.matched.p_parametric,
         "few_donors": tested.matched.few_donors,
-        "pseudobulk_effect": tested.pseudobulk.effect,
-        "pseudobulk_p": tested.pseudobulk.p,
+        "pseudobulk_effect": tested.total.test.effect,
+        "pseudobulk_p": tested.total.test.p,
     }

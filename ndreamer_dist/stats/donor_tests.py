@@ -223,6 +223,36 @@ def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) 
     return DonorTest(effect, t, p, np.full(len(p), np.nan), p, "linear model", 0.0, few <= FEW_DONORS)
 
 
+def left_out_effects(values: np.ndarray, treated: np.ndarray, covariates: np.ndarray | None = None) -> np.ndarray:
+    """Return the effect without each donor in turn: (donors, genes); NaN where a condition is then without donors.
+
+    Parameters
+    ----------
+    values
+        (donors, genes).
+    covariates
+        (donors, columns) of a linear model, if it is one.
+    """
+    treated = np.asarray(treated, dtype=np.float64)
+    others = np.ones((len(treated), 1)) if covariates is None else np.column_stack([np.ones(len(treated)), covariates])
+    weights = np.full((len(treated), len(treated)), np.nan)
+    for left in range(len(treated)):
+        kept = np.arange(len(treated)) != left
+        known = others[kept] @ np.linalg.lstsq(others[kept], treated[kept], rcond=None)[0]
+        own = treated[kept] - known
+        if own @ own > 1e-8:  # else what is left determines the condition
+            weights[left] = 0.0
+            weights[left, kept] = own / (own @ own)
+    return np.asarray(weights @ values)
+
+
+def left_out_differences(differences: np.ndarray) -> np.ndarray:
+    """Return the mean difference without each paired donor in turn: (donors, genes); NaN for one donor alone."""
+    if len(differences) < 2:
+        return np.full(differences.shape, np.nan)
+    return np.asarray((differences.sum(axis=0) - differences) / (len(differences) - 1))
+
+
 def labellings(donors: int, treated: int, *, genes: int, seed: int = 0) -> np.ndarray:
     """Return which donors are treated under each labelling: (labellings, donors) Boolean.
 

@@ -30,6 +30,7 @@ from ndreamer_dist.stats.cate_table import (
     pairs_of,
     populations_of,
     replicates_of,
+    space_of,
 )
 from ndreamer_dist.stats.donor_tests import (
     LEAST_DONORS,
@@ -64,7 +65,8 @@ def null_table(
     """Return the table; see `Results.null`, whose arguments these are."""
     conditions, (names, codes) = conditions_of(given.design, condition), populations_of(given.cells, by)
     replicates, nearest = replicates_of(given, donor_key), Neighbours(given)
-    means = means_of(given, codes, len(names), replicates, conditions, min_cells)
+    space = space_of(given, by, donor_key, codes, len(names), replicates, min_cells)
+    means = means_of(given, codes, len(names), replicates, conditions, min_cells, space)
     sample = sampled(codes, len(names), replicates, nearest)
     tables = []
     for number, name in enumerate(names):
@@ -79,6 +81,10 @@ def null_table(
                 continue
             matched, own = means.matched[code][number, kept], means.own[number, kept]
             found = donor_p(matched, own, labels, pairs, seed=given.seed)
+            if space is not None and space.dimensions[number]:
+                within = means.within[code][number, kept]
+                for test, values in (("within_state", within), ("state_shift", own - within)):
+                    found[test] = tests_of_labellings(values, labels, pairs, given.seed).p
             found["sign"] = sign_p(sample.of(number, kept, replicates), labels, given.expression, given.columns)
             told: dict[str, Any] = {"population": name, "condition": given.design.conditions[code]}
             told |= {"treated_donors": int(truth.sum()), "control_donors": int((~truth).sum())}
@@ -149,7 +155,7 @@ def donor_p(
     pairs
         As for `permuted_labels`.
     """
-    through, plain = (_tests(values, labels, pairs, seed) for values in (matched, own))
+    through, plain = (tests_of_labellings(values, labels, pairs, seed) for values in (matched, own))
     return {
         "main": through.p,
         "permutation": through.p_permutation,
@@ -158,7 +164,10 @@ def donor_p(
     }
 
 
-def _tests(values: np.ndarray, labels: np.ndarray, pairs: tuple[np.ndarray, np.ndarray] | None, seed: int) -> DonorTest:
+def tests_of_labellings(
+    values: np.ndarray, labels: np.ndarray, pairs: tuple[np.ndarray, np.ndarray] | None, seed: int
+) -> DonorTest:
+    """Return the test on donors' values, (donors, genes), each labelling taken for the truth; pairs as for `donor_p`."""
     if pairs is None:
         return welch_tests(values, labels, seed=seed)
     signs = np.where(labels[:, pairs[0]], 1.0, -1.0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -103,12 +103,15 @@ class PopulationMeans:
         (populations, replicates, genes) plain means, pseudobulk.
     matched
         By condition code: m of the replicates of that condition and the control, (populations, replicates, genes).
+    within
+        The same through the neighbours in state, if they were asked for.
     """
 
     cells: np.ndarray
     included: np.ndarray
     own: np.ndarray
     matched: dict[int, np.ndarray]
+    within: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 def population_means(
@@ -121,6 +124,7 @@ def population_means(
     *,
     conditions: Sequence[int],
     min_cells: int,
+    within: Nearest | None = None,
 ) -> PopulationMeans:
     """Return each replicate's mean expression in every population, plain and through the matches.
 
@@ -132,28 +136,35 @@ def population_means(
         Codes to compare with the control.
     min_cells
         Own cells that a replicate needs in a population.
+    within
+        Other neighbours, in state, to be looked through as well; populations without a neighbour are NaN.
     """
     cells = replicates.counts(populations, number)
     included = cells >= min_cells
     questions = {c: included & np.isin(replicates.conditions, (0, c)) for c in conditions}
     own = np.zeros((number, len(replicates), len(columns)))
-    matched = {c: np.zeros_like(own) for c in conditions}
+    ways = [nearest] if within is None else [nearest, within]
+    through = {(w, c): np.zeros_like(own) for w in range(len(ways)) for c in conditions}
+    looked_up = np.zeros((number, len(replicates)), dtype=bool)
     for target in replicates.pieces:
-        share = 1 / sum(piece.replicate == target.replicate for piece in replicates.pieces)
+        shares = [_shares(target, replicates, populations, number, inside=inside) for inside in (False, True)]
         weights = [_own_weights(target, populations, number, replicates)]
-        asked = [c for c in conditions if questions[c][:, target.replicate].any()]
-        found = _counterparts(target, replicates, nearest, populations) if asked else []
-        weights += [share * _weights(target, found, populations, questions[c], replicates) for c in asked]
+        asked = [(w, c) for w, c in through if questions[c][:, target.replicate].any()]
+        found = [_counterparts(target, replicates, way, populations) if asked else [] for way in ways]
+        weights += [shares[w] @ _weights(target, found[w], populations, questions[c], replicates) for w, c in asked]
+        for _, rows_found, _ in found[-1] if found else []:
+            looked_up[np.unique(populations[rows_found]), target.replicate] = True
         for rows, part in _parts(target.rows):
             sums = sparse.vstack([w[:, part] for w in weights], format="csr") @ expression.read(rows, columns)
             sums = sums.toarray().reshape(len(weights), number, len(columns))
             own[:, target.replicate] += sums[0]
-            for c, total in zip(asked, sums[1:], strict=True):
-                matched[c][:, target.replicate] += total
+            for place, total in zip(asked, sums[1:], strict=True):
+                through[place][:, target.replicate] += total
     own[~included] = np.nan
-    for c in conditions:
-        matched[c][~questions[c]] = np.nan
-    return PopulationMeans(cells, included, own, matched)
+    for (w, c), values in through.items():
+        values[~questions[c] if w == 0 else ~(questions[c] & looked_up)] = np.nan
+    parts = [{c: through[w, c] for c in conditions} for w in range(len(ways))]
+    return PopulationMeans(cells, included, own, *parts)
 
 
 def query_means(
@@ -227,6 +238,21 @@ def _weights(
             each = asked[:, query.replicate] / (cells * pieces[:, query.replicate] * asking)
         total = total + sparse.coo_matrix((each[code], (code, place)), shape=total.shape).tocsr()
     return total
+
+
+def _shares(
+    target: Piece, replicates: Replicates, populations: np.ndarray, number: int, *, inside: bool
+) -> sparse.dia_matrix:
+    """Return by what a piece's weights are multiplied, by population, as pieces weigh the same inside a replicate.
+
+    Neighbours `inside` a population are found only in pieces that have cells of it.
+    """
+    there = np.zeros(number)
+    for piece in replicates.pieces:
+        if piece.replicate == target.replicate:
+            codes = populations[piece.rows]
+            there[np.unique(codes[codes >= 0]) if inside else slice(None)] += 1
+    return sparse.diags(1 / np.maximum(there, 1))
 
 
 def _own_weights(target: Piece, populations: np.ndarray, number: int, replicates: Replicates) -> sparse.csr_matrix:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 
 import anndata
+import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
@@ -15,6 +17,7 @@ from ndreamer_dist.results.reader import Labels, ResultsReader, results_storage
 from ndreamer_dist.stats.cate_table import StatisticsInput, Whose, cate_table, donor_means
 from ndreamer_dist.stats.diagnostics import Diagnostics, diagnose
 from ndreamer_dist.stats.null import null_table
+from ndreamer_dist.stats.state_space import StateSource, StateSpace
 from ndreamer_dist.storage.files import Storage
 
 MIN_CELLS = 10
@@ -123,6 +126,12 @@ class Results(ResultsReader):
         `expressing_control`, the sign test `sign_z` and `sign_p`. From the donors: `effect`, `statistic`, `p`,
         `p_method`, `p_floor` (the smallest possible), `p_permutation`, `p_parametric`, `few_donors`, `treated_donors`,
         `control_donors`, `donors_left_out`, and the same test on plain means, `pseudobulk_effect` and `pseudobulk_p`.
+        The effect in two parts, whatever space cells were matched in (METHOD section 10): `total`, of plain means,
+        is `within_state`, between cells of the same state, plus `state_shift`, what comes of the condition's cells being in
+        other states; each with `..._p`, `..._p_adjusted` and the range that it has without any one donor, `..._loo_low` and
+        `..._loo_high`. `reading` says which parts stand at an adjusted p of 0.05: `within`, `state`, `both` or `neither`;
+        `cells_a_donor` is the median of those tested, and `state_reliability` the share of a cell's state that is signal. NaN
+        where a population has fewer than 100 control cells.
         `p_adjusted` is Benjamini-Hochberg's over the genes of one population and condition, `p_adjusted_all` over the
         whole table. Of the matches: `match_purity` (share inside the population; `impure` below 0.7),
         `effective_control_cells`, `without_overlap` (share of cells without a near control match) and
@@ -191,8 +200,8 @@ class Results(ResultsReader):
         A row per population, condition, labelling, test and level, for which there are donors enough: `population`,
         `condition`, `treated_donors`, `control_donors`, `labelling`, `test`, `level`, `below` (p-values at or below
         it), `tests` (p-values), `share` (one by the other; `level` is what it should be). Tests: `main`, what `cate`
-        calls p, `permutation`, `welch` (paired: the paired t), `pseudobulk` (`main` on plain means), and `sign`, on
-        at most about 2000 cells of a population. `stats.null.rates` pools them.
+        calls p, `permutation`, `welch` (paired: the paired t), `pseudobulk` (`main` on plain means), `within_state` and
+        `state_shift`, and `sign`, on at most about 2000 cells of a population. `stats.null.rates` pools them.
 
         Raises
         ------
@@ -257,5 +266,20 @@ class Results(ResultsReader):
         stored = cohort is None and keys.LAYER_ITE in self.layers
         return StatisticsInput(
             self.storage, self.design, self._cells, self.counterparts, expression, columns, table.index[columns],
-            stored_ite=stored, seed=int(self.uns.get("seed", 0)), embedding=self.embedding_key,
+            stored_ite=stored, seed=int(self.uns.get("seed", 0)), embedding=self.embedding_key, state=self._state_source,
+            spaces=self._state_spaces,
         )  # fmt: skip
+
+    @cached_property
+    def _state_source(self) -> StateSource:
+        """What coordinates of state are made from: the modelled genes, and the cells' counts where the input was counts."""
+        expression, genes = self._expression(None)
+        modelled = genes.get(keys.VAR_MODELLED, pd.Series(True, index=genes.index)).to_numpy(dtype=bool)
+        totals = self._cells.get(keys.OBS_TOTAL)
+        counts = None if totals is None else totals.to_numpy(dtype=np.float64)
+        return StateSource(expression, np.flatnonzero(modelled), counts, int(self.uns.get("seed", 0)))
+
+    @cached_property
+    def _state_spaces(self) -> dict[tuple[str | None, str | None, int], StateSpace]:
+        """Coordinates of state that were made, so that tables after the first need not make them again."""
+        return {}

@@ -168,7 +168,7 @@ def test_under_the_true_labels_the_tests_are_those_of_the_cate_table(results: Re
 
 def test_the_table_counts_p_values_below_each_level(results: Results) -> None:
     table = results.null("cell_type", labellings=4, min_cells=5, seed=2)
-    assert set(table["test"]) == {"main", "permutation", "welch", "pseudobulk", "sign"}
+    assert set(table["test"]) == {"main", "permutation", "welch", "pseudobulk", "sign", "within_state", "state_shift"}
     assert set(table["labelling"]) == set(range(4))
     assert sorted(set(table["level"])) == sorted(LEVELS)
     assert not table.duplicated(["population", "condition", "labelling", "test", "level"]).any()

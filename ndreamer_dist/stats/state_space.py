@@ -1,0 +1,242 @@
+"""Where every cell stands inside its population, on the scale of what varies between cells of one donor (METHOD section 10).
+
+In: the modelled genes' expression in a results.zarr, a population and a piece (one donor's cells of one group) per cell.
+Out: a few coordinates per cell, and nearest neighbours in them, inside populations. Two passes over the expression: sums, from
+which come the axes and where every piece stands; then projections, of every cell and of two halves of its counts. The
+steps are those of the matching space `state`. What is held grows with populations, pieces and genes, and by a few numbers a cell.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.linalg import eigsh
+from threadpoolctl import threadpool_limits
+
+from ndreamer_dist.embedding import state
+from ndreamer_dist.embedding.axes import Moments, moments_of, within_covariance
+from ndreamer_dist.matching.exact import nearest
+from ndreamer_dist.results.on_demand import Expression
+from ndreamer_dist.stats.populations import Replicates
+
+logger = logging.getLogger(__name__)
+
+LEAST_CONTROL_CELLS = 100
+"""Control cells without which a population has no axes."""
+CANDIDATE_AXES = 12
+"""Axes among which those are chosen that a permutation confirms."""
+PASS_ROWS = 8192
+"""Rows of expression held at a time."""
+MATRIX_VALUES = 2**26
+"""Values of the populations' matrices of genes by genes that are held at a time."""
+STATE_SEED = 0x57A7E
+"""Tells these draws from others of the same seed."""
+
+
+@dataclass(frozen=True)
+class StateSource:
+    """What coordinates are made from.
+
+    Attributes
+    ----------
+    columns
+        Places of the modelled genes in the expression, which is log-normalised.
+    totals
+        (cells,) counts that every cell was scaled by; none where the input was log-normalised, and nothing is shrunk.
+    """
+
+    expression: Expression
+    columns: np.ndarray
+    totals: np.ndarray | None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """Coordinates inside populations.
+
+    Attributes
+    ----------
+    points
+        (cells, k) float32.
+    populations
+        (cells,) population of every packed row that has coordinates, else -1.
+    dimensions
+        (populations,) how many coordinates each uses; 0 where it has none.
+    reliability
+        (populations,) mean share of a cell's coordinates that is signal; NaN where it has none.
+    """
+
+    points: np.ndarray
+    populations: np.ndarray
+    dimensions: np.ndarray
+    reliability: np.ndarray
+
+
+class StateNeighbours:
+    """Nearest neighbours in state coordinates, inside populations: a `Nearest`.
+
+    All cells are looked up in one piece at once, and kept until another piece is asked for.
+    """
+
+    def __init__(self, space: StateSpace) -> None:
+        self._space = space
+        self._targets = np.empty(0, dtype=np.int64)
+        self._found = np.empty(0, dtype=np.int64)
+
+    def __call__(self, queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Return the nearest target of every query in its population, itself left out; -1 for none."""
+        if not np.array_equal(targets, self._targets):
+            self._targets, self._found = targets, self._searched(targets)
+        return self._found[queries]
+
+    def _searched(self, targets: np.ndarray) -> np.ndarray:
+        populations, points = self._space.populations, self._space.points
+        found = np.full(len(populations), -1, dtype=np.int64)
+        for code in np.unique(populations[targets]):
+            if code < 0:
+                continue
+            rows, near = np.flatnonzero(populations == code), targets[populations[targets] == code]
+            k = self._space.dimensions[code]
+            place = np.minimum(np.searchsorted(near, rows), len(near) - 1)
+            own = np.where(near[place] == rows, place, -1)
+            places = nearest(points[rows, :k], points[near, :k], 1, exclude=own).rows[:, 0]
+            found[rows] = np.where(places < 0, -1, near[places])
+        return found
+
+
+def state_space(
+    source: StateSource, populations: np.ndarray, number: int, replicates: Replicates, *, typed: bool
+) -> StateSpace:
+    """Return the coordinates of every cell that is in a population.
+
+    Parameters
+    ----------
+    populations
+        (cells,) population of every packed row, -1 for none; there are `number` of them.
+    typed
+        Whether a population is one cell type, as far as is known; the number of its coordinates is then limited.
+    """
+    strata, control = _strata(replicates)
+    codes = populations.astype(np.int64)
+    control_cells = np.bincount(codes[(codes >= 0) & control[strata]], minlength=number)
+    codes = np.where((codes >= 0) & (control_cells >= LEAST_CONTROL_CELLS)[codes], codes, -1)
+    made = _Making(source, codes, number, strata, control, typed)
+    with threadpool_limits(1):
+        made.make_axes()
+        made.make_coordinates()
+    return StateSpace(made.points, codes, made.dimensions, made.reliability)
+
+
+def _strata(replicates: Replicates) -> tuple[np.ndarray, np.ndarray]:
+    """Return the piece of every packed row, and which pieces are of the control."""
+    strata = np.zeros(len(replicates.of_cell), dtype=np.int64)
+    for number, piece in enumerate(replicates.pieces):
+        strata[piece.rows] = number
+    return strata, np.array([replicates.conditions[piece.replicate] == 0 for piece in replicates.pieces])
+
+
+class _Making:
+    """State coordinates under way: axes of every population, then what is made of them."""
+
+    def __init__(
+        self, source: StateSource, codes: np.ndarray, number: int, strata: np.ndarray, control: np.ndarray, typed: bool
+    ) -> None:
+        self.source, self.codes, self.strata, self.control, self.typed = source, codes, strata, control, typed
+        genes = len(source.columns)
+        self.keep = min(CANDIDATE_AXES, genes - 1)
+        self.axes = np.zeros((number, genes, self.keep))
+        self.mean = np.zeros((number, genes))
+        self.group_cells = np.zeros((number, len(control)), dtype=np.int64)
+        self.group_means = np.zeros((number, len(control), genes))
+        self.variance = np.zeros((number, genes))
+        self.points = np.zeros((len(codes), self.keep), dtype=np.float32)
+        self.dimensions = np.zeros(number, dtype=np.int64)
+        self.reliability = np.full(number, np.nan)
+
+    def make_axes(self) -> None:
+        """Sum every population's expression inside the control pieces; a few populations at a time."""
+        step = max(1, MATRIX_VALUES // self.axes.shape[1] ** 2)
+        present = np.unique(self.codes[self.codes >= 0])
+        for start in range(0, len(present), step):
+            sums: dict[int, Moments] = {}
+            for rows, x in self._parts(np.isin(self.codes, present[start : start + step])):
+                for code, here in _by_population(self.codes[rows]):
+                    part = moments_of(x[here], self.strata[rows[here]], len(self.control), self.control)
+                    sums[code] = sums[code].plus(part) if code in sums else part
+            for code, moments in sums.items():
+                self._keep(code, moments)
+
+    def _keep(self, code: int, moments: Moments) -> None:
+        there = moments.cells > 0
+        self.mean[code], self.variance[code] = moments.mean, moments.within_variance
+        self.group_cells[code] = moments.cells
+        self.group_means[code, there] = moments.sums[there] / moments.cells[there, None] - moments.mean
+        self.axes[code] = _leading(within_covariance(moments), self.keep)
+
+    def make_coordinates(self) -> None:
+        """Project every cell, choose dimensions, and regress to where the cell's piece stands."""
+        sums: dict[int, state.HalfSums] = {}
+        for number, (rows, x) in enumerate(self._parts(self.codes >= 0)):
+            generator = np.random.default_rng(np.random.SeedSequence((self.source.seed, STATE_SEED, number)))
+            pair = (x, x) if self.source.totals is None else state.halves(x, self.source.totals[rows], generator)
+            moved = state.shuffled_inside(self.strata[rows] * len(self.dimensions) + self.codes[rows], generator)
+            for code, here in _by_population(self.codes[rows]):
+                e, a, b = (np.asarray(half[here] @ self.axes[code]) for half in (x, *pair))
+                centre = self.mean[code] @ self.axes[code]
+                strata, inside = self.strata[rows[here]], np.searchsorted(here, moved[here])
+                part = state.half_sums(e - centre, (a - centre, b - centre), strata, len(self.control), inside)
+                sums[code] = sums[code].plus(part) if code in sums else part
+                self.points[rows[here]] = e - centre
+        for code, found in sums.items():
+            self._place(code, found)
+
+    def _place(self, code: int, found: state.HalfSums) -> None:
+        k = self.dimensions[code] = self._chosen(found)
+        signal, spread = (found.covariance(name)[:k, :k] for name in ("signal", "spread"))
+        share = np.eye(k) if self.source.totals is None else state.reliability(signal, spread)
+        self.reliability[code] = np.trace(share) / k
+        there = self.group_cells[code] > 0
+        positions = np.zeros((len(there), k))
+        positions[there] = state.group_positions(
+            self.group_means[code, there], self.axes[code][:, :k], self.variance[code], self.group_cells[code, there]
+        )
+        for rows in _stretches(np.flatnonzero(self.codes == code)):
+            strata = self.strata[rows]
+            e = self.points[rows, :k].astype(np.float64)
+            self.points[rows, :k] = state.shrunk(e, found.group_means[strata, :k], positions[strata], share)
+
+    def _chosen(self, found: state.HalfSums) -> int:
+        """Return how many dimensions a population uses: those that the halves of the counts confirm, within a limit."""
+        most = state.MOST_IN_A_TYPE if self.typed else self.keep
+        if self.source.totals is None:
+            return min(self.keep, most)
+        return min(state.beyond_noise(found.covariance("signal"), found.covariance("noise")), most)
+
+    def _parts(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+        for rows in _stretches(np.flatnonzero(chosen)):
+            yield rows, self.source.expression.read(rows, self.source.columns).astype(np.float64)
+
+
+def _stretches(rows: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), PASS_ROWS):
+        yield rows[start : start + PASS_ROWS]
+
+
+def _by_population(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    for code in np.unique(codes):
+        if code >= 0:
+            yield int(code), np.flatnonzero(codes == code)
+
+
+def _leading(covariance: np.ndarray, keep: int) -> np.ndarray:
+    """Return the leading eigenvectors of a covariance, (genes, keep), their largest loading positive."""
+    first = np.ones(len(covariance)) / np.sqrt(len(covariance))
+    values, vectors = eigsh(covariance, k=keep, v0=first, which="LA")
+    axes = vectors[:, np.argsort(-values, kind="stable")]
+    largest = axes[np.abs(axes).argmax(axis=0), np.arange(keep)]
+    return np.asarray(axes * np.where(largest < 0, -1.0, 1.0))
