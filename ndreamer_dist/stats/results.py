@@ -14,9 +14,19 @@ from ndreamer_dist import keys
 from ndreamer_dist.results.annotations import Annotation, annotation_of, read_annotations, write_annotations
 from ndreamer_dist.results.cohort import Cohort
 from ndreamer_dist.results.reader import Labels, ResultsReader, results_storage
-from ndreamer_dist.stats.cate_table import StatisticsInput, Whose, cate_table, donor_means
+from ndreamer_dist.stats.cate_table import (
+    StatisticsInput,
+    Whose,
+    cate_table,
+    conditions_of,
+    donor_means,
+    populations_of,
+    replicates_of,
+)
 from ndreamer_dist.stats.diagnostics import Diagnostics, diagnose
 from ndreamer_dist.stats.null import null_table
+from ndreamer_dist.stats.populations import Replicates
+from ndreamer_dist.stats.response import ResponseInput, response_table
 from ndreamer_dist.stats.state_space import StateSource, StateSpace
 from ndreamer_dist.storage.files import Storage
 
@@ -122,8 +132,8 @@ class Results(ResultsReader):
         Returns
         -------
         A row per population, condition and gene. From the cells, which only describe: `cells`, `mean_ite`, `sd_ite`
-        beside `sd_placebo` (one half of the control donors against the other), `log2_fold_change`, `expressing`,
-        `expressing_control`, the sign test `sign_z` and `sign_p`. From the donors: `effect`, `statistic`, `p`,
+        beside `sd_placebo` (one half of the control donors against the other), `log2_fold_change`, `mean_counts`
+        (normalised, of both conditions), `expressing`, `expressing_control`, the sign test `sign_z` and `sign_p`. From the donors: `effect`, `statistic`, `p`,
         `p_method`, `p_floor` (the smallest possible), `p_permutation`, `p_parametric`, `few_donors`, `treated_donors`,
         `control_donors`, `donors_left_out`, and the same test on plain means, `pseudobulk_effect` and `pseudobulk_p`.
         The effect in two parts, whatever space cells were matched in (METHOD section 10): `total`, of plain means,
@@ -213,6 +223,41 @@ class Results(ResultsReader):
             results._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
             count=labellings, seed=seed,
         )  # fmt: skip
+
+    def response(
+        self, by: str | None = None, *, condition: str | None = None, donor_key: str | None = None
+    ) -> pd.DataFrame:
+        """Return how far every treated cell goes along the effect on its population: which cells responded.
+
+        A cell's own effect, its expression minus that of its control matches, is projected on the mean effect on the cells
+        of the *other* donors (the other half of its donor's cells where it is the only one), genes weighted by the noise of
+        the placebo. The unit is the spread of the placebo: control cells minus their matches in other control groups.
+
+        Parameters
+        ----------
+        by, condition, donor_key
+            As for `cate`; without donors all cells of a condition are one's.
+
+        Returns
+        -------
+        A row per treated cell: `cell`, `population`, `condition`, `response`, and `within_placebo`, whether it is below
+        the 95 % point of the placebo. With `placebo` True, control cells under the same yardstick, at most about 2000 a
+        population. A single cell is noisy: where the mean effect itself is weak, responders are within the placebo, too.
+
+        Raises
+        ------
+        QueryError
+            A name is unknown.
+        """
+        sample = self._statistics_input(None, None)
+        names, codes = populations_of(sample.cells, by)
+        known = donor_key is not None or bool(self.design.batch_keys)
+        everyone = pd.Series("one", index=sample.cells.index)
+        replicates = replicates_of(sample, donor_key) if known else Replicates.of(everyone, self.design)
+        given = ResponseInput(
+            sample.counterparts, sample.expression, sample.columns, replicates, codes, names, sample.cells.index
+        )
+        return response_table(given, conditions_of(self.design, condition))
 
     def diagnostics(
         self, by: Labels = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS

@@ -1,0 +1,166 @@
+"""How far a single cell goes along the effect on its population: which treated cells respond, and which escaped.
+
+In: a run's matches and expression, a population and a donor per cell. Out: a number per treated cell. A cell's own effect is its
+expression minus that of its control matches. It is projected on the mean effect of the *other* donors' cells, so that no cell
+makes its own yardstick; genes count by the square of their placebo's spread. The unit is the spread of the placebo: control
+cells, each minus its matches among the other control groups, projected alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist.results.on_demand import Counterparts, Expression, Question, Term, compute
+from ndreamer_dist.stats.cells import parts
+from ndreamer_dist.stats.populations import Replicates
+
+ESCAPED = 0.95
+"""A cell is within the placebo's spread up to this quantile of the placebo."""
+CLEAR = 2.0
+"""Standard errors that a gene's mean effect must exceed to count."""
+PLACEBO_CELLS = 2000
+"""Control cells of a population that the placebo is drawn from at most."""
+
+
+@dataclass
+class Means:
+    """Sums of cells' own effects of one population and condition, by donor."""
+
+    cells: dict[int, int] = field(default_factory=dict)
+    sums: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def add(self, donor: int, values: np.ndarray) -> None:
+        """Add the effects of a donor's cells, (cells, genes)."""
+        self.cells[donor] = self.cells.get(donor, 0) + len(values)
+        self.sums[donor] = self.sums.get(donor, 0.0) + values.sum(axis=0)
+
+    def others(self, donor: int) -> tuple[np.ndarray, int]:
+        """Return the mean effect on the cells of all other donors, and how many there are."""
+        cells = sum(number for one, number in self.cells.items() if one != donor)
+        total = sum(part for one, part in self.sums.items() if one != donor)
+        return np.asarray(total / max(cells, 1)), cells
+
+
+@dataclass(frozen=True)
+class ResponseInput:
+    """What responses are made from: populations are codes of packed rows, -1 for none, with names."""
+
+    counterparts: Counterparts
+    expression: Expression
+    columns: np.ndarray
+    replicates: Replicates
+    populations: np.ndarray
+    names: Sequence[str]
+    cells: pd.Index
+
+
+def response_table(given: ResponseInput, conditions: Sequence[int]) -> pd.DataFrame:
+    """Return the table; see `Results.response`."""
+    tables = []
+    design = given.counterparts.design
+    for code in range(len(given.names)):
+        control = _control_rows(given, code)
+        if len(control) < 2:
+            continue
+        spread = _spread(given, control)
+        for condition in conditions:
+            rows = _rows_of(given, code, condition)
+            if len(rows) > 1:
+                name = design.conditions[condition]
+                tables.append(
+                    _responses(given, rows, control, spread).assign(population=given.names[code], condition=name)
+                )
+    columns = ["cell", "population", "condition", "placebo", "response", "within_placebo"]
+    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def _responses(given: ResponseInput, rows: np.ndarray, control: np.ndarray, spread: np.ndarray) -> pd.DataFrame:
+    """Return the responses of one population and condition, the placebo's below."""
+    donor = given.replicates.of_cell[rows]
+    if len(np.unique(donor)) == 1:
+        donor = np.arange(len(rows)) % 2  # one half of its cells is the yardstick of the other
+    means = Means()
+    for part, values in _own_effects(given, rows):
+        for one in np.unique(donor[part]):
+            means.add(int(one), values[donor[part] == one])
+    response, placebo = np.empty(len(rows)), []
+    weights = {int(one): _weights(*means.others(int(one)), spread) for one in np.unique(donor)}
+    everyone = np.stack(list(weights.values())).mean(axis=0)
+    scaled = {one: weight / max(_size(given, control, weight), 1e-12) for one, weight in weights.items()}
+    for part, values in _own_effects(given, rows):
+        response[part] = [row @ scaled[int(one)] for row, one in zip(values, donor[part], strict=True)]
+    unit = max(_size(given, control, everyone), 1e-12)
+    placebo = [values @ everyone / unit for _, values in _own_effects(given, control)]
+    value = np.concatenate([response, *placebo])
+    is_placebo = np.arange(len(value)) >= len(rows)
+    limit = np.quantile(value[is_placebo], ESCAPED)
+    return pd.DataFrame(
+        {
+            "cell": given.cells[np.concatenate([rows, control])], "placebo": is_placebo, "response": value,
+            "within_placebo": value <= limit,
+        }
+    )  # fmt: skip
+
+
+def _weights(mean: np.ndarray, cells: int, spread: np.ndarray) -> np.ndarray:
+    """Return what genes count: their mean effect by the variance of the placebo, where it is clear of its error."""
+    varying = spread > 0
+    clear = varying & (np.abs(mean) > CLEAR * spread / np.sqrt(max(cells, 1)))
+    kept = clear if clear.any() else varying
+    return np.where(kept, mean / np.where(varying, spread, 1.0) ** 2, 0.0)
+
+
+def _size(given: ResponseInput, control: np.ndarray, weight: np.ndarray) -> float:
+    values = np.concatenate([part @ weight for _, part in _own_effects(given, control)])
+    return float(values.std())
+
+
+def _spread(given: ResponseInput, control: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of the placebo, (genes,)."""
+    total, squares = np.zeros(len(given.columns)), np.zeros(len(given.columns))
+    for _, values in _own_effects(given, control):
+        total, squares = total + values.sum(axis=0), squares + (values**2).sum(axis=0)
+    return np.asarray(np.sqrt(np.maximum(squares / len(control) - (total / len(control)) ** 2, 0.0)))
+
+
+def _rows_of(given: ResponseInput, code: int, condition: int) -> np.ndarray:
+    groups = given.counterparts.design.with_condition(condition)
+    rows = np.concatenate([np.arange(group.start, group.stop) for group in groups])
+    return rows[given.populations[rows] == code]
+
+
+def _control_rows(given: ResponseInput, code: int) -> np.ndarray:
+    """Return control cells of a population, as many of every stretch, in the order of the store."""
+    rows = _rows_of(given, code, 0)
+    return rows[:: max(1, -(-len(rows) // PLACEBO_CELLS))]
+
+
+def _own_effects(given: ResponseInput, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Give places among the rows and the cells' own expression minus that of their control matches, part by part.
+
+    For control cells these are their matches in the other control groups, or in their own where there is no other.
+    """
+    place = 0
+    for part in parts(rows, len(given.columns)):
+        yield slice(place, place + len(part)), _differences(given, part)
+        place += len(part)
+
+
+def _differences(given: ResponseInput, rows: np.ndarray) -> np.ndarray:
+    design = given.counterparts.design
+    controls = design.with_condition(0)
+    is_control = design.group_conditions[design.group_of(rows[:1])[0]] == 0
+    if is_control and len(controls) == 1:
+        code = controls[0].code
+        near = given.counterparts.edges(rows, [(code, code)], distances=False)[code, code][0][:, 0].astype(np.int64)
+        held, back = np.unique(np.concatenate([rows, near]), return_inverse=True)
+        values = given.expression.read(held, given.columns).toarray().astype(np.float64)[back]
+        return values[: len(rows)] - values[len(rows) :]
+    question = Question((Term(0),), lambda own, sums: (own.toarray() - sums[0]).astype(np.float32), expression=True)
+    found = compute(question, given.counterparts, given.expression, rows, given.columns).astype(np.float64)
+    # A control cell is its own counterpart in its own group, so the mean over the other groups is further away.
+    return found * (len(controls) / (len(controls) - 1)) if is_control else found
