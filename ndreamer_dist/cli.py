@@ -408,8 +408,11 @@ def annotate(
 @app.command()
 def cate(
     run_directory: ResultsAddress,
-    by: Annotated[str, typer.Option(help="Column of obs that names populations, e.g. cell_type.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv, .tsv or .parquet.")],
+    by: Annotated[
+        str | None,
+        typer.Option(help="Column of obs that names populations, e.g. cell_type (default: all cells together)."),
+    ] = None,
     condition: Compared = None,
     genes: Genes = None,
     cohort: InputAgain = None,
@@ -438,6 +441,10 @@ def cate(
     if table["p"].isna().all():
         called = f"no test was possible: {TOO_FEW_DONORS}"
     print(f"wrote {out}: {table['population'].nunique()} populations, {len(table)} rows, {called}")
+    words = table["reading"].value_counts()
+    if table["within_state_p"].notna().any():
+        kinds = ", ".join(f"{word} {int(words.get(word, 0))}" for word in ("within", "state", "both", "neither"))
+        print(f"in cells of the same state, or by a change of state (adjusted p <= 0.05): {kinds}")
 
 
 @app.command()

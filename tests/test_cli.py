@@ -246,6 +246,8 @@ def test_population_effects_are_written_as_a_table(
     table = pd.read_csv(out) if suffix == ".csv" else pd.read_parquet(out)
     assert set(table["gene"]) == set(genes)
     assert f"{len(table)} rows" in said
+    whole = ["cate", str(finished), "--out", str(out), "--genes", genes[0]]
+    assert "1 populations" in spoken(whole, capsys)[1]
     code, _, said = spoken([*words[:-3], "--genes", "XXX"], capsys)
     assert (code, said.count("\n")) == (2, 1)
 

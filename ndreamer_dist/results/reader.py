@@ -45,12 +45,13 @@ from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import DenoiseSettings, MatchSettings
 from ndreamer_dist.storage.arrays import open_array, read_array
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage, open_storage
-from ndreamer_dist.storage.shards import Reads, counting
+from ndreamer_dist.storage.shards import Reads, counting, is_counting
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
+Reader = TypeVar("Reader", bound="ResultsReader")
 Order = Literal["input", "packed"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
 Labels = str | pd.Series | None
@@ -129,15 +130,17 @@ class CellsTable(pd.DataFrame):
         super().__setitem__(key, value)
 
 
-def counted(query: Callable[Concatenate[ResultsReader, P], Answer]) -> Callable[Concatenate[ResultsReader, P], Answer]:
-    """Make a query say how many bytes it read, in the log and as `last_read`."""
+def counted(query: Callable[Concatenate[Reader, P], Answer]) -> Callable[Concatenate[Reader, P], Answer]:
+    """Make a query say how many bytes it read, as `last_read` and in the log; there the outermost one alone does."""
 
     @functools.wraps(query)
-    def counting_query(self: ResultsReader, *args: P.args, **kwargs: P.kwargs) -> Answer:
+    def counting_query(self: Reader, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        inner = is_counting()
         with counting() as reads:
             answer = query(self, *args, **kwargs)
         object.__setattr__(self, "_last_read", reads)
-        logger.debug("%s: read %s", query.__name__, reads)
+        if not inner:
+            logger.debug("%s: read %s", query.__name__, reads)
         return answer
 
     return counting_query
