@@ -33,6 +33,7 @@ from ndreamer_dist.report import plots
 from ndreamer_dist.report.style import DPI, categories, figure_bytes, gene_labels, write_file
 from ndreamer_dist.report.tables import (
     Table,
+    decomposition_table,
     diagnostics_tables,
     effects,
     genes_table,
@@ -49,6 +50,7 @@ from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
 from ndreamer_dist.stats.null import rates
 from ndreamer_dist.stats.results import MIN_CELLS, Results
+from ndreamer_dist.storage.shards import counting
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ MOST_TOLD = 6
 MOST_IN_TITLE = 3
 """Conditions that a title names."""
 MOST_SPREADS = 6
+MOST_DECOMPOSED = 4
 SHOWN_DPI = 110
 """Pixels of the page per inch of a figure; it is drawn finer, for sharp screens and for paper."""
 
@@ -154,9 +157,12 @@ def report(
     opened, by = opened.labelled(by)
     by = by or likely_populations(opened.packed_obs, opened.design)
     logger.info("report: effects by %s", by or "condition alone")
-    table = effects(opened, by, condition, donor_key)
-    data = PageData(opened, by, chosen, donor_key, table, opened.diagnostics(by, donor_key=donor_key), cells)
-    return write_file(address, page(data).encode())
+    with counting() as reads:
+        table = effects(opened, by, condition, donor_key)
+        data = PageData(opened, by, chosen, donor_key, table, opened.diagnostics(by, donor_key=donor_key), cells)
+        html = page(data)
+    logger.info("report: read %s", reads)
+    return write_file(address, html.encode())
 
 
 def page(data: PageData) -> str:
@@ -196,6 +202,8 @@ def _content(data: PageData) -> dict[str, Any]:
         "design": list(_design(data)),
         "groups": groups_table(results),
         "cells": list(_cell_pictures(data)),
+        "decomposition": list(_decomposition(data)),
+        "decomposition_parts": list(_decomposed(data)),
         "populations_note": _populations_note(data),
         "populations": populations_table(data.table, donors=data.donors),
         "effects": list(_effect_pictures(data)),
@@ -299,6 +307,7 @@ def _warnings(data: PageData) -> Iterator[str]:
     table = data.table.drop_duplicates(["population", "condition"])
     flags = {
         "few_donors": "with few donors (four a condition, or fewer), so that p-values are coarse or absent",
+        "few_cells": "with fewer than 20 cells a donor, where effects within states and changes of state cannot be trusted",
         "impure": "whose matches often lie in another population, so that effects mix kinds of cells",
     }
     for flag in flags if data.donors else ["impure"]:
@@ -456,6 +465,45 @@ def _rows(data: PageData) -> int:
 def _named(conditions: Sequence[str]) -> str:
     """Return the conditions' names, or how many there are."""
     return ", ".join(conditions) if len(conditions) <= MOST_IN_TITLE else f"{len(conditions)} conditions"
+
+
+def _leads(data: PageData) -> bool:
+    """Return whether the page begins with effects in two parts: donors are nested, and there are tests of both."""
+    return data.diagnostics.layout in ("nested", "partly crossed") and bool(data.table["within_state_p"].notna().any())
+
+
+def _decomposition(data: PageData) -> Iterator[str]:
+    """Say in plain words how many of the effects are changes of state."""
+    if not _leads(data):
+        return
+    for condition in data.conditions:
+        words = data.table.loc[data.table["condition"] == condition, "reading"].value_counts()
+        within, moved, both = (int(words.get(word, 0)) for word in ("within", "state", "both"))
+        yield (
+            f"{condition}: in {whole(within)} {_plural(within, 'case', 'cases')} (a gene in a population) cells of the same state "
+            f"express a gene differently; in {whole(moved)} the gene differs because cells are in other states; in {whole(both)} both."
+        )
+    yield (
+        "A gene of the second kind says what cells have become, not what the condition does to a cell of a given state: "
+        "look for the state, not for the gene."
+    )
+
+
+def _decomposed(data: PageData) -> Iterator[tuple[Picture, Table]]:
+    """Draw the populations with most genes of which a part stands, each with its table."""
+    if not _leads(data):
+        return
+    pairs = data.table[data.table["within_state_p"].notna()].groupby(["condition", "population"], sort=False)
+    stands = pairs["reading"].agg(lambda words: words.isin(["within", "state", "both"]).sum())
+    for pair in stands.sort_values(ascending=False, kind="stable").head(MOST_DECOMPOSED).index:
+        condition, name = map(str, pair)
+        picture = _picture(
+            f"{name}, {condition}: within states or a change of state",
+            "On the diagonal an effect lies within states, on the horizontal line it is a change of state. A point per gene.",
+            f"Scatter plot of effects within states against total effects in {name} under {condition}",
+            partial(plots.decomposition, data.results, name, data.by, condition=condition, table=data.table),
+        )
+        yield picture, decomposition_table(pairs.get_group(pair), TOP_GENES)
 
 
 def _volcanoes(data: PageData) -> Iterator[Picture]:

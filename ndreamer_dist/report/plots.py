@@ -65,6 +65,8 @@ ITE_VALUES = 2**24
 ITE_COMPONENTS = 10
 """Principal components of effects that are laid out: the later ones are noise of single cells."""
 VIOLIN_CELLS = 50_000
+MOST_DOUBLINGS = 8.0
+"""Fold changes beyond 2 to this power are drawn at the edge: a gene that one condition lacks has no finite one."""
 SIGNIFICANT, SMALLEST = 0.05, 1e-300
 """Adjusted p below which a gene is called; p-values below the latter are not told apart."""
 FEWEST_ON_PANEL = 9
@@ -489,6 +491,129 @@ def effect_sizes(
     return ax
 
 
+READINGS = {
+    "within": ("within states", UP), "state": ("change of state", DOWN), "both": ("both", PALETTE[4]),
+    "neither": ("neither part stands", QUIET),
+}  # fmt: skip
+"""What the readings of an effect are called in figures, and their colours."""
+
+
+@styled
+def decomposition(
+    results: Results,
+    population: str,
+    by: str | None = None,
+    *,
+    condition: str | None = None,
+    table: pd.DataFrame | None = None,
+    names: int = 14,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> Axes:
+    """Draw how much of every gene's effect lies within states: the total against the effect between cells of the same state.
+
+    On the diagonal nothing comes of a change of state; on the horizontal line everything does. Colours are the readings of
+    `results.cate`: parts that stand at an adjusted p of 0.05.
+
+    Parameters
+    ----------
+    by, condition, table, names
+        As for `volcano`; names go to the largest effects of which a part stands.
+
+    Raises
+    ------
+    QueryError
+        There is no such population, or its cells have no coordinates of state.
+    """
+    condition = condition or results.conditions[1]
+    part = _of_condition(results, by, condition, table)
+    part = part[(part["population"] == population) & part["within_state"].notna()]
+    if part.empty:
+        msg = f"population {population!r} has no effects within states under {condition!r}: no such one, or too few control cells"
+        raise QueryError(msg)
+    part = part.iloc[np.argsort(-part["total"].abs().to_numpy(), kind="stable")]
+    x, y = part["total"].to_numpy(), part["within_state"].to_numpy()
+    (ax,) = panels(1, ax, size=(5.6, 5.0))
+    reach = float(max(np.abs(x).max(), np.abs(y).max(), 0.1)) * 1.2
+    for line in ([-reach, reach], [0, 0]):
+        ax.plot([-reach, reach], line, color="#8A9099", linewidth=0.8, linestyle="--", zorder=0)
+    for word in reversed(READINGS):
+        label, shade = READINGS[word]
+        here = (part["reading"] == word).to_numpy()
+        if here.any():
+            ax.scatter(
+                x[here],
+                y[here],
+                c=shade,
+                s=12 if word == "neither" else 24,
+                linewidths=0,
+                label=f"{label} ({here.sum()})",
+            )
+    ax.text(reach, reach * 0.97, "all within states ", ha="right", va="top", fontsize=8, color="#5B616A")
+    ax.text(reach, 0, "all change of state ", ha="right", va="bottom", fontsize=8, color="#5B616A")
+    ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
+    ax.set_xlabel(f"total effect of {shortened(condition, 24)} (donors' means)")
+    ax.set_ylabel("effect within states")
+    ax.set_title(shortened(population, 40))
+    ax.legend(loc="upper left", frameon=False, fontsize=8.5)
+    named = np.flatnonzero(part["reading"].isin(["within", "state", "both"]).to_numpy())
+    label_points(ax, x[named], y[named], list(part["gene"].iloc[named].astype(str)), names)
+    finish([ax], show=show, save=save)
+    return ax
+
+
+@styled
+def ma(
+    results: Results,
+    population: str,
+    by: str | None = None,
+    *,
+    condition: str | None = None,
+    table: pd.DataFrame | None = None,
+    names: int = 14,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> Axes:
+    """Draw every gene's fold change in a population against how much it is expressed (an MA plot).
+
+    Coloured genes have a Benjamini-Hochberg adjusted donor-level p below 0.05.
+
+    Parameters
+    ----------
+    by, condition, table, names
+        As for `volcano`.
+
+    Raises
+    ------
+    QueryError
+        There is no such population.
+    """
+    condition = condition or results.conditions[1]
+    part = _of_condition(results, by, condition, table)
+    part = part[(part["population"] == population) & (part["mean_counts"] > 0)]
+    if part.empty:
+        msg = f"population {population!r} has no gene that is expressed under {condition!r}, or there is no such population"
+        raise QueryError(msg)
+    part = part.sort_values("p", kind="stable")
+    x = np.log10(part["mean_counts"].to_numpy())
+    y = part["log2_fold_change"].to_numpy()
+    most = 1.1 * float(np.abs(y[np.abs(y) < MOST_DOUBLINGS]).max(initial=1.0))
+    y = np.clip(y, -most, most)
+    called = (part["p_adjusted"] < SIGNIFICANT).to_numpy()
+    (ax,) = panels(1, ax, size=(5.6, 4.6))
+    ax.axhline(0, color="#8A9099", linewidth=0.8, zorder=0)
+    ax.scatter(x, y, c=np.where(called, np.where(y > 0, UP, DOWN), QUIET), s=np.where(called, 22, 12), linewidths=0)
+    ax.set_xlabel("log10 mean normalised counts a cell")
+    ax.set_ylabel(f"log2 fold change, {shortened(condition, 20)} v {shortened(results.control, 20)}")
+    ax.set_title(shortened(population, 40))
+    named = np.flatnonzero(called)
+    label_points(ax, x[named], y[named], list(part["gene"].iloc[named].astype(str)), names)
+    finish([ax], show=show, save=save)
+    return ax
+
+
 @styled
 def heatmap(
     results: Results,
@@ -596,7 +721,10 @@ def _tiles(ax: Axes, wide: pd.DataFrame, adjusted: pd.DataFrame) -> Any:
 
 # --- how far to trust them -------------------------------------------------------------------------------------------
 
-TESTS = {"main": "donor-level test", "pseudobulk": "pseudobulk", "sign": "sign test over cells"}
+TESTS = {
+    "main": "donor-level test", "pseudobulk": "pseudobulk", "within_state": "within states", "state_shift": "change of state",
+    "sign": "sign test over cells",
+}  # fmt: skip
 """Which tests the calibration shows, and what they are called."""
 
 
@@ -634,7 +762,7 @@ def null_calibration(
     (ax,) = panels(1, ax, size=(5.0, 4.4))
     low = 10.0 ** math.floor(math.log10(float(table["level"].min())))
     ax.plot([low, 1], [low, 1], color="#8A9099", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="calibrated")
-    for (test, label), shade in zip(TESTS.items(), (PALETTE[0], PALETTE[4], UP), strict=True):
+    for (test, label), shade in zip(TESTS.items(), (PALETTE[0], PALETTE[4], PALETTE[1], PALETTE[2], UP), strict=True):
         part = table[table["test"] == test]
         counts = part.groupby(["labelling", "level"])[["below", "tests"]].sum()
         each = (counts["below"] / counts["tests"]).unstack("level").to_numpy()

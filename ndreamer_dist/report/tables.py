@@ -246,7 +246,6 @@ def genes_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> Tab
         text("gene", "gene"),
         *(_DONORS if tested else []),
         number("mean_ite", "mean effect", signed, "mean of the cells' individual effects"),
-        number("mean_ite_overlap", "… with overlap", signed, "the mean without cells that have no near control match"),
         number("sd_ite", "spread", plain, "standard deviation of individual effects; mostly noise of single cells"),
         number("sd_placebo", "placebo spread", plain, "the same of control donors against control donors"),
         number("log2_fold_change", "log2 fold change", signed, "of mean counts, as measured"),
@@ -260,11 +259,32 @@ def genes_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> Tab
     return table_of(top.assign(gene=[labels.get(gene, gene) for gene in top["gene"]]), caption, columns)
 
 
+def decomposition_table(part: pd.DataFrame, most: int) -> Table:
+    """Return the genes of one population and condition of which a part of the effect stands, then the largest totals."""
+    stands = part["reading"].isin(["within", "state", "both"])
+    order = part.assign(_stands=~stands, _size=-part["total"].abs()).sort_values(["_stands", "_size"], kind="stable")
+    caption = f"Effects in two parts: the first {min(most, len(part))} of {len(part)} genes, those first of which a part stands"
+    parts = (
+        ("total", "total", "of donors' plain means"), ("within_state", "within states", "between cells of the same state"),
+        ("state_shift", "by change of state", "what comes of cells being in other states"),
+    )  # fmt: skip
+    columns = [text("gene", "gene"), text("reading", "reading", "which parts stand at an adjusted p of 0.05")]
+    for name, title, hint in parts:
+        columns += [
+            number(name, title, signed, hint),
+            number(f"{name}_p_adjusted", "adjusted p", small, f"of it, {hint}"),
+        ]
+    columns += [
+        number("within_state_loo_low", "least without a donor", signed, "effect within states, the least without any one donor"),
+        number("within_state_loo_high", "most", signed, "the same, the most"),
+    ]  # fmt: skip
+    return table_of(order.head(most), caption, columns)
+
+
 _DONORS = (
     number("effect", "effect", signed, "mean of treated minus control donors, through the matches"),
     number("p", "p (donors)", small, "donors as replicates: the test to report"),
     number("p_adjusted", "adjusted p", small, "Benjamini-Hochberg over the genes of this population"),
-    number("p_adjusted_all", "over all", small, "Benjamini-Hochberg over all populations and conditions"),
 )
 _TESTED = (
     number("treated_donors", "donors", whole, "treated donors with enough cells of the population"),

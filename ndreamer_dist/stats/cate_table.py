@@ -509,6 +509,7 @@ def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Descr
         "sd_ite": told.effects.spread[place],
         "sd_placebo": nothing if told.placebo is None else told.placebo[number],
         "log2_fold_change": np.log2((treated + COUNT_FLOOR) / (control + COUNT_FLOOR)),
+        "mean_counts": (treated + control) / 2,
         "expressing": told.expressing[number, code],
         "expressing_control": told.expressing[number, 0],
         "sign_z": sign_z,

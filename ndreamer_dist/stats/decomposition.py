@@ -15,6 +15,8 @@ import numpy as np
 from ndreamer_dist.stats.donor_tests import DonorTest
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
+FEW_CELLS = 20
+"""Cells a donor below which the parts are marked: with 10, a tenth of the genes without effect fell below 0.05."""
 STANDS = 0.05
 """Adjusted p-value up to which a part counts in the reading."""
 
@@ -113,6 +115,7 @@ def decomposition_columns(found: Decomposition | None, total: Part, genes: int) 
         columns[f"{name}_loo_low"] = nothing if part is None else part.low
         columns[f"{name}_loo_high"] = nothing if part is None else part.high
     columns["reading"] = reading(columns["within_state_p_adjusted"], columns["state_shift_p_adjusted"])
+    columns["few_cells"] = found is not None and found.cells < FEW_CELLS
     columns["cells_a_donor"] = np.nan if found is None else found.cells
     columns["state_reliability"] = np.nan if found is None else found.reliability
     return columns

@@ -13,7 +13,7 @@ import pandas as pd
 from ndreamer_dist import keys
 from ndreamer_dist.results.annotations import Annotation, annotation_of, read_annotations, write_annotations
 from ndreamer_dist.results.cohort import Cohort
-from ndreamer_dist.results.reader import Labels, ResultsReader, results_storage
+from ndreamer_dist.results.reader import Labels, ResultsReader, counted, results_storage
 from ndreamer_dist.stats.cate_table import (
     StatisticsInput,
     Whose,
@@ -92,6 +92,7 @@ class Results(ResultsReader):
                 self.__dict__.pop(name, None)
         return annotation
 
+    @counted
     def cate(
         self,
         by: Labels = None,
@@ -140,7 +141,7 @@ class Results(ResultsReader):
         is `within_state`, between cells of the same state, plus `state_shift`, what comes of the condition's cells being in
         other states; each with `..._p`, `..._p_adjusted` and the range that it has without any one donor, `..._loo_low` and
         `..._loo_high`. `reading` says which parts stand at an adjusted p of 0.05: `within`, `state`, `both` or `neither`;
-        `cells_a_donor` is the median of those tested, and `state_reliability` the share of a cell's state that is signal. NaN
+        `cells_a_donor` is the median of those tested (`few_cells` below 20, where the parts' p-values are too small), and `state_reliability` the share of a cell's state that is signal. NaN
         where a population has fewer than 100 control cells.
         `p_adjusted` is Benjamini-Hochberg's over the genes of one population and condition, `p_adjusted_all` over the
         whole table. Of the matches: `match_purity` (share inside the population; `impure` below 0.7),
@@ -158,6 +159,7 @@ class Results(ResultsReader):
             population=population, covariates=covariates,
         )  # fmt: skip
 
+    @counted
     def donor_means(
         self,
         by: str | pd.Series,
@@ -180,6 +182,7 @@ class Results(ResultsReader):
         sample = results._statistics_input(genes, cohort)
         return donor_means(sample, by=str(name), condition=condition, donor_key=donor_key, min_cells=min_cells)
 
+    @counted
     def null(
         self,
         by: Labels = None,
@@ -224,6 +227,7 @@ class Results(ResultsReader):
             count=labellings, seed=seed,
         )  # fmt: skip
 
+    @counted
     def response(
         self, by: str | None = None, *, condition: str | None = None, donor_key: str | None = None
     ) -> pd.DataFrame:
@@ -259,6 +263,7 @@ class Results(ResultsReader):
         )
         return response_table(given, conditions_of(self.design, condition))
 
+    @counted
     def diagnostics(
         self, by: Labels = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
     ) -> Diagnostics:

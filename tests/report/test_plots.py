@@ -106,6 +106,34 @@ def test_a_volcano_holds_every_tested_gene_and_colours_those_called(results: Res
         nd.pl.volcano(results, "unheard of", "cell_type", table=table)
 
 
+def test_the_decomposition_holds_every_gene_by_its_reading(results: Results, table: pd.DataFrame) -> None:
+    part = table[(table["population"] == "plain") & table["within_state"].notna()]
+    ax = nd.pl.decomposition(results, "plain", "cell_type", table=table)
+    drawn = np.concatenate([np.asarray(points.get_offsets()) for points in ax.collections])
+    expected = part[["total", "within_state"]].to_numpy()
+    order = [np.lexsort(points.T) for points in (drawn, expected)]
+    np.testing.assert_allclose(drawn[order[0]], expected[order[1]], atol=1e-9)
+    words = {
+        label: int(number)
+        for text in ax.get_legend().get_texts()
+        for label, number in [text.get_text()[:-1].rsplit(" (", 1)]
+    }
+    counts = part["reading"].value_counts()
+    assert words == {plots.READINGS[word][0]: counts[word] for word in counts.index}
+    with pytest.raises(QueryError, match="no effects within states"):
+        nd.pl.decomposition(results, "unheard of", "cell_type", table=table)
+
+
+def test_an_ma_plot_holds_every_expressed_gene(results: Results, table: pd.DataFrame) -> None:
+    part = table[(table["population"] == "plain") & (table["mean_counts"] > 0)]
+    ax = nd.pl.ma(results, "plain", "cell_type", table=table)
+    drawn = np.asarray(ax.collections[0].get_offsets())
+    np.testing.assert_allclose(np.sort(drawn[:, 0]), np.sort(np.log10(part["mean_counts"])))
+    assert np.abs(drawn[:, 1]).max() <= 1.1 * plots.MOST_DOUBLINGS
+    with pytest.raises(QueryError, match="no gene that is expressed"):
+        nd.pl.ma(results, "unheard of", "cell_type", table=table)
+
+
 def test_a_heat_map_holds_the_effects(results: Results, table: pd.DataFrame) -> None:
     ax = nd.pl.heatmap(results, "cell_type", table=table, most=12)
     image = np.asarray(ax.images[0].get_array())

@@ -58,6 +58,7 @@ def test_within_state_compares_what_all_cells_find_in_the_donors_at_their_state(
         left = [found[treated & kept].mean(0) - found[~treated & kept].mean(0) for kept in ~np.eye(len(m), dtype=bool)]
         np.testing.assert_allclose(part[f"{column}_loo_low"], np.min(left, axis=0), atol=1e-6)
         np.testing.assert_allclose(part[f"{column}_loo_high"], np.max(left, axis=0), atol=1e-6)
+    assert (part["few_cells"] == (part["cells_a_donor"] < 20)).all()
     assert part["cells_a_donor"].iloc[0] == np.median([len(rows) for rows in cells.values()])
 
 
@@ -119,3 +120,12 @@ def test_without_its_only_donor_a_condition_has_no_effect() -> None:
     assert np.isnan(found[0]).all()
     assert np.isfinite(found[1:]).all()
     assert np.isnan(left_out_differences(values[:1])).all()
+
+
+def test_what_a_table_read_is_said_once(results: Results, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        results.cate(genes=list(results.var_names[:2]), min_cells=5)
+    said = [record.getMessage() for record in caplog.records if ": read " in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("cate: read ")
+    assert results.last_read.bytes > 0
