@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 LEAST_CELLS = 100
 """Cells of a population of its own; smaller ones are pooled. With fewer control cells its axes are of all its groups."""
-MOST_DIMENSIONS = 4
-"""Dimensions of one of several populations, unless another number is asked for: more absorb a strong effect."""
 VANISHING = 1e-9
 """Directions whose variance is below this share of the largest are no directions."""
 SEEDED = keys.FLOW.index(keys.STAGE_SPACE)
@@ -180,7 +178,7 @@ def _make_reliability(space: Space, settings: Settings, populations: Populations
     dimensions, shares, reaches = np.zeros(len(sums), dtype=np.int32), np.zeros((len(sums), keep, keep)), []
     means = np.stack([found.group_means for found in sums])
     positions = means.copy()
-    most = settings.embed.dimensions if len(sums) == 1 else MOST_DIMENSIONS
+    most = settings.embed.dimensions if len(sums) == 1 else state.MOST_IN_A_TYPE
     for code, found in enumerate(sums):
         k = dimensions[code] = min(
             settings.state.k or _confirmed(found, min(most, int(beyond[code])), halved=halved), int(ranks[code])

@@ -22,6 +22,8 @@ LEAST_DOUBT = 0.05
 """No gene counts more than one at this quantile of the variances of groups' means."""
 MOSTLY_SIGNAL = 0.5
 """A dimension is confirmed with at least this share of signal."""
+MOST_IN_A_TYPE = 4
+"""Dimensions of one of several populations, unless another number is asked for: more absorb a strong effect."""
 TRACY_WIDOM = 0.9793
 """95 % point of the Tracy-Widom law of order 1."""
 
@@ -153,10 +155,13 @@ def confirmed_dimensions(signal: np.ndarray, noise: np.ndarray, spread: np.ndarr
     A dimension counts whose signal exceeds the largest of the noise, and half of the spread: what varies in one gene alone
     from cell to cell, as counts beyond Poisson do, is signal to both halves, but little of it for its spread.
     """
-    largest = float(np.linalg.eigvalsh(noise)[-1])
-    beyond_noise = int((np.linalg.eigvalsh(signal) > largest).sum())
     reliable = int((linalg.eigh(signal, spread, eigvals_only=True) >= MOSTLY_SIGNAL).sum())
-    return max(1, min(beyond_noise, reliable))
+    return max(1, min(beyond_noise(signal, noise), reliable))
+
+
+def beyond_noise(signal: np.ndarray, noise: np.ndarray) -> int:
+    """Return how many eigenvalues of the signal exceed the largest of the noise, at least 1."""
+    return max(1, int((np.linalg.eigvalsh(signal) > float(np.linalg.eigvalsh(noise)[-1])).sum()))
 
 
 def beyond_chance(covariance: np.ndarray, cells: int) -> int:

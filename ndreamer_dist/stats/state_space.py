@@ -88,7 +88,7 @@ class StateNeighbours:
         self._targets = np.empty(0, dtype=np.int64)
         self._found = np.empty(0, dtype=np.int64)
 
-    def __call__(self, queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    def __call__(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:  # noqa: ARG002
         """Return the nearest target of every query in its population, itself left out; -1 for none."""
         if not np.array_equal(targets, self._targets):
             self._targets, self._found = targets, self._searched(targets)
@@ -202,7 +202,7 @@ class _Making:
         self.reliability[code] = np.trace(share) / k
         there = self.group_cells[code] > 0
         positions = np.zeros((len(there), k))
-        positions[there] = state.group_positions(
+        positions[there] = state.fitted_positions(
             self.group_means[code, there], self.axes[code][:, :k], self.variance[code], self.group_cells[code, there]
         )
         for rows in _stretches(np.flatnonzero(self.codes == code)):

@@ -97,7 +97,7 @@ def test_neighbours_are_the_nearest_of_the_same_population(made: Made) -> None:
     near = StateNeighbours(space)
     rows = [piece.rows for piece in made.replicates.pieces]
     for queries, targets in ((rows[0], rows[1]), (rows[1], rows[1]), (rows[3], rows[0])):
-        found = near(queries, targets)
+        found = near(queries, targets, queries)
         for query, target in zip(queries, found, strict=True):
             code = made.populations[query]
             if code < 0:
