@@ -341,7 +341,9 @@ def effective_controls(
 ) -> dict[str, float]:
     """Return how many control cells, used alike, would carry as much as a treated group's matches do, by group; log it."""
     treated = [group for group in design.groups if group.condition]
-    numbers = list(runtime.map(_effective_controls, treated, run, design, key, neighbours, title="effects: controls"))
+    title = "effects: controls"
+    found = dict(runtime.map(_effective_controls, treated, run, design, key, neighbours, title=title))
+    numbers = [found[group.name] for group in treated]  # they come in the order in which they are done
     available = sum(group.cells for group in design.with_condition(0))
     least = int(np.argmin(numbers))
     logger.info(
@@ -351,7 +353,10 @@ def effective_controls(
     return {group.name: round(number, 1) for group, number in zip(treated, numbers, strict=True)}
 
 
-def _effective_controls(query: Group, run: RunDirectory, design: Design, key: str, neighbours: int) -> float:
+def _effective_controls(
+    query: Group, run: RunDirectory, design: Design, key: str, neighbours: int
+) -> tuple[str, float]:
+    """Return a group's name and its effective number of controls; a task."""
     matches = matches_of(run.storage / keys.MATCHES, key)
     times = [times_matched(target, matches, design, neighbours, query) for target in design.with_condition(0)]
-    return effective_number(np.concatenate(times))
+    return query.name, effective_number(np.concatenate(times))

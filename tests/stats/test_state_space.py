@@ -70,7 +70,7 @@ def test_coordinates_are_those_of_the_definition_at_once(made: Made) -> None:
         share = state.reliability((a.T @ b + b.T @ a) / 2 / len(d), inside(e, d).T @ inside(e, d) / len(d))
         n = np.bincount(d)
         means = np.stack([x[d == j].mean(0) for j in range(len(n))]) - x.mean(0)
-        place = state.group_positions(means, W, (inside(x, d) ** 2).mean(0), n)
+        place = state.fitted_positions(means, W, (inside(x, d) ** 2).mean(0), n)
         np.testing.assert_allclose(found.points[cells, :k], place[d] + (e - own) @ share.T, atol=2e-5)
         assert found.reliability[p] == pytest.approx(np.trace(share) / k)
         assert np.abs(np.corrcoef(found.points[cells, 0], made.score[cells])[0, 1]) > 0.8
