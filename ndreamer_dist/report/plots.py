@@ -502,7 +502,7 @@ READINGS = {
 def decomposition(
     results: Results,
     population: str,
-    by: str | None = None,
+    by: Labels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -526,6 +526,7 @@ def decomposition(
     QueryError
         There is no such population, or its cells have no coordinates of state.
     """
+    results, by = results.labelled(by)
     condition = condition or results.conditions[1]
     part = _of_condition(results, by, condition, table)
     part = part[(part["population"] == population) & part["within_state"].notna()]
@@ -567,7 +568,7 @@ def decomposition(
 def ma(
     results: Results,
     population: str,
-    by: str | None = None,
+    by: Labels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -590,6 +591,7 @@ def ma(
     QueryError
         There is no such population.
     """
+    results, by = results.labelled(by)
     condition = condition or results.conditions[1]
     part = _of_condition(results, by, condition, table)
     part = part[(part["population"] == population) & (part["mean_counts"] > 0)]

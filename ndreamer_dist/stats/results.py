@@ -229,7 +229,7 @@ class Results(ResultsReader):
 
     @counted
     def response(
-        self, by: str | None = None, *, condition: str | None = None, donor_key: str | None = None
+        self, by: Labels = None, *, condition: str | None = None, donor_key: str | None = None
     ) -> pd.DataFrame:
         """Return how far every treated cell goes along the effect on its population: which cells responded.
 
@@ -253,7 +253,8 @@ class Results(ResultsReader):
         QueryError
             A name is unknown.
         """
-        sample = self._statistics_input(None, None)
+        results, by = self.labelled(by)
+        sample = results._statistics_input(None, None)
         names, codes = populations_of(sample.cells, by)
         known = donor_key is not None or bool(self.design.batch_keys)
         everyone = pd.Series("one", index=sample.cells.index)
