@@ -539,18 +539,7 @@ def decomposition(
     reach = float(max(np.abs(x).max(), np.abs(y).max(), 0.1)) * 1.2
     for line in ([-reach, reach], [0, 0]):
         ax.plot([-reach, reach], line, color="#8A9099", linewidth=0.8, linestyle="--", zorder=0)
-    for word in reversed(READINGS):
-        label, shade = READINGS[word]
-        here = (part["reading"] == word).to_numpy()
-        if here.any():
-            ax.scatter(
-                x[here],
-                y[here],
-                c=shade,
-                s=12 if word == "neither" else 24,
-                linewidths=0,
-                label=f"{label} ({here.sum()})",
-            )
+    _draw_readings(ax, part)
     ax.text(reach, reach * 0.97, "all within states ", ha="right", va="top", fontsize=8, color="#5B616A")
     ax.text(reach, 0, "all change of state ", ha="right", va="bottom", fontsize=8, color="#5B616A")
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
@@ -562,6 +551,18 @@ def decomposition(
     label_points(ax, x[named], y[named], list(part["gene"].iloc[named].astype(str)), names)
     finish([ax], show=show, save=save)
     return ax
+
+
+def _draw_readings(ax: Axes, part: pd.DataFrame) -> None:
+    """Draw a point per gene, those on top of which a part stands."""
+    for word in reversed(READINGS):
+        label, shade = READINGS[word]
+        here = part[part["reading"] == word]
+        if len(here):
+            size = 12 if word == "neither" else 24
+            ax.scatter(
+                here["total"], here["within_state"], c=shade, s=size, linewidths=0, label=f"{label} ({len(here)})"
+            )
 
 
 @styled

@@ -104,7 +104,7 @@ def cate_table(
     conditions = conditions_of(given.design, condition)
     names, codes = populations_of(given.cells, by)
     replicates = replicates_of(given, donor_key)
-    space = space_of(given, by, donor_key, codes, len(names), replicates, min_cells)
+    space = space_of(given, by, donor_key, codes, replicates, min_cells)
     means = means_of(given, codes, len(names), replicates, conditions, min_cells, space)
     described = _described(given, codes, len(names), conditions)
     tables = []
@@ -264,14 +264,13 @@ def space_of(
     by: str | None,
     donor_key: str | None,
     codes: np.ndarray,
-    number: int,
     replicates: Replicates,
     min_cells: int,
 ) -> StateSpace | None:
     """Return the coordinates of state of the cells that tests are of, made once; none where they cannot be had."""
     if given.state is None:
         return None
-    key = by, donor_key, min_cells
+    key, number = (by, donor_key, min_cells), int(codes.max()) + 1  # every population has cells
     if key not in given.spaces:
         included = replicates.counts(codes, number) >= min_cells
         inside = np.where((codes >= 0) & included[codes, replicates.of_cell], codes, -1)

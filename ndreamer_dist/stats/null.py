@@ -65,7 +65,7 @@ def null_table(
     """Return the table; see `Results.null`, whose arguments these are."""
     conditions, (names, codes) = conditions_of(given.design, condition), populations_of(given.cells, by)
     replicates, nearest = replicates_of(given, donor_key), Neighbours(given)
-    space = space_of(given, by, donor_key, codes, len(names), replicates, min_cells)
+    space = space_of(given, by, donor_key, codes, replicates, min_cells)
     means = means_of(given, codes, len(names), replicates, conditions, min_cells, space)
     sample = sampled(codes, len(names), replicates, nearest)
     tables = []
