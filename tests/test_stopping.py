@@ -38,8 +38,9 @@ def stopped(words: list[str], run: Path, number: int, environment: Mapping[str, 
     """Start a run, stop it in training; return its exit code, what it said, and the processes that it had started."""
     command = [sys.executable, "-m", "ndreamer_dist.cli", *words]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
-    ) as job:
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    ) as job:  # fmt: skip
         until = time.monotonic() + SECONDS
         while step_of(run) < 3 and job.poll() is None and time.monotonic() < until:
             time.sleep(0.1)

@@ -59,7 +59,7 @@ def test_seconds_of_children_and_of_their_children_are_counted(waits: bool) -> N
         child = parent.stdout.read().strip()
     while not waits and Path(f"/proc/{int(child)}/stat").exists() and not is_zombie(int(child)):
         meter.seconds()
-    assert meter.seconds() - before >= 0.4
+    assert meter.seconds() - before >= (0.4 if waits else 0.2)  # of an orphan, up to the last look at it
 
 
 def is_zombie(pid: int) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import _thread
+import ctypes
 import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -171,8 +173,17 @@ class _Lease:
                 logger.warning("the lock of %s could not be renewed; trying again (%s)", self._storage.url, error)
                 continue
             self.lost = True
-            _thread.interrupt_main()
+            _interrupt()
             return
+
+
+def _interrupt() -> None:
+    """Interrupt the main thread; where Ctrl-C is ignored, as under nohup, at its next step in Python."""
+    if callable(signal.getsignal(signal.SIGINT)):
+        _thread.interrupt_main()
+        return
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
 
 
 @contextmanager

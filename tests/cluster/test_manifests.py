@@ -277,7 +277,6 @@ def test_the_entry_point_is_a_program_of_the_image_and_its_job_file_is_where_it_
     monkeypatch.setattr(program_of_jobs, "speak", lambda work: work())
     monkeypatch.setattr(program_of_jobs, "read_job", asked.append)  # which the image has, and this machine has not
     monkeypatch.setattr(program_of_jobs, "run_job", lambda job, stage: asked.append(stage))
-    monkeypatch.setattr(program_of_jobs.signal, "signal", lambda *_: None)
     for name in JOBS:
         found = built(CLUSTER / "overlays" / name)
         python, program, *words = shlex.split(one(found, "RayJob")["spec"]["entrypoint"])

@@ -34,8 +34,10 @@ MATRICES = {
 }
 
 
-@pytest.mark.parametrize("matrix", MATRICES)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "matrix"),
+    [(place, matrix) for place in PLACES for matrix in MATRICES if matrix != "csc" or place == "memory"],
+)
 def test_rows_are_the_same_from_everywhere(place: str, matrix: str, tmp_path: Path) -> None:
     adata = counts(60, 20)
     expected = adata.X.toarray()

@@ -181,6 +181,6 @@ def test_the_class_gives_the_bits_of_run(made, cohort, tmp_path):
     if made.spelling == "ours":
         import ndreamer_dist as nd
 
-        matching = {"match.neighbours": 5, "match.bandwidth": 0.3}
+        matching = {"match.neighbours": 5, "match.bandwidth": 0.3, "match.hubs": "none", "denoise.neighbours": 5}
         nd.run(cohort, out=tmp_path, condition_key="condition", control="control", settings={**SETTINGS, **matching})
         assert_same_bits(tmp_path, made.folder / "run", stores=(keys.RESULTS,))

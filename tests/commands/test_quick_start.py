@@ -100,6 +100,7 @@ def test_every_keyword_says_what_it_says(done) -> None:
         "train.learning_rate": 1e-3, "loss.margin": 5, "loss.independence": 1000, "loss.kl": 5e-3, "loss.reconstruction": 1,
         "loss.triplet": 5, "loss.triplet_pairs": 15, "loss.commitment": 1, "loss.dependence": 50, "train.reset_below": 1.0,
         "train.reset_every": 30, "loss.neighbourhood": 1, "loss.sigma": 1, "loss.neighbours": 20, "loss.across": 20,
+        "match.hubs": "none",
     }  # fmt: skip
     if done.batched:
         expected["cohort.batch_key"] = "patient_id"

@@ -189,7 +189,7 @@ CASES: dict[str, tuple[Damage, str, str]] = {
     "settings_of_numbers": (told("uns/ndreamer/settings", lambda s: s.update(cohort=3)), "report", "its settings is damaged"),
     "settings_of_lists": (told("uns/ndreamer/settings", lambda s: s.update(effects=[1])), "all-genes", "its settings is dam"),
     "a_layer_of_the_cohort_that_is_a_number": (
-        told("uns/ndreamer/settings", lambda s: s["cohort"].update(layer=3)), "all-genes", "of their settings is damaged",
+        told("uns/ndreamer/settings", lambda s: s["cohort"].update(layer=3)), "all-genes", "has no layer '3'",
     ),
     "a_condition_of_no_column": (
         told("uns/ndreamer/settings", lambda s: s["cohort"].update(condition_key="x")), "all-genes", "obs has no 'x'",
@@ -200,7 +200,6 @@ CASES: dict[str, tuple[Damage, str, str]] = {
     "cells_dropped_by_lists": (told("uns/ndreamer/dropped", lambda d: d.update(x=[1])), "report", "its dropped is damaged"),
     "results_of_nobody": (edited(ROOT, silent), "cate", "it is not a results.zarr"),
     "an_export_of_no_design": (told(DESIGN, lambda _: "null"), "export", "its design is damaged"),
-    "an_export_of_no_cells": (edited(ROOT, escaping), "export", "'obs' is damaged"),
     "all_genes_of_no_design": (told(DESIGN, lambda _: "null"), "all-genes", "its design is damaged"),
     "more_matches_of_another_run": (text(keys.RUN_JSON, "{}"), "match", "run.json is damaged"),
     "a_root_that_is_another_file": (linked(ROOT, "/etc/passwd"), "get", "is damaged"),

@@ -30,7 +30,9 @@ def test_a_group_that_is_not_there_has_no_file_and_an_old_one_goes(written):
     groups = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
     wanted = {f"c-{c}--b-{b}__{what}.h5ad" for b, c in groups for what in ("expression", "batch")}
     wanted |= {f"b-{b}--c-{c}__ITE.h5ad" for b, c in groups if c} | {"my b-7--c-7__ITE.h5ad"}
-    assert names == wanted | {"adata.h5ad", "preprocessed.h5ad", "mappings.json"}  # this run holds no model
+    assert names == wanted | {"adata.h5ad", "preprocessed.h5ad", "mappings.json"} | {
+        "batch2num_mapping.pth", "condition2num_mapping.pth", "ndreamer.pth",
+    }  # fmt: skip
 
 
 def test_files_hold_every_column_and_value(written, finished):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,7 +187,11 @@ def test_of_two_runs_that_begin_at_once_never_do_both_hold_a_remote_lock(
     assert not run.storage.list()
 
 
-def test_a_run_whose_remote_lock_was_taken_over_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+def test_a_run_whose_remote_lock_was_taken_over_stops(
+    handler: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = signal.signal(signal.SIGINT, handler)  # a shell's background job ignores Ctrl-C
     monkeypatch.setattr(lock, "LEASE_SECONDS", 0.4)
     run = RunDirectory(open_storage(f"memory://{tmp_path.name}"))
     other = {"host": "elsewhere", "pid": 1, "space": "a", "time": time.time() + 60, "token": "other"}
@@ -193,8 +199,12 @@ def test_a_run_whose_remote_lock_was_taken_over_stops(monkeypatch: pytest.Monkey
     def work() -> None:
         with run.locked():
             run.write_json(keys.LOCK, other)
-            time.sleep(10)
+            for _ in range(100):
+                time.sleep(0.1)
 
-    with pytest.raises(RunError, match="was taken over by another run"):
-        work()
+    try:
+        with pytest.raises(RunError, match="was taken over by another run"):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert run.storage.exists(keys.LOCK)  # the other's stays
