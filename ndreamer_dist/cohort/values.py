@@ -6,6 +6,7 @@ decided is a sentence that plan, log, `info` and report show.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -128,7 +129,7 @@ def _logarithms(source: Source, asked: ValuesAsked, scale: _Scale | None, log_ba
         )
         raise CohortError(msg)
     why = "as asked" if log_base else scale.why if scale else "uns['log1p'] says so" if source.log_base else "as asked"
-    natural = base is None or abs(base - np.e) < 1e-6
+    natural = base is None or abs(base - math.e) < 1e-6
     named = "natural logarithms" if base is None else BASES.get(base, f"logarithms to base {base:g}")
     turned = "used as they are" if natural else "turned into natural ones"
     return Decision("none", False, None if natural else base, f"values: {_shown(rows)}; {named} ({why}), {turned}")
