@@ -232,6 +232,7 @@ class Tile:
         """Return rows, squared distances, both (q, k), and which queries were widened."""
         return *k_best(len(self.queries), self.k, *self.candidates()), self.widened
 
+    @np.errstate(invalid="ignore")  # products of some BLAS kernels raise the flag over finite numbers
     def candidates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the pairs of query and target row among which the k nearest are, and their squared distances."""
         begins, own = self.beginnings()

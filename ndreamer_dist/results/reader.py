@@ -45,7 +45,7 @@ from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import DenoiseSettings, MatchSettings
 from ndreamer_dist.storage.arrays import open_array, read_array
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage, open_storage
-from ndreamer_dist.storage.shards import Reads, counting, is_counting
+from ndreamer_dist.storage.shards import Reads, counting
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +135,13 @@ def counted(query: Callable[Concatenate[Reader, P], Answer]) -> Callable[Concate
 
     @functools.wraps(query)
     def counting_query(self: Reader, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        inner = is_counting()
-        with counting() as reads:
-            answer = query(self, *args, **kwargs)
+        inner = getattr(self, "_in_query", False)
+        object.__setattr__(self, "_in_query", True)
+        try:
+            with counting() as reads:
+                answer = query(self, *args, **kwargs)
+        finally:
+            object.__setattr__(self, "_in_query", inner)
         object.__setattr__(self, "_last_read", reads)
         if not inner:
             logger.debug("%s: read %s", query.__name__, reads)

@@ -89,11 +89,6 @@ def counting() -> Iterator[Reads]:
         _counters.reset(token)
 
 
-def is_counting() -> bool:
-    """Return whether this thread's reads are being counted."""
-    return bool(_counters.get())
-
-
 def count(reads: Reads) -> None:
     """Add to the counts under way in this thread."""
     for counter in _counters.get():

@@ -123,7 +123,7 @@ def test_without_its_only_donor_a_condition_has_no_effect() -> None:
 
 
 def test_what_a_table_read_is_said_once(results: Results, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("DEBUG"):
+    with caplog.at_level("DEBUG", "ndreamer_dist"):
         results.cate(genes=list(results.var_names[:2]), min_cells=5)
     said = [record.getMessage() for record in caplog.records if ": read " in record.getMessage()]
     assert len(said) == 1

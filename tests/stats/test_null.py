@@ -196,7 +196,7 @@ def test_three_pairs_have_a_null_of_the_exchanges_inside_them(paired: Results) -
     table = paired.null("cell_type", min_cells=3)
     assert set(table["labelling"]) == {0, 1, 2}  # of the 4 ways to exchange labels in 3 pairs, all but the true one
     assert (table[["treated_donors", "control_donors"]] == 3).all(axis=None)
-    assert {"main", "welch", "pseudobulk", "sign"} == set(table["test"])
+    assert {"main", "welch", "pseudobulk", "sign"} <= set(table["test"])
 
 
 def test_the_command_writes_the_table_and_says_the_rates(
