@@ -1,12 +1,14 @@
 """Whether the p-values can be trusted: rates under no effect, power, and the known limit, by simulation.
 
-    python jobs/benchmark_null.py [--cohorts 20] [--labellings 10] [--genes 300] [--trained 2] [--hubs csls]
-        [--out FOLDER]
+    python jobs/benchmark_null.py [--cohorts 20] [--labellings 10] [--genes 300] [--trained 2] [--decomposed 20]
+        [--hubs csls] [--out FOLDER]
 
 Cohorts are simulated on arrays: donors nested in conditions, two types of cells, each with a continuous state that moves
 the genes; counts of which most are zero; donors that differ in every gene. Where the embedding is given (the true state
 with noise) no cell is trained on, and the statistics are the package's own functions. With `--trained` N, N cohorts
-are also run through the whole job, training included, under permuted labels and at the known limit.
+are also run through the whole job, training included, under permuted labels and at the known limit. With `--decomposed` N,
+N labellings of 42 v 9 donors and N cohorts at the known limit are run in the space `pca`, and every column of p-values that
+`cate` has is printed.
 
 Printed, as Markdown: rates of p-values at 0.05, 0.01 and 0.001 where there is no effect, with the donor-level p beside Welch's,
 pseudobulk's and the sign test's; power and false discoveries where effects are planted; and the limit: a state that is
@@ -293,6 +295,21 @@ def trained_limit(law: Law, seed: int, folder: Path) -> dict[str, float]:
     }
 
 
+# --- the decomposition -----------------------------------------------------------------------------------------------
+
+
+P_COLUMNS = ("total_p", "within_state_p", "state_shift_p", "p", "p_parametric", "pseudobulk_p")
+
+
+def decomposed(law: Law, seed: int, folder: Path, *, permuted: bool) -> dict[str, float]:
+    """Run a cohort in the space `pca`; return the rate at 0.05 of every column, of the first type at the limit."""
+    out = folder / f"decomposed-{law.shift}-{seed}"
+    table = run(simulate(law, seed), out, seed, permuted=permuted, settings={"embed.method": "pca"}).cate("type")
+    if not permuted:
+        table = table[table["population"] == "type 0"]
+    return {name: below(table[name].to_numpy()) for name in P_COLUMNS}
+
+
 # --- the job ---------------------------------------------------------------------------------------------------------
 
 
@@ -310,13 +327,16 @@ def main() -> None:
     if given.trained:
         with tempfile.TemporaryDirectory() as folder:
             held.append(training(law, given, Path(given.out or folder)))
+    if given.decomposed:
+        with tempfile.TemporaryDirectory() as folder:
+            held.append(decomposition(law, given, Path(given.out or folder)))
     sys.exit(0 if all(held) else 1)
 
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    numbers = {"cohorts": 20, "labellings": 10, "genes": 300, "cells": 60, "trained": 2}
+    numbers = {"cohorts": 20, "labellings": 10, "genes": 300, "cells": 60, "trained": 2, "decomposed": 0}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--hubs", choices=["none", "csls"], default="none", help="as match.hubs")
@@ -360,6 +380,24 @@ def training(law: Law, given: argparse.Namespace, folder: Path) -> bool:
     print(f"{markdown(given_state.to_frame('rate'))}\n")
     print(markdown(pd.DataFrame([trained_limit(limit_law, seed, folder) for seed in seeds])))
     return bool(nothing["main"].mean() <= 0.1)
+
+
+def decomposition(law: Law, given: argparse.Namespace, folder: Path) -> bool:
+    """Print the rates of every column of p-values, and say whether each keeps its level without an effect."""
+    null_law = replace(law, treated=42, control=9, zeros=0.7)
+    limit_law = replace(law, treated=16, control=32, shift=1.0, zeros=0.7)
+    tables = {
+        "No effect, permuted labels, 42 v 9 donors": (null_law, True),
+        "The limit, 16 v 32 donors": (limit_law, False),
+    }
+    rows = {
+        name: pd.DataFrame([decomposed(rule, seed, folder, permuted=permuted) for seed in range(given.decomposed)])
+        for name, (rule, permuted) in tables.items()
+    }
+    print(f"## The decomposition, in the space `pca`: rates at 0.05 over {given.decomposed} runs each\n")
+    print(markdown(pd.DataFrame({name: found.mean() for name, found in rows.items()})), flush=True)
+    means = next(iter(rows.values())).mean()
+    return bool(means[["total_p", "within_state_p", "state_shift_p"]].between(0.03, 0.07).all())
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 LIST = Path(__file__).parent / "README.md"
+UNLISTED = pytest.StashKey[list[str]]()
+"""Where a session keeps the slow tests that it collected and that are not in the list."""
 LINE = re.compile(
     r"^\| (?P<promise>[^|]+) \| `(?P<test>[^`|]+)` \| (?P<seconds>\d+) \| (?P<seen>[^|]+) \|$", re.MULTILINE
 )
@@ -30,10 +32,8 @@ def promises() -> list[Promise]:
     return [Promise(**found.groupdict()) for found in LINE.finditer(LIST.read_text())]
 
 
-def check_listed(items: Iterable[pytest.Item]) -> None:
-    """Refuse slow tests that are not in the list."""
+def unlisted(items: Iterable[pytest.Item]) -> list[str]:
+    """Return the slow tests that are not in the list."""
     listed = {promise.test for promise in promises()}
     slow = {item.nodeid.partition("[")[0] for item in items if item.get_closest_marker("slow")}
-    if missing := sorted(slow - listed):
-        msg = f"slow tests that are not in {LIST}: {', '.join(missing)}; add a line for each"
-        raise pytest.UsageError(msg)
+    return sorted(slow - listed)

@@ -88,6 +88,7 @@ def finished(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_stage_after_stage_gives_the_bits_of_the_whole_job(
     cohort: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -342,6 +343,7 @@ def ray_job(ray: LockedRay, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(800)
+@pytest.mark.slow
 def test_whoever_has_no_token_is_refused(locked_ray: LockedRay, cohort: Path, tmp_path: Path) -> None:
     for token, code in ((None, 401), ("0" * 64, 403)):
         with pytest.raises(urllib.error.HTTPError) as refused:

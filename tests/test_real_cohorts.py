@@ -63,7 +63,9 @@ def test_genes_that_were_not_modelled_lead_among_all_genes(kang: nd.Results, rea
     ("file", "control", "genes", "cells"),
     [
         pytest.param("ctcl_skin.h5ad", "healthy", 2000, 1800, id="ctcl_nested_21309_genes"),
-        pytest.param("kang_pbmc_3donors_100genes.h5ad", "ctrl", 100, 9517, id="kang_crossed_100_genes"),
+        pytest.param(
+            "kang_pbmc_3donors_100genes.h5ad", "ctrl", 100, 9517, id="kang_crossed_100_genes", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_results_of_cohorts_with_donors_follow_from_themselves(

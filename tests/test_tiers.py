@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 BURN = "import time; [None for _ in iter(lambda: time.process_time() > {}, True)]"
 PARENT = """
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.DEVNULL)
-child.wait() if len(sys.argv) > 2 else print(child.pid)
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+print(child.pid, flush=True)
+child.wait() if len(sys.argv) > 2 else sys.stdin.readline()
 """
 
 
@@ -37,14 +38,18 @@ def test_every_line_of_the_list_names_a_test_of_a_file_with_slow_ones() -> None:
         assert "mark.slow" in (ROOT / file).read_text(), promise.test
 
 
-def test_a_slow_test_that_is_not_in_the_list_is_refused() -> None:
+def test_a_slow_test_that_is_not_in_the_list_is_named() -> None:
     def item(name: str, marker: object) -> SimpleNamespace:
         return SimpleNamespace(nodeid=name, get_closest_marker=lambda _: marker)
 
     listed = slow.promises()[0].test
-    slow.check_listed([item(listed, "slow"), item(f"{listed}[0]", "slow"), item("tests/test_x.py::test_y", None)])
-    with pytest.raises(pytest.UsageError, match=r"tests/test_x\.py::test_y; add a line"):
-        slow.check_listed([item("tests/test_x.py::test_y[1]", "slow")])
+    known = [item(listed, "slow"), item(f"{listed}[0]", "slow"), item("tests/test_x.py::test_y", None)]
+    assert slow.unlisted(known) == []
+    assert slow.unlisted([*known, item("tests/test_x.py::test_y[1]", "slow")]) == ["tests/test_x.py::test_y"]
+
+
+def test_every_slow_test_that_was_collected_is_in_the_list(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.stash[slow.UNLISTED] == [], f"add a line for each to {slow.LIST}"
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["waited_for", "orphaned"])
@@ -52,11 +57,14 @@ def test_seconds_of_children_and_of_their_children_are_counted(waits: bool) -> N
     meter = budget.Meter()
     before = meter.seconds()
     command = [sys.executable, "-c", PARENT, BURN.format(0.4), *(["wait"] if waits else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        child = parent.stdout.readline()
+        meter.seconds()  # now the child is known, whatever becomes of its parent
+        parent.stdin.close()
         while parent.poll() is None:
             meter.seconds()
-        assert parent.stdout is not None
-        child = parent.stdout.read().strip()
     while not waits and Path(f"/proc/{int(child)}/stat").exists() and not is_zombie(int(child)):
         meter.seconds()
     assert meter.seconds() - before >= (0.4 if waits else 0.2)  # of an orphan, up to the last look at it

@@ -90,7 +90,7 @@ def begun(run: RunDirectory) -> None:
         run.mark("cohort", "key", Shard(shard, ()))
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def directory(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[RunDirectory]:
@@ -134,6 +134,7 @@ def test_info_says_how_far_a_run_under_way_is(
     assert re.search(r"pack: \d of 10 tasks, [\d,]+ cells/s, \d+\.\d GB", log.getvalue())
 
 
+@pytest.mark.slow
 def test_info_from_another_process_follows_a_job_from_stage_to_stage(directory: RunDirectory, tmp_path: Path) -> None:
     cohort = tiny_cohort(tmp_path / "elsewhere")
     words = run_words(cohort, directory.url, SETTINGS)  # type: ignore[arg-type]

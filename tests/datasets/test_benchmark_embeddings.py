@@ -45,6 +45,7 @@ def finished(job: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return out, table.getvalue(), said.getvalue()
 
 
+@pytest.mark.slow
 def test_every_space_has_a_row_and_unknown_ones_are_skipped_by_name(finished: tuple[Path, str, str]) -> None:
     _, table, said = finished
     assert "skipped: nonsense" in said
@@ -54,6 +55,7 @@ def test_every_space_has_a_row_and_unknown_ones_are_skipped_by_name(finished: tu
     assert "processors" in table
 
 
+@pytest.mark.slow
 def test_purity_and_local_r_are_those_of_brute_force(job: ModuleType, finished: tuple[Path, str, str]) -> None:
     out = finished[0]
     results, truth = nd.open_results(out / "runs/stateful/ndreamer/0"), load_truth(out / "stateful-0.zarr")

@@ -265,6 +265,7 @@ for cells in (600, 2000, 16_000):  # the first for imports and caches
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_cells(tmp_path):
     # In a process of its own: what threads of other tests take would be counted too.
     told = subprocess.run([sys.executable, "-c", PEAKS, str(tmp_path)], capture_output=True, text=True, check=True)

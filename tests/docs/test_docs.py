@@ -49,7 +49,7 @@ def make_tiny(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compat, "BARE", {})
 
     def smaller(path: Any, *, cells: int, genes: int, **others: Any) -> Any:
-        return simulate(path, cells=min(cells, 1500), genes=min(genes, 400), **others)
+        return simulate(path, cells=min(cells, 1000), genes=min(genes, 300), **others)
 
     patch.setattr(sc.tl, "umap", functools.partial(sc.tl.umap, maxiter=20))
     patch.setattr(datasets, "simulate", smaller)

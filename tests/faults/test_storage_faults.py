@@ -124,6 +124,7 @@ def test_a_server_that_fails_is_named_in_one_line_in_bounded_time(
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_after_all_that_the_same_command_ends_with_the_same_bits(
     server: SimpleNamespace, half_done: str, reference: Path, tmp_path: Path, patient: None
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_program_whose_server_answers_nothing_ends(server: SimpleNamespace, tm
     assert GIVEN_UP in last
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_or_hangs_for_a_moment_is_asked_again(
     server: SimpleNamespace, reference: Path, tmp_path: Path, patient: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -302,6 +304,7 @@ def lost(cohort: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory
     return folder, dict(zip(LOSSES, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LOSSES)
 def test_a_lost_permission_is_named_in_one_line(case: str, lost: tuple[Path, dict[str, dict]]) -> None:
     folder, told = lost
@@ -317,6 +320,7 @@ def test_a_lost_permission_is_named_in_one_line(case: str, lost: tuple[Path, dic
     assert sum(line.startswith("error: ") for line in lines) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["run", "whole"])
 def test_with_permission_again_the_same_command_ends_with_the_same_bits(
     out: str, lost: tuple[Path, dict[str, dict]], reference: Path

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 JOB = Path(__file__).parents[2] / "jobs" / "benchmark_step.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_speed_memory_and_what_bounds_a_step() -> None:
     options = ["--preset", "small", "--genes", "60", "--steps", "1", "--warmup", "1", "--threads", "1"]
     told = subprocess.run([sys.executable, JOB, "-", *options], capture_output=True, text=True, check=True).stdout

@@ -136,6 +136,7 @@ print(json.dumps(codes))
 """
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_are_in_no_file_and_no_line(tmp_path: Path) -> None:
     """Of a finished run, of a refusal, of an address that holds a password, and of object storage that refuses."""
     cohort, out, wrong = tiny_cohort(tmp_path), tmp_path / "run", tmp_path / "wrong"

@@ -38,7 +38,11 @@ def job() -> ModuleType:
 
 @pytest.mark.parametrize(
     ("treated", "control", "sign"),
-    [pytest.param(42, 9, 0.6, id="42v9"), pytest.param(11, 5, 0.3, id="11v5"), pytest.param(16, 32, 0.4, id="16v32")],
+    [
+        pytest.param(42, 9, 0.6, id="42v9"),
+        pytest.param(11, 5, 0.3, id="11v5", marks=pytest.mark.slow),
+        pytest.param(16, 32, 0.4, id="16v32", marks=pytest.mark.slow),
+    ],
 )
 def test_without_an_effect_the_main_p_keeps_its_level_and_the_sign_test_does_not(
     job: ModuleType, treated: int, control: int, sign: float
@@ -50,6 +54,7 @@ def test_without_an_effect_the_main_p_keeps_its_level_and_the_sign_test_does_not
     assert found.loc["sign", 0.05] > sign
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("treated", "control"), [(4, 4), (3, 3)])
 def test_few_donors_are_tested_conservatively(job: ModuleType, treated: int, control: int) -> None:
     found = rates(job.null(job.Law(treated, control, genes=200, cells=40), cohorts=6, labellings=10))
@@ -57,6 +62,7 @@ def test_few_donors_are_tested_conservatively(job: ModuleType, treated: int, con
     assert found.loc["main", 0.001] <= 0.003
 
 
+@pytest.mark.slow
 def test_planted_effects_are_found_and_little_else(job: ModuleType) -> None:
     found = job.planted(job.Law(16, 32, genes=200, cells=40, fold=1.2), cohorts=2)
     assert found.loc["main", "power"] > 0.6

@@ -145,6 +145,7 @@ def test_every_stage_asks_and_lists_seldom(remote_and_asked: tuple[str, dict[str
     } == {}
 
 
+@pytest.mark.slow
 def test_requests_grow_with_shards_and_not_with_cells(
     server: SimpleNamespace, remote_and_asked: tuple[str, dict[str, tuple[int, int]]], tmp_path: Path
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_finished_run_on_s3_does_nothing_and_says_so_in_few_requests(server: S
     assert open_storage(remote).list().keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_a_job_killed_on_s3_never_looks_finished_and_goes_on(
     server: SimpleNamespace, cohort: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +243,7 @@ def test_the_lock_of_a_living_run_holds_on_s3(server: SimpleNamespace, monkeypat
         pass
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_is_named_and_the_next_run_repairs_it(
     server: SimpleNamespace, cohort: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

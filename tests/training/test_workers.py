@@ -62,6 +62,9 @@ def worker(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the workers, started once for all tests, left what they found."""
