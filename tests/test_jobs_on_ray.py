@@ -168,10 +168,9 @@ def goes_on_from(before: pd.DataFrame, after: pd.DataFrame) -> bool:
 
 def test_a_job_of_two_workers_on_ray_gives_the_bits_of_one_without_ray(cohort: Path, tmp_path: Path) -> None:
     run, short = tmp_path / "run", {"train.epochs": 4}
-    done, addresses = in_a_process_with_its_ports(command(cohort, run, ON_RAY | short, "--workers", str(WORKERS)))
+    done = in_a_process(command(cohort, run, ON_RAY | short, "--workers", str(WORKERS)))
     assert done.returncode == 0, done.stderr
     assert "\ndone: " in f"\n{done.stdout}"  # Ray may speak before
-    assert [address for address in addresses if not is_loopback(address)] == []
     known = run_with_two_workers(cohort, tmp_path / "known", SETTINGS | LEARNING | short)
     assert (run / keys.MODEL_WEIGHTS).read_bytes() == (known / keys.MODEL_WEIGHTS).read_bytes()
     assert_same_bits(known, run)
