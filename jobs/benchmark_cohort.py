@@ -35,8 +35,8 @@ from ndreamer_dist.cohort.genes import run_cohort
 from ndreamer_dist.cohort.source import fingerprint, open_source
 from ndreamer_dist.compute.executor import choose_runtime
 from ndreamer_dist.compute.monitors import PeakMemory
+from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.rundir.stage import stage_keys
 from ndreamer_dist.settings import Settings
 
 NAMES = {"cohort.condition_key": "condition", "cohort.control": "control", "cohort.batch_key": "donor"}

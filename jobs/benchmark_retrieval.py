@@ -34,6 +34,7 @@ from ndreamer_dist.cohort.packed import Packed, table_bytes, write_csr
 from ndreamer_dist.effects import tables
 from ndreamer_dist.effects.rounding import rounded
 from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings, parse_assignments
 from ndreamer_dist.stats.results import Results, open_results
 from ndreamer_dist.storage.arrays import create_array, write_array
@@ -186,7 +187,8 @@ def make(folder: Path, cells: int, genes: int, settings: Settings) -> None:
     base = expression(rng, BASE_CELLS, genes)
     write_packed(rng, packed, base)
     layout = tables.layout_of(run, settings, packed)
-    tables.prepare(run, layout, fresh=True)
+    stage = StageRun(run, keys.STAGE_EFFECTS, KEY)
+    tables.begin(stage, layout)
     for shard in tables.expression_shards(layout):
         tables.write_expression(shard.task, run, packed, layout)
     for block in range(packed.n_blocks):
@@ -195,7 +197,7 @@ def make(folder: Path, cells: int, genes: int, settings: Settings) -> None:
     print(file=sys.stderr)
     source = source_of(rng, packed)
     table = tables.cell_table(source, packed, {keys.OBS_MATCH_DISTANCE: rng.random(cells, dtype=np.float32)})
-    tables.finish(run, settings, packed, table, tables.gene_table(source, packed), layout, KEY, {})
+    tables.finish(stage, settings, packed, layout, table, tables.gene_table(source, packed), {})
 
 
 def expression(rng: np.random.Generator, cells: int, genes: int) -> np.ndarray:

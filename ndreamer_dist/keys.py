@@ -18,7 +18,7 @@ STAGE_CLUSTERS: Final = "clusters"
 STAGE_TRAIN: Final = "train"
 STAGE_EMBED: Final = "embed"
 STAGE_PCA: Final = "pca"
-STAGE_SPACE: Final = "space"  # coordinates that need no network; not in STAGES, which the default space goes through
+STAGE_SPACE: Final = "space"  # coordinates that need no network, or not one alone
 STAGE_MATCH: Final = "match"
 STAGE_EFFECTS: Final = "effects"
 STAGE_SUMS: Final = "space-sums"  # not a stage of the flow: sums that the space stage deletes once it has its axes
@@ -28,8 +28,8 @@ STAGES: Final = (
 """The stages of a run that matches in the trained space."""
 FLOW: Final = (*STAGES[:6], STAGE_SPACE, *STAGES[6:])
 """Every stage there is; a run has those that its matching space needs."""
-SHARED: Final = STAGES[:6]
-"""Stages that all matching spaces of a run directory share."""
+STREAMS: Final = {STAGE_PACK: 1, STAGE_CLUSTERS: 2, STAGE_EMBED: 4, STAGE_SPACE: 6}
+"""Number of a stage in the seeds of its generators; a new stage takes one of its own, and none is ever changed."""
 
 # --- the matching space (METHOD section 9) ------------------------------------------------------------------------
 NDREAMER: Final = "ndreamer"
@@ -179,6 +179,11 @@ def embedding_key(method: str) -> str:
 def is_trained(method: str) -> bool:
     """Return whether a matching space needs the trained network."""
     return method in (NDREAMER, NDREAMER_STATE)
+
+
+def is_clustered(method: str, populations: str | None) -> bool:
+    """Return whether a matching space needs the clusters: to train, or as the populations of the state space."""
+    return is_trained(method) or (method == STATE and populations == OBS_LOW)
 
 
 def space_folder(method: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,9 @@ import pandas as pd
 from anndata import AnnData
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.clusters import clustered_by, run_clusters
+from ndreamer_dist.cohort.clusters import clustered_by
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes, run_cohort
-from ndreamer_dist.cohort.pack import run_pack
-from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes
 from ndreamer_dist.cohort.source import Source, fingerprint, open_cohort
 from ndreamer_dist.cohort.values import decide_values
 from ndreamer_dist.compute.events import choose_format
@@ -38,18 +36,17 @@ from ndreamer_dist.compute.machine import (
     use_writable_caches,
 )
 from ndreamer_dist.compute.monitors import metered, progress_of, stage_costs
-from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.effects.tables import ROOT, check_tables
-from ndreamer_dist.embedding.space import SpaceInput, run_space
+from ndreamer_dist.embedding.space import SpaceInput
 from ndreamer_dist.errors import DamagedError, RunError, SettingsError, suggest
-from ndreamer_dist.matching.stage import add_edges, run_match
+from ndreamer_dist.matching.stage import add_edges
 from ndreamer_dist.planning import memory
-from ndreamer_dist.planning.memory import CohortSize
 from ndreamer_dist.planning.plan import Plan, plan_of
+from ndreamer_dist.planning.sizes import CohortSize
+from ndreamer_dist.planning.stages import SHARED, Job, stage_keys, stages_of
 from ndreamer_dist.results.annotations import Annotation, changed_columns
 from ndreamer_dist.results.read import read_element
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.rundir.stage import stage_keys, stages_of
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.stats.results import Results, open_results
 
@@ -334,38 +331,24 @@ def run_stages(
     done in the directory of the run, the rest in that of the space, which is another for a space that was added.
     What each stage was promised to stay under, in bytes, is logged beside what it took.
     """
-    # With them comes torch, for which no refusal need wait. It is loaded before Ray is there: a second raylet on one
-    # machine replaces a job's working directory, and in one that is gone MKL cannot be loaded.
-    from ndreamer_dist.embedding.stage import run_embed, run_pca
-    from ndreamer_dist.training.trainer import run_train
+    # torch is loaded before Ray is there: a second raylet on one machine replaces a job's working directory, and in one
+    # that is gone MKL cannot be loaded.
+    import torch  # noqa: F401
 
     home = RunDirectory(run.home or run.storage)
-
-    def staged(stage: str, work: Callable[..., Any], *inputs: Any) -> None:
-        if stage not in stage_key:
+    job = Job(home, settings, source, runtime, from_input or SpaceInput())
+    stages = stages_of(settings)
+    for number, (name, stage) in enumerate(stages.items(), start=1):
+        where = home if stage.shared else run
+        if only not in (None, name):
+            stage.run(job, replace(where, before=only), stage_key[name])
+            continue
+        bytes_, place = (promised or {}).get(name), f"{number}/{len(stages)}"
+        with metered(where.storage, name, source.n_cells, bytes_, place) as facts:
+            facts["input"] = source.name
+            stage.run(job, where, stage_key[name])
+        if name == only:
             return
-        where = home if stage in keys.SHARED else run
-        if only is None or stage == only:
-            with metered(where.storage, stage, source.n_cells, (promised or {}).get(stage)) as facts:
-                facts["input"] = source.name
-                work(where, settings, *inputs, runtime, stage_key[stage])
-        elif keys.FLOW.index(stage) < keys.FLOW.index(only):
-            work(replace(where, before=only), settings, *inputs, runtime, stage_key[stage])
-
-    def effects(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
-        summary = {**home.read_json(keys.COHORT_SUMMARY), "input": run.read_run()["input"]}
-        run_effects(run, settings, packed, source, runtime, key, summary)
-
-    staged(keys.STAGE_COHORT, run_cohort, source)
-    staged(keys.STAGE_PACK, run_pack, source)
-    packed = Packed.open(home, settings.pack.block_rows)
-    staged(keys.STAGE_CLUSTERS, run_clusters, packed)
-    staged(keys.STAGE_TRAIN, run_train, packed)
-    staged(keys.STAGE_EMBED, run_embed, packed)
-    staged(keys.STAGE_PCA, run_pca, packed)
-    staged(keys.STAGE_SPACE, run_space, packed, from_input or SpaceInput())
-    staged(keys.STAGE_MATCH, run_match, packed.design)
-    staged(keys.STAGE_EFFECTS, effects, packed)
 
 
 def _check_stage(stage: str | None, settings: Settings) -> None:
@@ -537,7 +520,7 @@ def _space_of(
             f"{method!r} is added, or start over in {method!r} with --fresh"
         )
         raise RunError(msg)
-    shared = {stage: run.done_key(stage) for stage in keys.SHARED if stage in stage_key}
+    shared = {stage: run.done_key(stage) for stage in SHARED if stage in stage_key}
     differ = [stage for stage, key in shared.items() if key not in (None, stage_key[stage])]
     if differ:
         now = settings.model_dump(mode="json")
@@ -553,7 +536,7 @@ def _space_of(
 def _kept_spaces(run: RunDirectory, first: Mapping[str, Any] | None, stage_key: Mapping[str, str]) -> list[str]:
     """Return the spaces that were added to a run; those that rest on a shared stage which is run again are deleted."""
     kept = []
-    shared = [stage for stage in keys.SHARED if stage in stage_key]
+    shared = [stage for stage in SHARED if stage in stage_key]
     for name in (first or {}).get("spaces", ()):
         before = _before(run.space(name)) or {"keys": {}}
         if all(before["keys"].get(stage) in (None, stage_key[stage]) for stage in shared):
@@ -561,7 +544,7 @@ def _kept_spaces(run: RunDirectory, first: Mapping[str, Any] | None, stage_key: 
             continue
         logger.warning("the space %r rests on what is run again, and is deleted", name)
         run.storage.delete(keys.space_folder(name))
-        for stage in keys.SHARED:  # what the added space alone needed
+        for stage in SHARED:  # what the added space alone needed
             if stage not in stage_key:
                 run.unmark(stage)
     return kept

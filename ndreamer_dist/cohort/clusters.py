@@ -9,7 +9,7 @@ by way of a sketch of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,12 +23,15 @@ from ndreamer_dist.cohort.sketch import Sketch, labels_apart, labels_of, sketch_
 from ndreamer_dist.compute.executor import Runtime, loads
 from ndreamer_dist.errors import listing
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import ClustersSettings, Settings
 from ndreamer_dist.storage.arrays import shard_files, write_array
 
 logger = logging.getLogger(__name__)
 
 LEVELS = (keys.PACKED_LOW, keys.PACKED_HIGH)
+STALE = tuple(f"{keys.PACKED}/{name}" for name in (*LEVELS, keys.PACKED_SKETCH))
+"""What clustering under another key leaves."""
 
 
 @dataclass(frozen=True)
@@ -47,26 +50,23 @@ def run_clusters(run: RunDirectory, settings: Settings, packed: Packed, runtime:
     way = clustered_by(settings.clusters, packed.n_rows, len(groups))
     shards = [_group_shard(group.code) for group in groups]
     first = [sketch_shard()] if way == "sketch" else []
-    todo = run.pending(keys.STAGE_CLUSTERS, key, [*first, *shards])
+    stage = StageRun(run, keys.STAGE_CLUSTERS, key)
+    todo = stage.begin([*first, *shards], STALE)
     if not todo:
         return
-    if len(todo) == len(shards) + len(first):
-        run.unmark(keys.STAGE_CLUSTERS)
-        for name in (*LEVELS, keys.PACKED_SKETCH):
-            packed.storage.delete(name)
-    shared = run, settings, packed, key
     if way == "sketch":
         _say_sketched(settings.clusters, packed.n_rows, len(groups))
         sketch, apart = [shard for shard in todo if shard.task is None], [s for s in todo if s.task is not None]
-        _run(runtime, write_sketch, sketch, *shared, title="clusters: sketch")
-        _run(runtime, write_labels, apart, *shared, title="clusters")
+        stage.map(runtime, write_sketch, sketch, settings, packed, title="clusters: sketch")
+        stage.map(runtime, write_labels, apart, settings, packed)
         return
     if way == "group":
         _say_sketched_apart(settings.clusters, groups)
         tasks = [GraphTask(s.task, groups[s.task].start, groups[s.task].stop, (s,)) for s in todo]
     else:
         tasks = [GraphTask(len(shards), 0, packed.n_rows, tuple(todo))]
-    _run(runtime, write_clusters, tasks, *shared, title="clusters")
+    for _ in runtime.map(write_clusters, tasks, stage, settings, packed, title="clusters"):
+        pass
 
 
 def clustered_by(settings: ClustersSettings, n_cells: int, n_groups: int) -> Literal["group", "all", "sketch"]:
@@ -105,22 +105,20 @@ def _say_sketched_apart(settings: ClustersSettings, groups: Sequence[Group]) -> 
 
 
 @loads(*LIBRARIES)
-def write_sketch(shard: Shard, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> None:
+def write_sketch(_: None, settings: Settings, packed: Packed) -> None:
     """Cluster a sketch of the cells; a task."""
     seed = _seed(settings.seed, len(packed.design.groups))
     sketch_of(packed, settings.clusters, seed).write(packed.storage)
-    run.mark(keys.STAGE_CLUSTERS, key, shard)
 
 
-def write_labels(shard: Shard, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> None:
+def write_labels(code: int, settings: Settings, packed: Packed) -> None:
     """Write the labels of one group by the sketch; a task."""
-    group = packed.design.groups[shard.task]
+    group = packed.design.groups[code]
     _write(packed, group, labels_of(group, packed, Sketch.read(packed.storage), settings.clusters))
-    run.mark(keys.STAGE_CLUSTERS, key, shard)
 
 
 @loads(*LIBRARIES)
-def write_clusters(task: GraphTask, run: RunDirectory, settings: Settings, packed: Packed, key: str) -> int:
+def write_clusters(task: GraphTask, stage: StageRun, settings: Settings, packed: Packed) -> int:
     """Cluster the cells of one graph and write the labels of its groups; a task."""
     groups = [packed.design.groups[shard.task] for shard in task.shards]
     seed = _seed(settings.seed, task.number)
@@ -131,13 +129,8 @@ def write_clusters(task: GraphTask, run: RunDirectory, settings: Settings, packe
     for shard, group in zip(task.shards, groups, strict=True):
         part = slice(group.start - task.start, group.stop - task.start)
         _write(packed, group, (labels[0][part], labels[1][part]))
-        run.mark(keys.STAGE_CLUSTERS, key, shard)
+        stage.mark(shard)
     return len(task.shards)
-
-
-def _run(runtime: Runtime, task: Callable[..., object], items: Sequence[object], *shared: object, title: str) -> None:
-    for _ in runtime.map(task, items, *shared, title=title):
-        pass
 
 
 def _write(packed: Packed, group: Group, labels: tuple[np.ndarray, np.ndarray]) -> None:
@@ -147,8 +140,7 @@ def _write(packed: Packed, group: Group, labels: tuple[np.ndarray, np.ndarray]) 
 
 def _seed(seed: int, number: int) -> int:
     """Return the seed of one graph as scanpy and leidenalg take it."""
-    stage = keys.STAGES.index(keys.STAGE_CLUSTERS)
-    return int(np.random.SeedSequence((seed, stage, number)).generate_state(1)[0]) % 2**31
+    return int(np.random.SeedSequence((seed, keys.STREAMS[keys.STAGE_CLUSTERS], number)).generate_state(1)[0]) % 2**31
 
 
 def _group_shard(code: int) -> Shard:

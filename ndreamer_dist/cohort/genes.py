@@ -24,6 +24,7 @@ from ndreamer_dist.cohort.values import Decision, decide_values
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, listing, suggest
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import CohortSettings, HvgSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     CohortError
         The cohort cannot be used; whatever the names and shapes tell is told before the matrix is read.
     """
-    shard = Shard("all", FILES)
-    if not run.pending(keys.STAGE_COHORT, key, [shard]):
+    stage, shard = StageRun(run, keys.STAGE_COHORT, key), Shard("all", FILES)
+    if not stage.begin([shard]):
         return Design.from_json(run.read_json(keys.DESIGN_JSON))
     cohort = settings.cohort
     check_cohort(source, cohort)
@@ -54,7 +55,6 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     source = source.in_natural_logs(decision.base)
     for note in (decision.seen, *source.notes):
         logger.info(note)
-    run.unmark(keys.STAGE_COHORT)
     pairs = pair_codes(source.obs, str(cohort.condition_key), cohort.batch_key)
     found, genes_left = _scanned(source, cohort, runtime, pairs, decision, kept_genes)
     keep, dropped_for = _kept_cells(found, cohort)
@@ -67,7 +67,7 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
         logger.warning(notes[-1])
     summary = _summary(cohort, decision, design, reasons, genes, notes)
     digests = _write(run, source, design, groups, found, genes, reasons, summary)
-    run.mark(keys.STAGE_COHORT, key, shard, digests)
+    stage.mark(shard, digests)
     return design
 
 

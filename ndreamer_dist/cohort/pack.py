@@ -26,6 +26,7 @@ from ndreamer_dist.cohort.statistics import Span, chunks_of, normalised, spans_o
 from ndreamer_dist.cohort.values import Values
 from ndreamer_dist.compute.executor import Runtime, fetch
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import shard_files, write_array
 
@@ -33,6 +34,8 @@ PIECE_BYTES = 2**20
 """A piece should be about as large, so that the object store keeps it and is not flooded with small ones."""
 MOST_SMALL = 8
 """Partitions made even of a small cohort, so that there is work for several processors."""
+STALE = (f"{keys.PACKED}/{keys.PACKED_X}", f"{keys.PACKED}/{keys.PACKED_INPUT_ROW}")
+"""What packing under another key leaves."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +81,19 @@ def run_pack(run: RunDirectory, settings: Settings, source: Source, runtime: Run
     packed = Packed.open(run, settings.pack.block_rows)
     head = _head_shard()
     blocks = [_block_shard(block) for block in range(packed.n_blocks)]
-    todo = run.pending(keys.STAGE_PACK, key, [head, *blocks])
+    stage = StageRun(run, keys.STAGE_PACK, key)
+    todo = stage.begin([head, *blocks], STALE)
     if not todo:
         return packed
-    if len(todo) == len(blocks) + 1:
-        run.unmark(keys.STAGE_PACK)
-        packed.storage.delete(keys.PACKED_X)
-        packed.storage.delete(keys.PACKED_INPUT_ROW)
     cells = read_table(run, keys.CELLS_TABLE)
     order = packed_order(packed.design, cells["group"].to_numpy(), settings.seed)
     if head in todo:
         write_array(packed.storage, keys.PACKED_INPUT_ROW, cells["input_row"].to_numpy(dtype=np.int64)[order])
-        run.mark(keys.STAGE_PACK, key, head)
-    missing = [shard for shard in todo if shard.name != head.name]
+        stage.mark(head)
+    missing = [shard for shard in todo if shard != head]
     if missing:
         tasks = _start_dealing(run, settings, source, runtime, packed, cells, order, missing)
-        for _ in runtime.map(write_partition, tasks, run, key, packed, title="pack"):
+        for _ in runtime.map(write_partition, tasks, stage, packed, title="pack"):
             pass
     return packed
 
@@ -106,11 +106,10 @@ def packed_order(design: Design, groups: np.ndarray, seed: int) -> np.ndarray:
     groups
         (cells,) group code of every kept cell, in input order.
     """
-    stage = keys.STAGES.index(keys.STAGE_PACK)
     sorted_cells = np.argsort(groups, kind="stable")
     order = np.empty(len(groups), dtype=np.int64)
     for group in design.groups:
-        generator = np.random.default_rng(np.random.SeedSequence((seed, stage, group.code)))
+        generator = np.random.default_rng(np.random.SeedSequence((seed, keys.STREAMS[keys.STAGE_PACK], group.code)))
         order[group.start : group.stop] = sorted_cells[group.start : group.stop][generator.permutation(group.cells)]
     return order
 
@@ -193,7 +192,7 @@ def deal_span(task: SpanTask) -> Any:
     return pieces_out[0] if len(pieces_out) == 1 else pieces_out
 
 
-def write_partition(task: PartitionTask, run: RunDirectory, key: str, packed: Packed) -> int:
+def write_partition(task: PartitionTask, stage: StageRun, packed: Packed) -> int:
     """Put a partition's pieces together and write its missing blocks, each with its marker; a task."""
     parts: dict[str, list[Piece]] = {shard.name: [] for shard in task.shards}
     for handle in task.pieces:
@@ -205,7 +204,7 @@ def write_partition(task: PartitionTask, run: RunDirectory, key: str, packed: Pa
     for shard in task.shards:
         block = _joined(parts.pop(shard.name)).values
         write_csr(packed.storage, f"{keys.PACKED_X}/{keys.block_name(shard.task)}", block)
-        run.mark(keys.STAGE_PACK, key, shard)
+        stage.mark(shard)
     return len(task.shards)
 
 

@@ -29,12 +29,13 @@ from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
 from ndreamer_dist.compute.machine import check_resources, cpu_count, memory_limit
 from ndreamer_dist.effects import tables
 from ndreamer_dist.effects.averages import Edges
-from ndreamer_dist.effects.stage import pending_shards, write_shards
+from ndreamer_dist.effects.stage import Target, write_shards
 from ndreamer_dist.errors import RunError, StoreError
 from ndreamer_dist.planning import memory
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
 from ndreamer_dist.results.on_demand import Counterparts
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings, canonical_json
 from ndreamer_dist.stats.results import Results, open_results
 from ndreamer_dist.storage.arrays import open_array, read_array
@@ -217,16 +218,16 @@ def _write(
     layout = tables.layout_with(
         made, packed, {name: int(open_array(origin.storage, f"obsm/{name}").shape[1]) for name in obsm}
     )
-    todo, fresh = pending_shards(directory, key, layout)
-    tables.prepare(directory, layout, fresh=fresh)
+    stage = StageRun(directory, keys.STAGE_EFFECTS, key)
+    todo = tables.begin(stage, layout)
     counted = [made.match.neighbours if name == keys.LAYER_ITE else made.denoise.neighbours for name in layout.layers]
     from_results = ResultsOrigin(origin.storage, origin.counterparts, max(counted, default=1))
-    write_shards(directory, key, packed, layout, made, from_results, runtime, todo)
+    write_shards(stage, Target(directory, packed, layout, made, from_results), runtime, todo)
     ours = tables.facts(made, packed, layout, key, {})
     rest = {name: _plain(value) for name, value in origin.uns.items() if name not in ours}
     genes = tables.gene_table(given.source, packed)
     genes[keys.VAR_MODELLED] = genes.index.isin(origin.var_names)
-    tables.finish(directory, made, packed, cells, genes, layout, key, rest)
+    tables.finish(stage, made, packed, layout, cells, genes, rest)
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ndreamer_dist import keys
 from ndreamer_dist.errors import printable
 
 logger = logging.getLogger(__name__)
@@ -60,11 +59,13 @@ def choose_format(log_format: Literal["text", "json"]) -> None:
 
 
 @dataclass
-class Stage:
+class StageProgress:
     """The stage under way: what its tasks and its training have told so far.
 
     Attributes
     ----------
+    place
+        Which stage of how many it is: `2/8`; empty where it is none of a run.
     shards, had
         Shards of the stage, and how many of them were there before it began.
     title, done, total
@@ -77,6 +78,7 @@ class Stage:
 
     name: str
     cells: int = 0
+    place: str = ""
     started: float = field(default_factory=time.time)
     shards: int = 0
     had: int = 0
@@ -157,18 +159,18 @@ class Stage:
         return facts | {"cells_per_second": round(self.cells_per_second, 1)}
 
 
-_now: ContextVar[Stage | None] = ContextVar("stage", default=None)
+_now: ContextVar[StageProgress | None] = ContextVar("stage", default=None)
 
 
-def stage_now() -> Stage | None:
+def stage_now() -> StageProgress | None:
     """Return the stage that this thread's run is at, if it is watched."""
     return _now.get()
 
 
 @contextmanager
-def staged(name: str, cells: int) -> Iterator[Stage]:
+def staged(name: str, cells: int, place: str = "") -> Iterator[StageProgress]:
     """Watch a stage until the block ends."""
-    stage = Stage(name, cells)
+    stage = StageProgress(name, cells, place)
     token = _now.set(stage)
     try:
         yield stage
@@ -188,9 +190,7 @@ def duration(seconds: float) -> str:
 def titled(title: str) -> str:
     """Return the title of a bar, with the place of the stage under way among all stages."""
     stage = stage_now()
-    if stage is None or stage.name not in keys.STAGES:
-        return title
-    return f"{keys.STAGES.index(stage.name) + 1}/{len(keys.STAGES)} {title}"
+    return f"{stage.place} {title}" if stage and stage.place else title
 
 
 def log_progress(told: Mapping[str, Any]) -> None:
@@ -288,7 +288,7 @@ class Exporter:
         self._tags = {"run": run, "stage": stage}
         self._cells = 0
 
-    def export(self, stage: Stage, memory: int) -> None:
+    def export(self, stage: StageProgress, memory: int) -> None:
         """Set the metrics."""
         if not on_ray():
             return

@@ -375,7 +375,7 @@ def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[C
 
     What is given is called after every item, with the most memory that its worker held (0 in this process).
     """
-    stage = events.stage_now() or events.Stage("")
+    stage = events.stage_now() or events.StageProgress("")
     stage.begin(title, len(items))
     with tqdm(
         total=len(items), desc=events.titled(title), disable=None if shown is None else not shown, leave=True

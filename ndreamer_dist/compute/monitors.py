@@ -110,7 +110,7 @@ def process_tree(pid: int) -> list[psutil.Process]:
 class Watcher:
     """Writes down how far a stage is: into logs/progress.json, the log, and Ray's metrics."""
 
-    def __init__(self, run: Storage, stage: events.Stage) -> None:
+    def __init__(self, run: Storage, stage: events.StageProgress) -> None:
         self._run, self._stage = run, stage
         self._exporter = events.Exporter(run.name, stage.name)
         self._every = LOCAL_SECONDS if run.is_local else REMOTE_SECONDS
@@ -139,7 +139,9 @@ class Watcher:
 
 
 @contextmanager
-def metered(run: Storage, stage: str, cells: int = 0, promised: int | None = None) -> Iterator[dict[str, Any]]:
+def metered(
+    run: Storage, stage: str, cells: int = 0, promised: int | None = None, place: str = ""
+) -> Iterator[dict[str, Any]]:
     """Add a line to logs/stages.jsonl when a stage ends; the block may put more facts into what it is given.
 
     Parameters
@@ -148,9 +150,11 @@ def metered(run: Storage, stage: str, cells: int = 0, promised: int | None = Non
         Cells that the stage goes over, for what is told of its speed meanwhile.
     promised
         Bytes of memory that the stage was promised to stay under, where that is known.
+    place
+        Which stage of how many it is: `2/8`.
     """
     facts: dict[str, Any] = {"stage": stage, "started": time.time(), "host": socket.gethostname()}
-    with events.staged(stage, cells) as now:
+    with events.staged(stage, cells, place) as now:
         watcher, started = Watcher(run, now), time.perf_counter()
         peak = PeakMemory(watcher.look)
         try:

@@ -38,7 +38,7 @@ from ndreamer_dist.effects.averages import (
 from ndreamer_dist.effects.tables import Layout, RowPart
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
-from ndreamer_dist.rundir.stage import is_clustered, run_task
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import read_array
 from ndreamer_dist.storage.files import Storage
@@ -117,14 +117,13 @@ def run_effects(
     summary
         Facts for `uns`, as JSON can hold them: fingerprints, counts of dropped cells and the like.
     """
-    layout = tables.layout_of(run, settings, packed)
-    todo, fresh = pending_shards(run, key, layout)
+    stage, layout = StageRun(run, keys.STAGE_EFFECTS, key), tables.layout_of(run, settings, packed)
+    todo = tables.begin(stage, layout)
     if not todo:
         return
-    tables.prepare(run, layout, fresh=fresh)
     stored = packed.design.needed_edges(settings.match.edges) if layout.matches else []
     origin = RunOrigin(run, packed.design, tuple(stored), layout.row_dtype, key)
-    write_shards(run, key, packed, layout, settings, origin, runtime, todo)
+    write_shards(stage, Target(run, packed, layout, settings, origin), runtime, todo)
     distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
     parts: list[int | Group] = [*range(packed.n_blocks), *packed.design.groups]
     for part, values in runtime.map(
@@ -140,70 +139,54 @@ def run_effects(
     facts = {**(summary or {}), "effective_controls": controls}
     if facts.get("normalise") == "counts":
         told[keys.OBS_TOTAL] = cell_totals(packed)
-    cells = tables.cell_table(source, packed, told, clustered=is_clustered(settings))
+    clustered = keys.is_clustered(settings.embed.method, settings.state.by)
+    cells = tables.cell_table(source, packed, told, clustered=clustered)
     genes = tables.gene_table(source, packed)
-    tables.finish(run, settings, packed, cells, genes, layout, key, facts)
+    tables.finish(stage, settings, packed, layout, cells, genes, facts)
 
 
-def pending_shards(run: RunDirectory, key: str, layout: Layout) -> tuple[list[Shard], bool]:
-    """Return the shards of a results.zarr that are still to be written, and whether none is there yet."""
-    shards = [*tables.row_shards(layout), *tables.expression_shards(layout), tables.annotation_shard(run)]
-    todo = run.pending(keys.STAGE_EFFECTS, key, shards)
-    return todo, len(todo) == len(shards)
+@dataclass(frozen=True)
+class Target:
+    """A results.zarr that is written, and what it is written from."""
+
+    run: RunDirectory
+    packed: Packed
+    layout: Layout
+    settings: Settings
+    origin: Origin
 
 
-def write_shards(
-    run: RunDirectory,
-    key: str,
-    packed: Packed,
-    layout: Layout,
-    settings: Settings,
-    origin: Origin,
-    runtime: Runtime,
-    todo: Sequence[Shard],
-) -> None:
+def write_shards(stage: StageRun, target: Target, runtime: Runtime, todo: Sequence[Shard]) -> None:
     """Write the pending shards of rows and of expression, one span of genes after the other."""
-    shared = (run, key, packed, layout, settings, origin)
+    packed, layout = target.packed, target.layout
     others = [shard for shard in todo if isinstance(shard.task, tuple)]
     for span in tables.gene_spans(layout):
         rows = [shard for shard in todo if isinstance(shard.task, RowPart) and shard.task.genes == span]
         if rows or others:
-            targets = _target_blocks(runtime, packed, [shard.task.block for shard in rows], layout, span)
+            blocks = _target_blocks(runtime, packed, [shard.task.block for shard in rows], layout, span)
             title = "effects" if span[1] - span[0] == layout.genes else f"effects: genes {span[0]} to {span[1]}"
-            for _ in runtime.map(_write_shard, [*rows, *others], *shared, targets, title=title):
-                pass
+            stage.map(runtime, _write_part, [*rows, *others], target, blocks, title=title)
             others = []
 
 
-def _write_shard(
-    shard: Shard,
-    run: RunDirectory,
-    key: str,
-    packed: Packed,
-    layout: Layout,
-    settings: Settings,
-    origin: Origin,
-    targets: Mapping[int, Any],
-) -> None:
-    """Write one shard of rows or of expression and mark it; a task."""
-    if isinstance(shard.task, RowPart):
-        args = (run, packed, layout, settings, origin, targets)
-        run_task(run, keys.STAGE_EFFECTS, key, write_rows, shard, *args)
+def _write_part(part: RowPart | tuple[int, int], target: Target, blocks: Mapping[int, Any]) -> None:
+    """Write one shard of rows or of expression; a task."""
+    if isinstance(part, RowPart):
+        write_rows(part, target, blocks)
     else:
-        run_task(run, keys.STAGE_EFFECTS, key, tables.write_expression, shard, run, packed, layout)
+        tables.write_expression(part, target.run, target.packed, target.layout)
 
 
-def write_rows(
-    part: RowPart,
-    run: RunDirectory,
-    packed: Packed,
-    layout: Layout,
-    settings: Settings,
-    origin: Origin,
-    targets: Mapping[int, Any],
-) -> None:
-    """Write what results.zarr holds of one row block and span of genes: layers, and with the first span `obsm`."""
-    design, bandwidth = packed.design, settings.match.bandwidth
+def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None:
+    """Write what results.zarr holds of one row block and span of genes: layers, and with the first span `obsm`.
+
+    Parameters
+    ----------
+    blocks
+        Handles of the packed blocks that hold the cells' counterparts.
+    """
+    run, packed, layout, origin = target.run, target.packed, target.layout, target.origin
+    design, settings = packed.design, target.settings
     rows = np.arange(*packed.block_range(part.block))
     first = part.genes[0] == 0
     edges = origin.edges(rows, {*design.needed_edges("needed"), *(origin.stored if first else ())})
@@ -215,13 +198,13 @@ def write_rows(
     terms = list(dict.fromkeys(term for name in layout.layers for term in layer_terms(name)))
     averages = [
         average_over(
-            design, edges, rows, bandwidth, condition=term.condition, own_cells=term.own_cells,
+            design, edges, rows, settings.match.bandwidth, condition=term.condition, own_cells=term.own_cells,
             neighbours=settings.denoise.neighbours if term.denoised else settings.match.neighbours,
         )
         for term in terms
     ]  # fmt: skip
     genes = part.genes[1] - part.genes[0]
-    sums = dict(zip(terms, average_through(averages, _needed(targets, packed, averages), genes), strict=True))
+    sums = dict(zip(terms, average_through(averages, _needed(blocks, packed, averages), genes), strict=True))
     values = load_block(packed, part.block, part.genes)
     for name in layout.layers:
         own, *control = (sums[term] for term in layer_terms(name))

@@ -29,6 +29,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.errors import CohortError, DamagedError
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings, canonical_json
 from ndreamer_dist.storage.arrays import COMPRESSORS, ensure_array, open_array, read_array, shard_files, write_part
 from ndreamer_dist.storage.files import Storage
@@ -189,13 +190,17 @@ def annotation_shard(run: RunDirectory) -> Shard:
     return Shard(ANNOTATIONS, files or (f"{keys.RESULTS}/{ROOT}",))
 
 
-def prepare(run: RunDirectory, layout: Layout, *, fresh: bool) -> None:
-    """Close the store to readers and make its arrays; what another key left is deleted, finished shards are not."""
-    run.storage.delete(f"{keys.RESULTS}/{ROOT}")
-    if fresh:
-        run.unmark(keys.STAGE_EFFECTS)
-        run.storage.delete(keys.RESULTS)
-    storage = run.storage / keys.RESULTS
+def begin(stage: StageRun, layout: Layout) -> list[Shard]:
+    """Return the shards of a results.zarr that are to be written; if there are any, close it to readers and make its arrays."""
+    run, root = stage.run, f"{keys.RESULTS}/{ROOT}"
+    todo = stage.begin([*row_shards(layout), *expression_shards(layout), annotation_shard(run)], (root, keys.RESULTS))
+    if todo:
+        run.storage.delete(root)
+        _make_arrays(run.storage / keys.RESULTS, layout)
+    return todo
+
+
+def _make_arrays(storage: Storage, layout: Layout) -> None:
     for part, dtype in ((keys.DATA, "float32"), (keys.INDICES, "int32")):
         ensure_array(
             storage, f"X/{part}", shape=(layout.entries,), dtype=dtype, attributes=ARRAY,
@@ -245,21 +250,20 @@ def write_layer(run: RunDirectory, name: str, corner: tuple[int, int], values: n
 
 
 def finish(
-    run: RunDirectory,
+    stage: StageRun,
     settings: Settings,
     packed: Packed,
+    layout: Layout,
     cells: pd.DataFrame,
     genes: pd.DataFrame,
-    layout: Layout,
-    key: str,
     summary: Mapping[str, Any],
 ) -> None:
     """Write what the driver writes: group metadata, the tables `obs`, `var` and `uns`, and then the root."""
-    storage = run.storage / keys.RESULTS
+    storage = stage.run.storage / keys.RESULTS
     tables = {
         "obs": cells,
         "var": genes,
-        "uns": {keys.UNS: facts(settings, packed, layout, key, summary)},
+        "uns": {keys.UNS: facts(settings, packed, layout, stage.key, summary)},
     }
     encoded = _encoded(tables, row_pointers(packed), layout)
     for name in tables:
@@ -269,7 +273,7 @@ def finish(
     encoded[ROOT] = _consolidated_root(storage, encoded)
     storage.write_atomic(ROOT, encoded[ROOT])
     sizes = {f"{keys.RESULTS}/{name}": len(data) for name, data in encoded.items()}
-    run.mark(keys.STAGE_EFFECTS, key, Shard(ANNOTATIONS, tuple(sizes)), sizes=sizes)
+    stage.mark(Shard(ANNOTATIONS, tuple(sizes)), sizes=sizes)
 
 
 def cell_table(source: Any, packed: Packed, told: Mapping[str, np.ndarray], *, clustered: bool = True) -> pd.DataFrame:

@@ -26,7 +26,6 @@ from ndreamer_dist.embedding.space import Space, summed_moments
 from ndreamer_dist.embedding.state import HalfSums
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.rundir.directory import Shard
-from ndreamer_dist.rundir.stage import run_task
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import open_array, read_array, shard_files, write_array, write_part
 from ndreamer_dist.storage.files import Storage
@@ -37,7 +36,6 @@ LEAST_CELLS = 100
 """Cells of a population of its own; smaller ones are pooled. With fewer control cells its axes are of all its groups."""
 VANISHING = 1e-9
 """Directions whose variance is below this share of the largest are no directions."""
-SEEDED = keys.FLOW.index(keys.STAGE_SPACE)
 GROUPED, WHOLE = ("whole", "first", "second"), ("spread", "signal", "noise", "reach")
 """Parts of `HalfSums` of a group each, and of all cells."""
 DIRECTIONS = ((keys.STATE_MEAN, 2), (keys.STATE_AXES, 3), (keys.STATE_RANK, 1), (keys.STATE_BEYOND_CHANCE, 1))
@@ -78,23 +76,22 @@ def run_state(space: Space, settings: Settings, codes: Mapping[str, np.ndarray],
     """Write the state coordinates, beside the trained ones where the space is of both."""
     first, own = space.axes_shard(DIRECTIONS, "directions"), space.axes_shard(OWN_AXES)
     blocks = space.block_shards(space.array)
-    todo, fresh = space.todo([first, own, *blocks])
+    todo = space.todo([first, own, *blocks])
     if not todo:
         return
     populations = _populations(space, settings, codes)
     if first in todo:
         _make_directions(space, settings, populations, runtime)
-        space.run.mark(keys.STAGE_SPACE, space.key, first)
+        space.stage.mark(first)
     if own in todo:
         _make_reliability(space, settings, populations, runtime)
-        space.run.mark(keys.STAGE_SPACE, space.key, own)
+        space.stage.mark(own)
     space.forget_sums()
     missing = [shard for shard in todo if shard in blocks]
     if missing:
         trained = open_array(space.run.embedding(keys.PCA), keys.PCA).shape[1] if _is_beside(settings) else 0
-        space.make(space.array, trained + _width(space.storage), fresh=fresh)
-    for _ in runtime.map(_place_shard, missing, space, populations, _is_beside(settings), title="space"):
-        pass
+        space.make(space.array, trained + _width(space.storage))
+    space.stage.map(runtime, _place_block, missing, space, populations, _is_beside(settings))
 
 
 def _is_beside(settings: Settings) -> bool:
@@ -251,24 +248,20 @@ def _half_sums(
     todo = space.run.pending(keys.STAGE_SUMS, space.key, shards)
     totals = cell_totals(space.packed) if halved else None
     shared = (space, populations, totals, settings.seed)
-    for _ in runtime.map(_sum_halves, todo, *shared, title="space: reliability"):
-        pass
+    space.sums.map(runtime, _sum_halves, todo, *shared, title="space: reliability")
     keep = open_array(space.storage, keys.STATE_AXES).shape[2]
     parts = (_read_halves(space, block, len(populations.names), keep) for block in range(space.packed.n_blocks))
     return functools.reduce(lambda one, other: [a.plus(b) for a, b in zip(one, other, strict=True)], parts)
 
 
-def _sum_halves(shard: Shard, space: Space, populations: Populations, totals: np.ndarray | None, seed: int) -> None:
-    def work(block: int) -> None:
-        with threadpool_limits(1):
-            found = _block_halves(space, block, populations, totals, seed)
-        first, last = _group_range(space, block)
-        values = [getattr(one, name)[..., first:last, :].ravel() for one in found for name in GROUPED]
-        values += [one.cells[first:last].astype(np.float64) for one in found]
-        values += [getattr(one, name).ravel() for one in found for name in WHOLE]
-        write_array(space.storage, f"{keys.SPACE_SUMS}/halves/{keys.block_name(block)}", np.concatenate(values))
-
-    run_task(space.run, keys.STAGE_SUMS, space.key, work, shard)
+def _sum_halves(block: int, space: Space, populations: Populations, totals: np.ndarray | None, seed: int) -> None:
+    with threadpool_limits(1):
+        found = _block_halves(space, block, populations, totals, seed)
+    first, last = _group_range(space, block)
+    values = [getattr(one, name)[..., first:last, :].ravel() for one in found for name in GROUPED]
+    values += [one.cells[first:last].astype(np.float64) for one in found]
+    values += [getattr(one, name).ravel() for one in found for name in WHOLE]
+    write_array(space.storage, f"{keys.SPACE_SUMS}/halves/{keys.block_name(block)}", np.concatenate(values))
 
 
 def _block_halves(
@@ -280,7 +273,7 @@ def _block_halves(
     """
     x, groups, codes = space.packed.block(block), space.groups(block), populations.codes[space.rows(block)]
     count, number = len(space.packed.design.groups), len(populations.names)
-    generator = np.random.default_rng(np.random.SeedSequence((seed, SEEDED, block)))
+    generator = np.random.default_rng(np.random.SeedSequence((seed, keys.STREAMS[keys.STAGE_SPACE], block)))
     pair = (x, x) if totals is None else state.halves(x, totals[space.rows(block)], generator)
     moved = state.shuffled_inside(groups.astype(np.int64) * number + codes, generator)
     found = []
@@ -366,15 +359,12 @@ def _weight(space: Space, settings: Settings, sums: Sequence[HalfSums], shares: 
 # --- coordinates -----------------------------------------------------------------------------------------------------
 
 
-def _place_shard(shard: Shard, space: Space, populations: Populations, beside: bool) -> None:
-    def work(block: int) -> None:
-        with threadpool_limits(1):
-            values = _placed(space, block, populations)
-        rows = space.rows(block)
-        parts = [read_array(space.run.embedding(keys.PCA), keys.PCA, rows), values] if beside else [values]
-        write_part(space.storage, space.array, rows, np.column_stack(parts).astype(np.float32))
-
-    run_task(space.run, keys.STAGE_SPACE, space.key, work, shard)
+def _place_block(block: int, space: Space, populations: Populations, beside: bool) -> None:
+    with threadpool_limits(1):
+        values = _placed(space, block, populations)
+    rows = space.rows(block)
+    parts = [read_array(space.run.embedding(keys.PCA), keys.PCA, rows), values] if beside else [values]
+    write_part(space.storage, space.array, rows, np.column_stack(parts).astype(np.float32))
 
 
 def _placed(space: Space, block: int, populations: Populations) -> np.ndarray:

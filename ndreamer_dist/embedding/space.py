@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,10 +24,9 @@ from ndreamer_dist.compute.machine import cpu_count
 from ndreamer_dist.embedding.axes import Moments, moments_of, principal_axes
 from ndreamer_dist.embedding.harmony import harmonised
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
-from ndreamer_dist.rundir.stage import run_task
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import (
-    create_array,
     ensure_array,
     open_array,
     read_array,
@@ -89,10 +88,24 @@ class SpaceInput:
 class Space:
     """What every task of the stage needs to know."""
 
-    run: RunDirectory
+    stage: StageRun
     packed: Packed
-    key: str
     array: str
+
+    @property
+    def run(self) -> RunDirectory:
+        """The space's directory."""
+        return self.stage.run
+
+    @property
+    def key(self) -> str:
+        """The stage's key."""
+        return self.stage.key
+
+    @property
+    def sums(self) -> StageRun:
+        """What is summed over cells on the way to the axes."""
+        return StageRun(self.run, keys.STAGE_SUMS, self.key)
 
     @property
     def storage(self) -> Storage:
@@ -119,23 +132,18 @@ class Space:
         files = tuple(f"{keys.EMBEDDING}/{shard_files(array, *[0] * axes)}" for array, axes in arrays)
         return Shard(name, files)
 
-    def todo(self, shards: Sequence[Shard]) -> tuple[list[Shard], bool]:
-        """Return the shards that are to be done, and whether those are all."""
-        todo = self.run.pending(keys.STAGE_SPACE, self.key, shards)
-        fresh = len(todo) == len(shards)
-        if fresh:
-            self.run.unmark(keys.STAGE_SPACE)
-        return todo, fresh
+    def todo(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Return the shards that are to be done."""
+        return self.stage.begin(shards, [f"{keys.EMBEDDING}/{name}" for name in (keys.HARMONY_INPUT, self.array)])
 
-    def make(self, array: str, width: int, *, fresh: bool) -> None:
+    def make(self, array: str, width: int) -> None:
         """Make an array of coordinates; one that is partly there is left as it is."""
         shape, chunks = (self.packed.n_rows, width), (self.packed.block_rows, width)
-        make: Callable[..., None] = create_array if fresh else ensure_array
-        make(self.storage, array, shape=shape, dtype="float32", chunks=chunks, fill_value=np.nan)
+        ensure_array(self.storage, array, shape=shape, dtype="float32", chunks=chunks, fill_value=np.nan)
 
     def forget_sums(self) -> None:
         """Delete the sums that axes were made from."""
-        self.run.unmark(keys.STAGE_SUMS)
+        self.run.unmark(self.sums.name)
         self.storage.delete(keys.SPACE_SUMS)
 
 
@@ -144,7 +152,7 @@ def run_space(
 ) -> None:
     """Write the coordinates of the settings' matching space, if it is another than the trained one (METHOD section 9)."""
     method = settings.embed.method
-    space = Space(run, packed, key, keys.embedding_key(method))
+    space = Space(StageRun(run, keys.STAGE_SPACE, key), packed, keys.embedding_key(method))
     if from_input.coordinates is not None:
         _run_given(space, from_input.coordinates, runtime)
     elif method == keys.SPACE_PCA:
@@ -161,20 +169,15 @@ def run_space(
 
 
 def _run_given(space: Space, coordinates: np.ndarray, runtime: Runtime) -> None:
-    todo, fresh = space.todo(space.block_shards(space.array))
+    todo = space.todo(space.block_shards(space.array))
     if not todo:
         return
-    space.make(space.array, coordinates.shape[1], fresh=fresh)
-    packed = coordinates[space.packed.input_row]
-    for _ in runtime.map(_write_given, todo, space, packed, title="space"):
-        pass
+    space.make(space.array, coordinates.shape[1])
+    space.stage.map(runtime, _write_given, todo, space, coordinates[space.packed.input_row])
 
 
-def _write_given(shard: Shard, space: Space, coordinates: np.ndarray) -> None:
-    def work(block: int) -> None:
-        write_part(space.storage, space.array, space.rows(block), coordinates[space.rows(block)])
-
-    run_task(space.run, keys.STAGE_SPACE, space.key, work, shard)
+def _write_given(block: int, space: Space, coordinates: np.ndarray) -> None:
+    write_part(space.storage, space.array, space.rows(block), coordinates[space.rows(block)])
 
 
 # --- principal components of the genes -------------------------------------------------------------------------------
@@ -184,9 +187,9 @@ GENE_ARRAYS = ((keys.GENE_MEAN, 1), (keys.GENE_AXES, 2), (keys.GENE_VARIANCE, 1)
 
 def _run_components(space: Space, settings: Settings, runtime: Runtime) -> None:
     axes, blocks = space.axes_shard(GENE_ARRAYS), space.block_shards(space.array)
-    todo, fresh = space.todo([axes, *blocks])
+    todo = space.todo([axes, *blocks])
     _make_components(space, settings, runtime, axes, todo)
-    _project(space, space.array, [shard for shard in todo if shard.name != AXES], runtime, fresh=fresh)
+    _project(space, space.array, [shard for shard in todo if shard.name != AXES], runtime)
 
 
 def _make_components(space: Space, settings: Settings, runtime: Runtime, axes: Shard, todo: Sequence[Shard]) -> None:
@@ -197,7 +200,7 @@ def _make_components(space: Space, settings: Settings, runtime: Runtime, axes: S
     everyone = np.ones(len(packed.design.groups), dtype=bool)
     moments = summed_moments(space, everyone, np.zeros(packed.n_rows, dtype=np.int32), 0, runtime)
     with_threads(1, _write_components, space, moments, settings.embed.dimensions)
-    space.run.mark(keys.STAGE_SPACE, space.key, axes)
+    space.stage.mark(axes)
     space.forget_sums()
 
 
@@ -207,24 +210,19 @@ def _write_components(space: Space, moments: Moments, dimensions: int) -> None:
         write_array(space.storage, name, values)
 
 
-def _project(space: Space, array: str, todo: Sequence[Shard], runtime: Runtime, *, fresh: bool) -> None:
+def _project(space: Space, array: str, todo: Sequence[Shard], runtime: Runtime) -> None:
     """Write the blocks' principal components."""
     if not todo:
         return
-    width = open_array(space.storage, keys.GENE_AXES).shape[1]
-    space.make(array, width, fresh=fresh)
-    for _ in runtime.map(_project_shard, todo, space, array, title="space"):
-        pass
+    space.make(array, open_array(space.storage, keys.GENE_AXES).shape[1])
+    space.stage.map(runtime, _project_block, todo, space, array)
 
 
-def _project_shard(shard: Shard, space: Space, array: str) -> None:
-    def work(block: int) -> None:
-        axes, mean = axes_of(space.storage, space.key)
-        with threadpool_limits(1):
-            scores = space.packed.block(block).astype(np.float64) @ axes - mean @ axes
-        write_part(space.storage, array, space.rows(block), scores.astype(np.float32))
-
-    run_task(space.run, keys.STAGE_SPACE, space.key, work, shard)
+def _project_block(block: int, space: Space, array: str) -> None:
+    axes, mean = axes_of(space.storage, space.key)
+    with threadpool_limits(1):
+        scores = space.packed.block(block).astype(np.float64) @ axes - mean @ axes
+    write_part(space.storage, array, space.rows(block), scores.astype(np.float32))
 
 
 @functools.lru_cache(maxsize=1)
@@ -241,9 +239,9 @@ def _run_harmony(space: Space, settings: Settings, from_input: SpaceInput, runti
     """Correct the principal components in this process: Harmony looks at all cells at once, and its threads at no other."""
     axes = space.axes_shard(GENE_ARRAYS)
     inputs, blocks = space.block_shards(keys.HARMONY_INPUT, "input-"), space.block_shards(space.array)
-    todo, fresh = space.todo([axes, *inputs, *blocks])
+    todo = space.todo([axes, *inputs, *blocks])
     _make_components(space, settings, runtime, axes, todo)
-    _project(space, keys.HARMONY_INPUT, [shard for shard in todo if shard in inputs], runtime, fresh=fresh)
+    _project(space, keys.HARMONY_INPUT, [shard for shard in todo if shard in inputs], runtime)
     missing = [shard for shard in todo if shard in blocks]
     if not missing:
         return
@@ -256,10 +254,10 @@ def _run_harmony(space: Space, settings: Settings, from_input: SpaceInput, runti
         seed=settings.seed,
         threads=cpu_count(),
     )
-    space.make(space.array, corrected.shape[1], fresh=fresh)
+    space.make(space.array, corrected.shape[1])
     for shard in missing:
         write_part(space.storage, space.array, space.rows(shard.task), corrected[space.rows(shard.task)])
-        space.run.mark(keys.STAGE_SPACE, space.key, shard)
+        space.stage.mark(shard)
 
 
 # --- sums over cells -------------------------------------------------------------------------------------------------
@@ -302,18 +300,13 @@ def summed_moments(
         files = tuple(f"{keys.EMBEDDING}/{shard_files(f'{name}/{part}', 0, 0)}" for part in SUMS)
         shards.append(Shard(name.rpartition("/")[2], files, SumTask(first, last, population, name)))
     todo = space.run.pending(keys.STAGE_SUMS, space.key, shards)
-    for _ in runtime.map(_sum_shard, todo, space, inner, populations, title="space: sums"):
-        pass
+    space.sums.map(runtime, _sum_span, todo, space, inner, populations, title="space: sums")
     read = (_read_moments(space, shard.task, products=products) for shard in shards)
     return functools.reduce(Moments.plus, read)
 
 
-def _sum_shard(shard: Shard, space: Space, inner: np.ndarray, populations: np.ndarray) -> None:
-    def work(task: SumTask) -> None:
-        with threadpool_limits(1):
-            write(task)
-
-    def write(task: SumTask) -> None:
+def _sum_span(task: SumTask, space: Space, inner: np.ndarray, populations: np.ndarray) -> None:
+    with threadpool_limits(1):
         parts = (_block_moments(space, block, inner, populations, task) for block in range(task.first, task.last))
         found = functools.reduce(Moments.plus, parts)
         there = np.flatnonzero(found.cells)
@@ -322,8 +315,6 @@ def _sum_shard(shard: Shard, space: Space, inner: np.ndarray, populations: np.nd
         groups = table if len(there) else np.zeros((1, 3 + found.sums.shape[1]))
         for part, values in zip(SUMS, (groups.astype(np.float64), found.outer, found.squares[None]), strict=True):
             write_array(space.storage, f"{task.name}/{part}", values)
-
-    run_task(space.run, keys.STAGE_SUMS, space.key, work, shard)
 
 
 def _block_moments(space: Space, block: int, inner: np.ndarray, populations: np.ndarray, task: SumTask) -> Moments:

@@ -29,6 +29,7 @@ from ndreamer_dist.matching.exact import Neighbours, nearest
 from ndreamer_dist.matching.hubs import MOST_QUERIES, Remoteness, nearest_corrected
 from ndreamer_dist.matching.partition import build_index
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import ensure_array, open_array, read_array, shard_files, write_part
 from ndreamer_dist.storage.files import Storage
@@ -77,10 +78,7 @@ def run_match(run: RunDirectory, settings: Settings, design: Design, runtime: Ru
     """
     shards = edge_shards(settings, design, design.needed_edges(settings.match.edges))
     warn_of_crowding(settings, design)
-    todo = run.pending(keys.STAGE_MATCH, key, shards)
-    if todo and len(todo) == len(shards):
-        run.unmark(keys.STAGE_MATCH)
-        run.storage.delete(keys.MATCHES)
+    todo = StageRun(run, keys.STAGE_MATCH, key).begin(shards, (keys.MATCHES,))
     found = _search(run, settings, design, runtime, key, todo)
     if todo or _summary_key(run) != key:
         write_summary(run, settings, design, key, found)

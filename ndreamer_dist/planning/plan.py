@@ -11,24 +11,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.clusters import clustered_by
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.pack import partitions_of
-from ndreamer_dist.cohort.statistics import spans_of
 from ndreamer_dist.compute.events import duration
-from ndreamer_dist.embedding.space import MOST_SPANS
 from ndreamer_dist.errors import printable, shown
-from ndreamer_dist.matching.stage import edge_shards, units
 from ndreamer_dist.planning import memory
-from ndreamer_dist.planning.memory import CohortSize
-from ndreamer_dist.rundir.stage import stages_of
-from ndreamer_dist.settings import NOISE_ROWS, CohortSettings, Settings
+from ndreamer_dist.planning.sizes import CohortSize
+from ndreamer_dist.planning.stages import DesignedCohort, Work, stages_of
+from ndreamer_dist.settings import CohortSettings, Settings
 from ndreamer_dist.training.sampling import SamplingPlan
 
 NAMED_GROUPS = 3
 """Groups that are left out are named up to so many."""
-Work = tuple[tuple[int, str], ...]
-"""What a stage does one after the other: numbers of tasks that can run at once, and what each of them does."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +197,7 @@ def plan_of(
     needs = memory.needs(size, settings, cpus=cpus, object_store=object_store)
     stage_memory = memory.stage_memory(size, settings, cpus=cpus, object_store=object_store)
     input_cells = sum(input_groups.values())
-    work = stage_work(design, settings, schedule, size, input_cells)
+    designed = DesignedCohort(design, size, input_cells, settings)
     kept = {group.name for group in design.groups}
     stages = stages_of(settings)
     trained = keys.STAGE_TRAIN in stages
@@ -212,7 +205,7 @@ def plan_of(
         cells=design.n_cells,
         dropped=input_cells - design.n_cells,
         genes=size.genes,
-        modelled=min(size.genes, settings.hvg.num_hvg),
+        modelled=size.modelled(settings),
         conditions=design.conditions,
         groups=tuple((group.name, group.cells) for group in design.groups),
         dropped_groups=tuple((name, cells) for name, cells in input_groups.items() if name not in kept),
@@ -221,7 +214,7 @@ def plan_of(
         epochs=schedule.epochs if trained else 0,
         steps=schedule.steps if trained else 0,
         batch_cells=schedule.cells(0) if trained else 0,
-        stages=tuple(StagePlan(stage, work[stage], stage_memory[stage]) for stage in stages),
+        stages=tuple(StagePlan(name, stage.work(designed), stage_memory[name]) for name, stage in stages.items()),
         memory=needs.memory,
         disk=needs.disk,
         memory_free=memory_free,
@@ -232,52 +225,6 @@ def plan_of(
         runtime=runtime,
         took=tuple((took or {}).items()),
     )
-
-
-def stage_work(
-    design: Design, settings: Settings, schedule: SamplingPlan, size: CohortSize, input_cells: int
-) -> dict[str, Work]:
-    """Return the work of every stage, cut by what the stages themselves cut it by."""
-    blocks = -(-design.n_cells // settings.pack.block_rows)
-    by_block: Work = ((blocks, "row block(s)"),)
-    spans = len(spans_of(input_cells))
-    reading = (spans, "span(s) of rows")
-    return {
-        keys.STAGE_COHORT: (reading,),
-        keys.STAGE_PACK: (reading, (len(partitions_of(blocks, size.stored_values, spans)), "partition(s) of blocks")),
-        keys.STAGE_CLUSTERS: _clustering(design, settings),
-        keys.STAGE_TRAIN: ((schedule.cells(0) // NOISE_ROWS, f"share(s) of {NOISE_ROWS} cells of a step"),),
-        keys.STAGE_EMBED: by_block,
-        keys.STAGE_PCA: by_block,
-        keys.STAGE_SPACE: _placing(settings, blocks),
-        keys.STAGE_MATCH: ((_matching(design, settings), "unit(s) of edges"),),
-        keys.STAGE_EFFECTS: (*by_block, (blocks + len(design.groups), "count(s) of matches")),
-    }
-
-
-def _clustering(design: Design, settings: Settings) -> Work:
-    groups = len(design.groups)
-    way = clustered_by(settings.clusters, design.n_cells, groups)
-    return {
-        "group": ((groups, "graph(s)"),),
-        "all": ((1, "graph"),),
-        "sketch": ((1, "graph of a sketch"), (groups, "group(s)")),
-    }[way]
-
-
-def _placing(settings: Settings, blocks: int) -> Work:
-    """Return the work of placing cells without a network; the populations of a state space follow one another."""
-    method, by_block = settings.embed.method, ((blocks, "row block(s)"),)
-    if method.startswith(keys.OBSM_PREFIX):
-        return by_block
-    sums: Work = ((min(blocks, MOST_SPANS), "span(s) of blocks"), *by_block)
-    return {keys.SPACE_PCA: sums, keys.HARMONY: (*sums, (1, "run of Harmony"))}.get(method, (*sums, *by_block))
-
-
-def _matching(design: Design, settings: Settings) -> int:
-    """Return how many units the edges are gathered in where there are workers for all of them."""
-    tiles = edge_shards(settings, design, design.needed_edges(settings.match.edges))
-    return len(units(tiles, settings, design, workers=len(tiles)))
 
 
 def _unknown(cohort: CohortSettings) -> str:

@@ -26,7 +26,7 @@ from ndreamer_dist.errors import DamagedError
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.collectives import Distributed, Single
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
-from ndreamer_dist.rundir.stage import begin_stage
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.training.checkpoints import Checkpoint, Schedule, latest_serial, save_serial
@@ -53,15 +53,16 @@ logger = logging.getLogger(__name__)
 
 def run_train(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
     """Train and write model/; a run that was stopped goes on from its last checkpoint."""
-    shard = Shard("model", (keys.MODEL_WEIGHTS, keys.MODEL_JSON))
-    if not begin_stage(run, keys.STAGE_TRAIN, key, [shard], lambda _: _keep_own_checkpoints(run, key)):
+    stage, shard = StageRun(run, keys.STAGE_TRAIN, key), Shard("model", (keys.MODEL_WEIGHTS, keys.MODEL_JSON))
+    if not stage.begin([shard]):
         return
+    _keep_own_checkpoints(run, key)
     plan = SamplingPlan.for_cohort(packed.design.starts, settings.train, settings.seed)
     logger.info("training: %d epochs of %d steps", plan.epochs, plan.steps_per_epoch)
     train_on = _train_serially if runtime.serial else _train_on_ray
     with deferred_stop() as stop, _stopped_by_hand():
         train_on(run, settings, packed, plan, runtime, stop)
-        run.mark(keys.STAGE_TRAIN, key, shard)
+        stage.mark(shard)
 
 
 def _keep_own_checkpoints(run: RunDirectory, key: str) -> None:

@@ -15,8 +15,8 @@ from scipy import sparse
 
 from ndreamer_dist.cohort.source import fingerprint, open_source
 from ndreamer_dist.compute.executor import SerialRuntime
+from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.rundir.stage import stage_keys
 from ndreamer_dist.settings import RunSettings, Settings
 
 SERIAL = SerialRuntime(RunSettings(serial=True))

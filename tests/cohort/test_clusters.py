@@ -26,7 +26,7 @@ from ndreamer_dist.cohort.graph import (
 )
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.compute.executor import RayRuntime
-from ndreamer_dist.rundir.stage import stage_keys
+from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.settings import ClustersSettings, Settings
 from tests.cohort.inputs import SERIAL, counts, files_below, settings_of
 from tests.cohorts import packed_cohort

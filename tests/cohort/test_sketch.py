@@ -14,7 +14,7 @@ from ndreamer_dist.cohort.clusters import run_clusters
 from ndreamer_dist.cohort.packed import Packed, write_csr
 from ndreamer_dist.cohort.sketch import Sketch, labels_of, majority, project, sketch_of, sketch_spans
 from ndreamer_dist.compute.executor import RayRuntime
-from ndreamer_dist.rundir.stage import stage_keys
+from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.settings import ClustersSettings, Settings
 from tests.cohort.inputs import SERIAL, settings_of
 from tests.cohorts import design_of, packed_cohort

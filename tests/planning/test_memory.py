@@ -13,17 +13,15 @@ from ndreamer_dist.cohort.pack import partitions_of
 from ndreamer_dist.cohort.statistics import spans_of
 from ndreamer_dist.effects.tables import MATCH_LIMIT
 from ndreamer_dist.planning.memory import (
-    BASE_BYTES,
     DRIVER_BYTES,
     DRIVER_BYTES_PER_CELL,
-    CohortSize,
-    _partition_cells,
     all_genes_needs,
     disk_bytes,
     needs,
     stage_memory,
     task_memory,
 )
+from ndreamer_dist.planning.sizes import BASE_BYTES, CohortSize
 from ndreamer_dist.settings import Settings
 from tests.cohorts import design_of
 from tests.tiny import NAMES, SETTINGS, STORES, arrays
@@ -108,7 +106,7 @@ def test_packing_is_promised_the_largest_partition(small: Settings) -> None:
         blocks = -(-cells // small.pack.block_rows)
         partitions = partitions_of(blocks, size.stored_values, len(spans_of(cells)))
         most = min(cells, max(len(part) for part in partitions) * small.pack.block_rows)
-        assert most == _partition_cells(size, small)
+        assert most == size.partition_cells(small)
 
 
 def test_the_disk_that_is_promised_is_what_a_run_writes(tiny: Path, tmp_path: Path) -> None:

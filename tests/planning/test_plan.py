@@ -19,10 +19,10 @@ from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.errors import CohortError
 from ndreamer_dist.pipeline import run_stages
 from ndreamer_dist.planning import memory
-from ndreamer_dist.planning.memory import CohortSize
 from ndreamer_dist.planning.plan import Plan, plan_of
+from ndreamer_dist.planning.sizes import CohortSize
+from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.rundir.stage import stage_keys
 from ndreamer_dist.settings import Settings
 from tests.cohorts import design_of
 from tests.tiny import NAMES, SETTINGS, as_memory

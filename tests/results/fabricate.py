@@ -13,8 +13,8 @@ from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed, table_bytes
 from ndreamer_dist.cohort.source import fingerprint, open_source
 from ndreamer_dist.compute.executor import SerialRuntime
+from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.rundir.stage import stage_keys
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import create_array, open_array, write_array
 

@@ -15,9 +15,10 @@ import pytest
 
 from ndreamer_dist import keys
 from ndreamer_dist.errors import RunError
+from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.rundir import lock
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
-from ndreamer_dist.rundir.stage import begin_stage, run_task, stage_keys
+from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.checksums import unseal
 from ndreamer_dist.storage.files import open_storage
@@ -25,7 +26,7 @@ from ndreamer_dist.storage.files import open_storage
 
 def write_shard(run: RunDirectory, name: str, data: bytes = b"12345") -> Shard:
     shard = Shard(name, (f"store/{name}",))
-    run_task(run, "stage", "key", lambda _: run.storage.write_atomic(f"store/{name}", data), shard)
+    StageRun(run, "stage", "key").do(lambda _: run.storage.write_atomic(f"store/{name}", data), shard)
     return shard
 
 
@@ -59,15 +60,18 @@ def test_a_marker_of_another_key_counts_as_absent(tmp_path: Path) -> None:
     assert run.pending("stage", "other", [shard]) == [shard]
 
 
-def test_a_stage_is_created_once_and_repaired_without_touching_the_rest(tmp_path: Path) -> None:
-    run, created = RunDirectory.at(tmp_path), []
-    shards = [Shard(name, (f"store/{name}",)) for name in "ab"]
-    assert len(begin_stage(run, "stage", "key", shards, created.append)) == 2
+def test_a_stage_begins_anew_once_and_is_repaired_without_touching_the_rest(tmp_path: Path) -> None:
+    run = RunDirectory.at(tmp_path)
+    shards = [write_shard(run, name) for name in "ab"]
+    (tmp_path / "store/c").write_text("left by another key")
+    stage = StageRun(run, "stage", "another key")
+    assert stage.begin(shards, ["store"]) == shards
+    assert not list(tmp_path.glob("store/*")) + list(tmp_path.glob("done/stage/*"))
     for shard in shards:
-        write_shard(run, shard.name)
+        stage.do(lambda _, name=shard.name: run.storage.write_atomic(f"store/{name}", b"1"), shard)
     (tmp_path / "store/b").unlink()
-    assert begin_stage(run, "stage", "key", shards, created.append) == [shards[1]]
-    assert created == [True, False]
+    assert stage.begin(shards, ["store"]) == [shards[1]]
+    assert (tmp_path / "store/a").exists()
 
 
 @pytest.mark.parametrize(

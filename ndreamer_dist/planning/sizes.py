@@ -1,0 +1,74 @@
+"""The sizes of a cohort and of the network, from which memory, disk and numbers of tasks follow. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.pack import partition_count
+from ndreamer_dist.cohort.statistics import spans_of
+from ndreamer_dist.settings import Settings
+
+BASE_BYTES = 450e6
+"""A worker process with torch, scanpy and Ray loaded."""
+GIVEN_DIMENSIONS = 100
+"""Dimensions that the input's own coordinates are taken to have, before they are read."""
+
+
+@dataclass(frozen=True)
+class CohortSize:
+    """The sizes a promise is made from."""
+
+    cells: int
+    genes: int
+    stored_values: int
+    groups: int
+    largest_group: int
+    edges: int
+    conditions: int
+
+    @classmethod
+    def of(cls, design: Design, settings: Settings, *, genes: int, stored_values: int) -> CohortSize:
+        """Return the sizes of a designed cohort."""
+        return cls(
+            cells=design.n_cells,
+            genes=genes,
+            stored_values=stored_values,
+            groups=len(design.groups),
+            largest_group=max(group.cells for group in design.groups),
+            edges=sum(len(design.targets(group, settings.match.edges)) for group in design.groups),
+            conditions=len(design.conditions),
+        )
+
+    @property
+    def stored_per_cell(self) -> float:
+        """Stored values of a cell."""
+        return self.stored_values / max(self.cells, 1)
+
+    def modelled(self, settings: Settings) -> int:
+        """Return the number of modelled genes."""
+        return min(self.genes, settings.hvg.num_hvg)
+
+    def modelled_per_cell(self, settings: Settings) -> float:
+        """Return a cell's stored values of modelled genes: these are expressed above average."""
+        return self.stored_per_cell * min(1.0, 2.5 * self.modelled(settings) / self.genes)
+
+    def partition_cells(self, settings: Settings) -> int:
+        """Return the cells of one of packing's partitions, at the most."""
+        rows = settings.pack.block_rows
+        blocks = -(-self.cells // rows)
+        partitions = partition_count(blocks, self.stored_values, len(spans_of(self.cells)))
+        return min(self.cells, rows * -(-blocks // partitions))
+
+
+def parameter_count(settings: Settings, genes: int) -> int:
+    """Return the number of parameters of the network."""
+    model = settings.model
+    widths = [genes, *model.encoder]
+    encoder = sum(a * b for a, b in itertools.pairwise(widths))
+    codes = model.codebooks * model.code_dim * (model.encoder[-1] + model.codes)
+    head = 2 * model.latent * (model.codebooks * model.code_dim + 18 * model.latent)
+    widths = [model.latent, *model.decoder, genes]
+    decoder = sum(a * b for a, b in itertools.pairwise(widths))
+    return encoder + codes + head + decoder

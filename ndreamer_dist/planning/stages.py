@@ -1,0 +1,452 @@
+"""The stages of a run, each declared once: from here come their sequence, keys, memory, work, titles and jobs.
+
+A new stage is one more `Stage` in `FLOW`, and its name in `keys`. What stages have in common, `rundir/stage.py` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.clusters import clustered_by, run_clusters
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.genes import run_cohort
+from ndreamer_dist.cohort.pack import partitions_of, run_pack
+from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.cohort.source import Source
+from ndreamer_dist.cohort.statistics import spans_of
+from ndreamer_dist.compute.executor import Runtime
+from ndreamer_dist.effects.stage import run_effects
+from ndreamer_dist.embedding.harmony import BYTES_PER_CELL as HARMONY_BYTES
+from ndreamer_dist.embedding.space import MOST_SPANS, SpaceInput, run_space
+from ndreamer_dist.matching.stage import edge_shards, run_match, units
+from ndreamer_dist.planning.sizes import BASE_BYTES, GIVEN_DIMENSIONS, CohortSize, parameter_count
+from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.settings import NOISE_ROWS, Settings, canonical_json
+from ndreamer_dist.training.sampling import SamplingPlan
+
+Work = tuple[tuple[int, str], ...]
+"""What a stage does one after the other: numbers of tasks that can run at once, and what each of them does."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages of a run work with.
+
+    Attributes
+    ----------
+    home
+        The run's directory; that of a space which was added to it is another.
+    from_input
+        What the matching space takes from the input.
+    """
+
+    home: RunDirectory
+    settings: Settings
+    source: Source
+    runtime: Runtime
+    from_input: SpaceInput
+
+    @cached_property
+    def packed(self) -> Packed:
+        """The packed cohort; its design must be there."""
+        return Packed.open(self.home, self.settings.pack.block_rows)
+
+
+@dataclass(frozen=True)
+class DesignedCohort:
+    """What the work of stages is planned from.
+
+    Attributes
+    ----------
+    input_cells
+        Cells of the input, those that are left out among them.
+    """
+
+    design: Design
+    size: CohortSize
+    input_cells: int
+    settings: Settings
+
+    @property
+    def blocks(self) -> int:
+        """Number of row blocks."""
+        return -(-self.design.n_cells // self.settings.pack.block_rows)
+
+    @property
+    def spans(self) -> int:
+        """Number of spans of rows that the input is read in."""
+        return len(spans_of(self.input_cells))
+
+
+BytesOf = Callable[[CohortSize, Settings], float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run.
+
+    Attributes
+    ----------
+    settings
+        Parts of the settings that bear on it, less those fields that it does not heed.
+    reads
+        Stages that it reads; of alternatives the first that the run has, and of what the run lacks nothing.
+    run
+        Does what is missing of it in a directory, under a key.
+    task_bytes
+        Memory of one task of it beside the process itself; of training that of a reader.
+    work
+        Its tasks.
+    needed
+        Whether a run with these settings has it.
+    heeds
+        Whether a setting, by its dotted name, bears on it.
+    seeded
+        Whether the seed bears on it.
+    beside_bytes
+        Memory that is held beside its tasks.
+    takes
+        What it takes of the input that its key must tell: `input`, `from_input` or nothing.
+    shared
+        Whether all matching spaces of a run share it.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    reads: tuple[tuple[str, ...], ...]
+    run: Callable[[Job, RunDirectory, str], object]
+    task_bytes: BytesOf
+    work: Callable[[DesignedCohort], Work]
+    needed: Callable[[Settings], bool] = lambda _: True
+    heeds: Callable[[str, Settings], bool] = lambda *_: True
+    seeded: Callable[[Settings], bool] = lambda _: False
+    beside_bytes: BytesOf = lambda *_: 0.0
+    takes: str | None = None
+    shared: bool = True
+
+    def bearing(self, settings: Settings) -> dict[str, dict[str, Any]]:
+        """Return the settings that bear on this stage, by part."""
+        return {
+            part: {
+                name: value
+                for name, value in getattr(settings, part).bearing().items()
+                if self.heeds(f"{part}.{name}", settings)
+            }
+            for part in self.settings
+        }
+
+
+# --- cohort, pack, clusters ------------------------------------------------------------------------------------------
+
+
+def _chunk_bytes(size: CohortSize, settings: Settings) -> float:
+    """Return the bytes of a chunk of rows and its copies on the way."""
+    return settings.cohort.chunk_rows * size.stored_per_cell * 40
+
+
+def _graph_bytes(size: CohortSize, settings: Settings) -> float:
+    """Return the bytes of the largest graph, with the cells that it is of."""
+    asked = settings.clusters
+    most = {
+        "auto": max(asked.max_cells, asked.sketch_cells), "group": size.largest_group, "all": size.cells,
+        "sketch": asked.sketch_cells,
+    }[asked.within]  # fmt: skip
+    per_cell = size.modelled_per_cell(settings) * 24 + asked.n_neighbors * 60 + 50 * 12
+    return min(size.cells, most) * per_cell
+
+
+def _reading(cohort: DesignedCohort) -> Work:
+    return ((cohort.spans, "span(s) of rows"),)
+
+
+def _packing(cohort: DesignedCohort) -> Work:
+    partitions = partitions_of(cohort.blocks, cohort.size.stored_values, cohort.spans)
+    return (*_reading(cohort), (len(partitions), "partition(s) of blocks"))
+
+
+def _clustering(cohort: DesignedCohort) -> Work:
+    groups = len(cohort.design.groups)
+    way = clustered_by(cohort.settings.clusters, cohort.design.n_cells, groups)
+    return {
+        "group": ((groups, "graph(s)"),),
+        "all": ((1, "graph"),),
+        "sketch": ((1, "graph of a sketch"), (groups, "group(s)")),
+    }[way]
+
+
+# --- train, embed, pca -----------------------------------------------------------------------------------------------
+
+
+def _block_bytes(size: CohortSize, settings: Settings) -> float:
+    """Return the bytes of a packed row block."""
+    return settings.pack.block_rows * size.modelled_per_cell(settings) * 12
+
+
+def _trainer_bytes(size: CohortSize, settings: Settings) -> float:
+    """Return the bytes of the training workers.
+
+    Weights, gradients and moments; activations of a mini-batch; the row labels; the stream's read-ahead.
+    """
+    genes, model, cells = size.modelled(settings), settings.model, 2 * settings.train.batch_size
+    activations = cells * (4 * genes + 8 * sum(model.encoder) + 40 * model.latent) * 4
+    tables = 4 * model.codebooks * cells * model.codes * 4 + 12 * cells * cells * 4
+    window = 3 * min(64, max(8, -(-size.groups // 2))) * cells * size.modelled_per_cell(settings) * 16
+    own = parameter_count(settings, genes) * 16 + activations + tables + window + size.cells * 8
+    return settings.train.workers * int(BASE_BYTES * 2 + own)
+
+
+def _encoder_bytes(size: CohortSize, settings: Settings) -> float:
+    rows = settings.pack.block_rows
+    weights = parameter_count(settings, size.modelled(settings)) * 4
+    return _block_bytes(size, settings) * 2 + rows * settings.model.latent * 12 + weights
+
+
+def _training(cohort: DesignedCohort) -> Work:
+    plan = SamplingPlan.for_cohort(cohort.design.starts, cohort.settings.train, cohort.settings.seed)
+    return ((plan.cells(0) // NOISE_ROWS, f"share(s) of {NOISE_ROWS} cells of a step"),)
+
+
+def _by_block(cohort: DesignedCohort) -> Work:
+    return ((cohort.blocks, "row block(s)"),)
+
+
+def _train(job: Job, run: RunDirectory, key: str) -> None:
+    from ndreamer_dist.training.trainer import run_train  # loads torch
+
+    run_train(run, job.settings, job.packed, job.runtime, key)
+
+
+def _embed(job: Job, run: RunDirectory, key: str) -> None:
+    from ndreamer_dist.embedding.stage import run_embed  # loads torch
+
+    run_embed(run, job.settings, job.packed, job.runtime, key)
+
+
+def _pca(job: Job, run: RunDirectory, key: str) -> None:
+    from ndreamer_dist.embedding.stage import run_pca  # loads torch
+
+    run_pca(run, job.settings, job.packed, job.runtime, key)
+
+
+def _trained(settings: Settings) -> bool:
+    return keys.is_trained(settings.embed.method)
+
+
+# --- space -----------------------------------------------------------------------------------------------------------
+
+OTHER_SPACES = ("embed.method", "embed.harmony_keys", "embed.state_weight")
+"""Settings of `embed` that say nothing to the trained embedding."""
+SPACE_HEEDS: dict[str, tuple[str, ...]] = {
+    keys.SPACE_PCA: ("embed.dimensions",),
+    keys.HARMONY: ("embed.dimensions", "embed.harmony_keys"),
+    keys.STATE: ("embed.dimensions", "state.by", "state.k", "state.shrink"),
+    keys.NDREAMER_STATE: ("embed.dimensions", "embed.state_weight", "state.by", "state.k", "state.shrink"),
+    keys.OBSM_PREFIX: (),
+}
+"""Settings that bear on the coordinates of a space, besides its name."""
+
+
+def _kind(settings: Settings) -> str:
+    """Return the matching space without the name of the input's coordinates."""
+    method = settings.embed.method
+    return keys.OBSM_PREFIX if method.startswith(keys.OBSM_PREFIX) else method
+
+
+def _product_bytes(size: CohortSize, settings: Settings) -> float:
+    return size.modelled(settings) ** 2 * 8
+
+
+def _placing_bytes(size: CohortSize, settings: Settings) -> float:
+    rows = settings.pack.block_rows * size.modelled(settings) * 24
+    return rows + 3 * _product_bytes(size, settings) + _block_bytes(size, settings) * 6
+
+
+def _space_bytes(size: CohortSize, settings: Settings) -> float:
+    """Return what the driver holds to place cells without a network, beside its tables.
+
+    That is the covariance of the genes and its eigenvectors; all that Harmony holds; or the input's own coordinates.
+    """
+    kind = _kind(settings)
+    if kind == keys.OBSM_PREFIX:
+        return size.cells * GIVEN_DIMENSIONS * 12
+    return _product_bytes(size, settings) * 6 + (size.cells * HARMONY_BYTES if kind == keys.HARMONY else 0)
+
+
+def _placing(cohort: DesignedCohort) -> Work:
+    """Return the work of placing cells without a network; the populations of a state space follow one another."""
+    kind, by_block = _kind(cohort.settings), _by_block(cohort)
+    if kind == keys.OBSM_PREFIX:
+        return by_block
+    sums: Work = ((min(cohort.blocks, MOST_SPANS), "span(s) of blocks"), *by_block)
+    return {keys.SPACE_PCA: sums, keys.HARMONY: (*sums, (1, "run of Harmony"))}.get(kind, (*sums, *by_block))
+
+
+# --- match, effects --------------------------------------------------------------------------------------------------
+
+
+def _search_bytes(size: CohortSize, settings: Settings) -> float:
+    """Return the bytes of a target group's index and its copies on the way, a batch of queries, a tile per thread."""
+    queries = min(size.cells, settings.match.query_rows + 65_536)
+    return size.largest_group * 50 * 20 + queries * 50 * 8 + settings.run.task_threads * 80e6
+
+
+def _matching(cohort: DesignedCohort) -> Work:
+    """Return how many units the edges are gathered in where there are workers for all of them."""
+    design, settings = cohort.design, cohort.settings
+    tiles = edge_shards(settings, design, design.needed_edges(settings.match.edges))
+    return ((len(units(tiles, settings, design, workers=len(tiles))), "unit(s) of edges"),)
+
+
+def _effects(job: Job, run: RunDirectory, key: str) -> None:
+    summary = {**job.home.read_json(keys.COHORT_SUMMARY), "input": run.read_run()["input"]}
+    run_effects(run, job.settings, job.packed, job.source, job.runtime, key, summary)
+
+
+def _writing(cohort: DesignedCohort) -> Work:
+    return (*_by_block(cohort), (cohort.blocks + len(cohort.design.groups), "count(s) of matches"))
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+FLOW = (
+    Stage(
+        keys.STAGE_COHORT,
+        settings=("cohort", "hvg"),
+        reads=(),
+        takes="input",
+        run=lambda job, run, key: run_cohort(run, job.settings, job.source, job.runtime, key),
+        task_bytes=lambda size, settings: _chunk_bytes(size, settings) + size.groups * size.genes * 24,
+        work=_reading,
+    ),
+    Stage(
+        keys.STAGE_PACK,
+        settings=("pack",),
+        reads=((keys.STAGE_COHORT,),),
+        seeded=lambda _: True,
+        run=lambda job, run, key: run_pack(run, job.settings, job.source, job.runtime, key),
+        task_bytes=lambda size, settings: (
+            _chunk_bytes(size, settings) + size.partition_cells(settings) * size.modelled_per_cell(settings) * 24
+        ),
+        work=_packing,
+    ),
+    Stage(
+        keys.STAGE_CLUSTERS,
+        settings=("clusters",),
+        reads=((keys.STAGE_PACK,),),
+        seeded=lambda _: True,
+        needed=lambda settings: keys.is_clustered(settings.embed.method, settings.state.by),
+        run=lambda job, run, key: run_clusters(run, job.settings, job.packed, job.runtime, key),
+        task_bytes=_graph_bytes,
+        work=_clustering,
+    ),
+    Stage(
+        keys.STAGE_TRAIN,
+        settings=("model", "loss", "train"),
+        reads=((keys.STAGE_CLUSTERS,),),
+        seeded=lambda _: True,
+        needed=_trained,
+        run=_train,
+        task_bytes=lambda size, settings: _block_bytes(size, settings) * 4,
+        beside_bytes=_trainer_bytes,
+        work=_training,
+    ),
+    Stage(
+        keys.STAGE_EMBED,
+        settings=("embed",),
+        heeds=lambda name, _: name not in OTHER_SPACES,
+        reads=((keys.STAGE_PACK,), (keys.STAGE_TRAIN,)),
+        needed=_trained,
+        run=_embed,
+        task_bytes=_encoder_bytes,
+        work=_by_block,
+    ),
+    Stage(
+        keys.STAGE_PCA,
+        settings=("embed",),
+        heeds=lambda name, _: name not in OTHER_SPACES,
+        reads=((keys.STAGE_EMBED,),),
+        needed=_trained,
+        run=_pca,
+        task_bytes=lambda _, settings: settings.pack.block_rows * settings.model.latent * 24,
+        work=_by_block,
+    ),
+    Stage(
+        keys.STAGE_SPACE,
+        settings=("embed", "state"),
+        heeds=lambda name, settings: name == "embed.method" or name in SPACE_HEEDS[_kind(settings)],
+        reads=((keys.STAGE_PACK,), (keys.STAGE_CLUSTERS,), (keys.STAGE_PCA,)),
+        seeded=lambda settings: _kind(settings) not in (keys.SPACE_PCA, keys.OBSM_PREFIX),
+        takes="from_input",
+        needed=lambda settings: settings.embed.method != keys.NDREAMER,
+        shared=False,
+        run=lambda job, run, key: run_space(run, job.settings, job.packed, job.from_input, job.runtime, key),
+        task_bytes=_placing_bytes,
+        beside_bytes=_space_bytes,
+        work=_placing,
+    ),
+    Stage(
+        keys.STAGE_MATCH,
+        settings=("match", "denoise"),
+        heeds=lambda name, _: name not in ("match.edges", "match.bandwidth"),
+        reads=((keys.STAGE_SPACE, keys.STAGE_PCA),),
+        shared=False,
+        run=lambda job, run, key: run_match(run, job.settings, job.packed.design, job.runtime, key),
+        task_bytes=_search_bytes,
+        work=_matching,
+    ),
+    Stage(
+        keys.STAGE_EFFECTS,
+        settings=("effects", "match", "denoise"),
+        reads=((keys.STAGE_CLUSTERS, keys.STAGE_PACK), (keys.STAGE_MATCH,)),
+        shared=False,
+        run=_effects,
+        task_bytes=lambda size, settings: (
+            settings.pack.block_rows * size.modelled(settings) * 32 + _block_bytes(size, settings) * 3
+        ),
+        work=_writing,
+    ),
+)
+"""Every stage there is, in the order of the flow; a run has those that its matching space needs."""
+SHARED = tuple(stage.name for stage in FLOW if stage.shared)
+"""Stages that all matching spaces of a run directory share."""
+
+
+def stages_of(settings: Settings) -> dict[str, Stage]:
+    """Return the stages that a run with these settings has, in the order of the flow."""
+    return {stage.name: stage for stage in FLOW if stage.needed(settings)}
+
+
+def stage_keys(
+    settings: Settings, fingerprint: Mapping[str, Any], from_input: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the key of every stage, in the order of the flow.
+
+    A key is the sha256 of the stage's settings that bear on results, the keys of the stages it reads, the format
+    version, the seed where it bears, and what it takes of the input.
+
+    Parameters
+    ----------
+    from_input
+        Checksums of what the space stage takes from the input: coordinates of `obsm`, columns of `obs`.
+    """
+    taken = {"input": dict(fingerprint), "from_input": dict(from_input or {})}
+    found: dict[str, str] = {}
+    for name, stage in stages_of(settings).items():
+        reads = [there[0] for names in stage.reads if (there := [name for name in names if name in found])]
+        content: dict[str, Any] = {
+            "format": keys.FORMAT_VERSION,
+            "stage": name,
+            "settings": stage.bearing(settings),
+            "reads": {other: found[other] for other in reads},
+        }
+        if stage.seeded(settings):
+            content["seed"] = settings.seed
+        if stage.takes is not None:
+            content[stage.takes] = taken[stage.takes]
+        found[name] = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return found
