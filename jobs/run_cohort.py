@@ -22,6 +22,9 @@ cluster (`RAY_AUTH_MODE=token` and `RAY_AUTH_TOKEN_PATH=FILE`), and the YAML fil
 The driver runs on the head and asks for no processor of its own (no `--entrypoint-num-cpus`), so a head without any
 (`ray start --head --num-cpus 0`) takes it. It holds what a cohort needs per cell, never the matrix. A refusal is one line,
 exit code 2 and a job that is FAILED; `ray job stop` leaves a run that the same submission continues.
+
+`python run_cohort.py --stage train cohort.yaml` runs one stage alone (`ndreamer_dist.planning.stages` names them). What it has
+done already is not done again; where a stage before it is not finished, the job fails with one line that names it.
 """
 
 from __future__ import annotations
@@ -81,12 +84,13 @@ class Job(BaseModel):
         return found
 
 
-def main(stage: str | None = None, arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run a job file's job, or one stage of it; the process ends with 0, or with 2 and one line that says why."""
     parser = argparse.ArgumentParser(description="Run the job that a YAML file describes, or a stage of it.")
     parser.add_argument("job", metavar="JOB.yaml", help="path or URL of the job file")
+    parser.add_argument("--stage", help="run this stage alone: train, say; those before it must be finished")
     given = parser.parse_args(arguments)
-    speak(lambda: run_job(read_job(given.job), stage))
+    speak(lambda: run_job(read_job(given.job), given.stage))
 
 
 def read_job(address: str) -> Job:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ndreamer_dist import keys
-from ndreamer_dist.planning.memory import CohortSize, disk_bytes, stage_memory
+from ndreamer_dist.planning.memory import disk_bytes, stage_memory
+from ndreamer_dist.planning.sizes import CohortSize
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.training.sampling import SamplingPlan
 from tests.docs.scaling import MEASURED_CELLS, MEASURED_MATCHES, MEASURED_SECONDS

@@ -105,7 +105,7 @@ def copied_words(line: str) -> list[str]:
 
 def test_the_programs_of_the_jobs_are_in_the_image() -> None:
     sent = {str(path.relative_to(ROOT)) for path in context()}
-    assert {"jobs/run_cohort.py", "jobs/train.py", "ndreamer_dist/cli.py", "constraints.txt"} <= sent
+    assert {"jobs/run_cohort.py", "ndreamer_dist/cli.py", "constraints.txt"} <= sent
 
 
 @pytest.mark.parametrize("target", TARGETS)
