@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ndreamer_dist.commands.verify import check
     from ndreamer_dist.datasets import simulate
     from ndreamer_dist.errors import NDreamerError
+    from ndreamer_dist.figures import plots as pl
     from ndreamer_dist.pipeline import Run, add_matches, plan, run
-    from ndreamer_dist.report import plots as pl
     from ndreamer_dist.report.page import report
     from ndreamer_dist.settings import Settings
     from ndreamer_dist.stats.results import Results, open_results
@@ -57,7 +57,7 @@ _HOMES = {
     "simulate": "datasets",
 }
 _REMOVED = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
-_MODULES = {"pl": "report.plots", "report": "report"}  # the latter is called like a function
+_MODULES = {"pl": "figures.plots", "report": "report"}  # the latter is called like a function
 
 
 def __getattr__(name: str) -> Any:

@@ -29,8 +29,8 @@ from matplotlib.axes import Axes
 from ndreamer_dist import keys
 from ndreamer_dist.compute.monitors import last_call
 from ndreamer_dist.errors import NDreamerError, StoreError
-from ndreamer_dist.report import plots
-from ndreamer_dist.report.style import DPI, categories, figure_bytes, gene_labels, write_file
+from ndreamer_dist.figures import plots
+from ndreamer_dist.figures.style import DPI, categories, figure_bytes, gene_labels, write_file
 from ndreamer_dist.report.tables import (
     Table,
     decomposition_table,

@@ -14,7 +14,7 @@ from natsort import index_natsorted
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.compute.monitors import stage_costs
-from ndreamer_dist.report.plots import SIGNIFICANT, SMALLEST, effect_column, run_of
+from ndreamer_dist.figures.plots import SIGNIFICANT, SMALLEST, effect_column, run_of
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.results import Results

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError, StoreError
-from ndreamer_dist.report import plots, style
+from ndreamer_dist.figures import plots, style
 from ndreamer_dist.stats.results import Results
 from tests.report.conftest import GENE, KINDS, TREATED
 

@@ -28,7 +28,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.graph import neighbour_graph, principal_components
 from ndreamer_dist.errors import QueryError, StoreError, listing, suggest
-from ndreamer_dist.report.style import (
+from ndreamer_dist.figures.style import (
     DOWN,
     INK,
     MOST_NAMED,

@@ -1,0 +1,1 @@
+"""Figures of a finished run, `nd.pl`, and how they look."""
