@@ -38,10 +38,11 @@ from scipy import sparse
 
 import ndreamer_dist as nd
 from ndreamer_dist.commands.demo import score
+from ndreamer_dist.comparison.table import agreement_with_means, match_purity
 from ndreamer_dist.datasets import CELL_TYPE, CONDITION, DONOR, Truth, load_truth, simulate
 from ndreamer_dist.errors import SettingsError
 from ndreamer_dist.settings import Settings, parse_assignments
-from ndreamer_dist.stats.cells import match_quality
+from ndreamer_dist.stats.cate_table import populations_of
 
 SPACES = ("ndreamer", "pca", "harmony", "state", "ndreamer+state")
 SIMULATED: dict[str, dict[str, Any]] = {
@@ -51,8 +52,6 @@ SIMULATED: dict[str, dict[str, Any]] = {
 }
 KANG = "kang"
 BINS = 10
-FEWEST_CELLS = 20
-"""Cells of a type in each condition below which Kang's type is left out."""
 FORMATS = {
     "mean_r": ".3f",
     "rmse": ".3f",
@@ -199,32 +198,13 @@ def local_correlation(results: nd.Results, truth: Truth) -> float:
 
 def of_kang(results: nd.Results) -> dict[str, float]:
     """Measure a run on a crossed cohort against the differences of its type means: r and slope over genes, mean over types."""
-    effects, measured_cells = results.ite(), results.expression()
-    values, plain, agreement = dense(effects.X), dense(measured_cells.X), []
-    control = (measured_cells.obs[CONDITION] == results.control).to_numpy()
-    for kind in sorted(set(effects.obs[CELL_TYPE])):
-        inside = (measured_cells.obs[CELL_TYPE] == kind).to_numpy()
-        own = (effects.obs[CELL_TYPE] == kind).to_numpy()
-        if min((inside & control).sum(), own.sum()) >= FEWEST_CELLS:
-            difference = plain[inside & ~control].mean(0) - plain[inside & control].mean(0)
-            estimate = values[own].mean(0)
-            agreement.append((np.corrcoef(difference, estimate)[0, 1], np.polyfit(difference, estimate, 1)[0]))
-    r, slope = np.mean(agreement, axis=0)
-    return {"mean_r": float(r), "slope": float(slope)}
+    r, slope = agreement_with_means(results, populations_of(results.packed_obs, CELL_TYPE)[1])
+    return {"mean_r": r, "slope": slope}
 
 
 def purity(results: nd.Results) -> float:
     """Return the share of control matches that are of the cell's own type, over cells that are no controls."""
-    codes, names = pd.factorize(results.packed_obs[CELL_TYPE].astype(str))
-    conditions = range(1, len(results.conditions))
-    near = np.ones(len(codes), dtype=bool)
-    found = match_quality(codes, len(names), near, results.design, results.counterparts, conditions).purity
-    condition = results.design.group_conditions[results.design.group_of(np.arange(len(codes)))]
-    cells = np.stack(
-        [np.bincount(codes[condition == c], minlength=len(names)) for c in range(len(results.conditions))], 1
-    )
-    held = np.isfinite(found) & (cells > 0)
-    return float(np.average(found[held], weights=cells[held]))
+    return match_purity(results, populations_of(results.packed_obs, CELL_TYPE)[1])
 
 
 def dense(values: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """NDreamer at scale: batch-effect removal and single-cell treatment effects for cohorts of any size, on Ray.
 
-`run` does the whole job and `plan` tells what it will need, `open_results` reads what it wrote, `pl` draws it and
+`run` does the whole job and `plan` tells what it will need, `compare` says which matching space a cohort favours,
+`open_results` reads what it wrote, `pl` draws it and
 `report` tells it on one page, `simulate` makes a cohort with known truth.
 """
 
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ndreamer_dist.commands.all_genes import all_genes
+    from ndreamer_dist.commands.compare import compare
     from ndreamer_dist.commands.ndreamer import NDreamer
     from ndreamer_dist.commands.ndreamer_layout import export
     from ndreamer_dist.commands.verify import check
@@ -32,6 +34,7 @@ __all__ = [
     "add_matches",
     "all_genes",
     "check",
+    "compare",
     "export",
     "open_results",
     "pl",
@@ -50,6 +53,7 @@ _HOMES = {
     "add_matches": "pipeline",
     "all_genes": "commands.all_genes",
     "check": "commands.verify",
+    "compare": "commands.compare",
     "export": "commands.ndreamer_layout",
     "open_results": "stats.results",
     "plan": "pipeline",

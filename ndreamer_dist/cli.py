@@ -107,6 +107,29 @@ Compared = Annotated[str | None, typer.Option(help="Condition to compare with th
 Genes = Annotated[str | None, typer.Option(help="Gene names, separated by commas, or @FILE with one a line.")]
 InputAgain = Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object, for programs.")]
+InputOrRun = Annotated[
+    str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store to run; or the directory of a finished run.")
+]
+Spaces = Annotated[
+    str | None,
+    typer.Option(
+        "--embedding", help="Spaces, separated by commas (default: pca,harmony,state; of a finished run, all it has)."
+    ),
+]
+RunOfSpaces = Annotated[str | None, typer.Option(help="Run directory for all spaces; needed with an input.")]
+PresetOfSpaces = Annotated[Preset | None, typer.Option(help="paper (default) or small, as for `run`.")]
+CellTypes = Annotated[
+    str | None, typer.Option(help="Column of obs that names cell types (default: clusters; the answer says which).")
+]
+InputOfRun = Annotated[
+    str | None, typer.Option(help="The input of a finished run, from which the state held is measured.")
+]
+TableFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File for the table: .csv, .tsv or .parquet, the picture beside it (always: DIR/report/comparison.csv)."
+    ),
+]
 DonorKey = Annotated[str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")]
 
 
@@ -221,6 +244,46 @@ def plan(
         settings=_overrides(assignments, given),
     )
     print(planned.to_json() if as_json else planned)
+
+
+@app.command()
+def compare(
+    source: InputOrRun,
+    embedding: Spaces = None,
+    out: RunOfSpaces = None,
+    condition_key: ConditionKey = None,
+    control: Control = None,
+    batch_key: BatchKey = None,
+    by: CellTypes = None,
+    donor_key: DonorKey = None,
+    cohort: InputOfRun = None,
+    table: TableFile = None,
+    as_json: AsJson = False,
+    preset: PresetOfSpaces = None,
+    normalise: ValuesOfX = None,
+    layer: LayerOfInput = None,
+    gene_names: GeneNames = None,
+    exclude_condition: Excluded = None,
+    config: Config = None,
+    assignments: Set = None,
+    workers: Workers = None,
+    neighbours: NeighbourCount = None,
+    address: Address = None,
+) -> None:
+    """Compare matching spaces on one cohort: what each is good at, in one table, and which to take."""
+    from ndreamer_dist.commands.compare import compare as compare_spaces
+
+    given = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
+    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition)
+    how = {
+        "out": out, "condition_key": condition_key, "control": control, "preset": preset, "config": _read_config(config),
+        "batch_key": tuple(batch_key) if batch_key else None, "settings": _overrides(assignments, given) or None,
+    }  # fmt: skip
+    found = compare_spaces(
+        source, embedding=embedding, by=by, donor_key=donor_key, cohort=cohort, save=table,
+        **{name: value for name, value in how.items() if value is not None},
+    )  # fmt: skip
+    print(found.to_json() if as_json else found)
 
 
 @app.command()

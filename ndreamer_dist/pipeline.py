@@ -584,7 +584,7 @@ def _delete_run(run: RunDirectory) -> None:
     own = (
         keys.DONE, keys.RESULTS, keys.MATCHES, keys.EMBEDDING, keys.PACKED, keys.TRAIN_DIR, keys.MODEL_DIR,
         keys.COHORT_DIR, keys.LOGS, keys.REPORT, keys.DROPPED, keys.MATCH_SUMMARY, keys.SPACES_DIR, keys.RUN_JSON,
-        f"results.{keys.ANNOTATIONS}",
+        keys.COMPARISON, keys.COMPARISON_TABLE, keys.COMPARISON_PICTURE, f"results.{keys.ANNOTATIONS}",
     )  # fmt: skip
     for name in own:
         run.storage.delete(name)

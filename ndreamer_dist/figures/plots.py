@@ -27,6 +27,8 @@ from scipy.cluster import hierarchy
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.graph import neighbour_graph, principal_components
+from ndreamer_dist.comparison.advice import MEASURES
+from ndreamer_dist.comparison.table import Comparison
 from ndreamer_dist.errors import QueryError, StoreError, listing, suggest
 from ndreamer_dist.figures.style import (
     DOWN,
@@ -55,7 +57,8 @@ from ndreamer_dist.stats.results import MIN_CELLS, Results
 from ndreamer_dist.storage.files import Storage, open_storage
 
 __all__ = [
-    "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "null_calibration", "overlap", "volcano",
+    "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "null_calibration", "overlap",
+    "spaces", "volcano",
 ]  # fmt: skip
 
 CELLS = 10_000
@@ -844,6 +847,43 @@ def overlap(
     ax.set_xlabel("distance to the control matches in the embedding")
     finish([ax], show=show, save=save)
     return ax
+
+
+@styled
+def spaces(comparison: Comparison, *, show: bool = False, save: Save = None) -> list[Axes]:
+    """Draw what was measured of every matching space, a panel per measure: the advised space full, the others pale.
+
+    An arrow says which way is better; a dot stands for a space that is best or within a tie of the best.
+
+    Parameters
+    ----------
+    comparison
+        What `nd.compare` returned.
+    """
+    table = comparison.table
+    names = [shortened(str(name)) for name in table["space"]]
+    known = [m for m in MEASURES if table[m.name].notna().any()]
+    axes = panels(len(known), None, size=(2.5, 0.75 + 0.3 * len(names)), columns=4)
+    shades = [DOWN if name == comparison.advice.space else QUIET for name in table["space"]]
+    for panel, measure in zip(axes, known, strict=True):
+        values = table[measure.name].to_numpy(dtype=float)
+        panel.barh(range(len(names)), np.nan_to_num(values), color=shades, height=0.66)
+        best = np.isfinite(values) & ~measure.beaten(values)
+        for place, value in enumerate(values):
+            told = "not measured" if math.isnan(value) else f"{value:.3g}" + " \N{BULLET}" * int(best[place])
+            panel.text(1.02, place, told, transform=panel.get_yaxis_transform(), va="center", fontsize=8.5)
+        if measure.better == "one":
+            panel.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        way = {"high": "\N{RIGHTWARDS ARROW}", "low": "\N{LEFTWARDS ARROW}", "one": "near 1"}[measure.better]
+        panel.set_title(f"{measure.title} {way}", fontsize=10)
+        panel.set_yticks(range(len(names)), names)
+        panel.set_xlim(min(0.0, float(np.nanmin(values))), max(float(np.nanmax(values)), 1e-9) * 1.02)
+        panel.invert_yaxis()
+        panel.tick_params(axis="y", length=0)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.xaxis.set_major_locator(ticker.MaxNLocator(3))
+    finish(axes, show=show, save=save)
+    return axes
 
 
 def _population(part: pd.DataFrame, population: str, condition: str) -> pd.DataFrame:

@@ -27,12 +27,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from ndreamer_dist import keys
+from ndreamer_dist.comparison.table import kept_comparison
 from ndreamer_dist.compute.monitors import last_call
 from ndreamer_dist.errors import NDreamerError, StoreError
 from ndreamer_dist.figures import plots
 from ndreamer_dist.figures.style import DPI, categories, figure_bytes, gene_labels, write_file
 from ndreamer_dist.report.tables import (
     Table,
+    comparison_table,
     decomposition_table,
     diagnostics_tables,
     effects,
@@ -214,6 +216,7 @@ def _content(data: PageData) -> dict[str, Any]:
         "trust": list(_trust(data)),
         "trust_figures": list(_trust_pictures(data)),
         "diagnostics": diagnostics_tables(data.diagnostics),
+        **_spaces(results),
         "nested": data.diagnostics.layout in ("nested", "partly crossed"),
         "modelled": whole(len(results.var_names)),
         "training": _training(data),
@@ -576,6 +579,20 @@ def _trust_pictures(data: PageData) -> Iterator[Picture]:
         "Line plot of the share of p-values below each level under permuted donor labels, by test",
         lambda: plots.null_calibration(results, by, table=null),
     )  # fmt: skip
+
+
+def _spaces(results: Results) -> dict[str, Any]:
+    """Return what `compare` found of the run's matching spaces, if it was asked and the results are still those."""
+    run = plots.run_of(results)
+    comparison = None if run is None else kept_comparison(run, results)
+    if comparison is None:
+        return {"spaces": None}
+    picture = _picture(
+        "Matching spaces", "What was measured of each; the advised one in colour, a dot where a space is best or within a tie.",
+        "Bar charts of the measures of every matching space", lambda: plots.spaces(comparison),
+    )  # fmt: skip
+    by = f"Populations: {comparison.populations}."
+    return {"spaces": ([*comparison.sentences(), by], picture, comparison_table(comparison))}
 
 
 def _training(data: PageData) -> Picture:

@@ -13,6 +13,8 @@ from natsort import index_natsorted
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.comparison.advice import MEASURES
+from ndreamer_dist.comparison.table import Comparison
 from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.figures.plots import SIGNIFICANT, SMALLEST, effect_column, run_of
 from ndreamer_dist.settings import Settings
@@ -341,3 +343,9 @@ def timings_table(results: Results) -> Table | None:
         number("peak_gb", "peak memory", lambda value: f"{value:.2f} GB", "of the driver's machine, all processes"),
     ]
     return table_of(frame, "What the stages took", columns)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return what was measured of every matching space."""
+    columns = [number(measure.name, measure.title, plain, measure.meaning) for measure in MEASURES]
+    return table_of(comparison.table, "Matching spaces", [text("space", "space"), *columns])

@@ -333,7 +333,7 @@ class Neighbours:
 def _described(given: StatisticsInput, codes: np.ndarray, number: int, conditions: list[int]) -> Described:
     near = column(given.cells, keys.OBS_OVERLAP).to_numpy()
     effects, near_effects = (Moments.empty(number, len(given.design.conditions), len(given.genes)) for _ in range(2))
-    for rows, values in _effects(given, codes, conditions):
+    for rows, values in individual_effects(given, codes, conditions):
         condition = given.design.group_conditions[given.design.group_of(rows)]
         effects.add(values, codes[rows], condition)
         near_effects.add(values, np.where(near[rows], codes[rows], -1), condition)
@@ -347,7 +347,7 @@ def _described(given: StatisticsInput, codes: np.ndarray, number: int, condition
     )  # fmt: skip
 
 
-def _effects(
+def individual_effects(
     given: StatisticsInput, codes: np.ndarray, conditions: list[int]
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     """Give packed rows and the individual effects of their cells, part by part."""

@@ -47,6 +47,7 @@ class Reader(HTMLParser):
 def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the hostile run, written where it goes by itself."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("page") / "run"))
+    nd.compare(run, by="cell_type")
     assert nd.report(run, cells=300) == str(run / keys.REPORT)
     return run / keys.REPORT
 
@@ -89,6 +90,14 @@ def test_tables_show_the_donors_test_first_and_say_what_the_sign_test_is(read: R
     assert len(tops) > 30
     first = min(p for p in part["p"] if p == p)
     assert any(row[heads.index("p (donors)")] == f"{first:.2g}" for row in tops)
+
+
+def test_what_was_compared_of_matching_spaces_is_told(read: Reader) -> None:
+    assert "There is one space alone, ndreamer" in read.text
+    assert any(row[:3] == ["space", "purity", "overlap"] for row in read.rows)
+    assert "Bar charts of the measures of every matching space" in [
+        a.get("alt") for tag, a in read.tags if tag == "img"
+    ]
 
 
 def test_limits_and_timings_are_told(read: Reader) -> None:

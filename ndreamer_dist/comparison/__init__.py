@@ -1,0 +1,1 @@
+"""Which matching space a cohort favours: measures of every space, a table, and the rule for the advice."""

@@ -1,0 +1,141 @@
+"""Effects from two disjoint halves of the donors, to see whether they agree.
+
+In: a run's matches and expression, a population per cell, a donor per group. Out: the mean effect of a condition in every
+population from each half of several splits. A half's effect is an average over its own donors' cells alone, of its own
+donors' groups alone, treated and control, so that two halves have no cell in common.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from ndreamer_dist.cohort.design import Group
+from ndreamer_dist.effects.averages import kernel_weights
+from ndreamer_dist.stats.cate_table import StatisticsInput
+from ndreamer_dist.stats.populations import READ_ROWS, Replicates
+
+SPLITS = 5
+"""Splits of the donors; their correlations are averaged."""
+LEAST_IN_HALF = 10
+"""Treated cells of a population that each half needs."""
+SPLIT_SEED = 0x5B117
+"""Tells these draws from others of the same seed."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Which half of every split the groups are in: (splits, groups), 0 or 1."""
+
+    of_group: np.ndarray
+
+
+def donor_halves(replicates: Replicates, seed: int) -> Halves | None:
+    """Split the donors at random, as equally as can be among those seen under the same conditions.
+
+    Returns
+    -------
+    Nothing where a group holds cells of several donors: their matches are not apart.
+    """
+    design = replicates.design
+    if len(replicates.pieces) != len(design.groups):
+        return None
+    donor_of_group = [replicates.donors[piece.replicate] for piece in replicates.pieces]
+    conditions: dict[str, set[int]] = {}
+    for donor, group in zip(donor_of_group, design.groups, strict=True):
+        conditions.setdefault(donor, set()).add(group.condition)
+    strata: dict[tuple[int, ...], list[str]] = {}
+    for donor in sorted(conditions):
+        strata.setdefault(tuple(sorted(conditions[donor])), []).append(donor)
+    generator = np.random.default_rng(np.random.SeedSequence((seed, SPLIT_SEED)))
+    splits = np.zeros((SPLITS, len(design.groups)), dtype=np.int64)
+    for split in splits:
+        half = {
+            str(donor): place % 2
+            for _, donors in sorted(strata.items())
+            for place, donor in enumerate(generator.permutation(donors))
+        }
+        split[:] = [half[donor] for donor in donor_of_group]
+    return Halves(splits)
+
+
+def half_effects(given: StatisticsInput, codes: np.ndarray, number: int, halves: Halves, condition: int) -> np.ndarray:
+    """Return the mean effect of a condition in every population: (splits, 2, populations, genes).
+
+    NaN where a half has fewer than 10 of its treated cells, or no donor on one of the sides.
+
+    Parameters
+    ----------
+    codes, number
+        (cells,) population of every packed row, -1 for none, and how many there are.
+    """
+    asked = _Asked(given, codes, number, halves, condition)
+    cells, groups = asked.cells(), {side: asked.groups(side) for side in (condition, 0)}
+    total = np.zeros((cells.size, len(given.columns)))
+    for side in (condition, 0):
+        each = np.repeat(np.maximum(groups[side], 1).ravel(), number) * np.maximum(cells, 1).ravel()
+        scale = sparse.diags((1 if side else -1) / each)
+        for target in given.design.with_condition(side):
+            weights = scale @ asked.weights(target)
+            for start in range(target.start, target.stop, READ_ROWS):
+                rows = np.arange(start, min(start + READ_ROWS, target.stop))
+                total += (weights[:, rows - target.start] @ given.expression.read(rows, given.columns)).toarray()
+    total = total.reshape(*cells.shape, -1)
+    total[(cells < LEAST_IN_HALF) | (np.minimum(groups[condition], groups[0]) == 0)[..., None]] = np.nan
+    return total
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The question for effects of halves, as of `half_effects`."""
+
+    given: StatisticsInput
+    codes: np.ndarray
+    number: int
+    halves: Halves
+    condition: int
+
+    def cells(self) -> np.ndarray:
+        """Return the treated cells: (splits, 2, populations)."""
+        cells = np.zeros((len(self.halves.of_group), 2, self.number), dtype=np.int64)
+        for group in self.given.design.with_condition(self.condition):
+            own = self.codes[group.start : group.stop]
+            counts = np.bincount(own[own >= 0], minlength=self.number)
+            for split, half in enumerate(self.halves.of_group[:, group.code]):
+                cells[split, half] += counts
+        return cells
+
+    def groups(self, condition: int) -> np.ndarray:
+        """Return how many groups of a condition there are: (splits, 2)."""
+        own = self.halves.of_group[:, [group.code for group in self.given.design.with_condition(condition)]]
+        return np.stack([(own == half).sum(axis=1) for half in (0, 1)], axis=1)
+
+    def weights(self, target: Group) -> sparse.csr_matrix:
+        """Return how often a target group's cells are matched with: (splits * 2 * populations, cells of the target)."""
+        shape = (len(self.halves.of_group) * 2 * self.number, target.cells)
+        total = sparse.csr_matrix(shape)
+        for query in self.given.design.with_condition(self.condition):
+            together = self.halves.of_group[:, query.code] == self.halves.of_group[:, target.code]
+            rows = query.start + np.flatnonzero(self.codes[query.start : query.stop] >= 0)
+            if not (together.any() and len(rows)):
+                continue
+            near, weight = self._matches(rows, query, target)
+            cell, place = np.nonzero(near >= 0)
+            splits = np.flatnonzero(together)
+            first = (splits * 2 + self.halves.of_group[splits, query.code]) * self.number
+            asking = (first[:, None] + self.codes[rows[cell]]).ravel()
+            matched = np.tile(near[cell, place] - target.start, len(splits))
+            each = np.tile(weight[cell, place], len(splits))
+            total = total + sparse.coo_matrix((each, (asking, matched)), shape=shape).tocsr()
+        return total
+
+    def _matches(self, rows: np.ndarray, query: Group, target: Group) -> tuple[np.ndarray, np.ndarray]:
+        """Return the matches of some cells and their weights, as effects average them: (cells, k) each."""
+        if query == target:
+            return rows[:, None], np.ones((len(rows), 1))
+        counterparts, pair = self.given.counterparts, (query.code, target.code)
+        near, distance = counterparts.edges(rows, [pair], distances=counterparts.neighbours > 1)[pair]
+        most = counterparts.neighbours
+        return near[:, :most].astype(np.int64), kernel_weights(distance[:, :most], counterparts.bandwidth)

@@ -1,0 +1,108 @@
+"""The advice follows its written rule, and hides no column in which the advised space loses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ndreamer_dist.comparison.advice import MEASURES, Advice, advise
+
+EVEN = {
+    "purity": 0.9, "overlap": 0.9, "mixing": 0.5, "separation": 0.9, "silhouette": 0.2, "agreement": 0.9, "slope": 0.9,
+    "split_half": 0.5, "state_held": 0.6, "seconds": 100.0, "peak_gb": 1.0,
+}  # fmt: skip
+NOTHING = dict.fromkeys(EVEN, np.nan)
+
+
+def advice(*, nested: bool = False, clustered: bool = False, **spaces: dict[str, Any]) -> Advice:
+    """Return the advice for spaces that are even but for what is named."""
+    table = pd.DataFrame([{"space": name, **EVEN, **values} for name, values in spaces.items()])
+    return advise(table, nested=nested, clustered=clustered)
+
+
+def test_every_measure_has_an_even_value_here() -> None:
+    assert [measure.name for measure in MEASURES] == list(EVEN)
+
+
+def test_most_points_win_and_every_loss_is_named() -> None:
+    found = advice(a={"agreement": 0.95, "state_held": 0.7, "mixing": 0.1}, b={"overlap": 0.95, "seconds": 50.0})
+    assert found.space == "a"
+    assert "Take a" in found.why[0]
+    assert "5 of 6 criteria" in found.why[0]
+    assert "b 4" in found.why[0]
+    assert found.losses == (
+        "It loses in overlap: 0.900, b 0.950.",
+        "It loses in iLISI, which is no criterion here: 0.100, b 0.500.",
+        "It loses in seconds, which is no criterion here: 100, b 50.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "winner", "why"),
+    [
+        pytest.param({"seconds": 100.0}, {"seconds": 50.0}, "b", "in less time", id="equal_but_for_time"),
+        pytest.param({"seconds": np.nan}, {"seconds": np.nan}, "a", "before it in the table", id="equal_in_all"),
+        pytest.param(
+            {"purity": 0.93}, {"split_half": 0.6, "seconds": 500.0}, "b", "halves of donors that agree better",
+            id="halves_before_time",
+        ),
+        pytest.param({"purity": 0.91}, {"seconds": 50.0}, "b", "in less time", id="a_difference_within_a_tie"),
+        pytest.param({"purity": 0.911}, {"seconds": 50.0}, "a", "it is the best", id="a_difference_beyond_a_tie"),
+    ],
+)  # fmt: skip
+def test_ties(a: dict[str, float], b: dict[str, float], winner: str, why: str) -> None:
+    found = advice(a=a, b=b)
+    assert found.space == winner
+    assert why in found.why[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "nested", "clustered", "aside"),
+    [
+        pytest.param({"purity": 0.84}, False, False, True, id="impure"),
+        pytest.param({"purity": 0.86}, False, False, False, id="nearly_as_pure"),
+        pytest.param({"purity": 0.84}, False, True, False, id="impure_by_clusters"),
+        pytest.param({"agreement": 0.84}, False, False, True, id="other_effects"),
+        pytest.param({"agreement": 0.5, "slope": 0.2}, True, False, False, id="other_effects_where_nested"),
+        pytest.param({"state_held": 0.44}, True, False, True, id="state_lost_where_nested"),
+        pytest.param({"state_held": 0.44}, False, False, False, id="state_lost_where_crossed"),
+    ],
+)
+def test_a_space_that_is_far_behind_is_set_aside(
+    values: dict[str, float], nested: bool, clustered: bool, aside: bool
+) -> None:
+    better = {"overlap": 0.99, "split_half": 0.9}
+    found = advice(nested=nested, clustered=clustered, good={}, far={**better, **values})
+    assert any(text.startswith("far is set aside") for text in found.aside) == aside
+    assert found.space == ("good" if aside else "far")
+    if aside:  # where it is better is said all the same
+        assert "It loses in overlap: 0.900, far 0.990." in found.losses
+
+
+def test_where_all_would_be_set_aside_none_is() -> None:
+    found = advice(a={"purity": 0.7}, b={"agreement": 0.7, "slope": 0.5})
+    assert "none is set aside" in found.aside[0]
+    assert found.space == "a"
+
+
+def test_a_slope_is_best_near_1() -> None:
+    assert advice(over={"slope": 1.3}, near={"slope": 0.96}).space == "near"
+
+
+def test_columns_that_cannot_be_had_do_not_count() -> None:
+    nothing = {"split_half": np.nan, "state_held": np.nan}
+    found = advice(a={**nothing, "overlap": 0.95}, b=nothing)
+    assert "4 of 4 criteria" not in found.why[0].replace("4 of 4 criteria (purity, overlap, r, slope)", "")
+    assert found.space == "a"
+    one = advice(a={"state_held": np.nan, "overlap": 0.95, "purity": 0.92}, b={})
+    assert "It has no state held, which others have (b 0.600)." in one.losses
+    none = advice(a=NOTHING, b=NOTHING)
+    assert none.space == "a"
+    assert "No criterion could be measured" in none.why[0]
+
+
+def test_one_space_alone_is_no_choice() -> None:
+    assert "one space alone" in advice(only={}).why[0]
