@@ -17,6 +17,7 @@ import zarr
 from anndata.io import read_elem
 from scipy import sparse
 
+from ndreamer_dist.cohort.matrix import is_dask
 from ndreamer_dist.cohort.source import MemoryMatrix, Source, open_root
 from ndreamer_dist.errors import CohortError, NDreamerError, listing, quoted, suggest
 
@@ -91,6 +92,10 @@ def _array(element: Any, where: str) -> np.ndarray:
         values = np.asarray(element[...])
     elif isinstance(element, h5py.Group | zarr.Group):
         values = read_elem(element)
+    elif is_dask(element):
+        values = element.compute()
+    elif hasattr(element, "to_memory"):  # a table of a lazy AnnData
+        values = element.to_memory()
     if isinstance(values, pd.DataFrame):
         _refuse_columns((str(name) for name, kind in values.dtypes.items() if not _is_float(kind)), where)
         values = values.to_numpy(dtype=np.float64)

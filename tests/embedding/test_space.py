@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
+from ndreamer_dist.cohort.obsm import coordinates_of
+from ndreamer_dist.cohort.source import open_source
 from ndreamer_dist.errors import CohortError, SettingsError
 from ndreamer_dist.storage.arrays import read_array
 from ndreamer_dist.storage.files import open_storage
@@ -209,6 +212,27 @@ def test_given_coordinates_are_read_from_stored_cohorts(cohort, finished, tmp_pa
     for key in ("X_mine", "frame"):
         results = run(path, tmp_path / key, f"{keys.OBSM_PREFIX}{key}").results
         np.testing.assert_array_equal(results.embedding(), nd.open_results(finished, embedding=GIVEN).embedding())
+
+
+OPENED = {
+    "lazy_zarr": ("zarr", anndata.experimental.read_lazy),
+    "lazy_h5ad": ("h5ad", anndata.experimental.read_lazy),
+    "backed": ("h5ad", functools.partial(anndata.read_h5ad, backed="r")),
+}
+
+
+@pytest.mark.parametrize("kind", OPENED)
+def test_given_coordinates_are_read_from_an_anndata_that_leaves_them_in_its_file(cohort, tmp_path, kind):
+    container, opened = OPENED[kind]
+    path = tmp_path / f"cohort.{container}"
+    written(cohort, path)
+    source = open_source(opened(path))
+    for key in ("X_mine", "frame"):
+        np.testing.assert_array_equal(coordinates_of(source, key), np.asarray(cohort.obsm[key], dtype=np.float32))
+    with pytest.raises(CohortError, match=r"no 'X_mien'.*Did you mean 'X_mine'"):
+        coordinates_of(source, "X_mien")
+    with pytest.raises(CohortError, match="int64 values; expected floats"):
+        coordinates_of(source, "counts")
 
 
 @pytest.mark.parametrize("name", [*SPACES, keys.NDREAMER])
