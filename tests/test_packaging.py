@@ -118,6 +118,8 @@ def test_the_tests_run_on_every_python_that_the_package_takes() -> None:
     classified = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     (script,) = re.findall(r"for version in (.*); do", (ROOT / ".ci/pythons").read_text())
     assert versions == classified == script.split() == ["3.11", "3.12", "3.13"]
+    (newest_first,) = re.findall(r"for version in (.*); do", (ROOT / ".ci/newest").read_text())
+    assert newest_first.split() == versions[::-1]
     assert PROJECT["requires-python"] == ">=3.11,<3.14"
 
 

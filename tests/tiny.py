@@ -9,6 +9,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import zarr
 from scipy import sparse
 
 from ndreamer_dist import keys
@@ -80,6 +81,18 @@ def undone(reference: Path, copy: Path, stage: str) -> Path:
     (copy / keys.RESULTS / "zarr.json").unlink()
     (copy / keys.LOCK).unlink(missing_ok=True)  # in object storage it would be a lease
     return copy
+
+
+def layer_names(adata: anndata.AnnData) -> list[str]:
+    """Return the names of an AnnData's layers; from anndata 0.13 on, X is one of them and has none."""
+    return [name for name in adata.layers if name is not None]
+
+
+def write_into(root: zarr.Group, name: str, value: object) -> None:
+    """Write an element at a place in a store, as a user's script does; anndata 0.13 takes no path."""
+    folder, _, last = name.rpartition("/")
+    with anndata.settings.override(auto_shard_zarr_v3=False):
+        anndata.io.write_elem(root[folder] if folder else root, last, value)
 
 
 def dense(values: Any) -> np.ndarray:

@@ -252,7 +252,8 @@ def _open_memory(adata: Any, layer: str | None, prefer_counts: bool) -> Source:
 def _read_memory(adata: ad.AnnData, layer: str | None) -> Source:
     raw = layer in RAW_NAMES and layer not in adata.layers and adata.raw is not None
     if layer is not None and layer not in adata.layers and not raw and layer != MATRIX:
-        raise CohortError(no_layer("the AnnData", layer, adata.layers, raw=adata.raw is not None))
+        names = [name for name in adata.layers if name is not None]  # anndata 0.13 counts X among them
+        raise CohortError(no_layer("the AnnData", layer, names, raw=adata.raw is not None))
     if raw:
         values, var = adata.raw.X, adata.raw.var
     else:

@@ -111,9 +111,15 @@ def _matrices(group: Any) -> Iterator[tuple[str, str]]:
 def _write_rows(made: zarr.Group, name: str, blocks: Iterator[sparse.csr_matrix]) -> None:
     for number, block in enumerate(tqdm(blocks, desc=name, unit="block", disable=None)):
         if number == 0:
-            write_elem(made, name, block)
+            _write(made, name, block)
         else:
             sparse_dataset(made[name]).append(block)
+
+
+def _write(made: zarr.Group, name: str, value: Any) -> None:
+    """Write an element at a place of the store; anndata 0.13 takes no path, only a name in a group."""
+    folder, _, last = name.rpartition("/")
+    write_elem(made.require_group(folder) if folder else made, last, value)
 
 
 def _copy_rest(group: Any, made: zarr.Group) -> None:
@@ -122,9 +128,9 @@ def _copy_rest(group: Any, made: zarr.Group) -> None:
     names = [f"obsm/{name}" for name in group["obsm"]] if "obsm" in group and is_group(group["obsm"]) else []
     for name in (*names, "uns/log1p"):
         with suppress(Exception):  # a part that anndata cannot read is not needed for a run
-            write_elem(made, name, read_elem(group[name]))
+            _write(made, name, read_elem(group[name]))
     if raw is not None:
-        write_elem(made, "raw/var", read_frame(group, raw[1], "raw"))
+        _write(made, "raw/var", read_frame(group, raw[1], "raw"))
         made["raw"].attrs.update({"encoding-type": "raw", "encoding-version": "0.1.0"})
 
 

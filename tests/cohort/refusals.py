@@ -367,6 +367,7 @@ TABLES: tuple[tuple[str, Mapping[str, Case]], ...] = (
 def row_of(name: str, told: Said, folder: Path) -> str:
     """Return the row of the page: what was said, less what differs from one machine and folder to the next."""
     text = told.refusal.removeprefix("error: ").replace(str(folder), "DIR")
+    text = re.sub(r"(eof = )\d+", r"\1N", text)  # of a file that anndata writes
     text = re.sub(r"\d+\.\d+ GB", "N GB", re.sub(r"\(\{.*?\}\)", "(...)", text))
     return f"| {name} | `{text.replace('|', chr(92) + '|')}` |"
 

@@ -171,14 +171,14 @@ def test_of_a_stored_mudata_the_modality_rna_is_read(store: str, tmp_path: Path)
     adata = counts(50, 12)
     if store == "h5mu":
         with h5py.File(tmp_path / "in.h5mu", "w") as file:
-            write_elem(file, "mod/rna", adata)
+            write_elem(file.create_group("mod"), "rna", adata)
             write_elem(file, "obs", adata.obs)
             file.attrs["encoding-type"] = "MuData"
         path = tmp_path / "in.h5mu"
     else:
         path = tmp_path / "in.zarr"
         with ad.settings.override(auto_shard_zarr_v3=False):
-            write_elem(zarr.open_group(path, mode="w"), "mod/rna", adata)
+            write_elem(zarr.open_group(path, mode="w").create_group("mod"), "rna", adata)
     source = pickle.loads(pickle.dumps(open_source(path)))
     np.testing.assert_array_equal(source.read_rows(0, 50).toarray(), adata.X.toarray())
 

@@ -25,7 +25,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.storage.arrays import open_array, write_array
 from ndreamer_dist.storage.files import open_storage
 from tests.fuzz.helpers import command, files_of
-from tests.tiny import NAMES, SETTINGS, tiny_cohort
+from tests.tiny import NAMES, SETTINGS, tiny_cohort, write_into
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = "results.zarr/zarr.json"
@@ -94,9 +94,8 @@ def told(name: str, change: Callable[[Any], object]) -> Damage:
     def damage(run: Path) -> None:
         root = zarr.open_group(str(run / keys.RESULTS), mode="r+", use_consolidated=False)
         value = json.loads(str(ad.io.read_elem(root[name])))
-        with ad.settings.override(auto_shard_zarr_v3=False):
-            changed = change(value)
-            ad.io.write_elem(root, name, changed if isinstance(changed, str) else json.dumps(value))
+        changed = change(value)
+        write_into(root, name, changed if isinstance(changed, str) else json.dumps(value))
         consolidate(run / keys.RESULTS)
 
     return damage
@@ -107,8 +106,7 @@ def fact(name: str, value: object) -> Damage:
 
     def damage(run: Path) -> None:
         root = zarr.open_group(str(run / keys.RESULTS), mode="r+", use_consolidated=False)
-        with ad.settings.override(auto_shard_zarr_v3=False):
-            ad.io.write_elem(root, f"uns/ndreamer/{name}", value)
+        write_into(root, f"uns/ndreamer/{name}", value)
         consolidate(run / keys.RESULTS)
 
     return damage

@@ -16,7 +16,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError, StoreError
 from ndreamer_dist.stats.results import Results
 from tests.test_cli import spoken
-from tests.tiny import NAMES, SETTINGS, arrays, as_memory, tiny_cohort
+from tests.tiny import NAMES, SETTINGS, arrays, as_memory, tiny_cohort, write_into
 
 
 @pytest.fixture(scope="module")
@@ -164,21 +164,15 @@ def test_the_command_takes_a_file(run: Path, tmp_path: Path, suffix: str, capsys
 # --- columns that another program wrote into the store -----------------------------------------------------------------
 
 
-def write(root: zarr.Group, name: str, value: object) -> None:
-    """Write an element as a user's script does, with today's default."""
-    with anndata.settings.override(auto_shard_zarr_v3=False):
-        anndata.io.write_elem(root, name, value)
-
-
 def add_column(run: Path, *, whole: bool, consolidated: bool) -> None:
     """Add a column to the stored obs by anndata: it alone, or all of obs written anew."""
     root = zarr.open_group(str(run / keys.RESULTS), mode="r+", use_consolidated=False)
     obs = anndata.io.read_elem(root["obs"])
     obs["leiden"] = pd.Categorical(np.where(np.arange(len(obs)) % 2, "0", "1"))
     if whole:
-        write(root, "obs", obs)
+        write_into(root, "obs", obs)
     else:
-        write(root, "obs/leiden", obs["leiden"].array)
+        write_into(root, "obs/leiden", obs["leiden"].array)
         root["obs"].attrs["column-order"] = [*root["obs"].attrs["column-order"], "leiden"]
     if consolidated:
         zarr.consolidate_metadata(root.store)
@@ -199,5 +193,5 @@ def test_a_column_that_anndata_added_is_no_damage(run: Path, whole: bool, consol
 def test_obs_of_other_cells_is_damage(run: Path) -> None:
     root = zarr.open_group(str(run / keys.RESULTS), mode="r+", use_consolidated=False)
     obs = anndata.io.read_elem(root["obs"])
-    write(root, "obs", obs.iloc[::-1])
+    write_into(root, "obs", obs.iloc[::-1])
     assert any("obs" in line for line in nd.check(run).damage)
