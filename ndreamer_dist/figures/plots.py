@@ -57,8 +57,8 @@ from ndreamer_dist.stats.results import MIN_CELLS, Results
 from ndreamer_dist.storage.files import Storage, open_storage
 
 __all__ = [
-    "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "null_calibration", "overlap",
-    "spaces", "volcano",
+    "decomposition", "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "ma", "null_calibration",
+    "overlap", "spaces", "volcano",
 ]  # fmt: skip
 
 CELLS = 10_000

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.docs.pages import ROOT
+import ndreamer_dist as nd
+from tests.docs.notebooks import NEEDS_CELLS, TUTORIALS, execute, lay_cohorts, notebook
+from tests.docs.pages import ROOT, blocks
 
 TEXT = (ROOT / ".github/mkdocs.yml").read_text()
 
@@ -39,6 +42,34 @@ def test_what_the_site_shows_of_the_package_is_there() -> None:
         assert module.with_suffix(".py").exists() or re.search(
             rf"^(def|class) {parts[-1]}\b", module.parent.with_suffix(".py").read_text(), re.MULTILINE
         ), name
+
+
+@pytest.mark.parametrize("page", sorted(TUTORIALS.glob("*.md")), ids=lambda page: page.stem)
+def test_a_notebook_has_all_of_its_page_and_runs_what_the_page_runs(page: Path) -> None:
+    made = notebook(page)["cells"]
+    run = [block for block in blocks(page) if not block.reason and block.kind in ("python", "bash")]
+    code = [cell["source"].removeprefix("%%bash\n") for cell in made if cell["cell_type"] == "code"]
+    assert code == [block.text.strip() for block in run]
+    assert all(block.text in "\n".join(cell["source"] + "\n" for cell in made) for block in blocks(page))
+    with_real = [cell for cell in notebook(page, real=True)["cells"] if cell["cell_type"] == "code"]
+    needing = [block for block in blocks(page) if block.reason and block.reason.startswith(NEEDS_CELLS)]
+    assert len(with_real) == len(run) + len(needing)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(find_spec("nbclient") is None, reason="nbclient is not installed: .github/docs-requirements.txt")
+@pytest.mark.parametrize("page", sorted(TUTORIALS.glob("*.md")), ids=lambda page: page.stem)
+def test_a_tutorial_runs_as_a_notebook_and_shows_its_pictures(page: Path, tmp_path: Path) -> None:
+    made = execute(page, tmp_path, real=lay_cohorts(tmp_path))
+    drawn = [cell for cell in made.cells if "nd.pl." in cell.source and cell.cell_type == "code"]
+    assert all(any("image/png" in each.get("data", {}) for each in cell.outputs) for cell in drawn)
+
+
+@pytest.mark.parametrize("page", ["gallery", "reference"])
+def test_every_figure_is_shown_and_described(page: str) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text()
+    assert [name for name in dir(nd.pl) if not re.search(rf"\b{name}\b", text)] == []
 
 
 @pytest.mark.slow
