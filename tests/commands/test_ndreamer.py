@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,11 @@ from tests.tiny import SETTINGS, as_memory, assert_same_bits, dense, layer_names
 SMALL = {name: value for name, value in SETTINGS.items() if name not in ("train.epochs", "train.batch_size")}
 PATTERNS = {"ite": keys.PUBLISHED_ITE, "denoised": keys.PUBLISHED_EXPRESSION, "batch_effect": keys.PUBLISHED_BATCH}
 CODED = {"batch": "*", "condition": "*"}
+
+
+def ours(warned: pytest.WarningsRecorder) -> list[warnings.WarningMessage]:
+    """Return the warnings of misspelt names; the newest anndata and pandas have some of their own."""
+    return [each for each in warned if "write " in str(each.message)]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +44,14 @@ def made(request, cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Sim
                 adata, condition_key="condition", contorl_name="control", batch_key=["donor", "site"], epoches=6,
                 batch_size=64, save_pth=folder, settings=SMALL,
             )  # fmt: skip
-        assert {str(w.message).split()[-1] for w in told} == {"control_name", "epochs"}
-        assert {w.filename for w in told} == {__file__}
+        assert {str(w.message).split()[-1] for w in ours(told)} == {"control_name", "epochs"}
+        assert {w.filename for w in ours(told)} == {__file__}
         ndreamer.train_model()
         ndreamer.get_modifier_space()
         ndreamer.decompose_true_expression_batch_effect_all(nearest_neighbor=1, bandwidth=1)
         with pytest.warns(DeprecationWarning, match="write Estimate_ITE_all") as told:
             ndreamer.Estmiate_ITE_all()
-        assert [w.filename for w in told] == [__file__]
+        assert [w.filename for w in ours(told)] == [__file__]
         assert before.obs.equals(adata.obs)
         assert (before.X != adata.X).nnz == 0
         assert not adata.obsm
