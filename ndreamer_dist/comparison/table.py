@@ -24,6 +24,7 @@ from ndreamer_dist.comparison.labels import CellPopulations
 from ndreamer_dist.comparison.measures import agreement, mean_correlation, scaled_lisi, silhouette
 from ndreamer_dist.comparison.state import StateQuestion
 from ndreamer_dist.compute.monitors import stage_costs
+from ndreamer_dist.planning.stages import SHARED
 from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.cate_table import StatisticsInput, individual_effects, replicates_of
@@ -156,7 +157,7 @@ def costs_of(run: RunDirectory) -> dict[str, tuple[float, float]]:
     for name, place in run.spaces().items():
         stages = place.read_run()["keys"]
         shared, own = (stage_costs(part.storage) for part in (run, place))
-        lines = pd.concat([shared[shared["stage"].isin(keys.SHARED)], own[~own["stage"].isin(keys.SHARED)]])
+        lines = pd.concat([shared[shared["stage"].isin(SHARED)], own[~own["stage"].isin(SHARED)]])
         lines = lines[lines["stage"].isin(stages)]
         if len(lines) == len(stages):
             found[name] = float(lines["seconds"].sum()), float(lines["peak_gb"].max())
