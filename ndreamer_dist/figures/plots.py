@@ -58,7 +58,7 @@ from ndreamer_dist.storage.files import Storage, open_storage
 
 __all__ = [
     "decomposition", "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "ma", "null_calibration",
-    "overlap", "spaces", "volcano",
+    "overlap", "response", "spaces", "volcano",
 ]  # fmt: skip
 
 CELLS = 10_000
@@ -374,6 +374,53 @@ def _violins(panel: Axes, values: Sequence[np.ndarray], shades: Sequence[str]) -
     panel.invert_yaxis()
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
+
+
+@styled
+def response(
+    results: Results,
+    by: Labels = None,
+    *,
+    condition: str | None = None,
+    table: pd.DataFrame | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> Axes:
+    """Draw how far treated cells go along the effect on their population, beside control cells under the same yardstick.
+
+    A grey and a coloured violin per population; the label says which share of the treated cells is within the placebo.
+
+    Parameters
+    ----------
+    by, condition
+        As for `results.response`.
+    table
+        What `results.response` returned; computed if there is none.
+
+    Raises
+    ------
+    QueryError
+        No treated cell of the condition has a response.
+    """
+    condition = condition or results.conditions[1]
+    table = results.response(by, condition=condition) if table is None else table
+    part = table[(table["condition"] == condition) & table["response"].notna()]
+    treated = part[~part["placebo"]]
+    if treated.empty:
+        msg = f"no cell of condition {condition!r} has a response"
+        raise QueryError(msg)
+    kinds = list(categories(treated["population"].astype(str)).categories)
+    (ax,) = panels(1, ax, size=(5.2, 1.2 + 0.4 * len(kinds)))
+    for cells, shades in ((part[part["placebo"]], ["#B4B9C0"] * len(kinds)), (treated, colours(kinds))):
+        values = [cells.loc[cells["population"].astype(str) == kind, "response"].to_numpy() for kind in kinds]
+        _violins(ax, values, shades)
+    ax.invert_yaxis()  # each call turns it
+    shares = treated.groupby(treated["population"].astype(str))["within_placebo"].mean()
+    ax.set_yticks(range(len(kinds)), [f"{shortened(kind)} ({shares[kind]:.0%} within)" for kind in kinds])
+    ax.set_xlabel(f"response to {shortened(condition, 24)}, in spreads of the placebo (grey: control cells)")
+    finish([ax], show=show, save=save)
+    return ax
 
 
 # --- effects ---------------------------------------------------------------------------------------------------------

@@ -313,3 +313,19 @@ def test_of_many_rows_those_with_donors_and_cells_on_both_sides_are_drawn_first(
     kept = plots._in_rows(rows)
     assert kept["row"].nunique() == plots.MOST_ROWS
     assert set(rows["condition"][sure]) <= set(kept["row"])
+
+
+def test_responses_are_drawn_beside_those_of_control_cells(results: Results) -> None:
+    table = results.response("cell_type")
+    axes = nd.pl.response(results, table=table)
+    treated = table[~table["placebo"]]
+    kinds = sorted(treated["population"].unique())
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    for kind, label in zip(kinds, labels, strict=True):
+        part = treated[treated["population"] == kind]
+        assert label == f"{kind} ({part['within_placebo'].mean():.0%} within)"
+    dots = [line.get_xydata()[0] for line in axes.get_lines() if line.get_marker() == "o"]
+    means = [treated.loc[treated["population"] == kind, "response"].mean() for kind in kinds]
+    assert np.allclose(sorted(x for x, _ in dots[len(kinds) :]), sorted(means))
+    low, high = axes.get_ylim()
+    assert low > high  # the first population is on top
