@@ -1,27 +1,31 @@
 """What each matching space finds on cohorts whose answer is known, or close to known: the table of docs/benchmarks-log.md.
 
     python jobs/benchmark_embeddings.py --out /tmp/embeddings [--spaces ndreamer pca harmony state ndreamer+state] \
-        [--variant weightless:loss.independence=0] [--cohorts crossed nested stateful kang] [--seeds 3] \
-        [--cells 8000] [--genes 1000] [--preset small] [--set run.serial=true] [--kang kang_pbmc_ifnb.h5ad]
+        [--variant weightless:loss.independence=0] [--cohorts crossed nested stateful shifted kang ctcl] [--seeds 3] \
+        [--within none cell_type ndreamer_cluster_low] [--cells 8000] [--genes 1000] [--preset small] [--set run.serial=true] [--kang kang_pbmc_ifnb.h5ad]
 
 Each space is matched in by the product's own path (`embed.method`); one that this version does not have is skipped by name.
 A variant is a set of settings on the trained space. Simulated cohorts have the seed of their run: `crossed` has 4 donors
-in both conditions, `nested` 16 in one each, `stateful` is crossed and its effects depend on the state. Kang's cohort is
-crossed too, so its differences of type means are close to the truth; by default it is looked for in $NDREAMER_TEST_DATA.
-Every run keeps its directory, so the same command goes on where it was stopped. Printed as Markdown, mean and, over seeds,
+in both conditions, `nested` 16 in one each, `stateful` is crossed and its effects depend on the state, `shifted` is nested and
+its treated cells' state is shifted by one standard deviation. Kang's cohort is crossed too, so its differences of type means
+are close to the truth; those of ctcl, 3 donors nested in each condition, are less so. Both are looked for in
+$NDREAMER_TEST_DATA by default. With --within every space is matched in several times, inside these labels (`match.within`),
+and only matching on is done again. Every run keeps its directory, so the same command goes on where it was stopped. Printed as Markdown, mean and, over seeds,
 standard deviation; all runs in OUT/embeddings.csv.
 
-- mean r, rmse: mean effects of the responding types over all genes, against the true ones (Kang: r and slope against
-  differences of type means).
+- mean r, rmse: mean effects of the responding types over all genes, against the true ones (real cohorts: r and slope
+  against differences of type means).
 - local r: does `denoised` follow the cell's state inside its type: over ten bins of the state, of genes that depend on it.
 - state r: do effects of single cells, smoothed over neighbours, follow the true ones inside types (`stateful`).
-- purity: share of control matches of the cell's own type.
+- purity: share of control matches of the cell's own type; inside: share that `match.within` kept in the cell's label.
+- shifted: share of p <= 0.05 among genes that the shift of state moves and the condition does not (`shifted`), in all types.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import itertools
 import os
 import platform
 import shlex
@@ -49,8 +53,13 @@ SIMULATED: dict[str, dict[str, Any]] = {
     "crossed": {"batches": 4, "design": "crossed"},
     "nested": {"batches": 16, "design": "nested"},
     "stateful": {"batches": 4, "design": "crossed", "state_effects": 1.0},
+    "shifted": {"batches": 16, "design": "nested", "state_shift": 1.0},
 }
-KANG = "kang"
+KANG, CTCL = "kang", "ctcl"
+REAL: dict[str, dict[str, Any]] = {KANG: {"control": "ctrl"}, CTCL: {"control": "healthy", "batch_key": DONOR}}
+NO_LABELS = "none"
+MOVED = 0.05
+"""Change of a gene's mean expression by the shift of state, above which it counts as moved."""
 BINS = 10
 FORMATS = {
     "mean_r": ".3f",
@@ -59,6 +68,8 @@ FORMATS = {
     "local_r": ".3f",
     "state_r": ".3f",
     "purity": ".3f",
+    "inside": ".3f",
+    "shifted": ".3f",
     "seconds": ".0f",
 }
 
@@ -69,6 +80,7 @@ class Row:
 
     cohort: str
     space: str
+    within: str
     seed: int
     mean_r: float
     rmse: float
@@ -76,6 +88,8 @@ class Row:
     local_r: float
     state_r: float
     purity: float
+    inside: float
+    shifted: float
     seconds: float
 
 
@@ -86,8 +100,8 @@ def main() -> None:
     rows: list[Row] = []
     for cohort in given.cohorts:
         for name, settings in spaces.items():
-            for seed in range(given.seeds):
-                rows.append(measured(given, cohort, name, settings, seed))
+            for seed, within in itertools.product(range(given.seeds), given.within):
+                rows.append(measured(given, cohort, name, settings | {"match.within": within}, seed))
                 print(rows[-1], file=sys.stderr, flush=True)
                 pd.DataFrame(map(asdict, rows)).to_csv(given.out / "embeddings.csv", index=False)
     print(circumstances())
@@ -98,16 +112,17 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cohorts", nargs="+", choices=[*SIMULATED, KANG], default=[*SIMULATED, KANG])
+    parser.add_argument("--cohorts", nargs="+", choices=[*SIMULATED, *REAL], default=[*SIMULATED, KANG])
+    parser.add_argument("--within", nargs="+", default=[NO_LABELS], help="labels to match inside, one after the other")
     parser.add_argument("--spaces", nargs="*", default=list(SPACES))
     parser.add_argument("--variant", action="append", default=[], help="NAME:stage.setting=value,...")
     for name, default in {"seeds": 3, "cells": 8000, "genes": 1000}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--set", action="append", default=[], dest="assignments", help="of every run")
-    parser.add_argument(
-        "--kang", type=Path, default=Path(os.environ.get("NDREAMER_TEST_DATA", ".")) / "kang_pbmc_ifnb.h5ad"
-    )
+    folder = Path(os.environ.get("NDREAMER_TEST_DATA", "."))
+    for name, file in {KANG: "kang_pbmc_ifnb.h5ad", CTCL: "ctcl_skin.h5ad"}.items():
+        parser.add_argument(f"--{name}", type=Path, default=folder / file)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     return given
@@ -130,19 +145,24 @@ def wanted(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def measured(given: argparse.Namespace, cohort: str, name: str, settings: dict[str, Any], seed: int) -> Row:
     """Run the job on a cohort in one space, or open the run that is there, and measure it."""
-    path = given.kang if cohort == KANG else given.out / f"{cohort}-{seed}.zarr"
-    if cohort != KANG and not path.exists():
+    path = getattr(given, cohort) if cohort in REAL else given.out / f"{cohort}-{seed}.zarr"
+    if cohort not in REAL and not path.exists():
         simulate(path, cells=given.cells, genes=given.genes, seed=seed, **SIMULATED[cohort])
-    columns = {"control": "ctrl"} if cohort == KANG else {"control": "control", "batch_key": DONOR}
+    columns = REAL.get(cohort, {"control": "control", "batch_key": DONOR})
     started = time.perf_counter()
     results = nd.run(
         path, out=given.out / "runs" / cohort / name / str(seed), condition_key=CONDITION, preset=given.preset,
-        settings={"seed": seed, **parse_assignments(given.assignments), **settings}, **columns,
+        settings={"seed": seed, **parse_assignments(given.assignments), **settings}, redo=True, **columns,
     ).results  # fmt: skip
     seconds = time.perf_counter() - started
-    found = of_kang(results) if cohort == KANG else of_truth(results, load_truth(path))
+    found = of_types(results) if cohort in REAL else of_truth(results, load_truth(path))
+    if cohort == "shifted":
+        found["shifted"] = share_of_shifted(results, load_truth(path))
+    if results.matched_inside:
+        found["inside"] = results.matched_inside.share
     empty = dict.fromkeys(FORMATS, float("nan"))
-    return Row(cohort, name, seed, **empty | found | {"purity": purity(results), "seconds": seconds})
+    found |= {"purity": purity(results), "seconds": seconds}
+    return Row(cohort, name, str(settings["match.within"]), seed, **empty | found)
 
 
 def of_truth(results: nd.Results, truth: Truth) -> dict[str, float]:
@@ -196,8 +216,19 @@ def local_correlation(results: nd.Results, truth: Truth) -> float:
     return float(np.mean(of_types))
 
 
-def of_kang(results: nd.Results) -> dict[str, float]:
-    """Measure a run on a crossed cohort against the differences of its type means: r and slope over genes, mean over types."""
+def share_of_shifted(results: nd.Results, truth: Truth) -> float:
+    """Return the share of p <= 0.05 among the genes of each type that the shift of state moves and the condition does not."""
+    small = []
+    for (kind, condition), table in results.cate(CELL_TYPE).groupby(["population", "condition"]):
+        genes = list(table["gene"])
+        moved = np.abs(truth.mean_state_shift(str(kind), str(condition), genes)) > MOVED
+        moved &= ~np.isin(genes, list(truth.effect_genes)) & table["p"].notna().to_numpy()
+        small.append(table["p"].to_numpy()[moved] <= 0.05)
+    return float(np.concatenate(small).mean())
+
+
+def of_types(results: nd.Results) -> dict[str, float]:
+    """Measure a run against the differences of its type means: r and slope over genes, mean over types."""
     r, slope = agreement_with_means(results, populations_of(results.packed_obs, CELL_TYPE)[1])
     return {"mean_r": r, "slope": slope}
 
@@ -220,11 +251,11 @@ def circumstances() -> str:
 
 def markdown(table: pd.DataFrame) -> str:
     """Return the mean over seeds of every cohort and space, with the standard deviation where there are several."""
-    heads = ["cohort", "space", *(name.replace("_", " ") for name in FORMATS)]
+    heads = ["cohort", "space", "within", *(name.replace("_", " ") for name in FORMATS)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for (cohort, space), rows in table.groupby(["cohort", "space"], sort=False):
+    for (cohort, space, within), rows in table.groupby(["cohort", "space", "within"], sort=False):
         cells = [shown(rows[name].dropna().to_numpy(), form) for name, form in FORMATS.items()]
-        lines.append(f"| {cohort} | {space} | " + " | ".join(cells) + " |")
+        lines.append(f"| {cohort} | {space} | {within} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -76,6 +76,14 @@ Embedding = Annotated[
         help="Space to match in: ndreamer (default), pca, harmony, state, ndreamer+state, or obsm:KEY of the input."
     ),
 ]
+MatchWithin = Annotated[
+    str | None,
+    typer.Option(
+        "--match-within", metavar="COLUMN",
+        help="Column of obs with cell types that cells are matched inside, where a group has enough of the type; "
+        "ndreamer_cluster_low: the low clusters (default: none).",
+    ),
+]  # fmt: skip
 ValuesOfX = Annotated[
     Normalise | None,
     typer.Option(help="What X holds. counts: raw counts; none: log-normalised values; auto: find out (default)."),
@@ -164,6 +172,7 @@ def run(
     control: Control = None,
     batch_key: BatchKey = None,
     embedding: Embedding = None,
+    match_within: MatchWithin = None,
     preset: PresetName = "paper",
     normalise: ValuesOfX = None,
     layer: LayerOfInput = None,
@@ -186,7 +195,7 @@ def run(
     from ndreamer_dist.pipeline import run as run_job
 
     given = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
-    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition)
+    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition) | {"match.within": match_within}
     finished = run_job(
         cohort,
         out=out,
@@ -216,6 +225,7 @@ def plan(
     control: Control = None,
     batch_key: BatchKey = None,
     embedding: Embedding = None,
+    match_within: MatchWithin = None,
     preset: PresetName = "paper",
     normalise: ValuesOfX = None,
     layer: LayerOfInput = None,
@@ -230,7 +240,7 @@ def plan(
     """Show what `run` would do and need (groups, steps, memory, disk), without running it."""
     from ndreamer_dist.pipeline import plan as plan_job
 
-    given = {"train.workers": workers, "match.neighbours": neighbours}
+    given = {"train.workers": workers, "match.neighbours": neighbours, "match.within": match_within}
     given |= _cohort_settings(normalise, layer, gene_names, exclude_condition)
     planned = plan_job(
         cohort,

@@ -117,6 +117,8 @@ HARMONY_INPUT: Final = "harmony_input"  # (cells, dimensions) float32: the princ
 MATCH_SUMMARY: Final = "match/summary.json"  # how many queries had to widen
 MATCH_ROW: Final = "row"  # <query group>/row: (cells of the group, groups, k); the chunk of an edge has one writer
 MATCH_DISTANCE: Final = "distance"
+MATCH_LABEL: Final = "label"  # (cells,) int32: codes of the labels that cells are matched inside, -1 for none
+MATCH_WITHIN: Final = "match.within"  # the setting; in run.json, what was taken from the input for it
 
 # --- results.zarr ------------------------------------------------------------------------------------------------
 OBS_PREFIX: Final = "ndreamer_"
@@ -129,6 +131,7 @@ OBS_INPUT_ROW: Final = "ndreamer_input_row"
 OBS_MATCH_DISTANCE: Final = "ndreamer_match_distance"
 OBS_OVERLAP: Final = "ndreamer_overlap"
 OBS_TIMES_MATCHED: Final = "ndreamer_times_matched"
+OBS_MATCH_LABEL: Final = "ndreamer_match_label"  # where cells are matched inside labels: theirs
 OBS_TOTAL: Final = "ndreamer_total_counts"
 OBSM_MU: Final = "X_ndreamer"
 OBSM_PCA: Final = "X_ndreamer_pca"
@@ -142,6 +145,7 @@ LAYERS: Final = (LAYER_DENOISED, LAYER_BATCH_EFFECT, LAYER_ITE)
 UNS: Final = "ndreamer"
 UNS_EMBEDDING: Final = "embedding"  # the matching space
 UNS_EMBEDDING_KEY: Final = "embedding_key"  # the array of obsm with its coordinates
+UNS_WITHIN: Final = "match_within"  # where cells are matched inside labels: which, and the share of matches inside
 VAR_MODELLED: Final = "ndreamer_modelled"  # in results of all genes: whether the run modelled the gene
 VAR_GENE_ID: Final = "ndreamer_gene_id"  # what a gene was called before it was named by another column
 

@@ -21,6 +21,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.clusters import clustered_by
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes
+from ndreamer_dist.cohort.obsm import labels_of
 from ndreamer_dist.cohort.source import Source, fingerprint, open_cohort
 from ndreamer_dist.cohort.values import decide_values
 from ndreamer_dist.compute.events import choose_format
@@ -38,7 +39,7 @@ from ndreamer_dist.compute.machine import (
 from ndreamer_dist.compute.monitors import metered, progress_of, stage_costs
 from ndreamer_dist.effects.tables import ROOT, check_tables
 from ndreamer_dist.embedding.space import SpaceInput
-from ndreamer_dist.errors import DamagedError, RunError, SettingsError, suggest
+from ndreamer_dist.errors import CohortError, DamagedError, RunError, SettingsError, suggest
 from ndreamer_dist.matching.stage import add_edges
 from ndreamer_dist.planning import memory
 from ndreamer_dist.planning.plan import Plan, plan_of
@@ -234,6 +235,7 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     check_genes(source, settings.hvg)
     check_tables(source.obs, source.var)
     _check_populations(settings, design)
+    _check_labels(source, settings.match.within)
     size = CohortSize.of(
         design, settings, genes=source.n_genes, stored_values=source.nnz
     )  # fmt: skip
@@ -242,15 +244,24 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
 
 def _check_populations(settings: Settings, design: Design) -> None:
     """Refuse clusters as populations where they are made inside each group: their labels mean nothing in another."""
-    method = settings.embed.method
-    if method not in (keys.STATE, keys.NDREAMER_STATE) or settings.state.by != keys.OBS_LOW:
-        return
-    if clustered_by(settings.clusters, design.n_cells, len(design.groups)) == "group":
+    stateful = settings.embed.method in (keys.STATE, keys.NDREAMER_STATE)
+    asked = {"state.by": settings.state.by if stateful else None, keys.MATCH_WITHIN: settings.match.within}
+    by_cluster = [name for name, column in asked.items() if column == keys.OBS_LOW]
+    if by_cluster and clustered_by(settings.clusters, design.n_cells, len(design.groups)) == "group":
         msg = (
-            f"state.by is {keys.OBS_LOW}, but this cohort would be clustered inside each group, where labels mean nothing "
+            f"{by_cluster[0]} is {keys.OBS_LOW}, but this cohort would be clustered inside each group, where labels mean nothing "
             "elsewhere; set clusters.within=all (or sketch), or name a column of obs"
         )
         raise SettingsError(msg)
+
+
+def _check_labels(source: Source, within: str | None) -> None:
+    """Refuse a column of labels that is not there, or holds none."""
+    if within in (None, keys.OBS_LOW):
+        return
+    if not labels_of(source, within, keys.MATCH_WITHIN).names:
+        msg = f"{keys.MATCH_WITHIN}: obs column {within!r} holds no label; name a column of cell types"
+        raise CohortError(msg)
 
 
 def add_matches(
@@ -479,7 +490,13 @@ def _claim(
         changed = [stage for stage, key in stage_key.items() if before["keys"].get(stage) != key]
         stale = [stage for stage in changed if space.storage.list(f"{keys.DONE}/{stage}")]
         if stale and not redo:
-            which = ", ".join(_differences(before["settings"], settings.model_dump(mode="json"), stale))
+            differ = _differences(before["settings"], settings.model_dump(mode="json"), stale)
+            differ += [
+                f"{name}: other values in the input"
+                for name, checksum in before.get("from_input", {}).items()
+                if from_input.get(name, checksum) != checksum
+            ]
+            which = ", ".join(differ)
             msg = (
                 f"{space.url} was made with other settings ({which or 'another version'}); --redo runs these stages "
                 f"again: {', '.join(stale)}; --fresh starts over"

@@ -316,9 +316,22 @@ class MatchSettings(StageSettings):
 
     neighbours: int = result(1, "nearest neighbours k per target group, for effects and tests", ge=1)
     hubs: Literal["csls", "none"] = result("none", "csls: distances corrected for hubs (section 9); none: as published")
+    within: str | None = result(
+        None,
+        "column of obs with labels (cell types) that cells are matched inside; ndreamer_cluster_low: the low clusters; null: "
+        "among all cells of the group",
+    )
+    within_cells: int = result(
+        10, "fewest cells of a label in a target group for a match inside it; with fewer, among all its cells", ge=1
+    )
     bandwidth: float = result(1.0, "kernel bandwidth where k > 1", gt=0)
     edges: Literal["needed", "all"] = result("needed", "own and control condition, or every pair of groups")
     query_rows: int = result(65_536, "query cells of one unit of work", ge=1)
+
+    @field_validator("within", mode="before")
+    @classmethod
+    def _name(cls, value: object) -> object:
+        return None if value in ("none", "null", "") else _as_name(value)
 
 
 class DenoiseSettings(StageSettings):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import h5py
@@ -23,6 +24,22 @@ from ndreamer_dist.errors import CohortError, NDreamerError, listing, quoted, su
 
 CHUNK_ROWS = 65_536
 """Rows that are looked at at a time."""
+
+
+@dataclass(frozen=True)
+class CellLabels:
+    """A label for every cell.
+
+    Attributes
+    ----------
+    codes
+        (cells,) int32 places in `names`, -1 where a cell has no label.
+    names
+        Of the labels.
+    """
+
+    codes: np.ndarray
+    names: tuple[str, ...]
 
 
 def coordinates_of(source: Source, key: str) -> np.ndarray:
@@ -54,7 +71,12 @@ def coordinates_of(source: Source, key: str) -> np.ndarray:
 
 
 def codes_of(source: Source, name: str, setting: str) -> np.ndarray:
-    """Return the codes of a column of the input's `obs`, categories in order of appearance: (cells,), -1 where missing.
+    """Return the codes of a column of the input's `obs`; see `labels_of`."""
+    return labels_of(source, name, setting).codes
+
+
+def labels_of(source: Source, name: str, setting: str) -> CellLabels:
+    """Return a column of the input's `obs` as labels, in input order; names in order of appearance.
 
     Raises
     ------
@@ -65,7 +87,8 @@ def codes_of(source: Source, name: str, setting: str) -> np.ndarray:
         names = [str(column) for column in source.obs.columns]
         msg = f"{setting}: obs has no column {quoted(name)}; it has {listing(names)}.{suggest(name, names)}"
         raise CohortError(msg)
-    return np.asarray(pd.factorize(source.obs[name].astype("string"))[0], dtype=np.int32)
+    codes, found = pd.factorize(source.obs[name].astype("string"))
+    return CellLabels(np.asarray(codes, dtype=np.int32), tuple(map(str, found)))
 
 
 def checksum(values: np.ndarray) -> str:

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -80,7 +81,7 @@ def _design(results: Results) -> dict[str, Any]:
     return {
         "cells": design.n_cells, "genes": len(results.var_names), "layers": list(results.layers),
         "condition_key": design.condition_key, "control": design.control, "batch_keys": list(design.batch_keys),
-        "groups": groups,
+        "groups": groups, "matched_inside": asdict(results.matched_inside) if results.matched_inside else None,
     }  # fmt: skip
 
 
@@ -165,6 +166,7 @@ def _summary(results: Results) -> str:
     lines = [
         f"{results.url}: {design.n_cells} cells x {len(results.var_names)} genes",
         f"effects are {printable(str(told.get('sign')))}; matched in {shown(results.space)} (obsm {results.embedding_key})",
+        *([printable(str(results.matched_inside))] if results.matched_inside else []),
         *([printable(str(told["values"]))] if "values" in told else []),
         f"layers: {printable(', '.join(results.layers)) or 'none'}; columns: {printable(', '.join(map(str, cells.columns)))}",
         "",

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist import keys
@@ -131,7 +132,7 @@ def run_effects(
     ):
         (times if values.ndim == 1 else distances)[..., part] = values
     controls = effective_controls(run, packed.design, runtime, key, settings.match.neighbours)
-    told: dict[str, np.ndarray] = {
+    told: dict[str, Any] = {
         keys.OBS_MATCH_DISTANCE: distances[0],
         keys.OBS_OVERLAP: near_control(distances[0], distances[1], settings.effects.near_quantile),
         keys.OBS_TIMES_MATCHED: times,
@@ -139,7 +140,12 @@ def run_effects(
     facts = {**(summary or {}), "effective_controls": controls}
     if facts.get("normalise") == "counts":
         told[keys.OBS_TOTAL] = cell_totals(packed)
-    clustered = keys.is_clustered(settings.embed.method, settings.state.by)
+    if settings.match.within is not None:
+        codes = read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)
+        told[keys.OBS_MATCH_LABEL] = pd.Categorical.from_codes(
+            codes.astype(np.int32), pd.Index(facts[keys.UNS_WITHIN]["labels"])
+        )
+    clustered = keys.is_clustered(settings.embed.method, settings.state.by) or settings.match.within == keys.OBS_LOW
     cells = tables.cell_table(source, packed, told, clustered=clustered)
     genes = tables.gene_table(source, packed)
     tables.finish(stage, settings, packed, layout, cells, genes, facts)

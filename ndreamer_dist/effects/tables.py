@@ -28,6 +28,7 @@ from zarr.storage import MemoryStore
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.errors import CohortError, DamagedError
+from ndreamer_dist.matching.labels import Inside
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings, canonical_json
@@ -276,7 +277,7 @@ def finish(
     stage.mark(Shard(ANNOTATIONS, tuple(sizes)), sizes=sizes)
 
 
-def cell_table(source: Any, packed: Packed, told: Mapping[str, np.ndarray], *, clustered: bool = True) -> pd.DataFrame:
+def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustered: bool = True) -> pd.DataFrame:
     """Return `obs`: every column of the input, untouched, and ours, in packed order; those in `told` come last.
 
     Parameters
@@ -315,7 +316,9 @@ def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary:
     design = packed.design
     bearing = {name: getattr(settings, name).bearing() for name in type(settings).model_fields if name != "seed"}
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
-    notes = [] if layout.matches else [f"obsm has no matches: cells x groups exceeds {MATCH_LIMIT}; see matches.zarr"]
+    inside = Inside.read(canonical_json(summary.get(keys.UNS_WITHIN)), "the matches")
+    notes = [] if inside is None else [str(inside), *([inside.warning] if inside.uneven else [])]
+    notes += [] if layout.matches else [f"obsm has no matches: cells x groups exceeds {MATCH_LIMIT}; see matches.zarr"]
     told = {
         "format_version": keys.FORMAT_VERSION,
         "version": versions["ndreamer-dist"],
@@ -333,8 +336,8 @@ def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary:
         "layers": list(layout.layers),
         keys.UNS_EMBEDDING: settings.embed.method,
         keys.UNS_EMBEDDING_KEY: keys.embedding_key(settings.embed.method),
-        "notes": notes,
         **summary,
+        "notes": [*summary.get("notes", ()), *notes],
     }
     return {name: _plain(value) for name, value in told.items()}
 

@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.obsm import checksum, codes_of, coordinates_of
+from ndreamer_dist.cohort.obsm import CellLabels, checksum, codes_of, coordinates_of, labels_of
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.compute.executor import Runtime, with_threads
@@ -46,7 +46,7 @@ SUMS = ("groups", "outer", "squares")
 
 @dataclass(frozen=True)
 class SpaceInput:
-    """What a matching space takes from the input, in input order.
+    """What a matching space takes from the input, and matching in it, in input order.
 
     Attributes
     ----------
@@ -54,10 +54,13 @@ class SpaceInput:
         (cells, d) float32, for `obsm:KEY`.
     codes
         (cells,) codes of columns of `obs`, by name.
+    labels
+        The labels that cells are matched inside, where they are a column of `obs`.
     """
 
     coordinates: np.ndarray | None = None
     codes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    labels: CellLabels | None = None
 
     @classmethod
     def of(cls, source: Source, settings: Settings) -> SpaceInput:
@@ -68,19 +71,21 @@ class SpaceInput:
         CohortError
             A key or column is not there, or does not hold what can be matched in.
         """
-        method = settings.embed.method
+        method, by, within = settings.embed.method, settings.state.by, settings.match.within
+        labels = labels_of(source, within, keys.MATCH_WITHIN) if within not in (None, keys.OBS_LOW) else None
         if method.startswith(keys.OBSM_PREFIX):
-            return cls(coordinates_of(source, method.removeprefix(keys.OBSM_PREFIX)))
+            return cls(coordinates_of(source, method.removeprefix(keys.OBSM_PREFIX)), labels=labels)
+        codes = {}
         if method == keys.HARMONY:
-            return cls(codes={n: codes_of(source, n, "embed.harmony_keys") for n in settings.embed.harmony_keys})
-        by = settings.state.by
-        if method in (keys.STATE, keys.NDREAMER_STATE) and by not in (None, keys.OBS_LOW):
-            return cls(codes={by: codes_of(source, by, "state.by")})
-        return cls()
+            codes = {n: codes_of(source, n, "embed.harmony_keys") for n in settings.embed.harmony_keys}
+        elif method in (keys.STATE, keys.NDREAMER_STATE) and by not in (None, keys.OBS_LOW):
+            codes = {by: codes_of(source, by, "state.by")}
+        return cls(codes=codes, labels=labels)
 
     def checksums(self) -> dict[str, str]:
-        """Return checksums of it all, for the key of the stage."""
+        """Return checksums of it all, for the keys of the stages."""
         own = {} if self.coordinates is None else {"coordinates": checksum(self.coordinates)}
+        own |= {} if self.labels is None else {keys.MATCH_WITHIN: checksum(self.labels.codes)}
         return own | {f"obs {name}": checksum(codes) for name, codes in self.codes.items()}
 
 

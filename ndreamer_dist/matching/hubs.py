@@ -35,11 +35,13 @@ from ndreamer_dist.matching.exact import (
     kth_by_query,
     kth_smallest,
     mapped,
+    nearest,
     nothing_found,
     rounded_up,
     tabled,
     tiles,
 )
+from ndreamer_dist.matching.labels import WHOLE, Placed, Stratum, nearest_by_stratum, places_among, strata_of
 from ndreamer_dist.matching.partition import Index, build_index
 
 NEAREST_QUERIES = 10
@@ -100,20 +102,33 @@ class Remoteness:
         (cells, d) float32 coordinates, in packed order.
     starts
         (groups + 1,) first row of every group, and the number of cells.
+    labels
+        (cells,) codes of labels, where cells are matched inside them.
     """
 
-    def __init__(self, points: np.ndarray, starts: np.ndarray, *, threads: int = 1) -> None:
-        self._points, self._starts, self._threads = points, starts, threads
+    def __init__(
+        self, points: np.ndarray, starts: np.ndarray, labels: np.ndarray | None = None, *, threads: int = 1
+    ) -> None:
+        self._points, self._starts, self._labels, self._threads = points, starts, labels, threads
         self._index = lru_cache(maxsize=KEPT_INDEXES)(self._built)
-        self.of = lru_cache(maxsize=1)(self._measured)  # the tiles of an edge follow each other
+        # The tiles of an edge follow each other, and each goes through the labels.
+        self._kept = lru_cache(maxsize=1 if labels is None else int(labels.max()) + 2)(self._measured)
 
-    def _built(self, query: int) -> Index:
-        start, stop = self._starts[query : query + 2]
-        return build_index(self._points[start : min(stop, start + MOST_QUERIES)])
+    def of(self, target: int, query: int, label: int = WHOLE) -> np.ndarray:
+        """Return the remoteness of a target group's cells of a label, or of all, from those of the query group."""
+        return self._kept(target, query, label)
 
-    def _measured(self, target: int, query: int) -> np.ndarray:
-        start, stop = self._starts[target : target + 2]
-        return remoteness(self._points[start:stop], self._index(query), threads=self._threads)
+    def _rows(self, group: int, label: int) -> np.ndarray:
+        start, stop = self._starts[group : group + 2]
+        if label == WHOLE or self._labels is None:
+            return np.arange(start, stop)
+        return start + np.flatnonzero(self._labels[start:stop] == label)
+
+    def _built(self, query: int, label: int) -> Index:
+        return build_index(self._points[self._rows(query, label)[:MOST_QUERIES]])
+
+    def _measured(self, target: int, query: int, label: int) -> np.ndarray:
+        return remoteness(self._points[self._rows(target, label)], self._index(query, label), threads=self._threads)
 
 
 def nearest_corrected(
@@ -147,6 +162,33 @@ def nearest_corrected(
         parts = list(mapped(search, tiles(len(queries), threads), threads))
     rows, squared, widened = (np.concatenate(values) for values in zip(*parts, strict=True))
     return Neighbours(*distances_of(rows, squared), widened)
+
+
+def nearest_inside(
+    queries: Placed, targets: Placed, own: np.ndarray, least: int, asking: Placed | None = None
+) -> Neighbours:
+    """Return the nearest target of every query, as the stage finds it: inside its label where the targets have enough of it.
+
+    Parameters
+    ----------
+    own
+        (q,) the query's place among the targets, which is no candidate, or -1.
+    least
+        Targets of a label that are enough.
+    asking
+        Cells that the targets' remoteness is measured from; none where distances are not corrected for hubs.
+    """
+
+    def search(stratum: Stratum) -> Neighbours:
+        near = queries.points[stratum.queries]
+        far = targets.points if stratum.targets is None else targets.points[stratum.targets]
+        if asking is None:
+            return nearest(near, far, 1, exclude=places_among(stratum.targets, own[stratum.queries]))
+        chosen = slice(None) if stratum.label == WHOLE else asking.codes == stratum.label
+        return nearest_corrected(near, far, remoteness(far, asking.points[chosen][:MOST_QUERIES]), 1)
+
+    strata = strata_of(queries.codes, targets.codes, own >= 0, least)
+    return nearest_by_stratum(strata, len(queries.points), 1, search)
 
 
 class _Frame:

@@ -4,7 +4,7 @@ In: the coordinates of the matching space and the design's edges (query group, t
 effects and statistics read, and match/summary.json, which says how the search went. Search is exact, by
 `exact` or, on a GPU, by `gpu`: the same bits. Where distances are corrected for hubs (`match.hubs`), `hubs` measures
 how remote a target group's cells are from the query group, and searches; a group's edge to itself, which names the
-nearest other cell, is not corrected.
+nearest other cell, is not corrected. With `match.within` cells are matched inside their own label, by `labels`.
 Edges can be added to a finished run; nothing that is there is searched again or changed.
 """
 
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,26 @@ from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.obsm import CellLabels
 from ndreamer_dist.compute.executor import Runtime
-from ndreamer_dist.errors import RunError, StoreError
+from ndreamer_dist.errors import RunError, StoreError, shown
 from ndreamer_dist.matching import gpu
 from ndreamer_dist.matching.exact import Neighbours, nearest
 from ndreamer_dist.matching.hubs import MOST_QUERIES, Remoteness, nearest_corrected
-from ndreamer_dist.matching.partition import build_index
+from ndreamer_dist.matching.labels import (
+    WHOLE,
+    Placed,
+    Stratum,
+    inside_labels,
+    nearest_by_stratum,
+    places_among,
+    strata_of,
+)
+from ndreamer_dist.matching.partition import Index, build_index
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage.arrays import ensure_array, open_array, read_array, shard_files, write_part
+from ndreamer_dist.storage.arrays import ensure_array, open_array, read_array, shard_files, write_array, write_part
 from ndreamer_dist.storage.files import Storage
 
 logger = logging.getLogger(__name__)
@@ -49,6 +60,8 @@ CROWDED = 0.04
 """More neighbours than this share of a group's cells are worth a warning."""
 BATCH_QUERIES = 65_536
 """Queries of a target group that are searched together."""
+FEW_INSIDE = 0.8
+"""A smaller share of control matches inside the cells' labels is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +81,46 @@ class Unit:
     distances: int
 
 
-def run_match(run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str) -> None:
+def run_match(
+    run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str, labels: CellLabels | None = None
+) -> None:
     """Find the nearest neighbours along every edge and write matches.zarr (METHOD section 6).
+
+    Parameters
+    ----------
+    labels
+        Of the packed rows, where `match.within` names some.
 
     Raises
     ------
     StoreError
         The embedding is missing, damaged or not finite.
     """
-    shards = edge_shards(settings, design, design.needed_edges(settings.match.edges))
+    shards = [*label_shards(settings), *edge_shards(settings, design, design.needed_edges(settings.match.edges))]
     warn_of_crowding(settings, design)
     todo = StageRun(run, keys.STAGE_MATCH, key).begin(shards, (keys.MATCHES,))
-    found = _search(run, settings, design, runtime, key, todo)
+    for shard in label_shards(settings):
+        if labels is not None and shard in todo:
+            write_array(run.storage / keys.MATCHES, keys.MATCH_LABEL, labels.codes)
+            run.mark(keys.STAGE_MATCH, key, shard)
+    found = _search(run, settings, design, runtime, key, [shard for shard in todo if shard.task is not None])
     if todo or _summary_key(run) != key:
-        write_summary(run, settings, design, key, found)
+        told = {} if labels is None else _told_of_labels(labels, settings, design)
+        write_summary(run, settings, design, key, found, told)
+
+
+def _told_of_labels(labels: CellLabels, settings: Settings, design: Design) -> dict[str, Any]:
+    """Return how far matches are inside the cells' labels, and log it."""
+    inside = inside_labels(labels, design, str(settings.match.within), settings.match.within_cells)
+    logger.info("match: %s; the others are among all cells of a group with fewer than %d", inside, inside.cells)
+    if inside.share < FEW_INSIDE:
+        logger.warning(
+            "match: few matches are inside the labels of match.within=%s: are they cell types, found in both conditions?",
+            shown(inside.column),
+        )
+    if inside.uneven:
+        logger.warning("match: %s", inside.warning)
+    return {"within": asdict(inside)}
 
 
 def warn_of_crowding(settings: Settings, design: Design) -> None:
@@ -119,7 +158,7 @@ def add_edges(run: RunDirectory, settings: Settings, design: Design, runtime: Ru
         The run has not got as far as its own matches.
     """
     pairs = asked_edges(design, edges)
-    needed = edge_shards(settings, design, design.needed_edges("needed"))
+    needed = [*label_shards(settings), *edge_shards(settings, design, design.needed_edges("needed"))]
     if run.pending(keys.STAGE_MATCH, key, needed):
         msg = f"{run.url} has not finished matching; give its `run` command again first"
         raise RunError(msg)
@@ -143,7 +182,12 @@ def asked_edges(design: Design, edges: str) -> Pairs:
 
 
 def write_summary(
-    run: RunDirectory, settings: Settings, design: Design, key: str, found: Mapping[str, Mapping[str, int]]
+    run: RunDirectory,
+    settings: Settings,
+    design: Design,
+    key: str,
+    found: Mapping[str, Mapping[str, int]],
+    told: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write match/summary.json, which covers the needed edges, and return what it holds.
 
@@ -151,6 +195,8 @@ def write_summary(
     ----------
     found
         Counts of the edge tiles searched just now, by shard; those of the others are in their markers.
+    told
+        What else it is to hold.
     """
     shards = edge_shards(settings, design, design.needed_edges("needed"))
     counts = [found.get(shard.name) or run.facts(keys.STAGE_MATCH, shard) for shard in shards]
@@ -160,6 +206,7 @@ def write_summary(
         "searches": total["queries"],
         "widened": total["widened"],
         "widened_share": total["widened"] / max(total["queries"], 1),
+        **told,
     }
     run.write_json(keys.MATCH_SUMMARY, summary)
     logger.info(
@@ -186,6 +233,12 @@ def edge_shards(settings: Settings, design: Design, pairs: Pairs) -> list[Shard]
             )
             shards.append(Shard(f"{query:05d}-{tile:05d}-{target:05d}", files, EdgeTile(query, tile, target)))
     return shards
+
+
+def label_shards(settings: Settings) -> list[Shard]:
+    """Return the driver's unit of work, the labels of all cells; none where cells are matched whatever their label."""
+    files = (f"{keys.MATCHES}/{shard_files(keys.MATCH_LABEL, 0)}",)
+    return [] if settings.match.within is None else [Shard(keys.MATCH_LABEL, files)]
 
 
 def is_corrected(edge: EdgeTile, settings: Settings) -> bool:
@@ -262,12 +315,13 @@ def _search(
     if not todo:
         return {}
     _make_arrays(run.storage / keys.MATCHES, settings, design)
-    points = coordinates(run, settings.embed.method)
+    labels = None if settings.match.within is None else read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)
+    cells = Placed(coordinates(run, settings.embed.method), labels)
     # What is corrected for hubs is searched by processors.
     gpus = 1.0 if runtime.gpus and gpu.has_gpu() and settings.match.hubs == "none" else 0.0
     parts = units(todo, settings, design, workers=runtime.gpus if gpus else runtime.cpus)
     counts: dict[str, dict[str, int]] = {}
-    for found in runtime.map(search_unit, parts, run, settings, design, key, points, title="match", num_gpus=gpus):
+    for found in runtime.map(search_unit, parts, run, settings, design, key, cells, title="match", num_gpus=gpus):
         counts |= found
     return counts
 
@@ -293,20 +347,20 @@ def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
 
 
 def search_unit(
-    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, points: np.ndarray
+    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, cells: Placed
 ) -> dict[str, dict[str, int]]:
     """Search a unit's edge tiles, write and mark them, and return their counts, by shard."""
     counts: dict[str, dict[str, int]] = {}
     arrays: dict[str, zarr.Array[Any]] = {}
-    remote_from = Remoteness(points, design.starts, threads=settings.run.task_threads)
+    remote_from = Remoteness(cells.points, design.starts, cells.labels, threads=settings.run.task_threads)
     with threadpool_limits(1):  # cells then come out the same whatever `run.task_threads` says
         for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
             group = design.groups[target]
-            search = Searcher(points[group.start : group.stop], settings)
+            search = Searcher(cells.of(slice(group.start, group.stop)), settings)
             for batch in alike(list(shards), settings, design):
                 edge = batch[0].task
-                remote = remote_from.of(edge.target, edge.query) if is_corrected(edge, settings) else None
-                searched = _search_batch(batch, search, points, settings, design, remote)
+                remote = partial(remote_from.of, edge.target, edge.query) if is_corrected(edge, settings) else None
+                searched = _search_batch(batch, search, cells, settings, design, remote)
                 for shard, found in zip(batch, searched, strict=True):
                     _write(shard.task, found, run, settings, design, arrays)
                     counts[shard.name] = found.counts
@@ -323,17 +377,18 @@ class Found:
     counts: dict[str, int]
 
 
+RemoteFrom = Callable[[int], np.ndarray]
+"""Gives the remoteness of the targets of a label from the query group's cells of it, or of all targets from all its cells."""
+
+
 class Searcher:
-    """Searches one target group as the settings ask; its index is made once."""
+    """Searches one target group as the settings ask; the index of a label's cells, or of all, is made once."""
 
-    def __init__(self, targets: np.ndarray, settings: Settings) -> None:
-        self._targets = targets
-        self._threads = settings.run.task_threads
-        self._index = None if gpu.has_gpu() and settings.match.hubs == "none" else build_index(targets)
+    def __init__(self, targets: Placed, settings: Settings) -> None:
+        self._targets, self._settings = targets, settings
+        self._indexes: dict[int, Index] = {}
 
-    def search(
-        self, queries: np.ndarray, k: int, *, exclude: np.ndarray, remote: np.ndarray | None = None
-    ) -> Neighbours:
+    def search(self, queries: Placed, k: int, *, exclude: np.ndarray, remote: RemoteFrom | None = None) -> Neighbours:
         """Return the neighbours of queries.
 
         Parameters
@@ -341,13 +396,37 @@ class Searcher:
         exclude
             (q,) the target row that is no candidate, or -1.
         remote
-            (t,) the targets' remoteness from the query group, where distances are corrected for hubs.
+            The targets' remoteness from the query group, where distances are corrected for hubs.
         """
-        if self._index is None:
-            return gpu.nearest(queries, self._targets, k, exclude=exclude, threads=self._threads)
+
+        def inside(stratum: Stratum) -> Neighbours:
+            asking = queries.points[stratum.queries]
+            return self._search(stratum, asking, k, places_among(stratum.targets, exclude[stratum.queries]), remote)
+
+        if queries.labels is None or self._targets.labels is None:
+            return self._search(
+                Stratum(WHOLE, np.arange(len(queries.points)), None), queries.points, k, exclude, remote
+            )
+        least = self._settings.match.within_cells
+        strata = strata_of(queries.labels, self._targets.labels, exclude >= 0, least)
+        return nearest_by_stratum(strata, len(queries.points), k, inside)
+
+    def _search(
+        self, stratum: Stratum, queries: np.ndarray, k: int, exclude: np.ndarray, remote: RemoteFrom | None
+    ) -> Neighbours:
+        """Return the neighbours of a stratum's queries among its targets; rows are counted among these."""
+        threads = self._settings.run.task_threads
+        if gpu.has_gpu() and self._settings.match.hubs == "none":
+            return gpu.nearest(queries, self._points(stratum), k, exclude=exclude, threads=threads)
+        if stratum.label not in self._indexes:
+            self._indexes[stratum.label] = build_index(self._points(stratum))
+        index = self._indexes[stratum.label]
         if remote is not None:
-            return nearest_corrected(queries, self._index, remote, k, threads=self._threads)
-        return nearest(queries, self._index, k, exclude=exclude, threads=self._threads)
+            return nearest_corrected(queries, index, remote(stratum.label), k, threads=threads)
+        return nearest(queries, index, k, exclude=exclude, threads=threads)
+
+    def _points(self, stratum: Stratum) -> np.ndarray:
+        return self._targets.points if stratum.targets is None else self._targets.points[stratum.targets]
 
 
 def batches(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
@@ -385,15 +464,15 @@ def _rows_of(batch: Sequence[Shard], settings: Settings, design: Design) -> tupl
 
 
 def _search_batch(
-    batch: Sequence[Shard], search: Searcher, points: np.ndarray, settings: Settings, design: Design,
-    remote: np.ndarray | None,
+    batch: Sequence[Shard], search: Searcher, cells: Placed, settings: Settings, design: Design,
+    remote: RemoteFrom | None,
 ) -> Iterator[Found]:  # fmt: skip
     """Search edge tiles of one target group together and give what was found for each."""
     rows, parts = _rows_of(batch, settings, design)
     target = design.groups[batch[0].task.target]
     exclude = np.where((rows >= target.start) & (rows < target.stop), rows - target.start, -1)
     k = edge_neighbours(batch[0].task, settings, design)
-    found = search.search(points[rows], k, exclude=exclude, remote=remote)
+    found = search.search(cells.of(rows), k, exclude=exclude, remote=remote)
     for part in parts:
         counts = {"queries": part.stop - part.start, "widened": int(found.widened[part].sum())}
         yield Found(found.rows[part], found.distances[part], counts)

@@ -72,6 +72,8 @@ class Plan:
         Where the work is done, and why.
     took
         Seconds that stages took in the run directory before, or will take by their speed there.
+    within
+        Column of labels that cells are matched inside, if any.
     """
 
     cells: int
@@ -99,6 +101,7 @@ class Plan:
     memory_source: str = ""
     runtime: str = ""
     took: tuple[tuple[str, float], ...] = ()
+    within: str | None = None
 
     def __str__(self) -> str:
         return "\n".join([*self._cohort_lines(), "", *self._stage_lines(), "", *self._resource_lines()])
@@ -137,7 +140,8 @@ class Plan:
         ]
 
     def _place(self) -> str:
-        return "" if self.embedding == keys.NDREAMER else f", in {shown(self.embedding)}"
+        inside = "" if self.within is None else f", inside {shown(self.within)}"
+        return inside if self.embedding == keys.NDREAMER else f", in {shown(self.embedding)}{inside}"
 
     def _training(self) -> str:
         if not self.steps:
@@ -224,6 +228,7 @@ def plan_of(
         cpus=cpus,
         runtime=runtime,
         took=tuple((took or {}).items()),
+        within=settings.match.within,
     )
 
 

@@ -15,6 +15,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.clusters import clustered_by, run_clusters
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import run_cohort
+from ndreamer_dist.cohort.obsm import CellLabels
 from ndreamer_dist.cohort.pack import partitions_of, run_pack
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.source import Source
@@ -104,6 +105,8 @@ class Stage:
         Its tasks.
     needed
         Whether a run with these settings has it.
+    is_read
+        Whether it reads one of these, by name, with some settings.
     heeds
         Whether a setting, by its dotted name, bears on it.
     seeded
@@ -111,7 +114,7 @@ class Stage:
     beside_bytes
         Memory that is held beside its tasks.
     takes
-        What it takes of the input that its key must tell: `input`, `from_input` or nothing.
+        What it takes of the input that its key must tell: `input`, `from_input`, `labels` or nothing.
     shared
         Whether all matching spaces of a run share it.
     """
@@ -123,6 +126,7 @@ class Stage:
     task_bytes: BytesOf
     work: Callable[[DesignedCohort], Work]
     needed: Callable[[Settings], bool] = lambda _: True
+    is_read: Callable[[str, Settings], bool] = lambda *_: True
     heeds: Callable[[str, Settings], bool] = lambda *_: True
     seeded: Callable[[Settings], bool] = lambda _: False
     beside_bytes: BytesOf = lambda *_: 0.0
@@ -233,6 +237,11 @@ def _pca(job: Job, run: RunDirectory, key: str) -> None:
     run_pca(run, job.settings, job.packed, job.runtime, key)
 
 
+def _placed_by_clusters(settings: Settings) -> bool:
+    """Return whether the clusters bear on where cells are."""
+    return keys.is_clustered(settings.embed.method, settings.state.by)
+
+
 def _trained(settings: Settings) -> bool:
     return keys.is_trained(settings.embed.method)
 
@@ -292,7 +301,9 @@ def _placing(cohort: DesignedCohort) -> Work:
 def _search_bytes(size: CohortSize, settings: Settings) -> float:
     """Return the bytes of a target group's index and its copies on the way, a batch of queries, a tile per thread."""
     queries = min(size.cells, settings.match.query_rows + 65_536)
-    return size.largest_group * 50 * 20 + queries * 50 * 8 + settings.run.task_threads * 80e6
+    # Inside labels: the indexes of the labels, beside that of all cells for those that have too few.
+    indexes = 1 if settings.match.within is None else 2
+    return size.largest_group * 50 * 20 * indexes + queries * 50 * 8 + settings.run.task_threads * 80e6
 
 
 def _matching(cohort: DesignedCohort) -> Work:
@@ -302,8 +313,29 @@ def _matching(cohort: DesignedCohort) -> Work:
     return ((len(units(tiles, settings, design, workers=len(tiles))), "unit(s) of edges"),)
 
 
+def _packed_labels(settings: Settings, packed: Packed, from_input: SpaceInput) -> CellLabels | None:
+    """Return the labels that cells are matched inside, in packed order; none where their label is not looked at."""
+    if settings.match.within == keys.OBS_LOW:
+        codes = packed.clusters(keys.PACKED_LOW)
+        return CellLabels(codes, tuple(map(str, range(int(codes.max()) + 1))))
+    labels = from_input.labels
+    return None if labels is None else CellLabels(labels.codes[packed.input_row], labels.names)
+
+
+def _match(job: Job, run: RunDirectory, key: str) -> None:
+    labels = _packed_labels(job.settings, job.packed, job.from_input)
+    run_match(run, job.settings, job.packed.design, job.runtime, key, labels)
+
+
+def _heeds_labels(name: str, settings: Settings) -> bool:
+    """Return whether a setting bears on matching: those of labels do only where cells are matched inside some."""
+    return settings.match.within is not None or name not in (keys.MATCH_WITHIN, "match.within_cells")
+
+
 def _effects(job: Job, run: RunDirectory, key: str) -> None:
     summary = {**job.home.read_json(keys.COHORT_SUMMARY), "input": run.read_run()["input"]}
+    if job.settings.match.within is not None:
+        summary[keys.UNS_WITHIN] = run.read_json(keys.MATCH_SUMMARY)["within"]
     run_effects(run, job.settings, job.packed, job.source, job.runtime, key, summary)
 
 
@@ -339,7 +371,7 @@ FLOW = (
         settings=("clusters",),
         reads=((keys.STAGE_PACK,),),
         seeded=lambda _: True,
-        needed=lambda settings: keys.is_clustered(settings.embed.method, settings.state.by),
+        needed=lambda settings: _placed_by_clusters(settings) or settings.match.within == keys.OBS_LOW,
         run=lambda job, run, key: run_clusters(run, job.settings, job.packed, job.runtime, key),
         task_bytes=_graph_bytes,
         work=_clustering,
@@ -380,6 +412,7 @@ FLOW = (
         settings=("embed", "state"),
         heeds=lambda name, settings: name == "embed.method" or name in SPACE_HEEDS[_kind(settings)],
         reads=((keys.STAGE_PACK,), (keys.STAGE_CLUSTERS,), (keys.STAGE_PCA,)),
+        is_read=lambda name, settings: name != keys.STAGE_CLUSTERS or _placed_by_clusters(settings),
         seeded=lambda settings: _kind(settings) not in (keys.SPACE_PCA, keys.OBSM_PREFIX),
         takes="from_input",
         needed=lambda settings: settings.embed.method != keys.NDREAMER,
@@ -392,16 +425,19 @@ FLOW = (
     Stage(
         keys.STAGE_MATCH,
         settings=("match", "denoise"),
-        heeds=lambda name, _: name not in ("match.edges", "match.bandwidth"),
-        reads=((keys.STAGE_SPACE, keys.STAGE_PCA),),
+        heeds=lambda name, settings: name not in ("match.edges", "match.bandwidth") and _heeds_labels(name, settings),
+        reads=((keys.STAGE_SPACE, keys.STAGE_PCA), (keys.STAGE_CLUSTERS,)),
+        is_read=lambda name, settings: name != keys.STAGE_CLUSTERS or settings.match.within == keys.OBS_LOW,
+        takes="labels",
         shared=False,
-        run=lambda job, run, key: run_match(run, job.settings, job.packed.design, job.runtime, key),
+        run=_match,
         task_bytes=_search_bytes,
         work=_matching,
     ),
     Stage(
         keys.STAGE_EFFECTS,
         settings=("effects", "match", "denoise"),
+        heeds=_heeds_labels,
         reads=((keys.STAGE_CLUSTERS, keys.STAGE_PACK), (keys.STAGE_MATCH,)),
         shared=False,
         run=_effects,
@@ -432,12 +468,18 @@ def stage_keys(
     Parameters
     ----------
     from_input
-        Checksums of what the space stage takes from the input: coordinates of `obsm`, columns of `obs`.
+        Checksums of what the space stage takes from the input (coordinates of `obsm`, columns of `obs`), and the match
+        stage (the labels that cells are matched inside).
     """
-    taken = {"input": dict(fingerprint), "from_input": dict(from_input or {})}
+    given = dict(from_input or {})
+    taken = {"input": dict(fingerprint), "labels": given.pop(keys.MATCH_WITHIN, None), "from_input": given}
     found: dict[str, str] = {}
     for name, stage in stages_of(settings).items():
-        reads = [there[0] for names in stage.reads if (there := [name for name in names if name in found])]
+        reads = [
+            there[0]
+            for names in stage.reads
+            if (there := [n for n in names if n in found and stage.is_read(n, settings)])
+        ]
         content: dict[str, Any] = {
             "format": keys.FORMAT_VERSION,
             "stage": name,
@@ -446,7 +488,7 @@ def stage_keys(
         }
         if stage.seeded(settings):
             content["seed"] = settings.seed
-        if stage.takes is not None:
+        if stage.takes is not None and taken[stage.takes] is not None:
             content[stage.takes] = taken[stage.takes]
         found[name] = hashlib.sha256(canonical_json(content).encode()).hexdigest()
     return found

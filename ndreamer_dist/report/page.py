@@ -32,6 +32,7 @@ from ndreamer_dist.compute.monitors import last_call
 from ndreamer_dist.errors import NDreamerError, StoreError
 from ndreamer_dist.figures import plots
 from ndreamer_dist.figures.style import DPI, categories, figure_bytes, gene_labels, write_file
+from ndreamer_dist.matching.labels import remedy
 from ndreamer_dist.report.tables import (
     Table,
     comparison_table,
@@ -311,7 +312,7 @@ def _warnings(data: PageData) -> Iterator[str]:
     flags = {
         "few_donors": "with few donors (four a condition, or fewer), so that p-values are coarse or absent",
         "few_cells": "with fewer than 20 cells a donor, where effects within states and changes of state cannot be trusted",
-        "impure": "whose matches often lie in another population, so that effects mix kinds of cells",
+        "impure": f"whose matches often lie in another population, so that effects mix kinds of cells ({remedy(data.results.matched_inside, data.by)})",
     }
     for flag in flags if data.donors else ["impure"]:
         names = list(dict.fromkeys(table.loc[table[flag].astype(bool), "population"].astype(str)))
@@ -386,10 +387,9 @@ def _trust(data: PageData) -> Iterator[str]:
     table = data.table
     both = table[["effect", "pseudobulk_effect"]].dropna()
     if data.tested and len(both) > 2:
-        alike = both["effect"].corr(both["pseudobulk_effect"])
         yield (
-            f"Correlation of the effects through the matches with plain pseudobulk differences, over all genes and "
-            f"populations: {alike:.2f}. A low value means that matching changed the comparison: look whether it should have."
+            f"Correlation of the effects through the matches with plain pseudobulk differences, over all genes and populations: "
+            f"{both['effect'].corr(both['pseudobulk_effect']):.2f}. A low value means that matching changed the comparison: look whether it should have."
         )
     ratios = (table["sd_ite"] / table["sd_placebo"].where(table["sd_placebo"] > 0)).dropna()
     if len(ratios):

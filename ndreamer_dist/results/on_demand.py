@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist import keys
@@ -29,7 +30,7 @@ from ndreamer_dist.effects.averages import (
 )
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.matching.store import Matches
-from ndreamer_dist.results.read import read_dense, read_sparse
+from ndreamer_dist.results.read import read_dense, read_element, read_sparse
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
 
 HELD_VALUES = 2**24
@@ -139,6 +140,9 @@ class Counterparts:
         How many of a cell's matches in a group count, for effects and for `denoised`.
     hubs
         Which distances the matches are nearest by: `match.hubs`.
+    within, within_cells
+        The labels that cells are matched inside, if any, and how many cells of one are enough: `match.within` and
+        `match.within_cells`.
     """
 
     storage: Storage
@@ -147,6 +151,16 @@ class Counterparts:
     bandwidth: float
     denoise_neighbours: int = 1
     hubs: str = "none"
+    within: str | None = None
+    within_cells: int = 1
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """Codes of the labels that cells are matched inside, in packed order, -1 for none: (cells,), or there are none."""
+        if self.within is None:
+            return None
+        labels = pd.Categorical(read_element(self.storage, f"obs/{keys.OBS_MATCH_LABEL}"))
+        return np.asarray(labels.codes, dtype=np.int32)
 
     def averages(self, rows: np.ndarray, terms: Sequence[Term]) -> list[Average]:
         """Return what each term averages for some packed rows (ascending).

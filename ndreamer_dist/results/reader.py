@@ -26,6 +26,7 @@ import pandas as pd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, shown, suggest
+from ndreamer_dist.matching.labels import Inside
 from ndreamer_dist.results.annotations import annotation_of, read_annotations
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
 from ndreamer_dist.results.names import SUGGEST_AMONG, cells_of_query, places_of_cells, places_of_genes
@@ -609,6 +610,11 @@ class ResultsReader:
             raise StoreError(msg) from error
 
     @cached_property
+    def matched_inside(self) -> Inside | None:
+        """The labels that cells were matched inside (`match.within`), and how many matches are; none without."""
+        return Inside.read(self._fact_or(keys.UNS_WITHIN, "null"), self.url)
+
+    @cached_property
     def _keep_bits(self) -> int | None:
         """Bits of the layers' mantissa that were kept; none for all."""
         return self._told("settings").get("effects", {}).get("keep_bits")
@@ -626,16 +632,13 @@ class ResultsReader:
         try:
             told = self._told("settings")
             stored = told["match"]  # results of an earlier version tell of one number of neighbours, and of no hubs
-            match = MatchSettings(
-                neighbours=stored["neighbours"], bandwidth=stored["bandwidth"], hubs=stored.get("hubs", "none")
-            )
-            denoise = DenoiseSettings(**told.get("denoise", {"neighbours": match.neighbours}))
+            match = MatchSettings(**{name: stored[name] for name in MatchSettings.model_fields if name in stored})
+            denoise = DenoiseSettings(**told.get("denoise", {"neighbours": stored["neighbours"]}))
         except (KeyError, TypeError, ValueError) as error:
             msg = f"{self.url}: the settings of the matches are damaged ({type(error).__name__})"
             raise StoreError(msg) from error
-        return Counterparts(
-            self.storage, self.design, match.neighbours, match.bandwidth, denoise.neighbours, match.hubs
-        )
+        counted = match.neighbours, match.bandwidth, denoise.neighbours
+        return Counterparts(self.storage, self.design, *counted, match.hubs, match.within, match.within_cells)
 
     def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
         """Return the expression to compute with, and the table of its genes."""

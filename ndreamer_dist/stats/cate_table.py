@@ -19,8 +19,8 @@ import pandas as pd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.errors import QueryError, listing, suggest
-from ndreamer_dist.matching.exact import nearest
-from ndreamer_dist.matching.hubs import MOST_QUERIES, nearest_corrected, remoteness
+from ndreamer_dist.matching.hubs import nearest_inside
+from ndreamer_dist.matching.labels import Placed
 from ndreamer_dist.results.on_demand import Counterparts, Expression, compute, layer_question
 from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.stats.cells import (
@@ -314,20 +314,19 @@ class Neighbours:
         if not self._told:
             self._told = True
             logger.info("some matches are not in the run and are searched now; `match DIR --edges all` would keep them")
-        near, far = (self._coordinates(rows) for rows in (queries, targets))
-        if self._corrected and not np.array_equal(asking, targets):
-            remote = remoteness(far, self._coordinates(asking[:MOST_QUERIES]))
-            rows = nearest_corrected(near, far, remote, 1).rows[:, 0]
-            return np.where(rows < 0, -1, targets[rows])
         place = np.searchsorted(targets, queries)
-        inside = targets[np.minimum(place, len(targets) - 1)] == queries
-        rows = nearest(near, far, 1, exclude=np.where(inside, place, -1)).rows[:, 0]
+        own = np.where(targets[np.minimum(place, len(targets) - 1)] == queries, place, -1)
+        corrected = self._corrected and not np.array_equal(asking, targets)
+        near, far = self._placed(queries), self._placed(targets)
+        asked = self._placed(asking) if corrected else None
+        rows = nearest_inside(near, far, own, self._given.counterparts.within_cells, asked).rows[:, 0]
         return np.where(rows < 0, -1, targets[rows])
 
-    def _coordinates(self, rows: np.ndarray) -> np.ndarray:
-        name = f"obsm/{self._given.embedding}"
+    def _placed(self, rows: np.ndarray) -> Placed:
+        name, labels = f"obsm/{self._given.embedding}", self._given.counterparts.labels
         width = open_array(self._given.storage, name).shape[1]
-        return read_dense(self._given.storage, name, rows, np.arange(width))
+        points = read_dense(self._given.storage, name, rows, np.arange(width))
+        return Placed(points, None if labels is None else labels[rows])
 
 
 def _described(given: StatisticsInput, codes: np.ndarray, number: int, conditions: list[int]) -> Described:

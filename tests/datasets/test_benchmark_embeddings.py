@@ -49,7 +49,7 @@ def finished(job: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_every_space_has_a_row_and_unknown_ones_are_skipped_by_name(finished: tuple[Path, str, str]) -> None:
     _, table, said = finished
     assert "skipped: nonsense" in said
-    assert "| stateful | ndreamer | " in table
+    assert "| stateful | ndreamer | none | " in table
     assert "| stateful | soft | " in table
     assert "nonsense |" not in table
     assert "processors" in table
@@ -86,5 +86,8 @@ def test_purity_and_local_r_are_those_of_brute_force(job: ModuleType, finished: 
 
 def test_a_table_holds_means_and_deviations_over_seeds(job: ModuleType) -> None:
     empty = dict.fromkeys(job.FORMATS, float("nan"))
-    rows = [{"cohort": "c", "space": "s", "seed": seed, **empty, "mean_r": r} for seed, r in ((0, 0.5), (1, 0.7))]
-    assert job.markdown(pd.DataFrame(rows)).splitlines()[-1] == "| c | s | 0.600 (0.141) | - | - | - | - | - | - |"
+    rows = [
+        {"cohort": "c", "space": "s", "within": "none", "seed": seed, **empty, "mean_r": r}
+        for seed, r in ((0, 0.5), (1, 0.7))
+    ]
+    assert job.markdown(pd.DataFrame(rows)).splitlines()[-1] == "| c | s | none | 0.600 (0.141) |" + " - |" * 8

@@ -13,7 +13,8 @@ import pytest
 import ndreamer_dist as nd
 from ndreamer_dist import cli, keys
 from ndreamer_dist.errors import QueryError, StoreError
-from ndreamer_dist.report.page import _named, _strongest
+from ndreamer_dist.matching.labels import Inside, remedy
+from ndreamer_dist.report.page import PageData, _named, _strongest, _warnings
 from ndreamer_dist.report.tables import signed, timings_table
 from ndreamer_dist.stats.results import Results
 from tests.report.browser import CHROMIUM, Page, browsing
@@ -134,6 +135,17 @@ def test_headline_effects_are_of_populations_with_donors_and_cells_on_both_sides
     assert first not in said
     assert f"in {second} (" in said
     assert "no effect is named" in _strongest(parts[:1], "effect", {})
+
+
+def test_a_warning_of_impure_matches_names_the_remedy(results: Results) -> None:
+    table = results.cate("cell_type")
+    table["impure"] = table["population"] == table["population"].iloc[0]
+    data = PageData(results, "cell_type", False, None, table, results.diagnostics("cell_type"), 100)
+    assert "`run --match-within cell_type --redo`" in " ".join(_warnings(data))
+    inside = Inside("kind", 10, 1.0, 0, ("a",), (1.0,), ())
+    assert "some groups have fewer than 10 cells of the population" in remedy(inside, "cell_type")
+    table["impure"] = False
+    assert "--match-within" not in " ".join(_warnings(data))
 
 
 def test_many_conditions_are_counted_in_titles() -> None:
