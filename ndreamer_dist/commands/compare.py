@@ -75,7 +75,7 @@ def compare(
     Raises
     ------
     NDreamerError
-        What `run` raises; there is no such space; or what was given belongs to a cohort and this is a run.
+        What `run` raises; there is no such space; or an argument is for a cohort, and this is a run.
     """
     target = None if save is None else checked(save, TABLES)
     wanted = embedding.split(",") if isinstance(embedding, str) else embedding
@@ -89,9 +89,9 @@ def compare(
     spaces = _finished(directory, names)
     populations = chosen_populations(spaces, by, SAMPLED_CELLS)
     logger.info("compare: %s, by %s", ", ".join(spaces), populations.source)
-    found = compare_spaces(directory, spaces, populations, donor_key, cohort)
-    _write(found, directory, target)
-    return found
+    comparison = compare_spaces(directory, spaces, populations, donor_key, cohort)
+    _write(comparison, directory, target)
+    return comparison
 
 
 def _refuse(run: Any, how: dict[str, Any]) -> None:
@@ -136,14 +136,14 @@ def _finished(directory: RunDirectory, names: Sequence[str] | None) -> dict[str,
     return opened
 
 
-def _write(found: Comparison, directory: RunDirectory, target: Path | None) -> None:
+def _write(comparison: Comparison, directory: RunDirectory, target: Path | None) -> None:
     """Keep the comparison in the run directory, where that can be written, and in a file of its own, if one is named."""
     from ndreamer_dist.figures.plots import spaces as draw  # with it comes matplotlib
 
     if not directory.storage.is_read_only:
-        directory.storage.write_atomic(keys.COMPARISON_TABLE, found.table.to_csv(index=False).encode())
-        draw(found, save=f"{directory.url}/{keys.COMPARISON_PICTURE}")
-        directory.storage.write_atomic(keys.COMPARISON, found.to_json().encode())
+        directory.storage.write_atomic(keys.COMPARISON_TABLE, comparison.table.to_csv(index=False).encode())
+        draw(comparison, save=f"{directory.url}/{keys.COMPARISON_PICTURE}")
+        directory.write_json(keys.COMPARISON, comparison.as_object())
     if target is not None:
-        save_table(found.table, target)
-        draw(found, save=target.with_suffix(".png"))
+        save_table(comparison.table, target)
+        draw(comparison, save=target.with_suffix(".png"))

@@ -153,29 +153,29 @@ def _why(names: list[str], points: np.ndarray, first: int, how: str, best_in: li
         for place, (name, n) in enumerate(zip(names, points, strict=True))
         if n >= 0 and place != first
     ]
-    found = f" ({', '.join(best_in)})" if best_in else ""
+    where = f" ({', '.join(best_in)})" if best_in else ""
     rest = f"points of the others left: {', '.join(others)}" if others else "no other space is left"
     return (
         f"Take {names[first]}: {how or 'it is'} the best, or within a tie of the best, in {int(points[first])} of {criteria} "
-        f"criteria{found}; {rest}."
+        f"criteria{where}; {rest}."
     )
 
 
 def _set_aside(table: pd.DataFrame, guards: list[Measure]) -> tuple[dict[str, str], list[str]]:
     """Return the spaces that are not fit, with a sentence each; and a note where that would be all."""
-    found: dict[str, str] = {}
+    aside: dict[str, str] = {}
     for measure in guards:
         values = table[measure.name].to_numpy(dtype=float)
         best = int(np.nanargmax(values))
         for place in np.flatnonzero(np.nan_to_num(measure.loss(values)) > BEHIND[measure.name] + ROUNDING):
             name = str(table["space"].iloc[place])
-            found.setdefault(name, (
+            aside.setdefault(name, (
                 f"{name} is set aside: its {measure.title} is {_shown(measure, values[place])}, that of "
                 f"{table['space'].iloc[best]} {_shown(measure, values[best])}."
             ))  # fmt: skip
-    if len(found) == len(table):
+    if len(aside) == len(table):
         return {}, ["Every space is far behind another in purity, r or state held, so none is set aside for it."]
-    return found, []
+    return aside, []
 
 
 def _won(measure: Measure, values: np.ndarray, left: np.ndarray) -> np.ndarray:
@@ -202,7 +202,7 @@ def _first(table: pd.DataFrame, points: np.ndarray) -> tuple[int, str]:
 
 def _losses(table: pd.DataFrame, first: int, criteria: set[str]) -> list[str]:
     """Return a sentence for every column in which the advised space is beaten, or was not measured while others were."""
-    found = []
+    sentences = []
     for measure in MEASURES:
         values = table[measure.name].to_numpy(dtype=float)
         if not np.isfinite(values).any():
@@ -210,11 +210,11 @@ def _losses(table: pd.DataFrame, first: int, criteria: set[str]) -> list[str]:
         best = int(np.nanargmin(measure.loss(values)))
         there = f"{table['space'].iloc[best]} {_shown(measure, values[best])}"
         if math.isnan(values[first]):
-            found.append(f"It has no {measure.title}, which others have ({there}).")
+            sentences.append(f"It has no {measure.title}, which others have ({there}).")
         elif measure.beaten(values)[first]:
             note = "" if measure.name in criteria else ", which is no criterion here"
-            found.append(f"It loses in {measure.title}{note}: {_shown(measure, values[first])}, {there}.")
-    return found
+            sentences.append(f"It loses in {measure.title}{note}: {_shown(measure, values[first])}, {there}.")
+    return sentences
 
 
 def _shown(measure: Measure, value: float) -> str:

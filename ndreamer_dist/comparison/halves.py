@@ -61,7 +61,7 @@ def donor_halves(replicates: Replicates, seed: int) -> Halves | None:
     return Halves(splits)
 
 
-def half_effects(given: StatisticsInput, codes: np.ndarray, number: int, halves: Halves, condition: int) -> np.ndarray:
+def half_effects(run: StatisticsInput, codes: np.ndarray, number: int, halves: Halves, condition: int) -> np.ndarray:
     """Return the mean effect of a condition in every population: (splits, 2, populations, genes).
 
     NaN where a half has fewer than 10 of its treated cells, or no donor on one of the sides.
@@ -71,17 +71,17 @@ def half_effects(given: StatisticsInput, codes: np.ndarray, number: int, halves:
     codes, number
         (cells,) population of every packed row, -1 for none, and how many there are.
     """
-    asked = _Asked(given, codes, number, halves, condition)
+    asked = _Asked(run, codes, number, halves, condition)
     cells, groups = asked.cells(), {side: asked.groups(side) for side in (condition, 0)}
-    total = np.zeros((cells.size, len(given.columns)))
+    total = np.zeros((cells.size, len(run.columns)))
     for side in (condition, 0):
         each = np.repeat(np.maximum(groups[side], 1).ravel(), number) * np.maximum(cells, 1).ravel()
         scale = sparse.diags((1 if side else -1) / each)
-        for target in given.design.with_condition(side):
+        for target in run.design.with_condition(side):
             weights = scale @ asked.weights(target)
             for start in range(target.start, target.stop, READ_ROWS):
                 rows = np.arange(start, min(start + READ_ROWS, target.stop))
-                total += (weights[:, rows - target.start] @ given.expression.read(rows, given.columns)).toarray()
+                total += (weights[:, rows - target.start] @ run.expression.read(rows, run.columns)).toarray()
     total = total.reshape(*cells.shape, -1)
     total[(cells < LEAST_IN_HALF) | (np.minimum(groups[condition], groups[0]) == 0)[..., None]] = np.nan
     return total
@@ -91,7 +91,7 @@ def half_effects(given: StatisticsInput, codes: np.ndarray, number: int, halves:
 class _Asked:
     """The question for effects of halves, as of `half_effects`."""
 
-    given: StatisticsInput
+    run: StatisticsInput
     codes: np.ndarray
     number: int
     halves: Halves
@@ -100,7 +100,7 @@ class _Asked:
     def cells(self) -> np.ndarray:
         """Return the treated cells: (splits, 2, populations)."""
         cells = np.zeros((len(self.halves.of_group), 2, self.number), dtype=np.int64)
-        for group in self.given.design.with_condition(self.condition):
+        for group in self.run.design.with_condition(self.condition):
             own = self.codes[group.start : group.stop]
             counts = np.bincount(own[own >= 0], minlength=self.number)
             for split, half in enumerate(self.halves.of_group[:, group.code]):
@@ -109,14 +109,14 @@ class _Asked:
 
     def groups(self, condition: int) -> np.ndarray:
         """Return how many groups of a condition there are: (splits, 2)."""
-        own = self.halves.of_group[:, [group.code for group in self.given.design.with_condition(condition)]]
+        own = self.halves.of_group[:, [group.code for group in self.run.design.with_condition(condition)]]
         return np.stack([(own == half).sum(axis=1) for half in (0, 1)], axis=1)
 
     def weights(self, target: Group) -> sparse.csr_matrix:
         """Return how often a target group's cells are matched with: (splits * 2 * populations, cells of the target)."""
         shape = (len(self.halves.of_group) * 2 * self.number, target.cells)
         total = sparse.csr_matrix(shape)
-        for query in self.given.design.with_condition(self.condition):
+        for query in self.run.design.with_condition(self.condition):
             together = self.halves.of_group[:, query.code] == self.halves.of_group[:, target.code]
             rows = query.start + np.flatnonzero(self.codes[query.start : query.stop] >= 0)
             if not (together.any() and len(rows)):
@@ -135,7 +135,7 @@ class _Asked:
         """Return the matches of some cells and their weights, as effects average them: (cells, k) each."""
         if query == target:
             return rows[:, None], np.ones((len(rows), 1))
-        counterparts, pair = self.given.counterparts, (query.code, target.code)
+        counterparts, pair = self.run.counterparts, (query.code, target.code)
         near, distance = counterparts.edges(rows, [pair], distances=counterparts.neighbours > 1)[pair]
         most = counterparts.neighbours
         return near[:, :most].astype(np.int64), kernel_weights(distance[:, :most], counterparts.bandwidth)

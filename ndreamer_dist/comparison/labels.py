@@ -62,8 +62,8 @@ def chosen_populations(spaces: Mapping[str, Results], by: str | pd.Series | None
         return _of_column(labelled, str(name), f"column {name!r} of obs")
     for space, results in spaces.items():
         if keys.OBS_LOW in results.packed_obs and _clustered_together(results):
-            found = _of_column(results, keys.OBS_LOW, f"the low clusters of the run in {space}; {ADVICE}")
-            return replace(found, clustered=True)
+            low = _of_column(results, keys.OBS_LOW, f"the low clusters of the run in {space}; {ADVICE}")
+            return replace(low, clustered=True)
     if (
         keys.STATE in spaces
         and (column := _settings(spaces[keys.STATE]).get("state", {}).get("by")) in first.packed_obs
@@ -80,17 +80,17 @@ def graph_clusters(results: Results, cells: int) -> CellPopulations:
     The sample has the same share of every group, its first cells, which are in random order. Centring keeps a batch or
     a strong effect from making clusters of its own; where groups differ in their types it moves them a little.
     """
-    given = results._statistics_input(None, None)
-    design, settings = given.design, ClustersSettings()
-    parts = [given.expression.read(np.arange(*span), given.columns) for span in sketch_spans(design, cells)]
+    source = results._statistics_input(None, None)
+    design, settings = source.design, ClustersSettings()
+    parts = [source.expression.read(np.arange(*span), source.columns) for span in sketch_spans(design, cells)]
     means = [np.asarray(part.mean(axis=0, dtype=np.float64)).ravel() for part in parts]
     centred = np.concatenate([part.toarray() - mean for part, mean in zip(parts, means, strict=True)])
-    sketch = clustered_sketch(sparse.csr_matrix(centred.astype(np.float32)), settings, given.seed)
+    sketch = clustered_sketch(sparse.csr_matrix(centred.astype(np.float32)), settings, source.seed)
     codes = np.zeros(design.n_cells, dtype=np.int64)
     for group, mean in zip(design.groups, means, strict=True):
         for start in range(group.start, group.stop, QUERY_ROWS):
             rows = np.arange(start, min(start + QUERY_ROWS, group.stop))
-            points = project(given.expression.read(rows, given.columns), mean + sketch.mean, sketch.axes)
+            points = project(source.expression.read(rows, source.columns), mean + sketch.mean, sketch.axes)
             codes[rows] = nearest_labels(points, sketch, settings.n_neighbors)[0]
     names = tuple(str(code) for code in range(int(codes.max()) + 1))
     return CellPopulations(

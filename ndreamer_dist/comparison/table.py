@@ -8,6 +8,7 @@ Sums go over blocks of cells, in their order.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -24,15 +25,18 @@ from ndreamer_dist.comparison.labels import CellPopulations
 from ndreamer_dist.comparison.measures import agreement, mean_correlation, scaled_lisi, silhouette
 from ndreamer_dist.comparison.state import StateQuestion
 from ndreamer_dist.compute.monitors import stage_costs
+from ndreamer_dist.errors import DamagedError
 from ndreamer_dist.planning.stages import SHARED
 from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.stats.cate_table import StatisticsInput, individual_effects, replicates_of
+from ndreamer_dist.stats.cate_table import StatisticsInput, column, individual_effects, replicates_of
 from ndreamer_dist.stats.cells import match_quality, parts
 from ndreamer_dist.stats.diagnostics import told_of_donors
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.arrays import open_array
-from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.storage.checksums import unseal
+
+logger = logging.getLogger(__name__)
 
 SAMPLED_CELLS = 4000
 """Cells that mixing, separation and state are measured on, about."""
@@ -102,16 +106,20 @@ class Comparison:
 
     def to_json(self) -> str:
         """Return all of it as a JSON object; a column that cannot be had is null."""
+        return json.dumps(self.as_object(), indent=2)
+
+    def as_object(self) -> dict[str, Any]:
+        """Return all of it as an object of JSON."""
         rows = json.loads(self.table.to_json(orient="records", double_precision=15))
-        return json.dumps({**asdict(self), "table": rows, "words": self.sentences()}, indent=2)
+        return {**asdict(self), "table": rows, "words": self.sentences()}
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Comparison:
-        """Return what `to_json` wrote."""
-        told = {name: value for name, value in json.loads(text).items() if name != "words"}
-        table = pd.DataFrame(told.pop("table"), columns=[f.name for f in fields(SpaceMeasures)])
+    def of(cls, values: Mapping[str, Any]) -> Comparison:
+        """Return the comparison that `as_object` returned."""
+        rest = {name: value for name, value in values.items() if name != "words"}
+        table = pd.DataFrame(rest.pop("table"), columns=[f.name for f in fields(SpaceMeasures)])
         table = table.astype({m.name: np.float64 for m in MEASURES})
-        return cls(table=table, advice=Advice(**{k: _tuples(v) for k, v in told.pop("advice").items()}), **told)
+        return cls(table=table, advice=Advice(**{k: _tuples(v) for k, v in rest.pop("advice").items()}), **rest)
 
 
 def compare_spaces(
@@ -132,7 +140,8 @@ def compare_spaces(
     rows = [question.measured(name, results, *costs.get(name, (np.nan, np.nan))) for name, results in spaces.items()]
     table = pd.DataFrame([asdict(row) for row in rows])
     missing = {name: why for name, why in question.missing.items() if table[name].isna().all()}
-    made_from = {name: str(results.uns["key"]) for name, results in spaces.items()}
+    now = _effects_keys(run)
+    made_from = {name: now[name] for name in spaces}
     kind, layout = told_of_donors(first._statistics_input(None, None), donor_key)
     return Comparison(
         table,
@@ -144,24 +153,37 @@ def compare_spaces(
     )
 
 
-def kept_comparison(run: Storage, results: Results) -> Comparison | None:
-    """Return what `compare` kept in a run directory; none where it was not asked, or of other results than these."""
-    told = run.read_if_there(keys.COMPARISON)
-    found = None if told is None else Comparison.from_json(told)
-    return found if found and found.made_from.get(results.space) == results.uns["key"] else None
+def kept_comparison(run: RunDirectory, results: Results) -> Comparison | None:
+    """Return what `compare` kept in a run directory; none where these results, or others of it, were made since."""
+    data = run.storage.read_if_there(keys.COMPARISON)
+    if data is None:
+        return None
+    try:
+        comparison = Comparison.of(unseal(data, f"{run.url}/{keys.COMPARISON}"))
+        now = _effects_keys(run)
+    except DamagedError as error:
+        logger.warning("%s; `compare` writes it anew", error.what)
+        return None
+    same = all(now.get(name) == key for name, key in comparison.made_from.items())
+    return comparison if same and results.space in comparison.made_from else None
+
+
+def _effects_keys(run: RunDirectory) -> dict[str, str]:
+    """Return the key of every space's effects."""
+    return {name: str(place.read_run()["keys"].get(keys.STAGE_EFFECTS)) for name, place in run.spaces().items()}
 
 
 def costs_of(run: RunDirectory) -> dict[str, tuple[float, float]]:
     """Return seconds and peak memory in GB from input to effects, by space; stages that spaces share count in each."""
-    found = {}
+    costs = {}
     for name, place in run.spaces().items():
         stages = place.read_run()["keys"]
         shared, own = (stage_costs(part.storage) for part in (run, place))
         lines = pd.concat([shared[shared["stage"].isin(SHARED)], own[~own["stage"].isin(SHARED)]])
         lines = lines[lines["stage"].isin(stages)]
         if len(lines) == len(stages):
-            found[name] = float(lines["seconds"].sum()), float(lines["peak_gb"].max())
-    return found
+            costs[name] = float(lines["seconds"].sum()), float(lines["peak_gb"].max())
+    return costs
 
 
 def match_purity(results: Results, populations: np.ndarray) -> float:
@@ -175,13 +197,13 @@ def match_purity(results: Results, populations: np.ndarray) -> float:
     design, number = results.design, int(populations.max()) + 1
     near = np.ones(len(populations), dtype=bool)
     conditions = range(1, len(design.conditions))
-    found = match_quality(populations, number, near, design, results.counterparts, conditions).purity
+    purity = match_quality(populations, number, near, design, results.counterparts, conditions).purity
     codes = design.group_conditions[design.group_of(np.arange(design.n_cells))]
     inside = populations >= 0
     flat = populations[inside] * len(design.conditions) + codes[inside]
-    cells = np.bincount(flat, minlength=found.size).reshape(found.shape)
-    known = np.isfinite(found) & (cells > 0)
-    return float(np.average(found[known], weights=cells[known])) if known.any() else float("nan")
+    cells = np.bincount(flat, minlength=purity.size).reshape(purity.shape)
+    known = np.isfinite(purity) & (cells > 0)
+    return float(np.average(purity[known], weights=cells[known])) if known.any() else float("nan")
 
 
 @dataclass(frozen=True)
@@ -192,18 +214,18 @@ class TypeMeans:
     cells: np.ndarray
 
     @classmethod
-    def of(cls, given: StatisticsInput, codes: np.ndarray, number: int) -> TypeMeans:
+    def of(cls, source: StatisticsInput, codes: np.ndarray, number: int) -> TypeMeans:
         """Sum the cells as they were measured."""
-        design, conditions = given.design, len(given.design.conditions)
+        design, conditions = source.design, len(source.design.conditions)
         place = codes * conditions + design.group_conditions[design.group_of(np.arange(design.n_cells))]
         inside = np.flatnonzero(codes >= 0)
         cells = np.bincount(place[inside], minlength=number * conditions)
-        total = np.zeros((number * conditions, len(given.columns)))
-        for rows in parts(inside, len(given.columns)):
+        total = np.zeros((number * conditions, len(source.columns)))
+        for rows in parts(inside, len(source.columns)):
             indicator = sparse.csr_matrix(
                 (np.ones(len(rows)), (place[rows], np.arange(len(rows)))), shape=(len(total), len(rows))
             )
-            total += (indicator @ given.expression.read(rows, given.columns).astype(np.float64)).toarray()
+            total += (indicator @ source.expression.read(rows, source.columns).astype(np.float64)).toarray()
         mean = np.divide(total, cells[:, None], out=np.full_like(total, np.nan), where=cells[:, None] > 0)
         return cls(mean.reshape(number, conditions, -1), cells.reshape(number, conditions))
 
@@ -220,12 +242,12 @@ def agreement_with_means(results: Results, codes: np.ndarray, means: TypeMeans |
     means
         Those of the populations, where they are there already.
     """
-    given = results._statistics_input(None, None)
-    means = means or TypeMeans.of(given, codes, int(codes.max()) + 1)
+    source = results._statistics_input(None, None)
+    means = means or TypeMeans.of(source, codes, int(codes.max()) + 1)
     conditions = means.cells.shape[1]
     total, cells = np.zeros_like(means.mean), np.zeros(means.cells.shape)
-    for rows, values in individual_effects(given, codes, list(range(1, conditions))):
-        condition = given.design.group_conditions[given.design.group_of(rows)]
+    for rows, values in individual_effects(source, codes, list(range(1, conditions))):
+        condition = source.design.group_conditions[source.design.group_of(rows)]
         for pair in np.unique(codes[rows] * conditions + condition):
             place = np.unravel_index(pair, cells.shape)
             chosen = (codes[rows] == place[0]) & (condition == place[1])
@@ -250,14 +272,14 @@ class _Question:
     @classmethod
     def of(cls, results: Results, populations: CellPopulations, donor_key: str | None, cohort: Any) -> _Question:
         """Prepare what does not depend on the space."""
-        given, design = results._statistics_input(None, None), results.design
+        source, design = results._statistics_input(None, None), results.design
         missing = {"mixing": "the sample has one group alone"}
-        halves, missing["split_half"] = _halves_of(given, donor_key)
+        halves, missing["split_half"] = _halves_of(source, donor_key)
         state, missing["state_held"] = StateQuestion.of(results, populations, cohort, SAMPLED_CELLS)
         if len(populations.names) < 2:
             missing |= dict.fromkeys(("separation", "silhouette"), "there is one population alone")
         rows = np.concatenate([np.arange(*span) for span in sketch_spans(design, SAMPLED_CELLS)])
-        means = TypeMeans.of(given, populations.codes, len(populations.names))
+        means = TypeMeans.of(source, populations.codes, len(populations.names))
         few = f"no population has {LEAST_ON_SIDES} cells on both sides"
         missing |= dict.fromkeys(("agreement", "slope"), few)
         missing |= dict.fromkeys(("seconds", "peak_gb"), "logs/stages.jsonl does not say it")
@@ -266,10 +288,10 @@ class _Question:
 
     def measured(self, name: str, results: Results, seconds: float, peak_gb: float) -> SpaceMeasures:
         """Measure one space."""
-        given, codes = results._statistics_input(None, None), self.populations.codes
+        source, codes = results._statistics_input(None, None), self.populations.codes
         r, slope = agreement_with_means(results, codes, self.means)
-        array = f"obsm/{given.embedding}"
-        points = read_dense(given.storage, array, self.rows, np.arange(open_array(given.storage, array).shape[1]))
+        array = f"obsm/{source.embedding}"
+        points = read_dense(source.storage, array, self.rows, np.arange(open_array(source.storage, array).shape[1]))
         known = codes[self.rows] >= 0
         return SpaceMeasures(
             space=name,
@@ -280,20 +302,20 @@ class _Question:
             silhouette=silhouette(points[known], codes[self.rows][known]),
             agreement=r,
             slope=slope,
-            split_half=self._split_half(given),
+            split_half=self._split_half(source),
             state_held=np.nan if self.state is None else self.state.held(results.counterparts),
             seconds=seconds,
             peak_gb=peak_gb,
         )
 
-    def _split_half(self, given: StatisticsInput) -> float:
+    def _split_half(self, source: StatisticsInput) -> float:
         """Return the correlation of the effects of two halves of donors, mean over populations, conditions and splits."""
         if self.halves is None:
             return float("nan")
         number = len(self.populations.names)
         pairs = [
-            half_effects(given, self.populations.codes, number, self.halves, condition)
-            for condition in range(1, len(given.design.conditions))
+            half_effects(source, self.populations.codes, number, self.halves, condition)
+            for condition in range(1, len(source.design.conditions))
         ]
         first, second = (
             np.concatenate([pair[:, half].reshape(-1, pair.shape[-1]) for pair in pairs]) for half in (0, 1)
@@ -301,10 +323,10 @@ class _Question:
         return mean_correlation(first, second)
 
 
-def _halves_of(given: StatisticsInput, donor_key: str | None) -> tuple[Halves | None, str]:
-    if donor_key is None and not given.design.batch_keys:
+def _halves_of(source: StatisticsInput, donor_key: str | None) -> tuple[Halves | None, str]:
+    if donor_key is None and not source.design.batch_keys:
         return None, "nothing says who the donors are; name their column with --donor-key"
-    halves = donor_halves(replicates_of(given, donor_key), given.seed)
+    halves = donor_halves(replicates_of(source, donor_key), source.seed)
     if halves is None:
         return None, "a group holds cells of several donors, so that no half of them is apart from the other"
     return halves, "no population has enough cells in two halves of the donors, each with treated and control donors"
@@ -314,7 +336,7 @@ def _overlap(results: Results) -> float:
     """Return the share of treated cells with a near control match; NaN where none has a match."""
     cells = results.packed_obs
     treated = cells[(cells[keys.OBS_CONDITION] != results.control) & cells[keys.OBS_MATCH_DISTANCE].notna()]
-    return float(treated[keys.OBS_OVERLAP].mean()) if len(treated) else float("nan")
+    return float(column(treated, keys.OBS_OVERLAP).mean()) if len(treated) else float("nan")
 
 
 def _tuples(value: Any) -> Any:

@@ -49,6 +49,7 @@ from ndreamer_dist.report.tables import (
     whole,
 )
 from ndreamer_dist.results.reader import Labels
+from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
 from ndreamer_dist.stats.null import rates
@@ -584,7 +585,7 @@ def _trust_pictures(data: PageData) -> Iterator[Picture]:
 def _spaces(results: Results) -> dict[str, Any]:
     """Return what `compare` found of the run's matching spaces, if it was asked and the results are still those."""
     run = plots.run_of(results)
-    comparison = None if run is None else kept_comparison(run, results)
+    comparison = None if run is None else kept_comparison(RunDirectory(run), results)
     if comparison is None:
         return {"spaces": None}
     picture = _picture(

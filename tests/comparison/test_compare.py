@@ -22,7 +22,6 @@ from ndreamer_dist.errors import NDreamerError
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.cate_table import populations_of, replicates_of
 from ndreamer_dist.stats.results import Results
-from ndreamer_dist.storage.files import open_storage
 from tests.tiny import NAMES, SETTINGS
 
 SPACES = ("ndreamer", "pca")
@@ -76,7 +75,7 @@ def test_a_space_that_is_not_there_is_added_and_both_have_a_row(run: Path, found
 def test_the_numbers_are_the_same_however_often(run: Path, found: Comparison) -> None:
     again = measured(run, "cell_type")
     pd.testing.assert_frame_equal(again.table, found.table, check_exact=True)
-    assert Comparison.from_json(found.to_json()).to_json() == found.to_json()
+    assert Comparison.of(json.loads(found.to_json())).to_json() == found.to_json()
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -233,17 +232,17 @@ def test_table_and_picture_are_written_beside_each_other_and_json_holds_table_an
     assert told["words"] == found.sentences()
 
 
-def test_what_was_compared_is_kept_for_these_results_alone(
-    run: Path, results: dict[str, Results], tmp_path: Path
-) -> None:
-    told, kept = results["ndreamer"], nd.compare(run, embedding="ndreamer", by="cell_type")
-    assert str(kept_comparison(open_storage(run), told)) == str(kept)
-    assert kept_comparison(open_storage(run), results["pca"]) is None  # it was not compared
-    other = kept.to_json().replace(kept.made_from["ndreamer"], "of a run before")
-    (tmp_path / keys.COMPARISON).parent.mkdir()
-    (tmp_path / keys.COMPARISON).write_text(other)
-    assert kept_comparison(open_storage(tmp_path), told) is None
-    assert kept_comparison(open_storage(tmp_path.parent), told) is None
+def test_what_was_compared_is_kept_for_these_results_alone(run: Path, results: dict[str, Results]) -> None:
+    place, told, kept = RunDirectory.at(run), results["ndreamer"], nd.compare(run, embedding="ndreamer", by="cell_type")
+    assert str(kept_comparison(place, told)) == str(kept)
+    assert kept_comparison(place, results["pca"]) is None  # it was not compared
+    data = (run / keys.COMPARISON).read_bytes()
+    place.write_json(keys.COMPARISON, {**kept.as_object(), "made_from": {"ndreamer": "a run before"}})
+    assert kept_comparison(place, told) is None
+    (run / keys.COMPARISON).write_bytes(data.replace(b"nothing to choose", b"choose as you like"))
+    assert kept_comparison(place, told) is None  # damaged
+    (run / keys.COMPARISON).unlink()
+    assert kept_comparison(place, told) is None
 
 
 @pytest.mark.parametrize(
