@@ -817,6 +817,8 @@ def null_calibration(
     ax.plot([low, 1], [low, 1], color="#8A9099", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="calibrated")
     for (test, label), shade in zip(TESTS.items(), (PALETTE[0], PALETTE[4], PALETTE[1], PALETTE[2], UP), strict=True):
         part = table[table["test"] == test]
+        if part.empty:  # too few donors or labellings for this one
+            continue
         counts = part.groupby(["labelling", "level"])[["below", "tests"]].sum()
         each = (counts["below"] / counts["tests"]).unstack("level").to_numpy()
         pooled = counts.groupby("level").sum()

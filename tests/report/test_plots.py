@@ -169,6 +169,14 @@ def test_the_calibration_shows_the_shares_of_the_null(results: Results) -> None:
     assert np.ptp(drawn["calibrated"].get_xdata() - drawn["calibrated"].get_ydata()) == 0
 
 
+def test_the_calibration_leaves_out_a_test_that_the_donors_did_not_allow(results: Results) -> None:
+    null = results.null("cell_type", labellings=4)
+    ax = nd.pl.null_calibration(results, table=null[~null["test"].isin(["within_state", "state_shift"])])
+    drawn = {line.get_label() for line in ax.lines}
+    assert {"donor-level test", "pseudobulk", "sign test over cells"} <= drawn
+    assert not {"within states", "change of state"} & drawn
+
+
 def test_top_genes_are_taken_from_every_population_by_turns_those_called_first() -> None:
     table = pd.DataFrame(
         {
