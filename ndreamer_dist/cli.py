@@ -654,6 +654,9 @@ def _read_config(path: Path | None) -> dict[str, Any] | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the process ends with 0, or with 2 and one line that says why."""
+    os.environ["MPLBACKEND"] = (
+        "agg"  # no command opens a window, and a notebook's own back end may not be installed here
+    )
     speak(lambda: obey(arguments))
 
 

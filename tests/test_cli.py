@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -210,6 +211,14 @@ def test_all_settings_are_printed_as_a_file_of_settings(tmp_path: Path, capsys: 
 
 def test_the_version_is_shown(capsys: pytest.CaptureFixture) -> None:
     assert spoken(["--version"], capsys) == (0, f"{nd.__version__}\n", "")
+
+
+def test_a_notebooks_own_drawing_does_not_reach_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "module://of_another_environment")
+    assert spoken(["--version"], capsys)[0] == 0
+    assert os.environ["MPLBACKEND"] == "agg"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from tests.docs.pages import FENCE, ROOT, Block, blocks
 
 TUTORIALS = ROOT / "docs" / "tutorials"
-REAL = {"kang.h5ad": "kang_pbmc_ifnb.h5ad", "onek1k.h5ad": "onek1k_40donors.h5ad"}
+REAL = {"kang.h5ad": "kang_pbmc_ifnb.h5ad"}
 """Cohorts that the pages name, and the files of real cells that hold them."""
 NEEDS_CELLS = "needs the cells of"
 """How the reason of a block begins that needs one of these cohorts."""
