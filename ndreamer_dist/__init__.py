@@ -1,8 +1,8 @@
 """NDreamer at scale: batch-effect removal and single-cell treatment effects for cohorts of any size, on Ray.
 
-`run` does the whole job and `plan` tells what it will need, `compare` says which matching space a cohort favours,
-`open_results` reads what it wrote, `pl` draws it and
-`report` tells it on one page, `simulate` makes a cohort with known truth.
+`run` does the whole job. `plan` says what the job will need, and `compare` which matching space a cohort favours.
+`open_results` reads the results, `pl` draws them, and `report` sums them up on one page. `simulate` makes a cohort whose
+true effects are known.
 """
 
 from __future__ import annotations

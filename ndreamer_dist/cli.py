@@ -1,6 +1,6 @@
-"""The command line: the same words as the Python functions, one command a question.
+"""The command line: one command for each Python function, with the same names.
 
-Answers go to standard output, progress and log lines to standard error. Every refusal is one line and exit code 2.
+Answers go to standard output; progress and log lines go to standard error. Every refusal is one line with exit code 2.
 """
 
 from __future__ import annotations

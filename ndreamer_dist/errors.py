@@ -1,4 +1,4 @@
-"""The errors a user can meet, each a `ValueError` or `RuntimeError` that the command line shows as one line.
+"""The errors that users can meet: each is a `ValueError` or `RuntimeError`, shown as one line by the command line.
 
 Every message names the thing, what was found, what was expected and what to do about it.
 """

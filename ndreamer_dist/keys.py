@@ -1,6 +1,6 @@
-"""Every name that is written to a store, once.
+"""Every name that is written to a store, defined once.
 
-Nothing else in the package spells the name of an array, a column, a file or a stage.
+No other module of the package spells the name of an array, a column, a file or a stage.
 """
 
 from __future__ import annotations

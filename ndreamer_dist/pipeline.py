@@ -1,9 +1,9 @@
-"""The job: the sequence of the stages, and what is checked before the first of them.
+"""The job: the sequence of the stages, and the checks before the first of them.
 
-Follow a cell: `cohort` finds its group and its genes, `pack` gives it a row, `clusters` two labels, `train` learns from
-it, `embed` and `pca` place it (`space` where no network is needed, or not one alone), `match` finds its counterparts, `effects` writes its denoised expression, the batch
-effect it lost and its treatment effect into results.zarr. Each stage is a function of settings and the stores before
-it; it skips what is already there.
+Follow a cell. `cohort` assigns its group and selects the genes, `pack` assigns its row, `clusters` assigns two labels,
+`train` learns from it, `embed` and `pca` compute its coordinates (or `space` does, in a space that needs no network),
+`match` finds its counterparts, and `effects` writes its denoised expression, batch effect and treatment effect to
+results.zarr. Each stage is a function of the settings and of earlier stores, and skips what is already there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Settings: one frozen, validated class per stage, read from and written to YAML.
 
-Every default is METHOD's (section numbers in the class docstrings). Each field is marked `result` (it bears on the
-numbers: a change invalidates its stage and the later ones) or `how` (workers, threads, device: a change resumes).
-A preset is a set of overrides of the defaults; explicit values win over the preset.
+Every default is that of METHOD (section numbers are in the class docstrings). Each field is marked `result` or `how`. A
+`result` field affects the numbers: a change invalidates its stage and later ones. A `how` field (workers, threads,
+device) does not: after a change the run continues. A preset is a set of overrides; explicit values override the preset.
 """
 
 from __future__ import annotations

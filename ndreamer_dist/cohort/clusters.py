@@ -1,9 +1,9 @@
-"""The two Leiden clusterings, low and high resolution (METHOD section 1.3).
+"""The two Leiden clusterings, at low and at high resolution (METHOD section 1.3).
 
-The packed cohort comes in; `cluster_low/<group>` and `cluster_high/<group>` go out, int32 labels with 0 the largest
-cluster. Where groups are large they are clustered apart, a task each (labels then mean something inside their group
-only); otherwise all cells together, in one task. Cells too many for one graph, a group's or the cohort's, are clustered
-by way of a sketch of them.
+Input: the packed cohort. Output: `cluster_low/<group>` and `cluster_high/<group>`, int32 labels; 0 is the largest
+cluster. Large groups are clustered separately, one task each; a label then has a meaning only inside its group.
+Otherwise one task clusters all cells together. Where one graph cannot hold the cells of a group or of the cohort, a
+sketch of them is clustered.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The design of a cohort: names <-> codes of conditions, batches and groups, and the contrasts they allow.
+"""The design of a cohort: names and codes of conditions, batches and groups, and the contrasts they allow.
 
-Pure. Names come in (columns of obs), names go out; integer codes live only between. The control has code 0, the other
-conditions follow in order of appearance; a *batch* is an observed combination of the batch covariates; a *group* is
-one observed (batch, condition) pair. Groups are numbered batch by batch, conditions inside, and own contiguous rows
-of the packed store.
+Pure. Names come in (columns of obs) and names go out; integer codes are used only between. The control has code 0. The
+other conditions follow in order of appearance. A *batch* is an observed combination of the batch covariates; a *group*
+is an observed (batch, condition) pair. Groups are numbered batch by batch, and by condition inside a batch. Each group
+owns contiguous rows of the packed store.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Telling what a file or folder is that is no AnnData store, and the one command that turns it into one.
+"""Recognise files and folders that are no AnnData store, and name the command that converts them.
 
-Only first bytes, names and the outermost groups are looked at. What comes out is a sentence for an error, or nothing.
+Only the first bytes, the names and the outermost groups are read. Output: a sentence for an error, or nothing.
 """
 
 from __future__ import annotations

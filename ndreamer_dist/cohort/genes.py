@@ -1,8 +1,8 @@
-"""The cohort stage: who the groups are, which cells are kept, and which genes are modelled (METHOD section 1.1, 1.2).
+"""The cohort stage: define the groups, select the cells and select the genes (METHOD sections 1.1 and 1.2).
 
-A source comes in; the design and the tables of cells, dropped cells and genes go out, below `DIR/cohort`. The matrix is
-passed over once (twice with `min_cells`); the genes are those that scanpy's `seurat` flavour selects in memory with
-`batch_key=group` (`hvg.by`: with the batch, or with none), computed here from sums per group and gene.
+Input: a source. Output: the design and the tables of cells, dropped cells and genes, below `DIR/cohort`. The stage
+passes over the matrix once (twice with `min_cells`). It selects the genes that scanpy's `seurat` flavour selects in
+memory with `batch_key=group` (`hvg.by`: by batch, or over all cells), and computes them from sums per group and gene.
 """
 
 from __future__ import annotations

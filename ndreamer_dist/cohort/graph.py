@@ -1,7 +1,7 @@
 """Clusters of cells on one graph: scanpy's principal components, its default neighbour graph, and Leiden. Pure.
 
-Expression comes in, labels go out, 0 the largest cluster (METHOD section 1.3). scanpy and the Leiden packages take two
-seconds to load, so they are where a graph is made: the driver of a job on Ray makes none.
+Input: expression. Output: labels; 0 is the largest cluster (METHOD section 1.3). scanpy and the Leiden packages take
+two seconds to import. They are imported where a graph is made, so the driver of a job on Ray does not import them.
 """
 
 from __future__ import annotations

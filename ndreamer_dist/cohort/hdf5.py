@@ -1,6 +1,6 @@
-"""Opening HDF5 files that others wrote: locked ones, damaged ones, ones with filters of their own.
+"""Open HDF5 files that other programs wrote: locked files, damaged files, files with their own filters.
 
-A path or a file object comes in, an open `h5py.File` goes out, or an error that says what to do.
+Input: a path or a file object. Output: an open `h5py.File`, or an error that says what to do.
 """
 
 from __future__ import annotations

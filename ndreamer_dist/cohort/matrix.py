@@ -1,8 +1,8 @@
 """Matrices of cells x genes that are read by ranges of rows: in memory, or as blocks of a dask array.
 
-Every kind hands out the same: CSR float32 with sorted indices, without stored zeros, each gene once a cell. A gene that
-a cell holds twice is added up, as scipy, anndata and scanpy do; `tidied` says how many values that took. Matrices are
-cheap to send to a task. Those in files are in `stored.py`.
+Every kind returns the same: CSR float32 with sorted indices, without stored zeros, each gene once per cell. Where a
+cell holds a gene twice, the values are added, as scipy, anndata and scanpy do; `tidied` counts them. Matrices are cheap
+to send to a task. `stored.py` has the matrices in files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Coordinates that the input brings along in `obsm`, and columns of its `obs` that a matching space asks for.
+"""Coordinates in the `obsm` of the input, and columns of its `obs` that a matching space needs.
 
-An opened cohort and a key come in; a dense float32 array, or codes, in input order, goes out. What cannot be matched in
-is refused here, before work starts: an unknown key, sparse or non-numeric values, a wrong length, values not finite.
+Input: an opened cohort and a key. Output: a dense float32 array, or codes, in input order. What cannot serve for
+matching is refused here, before work starts: an unknown key, sparse or non-numeric values, a wrong length, values that
+are not finite.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Packing: the modelled genes of the kept cells, normalised, sorted by group and shuffled inside each group.
+"""Packing: the selected genes of the selected cells, normalised, sorted by group and shuffled inside each group.
 
-The cohort stage's tables and the source come in; packed.zarr goes out (its layout: `packed.py`). The matrix is read in
-row order only: a task per span deals its rows to partitions of whole blocks, whose pieces stay in the runtime's object
-store; a task per partition then fetches its pieces one at a time, and writes its blocks. No process holds more than a
-chunk and its own pieces. Only partitions in which a block is missing are done.
+Input: the tables of the cohort stage and the source. Output: packed.zarr (`packed.py` describes its layout). The matrix
+is read in row order only. A task per span deals its rows to partitions of whole blocks; these pieces stay in the
+object store of the runtime. A task per partition then fetches its pieces one at a time and writes its blocks. No
+process holds more than a chunk and its own pieces. Only partitions with a missing block are written.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Reading packed.zarr: the modelled genes of the kept cells, sorted by group, in sparse row blocks.
+"""Read packed.zarr: the selected genes of the selected cells, sorted by group, in sparse row blocks.
 
 Layout below `DIR/packed.zarr`: `X/<block>/{data,indices,indptr}` (float32, int32, int64; one CSR per `block_rows`
-rows), `input_row` (rows,) int64, `nnz` per block inside `indptr`, and per group `cluster_low/<group>`,
-`cluster_high/<group>` (cells of the group,) int32. A row's condition, batch and group follow from its place, since
-rows are sorted by group. Inside a group the order is a seeded random permutation.
+rows), `input_row` (rows,) int64, and per group `cluster_low/<group>` and `cluster_high/<group>` (cells of the group,)
+int32. `indptr` also holds the number of stored values of a block. Rows are sorted by group, so the position of a row
+determines its condition, batch and group. Inside a group the order is a seeded random permutation.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Clusters of more cells than one graph can hold, where groups are too small for graphs of their own (METHOD section 1.3).
+"""Clusters of more cells than one graph can hold, where groups are too small for their own graphs (METHOD section 1.3).
 
-A sketch, the same share of every group, is clustered as if it were the cohort; every other cell takes the label that
-most of its nearest sketch cells have. The packed cohort comes in; packed.zarr/sketch (the sketch's principal axes,
-points and labels) goes out, which each group's task reads to label its cells. A group that is too large for a graph of
-its own has a sketch of its own, which is not kept.
+The sketch takes the same share of every group and is clustered as if it were the cohort. Every other cell gets the
+label that most of its nearest sketch cells have. Input: the packed cohort. Output: packed.zarr/sketch, the principal
+axes, points and labels of the sketch; the task of each group reads them to label its cells. A group that is too large
+for its own graph has its own sketch, which is not stored.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The input cohort: opened, checked, and read by ranges of rows.
+"""The input cohort: open it, check it, and read it by ranges of rows.
 
-An AnnData in memory, backed, lazy, or stored as h5ad or zarr (a path or a URL) comes in, or a MuData, of which its
-modality `rna` is read; a `Source` goes out: the tables of cells and genes, and a `Matrix` that hands out row ranges as
-CSR float32 and is cheap to send to a task. The matrix is never read whole, and nothing of the caller's is changed.
-Whatever can be refused by names and shapes is refused here.
+Input: an AnnData in memory, backed or lazy; an AnnData stored as h5ad or zarr (a path or a URL); or a MuData, whose
+modality `rna` is read. Output: a `Source`, which holds the tables of cells and genes and a `Matrix`. A `Matrix` returns
+ranges of rows as CSR float32 and is cheap to send to a task. The matrix is never read whole, and the caller's object is
+never changed. Everything that names and shapes can refuse is refused here.
 """
 
 from __future__ import annotations

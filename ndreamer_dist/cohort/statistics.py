@@ -1,8 +1,9 @@
 """One streaming pass over the cohort: check the values, and sum what gene selection needs.
 
-The rows, in input order, are cut into spans that depend on the number of cells alone; a span is a task, read a chunk
-at a time. Out come the cells' totals and, per group and gene, the sums of the normalised expression and of its squares,
-in float64 and in row order, so that neither chunk size nor the number of workers changes a bit.
+The rows, in input order, are cut into spans; the number of cells alone determines the spans. Each span is a task, which
+reads one chunk at a time. Output: the total of each cell and, per group and gene, the sums of the normalised expression
+and of its squares. The sums are float64 and in row order, so neither the chunk size nor the number of workers changes a
+bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Matrices in h5ad files and zarr stores: found, checked by their shapes, and read by ranges of rows.
+"""Matrices in h5ad files and zarr stores: find them, check their shapes, and read them by ranges of rows.
 
-A root group comes in; a `StoredMatrix` goes out, which every process opens for itself. Nothing of the store is opened
-that is not needed: what a cohort holds besides its matrix and its two tables may be damaged, or of a kind that nobody
-reads.
+Input: a root group. Output: a `StoredMatrix`, which every process opens for itself. Only the parts that a run needs are
+opened, so damage or an unknown kind in other parts of the store does not matter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The tables of cells and genes of a cohort: read, named and checked.
+"""The tables of cells and genes of a cohort: read, name and check them.
 
-`obs` and `var` come in as a store or an AnnData has them, a table of anndata before 0.7 among them; data frames go out
-whose names differ and whose columns can be written. Genes may be called by a column of `var`, their symbols say.
+Input: `obs` and `var` of a store or an AnnData, also from anndata before 0.7. Output: data frames whose names are
+unique and whose columns can be written. Genes can take their names from a column of `var`, for example their symbols.
 """
 
 from __future__ import annotations

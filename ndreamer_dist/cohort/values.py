@@ -1,7 +1,7 @@
-"""Telling what the values of a cohort are, on a sample: counts, scaled counts, or logarithms and to which base.
+"""Decide from a sample what the values of a cohort are: counts, scaled counts, or logarithms and their base.
 
-A source and what was asked for come in; a `Decision` goes out, or a refusal that names the way. What was seen and
-decided is a sentence that plan, log, `info` and report show.
+Input: a source and the setting `normalise`. Output: a `Decision`, or a refusal that says what to do. `plan`, the log,
+`info` and the report show the decision as one sentence.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What else can be asked of a run: one module per command."""
+"""The other commands on a run: one module per command."""

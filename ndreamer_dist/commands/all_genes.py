@@ -1,9 +1,9 @@
-"""Effects of all genes of a cohort, not only the modelled ones, as a store of their own (METHOD section 6).
+"""Effects of all genes of a cohort, selected or not, as a separate store (METHOD section 6).
 
-The results of a finished run and the cohort they were made from come in; a directory goes out whose results.zarr is
-laid out as the run's own, with every gene. Nothing is trained or searched again: the run's matches serve all genes. The
-cohort is read once, in row order, and packed; effects follow row block by row block, one span of genes after the other.
-Work that was interrupted goes on, shard by shard.
+Input: the results of a finished run and the cohort of that run. Output: a directory whose results.zarr has the layout of
+the run's own, with every gene. Nothing is trained or searched again: the matches of the run serve all genes. The cohort
+is read once, in row order, and packed. Effects follow by row block, and inside a block by span of genes. An interrupted
+command continues shard by shard.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compare matching spaces on one cohort: `ndreamer-dist compare`, `nd.compare`.
 
-A cohort is run in every space, in one run directory; or a finished run comes in, with the spaces that it has. Out go the
-table, a picture and the advice, which the report takes over from the run directory.
+The command runs a cohort in every space, in one run directory, or takes a finished run with its spaces. Output: the table,
+a picture and the advice. The report reads them from the run directory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Convert a cohort that is stored by columns into one that is read by rows: `ndreamer-dist convert IN OUT.zarr`.
+"""Convert a cohort stored by columns into one stored by rows: `ndreamer-dist convert IN OUT.zarr`.
 
-Ranges of columns are read one after the other, and their values dealt to files of row blocks; then each row block is put
-together and appended. Memory is bounded by the stored values of a range.
+Ranges of columns are read in turn, and their values are dealt to files of row blocks. Then each row block is assembled
+and appended. The stored values of one range bound the memory.
 """
 
 from __future__ import annotations

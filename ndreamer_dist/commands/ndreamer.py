@@ -1,8 +1,8 @@
-"""`NDreamer`, for scripts written for the published package: its words in, its files out, this package's work between.
+"""`NDreamer`, for scripts written for the published package: its arguments and its files, with this package's work between.
 
-The class is a thin layer: every call is a `run` in `save_pth/run`, an ordinary run directory, and an `export` of the
-results to `save_pth` in the published layout. What a call leaves out is what the published class takes when it is left
-out (METHOD sections 2 and 4), which differs from the paper's sizes.
+The class is a thin layer. Every call is a `run` in `save_pth/run`, an ordinary run directory, followed by an `export` of
+the results to `save_pth` in the published layout. Arguments that a call omits have the defaults of the published class,
+which differ from the sizes in the paper (METHOD sections 2 and 4).
 """
 
 from __future__ import annotations

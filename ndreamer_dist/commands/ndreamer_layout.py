@@ -1,9 +1,9 @@
-"""The results of a run in the layout that the published package writes: h5ad files, a few for each group.
+"""Write the results of a run in the layout of the published package: a few h5ad files for each group.
 
-Groups are taken one by one, so memory holds the values of one group. `x` and `y` in `b-x--c-y__ITE.h5ad` are codes of
-batch and condition; `mappings.json` says which names they stand for and lists the files, and the published
+Groups are written one by one, so memory holds the values of one group. `x` and `y` in `b-x--c-y__ITE.h5ad` are the codes
+of batch and condition. `mappings.json` gives their names and lists the files; the published
 `condition2num_mapping.pth` and `batch2num_mapping.pth` hold the codes, as JSON. Rows of `adata.h5ad` and
-`preprocessed.h5ad` come group by group; `obs["original_order"]`, in every file, is the cell's row in the input.
+`preprocessed.h5ad` come group by group. In every file, `obs["original_order"]` is the row of the cell in the input.
 """
 
 from __future__ import annotations

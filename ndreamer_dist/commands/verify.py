@@ -1,8 +1,8 @@
-"""Whether every file that a run made still is what was written: `ndreamer-dist check`.
+"""Check that every file of a run is still what the run wrote: `ndreamer-dist check`.
 
-The markers below `done/` say which files there are and how large; every chunk of every array is read and its checksum
-compared, and so is that of every file that is no array. What is damaged or missing is named, and removed where that is
-asked for: the run's own command then makes it again.
+The markers below `done/` list the files and their sizes. Every chunk of every array is read and compared with its
+checksum, and so is every other file. The command names what is damaged or missing. With `--mend` it also removes the
+damaged parts, and the run's own command then makes them again.
 """
 
 from __future__ import annotations

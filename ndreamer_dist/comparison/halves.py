@@ -1,8 +1,8 @@
-"""Effects from two disjoint halves of the donors, to see whether they agree.
+"""Effects from two disjoint halves of the donors, to measure how well they agree.
 
-In: a run's matches and expression, a population per cell, a donor per group. Out: the mean effect of a condition in every
-population from each half of several splits. A half's effect is an average over its own donors' cells alone, of its own
-donors' groups alone, treated and control, so that two halves have no cell in common.
+Input: the matches and expression of a run, a population per cell, a donor per group. Output: the mean effect of a condition
+in every population, from each half of several splits. The effect of a half is an average over the cells and the groups,
+treated and control, of its own donors alone. So two halves have no cell in common.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a comparison calls a population: a column of `obs`, clusters of the run, or clusters made here.
+"""The populations of a comparison: a column of `obs`, clusters of the run, or clusters made here.
 
-Runs in several spaces come in; out go a code per cell and a sentence that says where the labels are from.
+Input: runs in several spaces. Output: a code per cell, and a sentence that names the origin of the labels.
 """
 
 from __future__ import annotations

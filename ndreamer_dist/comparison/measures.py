@@ -1,7 +1,7 @@
-"""Numbers that rate a matching space, on arrays. Pure.
+"""Measures of a matching space, on arrays. Pure.
 
-In: coordinates and labels of a sample of cells, mean effects by gene, scores of states. Out: one number each; NaN where
-there is nothing to measure. LISI is harmonypy's, the silhouette scikit-learn's.
+Input: coordinates and labels of a sample of cells, mean effects by gene, scores of states. Output: one number each, or NaN
+where nothing can be measured. LISI is harmonypy's; the silhouette is scikit-learn's.
 """
 
 from __future__ import annotations

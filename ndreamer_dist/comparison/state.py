@@ -1,8 +1,9 @@
-"""The state that matches hold: whether a control cell's match in another donor is in the cell's own state.
+"""The state that matches hold: whether the match of a control cell in another donor is in the same state as the cell.
 
-In: the input cohort, whose genes that were not modelled took no part in the matching, and a run's matches. Out: one
-share. Read are a sample of the control cells and their matches, and of the genes some hundreds, so that memory does not grow
-with the cohort. What a cell's total counts explain is taken out first, linear in their logarithm: cells of one depth look alike.
+Input: the input cohort and the matches of a run. The genes of the cohort that were not selected took no part in the
+matching. Output: one share. Only a sample of the control cells, their matches and some hundred genes are read, so memory
+does not grow with the cohort. The part that the total counts of a cell explain, linear in their logarithm, is removed
+first, since cells of the same depth look alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The comparison of matching spaces on one cohort: a row of measures per space, and what to take.
+"""The comparison of matching spaces on one cohort: a row of measures per space, and the advice.
 
-In: finished runs of one cohort in several spaces, a population per cell. Out: a table. What is measured on a sample of
-cells is measured on the same cells in every space: the first ones of each group, which packing drew by the run's seed.
-Sums go over blocks of cells, in their order.
+Input: finished runs of one cohort in several spaces, and a population per cell. Output: a table. Measures on a sample use
+the same cells in every space: the first cells of each group, which packing drew by the seed of the run. Sums go over
+blocks of cells, in their order.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Where work runs, and what is seen of it."""
+"""Where work runs, and how it is observed."""

@@ -1,9 +1,9 @@
-"""What is seen of a job while it runs: log lines, logs/progress.json, and Prometheus metrics through Ray.
+"""What a job reports while it runs: log lines, logs/progress.json, and Prometheus metrics through Ray.
 
-The runtime and the training screen say here what they have done; nothing is written where the work is done. A task's answer
-brings along the most memory that its process held. A thread of the driver (`monitors`) asks every few seconds and writes it
-where `ndreamer-dist info`, also from another machine, and Prometheus find it. A log is text, or one JSON object per line where
-`run.log_format` asks for that.
+The runtime and the training progress report their work here; tasks write nothing. The answer of a task includes the peak
+memory of its process. Every few seconds a thread of the driver (`monitors`) collects these and writes them where
+Prometheus and `ndreamer-dist info`, also on another machine, find them. A log is text, or one JSON object per line with
+`run.log_format=json`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Run tasks on Ray, or one after the other in this process.
 
-Both runtimes offer the same verbs, so that a stage is written once: `map` runs idempotent tasks and yields their
-answers in order of completion, `put` shares a value, `submit` starts one task and leaves its answers where they were
-made, and `fetch` gets them. The serial runtime is for debugging and for most tests.
+Both runtimes have the same verbs, so each stage is written once. `map` runs idempotent tasks and yields their answers in
+order of completion. `put` shares a value. `submit` starts one task and leaves its answers where they were made; `fetch`
+gets them. The serial runtime serves small data, debugging and most tests.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a stage costs: seconds, and of this process and all it started the peak memory and the bytes read and written.
+"""What a stage costs: seconds, peak memory, and bytes read and written, of this process and its children.
 
-Private pages are added up over the process tree, and of the shared ones (libraries, Ray's object store) the largest
-process's are taken once. Bytes are those that passed read and write calls, pipes and sockets among them. On a cluster
-this is the driver's share only, beside the most memory that one worker held. The thread that samples also writes down, every
-few seconds, how far the stage is (see `events`).
+Private pages are added over the process tree. Shared pages (libraries, Ray's object store) are counted once, as those of
+the process that has the most. Bytes are those that passed read and write calls, including pipes and sockets. On a
+cluster these are the share of the driver; the largest memory of a worker is reported beside them. The sampling thread
+also writes the progress of the stage every few seconds (see `events`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: how a program ends on them, and how a training step is finished first.
+"""Ctrl-C and SIGTERM: how they end a program, and how a training step is finished first.
 
-`stop_signals` is for the command line, `deferred_stop` for work that must not be interrupted in the middle. Outside the
-main thread, where Python lets nobody set handlers, and where a signal is ignored (`nohup`), both change nothing.
+`stop_signals` is for the command line; `deferred_stop` is for work that must not be interrupted in the middle. Both
+change nothing outside the main thread, where Python allows no handlers, and where a signal is ignored (`nohup`).
 """
 
 from __future__ import annotations

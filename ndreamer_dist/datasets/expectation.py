@@ -1,4 +1,4 @@
-"""The law of a log-normalised count: its expectation as a function of a gene's share of the counts, and back."""
+"""The distribution of a log-normalised count: its expectation as a function of the gene's share, and the inverse."""
 
 from __future__ import annotations
 

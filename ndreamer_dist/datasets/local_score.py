@@ -1,10 +1,10 @@
-"""How well the cells' own effects follow those of a simulated cohort whose effects depend on the state.
+"""How well the effects of single cells follow those of a simulated cohort whose effects depend on the state.
 
-In: the truth, a function that reads rows of the run's `ite` layer, which cells of the cohort these rows are, and the
-points that they were matched in. Out: inside each cell type and condition, the correlation of the cells' effects,
-smoothed over their neighbours, with their true ones. One cell's effect is mostly noise; a mean over cells that the
-space holds for alike is not, and shows the state only as far as the space holds it: matched to a random cell of its type
-a cell scores about 0. Only cells that are looked at, and genes with an effect, are held.
+Input: the truth, a function that reads rows of the run's `ite` layer, the cohort cells of these rows, and the points in
+which the cells were matched. Output: inside each cell type and condition, the correlation between the effects of cells,
+smoothed over neighbours, and the true effects. The effect of one cell is mostly noise. A mean over cells that are
+neighbours in the space is not, and it shows the state as far as the space represents it: a cell that is matched to a
+random cell of its type scores about 0. Only the sampled cells, and genes with an effect, are held.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is drawn once per simulated cohort, the latent variables of its cells, and the names of both."""
+"""The parameters of a simulated cohort, the latent variables of its cells, and the names of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawing the cells of a simulated cohort, chunk by chunk: latent variables, and counts given these."""
+"""Draw the cells of a simulated cohort by chunks: latent variables, then counts given these."""
 
 from __future__ import annotations
 

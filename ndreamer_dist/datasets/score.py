@@ -1,9 +1,9 @@
-"""How well a run found what is true of a simulated cohort.
+"""How well a run recovers the truth of a simulated cohort.
 
-In: the truth of `datasets.simulate`, a function that reads rows of the run's layers, and the cells' cell type,
-condition and donor. Out: per cell type and condition, how the mean individual treatment effects agree with the true
-ones, and how much of the variance between donors is left in the denoised expression. One pass over chunks of rows;
-only sums per (cell type, condition, donor) and gene are held.
+Input: the truth of `datasets.simulate`, a function that reads rows of the run's layers, and the cell type, condition and
+donor of every cell. Output, per cell type and condition: how well the mean treatment effects agree with the true ones,
+and how much of the variance between donors remains in the denoised expression. The score takes one pass over chunks of
+rows and holds only sums per (cell type, condition, donor) and gene.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Simulating a cohort: parameters, then chunks of cells drawn in parallel and written in order."""
+"""Simulate a cohort: draw the parameters, then draw chunks of cells in parallel and write them in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The truth of a simulated cohort: what a method should find, for the cells and genes that are asked for."""
+"""The truth of a simulated cohort, which a method should recover, for any cells and genes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a simulated cohort and its truth, piece by piece, as zarr stores whose roots come last."""
+"""Write a simulated cohort and its truth by pieces, as zarr stores; the root is written last."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The averages of expression that every effect is made of (METHOD section 6). Pure.
+"""The averages of expression from which every effect is computed (METHOD section 6). Pure.
 
-Rows and distances of matches come in, and expression in blocks of packed rows; out come the expected expression F of
-any cells under any condition, and from it the layers. A cell sums its counterparts in the order of their packed rows,
-in float64, so that the same question has the same bits however it is cut: the stored layers and those computed on
-demand come from here.
+Input: rows and distances of matches, and expression in blocks of packed rows. Output: the expected expression F of any
+cells under any condition, and the layers. A cell sums its counterparts in float64, in the order of their packed rows, so
+the same question has the same bits however the work is cut. Stored layers and layers on demand both come from here.
 """
 
 from __future__ import annotations

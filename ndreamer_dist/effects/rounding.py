@@ -1,4 +1,4 @@
-"""Keep fewer bits of mantissa in stored layers, which then compress better. Pure."""
+"""Keep fewer bits of mantissa in stored layers, so that they compress better. Pure."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Denoised expression, batch effect and treatment effect: sparse averages through the matches (METHOD section 6).
 
-In: packed.zarr, embedding.zarr and matches.zarr. Out: results.zarr, one task per row block and gene span. A task never
-holds the expression of its cells' counterparts: it takes one packed block at a time, from Ray's object store, and adds
-the rows it needs into the dense sums of its own shard. Where there are many genes, one span of them after the other is
-put into the object store, so that neither a task nor the store holds them all.
+Input: packed.zarr, embedding.zarr and matches.zarr. Output: results.zarr, with one task per row block and gene span. A
+task never holds the expression of all counterparts of its cells. It takes one packed block at a time from Ray's object
+store, and adds the rows it needs to the dense sums of its own shard. Where there are many genes, the object store gets
+one span of genes after the other, so neither a task nor the store holds them all.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""results.zarr as it is written: a plain AnnData zarr v3 store, shard by shard, the root last.
+"""Write results.zarr: a plain AnnData zarr v3 store, shard by shard, the root last.
 
-Rows are in packed order. Tasks own whole shards: ranges of entries of the sparse `X`, and row blocks of embeddings,
-matches and layers. The driver writes the tables (`obs`, `var`, `uns`) and then the root `zarr.json`, consolidated:
-before that no tool opens the store, so a half-written one never looks finished. Every chunk ends in `crc32c`.
+Rows are in packed order. Each task owns whole shards: ranges of entries of the sparse `X`, and row blocks of embeddings,
+matches and layers. The driver writes the tables (`obs`, `var`, `uns`) and then the root `zarr.json`, consolidated.
+Before that no tool opens the store, so an unfinished store never looks finished. Every chunk ends in a `crc32c`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The space that cells are matched in (METHOD sections 5, 9 and 10)."""
+"""The space in which cells are matched (METHOD sections 5, 9 and 10)."""

@@ -1,7 +1,7 @@
-"""Axes of a space from sums over cells: exact principal components, and those of what varies inside groups. Pure.
+"""Axes of a space from sums over cells: exact principal components, of all variation or of that inside groups. Pure.
 
-Sums of expression and of its products come in, in float64 and in block order; mean, axes and variances go out
-(METHOD sections 9 and 10). The sign of an axis is fixed: its largest absolute loading is positive.
+Input: sums of expression and of its products, in float64 and in block order. Output: mean, axes and variances (METHOD
+sections 9 and 10). The sign of an axis is fixed: its largest absolute loading is positive.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The state space's part of the stage: axes, reliability and coordinates of every population (METHOD section 10).
+"""The stage of the state space: axes, reliability and coordinates of every population (METHOD section 10).
 
-Two passes over packed.zarr: the first leaves, per population, the covariance inside its control groups, whose leading
-axes are W; the second what tells the reliability of a coordinate, from two halves of every cell's counts. Then the blocks
-are placed. Cells of different populations are kept further apart than any two of one, so that a cell is matched outside
-its population only where the target group has no cell of it: such a match is further away than any inside.
+Two passes over packed.zarr. The first computes, per population, the covariance inside its control groups; its leading
+axes are W. The second computes the reliability of each coordinate from two halves of the counts of every cell. Then
+the blocks are placed. Two cells of different populations are further apart than any two cells of one population. So a
+cell has a match outside its population only where the target group has no cell of that population.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The stage that places cells without a network: principal components, Harmony, or coordinates of the input's own.
+"""The stage that places cells without a network: principal components, Harmony, or coordinates of the input.
 
-Reads packed.zarr, and what a space takes from the input; writes the space's coordinates, with the axes behind them, to
-embedding.zarr (METHOD section 9). Sums are taken by spans of blocks, each the work of one task, and added in their order,
-in float64; coordinates are written by block. What is there already is not made again. `population.py` has the state space.
+Reads packed.zarr and the parts of the input that the space needs. Writes the coordinates and their axes to embedding.zarr
+(METHOD section 9). Each task sums one span of blocks; the sums are added in order, in float64. Coordinates are written
+by block, and finished blocks are not written again. `population.py` has the state space.
 """
 
 from __future__ import annotations

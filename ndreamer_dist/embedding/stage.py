@@ -1,8 +1,8 @@
-"""The embedding: every cell through the trained encoder, then its PCA (METHOD section 5).
+"""The embedding: every cell through the trained encoder, then the PCA of the embedding (METHOD section 5).
 
-Reads packed.zarr and model/; writes embedding.zarr. A task encodes one row block in fixed tiles (the last one padded),
-so that no cell's value depends on which cells are encoded beside it, and leaves the block's float64 sums; the driver
-adds these in block order and diagonalises one (z, z) matrix; a second round of tasks projects.
+Reads packed.zarr and model/; writes embedding.zarr. A task encodes one row block in fixed tiles and pads the last one, so
+the value of a cell does not depend on the other cells of the tile. It also writes the float64 sums of the block. The
+driver adds these in block order and diagonalises one (z, z) matrix. A second round of tasks projects.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""State inside a type: what varies between cells of the same donor (METHOD section 10). Pure.
+"""State inside a type: variation between cells of the same donor (METHOD section 10). Pure.
 
-The axes W come from the covariance inside the control groups (`axes.within_covariance`). Here are the parts that ask how
-far a cell's coordinate can be trusted: two halves of its counts, drawn by binomial thinning, have independent noise, so
-their covariance inside groups is the signal's. Coordinates are then regressed to the mean of the cell's own group.
+The axes W come from the covariance inside the control groups (`axes.within_covariance`). This module estimates how far
+the coordinates of a cell can be trusted. Two halves of its counts, drawn by binomial thinning, have independent noise,
+so their covariance inside groups is that of the signal. Coordinates are then shrunk to the mean of the cell's group.
 """
 
 from __future__ import annotations

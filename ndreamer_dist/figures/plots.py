@@ -1,8 +1,8 @@
 """Figures of a finished run, in scanpy's manner: `nd.pl.embedding(results, color="cell_type")`.
 
-Every function takes `Results` first, draws on `ax` or a figure of its own, saves it under `save` (the suffix says how),
-shows it if `show` is set, and returns axes. Where a figure needs many cells' values it takes a sample: rows of a group
-are stored in a random order that the seed fixed, so the first ones of each group are one, and few chunks are read.
+Every function takes `Results` first, draws on `ax` or on a new figure, saves it under `save` (the suffix is the format),
+shows it if `show` is set, and returns axes. Figures of many cells draw a sample. The rows of a group are stored in a
+random order that the seed fixed, so the first rows of each group are a sample, in few chunks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How figures look, and where they go: one style, colours that most eyes tell apart, panels, files.
+"""The style of figures and where they go: colours that most eyes can distinguish, panels, files.
 
-Names of genes, cell types and conditions come from data, so text is drawn as it is: `$` starts no formula.
+Names of genes, cell types and conditions come from data, so their text is drawn as it is: `$` starts no formula.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Find exact nearest neighbours on the processor (METHOD section 6).
 
-In: queries and the index of a target group. Out: rows and distances of the k nearest targets. Cells that certainly
-hold no neighbour are ruled out by the index; the rest is looked at by float32 products, which leave the few targets
-within the k-th distance and its worst rounding error; where that leaves many (near copies are ordinary here, as cells
-with the same codes have the same embedding) float64 products sift them; and among what is left, float64 distances of
-the original coordinates decide, the smaller row winning ties. So neither tiles nor threads nor cells change the answer.
+Input: queries and the index of a target group. Output: rows and distances of the k nearest targets. First, the index
+rules out cells of the partition that hold no neighbour for certain. Then float32 products keep the few targets within
+the k-th distance plus the worst rounding error. Where many remain, float64 products reduce them; near copies are
+ordinary, since cells with the same codes have the same embedding. Finally, float64 distances of the original
+coordinates decide, and the smaller row wins ties. So neither tiles, threads nor partitions change the answer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Exact nearest neighbours by FAISS's flat search, on a GPU where there is one.
 
-In: queries and targets. Out: what `exact.nearest` gives, bit for bit. FAISS proposes a few more candidates than asked
-for by float32 arithmetic, whose order among near-ties depends on device and tiling; float64 distances of the original
-coordinates decide among them, and a bound certifies that no better target was overlooked. Queries for which it cannot
-are searched by `exact.nearest`.
+Input: queries and targets. Output: the answer of `exact.nearest`, bit for bit. FAISS proposes a few more candidates than
+needed by float32 arithmetic, whose order among near-ties depends on device and tiling. Float64 distances of the original
+coordinates decide among the candidates, and a bound certifies that no better target was missed. `exact.nearest` searches
+the queries that the bound cannot certify.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Exact nearest neighbours by a distance that is corrected for hubs (METHOD section 9).
 
-In: queries, the index of a target group and each target's remoteness, its mean distance to its 10 nearest queries. Out:
-of every query the k targets c that minimise `2 d(q, c) - r(c)`, with their true distances. In many dimensions a few
-targets, the hubs, are near to everything; seen from a hub its queries are near as well, so its r is small and its
-distances count in full, while a target that few queries are near to is met half way.
+Input: queries, the index of a target group, and the remoteness of each target: its mean distance to its 10 nearest
+queries. Output, for every query: the k targets c that minimise `2 d(q, c) - r(c)`, with their true distances. In many
+dimensions a few targets, the hubs, are near to everything. The queries are near to a hub as well, so its r is small and
+its distances count in full. A target that is near to few queries has a large r and is corrected the most.
 
 The search is that of `exact`: float32 products propose, the partitions of the index rule targets out, and float64
-decides. With h = r / 2 the score is t = d - h, halved, and a target can be better than a bound U on t only where
+decides. With h = r / 2 the score is t = d - h, halved. A target can be better than a bound U on t only where
 `d^2 <= (U + h)^2`, that is `|p|^2 - h^2 - 2 p q - 2 h U <= U^2 - |q|^2`: one product with two more columns.
 """
 

@@ -1,9 +1,9 @@
-"""A target group made ready for exact search: its distinct points, cut into cells, and how far the cells are apart.
+"""A target group prepared for exact search: its distinct points, partitioned into cells with bounds between them.
 
-In: the (targets, d) coordinates of a group. Out: an `Index`. Equal rows become one point. The points lie in cells, each
-around a centroid; for every pair of cells the index knows how far into the direction from one centroid to the other
-the other cell's points begin, so that a query can rule out a whole cell by one number. Which cells there are bears
-on speed alone.
+Input: the (targets, d) coordinates of a group. Output: an `Index`. Equal rows become one point. Each cell of the
+partition holds the points around a centroid. For every pair of cells the index knows where the points of the other cell
+begin, along the direction between the two centroids. So a query can rule out a whole cell by one number. The partition
+affects the speed alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""The stage that finds every needed nearest neighbour, and the reader of what it wrote (METHOD section 6).
+"""The stage that finds every needed nearest neighbour, and the reader of its output (METHOD section 6).
 
-In: the coordinates of the matching space and the design's edges (query group, target group). Out: matches.zarr, which all
-effects and statistics read, and match/summary.json, which says how the search went. Search is exact, by
-`exact` or, on a GPU, by `gpu`: the same bits. Where distances are corrected for hubs (`match.hubs`), `hubs` measures
-how remote a target group's cells are from the query group, and searches; a group's edge to itself, which names the
-nearest other cell, is not corrected. With `match.within` cells are matched inside their own label, by `labels`.
-Edges can be added to a finished run; nothing that is there is searched again or changed.
+Input: the coordinates of the matching space and the edges of the design (query group, target group). Output:
+matches.zarr, which all effects and statistics read, and match/summary.json, which describes the search. The search is
+exact, by `exact` or, on a GPU, by `gpu`, with the same bits. Where distances are corrected for hubs (`match.hubs`),
+`hubs` measures how remote the cells of a target group are from the query group, and searches. The edge from a group to
+itself, which finds the nearest other cell, is not corrected. With `match.within`, `labels` matches cells inside their
+own label. Edges can be added to a finished run; stored matches are
+neither searched again nor changed.
 """
 
 from __future__ import annotations

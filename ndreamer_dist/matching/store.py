@@ -1,10 +1,10 @@
-"""Reading matches.zarr: along every searched edge, each cell's nearest neighbours and their distances.
+"""Read matches.zarr: the nearest neighbours of each cell along every searched edge, and their distances.
 
-`match` writes it, below `DIR/matches.zarr`; effects, virtual layers and statistics read it here. Layout:
+The stage `match` writes `DIR/matches.zarr`; effects, virtual layers and statistics read it here. Layout:
 `<query group>/row` (cells of the group, groups, k) int32, the packed row of each neighbour, and
-`<query group>/distance` float32, best first; -1 and NaN where a target group has fewer cells or fewer were sought: k is
-what groups of one condition need, others hold the first `match.neighbours`. An edge that was not searched has no
-chunks.
+`<query group>/distance` float32, best first. An entry is -1 and NaN where the target group has fewer cells, or where
+fewer neighbours were searched: groups of the same condition need k, other groups have the first `match.neighbours`. An
+edge that was not searched has no chunks.
 """
 
 from __future__ import annotations

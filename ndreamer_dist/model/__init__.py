@@ -1,1 +1,1 @@
-"""The model: network, codebooks, losses, and the sums over workers that make W workers compute what one would."""
+"""The model: network, codebooks, losses, and the sums over workers that make W workers compute the same as one."""

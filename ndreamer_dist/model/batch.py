@@ -1,9 +1,9 @@
-"""What a training step is given: one worker's share of a global mini-batch, and the codes of all its cells.
+"""The input of a training step: one worker's share of a global mini-batch, and the codes of all its cells.
 
-A global mini-batch is cut in blocks of `NOISE_ROWS` cells. A worker owns a run of whole blocks (perhaps none), later
-ranks own later blocks, and only the last block of the mini-batch may be short. `MiniBatch` is a worker's share;
-`Labels` adds the codes of everyone's cells, which the losses inside groups need, and the sorted structure by which
-sums over groups and clusters are taken.
+A global mini-batch is cut into blocks of `NOISE_ROWS` cells. A worker owns a run of whole blocks, perhaps none; later
+ranks own later blocks. Only the last block of the mini-batch may be short. `MiniBatch` is the share of one worker.
+`Labels` adds the codes of all cells, which the losses inside groups need, and the sorted structure for sums over groups
+and clusters.
 """
 
 from __future__ import annotations

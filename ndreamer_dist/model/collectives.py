@@ -1,9 +1,9 @@
-"""Sums and gathers over all training workers, differentiable, with a stand-in that does nothing for one worker.
+"""Sums and gathers over all training workers, differentiable, with a stand-in for one worker.
 
-Losses and batch norm are written once against `Collective`; which one is chosen where the worker starts. Gradients:
-every worker computes the whole loss, and the gradient of a parameter is the **mean** over workers of what each one
-back-propagates (`average_gradients`, or DistributedDataParallel). With that, a sum whose backward is again the sum
-over workers is exact, with no factor.
+Losses and batch norm are written once against `Collective`; the worker chooses the kind when it starts. Gradients: every
+worker computes the whole loss, and the gradient of a parameter is the **mean** over workers of their back-propagated
+gradients (`average_gradients`, or DistributedDataParallel). So a sum whose backward is again the sum over workers is
+exact, without a factor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The losses (METHOD section 3), each over the global mini-batch, whatever part of it this worker holds.
+"""The losses (METHOD section 3), each over the global mini-batch, whatever share of it this worker holds.
 
-The first half are pure functions of tensors. `total_loss` puts them together: sums over cells run over own cells and
-are added over workers; the losses inside groups take own cells as anchors and everyone's cells as neighbours.
+The first half are pure functions of tensors. `total_loss` combines them. Sums over cells run over the worker's own cells
+and are then added over workers. The losses inside groups take the worker's own cells as anchors, and all cells as
+neighbours.
 """
 
 from __future__ import annotations

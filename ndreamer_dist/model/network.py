@@ -1,7 +1,7 @@
 """The network: encoder, codebooks, head and decoder (METHOD section 2).
 
-In goes a `MiniBatch` with its noise, out come `Outputs`, from which `losses.total_loss` computes the loss. At
-inference `embed` gives the effect modifier of any cells, deterministically.
+Input: a `MiniBatch` with its noise. Output: `Outputs`, from which `losses.total_loss` computes the loss. At inference
+`embed` computes the effect modifiers of any cells, deterministically.
 """
 
 from __future__ import annotations

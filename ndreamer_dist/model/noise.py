@@ -1,13 +1,12 @@
-"""Everything random in a training step, drawn so that it depends neither on workers nor on threads.
+"""All randomness of a training step, drawn so that it depends neither on workers nor on threads.
 
-A mini-batch is cut in blocks of `NOISE_ROWS` cells and each block has its own generator, keyed by (seed, stage, step,
-block); a worker draws the blocks it owns. For a CPU numbers come from numpy's SFC64, in threads over blocks. A GPU
-draws its own: one generator, keyed by (seed, stage, step), draws for all blocks of the global mini-batch, which costs
-it nothing beside the launches, and a worker keeps those it owns.
+A mini-batch is cut into blocks of `NOISE_ROWS` cells. Each block has its own generator, keyed by (seed, stage, step,
+block), and a worker draws the blocks it owns. On a CPU the numbers come from numpy's SFC64, in threads over blocks. On a
+GPU one generator, keyed by (seed, stage, step), draws for all blocks of the global mini-batch, and a worker keeps the
+blocks it owns; next to the launches, the rest costs nothing.
 
-The Gumbel noise of the code assignment is drawn as a *race* (see `codebooks.race`): where the temperature is low
-only the first few codes to arrive can have a weight, so a few numbers per cell and codebook, `race_draws`, replace
-one per code.
+The Gumbel noise of the code assignment is drawn as a *race* (see `codebooks.race`). At a low temperature only the first
+few codes to arrive can have a weight. So a few numbers per cell and codebook, `race_draws`, replace one per code.
 """
 
 from __future__ import annotations

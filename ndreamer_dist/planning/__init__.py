@@ -1,1 +1,1 @@
-"""What a run will do and need, before it starts."""
+"""What a run will do and need, computed before it starts."""

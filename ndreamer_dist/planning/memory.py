@@ -1,7 +1,7 @@
-"""What a run will need, known before it starts: memory per stage and disk, from sizes alone. Pure.
+"""The resources of a run, computed from sizes alone: memory per stage, and disk. Pure.
 
-Per stage the promise is `workers x (base + shard + tile) + object store`, plus what the driver holds per cell. The base
-is what a Python process with this package's libraries holds before it has done anything.
+The memory of a stage is `workers x (base + shard + tile) + object store`, plus what the driver holds per cell. The base
+is the memory of a Python process that has only imported this package's libraries.
 """
 
 from __future__ import annotations

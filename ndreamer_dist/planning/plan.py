@@ -1,7 +1,7 @@
-"""What a run will do and what it will need, told before anything runs.
+"""What a run will do and need, shown before anything runs.
 
-In: a checked cohort's design and sizes, and the settings. Out: a `Plan`, which prints as tables. Pure, so that what is
-printed and what `run` refuses by are the same numbers.
+Input: the design and the sizes of a checked cohort, and the settings. Output: a `Plan`, which prints as tables. Pure:
+the printed numbers are the numbers by which `run` refuses.
 """
 
 from __future__ import annotations

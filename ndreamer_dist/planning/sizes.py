@@ -1,4 +1,4 @@
-"""The sizes of a cohort and of the network, from which memory, disk and numbers of tasks follow. Pure."""
+"""The sizes of a cohort and of the network, which determine memory, disk and numbers of tasks. Pure."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The stages of a run, each declared once: from here come their sequence, keys, memory, work, titles and jobs.
+"""The stages of a run, each declared once: their sequence, keys, memory, work, titles and jobs follow from here.
 
-A new stage is one more `Stage` in `FLOW`, and its name in `keys`. What stages have in common, `rundir/stage.py` does.
+A new stage is one more `Stage` in `FLOW`, and its name in `keys`. `rundir/stage.py` does what all stages have in common.
 """
 
 from __future__ import annotations

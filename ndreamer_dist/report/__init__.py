@@ -1,6 +1,6 @@
-"""What people look at: figures of a finished run, and one HTML page that tells what it found.
+"""One HTML page with the findings of a finished run.
 
-This package carries the name of the function that users call, `nd.report(results)`, so it can be called itself.
+This package has the name of the function that users call, `nd.report(results)`, so the package itself can be called.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One HTML page that tells what a run found, how far to trust it and how it was made.
+"""One HTML page with the findings of a run, how far to trust them, and how they were made.
 
-Results come in; one self-contained file goes out: figures inside, no network, tables that sort. Where something cannot
-be said (no donors, no logs), the page says so. Names from data are escaped by the template engine, and the page forbids
+Input: results. Output: one self-contained file, with figures inside, no network, and tables that sort. Where something
+cannot be shown (no donors, no logs), the page says so. The template engine escapes names from data, and the page forbids
 every script but its own.
 """
 

@@ -1,4 +1,4 @@
-"""The report's tables: what a run found, in cells of text that sort by their values. Names come from data, as they are."""
+"""The tables of the report: cells of text that sort by their values. Names come from data and are not changed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What users keep: the results store, how it is read and how parts of it are exported."""
+"""The results that users keep: how the store is read, and how parts of it are exported."""

@@ -1,6 +1,6 @@
-"""Columns of obs that are made after the run, labels of cell types say.
+"""Columns of obs that users add after the run, for example labels of cell types.
 
-They are kept in one file beside results.zarr, by the names of the cells; nothing that the run wrote is changed.
+One file beside results.zarr holds them by cell name. Nothing that the run wrote is changed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The input cohort, given again: expression of any of its genes for the cells of a finished run.
+"""The input cohort, opened again: expression of any of its genes for the cells of a finished run.
 
-A cohort and what the results say of theirs come in; out comes its expression by packed row, normalised with the run's
-own arithmetic, so that modelled genes have the bits that results.zarr holds. A cohort that is another is refused.
+Input: a cohort, and the description of the run's cohort in the results. Output: expression by packed row, normalised with
+the arithmetic of the run, so the selected genes have the bits of results.zarr. A different cohort is refused.
 """
 
 from __future__ import annotations

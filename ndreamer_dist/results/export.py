@@ -1,7 +1,7 @@
-"""Writing a part of the results to a file, by its suffix: h5ad or zarr for scverse, csv or parquet for all else.
+"""Write a part of the results to a file: h5ad or zarr for scverse, csv or parquet for other tools.
 
-A table holds one row a cell: the column `cell` with its name, then one column a gene. What is known of cells and genes
-besides is in the AnnData formats.
+The suffix is the format. A table has one row per cell: the column `cell` with its name, then one column per gene. The
+AnnData formats also hold the tables of cells and genes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Results as an AnnData of dask arrays: every layer, stored or computed, is read a block at a time when it is wanted.
+"""Results as an AnnData of dask arrays: every layer, stored or computed, is read block by block on demand.
 
-A reader, cells and genes come in; an AnnData goes out whose `X`, layers and `obsm` are dask arrays, with which scanpy,
-anndata and dask go on out of core. Stored layers are cut as the store is; computed ones into blocks of its rows. The
-values are the reader's, bit by bit.
+Input: a reader, cells and genes. Output: an AnnData whose `X`, layers and `obsm` are dask arrays, for use out of core in
+scanpy, anndata and dask. Stored layers have the chunks of the store; computed layers have blocks of its rows. The values
+are those of the reader, bit by bit.
 """
 
 from __future__ import annotations

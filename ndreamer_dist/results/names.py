@@ -1,6 +1,7 @@
-"""What users call cells and genes, and where these stand: queries on `obs`, names of cells, names and symbols of genes.
+"""Find cells and genes by users' words: queries on `obs`, names of cells, names and symbols of genes.
 
-Tables of cells and genes and a user's words come in; places in the tables go out, or an error that says what is there.
+Input: tables of cells and genes, and a user's words. Output: positions in the tables, or an error that lists the names
+that exist.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Layers computed on demand: effects of any condition on any cell, for any gene of the input cohort (METHOD section 6, 8).
+"""Layers computed on demand: effects of any condition on any cell, for any gene of the input (METHOD sections 6, 8).
 
-A question (which averages, and what is made of them), the matches of a finished run and its expression, or the input
-cohort's, come in; float32 values of cells and genes go out, with the bits that a stored layer has. Memory is bounded
-by the answer: expression is held for as many genes at a time as fit, and cells are gone through in parts.
+Input: a question (which averages, and how to combine them), the matches of a finished run, and expression of the run or
+of the input cohort. Output: float32 values of cells and genes, with the bits of a stored layer. The size of the answer
+bounds the memory: expression is held for as many genes at a time as fit, and cells are processed in parts.
 """
 
 from __future__ import annotations

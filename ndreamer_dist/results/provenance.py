@@ -1,4 +1,4 @@
-"""Where a cell's numbers come from: its counterparts by name, with what effects weigh them by (METHOD section 6)."""
+"""The origin of a cell's numbers: its counterparts by name, with their weights in the effects (METHOD section 6)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Reading parts of a store: rows and columns of dense layers, rows of sparse expression, whole tables.
+"""Read parts of a store: rows and columns of dense layers, rows of sparse expression, whole tables.
 
-Only the chunks that hold the answer are read, wherever the store lives. A chunk that is missing or fails its checksum
-is an error that names it, never a wrong number.
+Only the chunks that hold the answer are read, from a disk or an object store. A chunk that is missing or fails its
+checksum is an error that names it, never a wrong number.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Reading results.zarr in pieces, by name: cells by a query on `obs`, genes by name.
+"""Read results.zarr in pieces, by name: cells by a query on `obs`, genes by name.
 
-Only the chunks that hold the answer are read, wherever the store lives. Names go in and come out; the cells' order is
-the input cohort's unless packed order is asked for. A chunk that is missing or fails its checksum is an error that
-names it, never a wrong number.
+Only the chunks that hold the answer are read, from a disk or an object store. Input and output are names. Cells are in
+the order of the input cohort unless packed order is requested. A chunk that is missing or fails its checksum is an error
+that names it, never a wrong number.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""A run directory: what has been done, under which settings, and by whom it is being worked on."""
+"""A run directory: finished work, its settings, and the process that works on it."""

@@ -1,8 +1,8 @@
-"""The run directory: which shards are done, and under which stage key.
+"""The run directory: the finished shards, and the stage key of each.
 
-A stage is cut into shards: the units of work, of retry and of resume. The driver makes a stage's array metadata; a
-task writes its shard's files and then its marker `done/<stage>/<shard>.json`. A marker counts only if it carries the
-stage's key and if every file it lists is there at its full size, so a deleted or truncated shard is simply work to do.
+A stage is cut into shards, the units of work, retry and resume. The driver writes the array metadata of a stage. A task
+writes the files of its shard and then its marker `done/<stage>/<shard>.json`. A marker counts only if it has the key of
+the stage and every listed file exists at its full size. So a deleted or truncated shard is simply done again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The driver of every stage: which of its shards are to be done, doing them, and marking them.
+"""The driver of every stage: it finds the shards to do, does them, and marks them.
 
-All missing: what another key left is deleted, and the stage begins anew. Some missing: these alone are done, and the
-others stay as they are. Which stages there are, `planning/stages.py` says.
+Where all shards are missing, it deletes what another key left and the stage begins anew. Where some are missing, it does
+these alone. `planning/stages.py` lists the stages.
 """
 
 from __future__ import annotations

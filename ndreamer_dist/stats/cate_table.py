@@ -1,8 +1,8 @@
-"""The CATE table: the effect in every population, with donors as replicates, and what speaks for and against it.
+"""The CATE table: the effect in every population, with donors as replicates, and the evidence for and against it.
 
-In: the results of a run, a column of `obs` that names populations, and who the donors are. Out: one row per
-population, condition and gene. Everything is streamed: what is held grows with populations, donors and genes, and by
-four bytes per cell and population. No cell is taken for a replicate in `p`.
+Input: the results of a run, a column of `obs` that names populations, and the donors. Output: one row per population,
+condition and gene. All data are streamed. Memory grows with populations, donors and genes, and by four bytes per cell and
+population. `p` never takes cells as replicates.
 """
 
 from __future__ import annotations

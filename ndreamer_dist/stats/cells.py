@@ -1,7 +1,7 @@
-"""What is said of a population from its cells, summed while shards stream by: effects, their spread, the matches.
+"""Summaries of a population over its cells, summed while shards stream by: effects, their spread, the matches.
 
-In: a population per cell and a finished run's matches and expression. Out: one row of sums per population and
-condition. Cells are not replicates, so nothing here is a test of a difference; the sign test only describes.
+Input: a population per cell, and the matches and expression of a finished run. Output: one row of sums per population and
+condition. Cells are not replicates, so nothing here tests a difference; the sign test only describes.
 """
 
 from __future__ import annotations

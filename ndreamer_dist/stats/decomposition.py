@@ -1,7 +1,7 @@
-"""An effect in two parts: what changes in cells of the same state, and what comes of cells being in other states. Pure.
+"""An effect in two parts: the change in cells of the same state, and the change of state itself. Pure.
 
-In: donors' means of one population, plain and through their cells' neighbours in state. Out: three effects of every gene that
-add up, each with a test on donors and the range that it has without any one of them, and a word per gene.
+Input: the donors' means of one population, plain and through the state neighbours of their cells. Output, per gene: three
+effects that add up, each with a test on donors and its range when any one donor is left out, and a word for the reading.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How far a run can be trusted: overlap, reuse of matches, donors and conditions, mixing of batches, distortion.
 
-In: the results of a run. Out: small tables, of groups, populations and conditions. What takes reading expression is
-measured on the first cells of every group, which are drawn at random since packed rows are in random order; all else on
-all cells. Nothing here is a test, least of all over cells of `denoised`.
+Input: the results of a run. Output: small tables of groups, populations and conditions. Diagnostics that read expression
+use the first cells of every group, which are a random sample since packed rows are in random order; all others use all
+cells. Nothing here is a test, and cells of `denoised` least of all allow one.
 """
 
 from __future__ import annotations

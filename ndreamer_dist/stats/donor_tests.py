@@ -1,9 +1,9 @@
 """Tests with donors as replicates, on one value per donor and gene. Pure.
 
-In: `means`, (donors, genes), one row per donor (or per donor and condition, where donors are seen in several), and
-which rows are treated. Out: an effect and its p-value per gene. The main p-value comes from permuting the donors'
-labels, which no distribution of expression can mislead; Welch's stands beside it and takes over where there are too
-few labellings to tell small p-values apart.
+Input: `means`, (donors, genes), one row per donor (or per donor and condition, where donors have several), and which rows
+are treated. Output: an effect and its p-value per gene. The main p-value comes from permuting the labels of the donors,
+which no distribution of expression can mislead. Welch's p-value is given beside it, and replaces it where too few
+labellings exist for small p-values.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the tests say where nothing is to be found: p-values under permuted labels of donors.
+"""The behaviour of the tests where there is no effect: p-values under permuted labels of donors.
 
-In: the results of a run. Out: how many p-values lie below a level, per population, labelling and test. Each labelling is
-taken for the truth and the whole test is run on it. The donors' means do not depend on the labels, so they are
-computed once and no permutation touches a cell; the sign test, which is about cells, takes a sample of them.
+Input: the results of a run. Output: the number of p-values below each level, per population, labelling and test. Each
+labelling is taken as the truth, and the whole test is run on it. The means of donors do not depend on the labels, so they
+are computed once and no permutation reads a cell. The sign test, which is about cells, uses a sample of them.
 
-By construction the permutation test holds its level on any one cohort: what there is to see is how far the others are
-off on these very cells. Whether *training* prefers the true labels, only training on permuted ones can tell
+By construction the permutation test holds its level on any one cohort; the table shows how far the other tests are off
+on the same cells. Only training on permuted labels can show whether *training* prefers the true labels
 (`jobs/benchmark_null.py`).
 """
 

@@ -1,12 +1,12 @@
 """Means of expression per population and donor: plain, and through the matches.
 
-In: a population per cell, a donor per cell, the matches and the expression of a finished run. Out: one value per
-population, replicate and gene, which is all that a test on donors needs: no permutation touches a cell.
+Input: a population per cell, a donor per cell, and the matches and expression of a finished run. Output: one value per
+population, replicate and gene. A test on donors needs no more, so no permutation reads a cell.
 
-**Through the matches.** For a population, `A[e, d]` is the mean over replicate e's cells of the expression of each
-cell's nearest neighbour among d's cells (a cell is not its own). `m_d`, the mean of `A[e, d]` over all replicates e of
-both conditions, each weighing the same, asks every donor's cells the same questions, so donors differ in m by what
-they are and not by which cells of the population they happen to have; and m does not depend on the labels.
+**Through the matches.** For a population, `A[e, d]` is the mean over the cells of replicate e of the expression of the
+nearest neighbour of each cell among the cells of d (other than the cell itself). `m_d` is the mean of `A[e, d]` over all
+replicates e of both conditions, with equal weights. So the same cells are compared with every donor, and donors differ in
+m because of their expression, not because of the mix of cells that they happen to have. m does not depend on the labels.
 """
 
 from __future__ import annotations

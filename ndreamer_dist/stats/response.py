@@ -1,9 +1,9 @@
-"""How far a single cell goes along the effect on its population: which treated cells respond, and which escaped.
+"""The response of single cells: which treated cells follow the effect on their population, and which escaped it.
 
-In: a run's matches and expression, a population and a donor per cell. Out: a number per treated cell. A cell's own effect is its
-expression minus that of its control matches. It is projected on the mean effect of the *other* donors' cells, so that no cell
-makes its own yardstick; genes count by the square of their placebo's spread. The unit is the spread of the placebo: control
-cells, each minus its matches among the other control groups, projected alike.
+Input: the matches and expression of a run, and a population and a donor per cell. Output: a number per treated cell. The
+effect of a cell is its expression minus that of its control matches. It is projected on the mean effect of the cells of
+the *other* donors, so no cell contributes to its own reference. Genes are weighted by the square of their placebo spread.
+The unit is the spread of the placebo: control cells minus their matches among the other control groups, projected alike.
 """
 
 from __future__ import annotations

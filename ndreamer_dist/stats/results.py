@@ -1,4 +1,4 @@
-"""The public `Results`: what a run wrote, read in pieces, and the statistics on it."""
+"""The public `Results`: the output of a run, read in pieces, and the statistics on it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Where every cell stands inside its population, on the scale of what varies between cells of one donor (METHOD section 10).
+"""Coordinates of every cell inside its population, scaled by the variation between cells of a donor (METHOD section 10).
 
-In: the modelled genes' expression in a results.zarr, a population and a piece (one donor's cells of one group) per cell.
-Out: a few coordinates per cell, and nearest neighbours in them, inside populations. Two passes over the expression: sums, from
-which come the axes and where every piece stands; then projections, of every cell and of two halves of its counts. The
-steps are those of the matching space `state`. What is held grows with populations, pieces and genes, and by a few numbers a cell.
+Input: the expression of the selected genes in a results.zarr, and a population and a piece (the cells of one donor in one
+group) per cell. Output: a few coordinates per cell, and nearest neighbours in them, inside populations. The first pass
+over the expression sums, which gives the axes and the position of every piece. The second projects every cell and two
+halves of its counts. The steps are those of the matching space `state`. Memory grows with populations, pieces and genes,
+and by a few numbers per cell.
 """
 
 from __future__ import annotations

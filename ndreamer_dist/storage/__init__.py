@@ -1,1 +1,1 @@
-"""Bytes and arrays, wherever they live; nothing here knows a cell."""
+"""Bytes and arrays, on a disk or an object store; nothing here knows of cells."""

@@ -1,7 +1,7 @@
 """Create, read and write zarr arrays.
 
-Every array is created here, so that every chunk ends in a `crc32c`. Every array is read here, so that a damaged or
-missing chunk is an error that names store, array and chunk, never a wrong number.
+Every array is created here, so every chunk ends in a `crc32c`. Every array is read here, so a damaged or missing chunk is
+an error that names store, array and chunk, never a wrong number.
 """
 
 from __future__ import annotations

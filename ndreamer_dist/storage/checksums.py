@@ -1,7 +1,7 @@
-"""Files that are not zarr arrays carry their own checksum too: a JSON file in its last line, others in a JSON file.
+"""Checksums of files that are not zarr arrays: a JSON file has it in its last line, other files in a JSON file.
 
-A byte that was flipped in weights, a checkpoint, a marker or `run.json` is an error that names the file, never a wrong
-number. Files without a checksum, which other versions wrote, are read as they are.
+A flipped byte in weights, a checkpoint, a marker or `run.json` is an error that names the file, never a wrong number.
+Files without a checksum, from other versions, are read as they are.
 """
 
 from __future__ import annotations

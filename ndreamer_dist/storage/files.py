@@ -1,7 +1,7 @@
 """Read, write, list and delete files at an address: a path, `s3://`, `gs://`, `az://` or `https://` (read-only).
 
-`Storage` is a root address with five verbs (exists, read, write_atomic, list, delete). It has no rename and no append,
-so that a local disk and an object store are one code path.
+`Storage` is a root address with five verbs (exists, read, write_atomic, list, delete). It has no rename and no append, so
+a local disk and an object store share one code path.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A file on a server as HDF5 reads it: here and there, a few bytes at a time, and then long stretches.
+"""A file on a server, read as HDF5 reads files: a few bytes in many places, then long stretches.
 
-It is fetched by whole blocks, of which the last used are kept; blocks next to each other that are missing are one
-request.
+Whole blocks are fetched, and the last used ones are kept. Adjacent missing blocks are one request.
 """
 
 from __future__ import annotations

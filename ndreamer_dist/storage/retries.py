@@ -1,9 +1,9 @@
-"""Servers that answer late, badly or not at all: how long one is waited for, when it is asked again, what is said then.
+"""Servers that answer late, badly or not at all: time limits, retries and error messages.
 
-One number rules all of it, the time limit (`NDREAMER_STORAGE_TIMEOUT`, in seconds): a request to which not a byte comes
-for so long is given up and made again, and so is one that the server refuses for the moment (500, 503 and the like) or
-whose connection breaks; after the fifth try, some five and a half time limits after the first, a `StoreError` names the
-file and what happened. What no waiting mends, a lost permission above all, is that error at once.
+One number rules them all, the time limit (`NDREAMER_STORAGE_TIMEOUT`, in seconds). A request is made again if no byte
+arrives for so long, if the server refuses it for the moment (500, 503 and the like), or if its connection breaks. After
+the fifth try, some five and a half time limits after the first, a `StoreError` names the file and the reason. Errors that
+waiting cannot mend, such as a lost permission, are raised at once.
 """
 
 from __future__ import annotations

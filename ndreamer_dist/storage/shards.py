@@ -1,8 +1,8 @@
-"""Chunks of arrays, by the byte ranges that hold them: each chunk that is touched once, and nothing else.
+"""Read chunks of arrays by the byte ranges that hold them: each chunk once, and nothing else.
 
-In: an open array and positions in its grid of chunks. Out: the chunks, decoded and checked, one by one. A shard's
-index is one request, neighbouring chunks of a shard are one more, a shard that is wanted whole is one in all; shards
-are read side by side. What was read is counted where the store hands it over (`counting`).
+Input: an open array and positions in its grid of chunks. Output: the chunks, decoded and checked, one by one. The index of
+a shard is one request; adjacent chunks of a shard are one more; a whole shard is one in all. Shards are read in parallel.
+`counting` counts the bytes where the store returns them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""When a checkpoint is due, and where the serial runtime keeps its own.
+"""When a checkpoint is due, and where the serial runtime stores it.
 
-Writing a checkpoint under Ray Train is something that all workers do together, so that one is due must be known to all
-of them at the same step: steps are counted alike everywhere, and of the minutes the first worker's clock decides.
+Under Ray Train all workers write a checkpoint together, so all must know at the same step that one is due. Every worker
+counts the same steps. For limits in minutes, the clock of the first worker decides.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From sparse shares to dense mini-batches on the training device.
+"""Turn sparse shares into dense mini-batches on the training device.
 
-In: a worker's share of a step and the labels of all packed rows. Out: a `MiniBatch`. It stands apart from `source.py`,
-so that the processes that only read need not load torch.
+Input: a worker's share of a step, and the labels of all packed rows. Output: a `MiniBatch`. This is a separate module so
+that processes that only read need not import torch.
 """
 
 from __future__ import annotations

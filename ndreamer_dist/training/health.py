@@ -1,7 +1,7 @@
-"""Plain warnings about a training that runs but does not do what it is for. Pure.
+"""Warnings about a training that runs but does not learn what it should. Pure.
 
-What comes in: the rows of the finished epochs. What goes out: what is wrong, in a sentence, with what to do. A loss
-that is not finite ends training at once and is the loop's own error.
+Input: the rows of the finished epochs. Output: sentences that say what is wrong and what to do. A loss that is not finite
+ends training at once; the loop raises that error.
 """
 
 from __future__ import annotations

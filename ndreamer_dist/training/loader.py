@@ -1,7 +1,7 @@
-"""Mini-batches by Ray Data: readers on the cluster, delivery in the plan's order, dense on the training device.
+"""Mini-batches by Ray Data: readers on the cluster, delivery in the order of the plan, dense on the training device.
 
-In: a packed cohort, the plan, a worker's place and the step to start at. Out: an iterator of `MiniBatch`, read ahead.
-Ray Data's loop runs in a thread of the training process, so what it costs is taken from the training.
+Input: a packed cohort, the plan, the rank of a worker and the first step. Output: an iterator of `MiniBatch`, read ahead.
+The loop of Ray Data runs in a thread of the training process, so its cost slows down training.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The logs of training: a row per step and a row per epoch.
 
-In: the rows that the loop measured, from the first step on (a checkpoint holds them, so a resumed run has them all).
-Out: `logs/metrics.csv` and `logs/epochs.csv`, each written whole. Nothing is appended to, so that a local disk and an
-object store are one code path.
+Input: the rows that the loop measured since the first step (a checkpoint holds them, so a resumed run has them all).
+Output: `logs/metrics.csv` and `logs/epochs.csv`. Each file is written whole and never appended to, so a local disk and an
+object store share one code path.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The training loop, on one screen (METHOD sections 2 to 4).
 
-What comes in: mini-batches in the order of the plan. What goes out: a trained network, and one row of measures per
-step. Nothing here knows Ray or zarr; with several workers every one runs this loop on its share and computes the
-gradient of the one global mini-batch. All that is random is keyed by the step, so the state of a run is the network,
-the optimiser and the number of steps done.
+Input: mini-batches in the order of the plan. Output: a trained network, and one row of measures per step. Nothing here
+knows Ray or zarr. With several workers, each runs this loop on its share and computes the gradient of the one global
+mini-batch. All randomness is keyed by the step, so the state of a run is the network, the optimiser and the number of
+finished steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The trained model as files: weights, and what is needed to use them on other cells."""
+"""The trained model as files: the weights, and everything needed to use them on other cells."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How far training is, shown while it runs: one bar, and warnings as soon as there is reason for one.
+"""The progress of training, shown while it runs: one bar, and warnings as soon as there is a reason.
 
-The serial runtime shows these directly. On Ray, workers and driver share no screen and workers' log lines stay in
-their files, so the first worker tells an actor and the driver asks it once a second.
+The serial runtime shows them directly. On Ray, workers and driver share no screen, and log lines of workers stay in their
+files. So the first worker reports to an actor, and the driver asks the actor once a second.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Chosen rows of packed.zarr, in any order, as one CSR.
 
-In: packed row numbers, of which stretches follow each other (the plan's runs). Out: their CSR. Each touched chunk is
-read and decoded once, and its values go straight to their places in the answer: nothing is sorted, stacked or copied
-twice. All arrays of a call are opened and read in one turn of zarr's event loop; a turn for each would cost more than
-the reading.
+Input: packed row numbers in stretches (the runs of the plan). Output: their CSR. Each chunk is read and decoded once, and
+its values go straight to their places in the answer: nothing is sorted, stacked or copied twice. All arrays of a call are
+opened and read in one turn of zarr's event loop; a turn for each would cost more than the reading.
 """
 
 from __future__ import annotations

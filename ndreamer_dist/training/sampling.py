@@ -1,12 +1,12 @@
-"""The sampling plan: which packed rows make step s (METHOD section 4). Pure.
+"""The sampling plan: the packed rows of each training step (METHOD section 4). Pure.
 
-Each group is a circular sequence of its packed rows, which are in random order. An epoch starts at a keyed offset in
-every group and walks `batch_size` rows, so its draw is without replacement (a smaller group is walked round more than
-once). The walks are cut into runs of 32 rows; a keyed permutation of all runs is cut into mini-batches of
-`2 * batch_size` rows. Any step is known without the steps before it.
+Each group is a circular sequence of its packed rows, which are in random order. An epoch starts at a keyed offset in every
+group and walks `batch_size` rows, so it draws without replacement (a smaller group is walked more than once). The walks
+are cut into runs of 32 rows. A keyed permutation of all runs is cut into mini-batches of `2 * batch_size` rows. Any step
+can be computed without the steps before it.
 
-A mini-batch is a row of fixed blocks of 64 cells; a worker owns whole blocks, so noise depends on neither the number
-of workers nor of threads.
+A mini-batch is a row of fixed blocks of 64 cells. A worker owns whole blocks, so noise depends on neither the number of
+workers nor of threads.
 """
 
 from __future__ import annotations

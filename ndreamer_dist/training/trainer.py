@@ -1,8 +1,8 @@
-"""The training loop under Ray Train, or in this process: workers, streaming, checkpoints, and what is seen of it all.
+"""The training loop under Ray Train, or in this process: workers, streaming, checkpoints and progress.
 
-Each worker builds its own Ray Data stream inside the train function, after looking for a checkpoint: that is how a
-resumed run starts at its step. Checkpoints are kept below `DIR/train`; the first worker writes the trained model to
-`DIR/model` and the measures to `DIR/logs`.
+Each worker looks for a checkpoint and then builds its own Ray Data stream inside the train function, so a resumed run
+starts at its step. Checkpoints are in `DIR/train`. The first worker writes the trained model to `DIR/model` and the
+measures to `DIR/logs`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Streaming mini-batches from packed.zarr: a Ray Data `Datasource` that executes the sampling plan.
+"""Stream mini-batches from packed.zarr: a Ray Data `Datasource` that executes the sampling plan.
 
-A read task covers a window of steps. It reads what the window touches once, puts the worker's share of each step
-together and yields one Arrow table with a row per step: the cells' CSR and their packed row numbers. The training loop
-turns a row into a dense `MiniBatch` on its device, with labels it looks up by row. The same windows, read in this
-process, serve the serial runtime.
+A read task covers a window of steps. It reads the rows of the window once, assembles the worker's share of each step, and
+yields one Arrow table with a row per step: the CSR of the cells and their packed row numbers. The training loop turns a
+row into a dense `MiniBatch` on its device and looks up the labels by row. The serial runtime reads the same windows in
+this process.
 """
 
 from __future__ import annotations
