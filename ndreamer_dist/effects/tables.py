@@ -401,7 +401,8 @@ def _nullable(column: pd.Series[Any], where: str) -> pd.Series[Any]:
     better = column.convert_dtypes()
     if better.dtype == object:
         kinds = sorted({type(value).__name__ for value in held})
-        msg = f"{where} column {column.name!r} mixes {', '.join(kinds)} and cannot be stored; make it one type"
+        what = f"mixes {', '.join(kinds)}" if len(kinds) > 1 else f"holds {kinds[0]}"
+        msg = f"{where} column {column.name!r} {what} and cannot be stored; make it text, numbers or truth values"
         raise CohortError(msg)
     return better
 

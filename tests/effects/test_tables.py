@@ -57,8 +57,8 @@ def test_numbers_of_all_kinds_are_stored_with_their_values(kind: str) -> None:
             pd.to_datetime(["2026-01-01"] * N),
             r"'x' \(datetime64\[ns\]\) cannot be stored; turn it into text or numbers",
         ),
-        (np.array([b"a"] * N, dtype=object), "'x' mixes bytes"),
-        (np.array([[1, 2]] * N + [[]], dtype=object)[:N], "'x' mixes list"),
+        (np.array([b"a"] * N, dtype=object), "'x' holds bytes"),
+        (np.array([[1, 2]] * N + [[]], dtype=object)[:N], "'x' holds list"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_name(values: object, message: str) -> None:
