@@ -21,7 +21,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.clusters import clustered_by
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes
-from ndreamer_dist.cohort.obsm import labels_of
+from ndreamer_dist.cohort.obsm import column_labels
 from ndreamer_dist.cohort.source import Source, fingerprint, open_cohort
 from ndreamer_dist.cohort.values import decide_values
 from ndreamer_dist.compute.events import choose_format
@@ -259,7 +259,7 @@ def _check_labels(source: Source, within: str | None) -> None:
     """Refuse a column of labels that is not there, or holds none."""
     if within in (None, keys.OBS_LOW):
         return
-    if not labels_of(source, within, keys.MATCH_WITHIN).names:
+    if not column_labels(source, within, keys.MATCH_WITHIN).names:
         msg = f"{keys.MATCH_WITHIN}: obs column {within!r} holds no label; name a column of cell types"
         raise CohortError(msg)
 

@@ -72,11 +72,11 @@ def coordinates_of(source: Source, key: str) -> np.ndarray:
 
 
 def codes_of(source: Source, name: str, setting: str) -> np.ndarray:
-    """Return the codes of a column of the input's `obs`; see `labels_of`."""
-    return labels_of(source, name, setting).codes
+    """Return the codes of a column of the input's `obs`; see `column_labels`."""
+    return column_labels(source, name, setting).codes
 
 
-def labels_of(source: Source, name: str, setting: str) -> CellLabels:
+def column_labels(source: Source, name: str, setting: str) -> CellLabels:
     """Return a column of the input's `obs` as labels, in input order; names in order of appearance.
 
     Raises

@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.obsm import CellLabels, checksum, codes_of, coordinates_of, labels_of
+from ndreamer_dist.cohort.obsm import CellLabels, checksum, codes_of, column_labels, coordinates_of
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.compute.executor import Runtime, with_threads
@@ -72,7 +72,7 @@ class SpaceInput:
             A key or column is not there, or does not hold what can be matched in.
         """
         method, by, within = settings.embed.method, settings.state.by, settings.match.within
-        labels = labels_of(source, within, keys.MATCH_WITHIN) if within not in (None, keys.OBS_LOW) else None
+        labels = column_labels(source, within, keys.MATCH_WITHIN) if within not in (None, keys.OBS_LOW) else None
         if method.startswith(keys.OBSM_PREFIX):
             return cls(coordinates_of(source, method.removeprefix(keys.OBSM_PREFIX)), labels=labels)
         codes = {}
