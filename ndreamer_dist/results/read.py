@@ -10,13 +10,14 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import anndata
 import numpy as np
 import pandas as pd
 import zarr
 from scipy import sparse
+from zarr.codecs import Crc32cCodec
 
 from ndreamer_dist import keys
 from ndreamer_dist.effects.tables import ROOT, memory_store
@@ -194,11 +195,11 @@ def read_element(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, A
     files = _metadata(storage, name, nodes)
     chunks = _chunks_below(storage, name, files)
     for file, data in zip(chunks, read_files(storage.store(read_only=True), storage.url, list(chunks)), strict=True):
-        if data is None:
-            array, position = chunks[file]
-            how = f", chunk {position} is missing"
-            raise Place(storage.url, array).damaged(how, file.removeprefix(f"{array}/"))
-        files[file] = data
+        if data is not None:
+            files[file] = data
+        elif (chunk := chunks[file]).ours:  # zarr of another program stores no chunk of fill values
+            how = f", chunk {chunk.position} is missing"
+            raise Place(storage.url, chunk.array).damaged(how, file.removeprefix(f"{chunk.array}/"))
     root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
     try:
         return anndata.io.read_elem(root[name])
@@ -206,8 +207,16 @@ def read_element(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, A
         raise _named_damage(storage, name, root, error) from error
 
 
-def _chunks_below(storage: Storage, name: str, files: dict[str, bytes]) -> dict[str, tuple[str, Position]]:
-    """Return array and position of every chunk of an element, by its file; the metadata comes from a file and may lie."""
+class _Chunk(NamedTuple):
+    """A chunk of an array, and whether it is this package that wrote the array: it ends every chunk in a checksum."""
+
+    array: str
+    position: Position
+    ours: bool
+
+
+def _chunks_below(storage: Storage, name: str, files: dict[str, bytes]) -> dict[str, _Chunk]:
+    """Return every chunk of an element, by its file; the metadata comes from a file and may lie."""
     try:
         root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
         arrays = [sensible(member) for _, member in root.members(max_depth=None) if isinstance(member, zarr.Array)]
@@ -218,10 +227,14 @@ def _chunks_below(storage: Storage, name: str, files: dict[str, bytes]) -> dict[
         msg = f"{storage.url}: '{name}' claims {claimed} chunks; it is damaged"
         raise StoreError(msg)
     return {
-        f"{array.path}/{array.metadata.encode_chunk_key(position)}": (array.path, position)
+        f"{array.path}/{array.metadata.encode_chunk_key(position)}": _Chunk(array.path, position, _is_ours(array))
         for array in arrays
         for position in touched_shards(array, ...)
     }
+
+
+def _is_ours(array: zarr.Array) -> bool:
+    return any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
 
 
 def _metadata(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, Any]] | None) -> dict[str, bytes]:

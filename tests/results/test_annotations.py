@@ -179,6 +179,20 @@ def add_column(run: Path, *, whole: bool, consolidated: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")
+def test_chunks_of_nothing_but_zeros_that_another_program_left_out_are_no_damage(run: Path) -> None:
+    root = zarr.open_group(str(run / keys.RESULTS), mode="r+", use_consolidated=False)
+    obs = anndata.io.read_elem(root["obs"])
+    obs["one"], obs["whole"] = pd.Categorical(["all"] * len(obs)), pd.array([0] * len(obs), dtype="Int64")
+    write_into(root, "obs", obs)
+    zarr.consolidate_metadata(root.store)
+    assert not (run / keys.RESULTS / "obs/one/codes/c").exists()
+    found = nd.open_results(run).packed_obs
+    assert set(found["one"]) == {"all"}
+    assert found["whole"].sum() == 0
+    assert not found["whole"].isna().any()
+
+
+@pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")
 @pytest.mark.parametrize("whole", [pytest.param(False, id="a_column"), pytest.param(True, id="all_of_obs")])
 @pytest.mark.parametrize("consolidated", [pytest.param(True, id="consolidated"), pytest.param(False, id="not")])
 def test_a_column_that_anndata_added_is_no_damage(run: Path, whole: bool, consolidated: bool) -> None:

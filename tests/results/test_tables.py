@@ -340,7 +340,7 @@ def test_a_cohort_without_a_stored_value_is_written(tmp_path):
 
 def test_text_with_gaps_becomes_nullable_and_mixed_columns_are_refused():
     table = pd.DataFrame(
-        {"gaps": np.array(["a", None, "b"], dtype=object), "flags": np.array([True, None, False], dtype=object)}
+        {"gaps": pd.Series(["a", None, "b"], dtype=object), "flags": np.array([True, None, False], dtype=object)}
     )
     written = tables.writable(table, "obs")
     assert isinstance(written["gaps"].dtype, pd.StringDtype)
