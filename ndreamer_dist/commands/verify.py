@@ -18,7 +18,7 @@ from typing import Any
 import anndata
 import numpy as np
 import zarr
-from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import MemoryStore, StorePath
 
 from ndreamer_dist import keys
 from ndreamer_dist.compute.executor import Runtime, RuntimeChoice, choose_runtime
@@ -27,7 +27,7 @@ from ndreamer_dist.effects.tables import ROOT
 from ndreamer_dist.errors import DamagedError, RunError
 from ndreamer_dist.rundir.directory import ArrayFile, RunDirectory
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage.arrays import open_array, read_array
+from ndreamer_dist.storage.arrays import open_array, opened_with, read_array
 from ndreamer_dist.storage.checksums import check_digest, read_model, unseal
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
 from ndreamer_dist.storage.shards import Place, chunks_of, read_chunks
@@ -241,7 +241,7 @@ def _metadata(data: bytes, url: str) -> dict[str, Any]:
     try:
         told = dict(json.loads(data))
         if told["node_type"] == "array":
-            ArrayV3Metadata.from_dict(dict(told))
+            opened_with(told, StorePath(MemoryStore()))
     except Exception as error:
         raise DamagedError.of(url, error) from error
     return told

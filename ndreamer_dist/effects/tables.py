@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import zarr
 from anndata.experimental import write_dispatched
-from zarr.core.buffer import cpu
+from zarr.buffer import cpu
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 

@@ -401,6 +401,7 @@ def _buffers(x: Tensor, columns: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
 
 def softmax_gradient(upstream: Tensor, probs: Tensor, *, out: Tensor) -> Tensor:
     """Return `p (g - sum g p)`, the gradient of a softmax over the last dimension, in one pass and in place."""
+    # torch has no public name for it; written out it takes three passes over the codebooks' probabilities.
     gradient: Tensor = torch.ops.aten._softmax_backward_data.out(upstream, probs, -1, probs.dtype, grad_input=out)
     return gradient
 

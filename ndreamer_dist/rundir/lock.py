@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import fcntl
 import json
@@ -180,7 +179,7 @@ class _Lease:
 def _interrupt() -> None:
     """Interrupt the main thread; where Ctrl-C is ignored, as under nohup, at its next step in Python."""
     if callable(signal.getsignal(signal.SIGINT)):
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         return
     main = ctypes.c_ulong(threading.main_thread().ident or 0)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))

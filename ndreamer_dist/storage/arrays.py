@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.core.array import AsyncArray
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore, StorePath, WrapperStore
 
 from ndreamer_dist.errors import StoreError
@@ -107,12 +105,13 @@ def metadata_digest(told: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def opened_with(told: Mapping[str, Any], where: StorePath) -> AsyncArray[Any]:
+def opened_with(told: Mapping[str, Any], where: StorePath) -> zarr.AsyncArray[Any]:
     """Open an array by its metadata, which must be what was written; `ValueError` where it is not."""
     if told.get("attributes", {}).get(METADATA_SEAL, "") not in ("", metadata_digest(told)):
         msg = "the metadata's checksum is that of another content"
         raise ValueError(msg)
-    return AsyncArray(ArrayV3Metadata.from_dict(dict(told)), where)
+    metadata: Any = dict(told)
+    return zarr.AsyncArray(metadata, where)
 
 
 def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
@@ -253,8 +252,8 @@ def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwa
     chunks = kwargs.pop("chunks", values.shape)
     layout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}
     create_array(storage, name, **layout)
-    known = ArrayV3Metadata.from_dict(json.loads(_metadata(**layout)))  # written just now, so it need not be read
-    array = _writable(zarr.Array(AsyncArray(known, StorePath(storage.store(name)))))
+    known = json.loads(_metadata(**layout))  # written just now, so it need not be read
+    array = _writable(zarr.Array(opened_with(known, StorePath(storage.store(name)))))
     with _writing(storage, name):
         array[...] = values
 

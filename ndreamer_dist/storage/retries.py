@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 import fsspec
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore
 
 from ndreamer_dist.errors import SettingsError, StoreError

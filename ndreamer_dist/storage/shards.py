@@ -15,19 +15,18 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.buffer import Buffer, BufferPrototype
+from zarr.abc.codec import Codec
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.buffer import default_buffer_prototype
 from zarr.codecs import ShardingCodec
-from zarr.core.array import AsyncArray
-from zarr.core.array_spec import ArrayConfig, ArraySpec
-from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer, default_buffer_prototype
-from zarr.core.codec_pipeline import BatchedCodecPipeline
-from zarr.core.dtype import UInt64
-from zarr.core.metadata import ArrayV3Metadata
-from zarr.core.sync import sync
+from zarr.core.array_spec import ArraySpec  # what codecs are asked with
+from zarr.core.sync import sync  # zarr has no public way to wait for its event loop
+from zarr.dtype import UInt64
 
 from ndreamer_dist.errors import DamagedError, StoreError
 from ndreamer_dist.storage.retries import RemoteStore
@@ -159,7 +158,7 @@ def read_chunks(
 
 
 async def fetch_chunks(
-    array: AsyncArray[Any],
+    array: zarr.AsyncArray[Any],
     where: Place,
     positions: Iterable[Position],
     place: Callable[[Position, np.ndarray], None],
@@ -169,7 +168,7 @@ async def fetch_chunks(
     await reading.run(reading.shards_of(positions))
 
 
-def chunks_of(array: zarr.Array[Any] | AsyncArray[Any], shard: Position) -> list[Position]:
+def chunks_of(array: zarr.Array[Any] | zarr.AsyncArray[Any], shard: Position) -> list[Position]:
     """Return the positions of the chunks of a shard that lie inside the array."""
     grid = [-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)]
     per_shard = [u // c for u, c in zip(array.shards or array.chunks, array.chunks, strict=True)]
@@ -259,14 +258,14 @@ class _Room:
 class _Reading:
     """One call of `read_chunks`: what it reads from, and what it counted."""
 
-    array: zarr.Array[Any] | AsyncArray[Any]
+    array: zarr.Array[Any] | zarr.AsyncArray[Any]
     where: Place
     place: Callable[[Position, np.ndarray], None]
     reads: Reads = field(default_factory=Reads)
 
     @property
-    def _metadata(self) -> ArrayV3Metadata:
-        return cast("ArrayV3Metadata", self.array.metadata)
+    def _metadata(self) -> Any:
+        return self.array.metadata
 
     @cached_property
     def sharding(self) -> ShardingCodec | None:
@@ -282,17 +281,13 @@ class _Reading:
 
     @cached_property
     def _spec(self) -> ArraySpec:
-        dtype, fill, config = self._metadata.dtype, self._metadata.fill_value, ArrayConfig.from_dict({})
-        return ArraySpec(self.array.chunks, dtype, fill, config, default_buffer_prototype())
+        """What zarr tells the codecs of a chunk."""
+        dtype, fill = self._metadata.dtype, self._metadata.fill_value
+        return ArraySpec(self.array.chunks, dtype, fill, self.array.config, default_buffer_prototype())
 
-    @cached_property
-    def _pipeline(self) -> BatchedCodecPipeline:
-        codecs = self.sharding.codecs if self.sharding else self._metadata.codecs
-        return BatchedCodecPipeline.from_codecs(codecs)
-
-    @cached_property
-    def _index_codecs(self) -> BatchedCodecPipeline:
-        return BatchedCodecPipeline.from_codecs(self.sharding.index_codecs if self.sharding else ())
+    @property
+    def _index_codecs(self) -> tuple[Codec, ...]:
+        return self.sharding.index_codecs if self.sharding else ()
 
     def shards_of(self, positions: Iterable[Position]) -> dict[Position, list[Position]]:
         """Return the positions by the shard that holds them."""
@@ -330,8 +325,8 @@ class _Reading:
         encoded = await (self._pieces(shard, wanted) if self.sharding else self._file(shard))
         self.reads.chunks += len(wanted)
         self.reads.touched += sum(len(data) for data in encoded if data is not None)
-        decoded = await self._pipeline.decode([(data, self._spec) for data in encoded])
-        return [self._empty() if values is None else values.as_numpy_array() for values in decoded]
+        codecs = self.sharding.codecs if self.sharding else self._metadata.codecs
+        return [self._empty() if data is None else await _decoded(codecs, data, self._spec) for data in encoded]
 
     def _empty(self) -> np.ndarray:
         """Return a chunk that was not written, since it holds nothing but the fill value."""
@@ -342,7 +337,10 @@ class _Reading:
 
     async def _pieces(self, shard: Position, wanted: list[Position]) -> list[Buffer | None]:
         """Return the encoded chunks of a shard; none for one that its index says is absent."""
-        tail = SuffixByteRequest(self._index_codecs.compute_encoded_size(16 * math.prod(self.per_shard), self._spec))
+        size = 16 * math.prod(self.per_shard)
+        for codec in self._index_codecs:
+            size = codec.compute_encoded_size(size, self._spec)
+        tail = SuffixByteRequest(size)
         whole = len(wanted) == len(chunks_of(self.array, shard))
         sent = await self._get(shard, None if whole else tail)
         index = await self._index(sent[-tail.suffix :])
@@ -358,8 +356,7 @@ class _Reading:
     async def _index(self, data: Buffer) -> np.ndarray:
         """Return a shard's index, checked: (chunks along each axis, offset and length) uint64."""
         spec = replace(self._spec, shape=(*self.per_shard, 2), dtype=UInt64(endianness="little"), fill_value=ABSENT)
-        (index,) = await self._index_codecs.decode([(data, spec)])
-        return cast("NDBuffer", index).as_numpy_array()
+        return await _decoded(self._index_codecs, data, spec)
 
     def _span(self, index: np.ndarray, position: Position) -> Span | None:
         offset, length = index[tuple(p % n for p, n in zip(position, self.per_shard, strict=True))].tolist()
@@ -378,6 +375,15 @@ class _Reading:
 
     def _damaged(self, shard: Position, how: str) -> DamagedError:
         return self.where.damaged(f", chunk {shard} {how}", self.array.metadata.encode_chunk_key(shard))
+
+
+async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np.ndarray:
+    """Undo the codecs of a chunk one by one: by zarr's own ones, whatever pipeline a user has chosen for them."""
+    specs = list(itertools.accumulate(codecs, lambda spec, codec: codec.resolve_metadata(spec), initial=spec))
+    values: Any = data
+    for codec, own in zip(reversed(codecs), reversed(specs[:-1]), strict=True):
+        (values,) = await codec.decode([(values, own)])
+    return np.asarray(values.as_numpy_array())
 
 
 def _within(runs: Sequence[Span], bodies: Sequence[Buffer], span: Span) -> Buffer:

@@ -16,7 +16,6 @@ from typing import Any
 
 import ray.util
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
 GET_ADDRESS = 0x8915
@@ -27,12 +26,12 @@ class NodeNetwork(TorchConfig):
     """Ray Train's process group, at the addresses of the Ray nodes."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type:
         """See Ray's `BackendConfig`."""
         return _Backend
 
 
-class _Backend(_TorchBackend):
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     """Sets gloo's interface before Ray Train makes the workers' process group."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:

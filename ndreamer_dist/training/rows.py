@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 from zarr.abc.store import Store
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
+from zarr.buffer import default_buffer_prototype
 from zarr.storage import StorePath
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.storage.arrays import opened_with, unopened
 from ndreamer_dist.storage.files import metadata_of
-from ndreamer_dist.storage.shards import Place, Position, fetch_chunks
+from ndreamer_dist.storage.shards import Place, Position, fetch_chunks, sync
 
 CONCURRENT_BLOCKS = 8
 """Blocks under way at a time: enough to hide a remote store's latency, few enough to hold."""
