@@ -1,6 +1,7 @@
 """The stages of a run, each declared once: their sequence, keys, memory, work, titles and jobs follow from here.
 
-A new stage is one more `Stage` in `FLOW`, and its name in `keys`. `rundir/stage.py` does what all stages have in common.
+A new stage is one more `Stage` in `ALL_STAGES`, and its name in `keys`. `rundir/stage.py` does what all stages have in
+common.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Stage:
     settings
         Parts of the settings that bear on it, less those fields that it does not heed.
     reads
-        Stages that it reads; of alternatives the first that the run has, and of what the run lacks nothing.
+        Stages that it reads, by the settings.
     run
         Does what is missing of it in a directory, under a key.
     task_bytes
@@ -105,8 +106,6 @@ class Stage:
         Its tasks.
     needed
         Whether a run with these settings has it.
-    is_read
-        Whether it reads one of these, by name, with some settings.
     heeds
         Whether a setting, by its dotted name, bears on it.
     seeded
@@ -121,12 +120,11 @@ class Stage:
 
     name: str
     settings: tuple[str, ...]
-    reads: tuple[tuple[str, ...], ...]
+    reads: Callable[[Settings], tuple[str, ...]]
     run: Callable[[Job, RunDirectory, str], object]
     task_bytes: BytesOf
     work: Callable[[DesignedCohort], Work]
     needed: Callable[[Settings], bool] = lambda _: True
-    is_read: Callable[[str, Settings], bool] = lambda *_: True
     heeds: Callable[[str, Settings], bool] = lambda *_: True
     seeded: Callable[[Settings], bool] = lambda _: False
     beside_bytes: BytesOf = lambda *_: 0.0
@@ -143,6 +141,23 @@ class Stage:
             }
             for part in self.settings
         }
+
+
+def _placed_by_clusters(settings: Settings) -> bool:
+    """Return whether the clusters bear on where cells are."""
+    return keys.is_clustered(settings.embed.method, settings.state.by)
+
+
+def _clustered(settings: Settings) -> bool:
+    return _placed_by_clusters(settings) or settings.match.within == keys.OBS_LOW
+
+
+def _trained(settings: Settings) -> bool:
+    return keys.is_trained(settings.embed.method)
+
+
+def _placed_apart(settings: Settings) -> bool:
+    return settings.embed.method != keys.NDREAMER
 
 
 # --- cohort, pack, clusters ------------------------------------------------------------------------------------------
@@ -235,15 +250,6 @@ def _pca(job: Job, run: RunDirectory, key: str) -> None:
     from ndreamer_dist.embedding.stage import run_pca  # loads torch
 
     run_pca(run, job.settings, job.packed, job.runtime, key)
-
-
-def _placed_by_clusters(settings: Settings) -> bool:
-    """Return whether the clusters bear on where cells are."""
-    return keys.is_clustered(settings.embed.method, settings.state.by)
-
-
-def _trained(settings: Settings) -> bool:
-    return keys.is_trained(settings.embed.method)
 
 
 # --- space -----------------------------------------------------------------------------------------------------------
@@ -345,11 +351,11 @@ def _writing(cohort: DesignedCohort) -> Work:
 
 # --- all of them -----------------------------------------------------------------------------------------------------
 
-FLOW = (
+ALL_STAGES = (
     Stage(
         keys.STAGE_COHORT,
         settings=("cohort", "hvg"),
-        reads=(),
+        reads=lambda _: (),
         takes="input",
         run=lambda job, run, key: run_cohort(run, job.settings, job.source, job.runtime, key),
         task_bytes=lambda size, settings: _chunk_bytes(size, settings) + size.groups * size.genes * 24,
@@ -358,7 +364,7 @@ FLOW = (
     Stage(
         keys.STAGE_PACK,
         settings=("pack",),
-        reads=((keys.STAGE_COHORT,),),
+        reads=lambda _: (keys.STAGE_COHORT,),
         seeded=lambda _: True,
         run=lambda job, run, key: run_pack(run, job.settings, job.source, job.runtime, key),
         task_bytes=lambda size, settings: (
@@ -369,9 +375,9 @@ FLOW = (
     Stage(
         keys.STAGE_CLUSTERS,
         settings=("clusters",),
-        reads=((keys.STAGE_PACK,),),
+        reads=lambda _: (keys.STAGE_PACK,),
         seeded=lambda _: True,
-        needed=lambda settings: _placed_by_clusters(settings) or settings.match.within == keys.OBS_LOW,
+        needed=_clustered,
         run=lambda job, run, key: run_clusters(run, job.settings, job.packed, job.runtime, key),
         task_bytes=_graph_bytes,
         work=_clustering,
@@ -379,7 +385,7 @@ FLOW = (
     Stage(
         keys.STAGE_TRAIN,
         settings=("model", "loss", "train"),
-        reads=((keys.STAGE_CLUSTERS,),),
+        reads=lambda _: (keys.STAGE_CLUSTERS,),
         seeded=lambda _: True,
         needed=_trained,
         run=_train,
@@ -391,7 +397,7 @@ FLOW = (
         keys.STAGE_EMBED,
         settings=("embed",),
         heeds=lambda name, _: name not in OTHER_SPACES,
-        reads=((keys.STAGE_PACK,), (keys.STAGE_TRAIN,)),
+        reads=lambda _: (keys.STAGE_PACK, keys.STAGE_TRAIN),
         needed=_trained,
         run=_embed,
         task_bytes=_encoder_bytes,
@@ -401,7 +407,7 @@ FLOW = (
         keys.STAGE_PCA,
         settings=("embed",),
         heeds=lambda name, _: name not in OTHER_SPACES,
-        reads=((keys.STAGE_EMBED,),),
+        reads=lambda _: (keys.STAGE_EMBED,),
         needed=_trained,
         run=_pca,
         task_bytes=lambda _, settings: settings.pack.block_rows * settings.model.latent * 24,
@@ -411,11 +417,14 @@ FLOW = (
         keys.STAGE_SPACE,
         settings=("embed", "state"),
         heeds=lambda name, settings: name == "embed.method" or name in SPACE_HEEDS[_kind(settings)],
-        reads=((keys.STAGE_PACK,), (keys.STAGE_CLUSTERS,), (keys.STAGE_PCA,)),
-        is_read=lambda name, settings: name != keys.STAGE_CLUSTERS or _placed_by_clusters(settings),
+        reads=lambda settings: (
+            keys.STAGE_PACK,
+            *((keys.STAGE_CLUSTERS,) if _placed_by_clusters(settings) else ()),
+            *((keys.STAGE_PCA,) if _trained(settings) else ()),
+        ),
         seeded=lambda settings: _kind(settings) not in (keys.SPACE_PCA, keys.OBSM_PREFIX),
         takes="from_input",
-        needed=lambda settings: settings.embed.method != keys.NDREAMER,
+        needed=_placed_apart,
         shared=False,
         run=lambda job, run, key: run_space(run, job.settings, job.packed, job.from_input, job.runtime, key),
         task_bytes=_placing_bytes,
@@ -426,8 +435,10 @@ FLOW = (
         keys.STAGE_MATCH,
         settings=("match", "denoise"),
         heeds=lambda name, settings: name not in ("match.edges", "match.bandwidth") and _heeds_labels(name, settings),
-        reads=((keys.STAGE_SPACE, keys.STAGE_PCA), (keys.STAGE_CLUSTERS,)),
-        is_read=lambda name, settings: name != keys.STAGE_CLUSTERS or settings.match.within == keys.OBS_LOW,
+        reads=lambda settings: (
+            keys.STAGE_SPACE if _placed_apart(settings) else keys.STAGE_PCA,
+            *((keys.STAGE_CLUSTERS,) if settings.match.within == keys.OBS_LOW else ()),
+        ),
         takes="labels",
         shared=False,
         run=_match,
@@ -438,7 +449,7 @@ FLOW = (
         keys.STAGE_EFFECTS,
         settings=("effects", "match", "denoise"),
         heeds=_heeds_labels,
-        reads=((keys.STAGE_CLUSTERS, keys.STAGE_PACK), (keys.STAGE_MATCH,)),
+        reads=lambda settings: (keys.STAGE_CLUSTERS if _clustered(settings) else keys.STAGE_PACK, keys.STAGE_MATCH),
         shared=False,
         run=_effects,
         task_bytes=lambda size, settings: (
@@ -448,13 +459,13 @@ FLOW = (
     ),
 )
 """Every stage there is, in the order of the flow; a run has those that its matching space needs."""
-SHARED = tuple(stage.name for stage in FLOW if stage.shared)
+SHARED = tuple(stage.name for stage in ALL_STAGES if stage.shared)
 """Stages that all matching spaces of a run directory share."""
 
 
 def stages_of(settings: Settings) -> dict[str, Stage]:
     """Return the stages that a run with these settings has, in the order of the flow."""
-    return {stage.name: stage for stage in FLOW if stage.needed(settings)}
+    return {stage.name: stage for stage in ALL_STAGES if stage.needed(settings)}
 
 
 def stage_keys(
@@ -475,16 +486,11 @@ def stage_keys(
     taken = {"input": dict(fingerprint), "labels": given.pop(keys.MATCH_WITHIN, None), "from_input": given}
     found: dict[str, str] = {}
     for name, stage in stages_of(settings).items():
-        reads = [
-            there[0]
-            for names in stage.reads
-            if (there := [n for n in names if n in found and stage.is_read(n, settings)])
-        ]
         content: dict[str, Any] = {
             "format": keys.FORMAT_VERSION,
             "stage": name,
             "settings": stage.bearing(settings),
-            "reads": {other: found[other] for other in reads},
+            "reads": {other: found[other] for other in stage.reads(settings)},
         }
         if stage.seeded(settings):
             content["seed"] = settings.seed

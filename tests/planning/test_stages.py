@@ -13,9 +13,10 @@ import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.planning import stages
 from ndreamer_dist.planning.sizes import BASE_BYTES
-from ndreamer_dist.planning.stages import FLOW, Job, Stage
+from ndreamer_dist.planning.stages import ALL_STAGES, Job, Stage, stages_of
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
+from ndreamer_dist.settings import Settings
 from tests.tiny import NAMES, SETTINGS
 
 
@@ -28,7 +29,7 @@ def run_last(job: Job, run: RunDirectory, key: str) -> None:
 LAST = Stage(
     "last",
     settings=("effects",),
-    reads=((keys.STAGE_EFFECTS,),),
+    reads=lambda _: (keys.STAGE_EFFECTS,),
     run=run_last,
     task_bytes=lambda *_: 5,
     work=lambda cohort: ((cohort.blocks, "row block(s)"),),
@@ -36,14 +37,21 @@ LAST = Stage(
 
 
 def test_the_flow_is_in_the_order_of_the_names() -> None:
-    assert tuple(stage.name for stage in FLOW) == keys.FLOW
-    assert all(name in keys.FLOW[:place] for place, stage in enumerate(FLOW) for read in stage.reads for name in read)
+    assert tuple(stage.name for stage in ALL_STAGES) == keys.FLOW
+
+
+@pytest.mark.parametrize("method", [keys.NDREAMER, keys.SPACE_PCA, keys.STATE, keys.NDREAMER_STATE, "obsm:X"])
+def test_a_stage_reads_only_what_the_run_has_before_it(method: str) -> None:
+    settings = Settings.build(overrides={"embed.method": method})
+    flow = list(stages_of(settings))
+    for place, stage in enumerate(stages_of(settings).values()):
+        assert set(stage.reads(settings)) <= set(flow[:place])
 
 
 def test_a_stage_that_is_declared_is_planned_and_run(
     tiny: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "FLOW", (*FLOW, LAST))
+    monkeypatch.setattr(stages, "ALL_STAGES", (*ALL_STAGES, LAST))
     plan = nd.plan(tiny, preset="small", settings=SETTINGS, **NAMES)
     assert dataclasses.replace(plan.stages[-1], memory=0) == dataclasses.replace(
         plan.stages[-1], name="last", work=((4, "row block(s)"),), memory=0
