@@ -129,7 +129,7 @@ def by_sketch(x: sparse.csr_matrix, seed: int) -> tuple[Labels, dict[str, float]
     settings, half = ClustersSettings(), x.shape[0] // 2
     rows = np.random.default_rng(seed).permutation(x.shape[0])
     clock = Clock()
-    axes = graph.principal_axes(x[rows[:half]], settings.n_pcs, seed)
+    axes = graph.scanpy_axes(x[rows[:half]], settings.n_pcs, seed)
     mean = np.zeros(x.shape[1])  # distances do not change with a shift
     points = project(x[rows], mean, axes)
     clock.lap("pca")

@@ -19,7 +19,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Group
 from ndreamer_dist.cohort.graph import LIBRARIES, cluster_cells
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.cohort.sketch import Sketch, labels_apart, labels_of, sketch_of, sketch_shard
+from ndreamer_dist.cohort.sketch import Sketch, labels_apart, sketch_labels, sketch_of, sketch_shard
 from ndreamer_dist.compute.executor import Runtime, loads
 from ndreamer_dist.errors import listing
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
@@ -29,9 +29,7 @@ from ndreamer_dist.storage.arrays import shard_files, write_array
 
 logger = logging.getLogger(__name__)
 
-LEVELS = (keys.PACKED_LOW, keys.PACKED_HIGH)
-STALE = tuple(f"{keys.PACKED}/{name}" for name in (*LEVELS, keys.PACKED_SKETCH))
-"""What clustering under another key leaves."""
+CLUSTER_LEVELS = (keys.PACKED_LOW, keys.PACKED_HIGH)
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def run_clusters(run: RunDirectory, settings: Settings, packed: Packed, runtime:
     shards = [_group_shard(group.code) for group in groups]
     first = [sketch_shard()] if way == "sketch" else []
     stage = StageRun(run, keys.STAGE_CLUSTERS, key)
-    todo = stage.begin([*first, *shards], STALE)
+    todo = stage.begin([*first, *shards], [f"{keys.PACKED}/{name}" for name in (*CLUSTER_LEVELS, keys.PACKED_SKETCH)])
     if not todo:
         return
     if way == "sketch":
@@ -114,7 +112,7 @@ def write_sketch(_: None, settings: Settings, packed: Packed) -> None:
 def write_labels(code: int, settings: Settings, packed: Packed) -> None:
     """Write the labels of one group by the sketch; a task."""
     group = packed.design.groups[code]
-    _write(packed, group, labels_of(group, packed, Sketch.read(packed.storage), settings.clusters))
+    _write(packed, group, sketch_labels(group, packed, Sketch.read(packed.storage), settings.clusters))
 
 
 @loads(*LIBRARIES)
@@ -134,7 +132,7 @@ def write_clusters(task: GraphTask, stage: StageRun, settings: Settings, packed:
 
 
 def _write(packed: Packed, group: Group, labels: tuple[np.ndarray, np.ndarray]) -> None:
-    for level, values in zip(LEVELS, labels, strict=True):
+    for level, values in zip(CLUSTER_LEVELS, labels, strict=True):
         write_array(packed.storage, f"{level}/{keys.block_name(group.code)}", values)
 
 
@@ -144,6 +142,6 @@ def _seed(seed: int, number: int) -> int:
 
 
 def _group_shard(code: int) -> Shard:
-    arrays = [f"{keys.PACKED}/{level}/{keys.block_name(code)}" for level in LEVELS]
+    arrays = [f"{keys.PACKED}/{level}/{keys.block_name(code)}" for level in CLUSTER_LEVELS]
     files = tuple(path for array in arrays for path in (f"{array}/zarr.json", shard_files(array, 0)))
     return Shard(keys.block_name(code), files, code)

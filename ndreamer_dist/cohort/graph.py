@@ -21,7 +21,7 @@ QUERY_ROWS = 4096
 """Cells whose neighbours are searched at once: fixed, since FAISS's arithmetic depends on it."""
 BISECTIONS, BISECTION_TOLERANCE, LEAST_SCALE = 64, 1e-5, 1e-3
 """UMAP's constants for the scale of a cell's neighbourhood."""
-SPARE = 8
+SPARE_CANDIDATES = 8
 """Candidates taken beyond the neighbours asked for, so that exact distances can decide among near-ties."""
 
 
@@ -62,7 +62,7 @@ def principal_components(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndar
     return np.asarray(sc.pp.pca(x, n_comps=components, svd_solver="arpack", random_state=seed), dtype=np.float32)
 
 
-def principal_axes(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndarray:
+def scanpy_axes(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndarray:
     """Return the axes of scanpy's principal components: (genes, components) float64."""
     import scanpy as sc
 
@@ -116,7 +116,7 @@ def membership_strengths(distances: np.ndarray) -> np.ndarray:
 def nearest_with_self(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the k nearest points of every point and their distances; itself first, ties to the smaller row."""
     indices, distances = np.empty((len(x), k), dtype=np.int64), np.empty((len(x), k), dtype=np.float64)
-    wanted = min(len(x), k + SPARE)
+    wanted = min(len(x), k + SPARE_CANDIDATES)
     for start in range(0, len(x), QUERY_ROWS):
         rows = np.arange(start, min(start + QUERY_ROWS, len(x)))
         _, found = faiss.knn(x[rows], x, wanted)

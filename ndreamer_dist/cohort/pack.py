@@ -34,12 +34,10 @@ PIECE_BYTES = 2**20
 """A piece should be about as large, so that the object store keeps it and is not flooded with small ones."""
 MOST_SMALL = 8
 """Partitions made even of a small cohort, so that there is work for several processors."""
-STALE = (f"{keys.PACKED}/{keys.PACKED_X}", f"{keys.PACKED}/{keys.PACKED_INPUT_ROW}")
-"""What packing under another key leaves."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class DealtRows:
     """Rows of one span that belong to one partition, in packed order."""
 
     rows: np.ndarray  # (rows,) int64 packed rows, ascending
@@ -82,7 +80,7 @@ def run_pack(run: RunDirectory, settings: Settings, source: Source, runtime: Run
     head = _head_shard()
     blocks = [_block_shard(block) for block in range(packed.n_blocks)]
     stage = StageRun(run, keys.STAGE_PACK, key)
-    todo = stage.begin([head, *blocks], STALE)
+    todo = stage.begin([head, *blocks], [f"{keys.PACKED}/{name}" for name in (keys.PACKED_X, keys.PACKED_INPUT_ROW)])
     if not todo:
         return packed
     cells = read_table(run, keys.CELLS_TABLE)
@@ -175,11 +173,11 @@ def _span_parts(
 def deal_span(task: SpanTask) -> Any:
     """Read a span's rows, normalise them, take the modelled genes and deal them to partitions; a task.
 
-    Returns a `Piece` per wanted partition: a tuple of them, or the one.
+    Returns a `DealtRows` per wanted partition: a tuple of them, or the one.
     """
     dealing: Dealing = fetch(task.dealing)
     matrix: Matrix = fetch(task.matrix)
-    dealt: list[list[Piece]] = [[] for _ in dealing.edges]
+    dealt: list[list[DealtRows]] = [[] for _ in dealing.edges]
     for start, stop in chunks_of(task.span, dealing.chunk_rows):
         here = slice(start - task.span.start, stop - task.span.start)
         rows = take_columns(matrix.read_rows(start, stop), dealing.columns, dealing.n_columns)
@@ -187,19 +185,19 @@ def deal_span(task: SpanTask) -> Any:
             rows = normalised(rows, task.totals[here])
         for pieces, (first, last) in zip(dealt, dealing.edges, strict=True):
             inside = np.flatnonzero((task.position[here] >= first) & (task.position[here] < last))
-            pieces.append(Piece(task.position[here][inside], rows[inside]))
+            pieces.append(DealtRows(task.position[here][inside], rows[inside]))
     pieces_out = tuple(_joined(pieces) for pieces in dealt)
     return pieces_out[0] if len(pieces_out) == 1 else pieces_out
 
 
 def write_partition(task: PartitionTask, stage: StageRun, packed: Packed) -> int:
     """Put a partition's pieces together and write its missing blocks, each with its marker; a task."""
-    parts: dict[str, list[Piece]] = {shard.name: [] for shard in task.shards}
+    parts: dict[str, list[DealtRows]] = {shard.name: [] for shard in task.shards}
     for handle in task.pieces:
         piece = fetch(handle)
         for shard in task.shards:
             first, last = np.searchsorted(piece.rows, packed.block_range(shard.task))
-            parts[shard.name].append(Piece(piece.rows[first:last].copy(), piece.values[first:last]))
+            parts[shard.name].append(DealtRows(piece.rows[first:last].copy(), piece.values[first:last]))
         del piece
     for shard in task.shards:
         block = _joined(parts.pop(shard.name)).values
@@ -217,12 +215,12 @@ def take_columns(rows: sparse.csr_matrix, columns: np.ndarray, n_columns: int) -
     return sparse.csr_matrix((rows.data[kept], taken[kept], indptr), shape=shape, copy=False)
 
 
-def _joined(pieces: Sequence[Piece]) -> Piece:
+def _joined(pieces: Sequence[DealtRows]) -> DealtRows:
     """Return pieces as one, its rows in packed order."""
     rows = np.concatenate([piece.rows for piece in pieces])
     values = sparse.vstack([piece.values for piece in pieces], format="csr")
     order = np.argsort(rows, kind="stable")
-    return Piece(rows[order], values[order])
+    return DealtRows(rows[order], values[order])
 
 
 def _head_shard() -> Shard:

@@ -16,14 +16,14 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
-from ndreamer_dist.cohort.graph import QUERY_ROWS, cluster_points, one_cluster, principal_axes
+from ndreamer_dist.cohort.graph import QUERY_ROWS, cluster_points, one_cluster, scanpy_axes
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.rundir.directory import Shard
 from ndreamer_dist.settings import ClustersSettings
 from ndreamer_dist.storage.arrays import read_array, shard_files, write_array
 from ndreamer_dist.storage.files import Storage
 
-NAMES = ("mean", "axes", "points", "low", "high")
+SKETCH_ARRAYS = ("mean", "axes", "points", "low", "high")
 """The arrays of packed.zarr/sketch."""
 
 
@@ -49,18 +49,20 @@ class Sketch:
 
     def write(self, storage: Storage) -> None:
         """Write all of it: one writer."""
-        for name in NAMES:
+        for name in SKETCH_ARRAYS:
             write_array(storage, f"{keys.PACKED_SKETCH}/{name}", getattr(self, name))
 
     @classmethod
     def read(cls, storage: Storage) -> Sketch:
         """Read what `write` wrote."""
-        return cls(*(read_array(storage, f"{keys.PACKED_SKETCH}/{name}") for name in NAMES))
+        return cls(*(read_array(storage, f"{keys.PACKED_SKETCH}/{name}") for name in SKETCH_ARRAYS))
 
 
 def sketch_shard() -> Shard:
     """Return the sketch as a unit of work."""
-    arrays = [(f"{keys.PACKED}/{keys.PACKED_SKETCH}/{name}", 2 if name in ("axes", "points") else 1) for name in NAMES]
+    arrays = [
+        (f"{keys.PACKED}/{keys.PACKED_SKETCH}/{name}", 2 if name in ("axes", "points") else 1) for name in SKETCH_ARRAYS
+    ]
     files = (path for array, axes in arrays for path in (f"{array}/zarr.json", shard_files(array, *[0] * axes)))
     return Shard(keys.PACKED_SKETCH, tuple(files), None)
 
@@ -86,7 +88,7 @@ def clustered_sketch(x: sparse.csr_matrix, settings: ClustersSettings, seed: int
     if one_cluster(x):
         none, zeros = np.zeros((x.shape[1], 1)), np.zeros(x.shape[0], dtype=np.int32)
         return Sketch(mean, none, project(x, mean, none), zeros, zeros)
-    axes = principal_axes(x, settings.n_pcs, seed)
+    axes = scanpy_axes(x, settings.n_pcs, seed)
     points = project(x, mean, axes)
     return Sketch(mean, axes, points, *cluster_points(points, settings, seed))
 
@@ -96,7 +98,7 @@ def project(x: sparse.csr_matrix, mean: np.ndarray, axes: np.ndarray) -> np.ndar
     return np.asarray(x @ axes - mean @ axes, dtype=np.float32)
 
 
-def labels_of(
+def sketch_labels(
     group: Group, packed: Packed, sketch: Sketch, settings: ClustersSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the low and the high labels of a group's cells: (cells,) int32 each; sketch cells keep their own."""

@@ -175,7 +175,7 @@ def _is_finished(directory: RunDirectory, key: str) -> bool:
     """Return whether every shard is there; which files these are, the markers say."""
     markers = directory.storage.list(f"{keys.DONE}/{keys.STAGE_EFFECTS}")
     shards = [Shard(PurePath(name).stem, tuple(directory.read_json(name)["files"])) for name in markers]
-    closed = any(shard.name == tables.ANNOTATIONS for shard in shards)
+    closed = any(shard.name == tables.DRIVER_SHARD for shard in shards)
     return closed and not directory.pending(keys.STAGE_EFFECTS, key, shards)
 
 

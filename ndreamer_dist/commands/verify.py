@@ -30,7 +30,7 @@ from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import open_array, opened_with, read_array
 from ndreamer_dist.storage.checksums import check_digest, read_model, unseal
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
-from ndreamer_dist.storage.shards import Place, chunks_of, read_chunks
+from ndreamer_dist.storage.shards import Place, chunks_in, read_chunks
 
 OBS = f"{keys.RESULTS}/obs/"
 BATCH_FILES, BATCH_BYTES = 256, 2**28
@@ -225,7 +225,7 @@ def check_files(batch: Sequence[MadeFile], directory: RunDirectory, others: bool
                 if name not in opened:
                     opened = {name: open_array(storage, part.array)}
                 array = opened[name]
-                read_chunks(array, Place(storage.url, part.array), chunks_of(array, part.chunk), lambda *_: None)
+                read_chunks(array, Place(storage.url, part.array), chunks_in(array, part.chunk), lambda *_: None)
         except DamagedError as error:
             found.append(error)
     return found

@@ -247,7 +247,7 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ("run", "stage")
 
 
-METRICS = {
+PROMETHEUS_METRICS = {
     "cells": Metric("Counter", "ndreamer_cells_done", "Cells that a stage has done."),
     "bytes": Metric("Counter", "ndreamer_bytes_written", "Bytes of finished shards."),
     "progress": Metric("Gauge", "ndreamer_stage_progress", "Share of a stage's tasks or steps that is done."),
@@ -266,7 +266,7 @@ def _metrics() -> dict[str, Any]:
 
     return {
         short: getattr(metrics, metric.kind)(metric.name, metric.description, metric.labels)
-        for short, metric in METRICS.items()
+        for short, metric in PROMETHEUS_METRICS.items()
     }
 
 

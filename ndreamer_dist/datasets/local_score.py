@@ -21,9 +21,9 @@ from ndreamer_dist.datasets.parameters import CELL_TYPE, CONDITION
 from ndreamer_dist.datasets.truth import Truth
 from ndreamer_dist.errors import QueryError
 
-NEIGHBOURS: Final = 50
+SCORED_NEIGHBOURS: Final = 50
 """Cells that an effect is averaged over, the cell itself among them."""
-MOST_CELLS: Final = 4000
+MOST_SCORED_CELLS: Final = 4000
 """Cells of a cell type and condition that are looked at, evenly over the rows."""
 CONSTANT: Final = 1e-6
 """Differences between true effects up to this are rounding."""
@@ -91,7 +91,7 @@ def local_scores(
     return tuple(scores)
 
 
-def smoothed(values: NDArray[Any], points: NDArray[Any], neighbours: int = NEIGHBOURS) -> NDArray[np.float64]:
+def smoothed(values: NDArray[Any], points: NDArray[Any], neighbours: int = SCORED_NEIGHBOURS) -> NDArray[np.float64]:
     """Return each row's mean over the rows nearest to it, itself among them, (rows, columns)."""
     near = np.argsort(cdist(points, points), axis=1, kind="stable")[:, :neighbours]
     return np.stack([values[some].mean(0, dtype=np.float64) for some in near])
@@ -122,7 +122,7 @@ def _populations(truth: Truth, positions: NDArray[np.intp], genes: Sequence[str]
             rows = np.flatnonzero((obs[CELL_TYPE] == kind) & (obs[CONDITION] == condition))
             columns = np.flatnonzero(truth.mean_ite(kind, condition, genes))
             if len(rows) > 1 and len(columns):
-                evenly = np.linspace(0, len(rows) - 1, min(len(rows), MOST_CELLS)).round().astype(np.intp)
+                evenly = np.linspace(0, len(rows) - 1, min(len(rows), MOST_SCORED_CELLS)).round().astype(np.intp)
                 found.append(_Population(kind, condition, rows[evenly], columns))
     return found
 

@@ -46,7 +46,7 @@ from ndreamer_dist.storage.files import Storage
 
 logger = logging.getLogger(__name__)
 
-QUERY_ROWS = 65_536
+COUNTED_ROWS = 65_536
 """Query cells whose matches are counted at a time."""
 
 
@@ -317,8 +317,8 @@ def times_matched(
     for query, code in design.needed_edges("needed"):
         if code != target.code or query == code or (only is not None and query != only.code):
             continue
-        for start in range(0, design.groups[query].cells, QUERY_ROWS):
-            found = matches.rows(query, code, start, min(start + QUERY_ROWS, design.groups[query].cells))[
+        for start in range(0, design.groups[query].cells, COUNTED_ROWS):
+            found = matches.rows(query, code, start, min(start + COUNTED_ROWS, design.groups[query].cells))[
                 :, :neighbours
             ]
             times += np.bincount(found[found >= 0] - target.start, minlength=target.cells)

@@ -52,7 +52,7 @@ DICT = {"encoding-type": "dict", "encoding-version": "0.1.0"}
 GROUPS = {
     "layers": DICT, "obsm": DICT, "obsp": DICT, "varm": DICT, "varp": DICT,
 }  # fmt: skip
-ANNOTATIONS = "annotations"
+DRIVER_SHARD = "annotations"
 VERSIONED = ("ndreamer-dist", "anndata", "numpy", "scipy", "scanpy", "torch", "zarr")
 
 
@@ -181,14 +181,14 @@ def row_shards(layout: Layout) -> list[Shard]:
 
 def annotation_shard(run: RunDirectory) -> Shard:
     """Return the driver's own unit, tables and root; which files those are, its marker says."""
-    marker = f"{keys.DONE}/{keys.STAGE_EFFECTS}/{ANNOTATIONS}.json"
+    marker = f"{keys.DONE}/{keys.STAGE_EFFECTS}/{DRIVER_SHARD}.json"
     files: tuple[str, ...] = ()
     if run.storage.exists(marker):
         try:
             files = tuple(run.read_json(marker)["files"])
         except (DamagedError, ValueError, KeyError, TypeError):
             files = ()
-    return Shard(ANNOTATIONS, files or (f"{keys.RESULTS}/{ROOT}",))
+    return Shard(DRIVER_SHARD, files or (f"{keys.RESULTS}/{ROOT}",))
 
 
 def begin(stage: StageRun, layout: Layout) -> list[Shard]:
@@ -274,7 +274,7 @@ def finish(
     encoded[ROOT] = _consolidated_root(storage, encoded)
     storage.write_atomic(ROOT, encoded[ROOT])
     sizes = {f"{keys.RESULTS}/{name}": len(data) for name, data in encoded.items()}
-    stage.mark(Shard(ANNOTATIONS, tuple(sizes)), sizes=sizes)
+    stage.mark(Shard(DRIVER_SHARD, tuple(sizes)), sizes=sizes)
 
 
 def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustered: bool = True) -> pd.DataFrame:

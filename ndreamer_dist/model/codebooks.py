@@ -191,7 +191,7 @@ class Quantiser(nn.Module):
         unused = self.usage < below / codes * self.usage.sum(1, keepdim=True)
         unused |= self.usage.sum(1, keepdim=True) == 0
         cells = collective.all_gather_rows(projections.detach().transpose(0, 1).contiguous())
-        drawn = noises.generator(seed, "reset", step).integers(len(cells), size=(books, codes))
+        drawn = noises.block_generator(seed, "reset", step).integers(len(cells), size=(books, codes))
         rows = torch.from_numpy(drawn).to(cells.device)
         replacement = cells[rows, torch.arange(books, device=cells.device)[:, None]]
         self.embedding.copy_(torch.where(unused[..., None], replacement, self.embedding))
@@ -333,7 +333,7 @@ class CodeStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Walk over the codebooks, holding the probabilities of `at_once` of them."""
         logits, powers = _buffers(x, columns, at_once)
-        sizes = group_sizes(segments).to(x.dtype)[segments.row_group, None]
+        sizes = rows_per_group(segments).to(x.dtype)[segments.row_group, None]
         parts, slopes, log_totals = [], [], []
         for books in runs(len(x), at_once):
             held = slice(books.stop - books.start)
@@ -363,7 +363,7 @@ class CodeStatistics(torch.autograd.Function):
         """Return the gradients of x and columns, from probabilities computed again."""
         x, columns, log_totals, *slopes = ctx.saved_tensors
         segments: Segments = ctx.segments
-        sizes = group_sizes(segments).to(x.dtype)
+        sizes = rows_per_group(segments).to(x.dtype)
         d_rows = gradients[0] * (ctx.world / sizes[segments.row_group])
         d_groups = gradients[1] * ctx.world
         # One product gives the logarithms of the probabilities: the total's is one more column.
@@ -476,7 +476,7 @@ def row_negentropy(probs: Tensor) -> tuple[Tensor, Tensor]:
     return logs.mul_(probs).sum(-1), slope
 
 
-def group_sizes(segments: Segments) -> Tensor:
+def rows_per_group(segments: Segments) -> Tensor:
     """Return the cells of each group, (groups,), float64: what the probabilities of a group sum to."""
     sizes = segments.row_cells.new_zeros(len(segments.group_offsets))
     low = slice(segments.low_rows)

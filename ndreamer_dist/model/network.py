@@ -84,7 +84,7 @@ class NDreamerNetwork(nn.Module):
             torch.default_generator.manual_seed(seed)
             self.encoder = Encoder((genes, *settings.encoder))
             self.quantiser = Quantiser(settings.encoder[-1], settings)
-            self.head = Head(settings.codebooks * settings.code_dim, settings.latent)
+            self.head = MomentsHead(settings.codebooks * settings.code_dim, settings.latent)
             self.decoder = Decoder(settings.latent, settings.decoder, genes, conditions, batch_levels)
 
     def forward(self, batch: MiniBatch, noise: StepNoise, collective: Collective) -> Outputs:
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
         return h
 
 
-class Head(nn.Module):
+class MomentsHead(nn.Module):
     """Quantised vectors side by side, (cells, codebooks * dim), to mean and variance, (cells, z)."""
 
     def __init__(self, width: int, latent: int) -> None:

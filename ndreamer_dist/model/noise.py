@@ -25,7 +25,7 @@ from torch import Tensor
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.settings import NOISE_ROWS, ModelSettings
 
-Floats = NDArray[np.float32]
+Noise = NDArray[np.float32]
 
 RACE_TEMPERATURE = 0.1
 """Temperature up to which the assignment is drawn as a race; above it there is one number per code."""
@@ -55,7 +55,7 @@ class StepNoise:
     keys: Tensor
 
 
-def generator(seed: int, stage: str, step: int, block: int = 0) -> np.random.Generator:
+def block_generator(seed: int, stage: str, step: int, block: int = 0) -> np.random.Generator:
     """Return the generator of one block of one step of a stage; blocks of a step are independent streams."""
     key = (zlib.crc32(stage.encode()), step, block)
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=key)))
@@ -79,14 +79,14 @@ def draw(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "tra
     if batch.x.is_cuda:
         return draw_on_device(batch, model, seed, stage=stage)
 
-    def block_noise(rng: np.random.Generator) -> tuple[Floats, ...]:
+    def block_noise(rng: np.random.Generator) -> tuple[Noise, ...]:
         # A short block draws for all its rows, so that a cell's noise never depends on how many cells follow it.
         latent = rng.standard_normal((NOISE_ROWS, 2, model.latent), np.float32)
         waits = rng.standard_exponential((NOISE_ROWS, model.codebooks, draws or model.codes), np.float32)
         marks = rng.random((NOISE_ROWS, model.codebooks, draws), np.float32)
         return latent, waits, marks, rng.random((NOISE_ROWS, batch.cells), np.float32)
 
-    parts = _per_block(block_noise, [generator(seed, stage, batch.step, block) for block in batch.blocks])
+    parts = _per_block(block_noise, [block_generator(seed, stage, batch.step, block) for block in batch.blocks])
     shapes = ((2, model.latent), (model.codebooks, draws or model.codes), (model.codebooks, draws), (batch.cells,))
     latent, waits, marks, keys = (
         _rows([part[i] for part in parts], shape, batch.x) for i, shape in enumerate(shapes)
@@ -128,13 +128,13 @@ def _step_key(seed: int, stage: str, step: int) -> int:
 
 
 def _per_block(
-    work: Callable[[np.random.Generator], tuple[Floats, ...]], generators: Sequence[np.random.Generator]
-) -> list[tuple[Floats, ...]]:
+    work: Callable[[np.random.Generator], tuple[Noise, ...]], generators: Sequence[np.random.Generator]
+) -> list[tuple[Noise, ...]]:
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         return list(pool.map(work, generators))
 
 
-def _rows(blocks: list[Floats], shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _rows(blocks: list[Noise], shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Join blocks, cut them to the cells of `like`, and bring them to its device and type."""
     joined = np.concatenate(blocks) if blocks else np.empty((0, *shape), np.float32)
     return torch.from_numpy(joined[: len(like)]).to(device=like.device, dtype=like.dtype)

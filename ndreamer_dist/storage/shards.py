@@ -33,17 +33,17 @@ from ndreamer_dist.storage.retries import RemoteStore
 
 GAP_BYTES = 16_384
 """Widest gap between two ranges of a shard that is read along rather than starting another request."""
-SPARE = 0.05
+SPARE_SHARE = 0.05
 """Share of the wanted bytes of a shard that its gaps may add."""
 CONCURRENT_SHARDS = 32
 """Shards that are read side by side."""
 DECODED_BYTES = 128 * 2**20
 """Decoded values of the shards that are read side by side."""
-ABSENT = 2**64 - 1
+NOT_WRITTEN = 2**64 - 1
 """What a shard's index says of a chunk that holds nothing but the fill value and was not written."""
 
 Position = tuple[int, ...]
-Span = tuple[int, int]
+ByteRange = tuple[int, int]
 
 
 @dataclass
@@ -168,7 +168,7 @@ async def fetch_chunks(
     await reading.run(reading.shards_of(positions))
 
 
-def chunks_of(array: zarr.Array[Any] | zarr.AsyncArray[Any], shard: Position) -> list[Position]:
+def chunks_in(array: zarr.Array[Any] | zarr.AsyncArray[Any], shard: Position) -> list[Position]:
     """Return the positions of the chunks of a shard that lie inside the array."""
     grid = [-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)]
     per_shard = [u // c for u, c in zip(array.shards or array.chunks, array.chunks, strict=True)]
@@ -211,7 +211,7 @@ async def _ask(store: Store, key: str, where: str, reads: Reads, part: ByteReque
     return sent
 
 
-def merged(spans: Iterable[Span], spare: float) -> list[Span]:
+def merged(spans: Iterable[ByteRange], spare: float) -> list[ByteRange]:
     """Join byte ranges over the smallest gaps between them, as long as these add up to at most `spare` bytes."""
     spans = sorted(spans)
     gaps = [max(0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(spans)]
@@ -341,7 +341,7 @@ class _Reading:
         for codec in self._index_codecs:
             size = codec.compute_encoded_size(size, self._spec)
         tail = SuffixByteRequest(size)
-        whole = len(wanted) == len(chunks_of(self.array, shard))
+        whole = len(wanted) == len(chunks_in(self.array, shard))
         sent = await self._get(shard, None if whole else tail)
         index = await self._index(sent[-tail.suffix :])
         self.reads.touched += tail.suffix
@@ -349,20 +349,22 @@ class _Reading:
         if whole or len(sent) > tail.suffix:  # a server that ignores ranges has sent all there is
             return [None if span is None else sent[span[0] : span[1]] for span in spans]
         known = [span for span in spans if span is not None]
-        runs = merged(known, SPARE * sum(stop - start for start, stop in known))
+        runs = merged(known, SPARE_SHARE * sum(stop - start for start, stop in known))
         bodies = await asyncio.gather(*(self._range(shard, run) for run in runs))
         return [None if span is None else _within(runs, bodies, span) for span in spans]
 
     async def _index(self, data: Buffer) -> np.ndarray:
         """Return a shard's index, checked: (chunks along each axis, offset and length) uint64."""
-        spec = replace(self._spec, shape=(*self.per_shard, 2), dtype=UInt64(endianness="little"), fill_value=ABSENT)
+        spec = replace(
+            self._spec, shape=(*self.per_shard, 2), dtype=UInt64(endianness="little"), fill_value=NOT_WRITTEN
+        )
         return await _decoded(self._index_codecs, data, spec)
 
-    def _span(self, index: np.ndarray, position: Position) -> Span | None:
+    def _span(self, index: np.ndarray, position: Position) -> ByteRange | None:
         offset, length = index[tuple(p % n for p, n in zip(position, self.per_shard, strict=True))].tolist()
-        return None if offset == ABSENT else (offset, offset + length)
+        return None if offset == NOT_WRITTEN else (offset, offset + length)
 
-    async def _range(self, shard: Position, run: Span) -> Buffer:
+    async def _range(self, shard: Position, run: ByteRange) -> Buffer:
         return _cut(await self._get(shard, RangeByteRequest(*run)), *run)
 
     async def _get(self, shard: Position, part: ByteRequest | None = None) -> Buffer:
@@ -386,7 +388,7 @@ async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np
     return np.asarray(values.as_numpy_array())
 
 
-def _within(runs: Sequence[Span], bodies: Sequence[Buffer], span: Span) -> Buffer:
+def _within(runs: Sequence[ByteRange], bodies: Sequence[Buffer], span: ByteRange) -> Buffer:
     """Return the bytes of a range from the run that holds it."""
     for (start, stop), body in zip(runs, bodies, strict=True):
         if start <= span[0] and span[1] <= stop:

@@ -17,7 +17,7 @@ from typing import Any
 import ray.util
 from ray.train.torch import TorchConfig
 
-VARIABLE = "GLOO_SOCKET_IFNAME"
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 GET_ADDRESS = 0x8915
 """Linux's SIOCGIFADDR."""
 
@@ -44,7 +44,7 @@ def choose_interface() -> None:
     """Set gloo's interface to that of the Ray node, unless the environment names one."""
     name = interface_of(ray.util.get_node_ip_address())
     if name is not None:
-        os.environ.setdefault(VARIABLE, name)
+        os.environ.setdefault(INTERFACE_VARIABLE, name)
 
 
 def interface_of(address: str) -> str | None:

@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.clusters import run_clusters
 from ndreamer_dist.cohort.packed import Packed, write_csr
-from ndreamer_dist.cohort.sketch import Sketch, labels_of, majority, project, sketch_of, sketch_spans
+from ndreamer_dist.cohort.sketch import Sketch, majority, project, sketch_labels, sketch_of, sketch_spans
 from ndreamer_dist.compute.executor import RayRuntime
 from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.settings import ClustersSettings, Settings
@@ -105,7 +105,7 @@ def test_sketch_cells_keep_their_labels_and_others_have_the_majority_of_their_ne
     sketch = sketch_of(packed, settings, 0)
     taken = 0
     for group, (start, stop) in zip(packed.design.groups, sketch_spans(packed.design, 120), strict=True):
-        _, high = labels_of(group, packed, sketch, settings)
+        _, high = sketch_labels(group, packed, sketch, settings)
         own = stop - start
         np.testing.assert_array_equal(high[:own], sketch.high[taken : taken + own])
         taken += own

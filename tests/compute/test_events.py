@@ -19,7 +19,7 @@ import pytest
 from ndreamer_dist import cli, keys
 from ndreamer_dist.commands.info import describe
 from ndreamer_dist.compute import events, monitors
-from ndreamer_dist.compute.events import METRICS, Lines, choose_format
+from ndreamer_dist.compute.events import PROMETHEUS_METRICS, Lines, choose_format
 from ndreamer_dist.compute.executor import choose_runtime
 from ndreamer_dist.compute.monitors import metered
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
@@ -268,16 +268,16 @@ def test_prometheus_finds_cells_bytes_steps_and_losses(
 
 HUNGER = 600_000_000
 WATCHED = "watched_run"
-WANTED = [metric.name.removeprefix("ndreamer_") for metric in METRICS.values()]
+WANTED = [metric.name.removeprefix("ndreamer_") for metric in PROMETHEUS_METRICS.values()]
 
 
 def test_the_page_on_watching_names_the_metrics_that_there_are() -> None:
     page = (Path(__file__).parents[2] / "docs/how-to/watch.md").read_text()
-    for metric in METRICS.values():
+    for metric in PROMETHEUS_METRICS.values():
         name = f"ray_{metric.name}" + "_total" * (metric.kind == "Counter")
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         assert f"| `{name}` | {metric.kind.lower()} | {labels} | {metric.description} |\n" in page
-    assert len(set(re.findall(r"ray_ndreamer_\w+", page))) == len(METRICS)
+    assert len(set(re.findall(r"ray_ndreamer_\w+", page))) == len(PROMETHEUS_METRICS)
 
 
 @pytest.mark.ray

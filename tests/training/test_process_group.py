@@ -19,9 +19,9 @@ def test_an_address_is_found_at_its_interface() -> None:
 def test_gloo_listens_at_the_address_of_the_node_unless_told_otherwise(
     before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(process_group.VARIABLE, before or "")
+    monkeypatch.setenv(process_group.INTERFACE_VARIABLE, before or "")
     if before is None:
-        monkeypatch.delenv(process_group.VARIABLE)
+        monkeypatch.delenv(process_group.INTERFACE_VARIABLE)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     process_group.choose_interface()
-    assert os.environ[process_group.VARIABLE] == after
+    assert os.environ[process_group.INTERFACE_VARIABLE] == after
