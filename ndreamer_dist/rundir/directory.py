@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +158,10 @@ class RunDirectory:
         RunError
             There are some, and only a later stage is to be run.
         """
+        return self.pending_and_there(stage, key, shards)[0]
+
+    def pending_and_there(self, stage: str, key: str, shards: Sequence[Shard]) -> tuple[list[Shard], Collection[str]]:
+        """Do what `pending` does; return the files as well that lie in the stores of the shards."""
         markers = self.storage.list(f"{keys.DONE}/{stage}")
         tops = sorted({name.split("/")[0] for shard in shards for name in shard.files})
         sizes: dict[str, int] = {}
@@ -171,7 +175,7 @@ class RunDirectory:
             raise RunError(msg)
         if now := events.stage_now():
             now.found(stage, len(shards), len(todo))
-        return todo
+        return todo, sizes.keys()
 
     def refuse_read_only(self) -> None:
         """Raise `RunError` where nothing can be written."""

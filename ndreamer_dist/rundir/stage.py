@@ -28,13 +28,14 @@ class StageRun:
         Parameters
         ----------
         stale
-            Files and folders of the run directory that are deleted if no shard is done under this key.
+            Files and folders, in the stores of the shards, that are deleted if no shard is done under this key.
         """
-        todo = self.run.pending(self.name, self.key, shards)
+        todo, there = self.run.pending_and_there(self.name, self.key, shards)
         if todo and len(todo) == len(shards):
             self.run.unmark(self.name)
             for name in stale:
-                self.run.storage.delete(name)
+                if any(f"{file}/".startswith(f"{name}/") for file in there):  # on object storage each look costs
+                    self.run.storage.delete(name)
         return todo
 
     def mark(
