@@ -20,7 +20,7 @@ WITH_UMAP = frozenset({"tests/docs/test_docs.py", "tests/report/test_page.py", "
 """Files that draw UMAPs, which numba compiles once a process."""
 TOGETHER = {"on Ray": ON_RAY, "with UMAP": WITH_UMAP}
 LONGEST = (
-    "tests/test_jobs_on_ray.py", "with UMAP", "tests/test_real_cohorts.py", "on Ray", "tests/test_pipeline.py",
+    "on Ray", "with UMAP", "tests/test_real_cohorts.py", "tests/test_pipeline.py",
     "tests/storage/test_object_storage.py", "tests/faults/test_storage_faults.py", "tests/test_jobs_submission.py",
 )  # fmt: skip
 """What takes longest; begun first, so that the processes that share the tests end together."""

@@ -25,7 +25,7 @@ def kang(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> nd.Result
     """Results of stimulated and control PBMC, by the small preset."""
     run = nd.run(
         real_data / "kang_pbmc_ifnb.h5ad", out=tmp_path_factory.mktemp("kang") / "run", condition_key="condition",
-        control="ctrl", preset="small", settings=SERIAL,
+        control="ctrl", preset="small", settings={**SERIAL, "train.epochs": 10},
     )  # fmt: skip
     return run.results
 

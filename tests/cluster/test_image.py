@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def chain(target: str) -> list[str]:
     return [*(chain(below) if below in stages() else []), *own]
 
 
+@functools.cache
 def context() -> list[Path]:
     """Return the files that go to the builder: the last rule that fits a path or a folder above it decides."""
     rules = [(line.removeprefix("!"), line.startswith("!")) for line in IGNORE if line and not line.startswith("#")]

@@ -228,6 +228,7 @@ def marked(item: int, run: RunDirectory) -> int:
     return item
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(120)
 def test_prometheus_finds_cells_bytes_steps_and_losses(

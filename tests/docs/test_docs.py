@@ -29,6 +29,14 @@ from tests.tiny import SETTINGS
 
 NOT_RUN = [block for page in PAGES for block in blocks(page) if block.reason]
 TO_RUN = [page for page in PAGES if any(not block.reason for block in blocks(page))]
+NAMES = [str(page.relative_to(ROOT)) for page in TO_RUN]
+IN_THE_GATE = (
+    "README.md",
+    "docs/getting-started.md",
+    "docs/tutorials/experimental.md",
+    "docs/tutorials/case-control.md",
+    "docs/how-to/own-cohort.md",
+)
 RUN = """ndreamer-dist run cohort.h5ad --out my_run --condition-key disease --control normal --batch-key donor_id"""
 
 
@@ -49,7 +57,7 @@ def make_tiny(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compat, "BARE", {})
 
     def smaller(path: Any, *, cells: int, genes: int, **others: Any) -> Any:
-        return simulate(path, cells=min(cells, 1000), genes=min(genes, 300), **others)
+        return simulate(path, cells=min(cells, 1500), genes=min(genes, 400), **others)
 
     patch.setattr(sc.tl, "umap", functools.partial(sc.tl.umap, maxiter=20))
     patch.setattr(datasets, "simulate", smaller)
@@ -68,7 +76,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", TO_RUN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name, marks=() if name in IN_THE_GATE else pytest.mark.slow)
+        for page, name in zip(TO_RUN, NAMES, strict=True)
+    ],
+)
 def test_a_page_runs(page: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(shutil.copytree(place, tmp_path / "here"))
     make_tiny(monkeypatch)

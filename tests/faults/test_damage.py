@@ -73,7 +73,7 @@ MET = {
 }
 
 
-IN_THE_GATE = ("weights", "design", "genes", "packed", "packed_metadata", "embedding", "matches", "checkpoint_state")
+IN_THE_GATE = ("weights", "genes", "packed", "matches")
 """One file of each kind; the others are slow."""
 
 

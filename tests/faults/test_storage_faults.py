@@ -92,9 +92,9 @@ def fetched(url: str, folder: Path) -> Path:
 
 FAULTS = [
     pytest.param(("GET", "/packed.zarr/X/00001/data/c/0", Stall()), GIVEN_UP, id="chunk"),
-    pytest.param(("GET", "/packed.zarr/X/00001/data/c/0", Stall(0.5)), GIVEN_UP, id="body"),
-    pytest.param(("GET", "/cohort.zarr/X/data/c/0", Stall()), GIVEN_UP, id="input"),
-    pytest.param(("PUT", "/embedding.zarr/X_ndreamer/c/1/0", Stall()), GIVEN_UP, id="shard"),
+    pytest.param(("GET", "/packed.zarr/X/00001/data/c/0", Stall(0.5)), GIVEN_UP, id="body", marks=pytest.mark.slow),
+    pytest.param(("GET", "/cohort.zarr/X/data/c/0", Stall()), GIVEN_UP, id="input", marks=pytest.mark.slow),
+    pytest.param(("PUT", "/embedding.zarr/X_ndreamer/c/1/0", Stall()), GIVEN_UP, id="shard", marks=pytest.mark.slow),
     pytest.param(("PUT", "/done/embed/", Stall()), GIVEN_UP, id="marker"),
     pytest.param(("PUT", "/embedding.zarr/", "503 Slow Down"), "tried 5 times", id="refusing"),
     pytest.param(

@@ -61,6 +61,7 @@ def listening(pid: int) -> list[tuple[str, int, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_token")
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sockets are read from Linux's /proc")

@@ -70,6 +70,7 @@ def test_planted_effects_are_found_and_little_else(job: ModuleType) -> None:
     assert found.loc["main", "power"] > found.loc["pseudobulk", "power"] - 0.15
 
 
+@pytest.mark.slow
 def test_a_shifted_state_misleads_pseudobulk_and_an_embedding_that_lost_it(job: ModuleType) -> None:
     found = job.limit(job.Law(16, 32, genes=200, cells=40, shift=1.0, zeros=0.7), cohorts=3)
     assert found["pseudobulk"] > 0.15
@@ -77,6 +78,7 @@ def test_a_shifted_state_misleads_pseudobulk_and_an_embedding_that_lost_it(job: 
     assert found["matched on the true state"] < 0.1
 
 
+@pytest.mark.slow
 def test_a_model_trained_on_permuted_labels_finds_nothing(job: ModuleType, tmp_path: Path) -> None:
     found = job.trained_null(job.Law(5, 5, genes=80, cells=40, zeros=0.7), 0, tmp_path, {"train.epochs": 4})
     assert found["main"] <= 0.15
