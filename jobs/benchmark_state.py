@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -22,6 +23,7 @@ import pandas as pd
 from scipy import sparse
 
 import ndreamer_dist as nd
+from ndreamer_dist.settings import parse_assignments
 
 PLANTED, THINNED = 0.15, 0.7
 """Share of the genes that an effect is planted in, and the share of their counts that is kept."""
@@ -163,7 +165,7 @@ def shares(made: Tilted, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def measured(made: Tilted, spaces: list[str], seed: int) -> pd.DataFrame:
+def measured(made: Tilted, spaces: list[str], settings: dict[str, Any]) -> pd.DataFrame:
     """Run a cohort in every space and return what the tables say; the decomposition is of the first."""
     tables = []
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +173,7 @@ def measured(made: Tilted, spaces: list[str], seed: int) -> pd.DataFrame:
             started = time.process_time()
             run = nd.run(
                 made.cohort, out=Path(folder) / "run", condition_key="arm", control="control", batch_key="donor",
-                preset="small", embedding=space, settings={**SETTINGS, "seed": seed},
+                preset="small", embedding=space, settings={**SETTINGS, **settings},
             )  # fmt: skip
             table = run.results.cate("cell_type", min_cells=5)
             found = shares(made, table)
@@ -196,7 +198,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
+    parser.add_argument(
+        "--set", action="append", default=[], dest="assignments", help="of every run: match.hubs=csls, say"
+    )
     options = parser.parse_args()
+    assigned = parse_assignments(options.assignments)
     tables = []
     for cell_type in options.types.split(","):
         counts, donors, genes = donors_of(options.cohort, cell_type, options.least)
@@ -213,7 +219,7 @@ def main() -> None:
                         generator=generator,
                         most=options.most,
                     )
-                    found = measured(made, options.spaces.split(","), repetition)
+                    found = measured(made, options.spaces.split(","), {"seed": repetition, **assigned})
                     tables.append(
                         found.assign(
                             cell_type=cell_type,

@@ -37,7 +37,7 @@ def test_a_shifted_state_is_read_as_state_and_not_as_effects(job: ModuleType) ->
     counts, donor, genes = cells()
     made = job.tilted(counts, donor, genes, strength=0.8, effects=False, generator=np.random.default_rng(3))
     assert abs(made.shift) > 0.5
-    table = job.measured(made, ["pca"], 0)
+    table = job.measured(made, ["pca"], {"seed": 0})
     found = table[table["genes"] == "state"].set_index("test")["p<=.05"]
     assert found["total"] > 0.5
     assert found["state_shift"] > 0.5
