@@ -278,13 +278,14 @@ def compare(
     assignments: Set = None,
     workers: Workers = None,
     neighbours: NeighbourCount = None,
+    match_within: MatchWithin = None,
     address: Address = None,
 ) -> None:
     """Compare matching spaces on one cohort: what each is good at, in one table, and which to take."""
     from ndreamer_dist.commands.compare import compare as compare_spaces
 
     given = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
-    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition)
+    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition) | {"match.within": match_within}
     how = {
         "out": out, "condition_key": condition_key, "control": control, "preset": preset, "config": _read_config(config),
         "batch_key": tuple(batch_key) if batch_key else None, "settings": _overrides(assignments, given) or None,

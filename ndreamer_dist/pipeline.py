@@ -404,8 +404,8 @@ def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> N
     check_resources(needs, memory=_memory(settings).amount, disk=run.free_disk(), where=run.url)
     own, limit = _processors(settings), _memory(settings)
     logger.info(
-        "this machine: %d processors (%s), %.1f GB of memory (%s)",
-        own.amount, own.source, limit.amount / 1e9, limit.source,
+        "this machine: %d processor%s (%s), %.1f GB of memory (%s)",
+        own.amount, "" if own.amount == 1 else "s", own.source, limit.amount / 1e9, limit.source,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import anndata
 import matplotlib as mpl
@@ -361,17 +361,21 @@ def _name_on_panel(panel: Axes, points: np.ndarray, kinds: pd.Categorical) -> No
             placed.append(box)
 
 
-def _violins(panel: Axes, values: Sequence[np.ndarray], shades: Sequence[str]) -> None:
+def _violins(
+    panel: Axes, values: Sequence[np.ndarray], shades: Sequence[str], side: Literal["both", "low", "high"] = "both"
+) -> None:
+    """Draw a violin per row, the first on top, or half of one; a dot at the mean, a bar over the middle half."""
     panel.axvline(0, color="#8A9099", linewidth=0.8, zorder=0)
+    beside = {"both": 0.0, "low": -0.12, "high": 0.12}[side]
     for place, (part, shade) in enumerate(zip(values, shades, strict=True)):
         if not len(part):
             continue
         if len(part) >= MIN_CELLS:  # of fewer there is no distribution to draw
-            for body in panel.violinplot([part], [place], orientation="horizontal", widths=0.85, showextrema=False)["bodies"]:  # type: ignore[attr-defined]  # fmt: skip
+            for body in panel.violinplot([part], [place], orientation="horizontal", widths=0.85, showextrema=False, side=side)["bodies"]:  # type: ignore[attr-defined]  # fmt: skip
                 body.set(facecolor=shade, edgecolor="none", alpha=0.75)
-        panel.hlines(place, *np.quantile(part, [0.25, 0.75]), color=INK, linewidth=3)
-        panel.plot(part.mean(), place, "o", markersize=5, markerfacecolor="white", markeredgecolor=INK)
-    panel.invert_yaxis()
+        panel.hlines(place + beside, *np.quantile(part, [0.25, 0.75]), color=INK, linewidth=3)
+        panel.plot(part.mean(), place + beside, "o", markersize=5, markerfacecolor="white", markeredgecolor=INK)
+    panel.set_ylim(len(values) - 0.4, -0.6)
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
 
@@ -389,7 +393,8 @@ def response(
 ) -> Axes:
     """Draw how far treated cells go along the effect on their population, beside control cells under the same yardstick.
 
-    A grey and a coloured violin per population; the label says which share of the treated cells is within the placebo.
+    Treated cells are above, in colour, control cells below, in grey; the label says which share of the treated ones is
+    within the placebo.
 
     Parameters
     ----------
@@ -406,17 +411,20 @@ def response(
     condition = condition or results.conditions[1]
     table = results.response(by, condition=condition) if table is None else table
     part = table[(table["condition"] == condition) & table["response"].notna()]
+    part = part.assign(population=part["population"].astype(str))
     treated = part[~part["placebo"]]
     if treated.empty:
         msg = f"no cell of condition {condition!r} has a response"
         raise QueryError(msg)
-    kinds = list(categories(treated["population"].astype(str)).categories)
-    (ax,) = panels(1, ax, size=(5.2, 1.2 + 0.4 * len(kinds)))
-    for cells, shades in ((part[part["placebo"]], ["#B4B9C0"] * len(kinds)), (treated, colours(kinds))):
-        values = [cells.loc[cells["population"].astype(str) == kind, "response"].to_numpy() for kind in kinds]
-        _violins(ax, values, shades)
-    ax.invert_yaxis()  # each call turns it
-    shares = treated.groupby(treated["population"].astype(str))["within_placebo"].mean()
+    kinds = list(categories(treated["population"]).categories)
+    (ax,) = panels(1, ax, size=(5.2, 1.2 + 0.5 * len(kinds)))
+    control, own = (
+        [cells.loc[cells["population"] == kind, "response"].to_numpy() for kind in kinds]
+        for cells in (part[part["placebo"]], treated)
+    )
+    _violins(ax, control, ["#B4B9C0"] * len(kinds), "high")
+    _violins(ax, own, colours(kinds), "low")
+    shares = treated.groupby("population")["within_placebo"].mean()
     ax.set_yticks(range(len(kinds)), [f"{shortened(kind)} ({shares[kind]:.0%} within)" for kind in kinds])
     ax.set_xlabel(f"response to {shortened(condition, 24)}, in spreads of the placebo (grey: control cells)")
     finish([ax], show=show, save=save)

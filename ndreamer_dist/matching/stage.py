@@ -5,8 +5,7 @@ matches.zarr, which all effects and statistics read, and match/summary.json, whi
 exact, by `exact` or, on a GPU, by `gpu`, with the same bits. Where distances are corrected for hubs (`match.hubs`),
 `hubs` measures how remote the cells of a target group are from the query group, and searches. The edge from a group to
 itself, which finds the nearest other cell, is not corrected. With `match.within`, `labels` matches cells inside their
-own label. Edges can be added to a finished run; stored matches are
-neither searched again nor changed.
+own label. Edges can be added to a finished run; stored matches are neither searched again nor changed.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
 Reader = TypeVar("Reader", bound="ResultsReader")
+_in_query: ContextVar[bool] = ContextVar("in_query", default=False)
+"""Whether this thread is in a query, whose own queries say nothing."""
 Order = Literal["input", "packed"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
 Labels = str | pd.Series | None
@@ -136,13 +139,13 @@ def counted(query: Callable[Concatenate[Reader, P], Answer]) -> Callable[Concate
 
     @functools.wraps(query)
     def counting_query(self: Reader, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        inner = getattr(self, "_in_query", False)
-        object.__setattr__(self, "_in_query", True)
+        inner = _in_query.get()
+        token = _in_query.set(True)
         try:
             with counting() as reads:
                 answer = query(self, *args, **kwargs)
         finally:
-            object.__setattr__(self, "_in_query", inner)
+            _in_query.reset(token)
         object.__setattr__(self, "_last_read", reads)
         if not inner:
             logger.debug("%s: read %s", query.__name__, reads)

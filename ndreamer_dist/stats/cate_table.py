@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import anndata
@@ -278,12 +279,17 @@ def space_of(
     return given.spaces[key]
 
 
+@lru_cache
+def _say_that_matches_are_searched(_results: str) -> None:
+    """Log it once for the results of an address: a report makes many tables of the same."""
+    logger.info("some matches are not in the run and are searched now; `match DIR --edges all` would keep them")
+
+
 class Neighbours:
     """Nearest neighbours between sets of packed rows: read where they are kept, else searched here."""
 
     def __init__(self, given: StatisticsInput) -> None:
         self._given = given
-        self._told = False
 
     def __call__(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
         """Return the nearest target of every query, itself left out; see `stats.populations.Nearest`.
@@ -311,9 +317,7 @@ class Neighbours:
         return self._given.counterparts.hubs == "csls"
 
     def _searched(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
-        if not self._told:
-            self._told = True
-            logger.info("some matches are not in the run and are searched now; `match DIR --edges all` would keep them")
+        _say_that_matches_are_searched(self._given.storage.url)
         place = np.searchsorted(targets, queries)
         own = np.where(targets[np.minimum(place, len(targets) - 1)] == queries, place, -1)
         corrected = self._corrected and not np.array_equal(asking, targets)

@@ -85,6 +85,19 @@ def test_a_model_trained_on_permuted_labels_finds_nothing(job: ModuleType, tmp_p
     assert found["main at 0.001"] <= 0.02
 
 
+@pytest.mark.slow
+def test_every_column_of_p_values_is_looked_at_with_and_without_a_shifted_state(
+    job: ModuleType, tmp_path: Path
+) -> None:
+    law = job.Law(16, 32, zeros=0.7)
+    nothing = job.decomposed(law, 0, tmp_path, permuted=True)
+    assert list(nothing) == list(job.P_COLUMNS)
+    assert all(rate <= 0.2 for rate in nothing.values())
+    shifted = job.decomposed(replace(law, shift=1.0), 0, tmp_path, permuted=False)
+    assert shifted["within_state_p"] < shifted["total_p"] / 2
+    assert shifted["state_shift_p"] > 0.2
+
+
 # --- what the tables are made of -----------------------------------------------------------------------------------------
 
 
