@@ -6,7 +6,7 @@ sections 9 and 10). The sign of an axis is fixed: its largest absolute loading i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy import sparse
@@ -36,15 +36,18 @@ class Moments:
     outer: np.ndarray
     squares: np.ndarray
 
+    @classmethod
+    def none(cls, groups: int, genes: int) -> Moments:
+        """Return the sums over no cells."""
+        cells, inner = np.zeros((2, groups), dtype=np.int64)
+        return cls(cells, np.zeros((groups, genes)), inner, np.zeros((genes, genes)), np.zeros(genes))
+
     def plus(self, other: Moments) -> Moments:
-        """Return the sums over the cells of both."""
-        return Moments(
-            self.cells + other.cells,
-            self.sums + other.sums,
-            self.inner_cells + other.inner_cells,
-            self.outer + other.outer,
-            self.squares + other.squares,
-        )
+        """Add the sums over other cells in place, and return all of them."""
+        for field in fields(self):
+            sums = getattr(self, field.name)
+            np.add(sums, getattr(other, field.name), out=sums)
+        return self
 
     @property
     def mean(self) -> np.ndarray:
@@ -58,7 +61,9 @@ class Moments:
         return np.maximum(self.squares - between, 0.0) / max(int(self.cells.sum()), 1)
 
 
-def moments_of(x: sparse.csr_matrix, groups: np.ndarray, count: int, inner: np.ndarray) -> Moments:
+def moments_of(
+    x: sparse.csr_matrix, groups: np.ndarray, count: int, inner: np.ndarray, precision: type[np.floating] = np.float64
+) -> Moments:
     """Return the sums of a row block.
 
     Parameters
@@ -69,12 +74,15 @@ def moments_of(x: sparse.csr_matrix, groups: np.ndarray, count: int, inner: np.n
         (cells,) group of every cell, and how many groups there are.
     inner
         (groups,) whether a group's cells enter the outer product.
+    precision
+        Of the outer product. In float32 it takes half the time, and errs by about 1e-6 of itself; add it to float64.
     """
-    exact = x.astype(np.float64)
+    exact = x.astype(np.float64, copy=False)
     cells = np.bincount(groups, minlength=count)
     member = sparse.csr_matrix((np.ones(len(groups)), (groups, np.arange(len(groups)))), shape=(count, len(groups)))
-    inside = exact[inner[groups]].toarray()
-    squares = np.asarray(exact.power(2).sum(axis=0)).ravel()
+    inside = x[inner[groups]].astype(precision, copy=False).toarray()
+    squared = sparse.csr_matrix((exact.data**2, x.indices, x.indptr), shape=x.shape)
+    squares = squared.T @ np.ones(len(groups))
     return Moments(cells, (member @ exact).toarray(), np.where(inner, cells, 0), inside.T @ inside, squares)
 
 

@@ -34,10 +34,14 @@ TOO_FEW_DONORS = (
 """Why nothing could be tested."""
 FEW_DONORS = 4
 LEAST_FLIPPED_PAIRS = 6
-CHUNK = 2**20
+CHUNK = 2**18
 """Statistics held at once while labellings are gone through."""
 TIE = 1e-9
 """Relative difference within which a permuted statistic counts as equal to the observed one."""
+ROUNDING = 1e-12
+"""Share of a sum of squares that is rounding."""
+LARGEST_T = 1e5
+"""A larger statistic counts as this one: there is no noise."""
 NOTHING = 1e-12
 """Share of a gene's scale below which a variance is rounding."""
 
@@ -122,7 +126,7 @@ def welch_tests(means: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Dono
     possible = math.comb(len(means), counts[0])
     complete = possible <= MOST_LABELLINGS
     permuted = labellings(len(means), counts[0], genes=means.shape[1], seed=seed)
-    p = _permutation_p(_centred(means), t, permuted, lambda m, labels: _welch(m, labels)[0], observed_among=complete)
+    p = _permutation_p(_welch_reaching(_centred(means), t, permuted), t, len(permuted), observed_among=complete)
     floor = (2 if counts[0] == counts[1] else 1) / possible if complete else 1 / (len(permuted) + 1)
     return _chosen(
         effect, t, p, parametric, ("permutation", "welch"), possible, floor, few=min(counts) <= FEW_DONORS
@@ -184,7 +188,7 @@ def paired_test(differences: np.ndarray, *, seed: int = 0) -> DonorTest:
     possible = 2**pairs
     complete = possible <= MOST_LABELLINGS
     signs = sign_flips(pairs, genes=genes, seed=seed)
-    p = _permutation_p(differences, t, signs, _paired, observed_among=complete)
+    p = _permutation_p(_paired_reaching(differences, t, signs), t, len(signs), observed_among=complete)
     floor = 2 / possible if complete else 1 / (len(signs) + 1)
     return _chosen(effect, t, p, parametric, ("sign flips", "paired t"), possible, floor, few=few)
 
@@ -279,28 +283,55 @@ def sign_flips(pairs: int, *, genes: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, pairs)).choice([-1.0, 1.0], size=(draws, pairs))
 
 
-def _permutation_p(
-    values: np.ndarray,
-    observed: np.ndarray,
-    permuted: np.ndarray,
-    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    *,
-    observed_among: bool,
-) -> np.ndarray:
-    """Return the share of labellings whose |t| reaches the observed one; drawn ones get +1 above and below.
+def _permutation_p(reached: np.ndarray, observed: np.ndarray, labellings: int, *, observed_among: bool) -> np.ndarray:
+    """Return the share of labellings that reach what was observed; drawn ones get +1 above and below."""
+    share = reached / labellings if observed_among else (reached + 1) / (labellings + 1)
+    return np.where(np.isnan(observed), np.nan, share.reshape(observed.shape))
 
-    What was observed is (genes,), or several times that.
+
+def _bounds(observed: np.ndarray) -> np.ndarray:
+    """Return the t² that count as reaching what was observed: (several, genes); every one reaches a rounded zero."""
+    size = np.minimum(np.abs(np.atleast_2d(observed)), LARGEST_T) * (1 - TIE)
+    return np.asarray(np.where(size < ROUNDING, 0.0, size) ** 2)
+
+
+def _welch_reaching(means: np.ndarray, observed: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return how many labellings have a Welch's t as large as those observed: (several, genes).
+
+    The means are about their average, so the sum f over n treated donors is minus that over m others. With q their sum of
+    squares and S that of all donors, t² = f² (1/n + 1/m)² / (q/(n(n-1)) + (S-q)/(m(m-1)) - f² (1/(n²(n-1)) + 1/(m²(m-1)))).
+    It is compared without dividing; of as many treated as others, q drops out.
     """
-    limits = np.atleast_2d(np.abs(observed) * (1 - TIE))
-    counts = np.zeros(limits.shape, dtype=np.int64)
-    for start in _starts(len(permuted), max(1, CHUNK // values.shape[1])):
-        size = np.abs(statistic(values, permuted[start]))
-        size[np.isnan(size)] = 0.0
+    n, m = int(labels[0].sum()), int((~labels[0]).sum())
+    treated, others = 1 / (n * (n - 1)), 1 / (m * (m - 1))
+    bounds = _bounds(observed)
+    factor = (1 / n + 1 / m) ** 2 + bounds * (treated / n + others / m)
+    share, squares = bounds * (1 - ROUNDING) / factor, means**2
+    fixed, total = share * others, squares.sum(axis=0)
+    counts = np.zeros(bounds.shape, dtype=np.int64)
+    for start in _starts(len(labels), max(1, CHUNK // means.shape[1])):
+        weight = labels[start].astype(np.float64)
+        sums = np.square(weight @ means)
+        chosen = None if n == m else weight @ squares
+        for place, (constant, slope) in enumerate(zip(fixed * total, share * (treated - others), strict=True)):
+            limit = constant if chosen is None else constant + slope * chosen
+            counts[place] += np.count_nonzero(sums >= limit, axis=0)
+    return counts
+
+
+def _paired_reaching(differences: np.ndarray, observed: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """Return how many flips of signs have a paired t as large as those observed: (several, genes).
+
+    With the sum f of n differences and S that of their squares, t² = f² (n-1) / (n S - f²).
+    """
+    n, bounds = len(differences), _bounds(observed)
+    limits = bounds * (1 - ROUNDING) / (n - 1 + bounds) * n * (differences**2).sum(axis=0)
+    counts = np.zeros(bounds.shape, dtype=np.int64)
+    for start in _starts(len(signs), max(1, CHUNK // differences.shape[1])):
+        sums = np.square(signs[start] @ differences)
         for count, limit in zip(counts, limits, strict=True):
-            count += (size >= limit).sum(0)
-    reached = counts.reshape(observed.shape)
-    share = reached / len(permuted) if observed_among else (reached + 1) / (len(permuted) + 1)
-    return np.where(np.isnan(observed), np.nan, share)
+            count += np.count_nonzero(sums >= limit, axis=0)
+    return counts
 
 
 def _welch(means: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

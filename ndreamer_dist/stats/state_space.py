@@ -30,10 +30,12 @@ LEAST_CONTROL_CELLS = 100
 """Control cells without which a population has no axes."""
 CANDIDATE_AXES = 12
 """Axes among which those are chosen that a permutation confirms."""
-PASS_ROWS = 8192
+PASS_ROWS = 16384
 """Rows of expression held at a time."""
 MATRIX_VALUES = 2**26
 """Values of the populations' matrices of genes by genes that are held at a time."""
+CONVERGED, LANCZOS = 1e-4, 40
+"""Of the axes: the residual of an eigenvector in units of its eigenvalue, and the vectors that span it."""
 STATE_SEED = 0x57A7E
 """Tells these draws from others of the same seed."""
 
@@ -164,11 +166,11 @@ class _Making:
         step = max(1, MATRIX_VALUES // self.axes.shape[1] ** 2)
         present = np.unique(self.codes[self.codes >= 0])
         for start in range(0, len(present), step):
-            sums: dict[int, Moments] = {}
+            sums = {code: Moments.none(len(self.control), self.axes.shape[1]) for code in present[start : start + step]}
             for rows, x in self._parts(np.isin(self.codes, present[start : start + step])):
                 for code, here in _by_population(self.codes[rows]):
-                    part = moments_of(x[here], self.strata[rows[here]], len(self.control), self.control)
-                    sums[code] = sums[code].plus(part) if code in sums else part
+                    part = moments_of(x[here], self.strata[rows[here]], len(self.control), self.control, np.float32)
+                    sums[code].plus(part)
             for code, moments in sums.items():
                 self._keep(code, moments)
 
@@ -220,7 +222,7 @@ class _Making:
 
     def _parts(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         for rows in _stretches(np.flatnonzero(chosen)):
-            yield rows, self.source.expression.read(rows, self.source.columns).astype(np.float64)
+            yield rows, self.source.expression.read(rows, self.source.columns)
 
 
 def _stretches(rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -237,7 +239,8 @@ def _by_population(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 def _leading(covariance: np.ndarray, keep: int) -> np.ndarray:
     """Return the leading eigenvectors of a covariance, (genes, keep), their largest loading positive."""
     first = np.ones(len(covariance)) / np.sqrt(len(covariance))
-    values, vectors = eigsh(covariance, k=keep, v0=first, which="LA")
-    axes = vectors[:, np.argsort(-values, kind="stable")]
+    single, spanning = covariance.astype(np.float32), min(LANCZOS, len(covariance))
+    values, vectors = eigsh(single, k=keep, v0=first, which="LA", tol=CONVERGED, ncv=spanning)
+    axes = vectors[:, np.argsort(-values, kind="stable")].astype(np.float64)
     largest = axes[np.abs(axes).argmax(axis=0), np.arange(keep)]
     return np.asarray(axes * np.where(largest < 0, -1.0, 1.0))

@@ -56,11 +56,20 @@ def test_halves_add_up_to_the_counts_and_are_normalised_by_their_own_totals(coun
     undone = [np.expm1(half.toarray()) for half in halves]
     for half in undone:
         np.testing.assert_allclose(half.sum(axis=1), 1e4)
-    drawn = generator().binomial(counts[counts > 0], 0.5)
+    drawn = state.thinned(counts[counts > 0], generator())
     first = np.zeros(counts.shape)
     first[counts > 0] = drawn  # in the order of the entries
     for half, part in zip(undone, (first, counts - first), strict=True):
         np.testing.assert_allclose(half, part / part.sum(axis=1, keepdims=True) * 1e4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 64, 65, 1000])
+def test_half_of_a_count_is_binomial(count):
+    drawn = state.thinned(np.full(20_000, count), generator())
+    assert drawn.min() >= 0
+    assert drawn.max() <= count
+    np.testing.assert_allclose(drawn.mean(), count / 2, atol=4 * np.sqrt(count / 4 / 20_000))
+    np.testing.assert_allclose(drawn.var(), count / 4, rtol=0.05)
 
 
 def test_counts_of_other_genes_are_halved_as_one(counts):

@@ -61,6 +61,24 @@ def test_the_smallest_p_is_reached_by_a_perfect_difference(treated: int, control
     np.testing.assert_allclose(test.p_permutation, floor)
 
 
+@pytest.mark.parametrize(("treated", "control"), [(7, 7), (6, 8)])
+@pytest.mark.parametrize("noise", [1e-2, 1e-4, 1e-5])
+def test_rounding_loses_no_labelling_of_an_effect_almost_without_noise(
+    treated: int, control: int, noise: float
+) -> None:
+    labels = split(treated, control)
+    means = np.where(labels[:, None], 5.0, 0.0) + noise * drawn(treated + control, 20)
+    np.testing.assert_allclose(welch_test(means, labels).p_permutation, welch_test(means, labels).p_floor)
+
+
+def test_every_labelling_reaches_no_difference_at_all() -> None:
+    labels = np.repeat([True, False], 10)
+    means = np.random.default_rng(0).integers(-1, 2, (20, 60)).astype(np.float64)
+    equal = means[labels].sum(axis=0) == means[~labels].sum(axis=0)
+    assert equal.sum() > 3
+    np.testing.assert_array_equal(welch_test(means, labels).p_permutation[equal], 1.0)
+
+
 def test_drawn_labellings_agree_with_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     means, labels = drawn(15), split(6, 9)
     whole = welch_test(means, labels)
