@@ -269,6 +269,12 @@ class EmbedSettings(StageSettings):
     tile_rows: int = result(1024, "cells encoded at once", ge=1)
     dimensions: int = result(50, "principal components, of the embedding or of the genes", ge=1)
     harmony_keys: tuple[str, ...] = result((), "harmony: columns of obs to correct for; by default the group")
+    signal_share: float = result(
+        0.1,
+        "harmony: least share of a component's variance that is signal and no noise of counts; 0: all components are taken",
+        ge=0,
+        lt=1,
+    )
     state_weight: float | None = result(
         None,
         "ndreamer+state: what state coordinates are multiplied by; by default both spread alike inside groups",

@@ -146,10 +146,6 @@ def _directions(moments: Moments, keep: int) -> tuple[np.ndarray, int, int]:
     return axes, rank, min(rank, max(1, beyond))
 
 
-def _has_counts(space: Space) -> bool:
-    return bool(space.packed.run.read_json(keys.COHORT_SUMMARY)["normalise"] == "counts")
-
-
 def _inner_groups(space: Space, populations: Populations, code: int) -> np.ndarray:
     """Return the groups that a population's axes are of: those of the control, or all where it has too few control cells."""
     design = space.packed.design
@@ -166,7 +162,7 @@ def _inner_groups(space: Space, populations: Populations, code: int) -> np.ndarr
 def _make_reliability(space: Space, settings: Settings, populations: Populations, runtime: Runtime) -> None:
     """Write how many dimensions every population uses, their reliability, the groups' means, and what keeps it apart."""
     shrink = settings.state.shrink
-    halved = _has_counts(space) and (shrink != "none" or settings.state.k is None)
+    halved = space.has_counts and (shrink != "none" or settings.state.k is None)
     if shrink != "none" and not halved:
         logger.warning("state: the input is log-normalised and has no counts to halve, so coordinates are not shrunk")
     sums = _half_sums(space, settings, populations, runtime, halved=halved)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,10 +18,11 @@ from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.obsm import CellLabels, checksum, codes_of, column_labels, coordinates_of
-from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.cohort.packed import Packed, cell_totals
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.compute.executor import Runtime, with_threads
 from ndreamer_dist.compute.machine import cpu_count
+from ndreamer_dist.embedding import state
 from ndreamer_dist.embedding.axes import Moments, moments_of, principal_axes
 from ndreamer_dist.embedding.harmony import harmonised
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
@@ -36,8 +38,12 @@ from ndreamer_dist.storage.arrays import (
 )
 from ndreamer_dist.storage.files import Storage
 
+logger = logging.getLogger(__name__)
+
 MOST_SPANS = 32
 """Spans of blocks that sums are taken by, at most: each leaves a matrix of genes by genes until the axes are known."""
+SIGNAL_BLOCKS = 8
+"""Blocks, evenly spaced, from whose counts the signal of principal components is estimated."""
 AXES = "axes"
 """The driver's own unit of work."""
 SUMS = ("groups", "outer", "squares")
@@ -111,6 +117,11 @@ class Space:
     def sums(self) -> StageRun:
         """What is summed over cells on the way to the axes."""
         return StageRun(self.run, keys.STAGE_SUMS, self.key)
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether the expression is of counts, known to the last one."""
+        return bool(self.packed.run.read_json(keys.COHORT_SUMMARY)["normalise"] == "counts")
 
     @property
     def storage(self) -> Storage:
@@ -204,15 +215,38 @@ def _make_components(space: Space, settings: Settings, runtime: Runtime, axes: S
     packed = space.packed
     everyone = np.ones(len(packed.design.groups), dtype=bool)
     moments = summed_moments(space, everyone, np.zeros(packed.n_rows, dtype=np.int32), 0, runtime)
-    with_threads(1, _write_components, space, moments, settings.embed.dimensions)
+    with_threads(1, _write_components, space, moments, settings)
     space.stage.mark(axes)
     space.forget_sums()
 
 
-def _write_components(space: Space, moments: Moments, dimensions: int) -> None:
-    found = principal_axes(space.packed.n_rows, moments.sums.sum(axis=0), moments.outer, dimensions)
-    for (name, _), values in zip(GENE_ARRAYS, found, strict=True):
+def _write_components(space: Space, moments: Moments, settings: Settings) -> None:
+    mean, axes, variance = principal_axes(
+        space.packed.n_rows, moments.sums.sum(axis=0), moments.outer, settings.embed.dimensions
+    )
+    if settings.embed.method == keys.HARMONY and settings.embed.signal_share:
+        keep = _signal_components(space, moments, axes, settings)
+        logger.info("space: %d of %d principal components are signal and taken", keep, axes.shape[1])
+        axes, variance = axes[:, :keep], variance[:keep]
+    for (name, _), values in zip(GENE_ARRAYS, (mean, axes, variance), strict=True):
         write_array(space.storage, name, values)
+
+
+def _signal_components(space: Space, moments: Moments, axes: np.ndarray, settings: Settings) -> int:
+    """Return how many components are beyond chance and, of counts, hold the share of signal that is asked for.
+
+    The others add the noise of counting to every distance, which a search has to pay for, too.
+    """
+    cells, mean = space.packed.n_rows, moments.mean
+    keep = min(state.beyond_chance(moments.outer / cells - np.outer(mean, mean), cells), axes.shape[1])
+    if space.has_counts:
+        chosen = np.unique(np.linspace(0, space.packed.n_blocks - 1, SIGNAL_BLOCKS).astype(int))
+        totals = cell_totals(space.packed)
+        blocks = ((space.packed.block(block), totals[space.rows(block)]) for block in chosen.tolist())
+        drawn = np.random.default_rng(np.random.SeedSequence((settings.seed, keys.STREAMS[keys.STAGE_SPACE])))
+        shares = state.signal_shares(blocks, axes[:, :keep], drawn)
+        keep = int((shares >= settings.embed.signal_share).sum())
+    return max(1, keep)
 
 
 def _project(space: Space, array: str, todo: Sequence[Shard], runtime: Runtime) -> None:

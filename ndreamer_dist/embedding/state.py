@@ -7,6 +7,7 @@ so their covariance inside groups is that of the signal. Coordinates are then sh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -172,6 +173,31 @@ def confirmed_dimensions(signal: np.ndarray, noise: np.ndarray, spread: np.ndarr
 def beyond_noise(signal: np.ndarray, noise: np.ndarray) -> int:
     """Return how many eigenvalues of the signal exceed the largest of the noise, at least 1."""
     return max(1, int((np.linalg.eigvalsh(signal) > float(np.linalg.eigvalsh(noise)[-1])).sum()))
+
+
+def signal_shares(
+    blocks: Iterable[tuple[sparse.csr_matrix, np.ndarray]], axes: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Return the share of the variance along every axis that is signal and no noise of counts: (k,).
+
+    Signal is what two halves of the counts agree in.
+
+    Parameters
+    ----------
+    blocks
+        Log-normalised expression, (cells, genes), and the counts that each cell was scaled by, (cells,).
+    axes
+        (genes, k) orthonormal.
+    """
+    cells, sums, products = 0, np.zeros((3, axes.shape[1])), np.zeros((2, axes.shape[1]))
+    for x, totals in blocks:
+        e, a, b = (np.asarray(values @ axes) for values in (x, *halves(x, totals, generator)))
+        cells += len(e)
+        sums += [e.sum(axis=0), a.sum(axis=0), b.sum(axis=0)]
+        products += [(e * e).sum(axis=0), (a * b).sum(axis=0)]
+    mean = sums / cells
+    spread, signal = products[0] / cells - mean[0] ** 2, products[1] / cells - mean[1] * mean[2]
+    return np.asarray(signal / np.maximum(spread, SMALLEST_SIGNAL))
 
 
 def beyond_chance(covariance: np.ndarray, cells: int) -> int:

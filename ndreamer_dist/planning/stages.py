@@ -254,11 +254,11 @@ def _pca(job: Job, run: RunDirectory, key: str) -> None:
 
 # --- space -----------------------------------------------------------------------------------------------------------
 
-OTHER_SPACES = ("embed.method", "embed.harmony_keys", "embed.state_weight")
+OTHER_SPACES = ("embed.method", "embed.harmony_keys", "embed.signal_share", "embed.state_weight")
 """Settings of `embed` that say nothing to the trained embedding."""
 SPACE_HEEDS: dict[str, tuple[str, ...]] = {
     keys.SPACE_PCA: ("embed.dimensions",),
-    keys.HARMONY: ("embed.dimensions", "embed.harmony_keys"),
+    keys.HARMONY: ("embed.dimensions", "embed.harmony_keys", "embed.signal_share"),
     keys.STATE: ("embed.dimensions", "state.by", "state.k", "state.shrink"),
     keys.NDREAMER_STATE: ("embed.dimensions", "embed.state_weight", "state.by", "state.k", "state.shrink"),
     keys.OBSM_PREFIX: (),

@@ -108,7 +108,7 @@ def test_other_shared_settings_of_the_first_space_delete_the_others(cohort, fini
     with pytest.raises(StoreError, match="it has 'pca'"):
         nd.open_results(tmp_path / "run", embedding=keys.HARMONY)
     run(cohort, tmp_path / "run", keys.HARMONY, **{"hvg.num_hvg": 140})
-    assert nd.open_results(tmp_path / "run", embedding=keys.HARMONY).embedding().shape == (900, 10)
+    assert len(nd.open_results(tmp_path / "run", embedding=keys.HARMONY).embedding()) == 900
 
 
 def test_results_without_effect_modifiers_are_not_exported_as_if_they_had_some(finished, tmp_path):

@@ -72,6 +72,21 @@ def test_half_of_a_count_is_binomial(count):
     np.testing.assert_allclose(drawn.var(), count / 4, rtol=0.05)
 
 
+def test_axes_of_signal_are_told_from_axes_of_noise():
+    """A gene's counts beyond Poisson's noise are signal: of variance m + (c m)^2 the share is near c^2 m / (1 + c^2 m)."""
+    rng = generator(2)
+    spread = np.repeat([0.0, 0.5], 10)
+    rates = 20.0 * np.exp(rng.normal(size=(4000, 20)) * spread - spread**2 / 2)
+    counts = rng.poisson(rates)
+    others = 10_000 - counts.sum(axis=1)
+    totals = (counts.sum(axis=1) + others).astype(np.float64)
+    x = logged(counts, totals)
+    blocks = [(x[start : start + 1000], totals[start : start + 1000]) for start in range(0, 4000, 1000)]
+    shares = state.signal_shares(blocks, np.eye(20), generator())
+    np.testing.assert_allclose(shares[:10], 0.0, atol=0.08)
+    np.testing.assert_allclose(shares[10:], 0.284 * 20 / (1 + 0.284 * 20), atol=0.1)
+
+
 def test_counts_of_other_genes_are_halved_as_one(counts):
     others = np.full(CELLS, 1000)
     totals = (counts.sum(axis=1) + others).astype(np.float64)
