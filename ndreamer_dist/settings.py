@@ -340,10 +340,23 @@ class MatchSettings(StageSettings):
         return None if value in ("none", "null", "") else _as_name(value)
 
 
+DENOISING_CELLS, MOST_DENOISING = 120, 15
+"""Cells that `denoised` averages in a condition's groups, about, and in one group at most."""
+
+
 class DenoiseSettings(StageSettings):
     """Which matches the denoised expression is an average of (METHOD section 9)."""
 
-    neighbours: int = result(15, "nearest neighbours k per group of the own condition, for denoised", ge=1)
+    neighbours: int | None = result(
+        None,
+        "nearest neighbours k per group of the own condition, for denoised; null: as many as make 120 cells of a condition's "
+        "groups, 15 at most",
+        ge=1,
+    )
+
+    def counted(self, groups: int) -> int:
+        """Return k where a condition has so many groups: beyond 120 cells the error of `denoised` hardly falls."""
+        return self.neighbours or min(MOST_DENOISING, -(-DENOISING_CELLS // max(groups, 1)))
 
 
 class EffectsSettings(StageSettings):

@@ -130,3 +130,9 @@ def test_what_yaml_has_read_as_yes_or_no_is_to_be_quoted() -> None:
     with pytest.raises(SettingsError, match=r"setting 'cohort\.control': expected a name.*quote it \(found False\)"):
         Settings.build(config={"cohort": {"control": False}})
     assert Settings.build(config={"cohort": {"control": 0}}).cohort.control == "0"
+
+
+@pytest.mark.parametrize(("groups", "neighbours"), [(1, 15), (8, 15), (16, 8), (40, 3), (500, 1)])
+def test_denoised_averages_about_120_cells_of_a_condition(groups, neighbours):
+    assert Settings().denoise.counted(groups) == neighbours
+    assert Settings.build(overrides={"denoise.neighbours": 4}).denoise.counted(groups) == 4

@@ -104,6 +104,11 @@ class Design:
         """Return the groups of a condition."""
         return [group for group in self.groups if group.condition == condition]
 
+    @property
+    def fewest_groups(self) -> int:
+        """How many groups the condition with the fewest has."""
+        return min(len(self.with_condition(code)) for code in range(len(self.conditions)))
+
     def condition_code(self, name: str) -> int:
         """Return a condition's code; `QueryError` lists the names where there is none of this name."""
         if name not in self.conditions:

@@ -220,7 +220,8 @@ def _write(
     )
     stage = StageRun(directory, keys.STAGE_EFFECTS, key)
     todo = tables.begin(stage, layout)
-    counted = [made.match.neighbours if name == keys.LAYER_ITE else made.denoise.neighbours for name in layout.layers]
+    denoised = made.denoise.counted(packed.design.fewest_groups)
+    counted = [made.match.neighbours if name == keys.LAYER_ITE else denoised for name in layout.layers]
     from_results = ResultsOrigin(origin.storage, origin.counterparts, max(counted, default=1))
     write_shards(stage, Target(directory, packed, layout, made, from_results), runtime, todo)
     ours = tables.facts(made, packed, layout, key, {})

@@ -193,6 +193,7 @@ def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None
     """
     run, packed, layout, origin = target.run, target.packed, target.layout, target.origin
     design, settings = packed.design, target.settings
+    denoised = settings.denoise.counted(design.fewest_groups)
     rows = np.arange(*packed.block_range(part.block))
     first = part.genes[0] == 0
     edges = origin.edges(rows, {*design.needed_edges("needed"), *(origin.stored if first else ())})
@@ -205,7 +206,7 @@ def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None
     averages = [
         average_over(
             design, edges, rows, settings.match.bandwidth, condition=term.condition, own_cells=term.own_cells,
-            neighbours=settings.denoise.neighbours if term.denoised else settings.match.neighbours,
+            neighbours=denoised if term.denoised else settings.match.neighbours,
         )
         for term in terms
     ]  # fmt: skip

@@ -250,8 +250,13 @@ def edge_neighbours(edge: EdgeTile, settings: Settings, design: Design) -> int:
     """Return how many neighbours are sought along an edge; `denoised` needs more, but of the own condition alone."""
     query, target = design.groups[edge.query], design.groups[edge.target]
     if query.condition == target.condition and query != target:
-        return max(settings.match.neighbours, settings.denoise.neighbours)
+        return most_neighbours(settings, design)
     return settings.match.neighbours
+
+
+def most_neighbours(settings: Settings, design: Design) -> int:
+    """Return how many neighbours a cell has in a group at most."""
+    return max(settings.match.neighbours, settings.denoise.counted(design.fewest_groups))
 
 
 def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: int) -> list[Unit]:
@@ -289,7 +294,7 @@ def _tile_range(edge: EdgeTile, settings: Settings, design: Design) -> tuple[int
 
 
 def _make_arrays(storage: Storage, settings: Settings, design: Design) -> None:
-    k, groups = max(settings.match.neighbours, settings.denoise.neighbours), len(design.groups)
+    k, groups = most_neighbours(settings, design), len(design.groups)
     for group in design.groups:
         layout = {
             "shape": (group.cells, groups, k),
@@ -491,7 +496,7 @@ def _write(
     rows = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
     storage, name = run.storage / keys.MATCHES, keys.block_name(edge.query)
     part = (slice(start, stop), slice(edge.target, edge.target + 1), slice(None))
-    wider = max(settings.match.neighbours, settings.denoise.neighbours) - rows.shape[1]
+    wider = most_neighbours(settings, design) - rows.shape[1]
     rows = np.pad(rows, ((0, 0), (0, wider)), constant_values=-1)
     distances = np.pad(found.distances, ((0, 0), (0, wider)), constant_values=np.nan)
     for array, values in ((keys.MATCH_ROW, rows), (keys.MATCH_DISTANCE, distances)):

@@ -55,7 +55,9 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     own = size.cells * size.modelled_per_cell(settings)
     embedding = _coordinate_bytes(size, settings, modelled)
     told = size.cells * size.groups if size.cells * size.groups <= MATCH_LIMIT else 0  # in results.zarr's obsm
-    kept = max(settings.match.neighbours, settings.denoise.neighbours)  # of a group's own condition; else fewer
+    kept = max(
+        settings.match.neighbours, settings.denoise.counted(size.groups // size.conditions)
+    )  # of the own condition
     matches = size.cells * size.edges / size.groups * kept * 8 + told * 8
     layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * parameter_count(settings, modelled) * 4

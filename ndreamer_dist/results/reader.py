@@ -640,7 +640,7 @@ class ResultsReader:
         except (KeyError, TypeError, ValueError) as error:
             msg = f"{self.url}: the settings of the matches are damaged ({type(error).__name__})"
             raise StoreError(msg) from error
-        counted = match.neighbours, match.bandwidth, denoise.neighbours
+        counted = match.neighbours, match.bandwidth, denoise.counted(self.design.fewest_groups)
         return Counterparts(self.storage, self.design, *counted, match.hubs, match.within, match.within_cells)
 
     def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
