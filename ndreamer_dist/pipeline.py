@@ -24,6 +24,7 @@ from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes
 from ndreamer_dist.cohort.obsm import column_labels
 from ndreamer_dist.cohort.source import Source, fingerprint, open_cohort
 from ndreamer_dist.cohort.values import decide_values
+from ndreamer_dist.compute.engines import engines_here, require_faiss
 from ndreamer_dist.compute.events import choose_format
 from ndreamer_dist.compute.executor import Runtime, check_layout, choose_runtime, ray_failures, runtime_choice
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
@@ -204,6 +205,7 @@ def plan(
         size,
         input_groups=input_sizes(source, made.cohort),
         runtime=str(choice),
+        engines=engines_here(),
         took=_times(directory) if directory is not None else {},
         **_machine(made),
         memory_free=limit.amount,
@@ -230,6 +232,7 @@ def _times(run: RunDirectory) -> dict[str, float]:
 
 def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tuple[Source, Design, CohortSize]:
     """Open a cohort and refuse what cannot be; return it with its design and sizes."""
+    require_faiss()
     source = open_cohort(cohort, settings.cohort)
     design = check_cohort(source, settings.cohort)
     check_genes(source, settings.hvg)

@@ -239,10 +239,17 @@ class TrainSettings(StageSettings):
     precision: Literal["float32", "bf16"] = result("float32", "of the products after the codebooks; bf16 is for GPUs")
     workers: int = how(1, "data-parallel training workers", ge=1)
     threads: int = how(2, "threads of one training worker", ge=1)
-    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train")
-    checkpoint_steps: int = how(200, "steps between checkpoints", ge=1)
-    checkpoint_minutes: float | None = how(10.0, "minutes between checkpoints, if sooner; null: by steps alone", gt=0)
+    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train; auto: on GPUs where they work")
+    checkpoint_steps: int | None = how(None, "steps between checkpoints, if sooner; null: by time alone", ge=1)
+    checkpoint_minutes: float | None = how(5.0, "minutes between checkpoints; null: by steps alone", gt=0)
     max_failures: int = how(3, "worker failures survived before giving up", ge=0)
+
+    @model_validator(mode="after")
+    def _some_checkpoints(self) -> Self:
+        if self.checkpoint_steps is None and self.checkpoint_minutes is None:
+            msg = "checkpoint_steps and checkpoint_minutes are both null; give one of them"
+            raise ValueError(msg)
+        return self
 
     @field_validator("batch_size")
     @classmethod
@@ -267,6 +274,7 @@ class EmbedSettings(StageSettings):
         "probable", "what stands for a cell: its most probable codes, their expectation, or codes drawn as in training"
     )
     tile_rows: int = result(1024, "cells encoded at once", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to encode cells; auto: on GPUs where they work")
     dimensions: int = result(50, "principal components, of the embedding or of the genes", ge=1)
     harmony_keys: tuple[str, ...] = result((), "harmony: columns of obs to correct for; by default the group")
     signal_share: float = result(
@@ -333,6 +341,7 @@ class MatchSettings(StageSettings):
     bandwidth: float = result(1.0, "kernel bandwidth where k > 1", gt=0)
     edges: Literal["needed", "all"] = result("needed", "own and control condition, or every pair of groups")
     query_rows: int = result(65_536, "query cells of one unit of work", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to match; auto: on GPUs where they work")
 
     @field_validator("within", mode="before")
     @classmethod

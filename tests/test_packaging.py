@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 RECIPE = yaml.safe_load((ROOT / ".github/conda/recipe.yaml").read_text())
 SCVERSE = yaml.safe_load((ROOT / ".github/scverse/meta.yaml").read_text())
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
@@ -70,7 +71,7 @@ def test_the_conda_recipe_has_the_form_of_one_and_the_requirements_of_the_packag
     assert RECIPE["build"]["python"]["entry_points"] == [
         f"{name} = {place}" for name, place in PROJECT["scripts"].items()
     ]
-    wanted = {"python >=3.11,<3.14"}.union(*map(in_conda, PROJECT["dependencies"]))
+    wanted = {"python >=3.11,<3.14"}.union(*map(in_conda, [*PROJECT["dependencies"], *EXTRAS["cpu"]]))
     assert set(RECIPE["requirements"]["run"]) == wanted
     assert {"python": {"imports": ["ndreamer_dist", "ndreamer_dist.pipeline"], "pip_check": True}} in RECIPE["tests"]
 
@@ -168,7 +169,7 @@ def test_the_wheel_of_the_sdist_installs_clean_and_runs(tmp_path: Path) -> None:
     venv.create(tmp_path / "fresh", with_pip=True)
     python, program = (str(tmp_path / "fresh/bin" / name) for name in ("python", "ndreamer-dist"))
     pinned = ["-c", str(ROOT / "constraints.txt"), "torch==2.13.0"]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned, str(wheel)], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned, f"{wheel}[cpu]"], check=True)
     subprocess.run([python, "-m", "pip", "check"], check=True)
     said = subprocess.run([program, "--version"], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert said == f"{PROJECT['version']}\n"

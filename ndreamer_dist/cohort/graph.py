@@ -7,7 +7,6 @@ two seconds to import. They are imported where a graph is made, so the driver of
 from __future__ import annotations
 
 import anndata as ad
-import faiss
 import numpy as np
 from scipy import sparse
 
@@ -115,6 +114,8 @@ def membership_strengths(distances: np.ndarray) -> np.ndarray:
 
 def nearest_with_self(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the k nearest points of every point and their distances; itself first, ties to the smaller row."""
+    import faiss  # of two builds, and neither is a dependency: see `engines.require_faiss`
+
     indices, distances = np.empty((len(x), k), dtype=np.int64), np.empty((len(x), k), dtype=np.float64)
     wanted = min(len(x), k + SPARE_CANDIDATES)
     for start in range(0, len(x), QUERY_ROWS):

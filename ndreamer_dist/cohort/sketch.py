@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 from scipy import sparse
 
@@ -132,6 +131,8 @@ def _labelled(
 
 def nearest_labels(points: np.ndarray, sketch: Sketch, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the low and the high labels that most of each point's nearest sketch cells have: (points,) each."""
+    import faiss
+
     near = faiss.knn(points, sketch.points, min(neighbours, len(sketch.points)))[1]
     return majority(sketch.low[near]), majority(sketch.high[near])
 

@@ -136,7 +136,8 @@ def _costs(run: RunDirectory) -> str:
     lines = [f"{'finished':<12}" + "".join(f"{name:>13}" for name in columns.values())]
     for row in table.to_dict("records"):
         told = ("-" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in columns)
-        lines.append(f"{row['stage']:<12}" + "".join(f"{value:>13}" for value in told))
+        engine = f"  on {printable(row['engine'])}" if row["engine"] else ""
+        lines.append(f"{row['stage']:<12}" + "".join(f"{value:>13}" for value in told) + engine)
     return "\n\n" + "\n".join(lines)
 
 

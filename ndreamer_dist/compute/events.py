@@ -74,6 +74,8 @@ class StageProgress:
         Of the last training step.
     worker_peak
         The most memory that a process of a task or of the training held, on whatever machine; 0 where none has told.
+    engine
+        What the stage works on, processors or GPUs, where that is a choice.
     """
 
     name: str
@@ -91,6 +93,7 @@ class StageProgress:
     before: tuple[int, float] | None = None  # the step that training went on from, and when
     measures: dict[str, float] = field(default_factory=dict)
     worker_peak: int = 0
+    engine: str = ""
 
     @property
     def has_work(self) -> bool:
@@ -154,6 +157,8 @@ class StageProgress:
             facts |= {"step": self.step, "steps": self.steps, "measures": dict(self.measures)}
         if self.worker_peak:
             facts["worker_peak_bytes"] = self.worker_peak
+        if self.engine:
+            facts["engine"] = self.engine
         if (left := self.seconds_left) is not None:
             facts["seconds_left"] = round(left, 1)
         return facts | {"cells_per_second": round(self.cells_per_second, 1)}

@@ -12,8 +12,9 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
@@ -40,6 +41,12 @@ Measured in processor seconds on a busy machine (docs/benchmarks-log.md).
 """
 LONGEST_LOSS = 400
 """Characters that are told of an error of Ray's."""
+TRIES = 3
+"""How often a task is begun again whose process or machine is lost."""
+ITEMS_AT_ONCE = 2
+"""Items that are dealt to a GPU's process at once: the next one is there when it is through with the first."""
+LATE_SECONDS = 120.0
+"""How long a GPU is waited for before it is said that it is."""
 Task = TypeVar("Task", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 
@@ -203,40 +210,77 @@ class RayRuntime:
     def map(
         self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
     ) -> Iterator[Any]:
-        """See `Runtime.map`; twice as many tasks as processors are under way, so that none waits for the driver.
+        """See `Runtime.map`. Without items nothing is started.
 
-        Without items nothing is started.
+        With `num_gpus` a process for each GPU does one item after the other (`GpuWorker`).
+        """
+        if not (waiting := list(items)):
+            return
+        import ray
+
+        how = Way(title, self.cpus, _stage_name(), self._settings.task_threads)
+        deal = self._by_gpus if num_gpus else self._by_tasks
+        ends = deal(function, waiting, [ray.put(value) for value in shared], how)
+        with progress_bar(waiting, title, self.progress) as advance, closing(ends):
+            for done in ends:
+                peak, answer = fetch(done)
+                yield answer
+                advance(peak)
+
+    def _by_tasks(
+        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: Way
+    ) -> Generator[Any, None, None]:
+        """Yield handles of finished tasks; twice as many as processors are under way, so that none waits for the driver."""
+        import ray
+
+        remote = ray.remote(_with_peak).options(name=how.title, max_retries=TRIES, **self._needs())
+        queue = iter(items)
+        running: set[Any] = set()
+        try:
+            while True:
+                for item in itertools.islice(queue, 2 * how.cpus - len(running)):
+                    running.add(remote.remote(how.stage, how.threads, function, item, *shared))
+                if not running:
+                    return
+                ready, _ = ray.wait(list(running), num_returns=1)
+                running.difference_update(ready)
+                yield from ready
+        finally:
+            _end(running)
+
+    def _by_gpus(
+        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: Way
+    ) -> Generator[Any, None, None]:
+        """Yield handles of finished items; a GPU's process that is through with one is dealt the next.
+
+        A process that waits for its GPU, as where a cluster still grows, is dealt nothing.
         """
         import ray
 
-        if not (waiting := list(items)):
-            return
-        cpus = self.cpus
-        remote = ray.remote(_with_peak).options(name=title, num_gpus=num_gpus, **self._needs())
-        how = _stage_name(), self._settings.task_threads
-        handles = [ray.put(value) for value in shared]
-        with progress_bar(waiting, title, self.progress) as advance:
-            queue = iter(waiting)
-            running: set[Any] = set()
-            try:
-                while True:
-                    for item in itertools.islice(queue, 2 * cpus - len(running)):
-                        running.add(remote.remote(*how, function, item, *handles))
-                    if not running:
-                        return
-                    ready, _ = ray.wait(list(running), num_returns=1)
-                    running.difference_update(ready)
-                    for done in ready:
-                        peak, answer = fetch(done)
-                        yield answer
-                        advance(peak)
-            finally:
-                _end(running)
+        count = max(1, min(self.gpus, len(items)))
+        tries = {"max_restarts": TRIES, "max_task_retries": TRIES}
+        remote = ray.remote(GpuWorker).options(num_gpus=1, **tries, **self._needs())
+        workers = [remote.remote(how.stage, how.threads, shared) for _ in range(count)]
+        starting = {worker.ready.remote(): worker for worker in workers}
+        running: dict[Any, Any] = {}
+        queue = deque(items)
+        try:
+            while queue or running:
+                done = _first_of([*starting, *running], late=not running)
+                worker, dealt = (starting.pop(done), ITEMS_AT_ONCE) if done in starting else (running.pop(done), 1)
+                for item in [queue.popleft() for _ in range(min(dealt, len(queue)))]:
+                    running[worker.do.options(name=how.title).remote(function, item)] = worker
+                if dealt == 1:
+                    yield done
+                else:
+                    fetch(done)
+        finally:
+            _end_workers(workers, list(running))
 
     def _needs(self) -> dict[str, Any]:
         """Return what Ray reserves for a task: on a cluster its memory too, so that no node takes more than it holds."""
         memory = self._task.memory if self._task is not None and self._clustered else 0
-        return {"num_cpus": 1, "max_retries": 3, "memory": memory or None}
+        return {"num_cpus": 1, "memory": memory or None}
 
     def put(self, value: Any) -> Any:
         """See `Runtime.put`."""
@@ -251,9 +295,60 @@ class RayRuntime:
 
         self._resources  # noqa: B018 - connects
         options = {"name": function.__name__.strip("_"), "num_returns": returns}
-        remote = ray.remote(_counted).options(**options, **self._needs())
+        remote = ray.remote(_counted).options(max_retries=TRIES, **options, **self._needs())
         handles = remote.remote(_stage_name(), self._settings.task_threads, function, *args)
         return [handles] if returns == 1 else list(handles)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How items are worked on: the title of the round, processors, the stage, and threads of one task."""
+
+    title: str
+    cpus: int
+    stage: str
+    threads: int
+
+
+class GpuWorker:
+    """A process that keeps one GPU, and what it has put there, for all items of a round that are dealt to it.
+
+    Tasks would not do: Ray lets a process that has worked on one GPU go on with another, which CUDA does not follow.
+    """
+
+    def __init__(self, stage: str, threads: int, shared: list[Any]) -> None:
+        self._stage, self._threads = stage, threads
+        self._shared = [fetch(handle) for handle in shared]  # once: the same objects for every item
+
+    def ready(self) -> None:
+        """Return once the process has its GPU."""
+
+    def do(self, function: Callable[..., Any], item: Any) -> tuple[int, Any]:
+        """Return the most memory that this process has held in the stage, and the answer."""
+        return _with_peak(self._stage, self._threads, function, item, *self._shared)
+
+
+def _first_of(handles: list[Any], *, late: bool) -> Any:
+    """Return the first handle that is ready; where it takes long and `late` is asked for, say that a GPU is waited for."""
+    import ray
+
+    ready, _ = ray.wait(handles, num_returns=1, timeout=LATE_SECONDS if late else None)
+    if not ready:
+        logger.warning(
+            "no GPU has come for %.0f s; without one: --set STAGE.device=cpu (train, embed, match)", LATE_SECONDS
+        )
+        ready, _ = ray.wait(handles, num_returns=1)
+    return ready[0]
+
+
+def _end_workers(workers: list[Any], running: list[Any]) -> None:
+    """End the processes of GPUs, and wait until nothing of theirs is under way."""
+    import ray
+
+    for worker in workers:
+        ray.kill(worker)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=CANCEL_SECONDS)
 
 
 def loads(*modules: str) -> Callable[[Task], Task]:
@@ -365,7 +460,7 @@ def _is_rays(error: Exception) -> bool:
 
     own: tuple[type[Exception], ...] = (ray.exceptions.RayError,)
     if "ray.train" in sys.modules:
-        own += (ray.train.ControllerError,)
+        own += (ray.train.ControllerError, ray.train.WorkerGroupError)
     return isinstance(error, own) and not isinstance(error, ray.exceptions.RayTaskError)
 
 

@@ -53,10 +53,14 @@ def cpu_count() -> int:
     return cpu_allowance().amount
 
 
+def gpu_is_shown() -> bool:
+    """Return whether the system shows an NVIDIA GPU."""
+    return any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg"))
+
+
 def has_gpu() -> bool:
     """Return whether torch can train on a GPU here; it is loaded only where the system shows one."""
-    shown = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg"))
-    if not shown:
+    if not gpu_is_shown():
         return False
     import torch
 

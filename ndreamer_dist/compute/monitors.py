@@ -169,6 +169,8 @@ def metered(
     }  # fmt: skip
     if now.worker_peak:
         facts["worker_peak_bytes"] = now.worker_peak
+    if now.engine:
+        facts["engine"] = now.engine
     before = run.read_if_there(keys.STAGES_LOG) or b""
     run.write_atomic(keys.STAGES_LOG, before + (json.dumps(facts) + "\n").encode())
 
@@ -215,5 +217,6 @@ def stage_costs(run: Storage) -> pd.DataFrame:
                 f"{name}_gb": np.nan if line.get(f"{name}_bytes") is None else line[f"{name}_bytes"] / 1e9
                 for name in ("peak", "promised", "read", "written")
             }
-            rows.append({"stage": stage, "seconds": line["seconds"], **gigabytes})
+            engine = str(line.get("engine", ""))
+            rows.append({"stage": stage, "seconds": line["seconds"], **gigabytes, "engine": engine})
     return pd.DataFrame(rows)

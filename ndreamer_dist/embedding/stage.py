@@ -13,6 +13,7 @@ import numpy as np
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.compute.engines import chosen_device, torch_finding
 from ndreamer_dist.compute.executor import Runtime, with_threads
 from ndreamer_dist.embedding.axes import principal_axes
 from ndreamer_dist.errors import StoreError
@@ -38,7 +39,7 @@ def run_embed(run: RunDirectory, settings: Settings, packed: Packed, runtime: Ru
     if not todo:
         return
     _make_arrays(run.storage / keys.EMBEDDING, settings.model.latent, packed)
-    device = "cuda" if runtime.gpus and settings.train.device != "cpu" else "cpu"
+    device = chosen_device(settings.embed.device, "embed.device", runtime, torch_finding)
     stage.map(runtime, _embed, todo, stage, packed, settings, device, num_gpus=1 if device == "cuda" else 0)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -34,6 +34,8 @@ FAR = 1e15
 """Queries beyond this distance, in the index's frame, would overflow float32: they are sifted against all targets."""
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
 """Largest relative error of one rounding."""
+Values = TypeVar("Values", bound=Any)
+"""An array, or a tensor."""
 LARGEST = np.finfo(np.float32).max
 """What stands for no limit: finite, so that an excluded target, at infinity, is beyond it."""
 
@@ -108,8 +110,8 @@ def mapped(function: Callable[[slice], tuple], parts: list[slice], threads: int)
 # --- what float arithmetic can be trusted with -----------------------------------------------------------------------
 
 
-def certain_limit(kth: np.ndarray, norms: np.ndarray, dimensions: int, rounding: float) -> np.ndarray:
-    """Return the computed squared distance beyond which no target can be among a query's k nearest.
+def certain_limit(kth: Values, norms: Values, dimensions: int, rounding: float) -> Values:
+    """Return the computed squared distance beyond which no target can be among a query's k nearest; of arrays or tensors.
 
     A target at distance e has a norm of at most |q| + e, so `|p|^2 - 2 q p + |q|^2` comes out wrong by at most
     E(e) = (d + 16) u (2 |q| + e)^2: d roundings in each sum, a few in adding them, two in moving to the frame. The
@@ -126,8 +128,8 @@ def certain_limit(kth: np.ndarray, norms: np.ndarray, dimensions: int, rounding:
         Largest relative error of one rounding, u.
     """
     factor = (2 * dimensions + 32) * rounding
-    root = np.sqrt(factor)
-    reach = (np.sqrt(np.maximum(kth, 0)) + 2 * root * norms) / (1 - root)  # an upper bound of the true k-th distance
+    root = factor**0.5
+    reach = (kth.clip(0) ** 0.5 + 2 * root * norms) / (1 - root)  # an upper bound of the true k-th distance
     return kth + 2 * factor * (2 * norms + reach) ** 2 + dimensions * 2.0**-120
 
 

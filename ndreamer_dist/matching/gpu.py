@@ -1,144 +1,290 @@
-"""Exact nearest neighbours by FAISS's flat search, on a GPU where there is one.
+"""Exact nearest neighbours on a GPU: FAISS proposes, and what follows decides there, too (METHOD section 6).
 
-Input: queries and targets. Output: the answer of `exact.nearest`, bit for bit. FAISS proposes a few more candidates than
-needed by float32 arithmetic, whose order among near-ties depends on device and tiling. Float64 distances of the original
-coordinates decide among the candidates, and a bound certifies that no better target was missed. `exact.nearest` searches
-the queries that the bound cannot certify.
+Input: queries and a target group, both on the device. Output: the answer of `exact.nearest`, bit for bit. FAISS's flat index
+of the distinct points proposes a few more candidates than needed by float32 arithmetic, whose order among near-ties depends
+on device and tiling. A bound certifies that no better target was missed. Queries that it leaves open are proposed to by
+float64 products, and what these leave open goes to `exact.nearest`. Float64 distances of the original coordinates decide
+among the candidates; they are added in the order in which numpy adds them, one rounding at a time, so device and
+processor agree to the last bit. Only rows and distances leave the device.
 """
 
 from __future__ import annotations
 
-import threading
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
-from ndreamer_dist.matching.exact import (
-    FLOAT32,
-    SPARE,
-    Neighbours,
-    certain_limit,
-    distances_of,
-    exact_squared,
-    k_best,
-    kth_smallest,
-    mapped,
-)
+from ndreamer_dist.compute.engines import faiss_builds
+from ndreamer_dist.matching.exact import FLOAT32, FLOAT64, SPARE, Neighbours, certain_limit, distances_of, nothing_found
 from ndreamer_dist.matching.exact import nearest as nearest_by_cells
+from ndreamer_dist.matching.labels import Placed
+from ndreamer_dist.matching.partition import Index, build_index, distinct_rows
 
-GPU = threading.Lock()
-"""Held while the GPU works for one of this process's threads."""
-QUERY_TILE = 65_536
-"""Queries of one FAISS call."""
-TARGET_BLOCK = 262_144
-"""Targets of one FAISS call; it bounds the memory of their centred copy."""
-
-
-def nearest(
-    queries: np.ndarray, targets: np.ndarray, k: int, *, exclude: np.ndarray | None = None, threads: int = 1
-) -> Neighbours:
-    """Return the k nearest targets of every query, exactly; see `exact.nearest`.
-
-    Parameters
-    ----------
-    threads
-        Threads that settle FAISS's proposals, and search for the queries that they leave open.
-    """
-    if not len(queries) or not len(targets):
-        return nearest_by_cells(queries, targets, k)
-    skipped = np.full(len(queries), -1, dtype=np.int64) if exclude is None else np.asarray(exclude, dtype=np.int64)
-    centre = targets.mean(axis=0, dtype=np.float64)
-    tiles = [slice(start, start + QUERY_TILE) for start in range(0, len(queries), QUERY_TILE)]
-
-    def settle(tile: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return _settled(queries[tile], targets, centre, k, skipped[tile])
-
-    parts = list(mapped(settle, tiles, threads))
-    rows, squared, final = (np.concatenate(values) for values in zip(*parts, strict=True))
-    rows, distances = distances_of(rows, squared)
-    open_ = np.flatnonzero(~final)
-    if len(open_):
-        found = nearest_by_cells(queries[open_], targets, k, exclude=skipped[open_], threads=threads)
-        rows[open_], distances[open_] = found.rows, found.distances
-    return Neighbours(rows, distances, ~final)
+QUERY_TILE = 16_384
+"""Queries whose proposals are settled together."""
+DOUBLE_PAIRS = 2**27
+"""Query-target pairs whose float64 products are held at once: a GiB."""
+MOST_PROPOSED = 2048
+"""Neighbours that FAISS finds on a GPU at most."""
+MORE = 4
+"""Float64 products propose so many times the candidates of FAISS: near copies are ordinary."""
 
 
-def _settled(
-    queries: np.ndarray, targets: np.ndarray, centre: np.ndarray, k: int, skipped: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the best of the proposed candidates, and for which queries they are certainly the best of all."""
-    count = min(len(targets), k + 1 + SPARE)
-    candidates, approximate = propose(queries, targets, centre, count)
-    norms = np.sqrt(((queries - centre) ** 2).sum(axis=1))
-    last = approximate[:, -1].astype(np.float64)
-    approximate[(candidates < 0) | (candidates == skipped[:, None])] = np.inf
-    with np.errstate(invalid="ignore"):
-        limit = certain_limit(kth_smallest(approximate, k), norms, queries.shape[1], FLOAT32)
-    query, place = np.nonzero((approximate <= limit[:, None]) & np.isfinite(approximate))
-    row = candidates[query, place]
-    rows, squared = k_best(len(queries), k, query, row, exact_squared(queries, targets, query, row))
-    # Where FAISS met an infinity it hands out no row at all, so that even a full list proves nothing.
-    whole = (count == len(targets)) & (candidates >= 0).all(axis=1)
-    return rows, squared, np.isfinite(last) & (whole | (last > limit))
+@dataclass(frozen=True)
+class Engine:
+    """Where groups are searched: a torch device, and what makes FAISS's flat index of a width there."""
+
+    device: str
+    flat: Callable[[int], Any]
 
 
-def propose(queries: np.ndarray, targets: np.ndarray, centre: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `count` targets nearest to each query by float32 arithmetic.
+def _flat_on_gpu(width: int) -> Any:
+    import faiss
 
-    Parameters
-    ----------
-    queries, targets
-        (q, d) and (t, d) float32.
-    centre
-        (d,) float64; subtracted from both, so that norms, and with them rounding errors, are small.
-    count
-        Candidates per query, at most t.
-
-    Returns
-    -------
-    rows, squared
-        (q, count) int64 and (q, count) float32, nearest first. No target left out has a smaller float32 squared
-        distance than the last candidate.
-    """
-    rows = np.zeros((len(queries), count), dtype=np.int64)
-    squared = np.full((len(queries), count), np.inf, dtype=np.float32)
-    moved = _centred(queries, centre)
-    for first in range(0, len(targets), TARGET_BLOCK):
-        block = _centred(targets[first : first + TARGET_BLOCK], centre)
-        near, found = _knn(moved, block, min(count, len(block)))
-        rows, squared = _merged(rows, squared, np.where(found < 0, -1, found + first), near, count)
-    return rows, squared
+    return faiss.GpuIndexFlatL2(_resources(), width)
 
 
-def has_gpu() -> bool:
-    """Return whether FAISS is built for a GPU and sees one."""
-    return bool(hasattr(faiss, "knn_gpu") and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0)
+def _flat_on_host(width: int) -> Any:
+    import faiss
+
+    return faiss.IndexFlatL2(width)
 
 
-def _centred(points: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(points.astype(np.float64) - centre, dtype=np.float32)
-
-
-def _knn(queries: np.ndarray, block: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    if has_gpu() and count <= 1024:
-        with GPU:
-            return faiss.knn_gpu(_resources(), queries, block, count)
-    return faiss.knn(queries, block, count)
-
-
-@cache
+@lru_cache(maxsize=1)
 def _resources() -> Any:
-    """Return this process's memory on the GPU, which is costly to make and serves one call at a time."""
+    """Return this process's memory on the GPU, which is costly to make."""
+    import faiss
+
     return faiss.StandardGpuResources()
 
 
-def _merged(
-    rows: np.ndarray, squared: np.ndarray, more: np.ndarray, near: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the `count` smallest of two lists per query; absent entries of the first are infinite."""
-    rows, squared = np.hstack([rows, more]), np.hstack([squared, near])
-    order = np.argsort(squared, axis=1, kind="stable")[:, :count]
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(squared, order, axis=1)
+ENGINES = {"cuda": Engine("cuda", _flat_on_gpu), "cpu": Engine("cpu", _flat_on_host)}
+"""By device. That of processors stands in for a GPU in tests: all but FAISS's kernel is the same."""
+
+
+@lru_cache(maxsize=1)
+def resident(cells: Placed, device: str) -> Placed:
+    """Return the cells with their coordinates on a device, where they stay while this process asks for the same ones."""
+    return Placed(torch.tensor(cells.points, device=ENGINES[device].device), cells.labels)
+
+
+def nearest(
+    queries: np.ndarray, targets: np.ndarray, k: int, *, exclude: np.ndarray | None = None, device: str = "cpu"
+) -> Neighbours:
+    """Return the k nearest targets of every query, exactly; see `exact.nearest`."""
+    if not len(targets):
+        return nearest_by_cells(queries, targets, k)
+    group = GpuIndex(torch.tensor(targets, device=device), ENGINES[device])
+    return group.nearest(torch.tensor(queries, device=device), k, exclude=exclude)
+
+
+class Proposals(NamedTuple):
+    """Candidates of some queries: (q, c) distinct points, -1 for none, and computed squared distances, nearest first.
+
+    No point that is left out has a smaller computed distance than the last candidate. `rounding` is the largest relative
+    error of one rounding of that computation.
+    """
+
+    points: Tensor
+    squared: Tensor
+    rounding: float
+
+
+class Settled(NamedTuple):
+    """The best of the candidates, (q, k) rows and squared distances, and (q,) whether they are the best of all."""
+
+    rows: Tensor
+    squared: Tensor
+    final: Tensor
+
+
+class GpuIndex:
+    """A target group on a device: the distinct points, FAISS's index of them, and the rows behind each.
+
+    Parameters
+    ----------
+    targets
+        (t, d) float32, at least one, on the engine's device.
+    """
+
+    def __init__(self, targets: Tensor, engine: Engine) -> None:
+        import faiss.contrib.torch_utils  # noqa: F401 - lets indexes take tensors
+
+        self._targets = targets
+        order, starts = distinct_rows(targets.cpu().numpy())
+        copies = np.diff(np.append(starts, len(order)))
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.repeat(np.arange(len(starts)), copies)
+        self._order, self._first, self._copies, self._place = (
+            torch.tensor(part, device=targets.device) for part in (order, starts, copies, place)
+        )
+        self._most_copies = int(copies.max())
+        self._points = targets[self._order[self._first]].double()
+        self._centre = targets.double().mean(0)
+        self._flat = engine.flat(targets.shape[1])
+        self._flat.add(self._centred(self._points))
+
+    def _centred(self, points: Tensor) -> Tensor:
+        """Return points about the centre, rounded once to float32: norms, and with them rounding errors, are small."""
+        return (points - self._centre).float().contiguous()
+
+    def nearest(self, queries: Tensor, k: int, *, exclude: np.ndarray | None = None) -> Neighbours:
+        """Return the k nearest targets of every query; see `exact.nearest`.
+
+        Parameters
+        ----------
+        queries
+            (q, d) float32, on the device of the targets.
+        """
+        skipped = np.full(len(queries), -1, dtype=np.int64) if exclude is None else np.asarray(exclude, dtype=np.int64)
+        sent = torch.tensor(skipped, device=queries.device)
+        tiles = [slice(start, start + QUERY_TILE) for start in range(0, len(queries), QUERY_TILE)]
+        parts = [self._search(queries[tile], sent[tile], k) for tile in tiles]
+        if not parts:
+            return Neighbours(*distances_of(*nothing_found(0, k)), np.zeros(0, dtype=bool))
+        rows, distances, widened, open_ = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+        left = np.flatnonzero(open_)
+        if len(left):
+            found = nearest_by_cells(queries[left].cpu().numpy(), self._by_cells, k, exclude=skipped[left])
+            rows[left], distances[left] = found.rows, found.distances
+        return Neighbours(rows, distances, widened)
+
+    @cached_property
+    def _by_cells(self) -> Index:
+        """The same targets for the processor, for the few queries that are left open here."""
+        return build_index(self._targets.cpu().numpy())
+
+    def _search(self, queries: Tensor, skipped: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return rows, distances, which queries FAISS left open, and which are open still."""
+        settled = self._settled(queries, skipped, self._proposed(queries, k), k)
+        open_ = ~settled.final
+        left = open_.nonzero().squeeze(1)
+        for part in self._few(left):
+            again = self._settled(queries[part], skipped[part], self._proposed_in_double(queries[part], k), k)
+            for whole, new in zip(settled, again, strict=True):
+                whole[part] = new
+        none = settled.rows < 0
+        distances = settled.squared.sqrt().masked_fill(none, torch.nan).float()
+        return settled.rows, distances, open_, ~settled.final
+
+    def _few(self, queries: Tensor) -> Iterator[Tensor]:
+        """Cut queries so that their products with all points fit into `DOUBLE_PAIRS`."""
+        return iter(queries.split(max(1, DOUBLE_PAIRS // len(self._points)))) if len(queries) else iter(())
+
+    def _proposed(self, queries: Tensor, k: int) -> Proposals:
+        """Return FAISS's candidates."""
+        count = min(len(self._points), k + 1 + SPARE, MOST_PROPOSED)
+        squared, points = self._flat.search(self._centred(queries.double()), count)
+        return Proposals(points, squared.double(), FLOAT32)
+
+    def _proposed_in_double(self, queries: Tensor, k: int) -> Proposals:
+        """Return candidates by float64 products."""
+        count = min(len(self._points), MORE * (k + 1 + SPARE))
+        moved, points = queries.double() - self._centre, self._points - self._centre
+        squared = torch.baddbmm(
+            (moved.square().sum(1)[:, None] + points.square().sum(1))[None], moved[None], points.T[None], alpha=-2
+        )[0]
+        nearest, found = squared.topk(count, largest=False)
+        return Proposals(found, nearest, FLOAT64)
+
+    def _settled(self, queries: Tensor, skipped: Tensor, proposals: Proposals, k: int) -> Settled:
+        """Return the best candidates, and for which queries they are certainly the best of all."""
+        points, count = proposals.points.clamp_min(0), proposals.points.shape[1]
+        absent = proposals.points < 0
+        own = torch.where(skipped >= 0, self._place[skipped.clamp_min(0)], -1)
+        # A point that is the excluded target alone is no candidate; where it has copies, their row is left out below.
+        alone = (points == own[:, None]) & (self._copies[points] == 1)
+        computed = proposals.squared.masked_fill(absent | alone, torch.inf)
+        kth = computed.kthvalue(k, dim=1).values if count >= k else computed.new_full((len(queries),), torch.inf)
+        norms = (queries.double() - self._centre).square().sum(1).sqrt()
+        limit = certain_limit(kth, norms, queries.shape[1], proposals.rounding)
+        last = proposals.squared[:, -1]
+        # Where FAISS met an infinity it hands out no point at all, so that even a full list proves nothing.
+        whole = ~absent.any(1) if count == len(self._points) else torch.zeros_like(last, dtype=torch.bool)
+        rows, squared = self._ranked(queries, skipped, points, absent, k)
+        return Settled(rows, squared, last.isfinite() & (whole | (last > limit)))
+
+    def _ranked(
+        self, queries: Tensor, skipped: Tensor, points: Tensor, absent: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the k best rows behind the candidates by exact distance and then by row, and their squared distances."""
+        copy = torch.arange(min(self._most_copies, k + 1), device=points.device)  # one for the excluded row
+        held = self._copies[points][..., None]
+        row = self._order[self._first[points][..., None] + torch.minimum(copy, held - 1)]
+        none = (copy >= held) | absent[..., None] | (row == skipped[:, None, None])
+        difference = (queries.double()[:, None] - self._points[points]).square_()
+        exact = summed_as_numpy(difference)[..., None].expand_as(row).masked_fill(none, torch.inf).flatten(1)
+        row, by_row = row.masked_fill(none, torch.iinfo(row.dtype).max).flatten(1).sort(dim=1)
+        squared, by_distance = exact.gather(1, by_row).sort(dim=1, stable=True)
+        row = row.gather(1, by_distance).masked_fill_(squared.isinf(), -1)
+        wider = max(0, k - row.shape[1])
+        return functional.pad(row[:, :k], (0, wider), value=-1), functional.pad(
+            squared[:, :k], (0, wider), value=torch.inf
+        )
+
+
+def summed_as_numpy(values: Tensor) -> Tensor:
+    """Return the sums over the last dimension, added in the order of `numpy.sum` over contiguous rows.
+
+    Up to 128 numbers are added in eight columns, whose sums are added in pairs; more are halved. Each addition is an
+    operation of its own, so that no compiler contracts it with another.
+    """
+    count = values.shape[-1]
+    if count < 8:
+        total = values.new_zeros(values.shape[:-1])
+        for number in values.unbind(-1):
+            total = total + number
+        return total
+    if count > 128:
+        half = count // 2 - count // 2 % 8
+        return summed_as_numpy(values[..., :half]) + summed_as_numpy(values[..., half:])
+    columns = values[..., :8]
+    for start in range(8, count - count % 8, 8):
+        columns = columns + values[..., start : start + 8]
+    while columns.shape[-1] > 1:
+        columns = columns[..., ::2] + columns[..., 1::2]
+    total = columns[..., 0]
+    for number in values[..., count - count % 8 :].unbind(-1):
+        total = total + number
+    return total
+
+
+# --- may a GPU be trusted with it? -----------------------------------------------------------------------------------
+
+
+def faiss_finding() -> str | None:
+    """Return what keeps FAISS, or torch, from searching on this process's GPU; see `engines.chosen_device`."""
+    import faiss
+
+    from ndreamer_dist.compute.engines import torch_finding
+
+    builds = faiss_builds()
+    if not hasattr(faiss, "GpuIndexFlatL2"):
+        both = ", which are in each other's way: uninstall both first" if len(builds) > 1 else ""
+        return f"{' and '.join(builds) or 'FAISS'} cannot use a GPU{both}; install faiss-gpu in place of faiss-cpu"
+    wrong = torch_finding()
+    if wrong:
+        return wrong
+    if faiss.get_num_gpus() == 0:
+        return f"{builds[0] if builds else 'FAISS'} sees no GPU; it needs NVIDIA driver 525 or later"
+    return search_finding("cuda")
+
+
+def search_finding(device: str) -> str | None:
+    """Return whether a search on a device errs by more than the certificate allows for."""
+    points = np.random.default_rng(0).normal(size=(64, 50)).astype(np.float32)
+    group = GpuIndex(torch.tensor(points, device=device), ENGINES[device])
+    proposed = group._proposed(torch.tensor(points, device=device), 1)
+    squared, rows = proposed.squared.cpu().numpy(), proposed.points.cpu().numpy()
+    exact = ((points[:, None].astype(np.float64) - points[rows]) ** 2).sum(axis=2)
+    norms = np.sqrt(((points - points.mean(axis=0, dtype=np.float64)) ** 2).sum(axis=1))
+    over = certain_limit(exact, norms[:, None], points.shape[1], FLOAT32) - exact
+    if (np.abs(squared - exact) <= over).all():
+        return None
+    return "FAISS's float32 distances err by more than IEEE's; unset NVIDIA_TF32_OVERRIDE and what emulates products"

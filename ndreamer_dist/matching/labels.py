@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,19 +28,19 @@ UNEVEN = 5
 """A label that is so many times as frequent among treated cells as among controls, or the other way round, is warned of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placed:
     """What cells are matched by, in packed order.
 
     Attributes
     ----------
     points
-        (cells, d) float32 coordinates in the matching space.
+        (cells, d) float32 coordinates in the matching space; an array, or a tensor on the device that searches.
     labels
         (cells,) codes of the labels that cells are matched inside, -1 for none; without `match.within` there are none.
     """
 
-    points: np.ndarray
+    points: Any
     labels: np.ndarray | None = None
 
     @property

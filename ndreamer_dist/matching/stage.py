@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -24,9 +27,9 @@ from threadpoolctl import threadpool_limits
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.obsm import CellLabels
+from ndreamer_dist.compute.engines import Device, chosen_device
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import RunError, StoreError, shown
-from ndreamer_dist.matching import gpu
 from ndreamer_dist.matching.exact import Neighbours, nearest
 from ndreamer_dist.matching.hubs import MOST_QUERIES, Remoteness, nearest_corrected
 from ndreamer_dist.matching.labels import (
@@ -45,6 +48,9 @@ from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import ensure_array, open_array, read_array, shard_files, write_array, write_part
 from ndreamer_dist.storage.files import Storage
 
+if TYPE_CHECKING:
+    from ndreamer_dist.matching.gpu import GpuIndex
+
 logger = logging.getLogger(__name__)
 
 Pairs = Sequence[tuple[int, int]]
@@ -58,6 +64,8 @@ EDGE_DISTANCES = 2_000_000
 """What an edge costs besides its distances, in distances: files to write."""
 CROWDED = 0.04
 """More neighbours than this share of a group's cells are worth a warning."""
+WRITERS = 8
+"""Threads that write what a GPU finds; on object storage each waits for several answers a file."""
 BATCH_QUERIES = 65_536
 """Queries of a target group that are searched together."""
 FEW_INSIDE = 0.8
@@ -322,13 +330,24 @@ def _search(
     _make_arrays(run.storage / keys.MATCHES, settings, design)
     labels = None if settings.match.within is None else read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)
     cells = Placed(coordinates(run, settings.embed.method), labels)
-    # What is corrected for hubs is searched by processors.
-    gpus = 1.0 if runtime.gpus and gpu.has_gpu() and settings.match.hubs == "none" else 0.0
-    parts = units(todo, settings, design, workers=runtime.gpus if gpus else runtime.cpus)
+    device = _device(settings, runtime)
+    on_gpus = device == "cuda"
+    parts = units(todo, settings, design, workers=runtime.gpus if on_gpus else runtime.cpus)
     counts: dict[str, dict[str, int]] = {}
-    for found in runtime.map(search_unit, parts, run, settings, design, key, cells, title="match", num_gpus=gpus):
+    for found in runtime.map(
+        search_unit, parts, run, settings, design, key, cells, device, title="match", num_gpus=float(on_gpus)
+    ):
         counts |= found
     return counts
+
+
+def _device(settings: Settings, runtime: Runtime) -> Device:
+    """Return where edges are searched; what is corrected for hubs is searched by processors."""
+    if settings.match.hubs != "none":
+        return chosen_device("cpu", "match.device", runtime, lambda: None)
+    from ndreamer_dist.matching.gpu import faiss_finding
+
+    return chosen_device(settings.match.device, "match.device", runtime, faiss_finding)
 
 
 def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
@@ -352,25 +371,65 @@ def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
 
 
 def search_unit(
-    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, cells: Placed
+    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, cells: Placed, device: Device
 ) -> dict[str, dict[str, int]]:
-    """Search a unit's edge tiles, write and mark them, and return their counts, by shard."""
+    """Search a unit's edge tiles, write and mark them, and return their counts, by shard.
+
+    What a GPU has found is written by threads, while it searches on.
+    """
     counts: dict[str, dict[str, int]] = {}
     arrays: dict[str, zarr.Array[Any]] = {}
     remote_from = Remoteness(cells.points, design.starts, cells.labels, threads=settings.run.task_threads)
-    with threadpool_limits(1):  # cells then come out the same whatever `run.task_threads` says
+    there = _placed_on(device, cells)
+
+    def finish(shard: Shard, found: Found) -> None:
+        _write(shard.task, found, run, settings, design, arrays)
+        counts[shard.name] = found.counts
+        run.mark(keys.STAGE_MATCH, key, shard, found.counts)
+
+    # Cells then come out the same whatever `run.task_threads` says.
+    with threadpool_limits(1), _written_by(WRITERS if device == "cuda" else 0) as write:
         for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
             group = design.groups[target]
-            search = Searcher(cells.of(slice(group.start, group.stop)), settings)
+            search = Searcher(there.of(slice(group.start, group.stop)), settings, device)
             for batch in alike(list(shards), settings, design):
                 edge = batch[0].task
                 remote = partial(remote_from.of, edge.target, edge.query) if is_corrected(edge, settings) else None
-                searched = _search_batch(batch, search, cells, settings, design, remote)
+                searched = _search_batch(batch, search, there, settings, design, remote)
                 for shard, found in zip(batch, searched, strict=True):
-                    _write(shard.task, found, run, settings, design, arrays)
-                    counts[shard.name] = found.counts
-                    run.mark(keys.STAGE_MATCH, key, shard, counts[shard.name])
+                    write(finish, shard, found)
     return counts
+
+
+def _placed_on(device: Device, cells: Placed) -> Placed:
+    """Return the cells with their coordinates where they are searched."""
+    if device == "cpu":
+        return cells
+    from ndreamer_dist.matching.gpu import resident
+
+    return resident(cells, device)
+
+
+@contextmanager
+def _written_by(threads: int) -> Iterator[Callable[..., object]]:
+    """Give a function that calls another one by one of some threads, or at once where there is none; all end here.
+
+    Few calls wait at a time, so that what is to be written does not pile up. What one of them raises is raised.
+    """
+    if not threads:
+        yield lambda function, *args: function(*args)
+        return
+    waiting: deque[Future[object]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+
+        def call(function: Callable[..., object], *args: object) -> None:
+            waiting.append(pool.submit(function, *args))
+            while len(waiting) > 4 * threads:
+                waiting.popleft().result()
+
+        yield call
+        for future in waiting:
+            future.result()
 
 
 @dataclass(frozen=True)
@@ -389,9 +448,10 @@ RemoteFrom = Callable[[int], np.ndarray]
 class Searcher:
     """Searches one target group as the settings ask; the index of a label's cells, or of all, is made once."""
 
-    def __init__(self, targets: Placed, settings: Settings) -> None:
-        self._targets, self._settings = targets, settings
+    def __init__(self, targets: Placed, settings: Settings, device: Device = "cpu") -> None:
+        self._targets, self._settings, self._device = targets, settings, device
         self._indexes: dict[int, Index] = {}
+        self._on_gpu: dict[int, GpuIndex] = {}
 
     def search(self, queries: Placed, k: int, *, exclude: np.ndarray, remote: RemoteFrom | None = None) -> Neighbours:
         """Return the neighbours of queries.
@@ -417,12 +477,12 @@ class Searcher:
         return nearest_by_stratum(strata, len(queries.points), k, inside)
 
     def _search(
-        self, stratum: Stratum, queries: np.ndarray, k: int, exclude: np.ndarray, remote: RemoteFrom | None
+        self, stratum: Stratum, queries: Any, k: int, exclude: np.ndarray, remote: RemoteFrom | None
     ) -> Neighbours:
         """Return the neighbours of a stratum's queries among its targets; rows are counted among these."""
         threads = self._settings.run.task_threads
-        if gpu.has_gpu() and self._settings.match.hubs == "none":
-            return gpu.nearest(queries, self._points(stratum), k, exclude=exclude, threads=threads)
+        if self._device == "cuda":
+            return self._group_on_gpu(stratum).nearest(queries, k, exclude=exclude)
         if stratum.label not in self._indexes:
             self._indexes[stratum.label] = build_index(self._points(stratum))
         index = self._indexes[stratum.label]
@@ -430,7 +490,14 @@ class Searcher:
             return nearest_corrected(queries, index, remote(stratum.label), k, threads=threads)
         return nearest(queries, index, k, exclude=exclude, threads=threads)
 
-    def _points(self, stratum: Stratum) -> np.ndarray:
+    def _group_on_gpu(self, stratum: Stratum) -> GpuIndex:
+        from ndreamer_dist.matching.gpu import ENGINES, GpuIndex
+
+        if stratum.label not in self._on_gpu:
+            self._on_gpu[stratum.label] = GpuIndex(self._points(stratum), ENGINES[self._device])
+        return self._on_gpu[stratum.label]
+
+    def _points(self, stratum: Stratum) -> Any:
         return self._targets.points if stratum.targets is None else self._targets.points[stratum.targets]
 
 

@@ -70,6 +70,8 @@ class Plan:
         Processors that the promise counts with, and who limits them and the memory: SLURM, a cgroup, a setting, ...
     runtime
         Where the work is done, and why.
+    engines
+        What computes on this machine: builds of torch and FAISS, and whether there is a GPU.
     took
         Seconds that stages took in the run directory before, or will take by their speed there.
     within
@@ -100,6 +102,7 @@ class Plan:
     cpus_source: str = ""
     memory_source: str = ""
     runtime: str = ""
+    engines: str = ""
     took: tuple[tuple[str, float], ...] = ()
     within: str | None = None
 
@@ -137,6 +140,7 @@ class Plan:
             f"training   {self._training()}",
             *([f"not run    {', '.join(self.left_out)}: {shown(self.embedding)} needs none"] if self.left_out else []),
             *([f"works in   {self.runtime}"] if self.runtime else []),
+            *([f"engines    {self.engines}"] if self.engines else []),
         ]
 
     def _place(self) -> str:
@@ -186,6 +190,7 @@ def plan_of(
     memory_free: int | None = None,
     disk_free: int | None = None,
     runtime: str = "",
+    engines: str = "",
     took: Mapping[str, float] | None = None,
 ) -> Plan:
     """Return the plan of a cohort.
@@ -227,6 +232,7 @@ def plan_of(
         left_out=tuple(stage for stage in keys.STAGES if stage not in stages),
         cpus=cpus,
         runtime=runtime,
+        engines=engines,
         took=tuple((took or {}).items()),
         within=settings.match.within,
     )

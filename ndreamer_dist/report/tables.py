@@ -341,6 +341,7 @@ def timings_table(results: Results) -> Table | None:
         text("stage", "stage"),
         number("seconds", "seconds", lambda value: f"{value:.1f}", "of the call that finished the stage"),
         number("peak_gb", "peak memory", lambda value: f"{value:.2f} GB", "of the driver's machine, all processes"),
+        text("engine", "worked on"),
     ]
     return table_of(frame, "What the stages took", columns)
 

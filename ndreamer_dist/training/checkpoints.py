@@ -49,7 +49,8 @@ class Schedule:
     def due(self, step: int) -> bool:
         """Return whether a checkpoint follows this step; every worker must ask after every step, and all hear the same."""
         late, self.stopping = self._asked(step)
-        if step % self._steps and not late and not self.stopping:
+        by_steps = self._steps is not None and step % self._steps == 0
+        if not by_steps and not late and not self.stopping:
             return False
         self._last = self._clock()
         return True

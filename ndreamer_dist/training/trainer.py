@@ -20,6 +20,7 @@ import torch
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.compute.engines import chosen_device, torch_finding
 from ndreamer_dist.compute.executor import WORKER_CPUS, Runtime, check_layout, own_cause
 from ndreamer_dist.compute.signals import StopRequest, deferred_stop
 from ndreamer_dist.errors import DamagedError
@@ -186,9 +187,8 @@ def _train_on_ray(
     from ndreamer_dist.training.process_group import NodeNetwork
 
     check_layout(settings.train, runtime.cpus, lambda: runtime.gpus)
-    use_gpu = settings.train.device == "cuda" or (
-        settings.train.device == "auto" and runtime.gpus >= settings.train.workers
-    )
+    device = chosen_device(settings.train.device, "train.device", runtime, torch_finding, least=settings.train.workers)
+    use_gpu = device == "cuda"
     with remote_screen(plan, runtime, run.name, stop) as display, _failures_told(run):
         trainer = TorchTrainer(
             _worker,
@@ -303,6 +303,8 @@ def _worker(config: dict[str, Any]) -> str | None:
         return str(error)
     except TrainingStopped:
         return STOPPED
+    except torch.OutOfMemoryError as error:  # a retry would meet the same memory
+        return f"the GPU's memory will not do ({str(error).splitlines()[0]}); use fewer cells a step: train.batch_size"
     return None
 
 

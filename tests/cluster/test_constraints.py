@@ -16,7 +16,7 @@ from tests.cluster.manifests import ROOT
 TOLD = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = TOLD["project"]["optional-dependencies"]
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-IN_EVERY_TEST = ("s3", "cluster", "test", "dev")
+IN_EVERY_TEST = ("cpu", "s3", "cluster", "test", "dev")
 """What README's test command installs; `bench` is looked at as far as it is there."""
 
 

@@ -70,13 +70,11 @@ def test_a_target_runs_as_nobody_in_particular(target: str) -> None:
 def test_every_installed_package_is_pinned(target: str) -> None:
     lines = [*stages()["wheel"], *chain(target)]
     installs = [words for line in lines for words in re.findall(r"pip install[^&]*", line)]
-    assert len(installs) >= 3
+    assert len(installs) >= 2
     for words in installs:
         assert " -c constraints.txt " in f"{words} "
-    swapped = [word for words in installs for word in words.split() if word.strip('"').startswith("faiss-gpu")]
-    assert all("==" in word for word in swapped)
-    assert bool(swapped) == (target == "gpu")
-    for name in ("torch", "ray", "hatchling"):
+    assert installs[-1].split()[-1].endswith(f'[{target},s3,cluster]"')  # one build of FAISS, never both
+    for name in ("torch", "ray", "hatchling", f"faiss-{target}"):
         assert pinned(name)
     # In isolation pip would take the newest build backend.
     assert all("--no-build-isolation" in line for line in lines if "pip wheel" in line)

@@ -132,7 +132,7 @@ def test_the_only_cell_of_a_group_has_no_other(engine):
 
 CUTS = [
     (exact, "QUERY_TILE", 50), (exact, "SCAN_PAIRS", 1000), (exact, "EXACT_PAIRS", 50), (exact, "SPARE", 2),
-    (gpu, "QUERY_TILE", 64), (gpu, "TARGET_BLOCK", 100),
+    (gpu, "QUERY_TILE", 64), (gpu, "DOUBLE_PAIRS", 1000), (gpu, "SPARE", 1), (gpu, "MORE", 1),
 ]  # fmt: skip
 
 

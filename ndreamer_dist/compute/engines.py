@@ -1,0 +1,193 @@
+"""What computes: processors, or GPUs that have been tried; and the FAISS that is installed.
+
+A GPU that Ray counts may be of no use: the driver may be too old for torch, or a wheel may hold no code for the GPU. FAISS
+then ends its process without an exception. So a child process tries a GPU first, and what is wrong with it is one line.
+With `auto` processors do the work then; with `cuda` the run ends with that line, and nothing is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from ndreamer_dist.compute.events import stage_now
+from ndreamer_dist.compute.executor import Runtime
+from ndreamer_dist.compute.machine import gpu_is_shown
+from ndreamer_dist.errors import ResourceError
+
+Device = Literal["cpu", "cuda"]
+Finding = Callable[[], str | None]
+"""Says what keeps a GPU from being used, if anything; it is called in a process of its own."""
+
+TRIAL_SECONDS = 90
+"""How long a trial of a GPU may take; it loads torch or FAISS and makes a CUDA context, seconds each."""
+LEAST_GPU_BYTES = 3 * 2**30
+"""Free memory that a GPU must have: a training step of the paper's size takes half of it."""
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""The NVIDIA driver that each CUDA needs at least."""
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+FAISS_BUILDS = ("faiss-cpu", "faiss-gpu")
+MARK = "finding: "
+"""What stands before a trial's answer on its standard output."""
+
+logger = logging.getLogger(__name__)
+
+
+def faiss_builds() -> list[str]:
+    """Return which builds of FAISS are installed, with their versions."""
+    return [f"{name} {found}" for name in FAISS_BUILDS if (found := _version(name))]
+
+
+def require_faiss() -> None:
+    """Refuse to begin where no FAISS is installed.
+
+    Raises
+    ------
+    ResourceError
+        The message says which of the two builds to install.
+    """
+    if find_spec("faiss") is None:
+        msg = (
+            'no FAISS is installed; run pip install "ndreamer-dist[cpu]", or on a machine with an NVIDIA GPU '
+            'pip install "ndreamer-dist[gpu]"'
+        )
+        raise ResourceError(msg)
+
+
+def engines_here() -> str:
+    """Return what would compute on this machine, in one line, without loading it."""
+    faiss = " and ".join(faiss_builds()) or "FAISS of another package"
+    gpu = f"an NVIDIA GPU, driver {_driver() or 'unknown'}" if gpu_is_shown() else "no GPU"
+    return f"torch {_version('torch')}, {faiss}; {gpu}"
+
+
+def chosen_device(wanted: str, setting: str, runtime: Runtime, finding: Finding, *, least: int = 1) -> Device:
+    """Return where a stage works, and log it.
+
+    Parameters
+    ----------
+    wanted
+        `cpu`, `cuda`, or `auto`, which takes GPUs where there are enough that work.
+    setting
+        Name of the setting that says so.
+    finding
+        Tries a GPU.
+    least
+        GPUs that are needed.
+
+    Raises
+    ------
+    ResourceError
+        GPUs are asked for, and there are too few or they do not work.
+    """
+    device: Device = "cpu"
+    why = f"{setting} is cpu"
+    if wanted != "cpu":
+        why = _what_is_wrong(runtime, finding, least)
+        device = "cpu" if why else "cuda"
+    if wanted == "cuda" and why:
+        msg = f"{why}; processors do the same work: --set {setting}=cpu"
+        raise ResourceError(msg)
+    if wanted == "auto" and why and runtime.gpus:
+        logger.warning("%s: processors take over: %s", setting, why)
+    _tell(f"{runtime.gpus} GPU{'s' if runtime.gpus > 1 else ''}" if device == "cuda" else "processors")
+    return device
+
+
+def _tell(engine: str) -> None:
+    """Log what the stage works on, and keep it for the stage's line in the log of stages."""
+    stage = stage_now()
+    if stage is not None:
+        stage.engine = engine
+        logger.info("%s: works on %s", stage.name, engine)
+
+
+def _what_is_wrong(runtime: Runtime, finding: Finding, least: int) -> str:
+    """Return why GPUs cannot be used; empty where they can."""
+    if runtime.gpus < least:
+        return f"{least} GPU{'s are' if least > 1 else ' is'} needed and Ray has {runtime.gpus}"
+    return "; ".join(_tried(cast("Hashable", runtime), finding))
+
+
+@lru_cache(maxsize=8)
+def _tried(runtime: Any, finding: Finding) -> tuple[str, ...]:
+    """Return what is wrong with GPUs, from one trial for each; stages of a run share it."""
+    answers = set(runtime.map(tried_apart, [finding] * runtime.gpus, title="trial of GPUs", num_gpus=1))
+    return tuple(sorted(answer for answer in answers if answer))
+
+
+def tried_apart(finding: Finding, seconds: float = TRIAL_SECONDS) -> str | None:
+    """Call a finding in a process of its own and return its answer; that the process ends or hangs is an answer too."""
+    module, name = finding.__module__, finding.__qualname__
+    program = f"from {module} import {name}; print({MARK!r} + ({name}() or ''))"
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"the trial of the GPU did not end within {seconds:.0f} s"
+    answers = [line.removeprefix(MARK) for line in child.stdout.splitlines() if line.startswith(MARK)]
+    if child.returncode == 0 and answers:
+        return answers[-1] or None
+    said = (child.stderr.strip().splitlines() or ["nothing was said"])[-1]
+    return f"the trial of the GPU ended with code {child.returncode} ({said[:300]})"
+
+
+# --- trials, each in a process of its own ----------------------------------------------------------------------------
+
+
+def torch_finding() -> str | None:
+    """Return what keeps torch from this process's GPU: its build, the driver, missing code, memory, or rounding."""
+    if (_version("torch") or "").endswith("+cpu"):
+        return f"torch {_version('torch')} is built for processors; install the build for CUDA (pip install torch)"
+    import torch
+
+    if not torch.cuda.is_available():
+        needed = OLDEST_DRIVER.get(int((torch.version.cuda or "0").split(".")[0]))
+        asked = f", which needs NVIDIA driver {needed} or later" if needed else ""
+        return f"torch {torch.__version__} is built for CUDA {torch.version.cuda}{asked}; found driver {_driver() or 'none'}"
+    try:
+        free, _ = torch.cuda.mem_get_info()
+        if free < LEAST_GPU_BYTES:
+            return f"the GPU has {free / 1e9:.1f} GB of memory free, and {LEAST_GPU_BYTES / 1e9:.1f} GB are needed"
+        return product_finding("cuda")
+    except RuntimeError as error:  # no code for this GPU, a lost device
+        name = torch.cuda.get_device_name()
+        return f"torch {torch.__version__} does not run on {name}: {str(error).splitlines()[0]}"
+
+
+def product_finding(device: str) -> str | None:
+    """Return whether float32 products on a device round coarser than IEEE allows, as with TF32."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 64, 512, generator=generator)
+    exact, sizes = a.double() @ b.double().T, a.abs().double() @ b.abs().double().T
+    error = ((a.to(device) @ b.to(device).T).cpu().double() - exact).abs()
+    if bool((error <= 512 * 2.0**-24 * sizes).all()):
+        return None
+    return "float32 products are rounded coarser than IEEE's; unset NVIDIA_TF32_OVERRIDE and what emulates products"
+
+
+def _driver() -> str | None:
+    """Return the version of the NVIDIA driver; none where there is none to be seen."""
+    try:
+        found = re.search(r"\s(\d{3}\.[\d.]+)\s", DRIVER_FILE.read_text())
+    except OSError:
+        return None
+    return found and found.group(1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

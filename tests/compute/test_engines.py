@@ -1,0 +1,102 @@
+"""A GPU is tried before it is trusted, keeps its process, and what is wrong with it is one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ndreamer_dist.compute import engines
+from ndreamer_dist.compute.engines import chosen_device, product_finding, require_faiss, torch_finding, tried_apart
+from ndreamer_dist.compute.executor import RayRuntime
+from ndreamer_dist.errors import ResourceError
+from ndreamer_dist.settings import RunSettings
+
+SECONDS = 0.3
+
+
+def fit() -> None:
+    """A trial of a GPU that works."""
+
+
+def aborts() -> None:
+    os.abort()  # what FAISS does where a wheel holds no code for the GPU
+
+
+def hangs() -> None:
+    time.sleep(60)
+
+
+def at_work(_: int, shared: list[int]) -> tuple[int, str, int]:
+    time.sleep(SECONDS)
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], id(shared)
+
+
+@pytest.fixture
+def runtime(ray_token: None) -> Iterator[RayRuntime]:
+    """A Ray that counts two GPUs, on a machine that has none."""
+    import ray
+
+    ray.shutdown()
+    ray.init(
+        address="local", num_cpus=2, num_gpus=2, object_store_memory=128 * 2**20, include_dashboard=False,
+        log_to_driver=False, logging_level="ERROR",
+    )  # fmt: skip
+    yield RayRuntime(RunSettings(progress=False))
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_on_ray_a_process_keeps_its_gpu_and_one_that_torch_cannot_use_is_one_line(
+    runtime: RayRuntime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = list(runtime.map(at_work, range(12), [0], title="work", num_gpus=1))
+    assert len(answers) == 12
+    assert {device for _, device, _ in answers} == {"0", "1"}
+    assert len(set(answers)) == 2  # a process, its device, and what is shared, made once
+    if torch.version.cuda is None:
+        started = time.monotonic()
+        with caplog.at_level(logging.WARNING):
+            assert chosen_device("auto", "match.device", runtime, torch_finding) == "cpu"
+        assert "match.device: processors take over: torch" in caplog.text
+        with pytest.raises(ResourceError, match=r"built for processors; .*--set train.device=cpu"):
+            chosen_device("cuda", "train.device", runtime, torch_finding)
+        assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("finding", "answer"),
+    [(fit, None), (aborts, "ended with code -6"), (hangs, "did not end within 4 s")],
+    ids=["fit", "aborts", "hangs"],
+)
+def test_a_trial_survives_what_it_tries(finding: Any, answer: str | None) -> None:
+    found = tried_apart(finding, 4 if finding is hangs else 60)
+    assert found is None if answer is None else answer in str(found)
+
+
+def test_coarse_products_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert product_finding("cpu") is None
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _: tensor.bfloat16().float())
+    assert "rounded coarser" in str(product_finding("cpu"))
+
+
+def test_where_no_faiss_is_installed_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda _: None)
+    with pytest.raises(ResourceError, match=r"no FAISS is installed; .*\[cpu\].*\[gpu\]"):
+        require_faiss()
+
+
+def test_the_driver_that_is_found_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    file = tmp_path / "version"
+    file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n")
+    monkeypatch.setattr(engines, "DRIVER_FILE", file)
+    monkeypatch.setattr(engines, "_version", lambda name: {"torch": "2.13.0"}.get(name))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = str(torch_finding())
+    assert "CUDA 13.0, which needs NVIDIA driver 580 or later; found driver 550.54.15" in found
