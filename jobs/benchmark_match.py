@@ -1,15 +1,14 @@
 """How many matches a second: one k-d tree query per cell, and this package's search, on the same points in one run.
 
     python jobs/benchmark_match.py NAIVE_MATCH.py [--problems 20000/8 60000/4] [--rounds 3] [--engines]
-        [--run RUN_DIRECTORY] [--large 1000000/80] [--stage 100000/8] [--gpu 1378211/89]
+        [--run RUN_DIRECTORY] [--large 1000000/80] [--stage 100000/8]
 
 NAIVE_MATCH.py is the yardstick: a module with `points(cells, dims)`, whose command line takes `--cells` and `--groups`
 and prints cell-group matches per second. Of each problem (cells / groups) every cell is matched in every group, its own
 among them (there the nearest other cell); what is timed includes making the indexes. "2 tasks" are two processes of one
 thread, as Ray runs them; "2 threads" is one task with `run.task_threads=2`. Then the same for crowds of 500 near
 copies, and for a real embedding where a run directory is given. `--large` times a sample of target groups and says what
-all of them would take; `--stage` runs the stage itself, files and all, on a local Ray; `--gpu` does a whole problem by
-FAISS on a GPU.
+all of them would take; `--stage` runs the stage itself, files and all, on a local Ray (jobs/gpu_check.py does so on GPUs).
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ from threadpoolctl import threadpool_limits
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.compute.executor import choose_runtime
-from ndreamer_dist.matching import gpu
 from ndreamer_dist.matching.exact import nearest
 from ndreamer_dist.matching.partition import build_index
 from ndreamer_dist.matching.stage import run_match
@@ -84,8 +82,6 @@ def main() -> None:
         large(spread(f"{cells} cells / {groups} groups", naive.points(cells, DIMS), groups))
     for cells, groups in given.stage:
         stage(naive.points(cells, DIMS), groups)
-    for cells, groups in given.gpu:
-        on_gpu(spread(f"{cells} cells / {groups} groups", naive.points(cells, DIMS), groups))
 
 
 def arguments() -> argparse.Namespace:
@@ -96,7 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", action="store_true", help="other ways to search, for comparison")
     parser.add_argument("--run", type=Path, help="run directory whose embedding is matched, too")
-    for name in ("large", "stage", "gpu"):
+    for name in ("large", "stage"):
         parser.add_argument(f"--{name}", type=shape, nargs="*", default=[], metavar="CELLS/GROUPS")
     return parser.parse_args()
 
@@ -296,24 +292,6 @@ def stage(points: np.ndarray, groups: int) -> None:
         f"\nthe stage: {groups} groups of {cells} cells, {groups**2} edges: {seconds:.1f} s on {runtime.cpus} tasks, "
         f"{groups**2 * cells / seconds:,.0f} matches/s with all files written ({size / 1e6:.0f} MB); "
         f"load {os.getloadavg()[0]:.1f}"
-    )
-
-
-def on_gpu(problem: Problem) -> None:
-    """Do a whole problem by FAISS on a GPU, as many threads settling its proposals as there are processors."""
-    if not gpu.has_gpu():
-        print(f"\n{problem.name}: FAISS sees no GPU here")
-        return
-    threads = len(os.sched_getaffinity(0))
-    gpu.nearest(problem.points[:1000], problem.points[:1000], 1)
-    begun, widened = time.perf_counter(), 0
-    for group, rows in enumerate(problem.groups):
-        found = gpu.nearest(problem.points, problem.points[rows], 1, exclude=excluded(problem, group), threads=threads)
-        widened += int(found.widened.sum())
-    seconds = time.perf_counter() - begun
-    print(
-        f"\n{problem.name} on a GPU: {seconds:.1f} s, {problem.matches / seconds:,.0f} matches/s, "
-        f"{widened / problem.matches:.2%} left open by FAISS"
     )
 
 

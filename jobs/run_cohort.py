@@ -16,7 +16,7 @@ cluster (`RAY_AUTH_MODE=token` and `RAY_AUTH_TOKEN_PATH=FILE`), and the YAML fil
     normalise: auto
     redo: false                        # run stages whose settings changed again
     settings:                          # any setting, by stage; what `ndreamer-dist run --set stage.name=value` takes
-      train: {workers: 4, device: cuda}
+      train: {device: cuda}
       run: {cpus: 32, gpus: 4}         # what an autoscaled cluster may grow to
 
 The driver runs on the head and asks for no processor of its own (no `--entrypoint-num-cpus`), so a head without any

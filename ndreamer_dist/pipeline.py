@@ -205,14 +205,15 @@ def plan(
         size,
         input_groups=input_sizes(source, made.cohort),
         runtime=str(choice),
-        engines=engines_here(),
         took=_times(directory) if directory is not None else {},
         **_machine(made),
         memory_free=limit.amount,
         disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
     )
     notes = tuple(note for note in (seen, *source.notes) if note)
-    return replace(planned, notes=notes, cpus_source=_processors(made).source, memory_source=limit.source)
+    return replace(
+        planned, notes=notes, engines=engines_here(), cpus_source=_processors(made).source, memory_source=limit.source
+    )
 
 
 def _times(run: RunDirectory) -> dict[str, float]:

@@ -75,7 +75,10 @@ def place() -> str:
 
 @dataclass
 class Counts:
-    """What was seen: operations by name, and in order with their shapes; waits, mixed devices and copies with their places."""
+    """What was seen: operations by name, and in order with their shapes; waits, mixed devices and copies with their places.
+
+    `began` and `sizes` are for the caller to note where something began, and of what sizes it was.
+    """
 
     operations: collections.Counter = field(default_factory=collections.Counter)
     order: list[tuple] = field(default_factory=list)
@@ -83,6 +86,8 @@ class Counts:
     mixed: list[tuple[str, str]] = field(default_factory=list)
     copies: list[tuple[str, int, str]] = field(default_factory=list)
     bytes: int = 0
+    began: int = 0
+    sizes: tuple[int, ...] = ()
 
     def copied(self, way: str) -> list[int]:
         """Return the bytes of each copy `in` to the device or `out` of it."""
@@ -109,6 +114,9 @@ class Device(Counts, TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # in inference mode it comes in one piece
+                return func.decompose(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         made_there = asked is not None and asked.type in ("cuda", "meta")

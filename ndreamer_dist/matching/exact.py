@@ -29,12 +29,12 @@ EXACT_PAIRS = 2048
 WIDEST = 4
 """Entries of a table of pairs per pair, up to which sorting along its rows beats sorting all pairs."""
 FOLD = 4
-"""Values per neighbour among which the k-th smallest is sought; where these are few, the limit is looser."""
+"""Numbers per neighbour among which the k-th smallest is sought; where these are few, the limit is looser."""
 FAR = 1e15
 """Queries beyond this distance, in the index's frame, would overflow float32: they are sifted against all targets."""
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
 """Largest relative error of one rounding."""
-Values = TypeVar("Values", bound=Any)
+Numbers = TypeVar("Numbers", bound=Any)
 """An array, or a tensor."""
 LARGEST = np.finfo(np.float32).max
 """What stands for no limit: finite, so that an excluded target, at infinity, is beyond it."""
@@ -110,7 +110,7 @@ def mapped(function: Callable[[slice], tuple], parts: list[slice], threads: int)
 # --- what float arithmetic can be trusted with -----------------------------------------------------------------------
 
 
-def certain_limit(kth: Values, norms: Values, dimensions: int, rounding: float) -> Values:
+def certain_limit(kth: Numbers, norms: Numbers, dimensions: int, rounding: float) -> Numbers:
     """Return the computed squared distance beyond which no target can be among a query's k nearest; of arrays or tensors.
 
     A target at distance e has a norm of at most |q| + e, so `|p|^2 - 2 q p + |q|^2` comes out wrong by at most

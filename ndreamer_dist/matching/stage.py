@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.obsm import CellLabels
-from ndreamer_dist.compute.engines import Device, chosen_device
+from ndreamer_dist.compute.engines import chosen_device
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import RunError, StoreError, shown
 from ndreamer_dist.matching.exact import Neighbours, nearest
@@ -330,24 +330,24 @@ def _search(
     _make_arrays(run.storage / keys.MATCHES, settings, design)
     labels = None if settings.match.within is None else read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)
     cells = Placed(coordinates(run, settings.embed.method), labels)
-    device = _device(settings, runtime)
-    on_gpus = device == "cuda"
+    settings = _with_device(settings, runtime)
+    on_gpus = settings.match.device == "cuda"
     parts = units(todo, settings, design, workers=runtime.gpus if on_gpus else runtime.cpus)
     counts: dict[str, dict[str, int]] = {}
     for found in runtime.map(
-        search_unit, parts, run, settings, design, key, cells, device, title="match", num_gpus=float(on_gpus)
+        search_unit, parts, run, settings, design, key, cells, title="match", num_gpus=float(on_gpus)
     ):
         counts |= found
     return counts
 
 
-def _device(settings: Settings, runtime: Runtime) -> Device:
-    """Return where edges are searched; what is corrected for hubs is searched by processors."""
-    if settings.match.hubs != "none":
-        return chosen_device("cpu", "match.device", runtime, lambda: None)
+def _with_device(settings: Settings, runtime: Runtime) -> Settings:
+    """Return the settings with the device that edges are searched on; what is corrected for hubs is, by processors."""
     from ndreamer_dist.matching.gpu import faiss_finding
 
-    return chosen_device(settings.match.device, "match.device", runtime, faiss_finding)
+    wanted = settings.match.device if settings.match.hubs == "none" else "cpu"
+    device = chosen_device(wanted, "match.device", runtime, faiss_finding)
+    return settings.model_copy(update={"match": settings.match.model_copy(update={"device": device})})
 
 
 def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
@@ -371,7 +371,7 @@ def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
 
 
 def search_unit(
-    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, cells: Placed, device: Device
+    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, cells: Placed
 ) -> dict[str, dict[str, int]]:
     """Search a unit's edge tiles, write and mark them, and return their counts, by shard.
 
@@ -380,7 +380,7 @@ def search_unit(
     counts: dict[str, dict[str, int]] = {}
     arrays: dict[str, zarr.Array[Any]] = {}
     remote_from = Remoteness(cells.points, design.starts, cells.labels, threads=settings.run.task_threads)
-    there = _placed_on(device, cells)
+    there = _placed(cells, settings.match.device)
 
     def finish(shard: Shard, found: Found) -> None:
         _write(shard.task, found, run, settings, design, arrays)
@@ -388,10 +388,10 @@ def search_unit(
         run.mark(keys.STAGE_MATCH, key, shard, found.counts)
 
     # Cells then come out the same whatever `run.task_threads` says.
-    with threadpool_limits(1), _written_by(WRITERS if device == "cuda" else 0) as write:
+    with threadpool_limits(1), _written_by(WRITERS if settings.match.device == "cuda" else 0) as write:
         for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
             group = design.groups[target]
-            search = Searcher(there.of(slice(group.start, group.stop)), settings, device)
+            search = Searcher(there.of(slice(group.start, group.stop)), settings)
             for batch in alike(list(shards), settings, design):
                 edge = batch[0].task
                 remote = partial(remote_from.of, edge.target, edge.query) if is_corrected(edge, settings) else None
@@ -401,9 +401,9 @@ def search_unit(
     return counts
 
 
-def _placed_on(device: Device, cells: Placed) -> Placed:
+def _placed(cells: Placed, device: str) -> Placed:
     """Return the cells with their coordinates where they are searched."""
-    if device == "cpu":
+    if device != "cuda":
         return cells
     from ndreamer_dist.matching.gpu import resident
 
@@ -448,8 +448,8 @@ RemoteFrom = Callable[[int], np.ndarray]
 class Searcher:
     """Searches one target group as the settings ask; the index of a label's cells, or of all, is made once."""
 
-    def __init__(self, targets: Placed, settings: Settings, device: Device = "cpu") -> None:
-        self._targets, self._settings, self._device = targets, settings, device
+    def __init__(self, targets: Placed, settings: Settings) -> None:
+        self._targets, self._settings = targets, settings
         self._indexes: dict[int, Index] = {}
         self._on_gpu: dict[int, GpuIndex] = {}
 
@@ -481,7 +481,7 @@ class Searcher:
     ) -> Neighbours:
         """Return the neighbours of a stratum's queries among its targets; rows are counted among these."""
         threads = self._settings.run.task_threads
-        if self._device == "cuda":
+        if self._settings.match.device == "cuda":
             return self._group_on_gpu(stratum).nearest(queries, k, exclude=exclude)
         if stratum.label not in self._indexes:
             self._indexes[stratum.label] = build_index(self._points(stratum))
@@ -494,7 +494,7 @@ class Searcher:
         from ndreamer_dist.matching.gpu import ENGINES, GpuIndex
 
         if stratum.label not in self._on_gpu:
-            self._on_gpu[stratum.label] = GpuIndex(self._points(stratum), ENGINES[self._device])
+            self._on_gpu[stratum.label] = GpuIndex(self._points(stratum), ENGINES["cuda"])
         return self._on_gpu[stratum.label]
 
     def _points(self, stratum: Stratum) -> Any:

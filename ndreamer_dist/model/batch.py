@@ -2,20 +2,34 @@
 
 A global mini-batch is cut into blocks of `NOISE_ROWS` cells. A worker owns a run of whole blocks, perhaps none; later
 ranks own later blocks. Only the last block of the mini-batch may be short. `MiniBatch` is the share of one worker.
-`Labels` adds the codes of all cells, which the losses inside groups need, and the sorted structure for sums over groups
-and clusters.
+`Labels` adds what follows from the codes of all cells: the sorted structure for sums over groups and clusters, and the groups
+padded to one size for the losses inside groups. It is found on the host. Before a GPU's step it is found ahead, padded so
+that the shapes are those of the step before, and lies on the device already.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
+from scipy import sparse
 from torch import Tensor
+from torch.nn import functional
 
 from ndreamer_dist.model.collectives import Collective
 from ndreamer_dist.settings import NOISE_ROWS
+
+PAIRS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+"""Pairs of cells, padding included, that are compared at a time, unless one group has more."""
+MOST_PADDING = {"cpu": 0.8, "cuda": 0.0}
+"""Groups smaller than this share of the largest beside them are compared apart."""
+ROWS_TO = {"cpu": 1, "cuda": 256}
+"""Rows of the joint tables, of each half, are made a multiple of this."""
+MEMBERS_TO = {"cpu": 1, "cuda": 32}
+"""Cells of a group that is compared, padding included, are made a multiple of this."""
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,8 @@ class MiniBatch:
         Training step, counted from 1.
     cells
         Cells of the global mini-batch, all workers together.
+    labels
+        Of the global mini-batch, where they were found ahead.
     """
 
     x: Tensor
@@ -48,6 +64,7 @@ class MiniBatch:
     first_block: int
     step: int
     cells: int
+    labels: Labels | None = None
 
     @property
     def blocks(self) -> range:
@@ -60,8 +77,7 @@ class MiniBatch:
 class Labels:
     """Codes of all cells of the global mini-batch, the same on every worker but for `first` and `own`.
 
-    All but `segments` lie on the host, whatever device trains: what follows from codes alone is found there while the
-    device works.
+    The codes lie on the host, whatever device trains; what follows from them and the step reads, on that device.
 
     Attributes
     ----------
@@ -71,10 +87,14 @@ class Labels:
         (global cells,), cluster labels as they came.
     group_cells
         (groups,), cells of each group, float64.
-    group_condition, group_batch
-        (groups,) and (groups, covariates): the condition and batch codes that make the group.
+    condition, batches
+        Groups of one condition, and, for every batch covariate, those of one batch.
+    within
+        For every batch covariate, the batches inside each condition.
     segments
-        The (group, low) and (group, high) pairs that occur; on the device that trains.
+        The (group, low) and (group, high) pairs that occur.
+    rows
+        The groups in which this worker has a cell, in runs of those that are compared together.
     first, own
         The worker's own cells are global cells `first` to `first + own`.
     """
@@ -83,9 +103,11 @@ class Labels:
     low: Tensor
     high: Tensor
     group_cells: Tensor
-    group_condition: Tensor
-    group_batch: Tensor
+    condition: Merge
+    batches: tuple[Merge, ...]
+    within: tuple[Nested, ...]
     segments: Segments
+    rows: tuple[GroupRows, ...]
     first: int
     own: int
 
@@ -93,6 +115,71 @@ class Labels:
     def mine(self) -> slice:
         """The worker's own rows among the global ones."""
         return slice(self.first, self.first + self.own)
+
+    def sent(self, send: Callable[[Tensor], Tensor]) -> Labels:
+        """Return the same with what the step reads brought to its device by `send`."""
+        names = ("group_cells", "condition", "batches", "within", "segments", "rows")
+        parts = with_tensors(tuple(getattr(self, name) for name in names), send)
+        return replace(self, **dict(zip(names, parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Groups that are added up: (groups,) where each goes, and how many sums there are."""
+
+    row: Tensor
+    sums: int
+
+    @classmethod
+    def by(cls, label: Tensor) -> Merge:
+        """Return which groups have the same label, (groups,)."""
+        names, row = torch.unique(label, return_inverse=True)
+        return cls(row, len(names))
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Groups that are added up by inner labels inside outer ones, and the outer label of each such pair."""
+
+    pairs: Merge
+    outer: Merge
+
+    @classmethod
+    def by(cls, outer: Tensor, inner: Tensor) -> Nested:
+        """Return which groups have the same labels, (groups,) each."""
+        pairs, row = torch.unique(torch.stack([outer, inner]), dim=1, return_inverse=True)
+        return cls(Merge(row, pairs.shape[1]), Merge.by(pairs[0]))
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """Some groups of the mini-batch, padded to one size: own cells that are anchors here, and all cells of the groups.
+
+    Attributes
+    ----------
+    anchors, members
+        Rows of the anchors among own cells, (groups, anchors), and of the members among all cells, (groups, members).
+        The same object where all cells are own. Padding is row 0.
+    at
+        (groups, anchors), rows of the anchors among all cells.
+    is_anchor, is_member
+        Which of them are no padding.
+    anchor_low, anchor_high, low, high
+        Cluster labels of anchors and members.
+    sizes
+        (groups,), cells of each group over all workers.
+    """
+
+    anchors: Tensor
+    members: Tensor
+    at: Tensor
+    is_anchor: Tensor
+    is_member: Tensor
+    anchor_low: Tensor
+    anchor_high: Tensor
+    low: Tensor
+    high: Tensor
+    sizes: Tensor
 
 
 @dataclass(frozen=True)
@@ -123,12 +210,6 @@ class Segments:
     rows_of_cell: Tensor
     group_offsets: Tensor
 
-    def to(self, device: torch.device) -> Segments:
-        """Return the same on another device."""
-        names = [field.name for field in fields(self) if field.name != "low_rows"]
-        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved)
-
     @property
     def low_order(self) -> Tensor:
         """The (group, low) rows one after the other, as `group_offsets` cuts them."""
@@ -140,6 +221,42 @@ class Segments:
         return len(self.row_group)
 
 
+def with_tensors(thing: Thing, change: Callable[[Tensor], Tensor]) -> Thing:
+    """Return dataclasses and tuples of them with every tensor in them changed; what is one object stays one."""
+    changed: dict[int, Tensor] = {}
+
+    def visit(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            if id(part) not in changed:
+                changed[id(part)] = change(part)
+            return changed[id(part)]
+        if isinstance(part, tuple):
+            return tuple(visit(each) for each in part)
+        if is_dataclass(part) and not isinstance(part, type):
+            return replace(part, **{field.name: visit(getattr(part, field.name)) for field in fields(part)})
+        return part
+
+    result: Thing = visit(thing)
+    return result
+
+
+def dense(x: sparse.csr_matrix, device: Any) -> Tensor:
+    """Return a CSR as a dense tensor on a device, (cells, genes) float32."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(x.toarray())
+    counts, indices, data = (
+        torch.tensor(part).to(device, non_blocking=True) for part in (x.indptr[1:] - x.indptr[:-1], x.indices, x.data)
+    )
+    return spread(counts, indices, data, x.shape)
+
+
+def spread(counts: Tensor, indices: Tensor, data: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return a CSR, given by the values of each row, as a dense tensor where its parts are."""
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=data.device), counts, output_size=len(data))
+    flat = torch.zeros(shape[0] * shape[1], dtype=torch.float32, device=data.device)
+    return flat.index_put_((rows * shape[1] + indices,), data).view(shape)
+
+
 def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
     """Return the codes of the whole global mini-batch.
 
@@ -148,6 +265,8 @@ def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
     ValueError
         The workers' shares do not follow each other in rank order, or do not add up to `batch.cells`.
     """
+    if batch.labels is not None:
+        return batch.labels
     own = len(batch.x)
     first = batch.first_block * NOISE_ROWS if own else -1
     where = torch.full_like(batch.group, first).add_(torch.arange(own, device=batch.group.device))
@@ -156,21 +275,47 @@ def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
         packed = packed.to(batch.x.device)
     everyone = collective.all_gather_rows(packed).cpu()
     _check_shares(everyone[:, 0], batch.cells)
-    codes, group, cells = torch.unique(everyone[:, 2], return_inverse=True, return_counts=True)
+    mine, device = slice(max(first, 0), max(first, 0) + own), batch.x.device
+    return labels_of(everyone[:, 1:], mine, device.type).sent(lambda part: part.to(device, non_blocking=True))
+
+
+def labels_of(codes: Tensor, mine: slice, device: str) -> Labels:
+    """Return what follows from the codes of all cells, on the host.
+
+    Parameters
+    ----------
+    codes
+        (global cells, 4 + covariates), int64: condition, packed group, low and high cluster, and the batches.
+    mine
+        The worker's own cells among them.
+    device
+        Type of the device that trains.
+    """
+    condition, packed_group, low, high = codes[:, :4].unbind(1)
+    names, group, cells = torch.unique(packed_group, return_inverse=True, return_counts=True)
     # Any cell of a group tells the group's condition and batch, since a group is one (batch, condition) pair.
-    cell_of_group = torch.zeros_like(codes).scatter_(0, group, torch.arange(len(group), device=group.device))
-    low, high = everyone[:, 3], everyone[:, 4]
-    mine = slice(max(first, 0), max(first, 0) + own)
+    cell_of_group = torch.zeros_like(names).scatter_(0, group, torch.arange(len(group)))
+    conditions, batches = condition[cell_of_group], codes[cell_of_group, 4:].unbind(1)
     return Labels(
         group=group, low=low, high=high, group_cells=cells.double(),
-        group_condition=everyone[cell_of_group, 1], group_batch=everyone[cell_of_group, 5:],
-        segments=find_segments(group, low, high, mine).to(batch.x.device), first=mine.start, own=own,
+        condition=Merge.by(conditions),
+        batches=tuple(Merge.by(batch) for batch in batches),
+        within=tuple(Nested.by(conditions, batch) for batch in batches),
+        segments=find_segments(group, low, high, mine, ROWS_TO.get(device, 1)),
+        rows=tuple(rows_of_groups(group, low, high, mine, device)),
+        first=mine.start, own=mine.stop - mine.start,
     )  # fmt: skip
 
 
-def find_segments(group: Tensor, low: Tensor, high: Tensor, mine: slice) -> Segments:
-    """Return the (group, low) and (group, high) pairs among all cells, and where the cells `mine` belong."""
-    pairs = [_pairs(group, low), _pairs(group, high)]
+def find_segments(group: Tensor, low: Tensor, high: Tensor, mine: slice, multiple: int = 1) -> Segments:
+    """Return the (group, low) and (group, high) pairs among all cells, and where the cells `mine` belong.
+
+    Parameters
+    ----------
+    multiple
+        Of each half, rows without a cell are added to the last group until there are a multiple of this.
+    """
+    pairs = [_pairs(group, low).padded(multiple), _pairs(group, high).padded(multiple)]
     low_rows = len(pairs[0].cells)
     starts = [0, low_rows]
     own = [pair.row[mine] + start for pair, start in zip(pairs, starts, strict=True)]
@@ -188,6 +333,69 @@ def find_segments(group: Tensor, low: Tensor, high: Tensor, mine: slice) -> Segm
     )
 
 
+def rows_of_groups(
+    group: Tensor, low: Tensor, high: Tensor, mine: slice, device: str, *, at_once: int | None = None
+) -> Iterator[GroupRows]:
+    """Yield the groups of the mini-batch in which this worker has a cell, in runs of those that are compared together.
+
+    Parameters
+    ----------
+    at_once
+        Pairs, padding included, that may be compared together; by default as many as suit the device.
+    """
+    groups, multiple = int(group.max()) + 1, MEMBERS_TO.get(device, 1)
+    everyone, anchoring = _ByGroup.of(group, groups), _ByGroup.of(group[mine], groups)
+    own = anchoring.counts.tolist()
+    present = [each for each in everyone.counts.argsort(descending=True, stable=True).tolist() if own[each]]
+    for run in _alike(present, everyone.counts.tolist(), own, device, at_once):
+        members, is_member = everyone.padded(run, multiple)
+        alone = mine == slice(0, len(group))
+        anchors, is_anchor = (members, is_member) if alone else anchoring.padded(run, multiple)
+        at = members if alone else anchors + mine.start
+        yield GroupRows(
+            anchors, members, at, is_anchor, is_member, low[at], high[at], low[members], high[members],
+            everyone.counts[run],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _ByGroup:
+    """Rows sorted by group, how many each group has, and where its rows start."""
+
+    order: Tensor
+    counts: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, group: Tensor, groups: int) -> _ByGroup:
+        counts = torch.bincount(group, minlength=groups)
+        return cls(group.argsort(stable=True), counts, counts.cumsum(0) - counts)
+
+    def padded(self, groups: list[int], multiple: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of some groups, (groups, most rows), and which of them are no padding."""
+        column = torch.arange(-(-int(self.counts[groups].max()) // multiple) * multiple)
+        filled = column < self.counts[groups, None]
+        return torch.where(filled, self.order[(self.starts[groups, None] + column) * filled], 0), filled
+
+
+def _alike(
+    groups: list[int], sizes: list[int], own: list[int], device: str, at_once: int | None
+) -> Iterator[list[int]]:
+    """Cut groups, largest first, in runs of groups of like size that are padded to few enough pairs."""
+    most = at_once or PAIRS_AT_ONCE.get(device, PAIRS_AT_ONCE["cpu"])
+    smallest = MOST_PADDING.get(device, MOST_PADDING["cpu"])
+    run: list[int] = []
+    for group in groups:
+        if run:
+            largest, anchors = sizes[run[0]], max(own[member] for member in [*run, group])
+            if (len(run) + 1) * largest * anchors > most or sizes[group] < smallest * largest:
+                yield run
+                run = []
+        run.append(group)
+    if run:
+        yield run
+
+
 @dataclass(frozen=True)
 class _Pairs:
     """The (group, label) pairs that occur, in order: each cell's pair, and each pair's group and number of cells."""
@@ -195,6 +403,13 @@ class _Pairs:
     row: Tensor
     group: Tensor
     cells: Tensor
+
+    def padded(self, multiple: int) -> _Pairs:
+        """Return the same with pairs without a cell behind, of the last group, a multiple of so many in all."""
+        more = -len(self.cells) % multiple
+        return _Pairs(
+            self.row, torch.cat([self.group, self.group[-1:].expand(more)]), functional.pad(self.cells, (0, more))
+        )
 
 
 def _pairs(group: Tensor, label: Tensor) -> _Pairs:

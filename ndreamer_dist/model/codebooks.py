@@ -60,6 +60,8 @@ class Arrivals:
         Where the arrivals of each codebook start, and where the last one's end.
     shape
         Codebooks, cells, and the most arrivals of one race.
+    whole
+        Whether every race has as many arrivals, those without weight among them.
     """
 
     race: Tensor
@@ -67,6 +69,7 @@ class Arrivals:
     weights: Tensor
     starts: Sequence[int]
     shape: torch.Size
+    whole: bool = False
 
     def of_books(self, books: slice) -> slice:
         """Return where the arrivals of a run of codebooks are."""
@@ -149,6 +152,8 @@ class Quantiser(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the most probable code of each x, (codebooks, cells); of equals the first (METHOD section 8)."""
+        if x.is_cuda:  # few large operations
+            return first_maximum(augment(x) @ code_columns(self.embedding).mT)[0]
         pairs = zip(augment(x), code_columns(self.embedding), strict=True)
         return torch.stack([first_maximum(book @ codes.T)[0] for book, codes in pairs])
 
@@ -172,7 +177,7 @@ class Quantiser(nn.Module):
         self.usage += collective.all_sum(used.double())
 
     @torch.no_grad()
-    def reset(self, projections: Tensor, collective: Collective, *, seed: int, step: int, below: float) -> int:
+    def reset(self, projections: Tensor, collective: Collective, *, seed: int, step: int, below: float) -> Tensor:
         """Re-initialise the codes whose share of their codebook's usage is less than `below / codes`.
 
         Each becomes the projection of a cell of the global mini-batch, drawn with replacement, and its usage 0
@@ -192,11 +197,11 @@ class Quantiser(nn.Module):
         unused |= self.usage.sum(1, keepdim=True) == 0
         cells = collective.all_gather_rows(projections.detach().transpose(0, 1).contiguous())
         drawn = noises.block_generator(seed, "reset", step).integers(len(cells), size=(books, codes))
-        rows = torch.from_numpy(drawn).to(cells.device)
+        rows = torch.from_numpy(drawn).to(cells.device, non_blocking=True)
         replacement = cells[rows, torch.arange(books, device=cells.device)[:, None]]
         self.embedding.copy_(torch.where(unused[..., None], replacement, self.embedding))
         self.usage.masked_fill_(unused, 0)
-        return int(unused.sum())
+        return unused.sum()
 
 
 def augment(x: Tensor) -> Tensor:
@@ -248,6 +253,8 @@ def in_time(exponentials: Tensor, marks: Tensor, temperature: float, *, keep_all
         kept = (weights >= torch.finfo(weights.dtype).eps * NO_WEIGHT).nonzero().squeeze(1)
         starts = torch.searchsorted(kept, torch.arange(books + 1, device=kept.device) * (cells * draws)).tolist()
     race = torch.div(kept, max(draws, 1), rounding_mode="floor")
+    if keep_all:
+        return Arrivals(race, marks.flatten(), weights, starts, marks.shape, whole=True)
     return Arrivals(race, marks.flatten()[kept], weights[kept], starts, marks.shape)
 
 
@@ -260,19 +267,35 @@ def race(x: Tensor, embedding: Tensor, arrivals: Arrivals, codes: Tensor, temper
         The arrivals' codes, (arrivals,), drawn from p.
     """
     vectors: Tensor
-    vectors, usage = Race.apply(x, embedding, race_weights(arrivals, codes), arrivals.race, codes, temperature)
+    of_race = arrivals.shape[2] if arrivals.whole else 0
+    vectors, usage = Race.apply(x, embedding, race_weights(arrivals, codes), arrivals.race, codes, temperature, of_race)
     return vectors, usage
 
 
 def race_weights(arrivals: Arrivals, codes: Tensor) -> Tensor:
     """Return the assignment weight of each arrival, (arrivals,); only a code's first arrival in a race counts."""
     race, weights = arrivals.race, arrivals.weights.clone()
-    for lag in range(1, arrivals.shape[2]):
-        again = (race[lag:] == race[:-lag]) & (codes[lag:] == codes[:-lag])
-        weights[lag:].masked_fill_(again, 0)
-    totals = weights.new_zeros(arrivals.shape[:2].numel()).index_add_(0, race, weights)
+    if arrivals.whole:
+        of_race = codes.view(-1, arrivals.shape[2])
+        again = (of_race[:, :, None] == of_race[:, None, :]).tril(-1).any(-1).flatten()
+        weights.masked_fill_(again, 0)
+    else:
+        for lag in range(1, arrivals.shape[2]):
+            again = (race[lag:] == race[:-lag]) & (codes[lag:] == codes[:-lag])
+            weights[lag:].masked_fill_(again, 0)
+    totals = summed_by_race(weights, race, arrivals.shape[:2].numel(), arrivals.shape[2] if arrivals.whole else 0)
     weights.div_(totals[race])
     return weights.masked_fill_(weights < torch.finfo(weights.dtype).eps * NO_WEIGHT, 0)
+
+
+def summed_by_race(values: Tensor, race: Tensor, races: int, of_race: int) -> Tensor:
+    """Return the sums of each race's values, (races, ...), of values, (arrivals, ...).
+
+    Where each race has `of_race` of them (0: it is not known), they are added in their order, which a GPU's atomics are not.
+    """
+    if of_race:
+        return values.unflatten(0, (races, of_race)).sum(1)
+    return values.new_zeros((races, *values.shape[1:])).index_add_(0, race, values)
 
 
 class Race(torch.autograd.Function):
@@ -283,33 +306,34 @@ class Race(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, embedding: Tensor, weights: Tensor, race: Tensor, codes: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, embedding: Tensor, weights: Tensor, race: Tensor, codes: Tensor, temperature: float,
+        of_race: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return q and usage."""
         numbered = torch.div(race, max(x.shape[1], 1), rounding_mode="floor") * embedding.shape[1] + codes
         terms = functional.embedding(numbered, embedding.flatten(0, 1)) * weights[:, None]
-        vectors = torch.zeros_like(x).flatten(0, 1).index_add_(0, race, terms)
+        vectors = summed_by_race(terms, race, x.shape[:2].numel(), of_race)
         usage = weights.new_zeros(embedding.shape[:2].numel()).index_add_(0, numbered, weights)
         ctx.save_for_backward(x, embedding, race, numbered, weights)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.of_race = temperature, of_race
         usage = usage.view(embedding.shape[:2])
         ctx.mark_non_differentiable(usage)
         return vectors.view_as(x), usage
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         """Return the gradients of x and embedding."""
         x, embedding, race, numbered, weight = ctx.saved_tensors
         upstream = functional.embedding(race, gradients[0].flatten(0, 1))
         e = functional.embedding(numbered, embedding.flatten(0, 1))
         pull = (upstream * e).sum(1) * weight
-        total = pull.new_zeros(x.shape[:2].numel()).index_add_(0, race, pull)
+        total = summed_by_race(pull, race, x.shape[:2].numel(), ctx.of_race)
         d_logit = (pull - weight * total[race])[:, None] / ctx.temperature
         apart = 2 * (functional.embedding(race, x.flatten(0, 1)) - e)
-        d_x = torch.zeros_like(x).flatten(0, 1).index_add_(0, race, d_logit * 2 * e)
+        d_x = summed_by_race(d_logit * 2 * e, race, x.shape[:2].numel(), ctx.of_race)
         d_terms = d_logit * apart + weight[:, None] * upstream
         d_e = torch.zeros_like(embedding).flatten(0, 1).index_add_(0, numbered, d_terms)
-        return d_x.view_as(x), d_e.view_as(embedding), None, None, None, None
+        return d_x.view_as(x), d_e.view_as(embedding), None, None, None, None, None
 
 
 class CodeStatistics(torch.autograd.Function):
@@ -506,5 +530,5 @@ def draw_codes(powers: Tensor, below: Tensor, race: Tensor, marks: Tensor) -> Te
 
 def _short_of(mark: Tensor, end: Tensor | float) -> Tensor:
     """Keep rounding from moving a mark to the end, past the last code that has a probability."""
-    nearly = (1 - torch.finfo(mark.dtype).eps) * torch.as_tensor(end, dtype=mark.dtype, device=mark.device)
-    return torch.minimum(mark, nearly)
+    short = 1 - torch.finfo(mark.dtype).eps
+    return torch.minimum(mark, short * end) if isinstance(end, Tensor) else mark.clamp_max(short * end)

@@ -7,7 +7,6 @@ neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ndreamer_dist.model.batch import Labels, MiniBatch
+from ndreamer_dist.model.batch import GroupRows, Labels, Merge, MiniBatch, Nested, rows_of_groups
 from ndreamer_dist.model.codebooks import LOG_FLOOR, Quantised
 from ndreamer_dist.model.collectives import Collective
 from ndreamer_dist.model.network import Outputs
@@ -32,10 +31,6 @@ SAME_WITHIN = 1e-5
 """Distances below this share of the norms count as 0."""
 DIRECT_PAIRS = 16_384
 """Pairs of cells whose difference is held at a time."""
-PAIRS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
-"""Pairs of cells, padding included, that are compared at a time, unless one group has more."""
-MOST_PADDING = {"cpu": 0.8, "cuda": 0.0}
-"""Groups smaller than this share of the largest beside them are compared apart."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +61,13 @@ class LossTerms:
     unweighted: Terms
     weighted: Terms
 
-    def as_floats(self) -> dict[str, float]:
+    def as_tensors(self) -> dict[str, Tensor]:
         """Return the total and the unweighted terms, for logs."""
-        return _as_floats({"total": self.total} | {f.name: getattr(self.unweighted, f.name) for f in fields(Terms)})
+        return {"total": self.total} | {f.name: getattr(self.unweighted, f.name) for f in fields(Terms)}
+
+    def as_floats(self) -> dict[str, float]:
+        """Return the same as numbers, which waits for a GPU."""
+        return _as_floats(self.as_tensors())
 
 
 def _as_floats(values: dict[str, Tensor]) -> dict[str, float]:
@@ -126,12 +125,12 @@ def nmi(joint: Tensor) -> Tensor:
 
 def independence_condition(quantised: Quantised, labels: Labels) -> Tensor:
     """Return the information of the codes about the condition."""
-    return nmi(_merge_groups(quantised.group_probs, labels.group_condition)).mean()
+    return nmi(_merge_groups(quantised.group_probs, labels.condition)).mean()
 
 
 def independence_batch(quantised: Quantised, labels: Labels) -> Tensor:
     """Return the information of the codes about each batch covariate, added; 0 where there is none."""
-    terms = [nmi(_merge_groups(quantised.group_probs, batch)).mean() for batch in labels.group_batch.unbind(1)]
+    terms = [nmi(_merge_groups(quantised.group_probs, batch)).mean() for batch in labels.batches]
     return torch.stack([quantised.group_probs.new_zeros(()), *terms]).sum()
 
 
@@ -141,27 +140,20 @@ def independence_batch_within(quantised: Quantised, labels: Labels) -> Tensor:
     Where donors have one condition each, this leaves alone what the donors of one condition share and those of another
     do not. A condition with one batch counts as 0.
     """
-    terms = [
-        nmi_within(quantised.group_probs, labels.group_condition, batch).mean()
-        for batch in labels.group_batch.unbind(1)
-    ]
+    terms = [nmi_within(quantised.group_probs, batch).mean() for batch in labels.within]
     return torch.stack([quantised.group_probs.new_zeros(()), *terms]).sum()
 
 
-def nmi_within(group_probs: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-    """Return the information of the codes about `inner` among the groups of each `outer`, (codebooks, outer labels).
+def nmi_within(group_probs: Tensor, labels: Nested) -> Tensor:
+    """Return the information of the codes about inner labels among the groups of each outer one, (codebooks, outer labels).
 
     Parameters
     ----------
     group_probs
         (codebooks, groups, codes), of any positive sum.
-    outer, inner
-        Labels of the groups, (groups,), on the host.
     """
-    pairs, row = torch.unique(torch.stack([outer, inner]), dim=1, return_inverse=True)
-    outer_of_pair = torch.unique(pairs[0], return_inverse=True)[1].to(group_probs.device)
-    joint = _merge_groups(group_probs, row)
-    of_outer = _merge_groups(joint, outer_of_pair)
+    joint, outer_of_pair = _merge_groups(group_probs, labels.pairs), labels.outer.row
+    of_outer = _merge_groups(joint, labels.outer)
     cells = of_outer.sum(-1)  # (codebooks, outer labels)
     probs = joint / cells[:, outer_of_pair, None]
     terms = torch.stack([entropy(probs.sum(-1, keepdim=True)), entropy(probs)])
@@ -176,7 +168,7 @@ def dependence(quantised: Quantised, labels: Labels) -> Tensor:
     """
     segments, dtype = labels.segments, quantised.group_probs.dtype
     groups = len(labels.group_cells)
-    group_cells = labels.group_cells.to(segments.row_cells.device)
+    group_cells = labels.group_cells
     of_code = entropy(quantised.group_probs / group_cells.to(dtype)[:, None])
     shares = segments.row_cells / group_cells[segments.row_group]
     row_terms = torch.cat([(shares * (shares + LOG_FLOOR).log()).to(dtype)[None], quantised.negentropy])
@@ -188,11 +180,10 @@ def dependence(quantised: Quantised, labels: Labels) -> Tensor:
     return total
 
 
-def _merge_groups(group_probs: Tensor, label: Tensor) -> Tensor:
-    """Sum (codebooks, groups, codes) over the groups of equal label: (codebooks, labels, codes)."""
-    names, row = torch.unique(label, return_inverse=True)
-    shape = (len(group_probs), len(names), group_probs.shape[2])
-    return group_probs.new_zeros(shape).index_add(1, row.to(group_probs.device), group_probs)
+def _merge_groups(group_probs: Tensor, merge: Merge) -> Tensor:
+    """Sum (codebooks, groups, codes) over the groups that are added up: (codebooks, sums, codes)."""
+    shape = (len(group_probs), merge.sums, group_probs.shape[2])
+    return group_probs.new_zeros(shape).index_add(1, merge.row, group_probs)
 
 
 def commitment(quantised: Quantised) -> Tensor:
@@ -329,97 +320,32 @@ def pairwise_distance(a: Tensor, b: Tensor, wanted: Tensor | None = None) -> Ten
 
 @dataclass(frozen=True)
 class GroupCells:
-    """Some groups of the mini-batch, padded to one size: own cells that are anchors here, and all cells of the groups.
+    """Some groups of the mini-batch, padded to one size, and how their cells stand to each other.
 
     Attributes
     ----------
-    anchors, members
-        Rows of the anchors among own cells, (groups, anchors), and of the members among all cells, (groups, members).
-        The same object where all cells are own. Padding is row 0.
-    sizes
-        (groups,), cells of each group over all workers.
+    rows
+        The anchors and the members.
     others
         (groups, anchors, members), pairs of two different cells, neither of them padding.
     same_low, same_high, crosses
         (groups, anchors, members): label equality, and the chosen test of crossing clusters.
     """
 
-    anchors: Tensor
-    members: Tensor
-    sizes: Tensor
+    rows: GroupRows
     others: Tensor
     same_low: Tensor
     same_high: Tensor
     crosses: Tensor
 
-
-def groups_of(
-    labels: Labels, cross_cluster: str, device: torch.device, *, at_once: int | None = None
-) -> Iterator[GroupCells]:
-    """Yield the groups of the mini-batch in which this worker has a cell (METHOD sections 3 and 8 on crossing).
-
-    Parameters
-    ----------
-    at_once
-        Pairs, padding included, that may be compared together; by default as many as suit the device.
-    """
-    everyone, mine = _by_group(labels.group, labels), _by_group(labels.group[labels.mine], labels)
-    own = mine.counts.tolist()
-    present = [group for group in everyone.counts.argsort(descending=True, stable=True).tolist() if own[group]]
-    for groups in _alike(present, everyone.counts.tolist(), own, device, at_once):
-        members, is_member = everyone.padded(groups)
-        anchors, is_anchor = (members, is_member) if labels.own == len(labels.group) else mine.padded(groups)
-        at = anchors + labels.first
-        low, high = labels.low[at][..., None], labels.high[at][..., None]
-        same_low = low == labels.low[members][:, None]
-        same_high = high == labels.high[members][:, None]
-        across_high = low != labels.high[members][:, None] if cross_cluster == "published" else ~same_high
-        others = is_anchor[..., None] & is_member[:, None] & (at[..., None] != members[:, None])
-        sent = members.to(device, non_blocking=True)
-        yield GroupCells(
-            sent if anchors is members else anchors.to(device, non_blocking=True), sent,
-            *(part.to(device, non_blocking=True) for part in (
-                everyone.counts[groups], others, same_low, same_high, ~same_low | across_high
-            )),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _ByGroup:
-    """Rows sorted by group, how many each group has, and where its rows start."""
-
-    order: Tensor
-    counts: Tensor
-    starts: Tensor
-
-    def padded(self, groups: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the rows of some groups, (groups, most rows), and which of them are no padding."""
-        column = torch.arange(int(self.counts[groups].max()))
-        filled = column < self.counts[groups, None]
-        return torch.where(filled, self.order[(self.starts[groups, None] + column) * filled], 0), filled
-
-
-def _by_group(group: Tensor, labels: Labels) -> _ByGroup:
-    counts = torch.bincount(group, minlength=len(labels.group_cells))
-    return _ByGroup(group.argsort(stable=True), counts, counts.cumsum(0) - counts)
-
-
-def _alike(
-    groups: list[int], sizes: list[int], own: list[int], device: torch.device, at_once: int | None
-) -> Iterator[list[int]]:
-    """Cut groups, largest first, in runs of groups of like size that are padded to few enough pairs."""
-    most = at_once or PAIRS_AT_ONCE.get(device.type, PAIRS_AT_ONCE["cpu"])
-    smallest = MOST_PADDING.get(device.type, MOST_PADDING["cpu"])
-    run: list[int] = []
-    for group in groups:
-        if run:
-            largest, anchors = sizes[run[0]], max(own[member] for member in [*run, group])
-            if (len(run) + 1) * largest * anchors > most or sizes[group] < smallest * largest:
-                yield run
-                run = []
-        run.append(group)
-    if run:
-        yield run
+    @classmethod
+    def of(cls, rows: GroupRows, cross_cluster: str) -> GroupCells:
+        """Compare the cells of some groups (METHOD sections 3 and 8 on crossing)."""
+        low, high = rows.anchor_low[..., None], rows.anchor_high[..., None]
+        same_low, same_high = low == rows.low[:, None], high == rows.high[:, None]
+        across_high = low != rows.high[:, None] if cross_cluster == "published" else ~same_high
+        others = rows.is_anchor[..., None] & rows.is_member[:, None] & (rows.at[..., None] != rows.members[:, None])
+        return cls(rows, others, same_low, same_high, ~same_low | across_high)
 
 
 def pair_losses(
@@ -433,29 +359,39 @@ def pair_losses(
     *,
     at_once: int | None = None,
 ) -> Tensor:
-    """Return, over own anchors, the triplet sum, its number of pairs, and the neighbourhood term, (3,)."""
+    """Return, over own anchors, the triplet sum, its number of pairs, and the neighbourhood term, (3,).
+
+    Parameters
+    ----------
+    at_once
+        Pairs, padding included, that may be compared together; by default as many as suit the device.
+    """
     # An empty slice ties the result to everyone's means on every worker, so that all take part in its backward sum.
     total = torch.stack([all_means[:0].sum()] * 3)
-    for group in groups_of(labels, loss.cross_cluster, mean.device, at_once=at_once):
+    everyone = labels.group, labels.low, labels.high
+    cut = labels.rows if at_once is None else rows_of_groups(*everyone, labels.mine, "cpu", at_once=at_once)
+    for rows in cut:
+        group = GroupCells.of(rows, loss.cross_cluster)
         apart = _apart(group, mean, all_means)
         pairs = triplet(
             apart.square(), group.others & group.same_low & group.same_high,
             group.others & ~group.same_low & ~group.same_high,
-            keys[group.anchors[..., None], group.members[:, None]], pairs=loss.triplet_pairs, margin=loss.margin,
+            keys[rows.anchors[..., None], rows.members[:, None]], pairs=loss.triplet_pairs, margin=loss.margin,
         )  # fmt: skip
         near = neighbourhood(
             _apart(group, x, all_x), apart, group.others, group.crosses,
             neighbours=loss.neighbours, sigma=loss.sigma, across=loss.across,
         )  # fmt: skip
-        means = near.sum(-1) / group.sizes
+        means = near.sum(-1) / rows.sizes
         total = total + torch.cat([pairs, means.sum()[None] / len(labels.group_cells)])
     return total
 
 
 def _apart(group: GroupCells, own: Tensor, everyone: Tensor) -> Tensor:
     """Return the distances of anchors to members, (groups, anchors, members)."""
-    members = functional.embedding(group.members, everyone)
-    anchors = members if group.anchors is group.members else functional.embedding(group.anchors, own)
+    rows = group.rows
+    members = functional.embedding(rows.members, everyone)
+    anchors = members if rows.anchors is rows.members else functional.embedding(rows.anchors, own)
     return pairwise_distance(anchors, members, group.others)
 
 

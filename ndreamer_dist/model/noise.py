@@ -2,8 +2,7 @@
 
 A mini-batch is cut into blocks of `NOISE_ROWS` cells. Each block has its own generator, keyed by (seed, stage, step,
 block), and a worker draws the blocks it owns. On a CPU the numbers come from numpy's SFC64, in threads over blocks. On a
-GPU one generator, keyed by (seed, stage, step), draws for all blocks of the global mini-batch, and a worker keeps the
-blocks it owns; next to the launches, the rest costs nothing.
+GPU they are made from their places and the step's key (`draw_on_device`): other numbers, the same ones on every GPU.
 
 The Gumbel noise of the code assignment is drawn as a *race* (see `codebooks.race`). At a low temperature only the first
 few codes to arrive can have a weight. So a few numbers per cell and codebook, `race_draws`, replace one per code.
@@ -100,26 +99,64 @@ def draw(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "tra
 
 
 def draw_on_device(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "train") -> StepNoise:
-    """Return what `draw` does, other numbers from the same distributions, drawn where the cells of `batch` are."""
-    draws = race_draws(model.temperature)
-    like = batch.x
-    rng = torch.Generator(like.device).manual_seed(_step_key(seed, stage, batch.step))
+    """Return what `draw` does, other numbers from the same distributions, drawn where the cells of `batch` are.
+
+    Each pair of numbers is made from its place (cell, column) and the step's key by whole-number operations, so the
+    numbers depend neither on the device nor on which cells a worker owns.
+    """
+    draws, like = race_draws(model.temperature), batch.x
+    widths = (2 * model.latent, model.codebooks * (draws or model.codes), model.codebooks * draws, batch.cells)
+    width = sum(widths) + sum(widths) % 2
     start = batch.first_block * NOISE_ROWS if len(like) else 0
-    own = slice(start, start + len(like))
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty((batch.cells, *shape), device=like.device)
-
-    latent = empty(2, model.latent).normal_(generator=rng)[own]
-    waits = empty(model.codebooks, draws or model.codes).exponential_(generator=rng)[own]
-    marks = empty(model.codebooks, draws).uniform_(generator=rng)[own]
-    keys = empty(batch.cells).uniform_(generator=rng)[own]
+    places = torch.arange(start * width // 2, (start + len(like)) * width // 2, device=like.device)
+    uniform = uniforms(places, _step_key(seed, stage, batch.step)).view(len(like), width)
+    latent, waits, marks, keys = (
+        part.unflatten(1, shape)
+        for part, shape in zip(
+            uniform[:, : sum(widths)].split(widths, 1),
+            ((2, model.latent), (model.codebooks, -1), (model.codebooks, draws), (batch.cells,)),
+            strict=True,
+        )
+    )
+    exponentials = waits.double().neg_().log1p_().neg_().float()
     return StepNoise(
-        exponentials=waits.transpose(0, 1).contiguous().clamp_min_(SMALLEST_EXPONENTIAL).to(like.dtype),
+        exponentials=exponentials.transpose(0, 1).contiguous().clamp_min_(SMALLEST_EXPONENTIAL).to(like.dtype),
         marks=marks.transpose(0, 1).contiguous().to(like.dtype),
-        latent=latent.transpose(0, 1).to(like.dtype),
+        latent=_normals(latent.flatten(1)).view(latent.shape).transpose(0, 1).to(like.dtype),
         keys=keys.to(like.dtype),
     )
+
+
+def uniforms(places: Tensor, key: int) -> Tensor:
+    """Return two uniform numbers in [0, 1), multiples of 2**-24, for each place: (2 places,) float32.
+
+    SplitMix64 with the place as its counter: 64 bits of the key and the place, of which 48 are used.
+    """
+    mixed = places * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
+    mixed = mixed ^ _shifted(mixed, 31)
+    return (torch.stack([_shifted(mixed, 40), _shifted(mixed, 8) & (2**24 - 1)], -1) * 2.0**-24).flatten()
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Shift 64 bits to the right; torch's own shift would draw the sign along."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
+
+
+def _signed(bits: int) -> int:
+    """Return the int64 of some 64 bits."""
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def _normals(uniform: Tensor) -> Tensor:
+    """Return standard normal numbers of as many uniform ones, (cells, even number), by Box and Muller.
+
+    In float64 and then rounded, so that the last bit of a logarithm or a cosine, which devices compute otherwise, does not show.
+    """
+    first, second = uniform.double().unflatten(1, (-1, 2)).unbind(-1)
+    radius, angle = (first.neg().log1p() * -2).sqrt(), second * (2 * math.pi)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1).float()
 
 
 def _step_key(seed: int, stage: str, step: int) -> int:

@@ -190,7 +190,6 @@ def plan_of(
     memory_free: int | None = None,
     disk_free: int | None = None,
     runtime: str = "",
-    engines: str = "",
     took: Mapping[str, float] | None = None,
 ) -> Plan:
     """Return the plan of a cohort.
@@ -232,7 +231,6 @@ def plan_of(
         left_out=tuple(stage for stage in keys.STAGES if stage not in stages),
         cpus=cpus,
         runtime=runtime,
-        engines=engines,
         took=tuple((took or {}).items()),
         within=settings.match.within,
     )

@@ -7,7 +7,8 @@ counts the same steps. For limits in minutes, the clock of the first worker deci
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from ndreamer_dist.training.loop import STATE_FILE
 
 ASK_EVERY = 8
 """Steps between looks at the clock: each costs several workers one small sum."""
+MOST_COST = 0.02
+"""Share of the training that checkpoints by time take at most; they hold a row for each step, so they grow."""
 
 
 class Schedule:
@@ -44,6 +47,7 @@ class Schedule:
         self._collective, self._device, self._clock = collective, device, clock
         self._stop = stop
         self._last = clock()
+        self._cost = 0.0
         self.stopping = False
 
     def due(self, step: int) -> bool:
@@ -68,7 +72,15 @@ class Schedule:
     def _overdue(self, step: int) -> bool:
         if self._minutes is None or step % ASK_EVERY:
             return False
-        return self._clock() - self._last >= 60 * self._minutes
+        return self._clock() - self._last >= max(60 * self._minutes, self._cost / MOST_COST)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count how long training waits for a checkpoint: those by time are as far apart as keeps this a small share."""
+        began = self._clock()
+        yield
+        self._last = self._clock()
+        self._cost = self._last - began
 
 
 def save_serial(storage: Storage, step: int, files: dict[str, bytes]) -> None:

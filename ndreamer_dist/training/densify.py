@@ -6,18 +6,28 @@ that processes that only read need not import torch.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from queue import Full, Queue
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.model.batch import MiniBatch
+from ndreamer_dist.model.batch import Labels, MiniBatch, dense, labels_of, spread, with_tensors
+from ndreamer_dist.settings import NOISE_ROWS
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import Share
+
+ALIGNED = 64
+"""Bytes at whose multiples tensors begin that travel together."""
+AHEAD = 2
+"""Mini-batches that are made before a GPU asks for them."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,12 @@ class RowLabels:
     group_batch: np.ndarray  # (groups, covariates)
     low: np.ndarray  # (rows,) int32
     high: np.ndarray  # (rows,) int32
+
+    def codes(self, rows: np.ndarray) -> np.ndarray:
+        """Return condition, group, low and high cluster, and batches of some rows: (rows, 4 + covariates) int64."""
+        group = np.searchsorted(self.group_starts, rows, side="right") - 1
+        known = (self.group_condition[group], group, self.low[rows], self.high[rows])
+        return np.concatenate([np.stack(known, axis=1), self.group_batch[group]], axis=1).astype(np.int64)
 
     @classmethod
     def of(cls, packed: Packed) -> RowLabels:
@@ -45,32 +61,117 @@ class RowLabels:
 
 def densify(share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: Any) -> MiniBatch:
     """Turn a sparse share into a mini-batch on a device; what travels there is the sparse form."""
-    group = np.searchsorted(labels.group_starts, share.rows, side="right") - 1
-
-    def send(values: np.ndarray) -> torch.Tensor:
-        return torch.tensor(values).to(device, non_blocking=True).long()
-
-    own = plan.share(share.step, *place)
+    if torch.device(device).type != "cpu":
+        return _sent(share, labels, plan, place, torch.device(device))
+    condition, group, low, high, *batch = torch.from_numpy(labels.codes(share.rows)).unbind(1)
     return MiniBatch(
         x=dense(share.x, device),
-        condition=send(labels.group_condition[group]),
-        batch=send(labels.group_batch[group]),
-        group=send(group),
-        low=send(labels.low[share.rows]),
-        high=send(labels.high[share.rows]),
-        first_block=own.start,
+        condition=condition,
+        batch=torch.stack(batch, 1) if batch else condition.new_empty((len(condition), 0)),
+        group=group,
+        low=low,
+        high=high,
+        first_block=plan.share(share.step, *place).start,
         step=share.step + 1,  # the loop's steps count from 0, the method's from 1
         cells=plan.cells(share.step),
     )
 
 
-def dense(x: sparse.csr_matrix, device: Any) -> torch.Tensor:
-    """Return a CSR as a dense tensor on a device, (cells, genes) float32."""
-    if torch.device(device).type == "cpu":
-        return torch.from_numpy(x.toarray())
-    counts, indices, data = (
-        torch.tensor(part).to(device, non_blocking=True) for part in (np.diff(x.indptr), x.indices, x.data)
+def _sent(
+    share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: torch.device
+) -> MiniBatch:
+    """Do the same for a GPU, with the labels found ahead; all that travels makes one copy.
+
+    Labels are those of all cells of the mini-batch, which each worker knows by their rows.
+    """
+    codes = torch.from_numpy(labels.codes(plan.share_rows(share.step, 0, 1)))
+    first = plan.share(share.step, *place).start
+    start = first * NOISE_ROWS if len(share.rows) else 0
+    mine = slice(start, start + len(share.rows))
+    condition, group, low, high, *_ = codes[mine].unbind(1)
+    found = labels_of(codes, mine, device.type)
+    matrix = [torch.tensor(part) for part in (np.diff(share.x.indptr), share.x.indices, share.x.data)]
+    sent = sent_together([*matrix, condition, codes[mine, 4:], *tensors_of(found)], device)
+    there = dict(zip(map(id, tensors_of(found)), sent[5:], strict=True))
+    return MiniBatch(
+        x=spread(sent[0], sent[1], sent[2], share.x.shape),
+        condition=sent[3],
+        batch=sent[4],
+        group=group,
+        low=low,
+        high=high,
+        first_block=first,
+        step=share.step + 1,
+        cells=plan.cells(share.step),
+        labels=found.sent(lambda part: there[id(part)]),
     )
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=len(data))
-    flat = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.float32, device=device)
-    return flat.index_put_((rows * x.shape[1] + indices,), data).view(x.shape)
+
+
+def tensors_of(labels: Labels) -> list[torch.Tensor]:
+    """Return the tensors of labels that the step reads, each once."""
+    found: list[torch.Tensor] = []
+
+    def note(part: torch.Tensor) -> torch.Tensor:
+        found.append(part)
+        return part
+
+    labels.sent(note)
+    return found
+
+
+def sent_together(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Bring tensors to a GPU by one copy, from memory that it reads by itself while the host goes on."""
+    starts = np.cumsum([0, *(-(-part.nbytes // ALIGNED) * ALIGNED for part in parts)]).tolist()
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+    for part, start in zip(parts, starts, strict=False):
+        host[start : start + part.nbytes] = part.contiguous().flatten().view(torch.uint8)
+    there = host.to(device, non_blocking=True)
+    return [
+        there[start : start + part.nbytes].view(part.dtype).view(part.shape)
+        for part, start in zip(parts, starts, strict=False)
+    ]
+
+
+def made_ahead(batches: Iterator[MiniBatch]) -> Iterator[MiniBatch]:
+    """Yield mini-batches that a thread makes, their copies on a stream of their own, while the step before is under way."""
+    side = torch.cuda.Stream()
+    ready: Queue[Any] = Queue(AHEAD)
+    stopped = threading.Event()
+
+    def make() -> None:
+        try:
+            with torch.cuda.stream(side):
+                for batch in batches:
+                    _put(ready, (batch, side.record_event()), stopped)
+            _put(ready, None, stopped)
+        except BaseException as error:  # noqa: BLE001 - raised where the mini-batch is waited for
+            _put(ready, error, stopped)
+
+    threading.Thread(target=make, daemon=True, name="ndreamer-ahead").start()
+    try:
+        while (made := ready.get()) is not None:
+            if isinstance(made, BaseException):
+                raise made
+            batch, copied = made
+            stream = torch.cuda.current_stream()
+            stream.wait_event(copied)
+            with_tensors(batch, partial(_kept_for, stream=stream))
+            yield batch
+    finally:
+        stopped.set()
+
+
+def _put(queue: Queue[Any], value: Any, stopped: threading.Event) -> None:
+    """Put a value into a queue, unless nobody takes from it any more."""
+    while not stopped.is_set():
+        with suppress(Full):
+            queue.put(value, timeout=1.0)
+            return
+
+
+def _kept_for(part: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
+    """Let the memory of a tensor be used again only after a stream has done what it was given so far."""
+    if part.is_cuda:
+        part.record_stream(stream)
+    return part

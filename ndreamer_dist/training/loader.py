@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.compute.executor import READER_CPUS
 from ndreamer_dist.model.batch import MiniBatch
-from ndreamer_dist.training.densify import RowLabels, densify
+from ndreamer_dist.training.densify import RowLabels, densify, made_ahead
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import PlanSource, from_arrow, windows
 
@@ -32,6 +34,13 @@ def mini_batches(
     packed: Packed, plan: SamplingPlan, place: tuple[int, int], first_step: int, device: Any
 ) -> Iterator[MiniBatch]:
     """Yield the shares of the worker `place` (rank, workers) from `first_step` on, read ahead by Ray Data."""
+    made = _read(packed, plan, place, first_step, device)
+    return made_ahead(made) if torch.device(device).type == "cuda" else made
+
+
+def _read(
+    packed: Packed, plan: SamplingPlan, place: tuple[int, int], first_step: int, device: Any
+) -> Iterator[MiniBatch]:
     import ray.data
 
     if first_step >= plan.steps:

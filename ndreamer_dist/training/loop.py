@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -54,6 +55,8 @@ class TrainState:
     step: int = 0
     measures: list[dict[str, float]] = field(default_factory=list)  # one row per step
     perplexities: list[list[float]] = field(default_factory=list)  # (steps, codebooks)
+    unread: deque[Measured] = field(default_factory=deque)  # of the last steps
+    read_at: float = 0.0
 
     @classmethod
     def fresh(
@@ -68,8 +71,33 @@ class TrainState:
         )
         return cls(network, optimiser)
 
+    def catch_up(self, but: int = 0) -> None:
+        """Read what steps have measured, but for the last ones.
+
+        Raises
+        ------
+        TrainingError
+            The loss of a step is not finite.
+        """
+        while len(self.unread) > but:
+            measured = self.unread.popleft()
+            losses, books = measured.read()
+            now = time.perf_counter()  # a GPU has done the step only now that its numbers are here
+            seconds = now - max(measured.started, self.read_at)
+            self.read_at = now
+            self.measures.append({
+                "step": measured.step, **losses,
+                "learning_rate": float(self.optimiser.param_groups[0]["lr"]),
+                "perplexity": fmean(books),
+                "cells_per_second": measured.cells / seconds,
+                "waiting": measured.waited / seconds,
+                "seconds": seconds,
+            })  # fmt: skip
+            self.perplexities.append(books)
+
     def to_bytes(self) -> dict[str, bytes]:
         """Return the files of a checkpoint: two of tensors, one of text; nothing is pickled."""
+        self.catch_up()
         moments = {
             f"{index}.{name}": value.detach().cpu().contiguous()
             for index, values in self.optimiser.state_dict()["state"].items()
@@ -124,8 +152,10 @@ def train(
     state.network.train()
     for batch, waited, started in _timed(batches):
         terms, quantised = training_step(state, batch, settings, collective)
-        _measure(state, batch, terms, quantised, started, waited)
+        state.unread.append(Measured.of(batch, terms, quantised, started=started, waited=waited))
+        state.catch_up(but=1 if batch.x.is_cuda else 0)  # a GPU always has a step to do while the host reads
         after_step(state)
+    state.catch_up()
 
 
 def training_step(
@@ -150,6 +180,15 @@ def training_step(
     return terms, quantised
 
 
+def add_in_order() -> None:
+    """Let operations on GPUs add in a fixed order in place of by atomics, so that a run gives the same bits twice.
+
+    What torch has no ordered way for it says in a warning; the step uses none of it.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, float]]:
     """Yield each mini-batch with the seconds it was waited for, and when its step (the wait included) began."""
     stream = iter(batches)
@@ -161,29 +200,46 @@ def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, flo
         yield batch, time.perf_counter() - started, started
 
 
-def _measure(
-    state: TrainState, batch: MiniBatch, terms: LossTerms, quantised: Quantised, started: float, waited: float
-) -> None:
-    """Note what a step measured; `TrainingError` where its loss is not finite."""
-    values = {"step": batch.step, **terms.as_floats()}
-    unfit = [name for name, value in values.items() if not math.isfinite(value)]
-    if unfit:
-        msg = (
-            f"the loss is not finite at step {batch.step} ({', '.join(unfit)}); lower --set train.learning_rate, or look "
-            "for extreme values in the input"
-        )
-        raise TrainingError(msg)
-    books = [round(used, 2) for used in perplexities(quantised).tolist()]
-    seconds = time.perf_counter() - started  # a GPU has done its work only now that its numbers are here
-    values |= {
-        "learning_rate": state.optimiser.param_groups[0]["lr"],
-        "perplexity": fmean(books),
-        "cells_per_second": batch.cells / seconds,
-        "waiting": waited / seconds,
-        "seconds": seconds,
-    }
-    state.measures.append(values)
-    state.perplexities.append(books)
+@dataclass(frozen=True)
+class Measured:
+    """What a step has measured and nobody has read yet: the names of `values`, which end with the codebooks' perplexities.
+
+    A GPU copies `values` to the host while it works on; `copied`, where there is such a copy, says when they are there.
+    """
+
+    step: int
+    cells: int
+    names: tuple[str, ...]
+    values: torch.Tensor
+    copied: torch.cuda.Event | None
+    started: float
+    waited: float
+
+    @classmethod
+    def of(cls, batch: MiniBatch, terms: LossTerms, quantised: Quantised, *, started: float, waited: float) -> Measured:
+        """Note what a step measures, without waiting for it."""
+        named = terms.as_tensors()
+        values = torch.cat([torch.stack(list(named.values())).detach().double(), perplexities(quantised)])
+        values = values.to("cpu", non_blocking=True)
+        copied = None
+        if batch.x.is_cuda and torch.cuda.is_available():
+            copied = torch.cuda.current_stream().record_event()
+        return cls(batch.step, batch.cells, tuple(named), values, copied, started, waited)
+
+    def read(self) -> tuple[dict[str, float], list[float]]:
+        """Return losses by name and perplexities; `TrainingError` where a loss is not finite."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        numbers = self.values.tolist()
+        losses = dict(zip(self.names, numbers, strict=False))
+        unfit = [name for name, value in losses.items() if not math.isfinite(value)]
+        if unfit:
+            msg = (
+                f"the loss is not finite at step {self.step} ({', '.join(unfit)}); lower --set train.learning_rate, or look "
+                "for extreme values in the input"
+            )
+            raise TrainingError(msg)
+        return losses, [round(used, 2) for used in numbers[len(losses) :]]
 
 
 @torch.no_grad()

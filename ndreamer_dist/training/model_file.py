@@ -13,6 +13,7 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
+from ndreamer_dist.model.batch import dense
 from ndreamer_dist.model.network import NDreamerNetwork
 from ndreamer_dist.settings import CodeChoice, ModelSettings, Settings
 from ndreamer_dist.storage.checksums import WEIGHTS_DIGEST, digest, read_model, seal
@@ -72,13 +73,15 @@ class TrainedModel:
         out = np.empty((x.shape[0], self.network.settings.latent), dtype=np.float32)
         for number, start in enumerate(range(0, x.shape[0], tile_rows)):
             state = int(np.random.SeedSequence((*key, number)).generate_state(1, np.uint64)[0] >> 1)
-            rows = x[start : start + tile_rows].toarray()
-            tile = np.zeros((tile_rows, x.shape[1]), dtype=np.float32)
-            tile[: len(rows)] = rows
+            rows = x[start : start + tile_rows]
+            tile = sparse.csr_matrix(
+                (rows.data, rows.indices, np.pad(rows.indptr, (0, tile_rows - rows.shape[0]), "edge")),
+                shape=(tile_rows, x.shape[1]),
+            )
             with torch.inference_mode():
                 generator = torch.Generator().manual_seed(state)
-                mu = self.network.embed(torch.from_numpy(tile).to(device), codes, generator)
-            out[start : start + len(rows)] = mu[: len(rows)].cpu().numpy()
+                mu = self.network.embed(dense(tile, device), codes, generator)
+            out[start : start + rows.shape[0]] = mu[: rows.shape[0]].cpu().numpy()
         return out
 
 

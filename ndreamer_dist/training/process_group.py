@@ -1,6 +1,6 @@
 """The process group of training workers, on the network interface that Ray uses.
 
-By default, gloo listens at the address of the machine's own name. On machines that write `127.0.1.1` beside their name
+By default, gloo listens at the address of the machine's own name, and NCCL at the first interface that is not loopback. On machines that write `127.0.1.1` beside their name
 this is a loopback address, and some machines have no address for it; other machines could not reach it. A single worker
 needs no process group.
 """
@@ -17,7 +17,8 @@ from typing import Any
 import ray.util
 from ray.train.torch import TorchConfig
 
-INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
+"""Variables that name the interface, and what stands before it: NCCL would take all that begin with the name."""
 GET_ADDRESS = 0x8915
 """Linux's SIOCGIFADDR."""
 
@@ -32,7 +33,7 @@ class NodeNetwork(TorchConfig):
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Sets gloo's interface before Ray Train makes the workers' process group."""
+    """Sets the interface of gloo and NCCL before Ray Train makes the workers' process group."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         if len(worker_group) > 1:
@@ -41,10 +42,11 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 
 def choose_interface() -> None:
-    """Set gloo's interface to that of the Ray node, unless the environment names one."""
+    """Set the interface of gloo and NCCL to that of the Ray node, unless the environment names one."""
     name = interface_of(ray.util.get_node_ip_address())
     if name is not None:
-        os.environ.setdefault(INTERFACE_VARIABLE, name)
+        for variable, exactly in INTERFACE_VARIABLES.items():
+            os.environ.setdefault(variable, exactly + name)
 
 
 def interface_of(address: str) -> str | None:

@@ -35,7 +35,7 @@ from ndreamer_dist.training.densify import RowLabels, densify
 from ndreamer_dist.training.health import concerns
 from ndreamer_dist.training.loader import LATE, LATE_SECONDS, mini_batches, watched
 from ndreamer_dist.training.log import epoch_row, epoch_rows, write_logs
-from ndreamer_dist.training.loop import TrainingError, TrainingStopped, TrainState, train
+from ndreamer_dist.training.loop import TrainingError, TrainingStopped, TrainState, add_in_order, train
 from ndreamer_dist.training.model_file import save_model
 from ndreamer_dist.training.progress import POLL_SECONDS, Display, remote_screen, screen
 from ndreamer_dist.training.sampling import SamplingPlan
@@ -158,22 +158,30 @@ class Reporter:
             self._show(self._display)
         step = self._state.step
         if step < self._plan.steps and self._schedule.due(step):
-            self._save(self._state)
-            self._write_logs()
+            with self._schedule.saving():
+                self._state.catch_up()
+                self._save(self._state)
+                self._write_logs()
             if self._schedule.stopping:
                 raise TrainingStopped
 
     def _show(self, display: Display) -> None:
+        measures = self._state.measures
+        display.reached(self._state.step, measures[-1] if measures else None)
+        self._add_epochs(display)
+
+    def _add_epochs(self, display: Display) -> None:
+        """Sum up the epochs that have ended since, and warn where something is wrong."""
         state, length = self._state, self._plan.steps_per_epoch
-        row = state.measures[-1]
-        display.reached(state.step, row)
-        if state.step % length == 0:
-            self._epochs.append(epoch_row(state.measures[-length:], state.perplexities[-length:]))
+        while (len(self._epochs) + 1) * length <= len(state.measures):
+            part = slice(len(self._epochs) * length, (len(self._epochs) + 1) * length)
+            self._epochs.append(epoch_row(state.measures[part], state.perplexities[part]))
             for kind, text in concerns(self._epochs, self._settings, self._plan.epochs).items():
                 display.warn(kind, text)
 
     def _write_logs(self) -> None:
         if self._display is not None:
+            self._add_epochs(self._display)
             write_logs(self._run.storage, self._state.measures, self._epochs, self._plan.steps_per_epoch)
 
 
@@ -189,6 +197,10 @@ def _train_on_ray(
     check_layout(settings.train, runtime.cpus, lambda: runtime.gpus)
     device = chosen_device(settings.train.device, "train.device", runtime, torch_finding, least=settings.train.workers)
     use_gpu = device == "cuda"
+    if use_gpu and settings.train.workers > 1:
+        logger.warning(
+            "train: %d workers on GPUs exchange much in each step; one may be faster", settings.train.workers
+        )
     with remote_screen(plan, runtime, run.name, stop) as display, _failures_told(run):
         trainer = TorchTrainer(
             _worker,
@@ -206,7 +218,8 @@ def _train_on_ray(
                 failure_config=ray.train.FailureConfig(max_failures=settings.train.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
                 # OpenMP threads that wait must not spin: the readers need the processor (10 times the time without).
-                worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+                # And sums on a GPU have one order (cuBLAS asks for its workspace by this variable).
+                worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}},
                 **_train_storage(run.storage),
             ),
         )
@@ -288,6 +301,8 @@ def _worker(config: dict[str, Any]) -> str | None:
     context = ray.train.get_context()
     place = (context.get_world_rank(), context.get_world_size())
     device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        add_in_order()
     collective = Distributed() if place[1] > 1 else Single()
     state = _fresh(settings, packed, device)
     checkpoint = _ray_checkpoint(run) or latest_serial(run.storage)
@@ -328,7 +343,12 @@ def _save_on_ray(state: TrainState) -> None:
     if ray.train.get_context().get_world_rank() != 0:
         ray.train.report(measures)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in state.to_bytes().items():
-            (Path(folder) / name).write_bytes(data)
-        ray.train.report(measures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    folder = tempfile.mkdtemp(prefix="ndreamer-checkpoint-")
+    for name, data in state.to_bytes().items():
+        (Path(folder) / name).write_bytes(data)
+    ray.train.report(
+        measures,
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )

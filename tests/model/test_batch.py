@@ -15,8 +15,9 @@ from tests.model.helpers import random_batch
 def test_groups_know_their_condition_batch_and_cells() -> None:
     batch = random_batch(200)
     labels = gather_labels(batch, Single())
-    assert torch.equal(labels.group_condition[labels.group], batch.condition)
-    assert torch.equal(labels.group_batch[labels.group], batch.batch)
+    assert torch.equal(labels.condition.row[labels.group], batch.condition)
+    for merge, batch_codes in zip(labels.batches, batch.batch.unbind(1), strict=True):
+        assert torch.equal(merge.row[labels.group], batch_codes)
     assert labels.group_cells.tolist() == [int((batch.group == group).sum()) for group in batch.group.unique()]
 
 

@@ -43,7 +43,7 @@ def train(blocks: tuple[int, ...], collective: Collective) -> Record:
         network.quantiser.count_usage(outputs.quantised.usage, collective)
         if step == RESET_AT:
             reset = network.quantiser.reset(outputs.quantised.projections, collective, seed=0, step=step, below=0.5)
-            record["reset"] = torch.tensor(reset)
+            record["reset"] = reset
     return record | {f"state {name}": value.clone() for name, value in network.state_dict().items()}
 
 

@@ -1,0 +1,180 @@
+"""What a step on a GPU asks of the host, counted on a double of it: one copy in, no wait, and the numbers of the processor."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from ndreamer_dist.model import noise
+from ndreamer_dist.model.batch import MiniBatch, gather_labels
+from ndreamer_dist.model.collectives import Single
+from ndreamer_dist.training import loop
+from ndreamer_dist.training.densify import densify
+from ndreamer_dist.training.loop import Measured, TrainState, training_step
+from ndreamer_dist.training.model_file import TrainedModel
+from ndreamer_dist.training.windows import Share, read_window, windows
+from tests.double import CUDA, Device, OnDevice, moved, pretended
+from tests.training.helpers import SETTINGS, Cohort, fresh
+
+MOST_OPERATIONS = 1001
+"""Operations of a step on the device, whatever its sizes; lower it with every fusion."""
+MOST_OF_A_TILE = 60
+"""Operations that embed a tile of cells."""
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return Cohort.write(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    with pretended(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def shares(cohort: Cohort, place: tuple[int, int] = (0, 1)) -> Iterator[Share]:
+    for steps in windows(cohort.plan, 0):
+        yield from read_window(cohort.packed, cohort.plan, steps, *place)
+
+
+def stepped(cohort: Cohort, steps: int) -> tuple[list[Device], TrainState]:
+    """Return what was seen of each step of a training on the double."""
+    state, seen = fresh(), list[Device]()
+    state.network, state.optimiser = on_double(state)
+    state.network.train()
+    for share, _ in zip(shares(cohort), range(steps), strict=False):
+        with Device() as device:
+            batch = densify(share, cohort.labels, cohort.plan, (0, 1), CUDA)
+            device.began, device.sizes = len(device.order), sizes_of(batch)
+            terms, quantised = training_step(state, batch, SETTINGS, Single())
+            state.unread.append(Measured.of(batch, terms, quantised, started=time.perf_counter(), waited=0.0))
+            state.catch_up(but=1)
+        seen.append(device)
+    state.catch_up()
+    return seen, state
+
+
+def sizes_of(batch: MiniBatch) -> tuple[int, ...]:
+    labels = batch.labels
+    assert labels is not None
+    sums = [merge.sums for merge in (labels.condition, *labels.batches, *(nested.pairs for nested in labels.within))]
+    return (batch.cells, len(labels.group_cells), *labels.rows[0].members.shape, *sums, batch.step % 5 == 0)
+
+
+def on_double(state: TrainState) -> tuple[torch.nn.Module, torch.optim.AdamW]:
+    network = moved(state.network)
+    return network, torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+
+
+def test_a_step_on_a_gpu_waits_for_nothing_and_what_it_needs_comes_in_one_copy(cohort: Cohort) -> None:
+    seen, _ = stepped(cohort, 6)  # the fifth resets codes, and the rows that they are taken from are one more copy
+    for step, device in enumerate(seen, start=1):
+        resets = int(step == 5)
+        assert device.waits == []
+        assert device.mixed == []
+        assert len(device.copied("in")) == 1 + resets
+        assert len(device.copied("out")) == 1  # the losses, which are read a step later
+        if step > 1:  # which makes the optimiser's moments
+            assert sum(device.operations.values()) <= MOST_OPERATIONS + 20 * resets
+
+
+def test_two_steps_of_one_size_are_the_same_operations_on_the_same_shapes(cohort: Cohort) -> None:
+    """Which is what a CUDA graph asks for: of mini-batches with as many cells, groups, conditions and batches."""
+    seen, _ = stepped(cohort, 9)
+    by_size: dict[tuple[int, ...], list[list[tuple]]] = {}
+    for device in seen[1:]:
+        by_size.setdefault(device.sizes, []).append(device.order[device.began :])
+    assert max(map(len, by_size.values())) > 1
+    for orders in by_size.values():
+        assert all(order == orders[0] for order in orders)
+
+
+def test_a_training_on_a_gpu_measures_what_one_on_the_processor_does(
+    cohort: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, on_gpu = stepped(cohort, 4)
+    monkeypatch.setattr(noise, "draw", noise.draw_on_device)
+    state = fresh()
+    loop.train(state, cohort.batches(last=4), SETTINGS, Single())
+    for ours, theirs in zip(on_gpu.measures, state.measures, strict=True):
+        timed = {"seconds", "cells_per_second", "waiting"}
+        assert {k: v for k, v in ours.items() if k not in timed} == pytest.approx(
+            {k: v for k, v in theirs.items() if k not in timed}, rel=2e-4, abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("place", [(0, 1), (0, 2), (1, 2)], ids=str)
+def test_labels_that_are_found_ahead_are_those_that_workers_would_gather(
+    cohort: Cohort, place: tuple[int, int]
+) -> None:
+    share = next(shares(cohort, place))
+    with Device():
+        ahead = densify(share, cohort.labels, cohort.plan, place, CUDA)
+    whole = densify(next(shares(cohort)), cohort.labels, cohort.plan, (0, 1), "cpu")
+    gathered = gather_labels(whole, Single())
+    assert ahead.labels is not None
+    assert torch.equal(ahead.labels.group, gathered.group)
+    assert torch.equal(ahead.x.inner, torch.from_numpy(share.x.toarray()))
+    assert ahead.labels.mine == slice(place[0] * len(whole.x) // 2, place[0] * len(whole.x) // 2 + len(share.rows))
+    cells = ahead.labels.segments.row_cells.inner
+    assert torch.equal(cells[cells > 0], gathered.segments.row_cells)
+
+
+def test_padding_changes_no_loss(cohort: Cohort) -> None:
+    """The processor's own labels, padded as for a GPU, give the same losses to rounding."""
+    batch = next(cohort.batches())
+    with Device():
+        there = densify(next(shares(cohort)), cohort.labels, cohort.plan, (0, 1), CUDA)
+    assert there.labels is not None
+    padded = there.labels.sent(lambda part: part.inner if isinstance(part, OnDevice) else part)
+    assert len(padded.segments.row_cells) % 256 == 0
+    found = [losses_of(each) for each in (batch, replace(batch, labels=padded))]
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
+
+
+def losses_of(batch: MiniBatch) -> dict[str, float]:
+    state = fresh()
+    state.network.train()
+    return training_step(state, batch, SETTINGS, Single())[0].as_floats()
+
+
+def test_embedding_a_tile_is_few_operations_and_the_values_of_the_processor(cohort: Cohort) -> None:
+    network = fresh().network.eval()
+    x = sparse.random(90, 40, density=0.3, format="csr", dtype="float32", random_state=0)
+    known = TrainedModel(network, (), (), ()).embed(x, 64)
+    with Device() as device:
+        found = TrainedModel(moved(network), (), (), ()).embed(x, 64)
+    assert found == pytest.approx(known, abs=1e-5)
+    assert device.mixed == []
+    assert sum(device.operations.values()) <= 2 * MOST_OF_A_TILE
+
+
+def test_noise_of_a_gpu_is_made_of_whole_numbers_that_every_device_computes_alike() -> None:
+    """The first numbers of SplitMix64 of seed 1234567, as its author gives them."""
+    places = torch.arange(1, 4)
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    high, low = noise.uniforms(places, 1234567).view(-1, 2).unbind(-1)
+    assert (high * 2**24).tolist() == [each >> 40 for each in known]
+    assert (low * 2**24).tolist() == [(each >> 8) & (2**24 - 1) for each in known]
+
+
+def test_noise_of_a_gpu_has_the_distributions_that_it_is_named_after() -> None:
+    cells = 640
+    none = torch.zeros(cells, dtype=torch.int64)
+    batch = MiniBatch(torch.zeros(cells, 1), none, none[:, None], none, none, none, 0, 1, cells)
+    drawn = noise.draw_on_device(batch, SETTINGS.model, 0)
+    moments = {"exponentials": (1, 1), "marks": (0.5, 1 / 12**0.5), "latent": (0, 1), "keys": (0.5, 1 / 12**0.5)}
+    for name in (field.name for field in fields(drawn)):
+        values: Tensor = getattr(drawn, name).double()
+        mean, spread = moments[name]
+        assert float(values.mean()) == pytest.approx(mean, abs=5 * spread / values.numel() ** 0.5)
+        assert float(values.std()) == pytest.approx(spread, rel=0.03)
