@@ -58,7 +58,7 @@ def main() -> None:
     if not given.no_tests:
         lines.append(Line("tests that need a GPU", "passed", tests()))
     with tempfile.TemporaryDirectory() as folder:
-        nd.simulate(f"{folder}/cohort.zarr", cells=given.cells, genes=given.genes, batches=8, seed=0)
+        nd.simulate(f"{folder}/cohort.zarr", cells=given.cells, genes=given.genes, batches=4, seed=0)
         lines += trained(Path(folder), given, workers=1)
         if gpus() > 1:
             lines += trained(Path(folder), given, workers=2)
@@ -108,14 +108,15 @@ def trained(folder: Path, given: argparse.Namespace, workers: int) -> list[Line]
     """Run the job on the simulated cohort; return how fast it trains, and what its stages worked on."""
     out = folder / f"run_{workers}"
     asked = {
-        "train.workers": workers, "train.passes": 1, "train.epochs": -(-given.steps // 8), "run.serial": False,
+        "train.workers": workers, "train.passes": 1, "train.epochs": -(-given.steps // 4), "run.serial": False,
         "clusters.flavor": "igraph", "effects.store": (), "run.progress": False,
     }  # fmt: skip
     nd.run(
         folder / "cohort.zarr", out=out, condition_key="condition", control="control", batch_key="donor",
         preset=given.preset, settings=asked,
     )  # fmt: skip
-    steps = pd.read_csv(out / keys.METRICS).iloc[WARM_UP:]
+    steps = pd.read_csv(out / keys.METRICS)
+    steps = steps.iloc[min(WARM_UP, len(steps) // 2) :]
     costs = stage_costs(Storage(str(out))).set_index("stage")
     rate = f"{steps.cells_per_second.median():,.0f} cells/s, {1000 * steps.seconds.median():.1f} ms a step"
     waiting = f"{100 * np.average(steps.waiting, weights=steps.seconds):.0f} % of it for data"

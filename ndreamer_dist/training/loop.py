@@ -71,6 +71,11 @@ class TrainState:
         )
         return cls(network, optimiser)
 
+    @property
+    def device(self) -> str:
+        """Type of the device that trains."""
+        return next(self.network.parameters()).device.type
+
     def catch_up(self, but: int = 0) -> None:
         """Read what steps have measured, but for the last ones.
 
@@ -105,7 +110,7 @@ class TrainState:
         }
         weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         files = {"weights.safetensors": save_tensors(weights), "optimiser.safetensors": save_tensors(moments)}
-        told = {"step": self.step, "measures": self.measures, "perplexities": self.perplexities}
+        told = {"step": self.step, "measures": self.measures, "perplexities": self.perplexities, "device": self.device}
         told["files"] = {name: digest(data) for name, data in files.items()}
         return files | {STATE_FILE: seal(told, indent=None)}
 
@@ -133,6 +138,13 @@ class TrainState:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         self.step, self.measures, self.perplexities = told["step"], told["measures"], told["perplexities"]
+        if (before := told.get("device", self.device)) != self.device:
+            logger.warning(
+                "%s was made on %s and training goes on on %s: noise and sums have other bits there",
+                where,
+                before,
+                self.device,
+            )
 
 
 def train(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import json
 import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from ndreamer_dist.compute.local_ray import IDLE_WORKER_SECONDS, USAGE
+from tests.cluster.fatbins import architectures
 from tests.cluster.manifests import CLUSTER, ROOT, pinned
 
 LINES = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text())
@@ -78,6 +83,26 @@ def test_every_installed_package_is_pinned(target: str) -> None:
         assert pinned(name)
     # In isolation pip would take the newest build backend.
     assert all("--no-build-isolation" in line for line in lines if "pip wheel" in line)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_the_gpu_image_installs_fits_together_and_has_code_for_the_gpus_it_names(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip"]
+    report = tmp_path / "report.json"
+    asked = ["-c", str(ROOT / "constraints.txt"), "torch==2.13.0", f"{ROOT}[gpu,s3,cluster]"]
+    dry = [*pip, "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report), *asked]
+    subprocess.run(dry, check=True)
+    found = {
+        each["metadata"]["name"]: each["metadata"]["version"] for each in json.loads(report.read_text())["install"]
+    }
+    assert found["faiss-gpu"] == pinned("faiss-gpu")
+    assert "faiss-cpu" not in found
+    wheel = ["download", "--quiet", "--no-deps", "--dest", str(tmp_path), f"faiss-gpu=={pinned('faiss-gpu')}"]
+    subprocess.run([*pip, *wheel], check=True)
+    zipfile.ZipFile(next(tmp_path.glob("faiss_gpu-*.whl"))).extract("faiss/libfaiss.so", tmp_path)
+    built = architectures(tmp_path / "faiss/libfaiss.so")
+    assert built >= {("SASS", capability) for capability in (70, 75, 80, 86, 89, 90)} | {("PTX", 90)}
 
 
 def test_the_base_image_is_a_full_version_and_one_that_the_package_takes() -> None:

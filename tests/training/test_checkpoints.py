@@ -37,6 +37,25 @@ def test_a_checkpoint_is_due_every_so_many_steps_or_minutes(
     assert found == expected
 
 
+def test_checkpoints_by_time_take_a_small_share_of_a_training_whatever_one_costs() -> None:
+    now, waited, last = 0.0, 0.0, 0
+    schedule = Schedule(TrainSettings(checkpoint_minutes=0.5), Single(), clock=lambda: now)
+    for step in range(1, 100_001):
+        now += 0.01
+        if schedule.due(step):
+            cost = 0.1 + 2e-5 * step  # each holds a row for every step so far
+            with schedule.saving():
+                now += cost
+            waited, last = waited + cost, step
+    assert last > 90_000
+    assert waited <= 0.02 * now
+
+
+def test_checkpoints_by_neither_steps_nor_time_are_refused() -> None:
+    with pytest.raises(ValueError, match="checkpoint_steps and checkpoint_minutes are both null"):
+        TrainSettings(checkpoint_minutes=None)
+
+
 def test_the_last_whole_checkpoint_counts_and_those_before_it_are_deleted(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     assert latest_serial(storage) is None

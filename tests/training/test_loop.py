@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
 from ndreamer_dist.model.collectives import Single
-from ndreamer_dist.training.loop import TrainingError, train
+from ndreamer_dist.training.loop import TrainingError, TrainState, train
 from tests.training.helpers import SETTINGS, Cohort, fresh, weights
 
 OTHER_SEED = SETTINGS.model_copy(update={"seed": 9})
@@ -38,6 +39,16 @@ def test_stopping_and_going_on_changes_no_bit(cohort: Cohort) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
     assert [row["step"] for row in second.measures] == list(range(1, cohort.plan.steps + 1))
     assert second.perplexities == whole.perplexities
+
+
+def test_going_on_on_another_device_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = fresh().to_bytes()
+    monkeypatch.setattr(TrainState, "device", "cuda")
+    with caplog.at_level(logging.WARNING):
+        fresh().load_bytes(files, "run/train/5")
+    assert "run/train/5 was made on cpu and training goes on on cuda" in caplog.text
 
 
 def test_the_seed_decides_the_weights_and_the_callers_generator_is_left_alone() -> None:
