@@ -45,7 +45,7 @@ TRIES = 3
 """How often a task is begun again whose process or machine is lost."""
 ITEMS_AT_ONCE = 2
 """Items that are dealt to a GPU's process at once: the next one is there when it is through with the first."""
-LATE_SECONDS = 120.0
+NO_GPU_SECONDS = 120.0
 """How long a GPU is waited for before it is said that it is."""
 Task = TypeVar("Task", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
@@ -332,10 +332,10 @@ def _first_of(handles: list[Any], *, late: bool) -> Any:
     """Return the first handle that is ready; where it takes long and `late` is asked for, say that a GPU is waited for."""
     import ray
 
-    ready, _ = ray.wait(handles, num_returns=1, timeout=LATE_SECONDS if late else None)
+    ready, _ = ray.wait(handles, num_returns=1, timeout=NO_GPU_SECONDS if late else None)
     if not ready:
         logger.warning(
-            "no GPU has come for %.0f s; without one: --set STAGE.device=cpu (train, embed, match)", LATE_SECONDS
+            "no GPU has come for %.0f s; without one: --set STAGE.device=cpu (train, embed, match)", NO_GPU_SECONDS
         )
         ready, _ = ray.wait(handles, num_returns=1)
     return ready[0]

@@ -64,7 +64,7 @@ EDGE_DISTANCES = 2_000_000
 """What an edge costs besides its distances, in distances: files to write."""
 CROWDED = 0.04
 """More neighbours than this share of a group's cells are worth a warning."""
-WRITERS = 8
+WRITING_THREADS = 8
 """Threads that write what a GPU finds; on object storage each waits for several answers a file."""
 BATCH_QUERIES = 65_536
 """Queries of a target group that are searched together."""
@@ -388,7 +388,7 @@ def search_unit(
         run.mark(keys.STAGE_MATCH, key, shard, found.counts)
 
     # Cells then come out the same whatever `run.task_threads` says.
-    with threadpool_limits(1), _written_by(WRITERS if settings.match.device == "cuda" else 0) as write:
+    with threadpool_limits(1), _written_by(WRITING_THREADS if settings.match.device == "cuda" else 0) as write:
         for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
             group = design.groups[target]
             search = Searcher(there.of(slice(group.start, group.stop)), settings)

@@ -16,20 +16,9 @@ from ndreamer_dist.compute.engines import chosen_device, product_finding, requir
 from ndreamer_dist.compute.executor import RayRuntime
 from ndreamer_dist.errors import ResourceError
 from ndreamer_dist.settings import RunSettings
+from tests.compute.trials import aborts, fit, hangs
 
 SECONDS = 0.3
-
-
-def fit() -> None:
-    """A trial of a GPU that works."""
-
-
-def aborts() -> None:
-    os.abort()  # what FAISS does where a wheel holds no code for the GPU
-
-
-def hangs() -> None:
-    time.sleep(60)
 
 
 def at_work(_: int, shared: list[int]) -> tuple[int, str, int]:
@@ -71,11 +60,11 @@ def test_on_ray_a_process_keeps_its_gpu_and_one_that_torch_cannot_use_is_one_lin
 
 @pytest.mark.parametrize(
     ("finding", "answer"),
-    [(fit, None), (aborts, "ended with code -6"), (hangs, "did not end within 4 s")],
+    [(fit, None), (aborts, "ended with code -6"), (hangs, "did not end within 3 s")],
     ids=["fit", "aborts", "hangs"],
 )
 def test_a_trial_survives_what_it_tries(finding: Any, answer: str | None) -> None:
-    found = tried_apart(finding, 4 if finding is hangs else 60)
+    found = tried_apart(finding, 3 if finding is hangs else 60)
     assert found is None if answer is None else answer in str(found)
 
 
