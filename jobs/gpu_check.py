@@ -121,7 +121,7 @@ def trained(folder: Path, given: argparse.Namespace, workers: int) -> list[Line]
     rate = f"{steps.cells_per_second.median():,.0f} cells/s, {1000 * steps.seconds.median():.1f} ms a step"
     waiting = f"{100 * np.average(steps.waiting, weights=steps.seconds):.0f} % of it for data"
     name = f"training, {workers} worker{'s' if workers > 1 else ''}, {given.preset}"
-    counted = "7.4 to 8.7 ms of work" if workers == 1 else "slower than one"
+    counted = "8 to 9 ms of work" if workers == 1 else "slower than one"
     lines = [Line(name, counted, f"{rate}, {waiting}, on {costs.engine['train']}")]
     return lines + [
         Line(f"  {stage} of the job", "", f"{costs.seconds[stage]:.1f} s on {costs.engine[stage]}")
