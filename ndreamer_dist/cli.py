@@ -367,6 +367,9 @@ def simulate(
         float,
         typer.Option(min=-2, max=2, help="Shift of the cells' state outside the control, in standard deviations."),
     ] = 0.0,
+    pathways: Annotated[
+        int, typer.Option(min=0, help="A screen: the conditions are knock-outs of so many pathways.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 0,
 ) -> None:
     """Simulate a cohort whose true effects are known."""
@@ -374,7 +377,7 @@ def simulate(
 
     simulate_with_bar(
         out, cells=cells, genes=genes, batches=batches, conditions=conditions, design=design, state_effects=state_effects,
-        state_shift=state_shift, seed=seed,
+        state_shift=state_shift, pathways=pathways, seed=seed,
     )  # fmt: skip
     print(f"wrote {out}: columns condition (control: control), donor, cell_type")
 

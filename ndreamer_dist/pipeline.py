@@ -20,7 +20,7 @@ from anndata import AnnData
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.clusters import clustered_by
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_sizes
+from ndreamer_dist.cohort.genes import check_cohort, check_genes, input_groups
 from ndreamer_dist.cohort.obsm import column_labels
 from ndreamer_dist.cohort.source import Source, fingerprint, open_cohort
 from ndreamer_dist.cohort.values import decide_values
@@ -198,19 +198,20 @@ def plan(
     choice = runtime_choice(asked, size.cells)
     made = choice.applied(asked)
     seen = decide_values(source, made.cohort.normalise, made.cohort.log_base).seen
-    limit = _memory(made)
+    limit, groups = _memory(made), input_groups(source, made.cohort)
     planned = plan_of(
         design,
         made,
         size,
-        input_groups=input_sizes(source, made.cohort),
+        input_groups=groups.sizes,
         runtime=str(choice),
         took=_times(directory) if directory is not None else {},
         **_machine(made),
         memory_free=limit.amount,
         disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
     )
-    notes = tuple(note for note in (seen, *source.notes) if note)
+    by_condition = groups.notes() if groups.rule == "merge" else []  # else the plan names the groups that are left out
+    notes = tuple(note for note in (seen, *source.notes, *by_condition) if note)
     return replace(
         planned, notes=notes, engines=engines_here(), cpus_source=_processors(made).source, memory_source=limit.source
     )

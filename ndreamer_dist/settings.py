@@ -92,8 +92,13 @@ class CohortSettings(StageSettings):
     exclude_conditions: tuple[str, ...] = result((), "conditions whose cells are left out")
     min_genes: int = result(0, "fewest genes a kept cell expresses", ge=0)
     min_cells: int = result(0, "fewest cells a kept gene is expressed in", ge=0)
-    min_group_cells: int = result(100, "fewest cells of a (batch, condition) group", ge=1)
-    small_groups: Literal["drop", "keep", "error"] = result("drop", "what to do with smaller groups")
+    min_group_cells: int = result(100, "fewest cells of a (batch, condition) group; in a screen, of a condition", ge=1)
+    small_groups: Literal["auto", "drop", "merge", "keep", "error"] = result(
+        "auto",
+        "what to do with smaller groups; merge: ask the number of a condition, and merge its batches that have few; auto: "
+        "merge in a screen (20 conditions and more), else drop",
+    )
+    rare_conditions: Literal["error", "drop"] = result("error", "what to do with conditions that this would empty")
     chunk_rows: int = how(4096, "rows read at a time", ge=1)
 
     @field_validator("condition_key", "control", "layer", "gene_names", mode="before")

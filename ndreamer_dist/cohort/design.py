@@ -27,6 +27,17 @@ EXCLUDED = "excluded condition"
 """Why a cell of an excluded condition is left out."""
 MOST_EDGES = 20_000_000
 """Pairs of groups to match at most: every one is a piece of work of its own."""
+SCREEN_CONDITIONS = 20
+"""From so many conditions on, the control included, a cohort is a screen: small groups are looked at by condition."""
+MERGED = "merged"
+"""Batch of the cells of a condition's batches that have too few each; with underscores where a batch has this name."""
+MERGED_SHARE = 4
+"""In a screen a group needs one in so many of the cells that a condition needs; smaller ones are merged."""
+
+MOST_NAMED = 50
+"""Small groups that a note names."""
+
+SmallGroups = Literal["auto", "drop", "merge", "keep", "error"]
 
 
 @dataclass(frozen=True)
@@ -218,7 +229,8 @@ def build_design(
     batch_keys: Sequence[str] = (),
     keep: np.ndarray | None = None,
     min_group_cells: int = 1,
-    small_groups: Literal["drop", "keep", "error"] = "drop",
+    small_groups: SmallGroups = "drop",
+    rare_conditions: Literal["error", "drop"] = "error",
     exclude: Sequence[str] = (),
 ) -> tuple[Design, np.ndarray, np.ndarray]:
     """Return the design of a cohort, the group of every input cell, and why a cell was left out here.
@@ -230,7 +242,11 @@ def build_design(
     keep
         (cells,) bool, the cells to look at; none: all.
     min_group_cells, small_groups
-        What is done with groups of fewer cells: `drop` leaves their cells out, `error` refuses.
+        What is done with groups of fewer cells: `drop` leaves their cells out, `error` refuses, `merge` asks the number
+        of a condition, and merges those of its batches that have fewer than a quarter of it; `auto` is `merge` in a
+        screen, else `drop`.
+    rare_conditions
+        What is done with conditions that would vanish by it: `drop` leaves them out, `error` refuses.
     exclude
         Conditions whose cells are left out.
 
@@ -254,34 +270,26 @@ def build_design(
     control = _level(obs[condition_key], columns[-1].levels, control)
     left_out = excluded(obs, condition_key, exclude, control)
     _check_conditions(columns[-1], condition_key, control, keep, left_out)
-    pairs = _combined([column.codes for column in columns])
     reasons = np.where(keep & left_out, EXCLUDED, "").astype(object)
     keep = keep & ~left_out
-    small = _small_groups(pairs, columns, keep, min_group_cells)
-    if small and small_groups == "error":
-        msg = (
-            f"{_count(len(small), 'group')} hold fewer than {min_group_cells} cells: {_sizes(small)}; leave them out "
-            "(--set cohort.small_groups=drop) or keep them (--set cohort.small_groups=keep)"
-        )
-        raise CohortError(msg)
-    if small and small_groups == "drop":
-        cut = keep & np.isin(pairs, [pair for pair, _, _ in small])
-        reasons[cut] = f"group of fewer than {min_group_cells} cells"
-        _check_nothing_vanishes(columns[-1], keep, keep & ~cut, control, min_group_cells)
-        keep = keep & ~cut
+    small_groups = _rule(small_groups, columns[-1], keep)
+    columns, _ = _with_merged(columns, keep, min_group_cells, small_groups)
+    cut = _cut(columns, keep, min_group_cells, small_groups)
+    merge = small_groups == "merge"
+    refuse = rare_conditions == "error"
+    _check_nothing_vanishes(columns[-1], keep, cut, control, min_group_cells, refuse=refuse, by_condition=merge)
+    reasons[cut] = f"{'condition' if merge else 'group'} of fewer than {min_group_cells} cells"
+    keep = keep & ~cut
     design, codes = _coded(condition_key, control, tuple(batch_keys), columns, keep)
     _check_edges(design)
     return design, codes, reasons
 
 
-def report_design(design: Design, small: dict[str, int], min_group_cells: int, small_groups: str) -> list[str]:
+def report_design(design: Design, small: SmallGroupsReport) -> list[str]:
     """Log what is worth knowing about a design and return it as notes: small groups, and batches without controls."""
-    notes = []
-    if small:
-        done = "left out" if small_groups == "drop" else "kept"
-        sizes = ", ".join(f"{name} ({cells})" for name, cells in small.items())
-        notes.append(f"{_count(len(small), 'group')} of fewer than {min_group_cells} cells {done}: {sizes}")
-        logger.warning(notes[-1])
+    notes = small.notes()
+    for note in notes:
+        logger.warning(note)
     with_control = {group.batch for group in design.with_condition(0)}
     without = len(design.batches) - len(with_control)
     if without:
@@ -292,11 +300,82 @@ def report_design(design: Design, small: dict[str, int], min_group_cells: int, s
     return notes
 
 
-def group_sizes(obs: pd.DataFrame, condition_key: str, batch_keys: Sequence[str], keep: np.ndarray) -> dict[str, int]:
-    """Return the number of kept cells of every group, small ones too, by name in order of appearance."""
+@dataclass(frozen=True)
+class SmallGroupsReport:
+    """The groups of a cohort before small ones are left out, and what is done with those.
+
+    Attributes
+    ----------
+    sizes
+        Kept cells of every group, by name in order of appearance; batches that are merged count as one.
+    rule
+        `auto` resolved.
+    merged
+        Number of batches that were merged, by condition.
+    rare
+        Cells of the conditions that have too few, by name.
+    """
+
+    sizes: dict[str, int]
+    min_group_cells: int
+    rule: SmallGroups
+    merged: dict[str, int]
+    rare: dict[str, int]
+
+    def notes(self) -> list[str]:
+        """Say what is done with small groups; nothing where there is none."""
+        least, small = (
+            self.min_group_cells,
+            {n: cells for n, cells in self.sizes.items() if cells < self.min_group_cells},
+        )
+        if self.rule != "merge":
+            done = "left out" if self.rule == "drop" else "kept"
+            return [f"{_count(len(small), 'group')} of fewer than {least} cells {done}: {_named_sizes(small)}"] * bool(
+                small
+            )
+        found = []
+        if small:
+            found.append(
+                f"a screen: {least} cells are asked of a condition and {_least_merged(least)} of each of its batches; "
+                f"{_count(len(small), 'group')} of fewer than {least} cells"
+            )
+        if self.merged:
+            found.append(
+                f"batches with fewer than {_least_merged(least)} cells of a condition merged, in "
+                f"{_count(len(self.merged), 'condition')}: {_named_sizes(self.merged, 'batches')}"
+            )
+        if self.rare:
+            found.append(
+                f"{_count(len(self.rare), 'condition')} of fewer than {least} cells left out: {_named_sizes(self.rare)}"
+            )
+        return found
+
+
+def report_small_groups(
+    obs: pd.DataFrame,
+    condition_key: str,
+    batch_keys: Sequence[str],
+    keep: np.ndarray,
+    *,
+    min_group_cells: int = 1,
+    small_groups: SmallGroups = "drop",
+) -> SmallGroupsReport:
+    """Return the number of kept cells of every group, small ones too, and what is done with small ones."""
     columns = [_named(obs, name) for name in (*batch_keys, condition_key)]
+    rule = _rule(small_groups, columns[-1], keep)
+    columns, merged = _with_merged(columns, keep, min_group_cells, rule)
     pairs = _combined([column.codes for column in columns])
-    return {name: cells for _, name, cells in _small_groups(pairs, columns, keep, len(obs) + 1)}
+    sizes = {name: cells for _, name, cells in _small_groups(pairs, columns, keep, len(obs) + 1)}
+    cells = np.bincount(columns[-1].codes[keep], minlength=len(columns[-1].levels))
+    few = (cells > 0) & (cells < min_group_cells)
+    rare = {columns[-1].levels[code]: int(cells[code]) for code in np.flatnonzero(few)}
+    return SmallGroupsReport(sizes, min_group_cells, rule, merged, rare)
+
+
+def _named_sizes(sizes: dict[str, int], what: str = "") -> str:
+    """Name groups or conditions with their numbers; of many, the first."""
+    told = [f"{name} ({number}{' ' + what if what else ''})" for name, number in sizes.items()]
+    return ", ".join(told[:MOST_NAMED]) + (f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else "")
 
 
 def pair_codes(obs: pd.DataFrame, condition_key: str, batch_keys: Sequence[str]) -> np.ndarray:
@@ -424,20 +503,100 @@ def _check_conditions(column: _Column, key: str, control: str, keep: np.ndarray,
         raise CohortError(msg)
 
 
-def _check_nothing_vanishes(column: _Column, before: np.ndarray, after: np.ndarray, control: str, limit: int) -> None:
+def _check_nothing_vanishes(
+    column: _Column, before: np.ndarray, cut: np.ndarray, control: str, limit: int, *, refuse: bool, by_condition: bool
+) -> None:
+    """Refuse the loss of the control, and where asked that of other conditions."""
     already = set(_absent(column, before))
-    gone = [name for name in _absent(column, after) if name not in already]
-    if not gone:
-        return
+    gone = [name for name in _absent(column, before & ~cut) if name not in already]
     others = [name for name in gone if name != control]
+    left = len(column.levels) - len(already) - len(gone)
+    has = f"no group of {'it' if len(gone) == 1 else 'them'} has {limit} cells"
+    if by_condition:
+        has = (
+            f"{'it has' if len(gone) == 1 else 'they have'} fewer than {limit} cells{'' if len(gone) == 1 else ' each'}"
+        )
+    if not gone or (control not in gone and left > 1 and not refuse):
+        return
     leave = f"leave out ({' '.join(f'--exclude-condition {_word(name)}' for name in others[:8])}" if others else ""
-    leave += f" and {len(others) - 8} more), " if len(others) > 8 else "), " if others else ""
+    leave += f" and {len(others) - 8} more" if len(others) > 8 else ""
+    leave += ", or all: --set cohort.rare_conditions=drop), " if len(others) > 1 else "), " if others else ""
     msg = (
-        f"{_what(gone, control)} would vanish: no group of {'it' if len(gone) == 1 else 'them'} has {limit} cells "
-        f"(min_group_cells); {leave if control not in gone else ''}lower it (--set cohort.min_group_cells=N) or keep small "
-        "groups (--set cohort.small_groups=keep)"
+        f"{_what(gone, control)} would vanish: {has} (min_group_cells); {leave if control not in gone else ''}lower it "
+        "(--set cohort.min_group_cells=N) or keep small groups (--set cohort.small_groups=keep)"
     )
     raise CohortError(msg)
+
+
+def _rule(small_groups: SmallGroups, conditions: _Column, keep: np.ndarray) -> SmallGroups:
+    """Return what is done with small groups: in a screen other than in a cohort of few conditions."""
+    if small_groups != "auto":
+        return small_groups
+    return "merge" if len(np.unique(conditions.codes[keep])) >= SCREEN_CONDITIONS else "drop"
+
+
+def _cut(columns: Sequence[_Column], keep: np.ndarray, limit: int, rule: SmallGroups) -> np.ndarray:
+    """Return the cells that small groups, or conditions, take with them: (cells,) bool; refuse where asked."""
+    if rule == "merge":
+        codes = columns[-1].codes
+        return keep & (np.bincount(codes[keep], minlength=len(columns[-1].levels)) < limit)[codes]
+    pairs = _combined([column.codes for column in columns])
+    small = _small_groups(pairs, columns, keep, limit)
+    if small and rule == "error":
+        msg = (
+            f"{_count(len(small), 'group')} hold fewer than {limit} cells: {_sizes(small)}; leave them out "
+            "(--set cohort.small_groups=drop) or keep them (--set cohort.small_groups=keep)"
+        )
+        raise CohortError(msg)
+    return keep & np.isin(pairs, [pair for pair, _, _ in small if rule == "drop"])
+
+
+def _least_merged(min_group_cells: int) -> int:
+    return -(-min_group_cells // MERGED_SHARE)
+
+
+def _with_merged(
+    columns: list[_Column], keep: np.ndarray, min_group_cells: int, rule: SmallGroups
+) -> tuple[list[_Column], dict[str, int]]:
+    """Return the columns with batches merged where a condition has few cells of them, and how many, by condition.
+
+    Of each condition the smallest batches become one, until that one has enough cells. It gets a level of its own in
+    every batch column.
+    """
+    *batches, condition = columns
+    if rule != "merge" or not batches:
+        return columns, {}
+    pairs = _combined([column.codes for column in columns])
+    present, first, sizes = np.unique(np.where(keep, pairs, -1), return_index=True, return_counts=True)
+    known = present >= 0
+    present, of, sizes = present[known], condition.codes[first[known]], sizes[known]
+    merged, least = {}, _least_merged(min_group_cells)
+    chosen = np.zeros(int(pairs.max(initial=-1)) + 1, dtype=bool)
+    order = np.lexsort((present, sizes, of))
+    for code, places in zip(*_runs(of[order], order), strict=True):
+        before = np.cumsum(sizes[places]) - sizes[places]
+        joined = places[(sizes[places] < least) | (before < least)]
+        if sizes[places[0]] < least and len(joined) > 1 and sizes[places].sum() >= min_group_cells:
+            chosen[present[joined]] = True
+            merged[condition.levels[code]] = len(joined)
+    cells = keep & chosen[pairs]
+    return [*(_relabelled(column, cells) for column in batches), condition], merged
+
+
+def _runs(codes: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the codes that stand next to each other, and the places of each."""
+    found, starts = np.unique(codes, return_index=True)
+    return found, np.split(places, starts[1:])
+
+
+def _relabelled(column: _Column, cells: np.ndarray) -> _Column:
+    """Return a column in which some cells have a level of their own."""
+    if not cells.any():
+        return column
+    name = MERGED
+    while name in column.levels:
+        name += "_"
+    return _Column((*column.levels, name), np.where(cells, len(column.levels), column.codes))
 
 
 def _word(name: str) -> str:

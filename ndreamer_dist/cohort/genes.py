@@ -15,7 +15,16 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.design import EXCLUDED, Design, build_design, excluded, group_sizes, pair_codes, report_design
+from ndreamer_dist.cohort.design import (
+    EXCLUDED,
+    Design,
+    SmallGroupsReport,
+    build_design,
+    excluded,
+    pair_codes,
+    report_design,
+    report_small_groups,
+)
 from ndreamer_dist.cohort.packed import write_tables
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.cohort.statistics import Recipe, Scan, frame_of_cells, scan
@@ -76,10 +85,10 @@ def check_cohort(source: Source, cohort: CohortSettings) -> Design:
     return build_design(source.obs, **_design_arguments(cohort))[0]
 
 
-def input_sizes(source: Source, cohort: CohortSettings) -> dict[str, int]:
-    """Return the number of cells of every group of the input, whatever its size, by name."""
+def input_groups(source: Source, cohort: CohortSettings) -> SmallGroupsReport:
+    """Return the number of cells of every group of the input, whatever its size, and what is done with small ones."""
     every = ~excluded(source.obs, str(cohort.condition_key), cohort.exclude_conditions)
-    return group_sizes(source.obs, str(cohort.condition_key), cohort.batch_key, every)
+    return _groups_of(source, cohort, every)
 
 
 def check_genes(source: Source, hvg: HvgSettings) -> np.ndarray:
@@ -231,7 +240,15 @@ def _design_arguments(cohort: CohortSettings) -> dict[str, Any]:
         "batch_keys": cohort.batch_key,
         "min_group_cells": cohort.min_group_cells,
         "small_groups": cohort.small_groups,
+        "rare_conditions": cohort.rare_conditions,
     }
+
+
+def _groups_of(source: Source, cohort: CohortSettings, keep: np.ndarray) -> SmallGroupsReport:
+    return report_small_groups(
+        source.obs, str(cohort.condition_key), cohort.batch_key, keep, min_group_cells=cohort.min_group_cells,
+        small_groups=cohort.small_groups,
+    )  # fmt: skip
 
 
 def _scanned(
@@ -296,17 +313,18 @@ def _rows_looked_at(
     design: Design, groups: np.ndarray, pairs: np.ndarray, hvg: HvgSettings
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the sets of cells inside which variability is looked at: codes of their groups, and rows of their sums."""
-    kept, first = np.unique(groups, return_index=True)
-    rows = pairs[first[kept >= 0]]
+    kept = np.flatnonzero(groups >= 0)
+    found = np.unique(np.stack([groups[kept], pairs[kept]]), axis=1)  # a group of merged batches has several rows
     batches = np.array([group.batch for group in design.groups])
     labels = {"group": np.arange(len(batches)), "batch": batches, "none": np.zeros(len(batches), np.int64)}[hvg.by]
-    return [(members, rows[members]) for members in (np.flatnonzero(labels == label) for label in np.unique(labels))]
+    order = np.argsort(labels[found[0]], kind="stable")
+    starts = np.searchsorted(labels[found[0]][order], np.unique(labels))
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return list(zip(members, np.split(found[1][order], starts[1:]), strict=True))
 
 
 def _report(source: Source, cohort: CohortSettings, design: Design, keep: np.ndarray, reasons: np.ndarray) -> list[str]:
-    sizes = group_sizes(source.obs, design.condition_key, design.batch_keys, keep)
-    small = {name: cells for name, cells in sizes.items() if cells < cohort.min_group_cells}
-    notes = report_design(design, small, cohort.min_group_cells, cohort.small_groups)
+    notes = report_design(design, _groups_of(source, cohort, keep))
     empty = reasons == NO_COUNTS
     if empty.any():
         first = str(source.cell_names[int(empty.argmax())])

@@ -24,6 +24,8 @@ CELL_PREFIX: Final = "cell_"
 
 BALLAST_SHARE: Final = 0.2
 FOLD_MIN, FOLD_MAX = 0.7, 3.0  # log-fold changes of effect genes
+STRENGTH_MIN: Final = 0.3  # of a knock-out, as a share of its pathway's whole effect
+OWN_SHARE: Final = 0.3  # genes that a knock-out changes on its own, as a share of those of its pathway
 STATE_LIMIT: Final = 2.0  # cells' states are a standard normal, held within these limits
 RESPONSE_STEEPNESS: Final = 2.0  # of the response about the middle state, where effects depend on the state
 STATE_QUANTILES: Final = 512  # states that a mean over the law of the states is taken over
@@ -68,6 +70,7 @@ class Parameters:
     dispersion: NDArray[np.int8]  # (genes,) rows of DISPERSIONS
     group_weight: Floats  # (donors, conditions) shares of the cells; 0 where a donor lacks a condition
     type_weight: Floats  # (donors, types) shares of the donor's cells
+    pathway: NDArray[np.int16]  # (conditions,) code of each knock-out's pathway; -1 for others
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,26 @@ class Cells:
 
 
 def draw_parameters(
-    rng: np.random.Generator, *, genes: int, donors: int, conditions: int, cell_types: int, nested: bool
+    rng: np.random.Generator,
+    *,
+    genes: int,
+    donors: int,
+    conditions: int,
+    cell_types: int,
+    nested: bool,
+    pathways: int = 0,
 ) -> Parameters:
     """Draw a cohort's parameters; the last third of the cell types does not respond to any condition."""
     responding = responding_types(cell_types)
-    raised, lowered = _effect_sets(rng, genes, responding)
+    raised, lowered = _effect_sets(rng, genes, 2 * responding if pathways else responding)
     effect = np.unique(np.concatenate([raised, lowered], axis=None))
     log_share = _log_shares(rng, genes, cell_types, np.unique(raised), np.unique(lowered))
     quiet = np.setdiff1d(np.flatnonzero(log_share[:, :-1].max(0) < math.log(3e-3)), effect)
     state_load = np.zeros((cell_types, genes))
     moved = rng.choice(quiet, min(genes // 10, len(quiet)), replace=False)
     state_load[:, moved] = rng.normal(0, 0.5, (cell_types, len(moved)))
-    fold = np.zeros((conditions, cell_types, genes))
-    for condition in range(1, conditions):
-        for kind in range(responding):
-            own = 1 + (kind + condition - 1) % responding  # other conditions hit other sets; set 0 is shared
-            up, down = raised[[0, own]].ravel(), lowered[[0, own]].ravel()
-            fold[condition, kind, up], fold[condition, kind, down] = _folds(rng, log_share[kind], up, down)
+    folds = _pathway_folds if pathways else _type_folds
+    fold = folds(rng, log_share, (raised, lowered), responding, pathway := _pathways(conditions, pathways))
     donor_shape = np.tanh(rng.normal(0, 1.5, (2, donors, genes))) * np.array([0.4, 0.09])[:, None, None]
     type_shape = rng.uniform([[[0.4]], [[-1.0]]], 1.0, (2, cell_types, genes))
     dispersion = rng.integers(0, len(DISPERSIONS) - 1, genes, dtype=np.int8)
@@ -125,7 +131,58 @@ def draw_parameters(
         dispersion=dispersion,
         group_weight=(group_weight / group_weight.sum()).astype(np.float32),
         type_weight=(type_weight / type_weight.sum(1, keepdims=True)).astype(np.float32),
+        pathway=pathway,
     )
+
+
+def _pathways(conditions: int, pathways: int) -> NDArray[np.int16]:
+    """Return each condition's pathway, by turns: (conditions,); -1 for the control, and for all where there are none."""
+    codes = np.full(conditions, -1, dtype=np.int16)
+    if pathways:
+        codes[1:] = np.arange(conditions - 1) % pathways
+    return codes
+
+
+def _type_folds(
+    rng: np.random.Generator, log_share: NDArray[Any], sets: tuple[Codes, Codes], responding: int, pathway: NDArray[Any]
+) -> Floats:
+    """Draw the log-fold changes of conditions that hit other genes in every type: (conditions, types, genes)."""
+    raised, lowered = sets
+    fold = np.zeros((len(pathway), *log_share.shape), dtype=np.float32)
+    for condition in range(1, len(pathway)):
+        for kind in range(responding):
+            own = 1 + (kind + condition - 1) % responding  # other conditions hit other sets; set 0 is shared
+            up, down = raised[[0, own]].ravel(), lowered[[0, own]].ravel()
+            fold[condition, kind, up], fold[condition, kind, down] = _folds(rng, log_share[kind], up, down)
+    return fold
+
+
+def _pathway_folds(
+    rng: np.random.Generator, log_share: NDArray[Any], sets: tuple[Codes, Codes], responding: int, pathway: NDArray[Any]
+) -> Floats:
+    """Draw the log-fold changes of knock-outs: (conditions, types, genes).
+
+    A pathway changes the same genes in all types that respond. Its knock-outs show a share of that each, and change a
+    few genes on their own. Genes come from one pool, so pathways overlap as far as chance has it.
+    """
+    pools = [np.unique(pool) for pool in sets]
+    size = max(1, min(10, len(pools[0]) // 4))
+    whole = np.zeros((int(pathway.max()) + 1, *log_share.shape))
+
+    def draw(into: NDArray[Any], count: int) -> None:
+        up, down = (rng.choice(np.setdiff1d(pool, np.flatnonzero(into.any(axis=0))), count, replace=False) for pool in pools)
+        for kind in range(responding):
+            into[kind, up], into[kind, down] = _folds(rng, log_share[kind], up, down)
+
+    for changes in whole:
+        draw(changes, size)
+    fold = np.zeros((len(pathway), *log_share.shape), dtype=np.float32)
+    for condition in range(1, len(pathway)):
+        changes = whole[pathway[condition]].copy()
+        draw(changes, max(1, round(OWN_SHARE * size)))
+        # The shares gained and lost shrink alike, so that they still cancel: the ballast has no effect.
+        fold[condition] = np.log1p(np.expm1(changes) * rng.uniform(STRENGTH_MIN, 1))
+    return fold
 
 
 def responding_types(cell_types: int) -> int:
@@ -188,16 +245,23 @@ class Names:
     @classmethod
     def of(cls, parameters: Parameters) -> Names:
         """Return the names that follow from the parameters."""
-        conditions, cell_types, genes = parameters.fold.shape
+        cell_types, genes = parameters.fold.shape[1:]
         effect = affected(parameters)
         gene_names = [f"{'EFFECT' if effect[j] else 'GENE'}{j + 1:05d}" for j in range(genes - 1)]
-        later = [f"treated_{c}" for c in range(2, conditions)]
         categories = {
             CELL_TYPE: [f"type_{t + 1}" for t in range(cell_types)],
-            CONDITION: ["control", "treated", *later][:conditions],
+            CONDITION: _condition_names(parameters.pathway),
             DONOR: [f"donor_{b + 1:02d}" for b in range(len(parameters.group_weight))],
         }
         return cls([*gene_names, BALLAST], categories)
+
+
+def _condition_names(pathway: NDArray[Any]) -> list[str]:
+    """Return the names of conditions: `control`, then `treated`, `treated_2` and on, or `P01_KO01` of the first pathway."""
+    if not (pathway >= 0).any():
+        return ["control", "treated", *(f"treated_{c}" for c in range(2, len(pathway)))][: len(pathway)]
+    pathways = int(pathway.max()) + 1
+    return ["control", *(f"P{code + 1:02d}_KO{c // pathways + 1:02d}" for c, code in enumerate(pathway[1:]))]
 
 
 def affected(parameters: Parameters) -> NDArray[np.bool_]:

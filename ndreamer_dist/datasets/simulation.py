@@ -31,6 +31,7 @@ def simulate(
     cell_types: int = 6,
     state_effects: float = 0.0,
     state_shift: float = 0.0,
+    pathways: int = 0,
     seed: int = 0,
     chunk_rows: int = 4096,
     threads: int = 2,
@@ -53,6 +54,10 @@ def simulate(
     state_shift
         How much higher the state of cells is in conditions other than the control, in standard deviations: a difference
         of composition, not an effect on any cell.
+    pathways
+        Where there are some, a screen: the conditions other than the control are knock-outs, `P01_KO01` and so on, dealt
+        to the pathways by turns. Those of one pathway change the same genes, each by a share of its own, and a few
+        genes besides.
     seed
         The same seed and sizes give the same cohort, whatever `chunk_rows` and `threads` are.
     chunk_rows, threads
@@ -67,6 +72,9 @@ def simulate(
     """
     law = _state_law(state_effects, state_shift)
     _check_sizes(cells, genes, batches, conditions, cell_types, design, chunk_rows, threads)
+    if not 0 <= pathways < conditions:
+        msg = f"pathways is {pathways}; {conditions - 1} knock-outs can be of at most as many, and of 0 where they are none"
+        raise CohortError(msg)
     cohort, truth = open_storage(path), open_storage(truth_path(path))
     if cohort.exists("zarr.json"):
         msg = f"{cohort.url} exists already; delete it or choose another path"
@@ -74,7 +82,7 @@ def simulate(
     truth.delete()
     parameters = draw_parameters(
         generator(seed, 0), genes=genes, donors=batches, conditions=conditions, cell_types=cell_types,
-        nested=design == "nested",
+        nested=design == "nested", pathways=pathways,
     )  # fmt: skip
     model, writer = Model(parameters, law), Writer(cohort, truth, Names.of(parameters))
     step = -(-chunk_rows // BLOCK_ROWS) * BLOCK_ROWS

@@ -196,6 +196,11 @@ def load_truth(path: str | os.PathLike[str]) -> Truth:
     if attributes["format"] != keys.FORMAT_VERSION:
         msg = f"{storage.url} has format {attributes['format']}, expected {keys.FORMAT_VERSION}: simulate it again"
         raise CohortError(msg)
-    parameters = Parameters(*(read_array(storage, field.name) for field in fields(Parameters)))
+    names = [field.name for field in fields(Parameters) if field.name != "pathway"]
+    found = {name: read_array(storage, name) for name in names}
+    # A truth that was written before there were pathways has none.
+    known = storage.exists("pathway/zarr.json")
+    pathway = read_array(storage, "pathway") if known else np.full(len(found["fold"]), -1, dtype=np.int16)
+    parameters = Parameters(**found, pathway=pathway)
     law = StateLaw(*(float(str(attributes.get(f"state_{field.name}", 0))) for field in fields(StateLaw)))
     return Truth(storage, Model(parameters, law), int(str(attributes["cells"])))

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndreamer_dist.cohort.design import Design, build_design, group_name, group_sizes, report_design
+from ndreamer_dist.cohort.design import (
+    MERGED,
+    SCREEN_CONDITIONS,
+    Design,
+    build_design,
+    group_name,
+    report_design,
+    report_small_groups,
+)
 from ndreamer_dist.errors import CohortError
 
 NAMES = st.sampled_from(["a", "b", "a+b", "a|b", "a\\", "\\+", "|", "1"])
@@ -107,10 +115,9 @@ def test_small_groups_are_dropped_kept_or_refused_and_always_reported(caplog: py
     assert "A|x" in [group.name for group in kept.groups]
     with pytest.raises(CohortError, match=r"1 group hold.*A\|x \(1\)"):
         build_design(obs, **arguments, small_groups="error")
-    sizes = group_sizes(obs, "c", ["d"], np.ones(11, dtype=bool))
-    small = {name: cells for name, cells in sizes.items() if cells < 2}
+    small = report_small_groups(obs, "c", ["d"], np.ones(11, dtype=bool), min_group_cells=2)
     with caplog.at_level(logging.INFO):
-        notes = report_design(dropped, small, 2, "drop")
+        notes = report_design(dropped, small)
     assert notes == ["1 group of fewer than 2 cells left out: A|x (1)"]
     assert notes[0] in caplog.text
 
@@ -118,7 +125,8 @@ def test_small_groups_are_dropped_kept_or_refused_and_always_reported(caplog: py
 def test_batches_without_controls_are_ordinary_and_said() -> None:
     obs = pd.DataFrame({"c": ["k", "x", "x"], "d": ["A", "B", "C"]})
     design, _, _ = build_design(obs, condition_key="c", control="k", batch_keys=["d"])
-    assert report_design(design, {}, 1, "drop") == [
+    small = report_small_groups(obs, "c", ["d"], np.ones(3, dtype=bool))
+    assert report_design(design, small) == [
         "2 of 3 batches hold no control: their controls come from the other batches"
     ]
 
@@ -161,3 +169,92 @@ def test_excluded_conditions_are_left_out_and_say_why() -> None:
     assert set(reasons[groups < 0]) == {"excluded condition"}
     with pytest.raises(CohortError, match="'condition' holds one condition, 'ctrl'"):
         build_design(screen(), condition_key="condition", control="ctrl", exclude=("KO A", "KO B", *gone))
+
+
+def test_rare_conditions_are_left_out_where_that_is_asked() -> None:
+    design, groups, reasons = build_design(
+        screen(), condition_key="condition", control="ctrl", min_group_cells=20, rare_conditions="drop"
+    )
+    assert design.conditions == ("ctrl", "KO A", "KO B")
+    assert set(reasons[groups < 0]) == {"group of fewer than 20 cells"}
+    with pytest.raises(CohortError, match="the control 'ctrl' would vanish"):
+        build_design(screen(), condition_key="condition", control="ctrl", min_group_cells=61, rare_conditions="drop")
+    with pytest.raises(CohortError, match=r"5 conditions, .* would vanish"):
+        build_design(screen(), condition_key="condition", control="ctrl", min_group_cells=50, rare_conditions="drop")
+
+
+BY_CONDITION = {"condition_key": "condition", "control": "ctrl", "batch_keys": ["lane"], "min_group_cells": 40}
+
+
+def lanes(sizes: dict[str, list[int]]) -> pd.DataFrame:
+    """Return cells of conditions in lanes L0, L1 and on, so many of each."""
+    cells = [(name, f"L{lane}") for name, counts in sizes.items() for lane, n in enumerate(counts) for _ in range(n)]
+    return pd.DataFrame(cells, columns=["condition", "lane"])
+
+
+KNOCK_OUTS = {f"KO {i}": [22, 20] for i in range(SCREEN_CONDITIONS - 3)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        pytest.param([60, 60], {"L0|X": 60, "L1|X": 60}, id="large"),
+        pytest.param([22, 20], {"L0|X": 22, "L1|X": 20}, id="a_share_of_the_condition_each"),
+        pytest.param([4, 3, 2, 40], {"merged|X": 49}, id="small_ones_that_are_too_few_together"),
+        pytest.param([4, 3, 4, 40], {"L3|X": 40, "merged|X": 11}, id="small_ones_are_merged"),
+        pytest.param([9, 40, 30], {"L1|X": 40, "merged|X": 39}, id="a_small_one_joins_the_next"),
+        pytest.param([8] * 6, {"merged|X": 48}, id="all_are_small"),
+    ],
+)
+def test_a_screen_asks_cells_of_a_condition_and_merges_its_small_batches(
+    sizes: list[int], groups: dict[str, int]
+) -> None:
+    obs = lanes({"ctrl": [50, 50, 50, 50, 50, 50], **KNOCK_OUTS, "Y": [30, 30], "X": sizes})
+    design, codes, _ = build_design(obs, **BY_CONDITION, small_groups="auto")
+    assert (codes >= 0).all()
+    code = design.condition_code("X")
+    assert {group.name: group.cells for group in design.with_condition(code)} == groups
+    small = report_small_groups(
+        obs, "condition", ["lane"], np.ones(len(obs), dtype=bool), min_group_cells=40, small_groups="auto"
+    )
+    assert small.sizes == {group.name: group.cells for group in design.groups}
+    batches = small.merged.get("X", 0)
+    assert batches == (len(sizes) - len(groups) + 1 if "merged|X" in groups else 0)
+    said = f"batches with fewer than 10 cells of a condition merged, in 1 condition: X ({batches} batches)"
+    assert (said in report_design(design, small)) == bool(batches)
+
+
+def test_few_conditions_are_no_screen() -> None:
+    obs = lanes({"ctrl": [50, 50], "X": [42, 20]})
+    design, codes, _ = build_design(obs, **BY_CONDITION, small_groups="auto")
+    assert [group.name for group in design.groups] == ["L0|ctrl", "L0|X", "L1|ctrl"]
+    assert (codes < 0).sum() == 20
+    merged, _, _ = build_design(obs, **BY_CONDITION, small_groups="merge")
+    assert merged.n_cells == len(obs)
+
+
+def test_rare_conditions_of_a_screen_are_refused_or_left_out_by_their_cells() -> None:
+    obs = lanes({"ctrl": [50, 50], **KNOCK_OUTS, "X": [20, 19], "Z": [1, 0]})
+    words = r"^2 conditions, 'X', 'Z', would vanish: they have fewer than 40 cells each .*rare_conditions=drop"
+    with pytest.raises(CohortError, match=words):
+        build_design(obs, **BY_CONDITION, small_groups="auto")
+    design, codes, reasons = build_design(obs, **BY_CONDITION, small_groups="auto", rare_conditions="drop")
+    assert set(design.conditions) == {"ctrl", *KNOCK_OUTS}
+    assert set(reasons[codes < 0]) == {"condition of fewer than 40 cells"}
+    small = report_small_groups(
+        obs, "condition", ["lane"], np.ones(len(obs), dtype=bool), min_group_cells=40, small_groups="auto"
+    )
+    assert "2 conditions of fewer than 40 cells left out: X (39), Z (1)" in small.notes()
+
+
+def test_a_lane_that_is_called_merged_stays_what_it_is() -> None:
+    obs = lanes({"ctrl": [50, 50], **KNOCK_OUTS, "Y": [30, 30], "X": [8] * 6}).replace({"lane": {"L0": MERGED}})
+    design, _, _ = build_design(obs, **BY_CONDITION, small_groups="auto")
+    assert [group.name for group in design.with_condition(design.condition_code("X"))] == [f"{MERGED}_|X"]
+
+
+@pytest.mark.parametrize("conditions", [30, 60])
+def test_edges_grow_with_conditions_and_not_with_their_square(conditions: int) -> None:
+    obs = lanes({"ctrl": [5, 5], **{f"KO {i}": [2, 2] for i in range(conditions)}})
+    design, _, _ = build_design(obs, condition_key="condition", control="ctrl", batch_keys=["lane"])
+    assert len(design.needed_edges("needed")) == 4 + 8 * conditions

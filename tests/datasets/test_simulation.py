@@ -398,3 +398,18 @@ def test_a_states_law_is_kept_with_the_truth_and_not_written_where_there_is_none
     assert (opened.ite(slice(0, 50), "treated") == truth.ite(slice(0, 50), "treated")).all()
     assert load_truth(cohort[0]).law == StateLaw()
     assert set(zarr.open_group(truth_path(cohort[0]), mode="r").attrs) == {"format", "cells"}
+
+
+def test_knock_outs_of_a_pathway_change_the_same_genes_and_no_ballast(tmp_path):
+    truth = simulate(tmp_path / "c.zarr", cells=400, genes=600, conditions=13, pathways=3, seed=1)
+    assert truth.conditions[:5] == ["control", "P01_KO01", "P02_KO01", "P03_KO01", "P01_KO02"]
+    effects = {name: truth.mean_ite("type_1", name) for name in truth.conditions[1:]}
+    likeness = np.corrcoef(list(effects.values()))
+    same = np.array([[a[:3] == b[:3] for a in effects] for b in effects])
+    assert likeness[same].min() > 0.6 > 0.4 > likeness[~same].max()
+    ballast = truth.genes.index(BALLAST)
+    assert max(abs(effect[ballast]) for effect in effects.values()) < 1e-4
+    again = load_truth(tmp_path / "c.zarr")
+    assert again.conditions == truth.conditions
+    with pytest.raises(CohortError, match="pathways is 2; 1 knock-outs"):
+        simulate(tmp_path / "d.zarr", conditions=2, pathways=2)
