@@ -113,7 +113,7 @@ class Design:
 
     def with_condition(self, condition: int) -> list[Group]:
         """Return the groups of a condition."""
-        return [group for group in self.groups if group.condition == condition]
+        return self._by_condition.get(condition, [])
 
     @property
     def fewest_groups(self) -> int:
@@ -137,13 +137,27 @@ class Design:
         return self._of_conditions[query.condition]
 
     @cached_property
-    def _of_conditions(self) -> dict[int, list[Group]]:
-        """Per condition, the groups of it and of the control, in order."""
+    def _by_condition(self) -> dict[int, list[Group]]:
+        """Per condition its groups, in order."""
         own: dict[int, list[Group]] = {}
         for group in self.groups:
             own.setdefault(group.condition, []).append(group)
-        control = own.get(0, [])
+        return own
+
+    @cached_property
+    def _of_conditions(self) -> dict[int, list[Group]]:
+        """Per condition, the groups of it and of the control, in order."""
+        own, control = self._by_condition, self.with_condition(0)
         return {c: sorted({*members, *control}, key=lambda group: group.code) for c, members in own.items()}
+
+    def queries(self, target: Group) -> list[Group]:
+        """Return the groups whose cells need matches in a group, in order: the other way round of needed `targets`."""
+        return list(self.groups) if target.condition == 0 else self.with_condition(target.condition)
+
+    @property
+    def is_screen(self) -> bool:
+        """Whether there are so many conditions that they are looked at together and not one by one."""
+        return len(self.conditions) >= SCREEN_CONDITIONS
 
     def needed_edges(self, edges: Literal["needed", "all"]) -> list[tuple[int, int]]:
         """Return the (query group, target group) pairs to search, by query group and then by target group.

@@ -170,7 +170,9 @@ def _pathway_folds(
     whole = np.zeros((int(pathway.max()) + 1, *log_share.shape))
 
     def draw(into: NDArray[Any], count: int) -> None:
-        up, down = (rng.choice(np.setdiff1d(pool, np.flatnonzero(into.any(axis=0))), count, replace=False) for pool in pools)
+        up, down = (
+            rng.choice(np.setdiff1d(pool, np.flatnonzero(into.any(axis=0))), count, replace=False) for pool in pools
+        )
         for kind in range(responding):
             into[kind, up], into[kind, down] = _folds(rng, log_share[kind], up, down)
 

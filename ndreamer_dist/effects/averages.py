@@ -69,10 +69,8 @@ def layer_terms(layer: str) -> tuple[Term, ...]:
 def segments(design: Design, rows: np.ndarray) -> Iterator[tuple[Group, slice]]:
     """Give the groups that ascending packed rows belong to, with the places of each among the rows."""
     bounds = np.searchsorted(rows, design.starts)
-    for group in design.groups:
-        first, last = int(bounds[group.code]), int(bounds[group.code + 1])
-        if first < last:
-            yield group, slice(first, last)
+    for code in np.flatnonzero(np.diff(bounds)).tolist():
+        yield design.groups[code], slice(int(bounds[code]), int(bounds[code + 1]))
 
 
 def kernel_weights(distances: np.ndarray, bandwidth: float) -> np.ndarray:

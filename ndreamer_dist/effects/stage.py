@@ -196,7 +196,7 @@ def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None
     denoised = settings.denoise.counted(design.fewest_groups)
     rows = np.arange(*packed.block_range(part.block))
     first = part.genes[0] == 0
-    edges = origin.edges(rows, {*design.needed_edges("needed"), *(origin.stored if first else ())})
+    edges = origin.edges(rows, {*_pairs(design, rows), *(origin.stored if first else ())})
     if first:
         for name in layout.obsm:
             tables.write_obsm(run, name, int(rows[0]), origin.obsm(name, rows, edges))
@@ -217,6 +217,13 @@ def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None
         own, *control = (sums[term] for term in layer_terms(name))
         layer = layer_values(name, values, own, control[0] if control else None, layout.keep_bits)
         tables.write_layer(run, name, (int(rows[0]), part.genes[0]), layer)
+
+
+def _pairs(design: Design, rows: np.ndarray) -> list[tuple[int, int]]:
+    """Return the edges that a row block's effects need."""
+    return [
+        (query.code, target.code) for query, _ in segments(design, rows) for target in design.targets(query, "needed")
+    ]
 
 
 def group_spans(design: Design, rows: np.ndarray) -> dict[int, tuple[int, int]]:
@@ -292,17 +299,12 @@ def matches_of(storage: Storage, key: str) -> Matches:  # noqa: ARG001 - under a
 def block_distances(block: int, matches: Matches, packed: Packed) -> np.ndarray:
     """Return the distances of a row block's cells to the control and to their own group: (2, rows) float32."""
     controls = {group.code for group in packed.design.with_condition(0)}
-    pairs = [
-        (query, target)
-        for query, target in packed.design.needed_edges("needed")
-        if target in controls or target == query
-    ]
     rows, unread = np.arange(*packed.block_range(block)), np.empty((0, 0), dtype=np.int64)
     spans = group_spans(packed.design, rows)
     edges = {
         (query, target): (unread, matches.distances(query, target, *spans[query]))
-        for query, target in pairs
-        if query in spans
+        for query, target in _pairs(packed.design, rows)
+        if target in controls or target == query
     }
     return np.stack([control_distance(packed.design, edges, rows), own_distance(packed.design, edges, rows)])
 
@@ -315,13 +317,10 @@ def times_matched(
     Of a cell's matches in a group, the first `neighbours` count.
     """
     times = np.zeros(target.cells, dtype=np.int64)
-    for query, code in design.needed_edges("needed"):
-        if code != target.code or query == code or (only is not None and query != only.code):
-            continue
-        for start in range(0, design.groups[query].cells, COUNTED_ROWS):
-            found = matches.rows(query, code, start, min(start + COUNTED_ROWS, design.groups[query].cells))[
-                :, :neighbours
-            ]
+    for query in design.queries(target) if only is None else [only]:
+        for start in range(0, query.cells if query != target else 0, COUNTED_ROWS):
+            stop = min(start + COUNTED_ROWS, query.cells)
+            found = matches.rows(query.code, target.code, start, stop)[:, :neighbours]
             times += np.bincount(found[found >= 0] - target.start, minlength=target.cells)
     return times
 

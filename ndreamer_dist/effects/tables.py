@@ -45,6 +45,8 @@ SHARD_ENTRIES = 32 * CHUNK_ENTRIES
 """Stored values of one shard of `X`, which one task writes."""
 MATCH_LIMIT = 2**30
 """Beyond this many cells times groups, matches stay in matches.zarr alone."""
+SPARSE_LIMIT, SPARSE_SHARE = 2**26, 16
+"""So they do beyond the first, where less than one in so many pairs of groups is matched: a screen has many conditions."""
 ROOT = "zarr.json"
 SIGN = "own condition minus control"
 ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}
@@ -111,9 +113,16 @@ def layout_of(run: RunDirectory, settings: Settings, packed: Packed) -> Layout:
     names = (keys.OBSM_MU, placed) if method == keys.NDREAMER else (placed,)
     obsm = {name: int(open_array(run.embedding(name), name).shape[1]) for name in names}
     groups = len(packed.design.groups)
-    if packed.n_rows * groups <= MATCH_LIMIT:
+    edges = sum(len(packed.design.targets(group, settings.match.edges)) for group in packed.design.groups)
+    if keeps_matches(packed.n_rows, groups, edges):
         obsm |= {keys.OBSM_MATCH: groups, keys.OBSM_MATCH_DISTANCE: groups}
     return layout_with(settings, packed, obsm)
+
+
+def keeps_matches(cells: int, groups: int, edges: int) -> bool:
+    """Return whether `obsm` holds the nearest neighbour of every cell in every group, which takes cells times groups."""
+    sparse = 0 < SPARSE_SHARE * edges < groups**2
+    return cells * groups <= (SPARSE_LIMIT if sparse else MATCH_LIMIT)
 
 
 def layout_with(settings: Settings, packed: Packed, obsm: Mapping[str, int]) -> Layout:
@@ -318,7 +327,11 @@ def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary:
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     inside = Inside.read(canonical_json(summary.get(keys.UNS_WITHIN)), "the matches")
     notes = [] if inside is None else [str(inside), *([inside.warning] if inside.uneven else [])]
-    notes += [] if layout.matches else [f"obsm has no matches: cells x groups exceeds {MATCH_LIMIT}; see matches.zarr"]
+    notes += (
+        []
+        if layout.matches
+        else [f"obsm has no matches: cells x groups would be {layout.cells * len(design.groups)}; see matches.zarr"]
+    )
     told = {
         "format_version": keys.FORMAT_VERSION,
         "version": versions["ndreamer-dist"],

@@ -165,9 +165,9 @@ def nearest_corrected(
 
 
 def nearest_inside(
-    queries: Placed, targets: Placed, own: np.ndarray, least: int, asking: Placed | None = None
+    queries: Placed, targets: Placed, own: np.ndarray, least: int, asking: Placed | None = None, k: int = 1
 ) -> Neighbours:
-    """Return the nearest target of every query, as the stage finds it: inside its label where the targets have enough of it.
+    """Return the k nearest targets of every query, as the stage finds it: inside its label where the targets have enough of it.
 
     Parameters
     ----------
@@ -183,12 +183,12 @@ def nearest_inside(
         near = queries.points[stratum.queries]
         far = targets.points if stratum.targets is None else targets.points[stratum.targets]
         if asking is None:
-            return nearest(near, far, 1, exclude=places_among(stratum.targets, own[stratum.queries]))
+            return nearest(near, far, k, exclude=places_among(stratum.targets, own[stratum.queries]))
         chosen = slice(None) if stratum.label == WHOLE else asking.codes == stratum.label
-        return nearest_corrected(near, far, remoteness(far, asking.points[chosen][:MOST_QUERIES]), 1)
+        return nearest_corrected(near, far, remoteness(far, asking.points[chosen][:MOST_QUERIES]), k)
 
     strata = strata_of(queries.codes, targets.codes, own >= 0, least)
-    return nearest_by_stratum(strata, len(queries.points), 1, search)
+    return nearest_by_stratum(strata, len(queries.points), k, search)
 
 
 class _Frame:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ndreamer_dist import keys
 from ndreamer_dist.compute.executor import TaskNeed
 from ndreamer_dist.compute.machine import Needs
-from ndreamer_dist.effects.tables import MATCH_LIMIT, SHARD_GENES
+from ndreamer_dist.effects.tables import SHARD_GENES, keeps_matches
 from ndreamer_dist.embedding.space import MOST_SPANS
 from ndreamer_dist.planning.sizes import BASE_BYTES, GIVEN_DIMENSIONS, CohortSize, parameter_count
 from ndreamer_dist.planning.stages import stages_of
@@ -54,7 +54,7 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     modelled = size.modelled(settings)
     own = size.cells * size.modelled_per_cell(settings)
     embedding = _coordinate_bytes(size, settings, modelled)
-    told = size.cells * size.groups if size.cells * size.groups <= MATCH_LIMIT else 0  # in results.zarr's obsm
+    told = size.cells * size.groups if keeps_matches(size.cells, size.groups, size.edges) else 0  # in results.zarr's obsm
     kept = max(
         settings.match.neighbours, settings.denoise.counted(size.groups // size.conditions)
     )  # of the own condition

@@ -29,8 +29,11 @@ from ndreamer_dist.effects.averages import (
     segments,
 )
 from ndreamer_dist.errors import StoreError
+from ndreamer_dist.matching.hubs import nearest_inside
+from ndreamer_dist.matching.labels import Placed
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.results.read import read_dense, read_element, read_sparse
+from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
 
 HELD_VALUES = 2**24
@@ -143,6 +146,8 @@ class Counterparts:
     within, within_cells
         The labels that cells are matched inside, if any, and how many cells of one are enough: `match.within` and
         `match.within_cells`.
+    embedding
+        The array of `obsm` that cells were matched in.
     """
 
     storage: Storage
@@ -153,6 +158,7 @@ class Counterparts:
     hubs: str = "none"
     within: str | None = None
     within_cells: int = 1
+    embedding: str = keys.OBSM_PCA
 
     @cached_property
     def labels(self) -> np.ndarray | None:
@@ -236,8 +242,8 @@ class Counterparts:
         return Matches(store) if there else None
 
     @cached_property
-    def _seen(self) -> dict[tuple[int, int], Matches]:
-        """Edges that were seen to be in a matches.zarr, which is looked at once."""
+    def _seen(self) -> dict[tuple[int, int], Matches | None]:
+        """Edges that were seen to be in a matches.zarr, which is looked at once; none where they are searched here."""
         return {}
 
     def _pairs(self, rows: np.ndarray, term: Term) -> Iterator[tuple[int, int]]:
@@ -271,16 +277,50 @@ class Counterparts:
         """Return what matches.zarr holds along one edge for some rows of the query group."""
         pair = (query.code, target.code)
         if pair not in self._seen:
-            self._seen[pair] = self._matches(query, target)
-            self._check_same(self._seen[pair], query, int(rows.min()))
+            self._seen[pair] = matches = self._matches(query, target)
+            if matches is not None:
+                self._check_same(matches, query, int(rows.min()))
         matches = self._seen[pair]
+        if matches is None:
+            near, far = (np.arange(group.start, group.stop) for group in (query, target))
+            return self.search(rows, far, near, self.neighbours)
         local = rows - query.start
         first, last = int(local.min()), int(local.max()) + 1
         found, distances = matches.edge(query.code, target.code, first, last)
         return found[local - first], distances[local - first]
 
-    def _matches(self, query: Group, target: Group) -> Matches:
-        """Return the matches.zarr; `StoreError` says what to do where it is not there or does not hold the edge."""
+    def search(
+        self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray, k: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Search now, as the match stage does: packed rows, -1 for none, and distances of the k nearest, (queries, k).
+
+        Parameters
+        ----------
+        queries, targets
+            Packed rows; targets ascend. A query that is a target itself is not its own neighbour.
+        asking
+            Packed rows that the targets' remoteness is measured from, where distances are corrected for hubs; the
+            targets themselves, for no correction.
+        """
+        place = np.searchsorted(targets, queries)
+        own = np.where(targets[np.minimum(place, len(targets) - 1)] == queries, place, -1)
+        corrected = self.hubs == "csls" and not np.array_equal(asking, targets)
+        near, far = self._placed(queries), self._placed(targets)
+        found = nearest_inside(near, far, own, self.within_cells, self._placed(asking) if corrected else None, k)
+        return np.where(found.rows < 0, -1, targets[found.rows]), found.distances
+
+    def _placed(self, rows: np.ndarray) -> Placed:
+        name = f"obsm/{self.embedding}"
+        points = read_dense(self.storage, name, rows, np.arange(open_array(self.storage, name).shape[1]))
+        return Placed(points, None if self.labels is None else self.labels[rows])
+
+    def _matches(self, query: Group, target: Group) -> Matches | None:
+        """Return the matches.zarr that holds an edge; in a screen none where it is of a foreign condition, to be searched.
+
+        Else `StoreError` says what to do where it is not there or does not hold the edge.
+        """
+        if self.design.is_screen and target.condition not in (0, query.condition):
+            return self.searched if self.searched is not None and self.searched.holds(query.code, target.code) else None
         edge = f"the matches of group {query.name!r} in group {target.name!r}"
         if self.searched is None:
             what = "its obsm holds nearest neighbours along other edges only" if self.nearest_stored else "it has none"
@@ -341,7 +381,10 @@ def compute(
     order = np.argsort(rows, kind="stable")
     ordered, values = rows[order], np.empty((len(rows), len(columns)), dtype=np.float32) if out is None else out
     most = max(counterparts.neighbours, counterparts.denoise_neighbours)
-    step = _part_rows(len(columns), len(counterparts.design.groups) * most)
+    groups = sum(
+        len(counterparts.design.with_condition(code)) for code in _conditions_of(counterparts.design, question)
+    )
+    step = _part_rows(len(columns), groups * most)
     parts = [slice(start, start + step) for start in range(0, len(rows), step)]
 
     @functools.lru_cache(maxsize=1)  # one part, the usual case, is looked up once
@@ -361,6 +404,12 @@ def compute(
             own = held[np.searchsorted(held_rows, ordered[part])] if question.expression else held[:0]
             values[order[part], span] = question.answer(own, sums)
     return values
+
+
+def _conditions_of(design: Design, question: Question) -> list[int]:
+    """Return the conditions of a question's terms; the largest where a term is of each cell's own."""
+    largest = max(range(len(design.conditions)), key=lambda code: len(design.with_condition(code)))
+    return [largest if term.condition is None else term.condition for term in question.terms]
 
 
 def _part_rows(genes: int, counterparts: int) -> int:

@@ -641,7 +641,8 @@ class ResultsReader:
             msg = f"{self.url}: the settings of the matches are damaged ({type(error).__name__})"
             raise StoreError(msg) from error
         counted = match.neighbours, match.bandwidth, denoise.counted(self.design.fewest_groups)
-        return Counterparts(self.storage, self.design, *counted, match.hubs, match.within, match.within_cells)
+        within = match.within, match.within_cells
+        return Counterparts(self.storage, self.design, *counted, match.hubs, *within, self.embedding_key)
 
     def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
         """Return the expression to compute with, and the table of its genes."""
