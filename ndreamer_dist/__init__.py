@@ -1,7 +1,7 @@
 """NDreamer at scale: batch-effect removal and single-cell treatment effects for cohorts of any size, on Ray.
 
 `run` does the whole job. `plan` says what the job will need, and `compare` which matching space a cohort favours.
-`open_results` reads the results, `pl` draws them, and `report` sums them up on one page. `simulate` makes a cohort whose
+`open_results` reads the results, `pl` draws them, `screen` looks at many conditions together, and `report` sums all up on one page. `simulate` makes a cohort whose
 true effects are known.
 """
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ndreamer_dist.commands.ndreamer import NDreamer
     from ndreamer_dist.commands.ndreamer_layout import export
     from ndreamer_dist.commands.verify import check
+    from ndreamer_dist.comparison.screen import screen
     from ndreamer_dist.datasets import simulate
     from ndreamer_dist.errors import NDreamerError
     from ndreamer_dist.figures import plots as pl
@@ -41,6 +42,7 @@ __all__ = [
     "plan",
     "report",
     "run",
+    "screen",
     "simulate",
 ]
 
@@ -58,6 +60,7 @@ _HOMES = {
     "open_results": "stats.results",
     "plan": "pipeline",
     "run": "pipeline",
+    "screen": "comparison.screen",
     "simulate": "datasets",
 }
 _REMOVED = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}

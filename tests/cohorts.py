@@ -10,8 +10,9 @@ import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.design import Design, Group, group_name
+from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.cohort.packed import Packed, table_bytes
+from ndreamer_dist.grouping.small_groups import group_name
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.storage.arrays import write_array
 

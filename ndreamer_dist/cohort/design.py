@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -19,7 +18,25 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ndreamer_dist.errors import LONGEST_NAME, CohortError, QueryError, StoreError, is_unicode, listing, quoted, suggest
+from ndreamer_dist.errors import CohortError, QueryError, StoreError, listing, quoted, suggest
+from ndreamer_dist.grouping.small_groups import (
+    SCREEN_CONDITIONS,
+    NamedColumn,
+    SmallGroups,
+    SmallGroupsReport,
+    absent_levels,
+    batch_name,
+    cells_of_small_groups,
+    combined,
+    group_name,
+    named_column,
+    named_conditions,
+    resolved_rule,
+    restricted,
+    vanishing,
+    with_merged_batches,
+    would_vanish,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +44,6 @@ EXCLUDED = "excluded condition"
 """Why a cell of an excluded condition is left out."""
 MOST_EDGES = 20_000_000
 """Pairs of groups to match at most: every one is a piece of work of its own."""
-SCREEN_CONDITIONS = 20
-"""From so many conditions on, the control included, a cohort is a screen: small groups are looked at by condition."""
-MERGED = "merged"
-"""Batch of the cells of a condition's batches that have too few each; with underscores where a batch has this name."""
-MERGED_SHARE = 4
-"""In a screen a group needs one in so many of the cells that a condition needs; smaller ones are merged."""
-
-MOST_NAMED = 50
-"""Small groups that a note names."""
-
-SmallGroups = Literal["auto", "drop", "merge", "keep", "error"]
 
 
 @dataclass(frozen=True)
@@ -219,22 +225,6 @@ class Design:
         )
 
 
-def escaped(name: str) -> str:
-    r"""Escape `\`, `|` and `+` in a name, so that joined names can be told apart."""
-    return name.replace("\\", "\\\\").replace("|", "\\|").replace("+", "\\+")
-
-
-def batch_name(levels: Iterable[str]) -> str:
-    """Return the name of a batch: its levels joined by `+`."""
-    return "+".join(escaped(level) for level in levels)
-
-
-def group_name(levels: Iterable[str], condition: str) -> str:
-    """Return the name of a group, `batch|condition`; without a batch key, the condition alone."""
-    batch = batch_name(levels)
-    return f"{batch}|{escaped(condition)}" if batch else escaped(condition)
-
-
 def build_design(
     obs: pd.DataFrame,
     *,
@@ -280,19 +270,20 @@ def build_design(
     """
     keep = np.ones(len(obs), dtype=bool) if keep is None else keep
     condition_key, control, batch_keys = _check_keys(obs, condition_key, control, batch_keys)
-    columns = [_named(obs, name) for name in (*batch_keys, condition_key)]
+    columns = [named_column(obs, name) for name in (*batch_keys, condition_key)]
     control = _level(obs[condition_key], columns[-1].levels, control)
     left_out = excluded(obs, condition_key, exclude, control)
     _check_conditions(columns[-1], condition_key, control, keep, left_out)
     reasons = np.where(keep & left_out, EXCLUDED, "").astype(object)
     keep = keep & ~left_out
-    small_groups = _rule(small_groups, columns[-1], keep)
-    columns, _ = _with_merged(columns, keep, min_group_cells, small_groups)
-    cut = _cut(columns, keep, min_group_cells, small_groups)
-    merge = small_groups == "merge"
-    refuse = rare_conditions == "error"
-    _check_nothing_vanishes(columns[-1], keep, cut, control, min_group_cells, refuse=refuse, by_condition=merge)
-    reasons[cut] = f"{'condition' if merge else 'group'} of fewer than {min_group_cells} cells"
+    small_groups = resolved_rule(small_groups, columns[-1], keep)
+    columns, _ = with_merged_batches(columns, keep, min_group_cells, small_groups)
+    cut = cells_of_small_groups(columns, keep, min_group_cells, small_groups)
+    gone = vanishing(columns[-1], keep, cut)
+    left = len(np.unique(columns[-1].codes[keep & ~cut]))
+    if gone and (rare_conditions == "error" or control in gone or left < 2):
+        raise CohortError(would_vanish(gone, control, min_group_cells, small_groups))
+    reasons[cut] = f"{'condition' if small_groups == 'merge' else 'group'} of fewer than {min_group_cells} cells"
     keep = keep & ~cut
     design, codes = _coded(condition_key, control, tuple(batch_keys), columns, keep)
     _check_edges(design)
@@ -314,120 +305,9 @@ def report_design(design: Design, small: SmallGroupsReport) -> list[str]:
     return notes
 
 
-@dataclass(frozen=True)
-class SmallGroupsReport:
-    """The groups of a cohort before small ones are left out, and what is done with those.
-
-    Attributes
-    ----------
-    sizes
-        Kept cells of every group, by name in order of appearance; batches that are merged count as one.
-    rule
-        `auto` resolved.
-    merged
-        Number of batches that were merged, by condition.
-    rare
-        Cells of the conditions that have too few, by name.
-    """
-
-    sizes: dict[str, int]
-    min_group_cells: int
-    rule: SmallGroups
-    merged: dict[str, int]
-    rare: dict[str, int]
-
-    def notes(self) -> list[str]:
-        """Say what is done with small groups; nothing where there is none."""
-        least, small = (
-            self.min_group_cells,
-            {n: cells for n, cells in self.sizes.items() if cells < self.min_group_cells},
-        )
-        if self.rule != "merge":
-            done = "left out" if self.rule == "drop" else "kept"
-            return [f"{_count(len(small), 'group')} of fewer than {least} cells {done}: {_named_sizes(small)}"] * bool(
-                small
-            )
-        found = []
-        if small:
-            found.append(
-                f"a screen: {least} cells are asked of a condition and {_least_merged(least)} of each of its batches; "
-                f"{_count(len(small), 'group')} of fewer than {least} cells"
-            )
-        if self.merged:
-            found.append(
-                f"batches with fewer than {_least_merged(least)} cells of a condition merged, in "
-                f"{_count(len(self.merged), 'condition')}: {_named_sizes(self.merged, 'batches')}"
-            )
-        if self.rare:
-            found.append(
-                f"{_count(len(self.rare), 'condition')} of fewer than {least} cells left out: {_named_sizes(self.rare)}"
-            )
-        return found
-
-
-def report_small_groups(
-    obs: pd.DataFrame,
-    condition_key: str,
-    batch_keys: Sequence[str],
-    keep: np.ndarray,
-    *,
-    min_group_cells: int = 1,
-    small_groups: SmallGroups = "drop",
-) -> SmallGroupsReport:
-    """Return the number of kept cells of every group, small ones too, and what is done with small ones."""
-    columns = [_named(obs, name) for name in (*batch_keys, condition_key)]
-    rule = _rule(small_groups, columns[-1], keep)
-    columns, merged = _with_merged(columns, keep, min_group_cells, rule)
-    pairs = _combined([column.codes for column in columns])
-    sizes = {name: cells for _, name, cells in _small_groups(pairs, columns, keep, len(obs) + 1)}
-    cells = np.bincount(columns[-1].codes[keep], minlength=len(columns[-1].levels))
-    few = (cells > 0) & (cells < min_group_cells)
-    rare = {columns[-1].levels[code]: int(cells[code]) for code in np.flatnonzero(few)}
-    return SmallGroupsReport(sizes, min_group_cells, rule, merged, rare)
-
-
-def _named_sizes(sizes: dict[str, int], what: str = "") -> str:
-    """Name groups or conditions with their numbers; of many, the first."""
-    told = [f"{name} ({number}{' ' + what if what else ''})" for name, number in sizes.items()]
-    return ", ".join(told[:MOST_NAMED]) + (f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else "")
-
-
 def pair_codes(obs: pd.DataFrame, condition_key: str, batch_keys: Sequence[str]) -> np.ndarray:
     """Return a code of every cell's (batch, condition) pair, whatever its size: (cells,) int64."""
-    return _combined([_named(obs, name).codes for name in (*batch_keys, condition_key)])
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A column of names: its levels by appearance, and every cell's code."""
-
-    levels: tuple[str, ...]
-    codes: np.ndarray
-
-
-def _named(obs: pd.DataFrame, name: str) -> _Column:
-    """Read a column as names; `CohortError` counts its missing values."""
-    values = obs[name]
-    absent = values.isna().to_numpy()
-    if absent.any():
-        first = obs.index[int(absent.argmax())]
-        msg = (
-            f"column {name!r} has {_count(int(absent.sum()), 'missing value')}, cell {str(first)!r} first; "
-            "fill them in or leave those cells out"
-        )
-        raise CohortError(msg)
-    try:
-        codes, levels = pd.factorize(values)
-    except TypeError as error:
-        msg = f"column {quoted(name)} holds lists or tables; expected names"
-        raise CohortError(msg) from error
-    odd = next((level for level in map(str, levels) if not is_unicode(level)), None)
-    if odd is not None:
-        msg = f"column {quoted(name)} holds the name {quoted(odd)}, which is not Unicode text; rename it"
-        raise CohortError(msg)
-    # 1 and "1" are two values with one name, so names are made codes once more.
-    again, names = pd.factorize(np.array([str(level) for level in levels], dtype=object))
-    return _Column(tuple(str(n) for n in names), again[codes].astype(np.int64))
+    return combined([named_column(obs, name).codes for name in (*batch_keys, condition_key)])
 
 
 def _check_keys(
@@ -450,7 +330,7 @@ def _check_keys(
         msg = f"a batch key is given twice: {listing(batch_keys)}"
         raise CohortError(msg)
     if control is None:
-        levels = listing(_named(obs, condition_key).levels)
+        levels = listing(named_column(obs, condition_key).levels)
         msg = f"no control was given; name one (--control NAME) of what {condition_key!r} holds: {levels}"
         raise CohortError(msg)
     return condition_key, str(control), tuple(batch_keys)
@@ -462,7 +342,7 @@ def _columns(obs: pd.DataFrame) -> str:
 
 def excluded(obs: pd.DataFrame, key: str, names: Sequence[str], control: str | None = None) -> np.ndarray:
     """Return which cells are of an excluded condition: (cells,) bool; `CohortError` where no cell is, or it is the control."""
-    column = _named(obs, key)
+    column = named_column(obs, key)
     levels = [_level(obs[key], column.levels, name) for name in names]
     absent = [name for name in levels if name not in column.levels]
     if absent:
@@ -498,7 +378,7 @@ def _number(text: str) -> float | str:
         return text
 
 
-def _check_conditions(column: _Column, key: str, control: str, keep: np.ndarray, left_out: np.ndarray) -> None:
+def _check_conditions(column: NamedColumn, key: str, control: str, keep: np.ndarray, left_out: np.ndarray) -> None:
     if control not in column.levels:
         msg = (
             f"no cell has the control {quoted(control)} in {key!r}; there are {listing(column.levels)}."
@@ -508,125 +388,11 @@ def _check_conditions(column: _Column, key: str, control: str, keep: np.ndarray,
     if len(np.unique(column.codes[~left_out])) < 2:
         msg = f"{key!r} holds one condition, {control!r}; effects need a second one"
         raise CohortError(msg)
-    gone = set(_absent(column, keep & ~left_out)) - set(_absent(column, ~left_out))
+    gone = set(absent_levels(column, keep & ~left_out)) - set(absent_levels(column, ~left_out))
     if gone:
         names = [name for name in column.levels if name in gone]
-        msg = (
-            f"no cell is left of {_what(names, control)}: all were left out for their counts (see min_genes, min_cells)"
-        )
+        msg = f"no cell is left of {named_conditions(names, control)}: all were left out for their counts (see min_genes, min_cells)"
         raise CohortError(msg)
-
-
-def _check_nothing_vanishes(
-    column: _Column, before: np.ndarray, cut: np.ndarray, control: str, limit: int, *, refuse: bool, by_condition: bool
-) -> None:
-    """Refuse the loss of the control, and where asked that of other conditions."""
-    already = set(_absent(column, before))
-    gone = [name for name in _absent(column, before & ~cut) if name not in already]
-    others = [name for name in gone if name != control]
-    left = len(column.levels) - len(already) - len(gone)
-    has = f"no group of {'it' if len(gone) == 1 else 'them'} has {limit} cells"
-    if by_condition:
-        has = (
-            f"{'it has' if len(gone) == 1 else 'they have'} fewer than {limit} cells{'' if len(gone) == 1 else ' each'}"
-        )
-    if not gone or (control not in gone and left > 1 and not refuse):
-        return
-    leave = f"leave out ({' '.join(f'--exclude-condition {_word(name)}' for name in others[:8])}" if others else ""
-    leave += f" and {len(others) - 8} more" if len(others) > 8 else ""
-    leave += ", or all: --set cohort.rare_conditions=drop), " if len(others) > 1 else "), " if others else ""
-    msg = (
-        f"{_what(gone, control)} would vanish: {has} (min_group_cells); {leave if control not in gone else ''}lower it "
-        "(--set cohort.min_group_cells=N) or keep small groups (--set cohort.small_groups=keep)"
-    )
-    raise CohortError(msg)
-
-
-def _rule(small_groups: SmallGroups, conditions: _Column, keep: np.ndarray) -> SmallGroups:
-    """Return what is done with small groups: in a screen other than in a cohort of few conditions."""
-    if small_groups != "auto":
-        return small_groups
-    return "merge" if len(np.unique(conditions.codes[keep])) >= SCREEN_CONDITIONS else "drop"
-
-
-def _cut(columns: Sequence[_Column], keep: np.ndarray, limit: int, rule: SmallGroups) -> np.ndarray:
-    """Return the cells that small groups, or conditions, take with them: (cells,) bool; refuse where asked."""
-    if rule == "merge":
-        codes = columns[-1].codes
-        return keep & (np.bincount(codes[keep], minlength=len(columns[-1].levels)) < limit)[codes]
-    pairs = _combined([column.codes for column in columns])
-    small = _small_groups(pairs, columns, keep, limit)
-    if small and rule == "error":
-        msg = (
-            f"{_count(len(small), 'group')} hold fewer than {limit} cells: {_sizes(small)}; leave them out "
-            "(--set cohort.small_groups=drop) or keep them (--set cohort.small_groups=keep)"
-        )
-        raise CohortError(msg)
-    return keep & np.isin(pairs, [pair for pair, _, _ in small if rule == "drop"])
-
-
-def _least_merged(min_group_cells: int) -> int:
-    return -(-min_group_cells // MERGED_SHARE)
-
-
-def _with_merged(
-    columns: list[_Column], keep: np.ndarray, min_group_cells: int, rule: SmallGroups
-) -> tuple[list[_Column], dict[str, int]]:
-    """Return the columns with batches merged where a condition has few cells of them, and how many, by condition.
-
-    Of each condition the smallest batches become one, until that one has enough cells. It gets a level of its own in
-    every batch column.
-    """
-    *batches, condition = columns
-    if rule != "merge" or not batches:
-        return columns, {}
-    pairs = _combined([column.codes for column in columns])
-    present, first, sizes = np.unique(np.where(keep, pairs, -1), return_index=True, return_counts=True)
-    known = present >= 0
-    present, of, sizes = present[known], condition.codes[first[known]], sizes[known]
-    merged, least = {}, _least_merged(min_group_cells)
-    chosen = np.zeros(int(pairs.max(initial=-1)) + 1, dtype=bool)
-    order = np.lexsort((present, sizes, of))
-    for code, places in zip(*_runs(of[order], order), strict=True):
-        before = np.cumsum(sizes[places]) - sizes[places]
-        joined = places[(sizes[places] < least) | (before < least)]
-        if sizes[places[0]] < least and len(joined) > 1 and sizes[places].sum() >= min_group_cells:
-            chosen[present[joined]] = True
-            merged[condition.levels[code]] = len(joined)
-    cells = keep & chosen[pairs]
-    return [*(_relabelled(column, cells) for column in batches), condition], merged
-
-
-def _runs(codes: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return the codes that stand next to each other, and the places of each."""
-    found, starts = np.unique(codes, return_index=True)
-    return found, np.split(places, starts[1:])
-
-
-def _relabelled(column: _Column, cells: np.ndarray) -> _Column:
-    """Return a column in which some cells have a level of their own."""
-    if not cells.any():
-        return column
-    name = MERGED
-    while name in column.levels:
-        name += "_"
-    return _Column((*column.levels, name), np.where(cells, len(column.levels), column.codes))
-
-
-def _word(name: str) -> str:
-    """Return a name as a shell takes it."""
-    return shlex.quote(name) if len(name) <= LONGEST_NAME else quoted(name)
-
-
-def _absent(column: _Column, keep: np.ndarray) -> list[str]:
-    counts = np.bincount(column.codes[keep], minlength=len(column.levels))
-    return [name for name, count in zip(column.levels, counts, strict=True) if count == 0]
-
-
-def _what(names: list[str], control: str) -> str:
-    if control in names:
-        return f"the control {quoted(control)}"
-    return f"condition {quoted(names[0])}" if len(names) == 1 else f"{len(names)} conditions, {listing(names)},"
 
 
 def _check_edges(design: Design) -> None:
@@ -639,45 +405,16 @@ def _check_edges(design: Design) -> None:
         raise CohortError(msg)
 
 
-def _combined(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Return one code per row for the observed combinations of several columns of codes, by appearance."""
-    joined = np.zeros(len(columns[0]), dtype=np.int64)
-    for codes in columns:
-        joined = pd.factorize(joined * (int(codes.max(initial=0)) + 1) + codes)[0].astype(np.int64)
-    return joined
-
-
-def _small_groups(
-    pairs: np.ndarray, columns: Sequence[_Column], keep: np.ndarray, limit: int
-) -> list[tuple[int, str, int]]:
-    """Return code, name and size of the groups that have kept cells, but fewer than the limit."""
-    counts = np.bincount(pairs[keep], minlength=int(pairs.max(initial=-1)) + 1)
-    _, first = np.unique(pairs, return_index=True)
-    found = []
-    for pair in np.flatnonzero((counts > 0) & (counts < limit)):
-        *levels, condition = (column.levels[column.codes[first[pair]]] for column in columns)
-        found.append((int(pair), group_name(levels, condition), int(counts[pair])))
-    return found
-
-
-def _sizes(small: Sequence[tuple[int, str, int]]) -> str:
-    return ", ".join(f"{name} ({cells})" for _, name, cells in small[:8]) + (", ..." if len(small) > 8 else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _coded(
-    condition_key: str, control: str, batch_keys: tuple[str, ...], columns: Sequence[_Column], keep: np.ndarray
+    condition_key: str, control: str, batch_keys: tuple[str, ...], columns: Sequence[NamedColumn], keep: np.ndarray
 ) -> tuple[Design, np.ndarray]:
     """Return the design of the kept cells, all numbered by appearance among them, and every cell's group."""
-    *batch_columns, condition = (_restricted(column, keep) for column in columns)
+    *batch_columns, condition = (restricted(column, keep) for column in columns)
     conditions = (control, *(name for name in condition.levels if name != control))
     code_of = {name: code for code, name in enumerate(conditions)}
     place = np.array([code_of[name] for name in condition.levels])
     condition_codes = place[condition.codes]
-    batch = _combined([column.codes for column in batch_columns]) if batch_columns else np.zeros_like(condition_codes)
+    batch = combined([column.codes for column in batch_columns]) if batch_columns else np.zeros_like(condition_codes)
     _, first = np.unique(batch, return_index=True)
     level_codes = [tuple(int(column.codes[row]) for column in batch_columns) for row in first]
     level_names = [
@@ -708,9 +445,3 @@ def _coded(
         groups=groups,
     )
     return design, all_codes
-
-
-def _restricted(column: _Column, keep: np.ndarray) -> _Column:
-    """Return a column of the kept cells only, its levels by appearance among them."""
-    codes, levels = pd.factorize(column.codes[keep])
-    return _Column(tuple(column.levels[level] for level in levels), codes.astype(np.int64))

@@ -30,11 +30,11 @@ from ndreamer_dist.planning.stages import SHARED
 from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.cate_table import StatisticsInput, column, individual_effects, replicates_of
-from ndreamer_dist.stats.cells import match_quality, parts
 from ndreamer_dist.stats.diagnostics import told_of_donors
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.checksums import unseal
+from ndreamer_dist.summaries.cells import match_quality, parts
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,8 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.graph import neighbour_graph, principal_components
 from ndreamer_dist.comparison.advice import MEASURES
+from ndreamer_dist.comparison.screen import Screen, most_different, own_effects
+from ndreamer_dist.comparison.screen import screen as screen_of
 from ndreamer_dist.comparison.table import Comparison
 from ndreamer_dist.errors import QueryError, StoreError, listing, suggest
 from ndreamer_dist.figures.style import (
@@ -741,6 +743,60 @@ def heatmap(
     return ax
 
 
+@styled
+def conditions(
+    results: Results,
+    by: Labels = None,
+    *,
+    screen: Screen | None = None,
+    genes: Sequence[str] | None = None,
+    most: int = 80,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: Save = None,
+) -> Axes:
+    """Draw the mean effects of every condition of a screen, conditions by genes, on one scale.
+
+    Conditions that act alike lie next to each other, and so do genes. Rows have names where there is room for them; the
+    table of `nd.screen` says which place in the map a condition has.
+
+    Parameters
+    ----------
+    by
+        As of `nd.screen`; the means are over all cells of a condition.
+    screen
+        What `nd.screen(results)` gave, if it is there already.
+    genes
+        Which to draw; by default those whose effects differ most between conditions.
+    most
+        Draw at most so many genes of none given.
+    """
+    found = screen_of(results, by) if screen is None else screen
+    own = own_effects(found.effects.to_numpy())
+    chosen = list(found.effects.columns[most_different(own, most)] if genes is None else genes)
+    wide = found.effects[chosen]
+    wide = wide[alike(wide)] if genes is None else wide
+    height = min(MAP_INCHES, 1.9 + 0.16 * len(wide))
+    (ax,) = panels(1, ax, size=(2.6 + 0.16 * wide.shape[1], height))
+    limit = float(np.nanquantile(np.abs(wide.to_numpy()), 0.99)) or 1.0
+    drawn = ax.imshow(
+        wide.to_numpy(), aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-limit, vmax=limit, rasterized=True
+    )
+    labels = gene_labels(results.var)
+    names = [shortened(labels.get(gene, gene), 16) for gene in wide.columns]
+    ax.set_xticks(range(len(names)), names, rotation=90, style="italic", fontsize=7.5)
+    step = max(1, round(len(wide) / (height * NAMES_AN_INCH)))
+    ax.set_yticks(range(0, len(wide), step), [shortened(str(name), 24) for name in wide.index[::step]], fontsize=7)
+    ax.tick_params(length=2 if step > 1 else 0)
+    ax.set_ylabel(f"{len(wide)} conditions" + (f"; every {step}th is named" if step > 1 else ""))
+    ax.set_title(f"Mean effect of each condition against {shortened(results.control, 30)}")
+    _colour_bar(ax, drawn, f"mean effect over cells\n{units(results)}")
+    finish([ax], show=show, save=save)
+    return ax
+
+
+MAP_INCHES = 14.0
+NAMES_AN_INCH = 7.0
 COLOUR_BAR_INCHES = 3.6
 MOST_ROWS = 60
 """Rows of a heat map of several conditions."""

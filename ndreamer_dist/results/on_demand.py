@@ -127,6 +127,36 @@ class StoredExpression:
         return sparse.vstack(parts, format="csr")
 
 
+@dataclass(frozen=True)
+class HeldExpression:
+    """Expression of which some rows are held, since they are read again and again."""
+
+    expression: Expression
+    rows: np.ndarray
+    columns: np.ndarray
+    values: sparse.csr_matrix
+
+    @property
+    def density(self) -> float:
+        """See `Expression.density`."""
+        return self.expression.density
+
+    def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
+        """See `Expression.read`."""
+        if columns is self.columns and len(rows):
+            place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+            if np.array_equal(self.rows[place], rows):
+                return self.values[place]
+        return self.expression.read(rows, columns)
+
+
+def held(expression: Expression, rows: np.ndarray, columns: np.ndarray) -> Expression:
+    """Return expression with some rows and columns of it held; as it is, where these are too many values."""
+    if len(rows) * len(columns) * expression.density > HELD_VALUES:
+        return expression
+    return HeldExpression(expression, rows, columns, expression.read(rows, columns))
+
+
 def batches(rows: np.ndarray, stored: np.ndarray) -> Iterator[np.ndarray]:
     """Cut rows into batches of a bounded number of stored values, of which each row has `stored`."""
     number = np.cumsum(stored) // BATCH_ENTRIES

@@ -1,15 +1,15 @@
 """The CATE table: the effect in every population, with donors as replicates, and the evidence for and against it.
 
 Input: the results of a run, a column of `obs` that names populations, and the donors. Output: one row per population,
-condition and gene. All data are streamed. Memory grows with populations, donors and genes, and by four bytes per cell and
-population. `p` never takes cells as replicates.
+condition and gene. All data are streamed, one condition after the other. Memory grows with populations, the donors of a
+condition and of the control, and genes. `p` never takes cells as replicates.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -20,17 +20,8 @@ import pandas as pd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.errors import QueryError, listing, suggest
-from ndreamer_dist.matching.hubs import nearest_inside
-from ndreamer_dist.matching.labels import Placed
-from ndreamer_dist.results.on_demand import Counterparts, Expression, compute, layer_question
+from ndreamer_dist.results.on_demand import Counterparts, Expression, compute, held, layer_question
 from ndreamer_dist.results.read import read_dense
-from ndreamer_dist.stats.cells import (
-    Moments,
-    match_quality,
-    parts,
-    placebo_moments,
-    plain_expression,
-)
 from ndreamer_dist.stats.decomposition import Decomposition, Part, decomposed, decomposition_columns
 from ndreamer_dist.stats.donor_tests import (
     DonorTest,
@@ -45,16 +36,28 @@ from ndreamer_dist.stats.donor_tests import (
 from ndreamer_dist.stats.populations import Nearest, PopulationMeans, Replicates, population_means, query_means
 from ndreamer_dist.stats.sign_test import benjamini_hochberg, sign_test
 from ndreamer_dist.stats.state_space import StateNeighbours, StateSource, StateSpace, state_space
-from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.summaries.cells import (
+    Moments,
+    PlainExpression,
+    match_quality,
+    parts,
+    placebo_moments,
+    plain_expression,
+    rows_of_condition,
+)
 
 logger = logging.getLogger(__name__)
 
 Whose = Literal["all", "treated"]
+MIN_CELLS = 10
+"""Own cells that a donor needs in a population to enter its test."""
 PURE = 0.7
 """Share of matches inside the population below which they are flagged."""
 ALL_CELLS = "all cells"
 """The one population where no column names several."""
+HELD_EFFECTS = 2**24
+"""Cells times genes of the conditions whose effects are read together."""
 COUNT_FLOOR = 1e-9
 """Added to mean counts before their ratio is taken, as scanpy does."""
 
@@ -91,33 +94,47 @@ class StatisticsInput:
     spaces: dict[tuple[str | None, str | None, int], StateSpace] = field(default_factory=dict)
 
 
-def cate_table(
-    given: StatisticsInput,
-    *,
-    by: str | None,
-    condition: str | None,
-    donor_key: str | None,
-    min_cells: int,
-    population: Whose,
-    covariates: Sequence[str],
-) -> pd.DataFrame:
-    """Return the table; see `Results.cate`, whose arguments these are."""
-    conditions = conditions_of(given.design, condition)
-    names, codes = populations_of(given.cells, by)
-    replicates = replicates_of(given, donor_key)
-    space = space_of(given, by, donor_key, codes, replicates, min_cells)
-    means = means_of(given, codes, len(names), replicates, conditions, min_cells, space)
-    described = _described(given, codes, len(names), conditions)
-    tables = []
-    for number, name in enumerate(names):
-        for code in conditions:
-            if not described.cells[number, code]:
-                continue
-            tested = _tested(given, means, replicates, number, code, codes, population, covariates, space)
-            tables.append(_rows(given, name, number, code, described, tested))
-    table = pd.concat(tables, ignore_index=True)
+@dataclass(frozen=True)
+class CateQuestion:
+    """What is asked for; see `Results.cate`, whose arguments these are."""
+
+    by: str | None = None
+    condition: str | None = None
+    donor_key: str | None = None
+    min_cells: int = MIN_CELLS
+    population: Whose = "all"
+    covariates: Sequence[str] = ()
+
+
+def cate_table(given: StatisticsInput, asked: CateQuestion) -> pd.DataFrame:
+    """Return the table: by population, and inside it by condition."""
+    parts = sorted(cate_parts(given, asked), key=lambda part: part[0])
+    table = pd.concat([part for _, part in parts], ignore_index=True)
     table["p_adjusted_all"] = benjamini_hochberg(table["p"].to_numpy())
     return table
+
+
+def cate_parts(given: StatisticsInput, asked: CateQuestion) -> Iterator[tuple[int, pd.DataFrame]]:
+    """Give the rows of one condition and population after the other, with the place of the population.
+
+    What is held does not grow with the number of conditions, but for a few numbers per cell, and where the effect is
+    looked at in two parts by the means of the donors under every condition.
+    """
+    conditions = conditions_of(given.design, asked.condition)
+    names, codes = populations_of(given.cells, asked.by)
+    everyone = replicates_of(given, asked.donor_key)
+    space = space_of(given, asked.by, asked.donor_key, codes, everyone, asked.min_cells)
+    given = replace(given, expression=held(given.expression, rows_of_condition(given.design, 0), given.columns))
+    control = _control(given, codes, len(names))
+    for code, effects in effects_by_condition(given, codes, conditions):
+        replicates = everyone.against_control(code)
+        means = means_of(given, codes, len(names), replicates, [code], asked.min_cells, space)
+        compared = Compared(code, codes, replicates, means, space)
+        described = _described(given, codes, code, effects, control)
+        for number, name in enumerate(names):
+            if described.cells[number]:
+                tested = _tested(given, compared, number, asked)
+                yield number, _rows(given, name, number, code, described, tested)
 
 
 def donor_means(
@@ -126,12 +143,14 @@ def donor_means(
     """Return one row per population and donor, for a model of your own; see `Results.donor_means`."""
     conditions = conditions_of(given.design, condition)
     names, codes = populations_of(given.cells, by)
-    replicates = replicates_of(given, donor_key)
-    means = means_of(given, codes, len(names), replicates, conditions, min_cells)
-    own = covariate_table(given.cells, replicates)
+    everyone = replicates_of(given, donor_key)
+    covariates = covariate_table(given.cells, everyone)
     rows, matched, plain = [], [], []
     for code in conditions:
-        for number, r in np.argwhere(means.included & np.isin(replicates.conditions, (0, code))):
+        replicates = everyone.against_control(code)
+        own = covariates[np.isin(everyone.conditions, (0, code))]
+        means = means_of(given, codes, len(names), replicates, [code], min_cells)
+        for number, r in np.argwhere(means.included):
             rows.append(
                 {
                     by: names[number], "contrast": given.design.conditions[code], "donor": replicates.donors[r],
@@ -207,18 +226,40 @@ def covariate_table(cells: pd.DataFrame, replicates: Replicates) -> pd.DataFrame
 
 
 @dataclass(frozen=True)
-class Described:
-    """What cells say, per population and condition; see `stats.cells`."""
+class Control:
+    """What the control's cells say, per population; see `summaries.cells`."""
 
-    cells: np.ndarray
+    plain: PlainExpression
+    placebo: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the cells of one condition say, per population; see `summaries.cells`."""
+
     effects: Moments
     near_effects: Moments
-    placebo: np.ndarray | None
-    counts: np.ndarray
-    expressing: np.ndarray
+    plain: PlainExpression
+    control: Control
     purity: np.ndarray
     effective_cells: np.ndarray
     without_overlap: np.ndarray
+
+    @property
+    def cells(self) -> np.ndarray:
+        """Cells with an effect: (populations,)."""
+        return self.effects.number
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A condition beside the control: donors, their means, and where cells stand in state; `populations` is of all cells."""
+
+    code: int
+    populations: np.ndarray
+    replicates: Replicates
+    means: PopulationMeans
+    space: StateSpace | None
 
 
 @dataclass(frozen=True)
@@ -256,7 +297,7 @@ def means_of(
     """Return the donors' means in every population, and those through state where there is a space; see `population_means`."""
     return population_means(
         codes, number, replicates, Neighbours(given), given.expression, given.columns, conditions=conditions,
-        min_cells=min_cells, within=None if space is None else StateNeighbours(space),
+        min_cells=min_cells, within=None if space is None else StateNeighbours(space, replicates.rows),
     )  # fmt: skip
 
 
@@ -318,77 +359,88 @@ class Neighbours:
 
     def _searched(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
         _say_that_matches_are_searched(self._given.storage.url)
-        place = np.searchsorted(targets, queries)
-        own = np.where(targets[np.minimum(place, len(targets) - 1)] == queries, place, -1)
-        corrected = self._corrected and not np.array_equal(asking, targets)
-        near, far = self._placed(queries), self._placed(targets)
-        asked = self._placed(asking) if corrected else None
-        rows = nearest_inside(near, far, own, self._given.counterparts.within_cells, asked).rows[:, 0]
-        return np.where(rows < 0, -1, targets[rows])
-
-    def _placed(self, rows: np.ndarray) -> Placed:
-        name, labels = f"obsm/{self._given.embedding}", self._given.counterparts.labels
-        width = open_array(self._given.storage, name).shape[1]
-        points = read_dense(self._given.storage, name, rows, np.arange(width))
-        return Placed(points, None if labels is None else labels[rows])
+        return self._given.counterparts.search(queries, targets, asking)[0][:, 0]
 
 
-def _described(given: StatisticsInput, codes: np.ndarray, number: int, conditions: list[int]) -> Described:
-    near = column(given.cells, keys.OBS_OVERLAP).to_numpy()
-    effects, near_effects = (Moments.empty(number, len(given.design.conditions), len(given.genes)) for _ in range(2))
-    for rows, values in individual_effects(given, codes, conditions):
-        condition = given.design.group_conditions[given.design.group_of(rows)]
-        effects.add(values, codes[rows], condition)
-        near_effects.add(values, np.where(near[rows], codes[rows], -1), condition)
-    shared = (codes, number, given.design)
-    placebo = placebo_moments(*shared, given.counterparts, given.expression, given.columns)
-    plain = plain_expression(*shared, given.expression, given.columns)
-    quality = match_quality(codes, number, near, given.design, given.counterparts, conditions)
-    return Described(
-        effects.number, effects, near_effects, None if placebo is None else placebo.spread[:, 0], plain.counts,
-        plain.expressing, quality.purity, quality.effective_cells, quality.without_overlap,
-    )  # fmt: skip
+def _control(given: StatisticsInput, codes: np.ndarray, number: int) -> Control:
+    shared = given.expression, given.columns
+    placebo = placebo_moments(codes, number, given.design, given.counterparts, *shared)
+    plain = plain_expression(codes, number, rows_of_condition(given.design, 0), *shared)
+    return Control(plain, None if placebo is None else placebo.spread)
+
+
+def _described(
+    given: StatisticsInput,
+    codes: np.ndarray,
+    code: int,
+    found: Iterable[tuple[np.ndarray, np.ndarray]],
+    control: Control,
+) -> Described:
+    number, near = len(control.plain.counts), column(given.cells, keys.OBS_OVERLAP).to_numpy()
+    effects, near_effects = (Moments.empty(number, len(given.genes)) for _ in range(2))
+    for rows, values in found:
+        effects.add(values, codes[rows])
+        near_effects.add(values, np.where(near[rows], codes[rows], -1))
+    rows = rows_of_condition(given.design, code)
+    plain = plain_expression(codes, number, rows, given.expression, given.columns)
+    quality = match_quality(codes, number, near, given.design, given.counterparts, [code])
+    of_matches = (values[:, code] for values in (quality.purity, quality.effective_cells, quality.without_overlap))
+    return Described(effects, near_effects, plain, control, *of_matches)
+
+
+def effects_by_condition(
+    given: StatisticsInput, codes: np.ndarray, conditions: Sequence[int]
+) -> Iterator[tuple[int, Iterable[tuple[np.ndarray, np.ndarray]]]]:
+    """Give each condition with the individual effects of its cells, part by part: packed rows, and (rows, genes).
+
+    Conditions of few cells are read together, since a chunk of a stored layer holds cells of many of them.
+    """
+    cells = np.bincount(given.design.group_conditions, weights=np.diff(given.design.starts))[list(conditions)]
+    number = np.cumsum(cells) * len(given.columns) // HELD_EFFECTS
+    for run in np.split(np.asarray(conditions), np.flatnonzero(np.diff(number)) + 1):
+        if len(run) == 1:
+            yield int(run[0]), individual_effects(given, codes, [int(run[0])])
+            continue
+        rows = np.sort(np.concatenate([rows_of_condition(given.design, code) for code in run]))
+        rows = rows[codes[rows] >= 0]
+        values, of = _effects(given, rows), given.design.group_conditions[given.design.group_of(rows)]
+        for code in run.tolist():
+            yield code, [(rows[of == code], values[of == code])]
 
 
 def individual_effects(
     given: StatisticsInput, codes: np.ndarray, conditions: list[int]
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     """Give packed rows and the individual effects of their cells, part by part."""
-    question = layer_question(keys.LAYER_ITE)
     for code in conditions:
         for group in given.design.with_condition(code):
             rows = np.arange(group.start, group.stop)
             for part in parts(rows[codes[rows] >= 0], len(given.columns)):
-                if given.stored_ite:
-                    yield part, read_dense(given.storage, f"layers/{keys.LAYER_ITE}", part, given.columns)
-                else:
-                    yield part, compute(question, given.counterparts, given.expression, part, given.columns)
+                yield part, _effects(given, part)
 
 
-def _tested(
-    given: StatisticsInput,
-    means: PopulationMeans,
-    replicates: Replicates,
-    number: int,
-    code: int,
-    codes: np.ndarray,
-    population: Whose,
-    covariates: Sequence[str],
-    space: StateSpace | None,
-) -> Tested:
+def _effects(given: StatisticsInput, rows: np.ndarray) -> np.ndarray:
+    """Return the individual effects of cells, (rows, genes), as they are stored or else computed."""
+    if given.stored_ite:
+        return read_dense(given.storage, f"layers/{keys.LAYER_ITE}", rows, given.columns)
+    return compute(layer_question(keys.LAYER_ITE), given.counterparts, given.expression, rows, given.columns)
+
+
+def _tested(given: StatisticsInput, compared: Compared, number: int, asked: CateQuestion) -> Tested:
     """Test one population and condition, through the matches, on plain means and through state."""
+    code, means, space, replicates = compared.code, compared.means, compared.space, compared.replicates
     there = np.flatnonzero(np.isin(replicates.conditions, (0, code)) & (means.cells[number] > 0))
     kept, paired = kept_replicates(replicates, means.included[number], code)
     # A donor once, not per condition.
     left_out = tuple(dict.fromkeys(replicates.donors[r] for r in there if r not in kept))
-    if paired and (covariates or population == "treated"):
+    if paired and (asked.covariates or asked.population == "treated"):
         msg = "donors seen in both conditions are paired: leave out the covariates, and use all donors' query cells"
         raise QueryError(msg)
-    test, left_out_of = _tests_of(given, replicates, kept, covariates, paired=paired)
+    test, left_out_of = _tests_of(given, replicates, kept, asked.covariates, paired=paired)
     own = means.own[number, kept]
     total = Part.of(test(own), left_out_of(own))
-    if population == "treated" and len(kept):
-        ask = _Asking(given, codes == number, replicates, kept)
+    if asked.population == "treated" and len(kept):
+        ask = _Asking(given, (compared.populations == number) & (replicates.of_cell >= 0), replicates, kept)
         matched = ask(Neighbours(given))
     else:
         ask, matched = None, test(means.matched[code][number, kept])
@@ -494,10 +546,9 @@ def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str]) 
 
 def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Described, tested: Tested) -> pd.DataFrame:
     """Return the rows of one population and condition: a column per fact, a row per gene."""
-    place = number, code
-    n, zero, positive = told.cells[place], told.effects.zero[place], told.effects.positive[place]
+    n, zero, positive = told.cells[number], told.effects.zero[number], told.effects.positive[number]
     sign_z, sign_p = sign_test(positive, zero, n)
-    treated, control = told.counts[number, code], told.counts[number, 0]
+    treated, control = told.plain.counts[number], told.control.plain.counts[number]
     nothing = np.full(len(given.genes), np.nan)
     values: dict[str, Any] = {
         "population": name,
@@ -507,23 +558,23 @@ def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Descr
         "treated_donors": tested.treated,
         "control_donors": tested.control,
         "donors_left_out": ", ".join(tested.left_out),
-        "mean_ite": told.effects.mean[place],
-        "sd_ite": told.effects.spread[place],
-        "sd_placebo": nothing if told.placebo is None else told.placebo[number],
+        "mean_ite": told.effects.mean[number],
+        "sd_ite": told.effects.spread[number],
+        "sd_placebo": nothing if told.control.placebo is None else told.control.placebo[number],
         "log2_fold_change": np.log2((treated + COUNT_FLOOR) / (control + COUNT_FLOOR)),
         "mean_counts": (treated + control) / 2,
-        "expressing": told.expressing[number, code],
-        "expressing_control": told.expressing[number, 0],
+        "expressing": told.plain.expressing[number],
+        "expressing_control": told.control.plain.expressing[number],
         "sign_z": sign_z,
         "sign_p": sign_p,
         **_columns_of(tested),
         **decomposition_columns(tested.parts, tested.total, len(given.genes)),
         "p_adjusted": benjamini_hochberg(tested.matched.p),
-        "match_purity": told.purity[place],
-        "impure": bool(told.purity[place] < PURE),
-        "effective_control_cells": told.effective_cells[place],
-        "without_overlap": told.without_overlap[place],
-        "mean_ite_overlap": told.near_effects.mean[place],
+        "match_purity": told.purity[number],
+        "impure": bool(told.purity[number] < PURE),
+        "effective_control_cells": told.effective_cells[number],
+        "without_overlap": told.without_overlap[number],
+        "mean_ite_overlap": told.near_effects.mean[number],
     }
     return pd.DataFrame(values, index=range(len(given.genes)))
 

@@ -64,13 +64,16 @@ def null_table(
 ) -> pd.DataFrame:
     """Return the table; see `Results.null`, whose arguments these are."""
     conditions, (names, codes) = conditions_of(given.design, condition), populations_of(given.cells, by)
-    replicates, nearest = replicates_of(given, donor_key), Neighbours(given)
-    space = space_of(given, by, donor_key, codes, replicates, min_cells)
-    means = means_of(given, codes, len(names), replicates, conditions, min_cells, space)
-    sample = sampled(codes, len(names), replicates, nearest)
+    everyone = replicates_of(given, donor_key)
+    space = space_of(given, by, donor_key, codes, everyone, min_cells)
     tables = []
-    for number, name in enumerate(names):
-        for code in conditions:
+    for code in conditions:
+        replicates = everyone.against_control(code)
+        if not _testable(replicates, replicates.counts(codes, len(names)) >= min_cells, code):
+            continue
+        means = means_of(given, codes, len(names), replicates, [code], min_cells, space)
+        sample = sampled(codes, len(names), replicates, Neighbours(given))
+        for number, name in enumerate(names):
             kept, paired = kept_replicates(replicates, means.included[number], code)
             pairs = pairs_of(replicates, kept) if paired else None
             truth = replicates.conditions[kept] != 0
@@ -88,12 +91,18 @@ def null_table(
             found["sign"] = sign_p(sample.of(number, kept, replicates), labels, given.expression, given.columns)
             told: dict[str, Any] = {"population": name, "condition": given.design.conditions[code]}
             told |= {"treated_donors": int(truth.sum()), "control_donors": int((~truth).sum())}
-            tables.append(counted_below(found).assign(**told))
+            tables.append((number, counted_below(found).assign(**told)))
     if not tables:
         msg = f"there is no test to look at: {TOO_FEW_DONORS}"
         raise QueryError(msg)
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat([part for _, part in sorted(tables, key=lambda part: part[0])], ignore_index=True)
     return table[[*told, *(name for name in table if name not in told)]]
+
+
+def _testable(replicates: Replicates, included: np.ndarray, code: int) -> bool:
+    """Return whether some population has donors enough of a condition and of the control."""
+    treated = (replicates.conditions == code)[None] & included
+    return bool((np.minimum(treated.sum(axis=1), (included & ~treated).sum(axis=1)) >= LEAST_DONORS).any())
 
 
 def rates(

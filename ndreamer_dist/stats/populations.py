@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -82,11 +82,41 @@ class Replicates:
             found += [Piece(int(r), group.code, group.start + np.flatnonzero(inside == r)) for r in np.unique(inside)]
         return tuple(found)
 
+    def against_control(self, condition: int) -> Replicates:
+        """Return the replicates of the control and of one condition, in their order; cells of others have none (-1)."""
+        chosen = np.flatnonzero(np.isin(self.conditions, (0, condition)))
+        place = np.full(len(self) + 1, -1)
+        place[chosen] = np.arange(len(chosen))
+        of_cell = np.full(len(self.of_cell), -1, dtype=self.of_cell.dtype)
+        pieces = tuple(
+            replace(p, replicate=int(place[p.replicate])) for c in (0, condition) for p in self._pieces_of[c]
+        )
+        for piece in pieces:
+            of_cell[piece.rows] = piece.replicate
+        found = Replicates(tuple(self.donors[r] for r in chosen), self.conditions[chosen], of_cell, self.design)
+        found.__dict__["pieces"] = tuple(sorted(pieces, key=lambda piece: (piece.group, piece.replicate)))
+        return found
+
+    @cached_property
+    def _pieces_of(self) -> dict[int, list[Piece]]:
+        """The pieces of every condition."""
+        found: dict[int, list[Piece]] = {code: [] for code in range(len(self.design.conditions))}
+        for piece in self.pieces:
+            found[int(self.conditions[piece.replicate])].append(piece)
+        return found
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The packed rows of all pieces, ascending."""
+        return np.sort(np.concatenate([piece.rows for piece in self.pieces]))
+
     def counts(self, populations: np.ndarray, number: int) -> np.ndarray:
         """Return the cells of every population and replicate: (populations, replicates); -1 is no population."""
-        inside = populations >= 0
-        flat = populations[inside] * len(self) + self.of_cell[inside]
-        return np.bincount(flat, minlength=number * len(self)).reshape(number, len(self))
+        found = np.zeros((number, len(self)), dtype=np.int64)
+        for piece in self.pieces:
+            codes = populations[piece.rows]
+            found[:, piece.replicate] += np.bincount(codes[codes >= 0], minlength=number)
+        return found
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist.results.on_demand import Counterparts, Expression, Question, Term, compute
-from ndreamer_dist.stats.cells import parts
 from ndreamer_dist.stats.populations import Replicates
+from ndreamer_dist.summaries.cells import parts
 
 ESCAPED = 0.95
 """A cell is within the placebo's spread up to this quantile of the placebo."""

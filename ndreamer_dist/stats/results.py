@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import anndata
 import numpy as np
@@ -15,8 +16,11 @@ from ndreamer_dist.results.annotations import Annotation, annotation_of, read_an
 from ndreamer_dist.results.cohort import Cohort
 from ndreamer_dist.results.reader import Labels, ResultsReader, counted, results_storage
 from ndreamer_dist.stats.cate_table import (
+    MIN_CELLS,
+    CateQuestion,
     StatisticsInput,
     Whose,
+    cate_parts,
     cate_table,
     conditions_of,
     donor_means,
@@ -30,8 +34,6 @@ from ndreamer_dist.stats.response import ResponseInput, response_table
 from ndreamer_dist.stats.state_space import StateSource, StateSpace
 from ndreamer_dist.storage.files import Storage
 
-MIN_CELLS = 10
-"""Own cells that a donor needs in a population to enter its test."""
 DIAGNOSED_CELLS = 4000
 """Cells that the mixing of batches is measured on, about."""
 
@@ -154,10 +156,19 @@ class Results(ResultsReader):
             A name is unknown, or nothing says who the donors are.
         """
         results, by = self.labelled(by)
-        return cate_table(
-            results._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
-            population=population, covariates=covariates,
-        )  # fmt: skip
+        asked = CateQuestion(by, condition, donor_key, min_cells, population, covariates)
+        return cate_table(results._statistics_input(genes, cohort), asked)
+
+    def cate_parts(
+        self, by: Labels = None, *, genes: Sequence[str] | None = None, cohort: Cohort | None = None, **asked: Any
+    ) -> Iterator[pd.DataFrame]:
+        """Give the rows of `cate` in parts, one condition and population after the other, for screens of many conditions.
+
+        Arguments, columns and errors are those of `cate`; there is no `p_adjusted_all`, which takes all rows.
+        """
+        results, by = self.labelled(by)
+        question = CateQuestion(by, **asked)
+        yield from (part for _, part in cate_parts(results._statistics_input(genes, cohort), question))
 
     @counted
     def donor_means(

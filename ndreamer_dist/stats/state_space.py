@@ -83,11 +83,17 @@ class StateSpace:
 class StateNeighbours:
     """Nearest neighbours in state coordinates, inside populations: a `Nearest`.
 
-    All cells are looked up in one piece at once, and kept until another piece is asked for.
+    All cells that may ask are looked up in one piece at once, and kept until another piece is asked for.
+
+    Parameters
+    ----------
+    rows
+        Packed rows of the cells that may ask, ascending; by default all.
     """
 
-    def __init__(self, space: StateSpace) -> None:
+    def __init__(self, space: StateSpace, rows: np.ndarray | None = None) -> None:
         self._space = space
+        self._rows = np.arange(len(space.populations)) if rows is None else rows
         self._targets = np.empty(0, dtype=np.int64)
         self._found = np.empty(0, dtype=np.int64)
 
@@ -95,20 +101,21 @@ class StateNeighbours:
         """Return the nearest target of every query in its population, itself left out; -1 for none."""
         if not np.array_equal(targets, self._targets):
             self._targets, self._found = targets, self._searched(targets)
-        return self._found[queries]
+        return self._found[np.searchsorted(self._rows, queries)]
 
     def _searched(self, targets: np.ndarray) -> np.ndarray:
         populations, points = self._space.populations, self._space.points
-        found = np.full(len(populations), -1, dtype=np.int64)
+        found = np.full(len(self._rows), -1, dtype=np.int64)
         for code in np.unique(populations[targets]):
             if code < 0:
                 continue
-            rows, near = np.flatnonzero(populations == code), targets[populations[targets] == code]
+            asking = np.flatnonzero(populations[self._rows] == code)
+            rows, near = self._rows[asking], targets[populations[targets] == code]
             k = self._space.dimensions[code]
             place = np.minimum(np.searchsorted(near, rows), len(near) - 1)
             own = np.where(near[place] == rows, place, -1)
             places = nearest(points[rows, :k], points[near, :k], 1, exclude=own).rows[:, 0]
-            found[rows] = np.where(places < 0, -1, near[places])
+            found[asking] = np.where(places < 0, -1, near[places])
         return found
 
 

@@ -11,16 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndreamer_dist.cohort.design import (
-    MERGED,
-    SCREEN_CONDITIONS,
-    Design,
-    build_design,
-    group_name,
-    report_design,
-    report_small_groups,
-)
+from ndreamer_dist.cohort.design import Design, build_design, report_design
 from ndreamer_dist.errors import CohortError
+from ndreamer_dist.grouping.small_groups import MERGED, SCREEN_CONDITIONS, group_name, report_small_groups
 
 NAMES = st.sampled_from(["a", "b", "a+b", "a|b", "a\\", "\\+", "|", "1"])
 

@@ -7,12 +7,13 @@ import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.design import Design, Group, batch_name, group_name
+from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.cohort.genes import run_cohort
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed, table_bytes
 from ndreamer_dist.cohort.source import fingerprint, open_source
 from ndreamer_dist.compute.executor import SerialRuntime
+from ndreamer_dist.grouping.small_groups import batch_name, group_name
 from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import Settings

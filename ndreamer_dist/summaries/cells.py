@@ -22,26 +22,23 @@ PART_VALUES = 2**22
 
 @dataclass
 class Moments:
-    """Counts and sums per population, condition and gene, in float64: (populations, conditions, genes)."""
+    """Counts and sums per population and gene, in float64: (populations, genes)."""
 
-    number: np.ndarray  # (populations, conditions)
+    number: np.ndarray  # (populations,)
     total: np.ndarray
     squares: np.ndarray
     positive: np.ndarray
     zero: np.ndarray
 
     @classmethod
-    def empty(cls, populations: int, conditions: int, genes: int) -> Moments:
+    def empty(cls, populations: int, genes: int) -> Moments:
         """Return sums of nothing."""
-        shape = (populations, conditions, genes)
-        return cls(np.zeros(shape[:2]), *(np.zeros(shape) for _ in range(4)))
+        return cls(np.zeros(populations), *(np.zeros((populations, genes)) for _ in range(4)))
 
-    def add(self, values: np.ndarray, population: np.ndarray, condition: np.ndarray) -> None:
+    def add(self, values: np.ndarray, population: np.ndarray) -> None:
         """Add values, (cells, genes), of cells with these codes; a population of -1 is left out."""
-        pairs = population * self.number.shape[1] + condition
-        for pair in np.unique(pairs[population >= 0]):
-            place = np.unravel_index(int(pair), self.number.shape)
-            part = values[pairs == pair].astype(np.float64)
+        for place in np.unique(population[population >= 0]):
+            part = values[population == place].astype(np.float64)
             self.number[place] += len(part)
             self.total[place] += part.sum(axis=0)
             self.squares[place] += (part**2).sum(axis=0)
@@ -89,6 +86,11 @@ def parts(rows: np.ndarray, genes: int) -> Iterator[np.ndarray]:
         yield rows[start : start + step]
 
 
+def rows_of_condition(design: Design, condition: int) -> np.ndarray:
+    """Return the packed rows of a condition's cells, ascending."""
+    return np.concatenate([np.arange(group.start, group.stop) for group in design.with_condition(condition)])
+
+
 def placebo_halves(design: Design) -> tuple[list[int], list[int]]:
     """Return the control groups in two halves, by turns: the effect of one on the other is noise."""
     controls = [group.code for group in design.with_condition(0)]
@@ -126,19 +128,19 @@ def placebo_moments(
     """Return the moments of the placebo effect over each population's control cells; none below two control groups."""
     if len(design.with_condition(0)) < 2:
         return None
-    moments = Moments.empty(number, 1, len(columns))
-    control = np.concatenate([np.arange(group.start, group.stop) for group in design.with_condition(0)])
+    moments = Moments.empty(number, len(columns))
+    control = rows_of_condition(design, 0)
     for rows in parts(control[populations[control] >= 0], len(columns)):
         average = placebo_average(design, counterparts, rows)
         held = np.unique(average.row)
         (values,) = average_through([average], [(held, expression.read(held, columns))], len(columns))
-        moments.add(values, populations[rows], np.zeros(len(rows), dtype=np.int64))
+        moments.add(values, populations[rows])
     return moments
 
 
 @dataclass(frozen=True)
 class PlainExpression:
-    """Of the cells as they were measured: (populations, conditions, genes), and the cells (populations, conditions).
+    """Of the cells of a condition as they were measured: (populations, genes).
 
     Attributes
     ----------
@@ -148,31 +150,26 @@ class PlainExpression:
         Share of cells with a value above 0.
     """
 
-    cells: np.ndarray
     counts: np.ndarray
     expressing: np.ndarray
 
 
 def plain_expression(
-    populations: np.ndarray, number: int, design: Design, expression: Expression, columns: np.ndarray
+    populations: np.ndarray, number: int, rows: np.ndarray, expression: Expression, columns: np.ndarray
 ) -> PlainExpression:
-    """Return mean normalised counts and the share of expressing cells per population and condition."""
-    conditions = len(design.conditions)
-    codes = design.group_conditions[design.group_of(np.arange(design.n_cells))] + populations * conditions
-    chosen = np.flatnonzero(populations >= 0)
-    cells = np.bincount(codes[chosen], minlength=number * conditions).astype(np.float64)
-    counts, expressing = (np.zeros((number * conditions, len(columns))) for _ in range(2))
-    for rows in parts(chosen, len(columns)):
-        values = expression.read(rows, columns)
+    """Return mean normalised counts and the share of expressing cells of some packed rows, per population."""
+    chosen = rows[populations[rows] >= 0]
+    cells = np.bincount(populations[chosen], minlength=number).astype(np.float64)
+    counts, expressing = (np.zeros((number, len(columns))) for _ in range(2))
+    for part in parts(chosen, len(columns)):
+        values = expression.read(part, columns)
         indicator = sparse.csr_matrix(
-            (np.ones(len(rows)), (codes[rows], np.arange(len(rows)))), shape=(number * conditions, len(rows))
+            (np.ones(len(part)), (populations[part], np.arange(len(part)))), shape=(number, len(part))
         )
         counts += (indicator @ values.astype(np.float64).expm1()).toarray()
         expressing += (indicator @ (values > 0).astype(np.float64)).toarray()
-    shape = (number, conditions, len(columns))
     with np.errstate(invalid="ignore"):
-        means = (total / cells[:, None] for total in (counts, expressing))
-        return PlainExpression(cells.reshape(number, conditions), *(mean.reshape(shape) for mean in means))
+        return PlainExpression(counts / cells[:, None], expressing / cells[:, None])
 
 
 def match_quality(
@@ -191,8 +188,9 @@ def match_quality(
     shape = (number, len(design.conditions))
     pure, matched, used, squares, cells, far = (np.zeros(shape) for _ in range(6))
     controls = [group.code for group in design.with_condition(0)]
+    control_rows = rows_of_condition(design, 0)
     for condition in conditions:
-        weight = np.zeros((number, design.n_cells), dtype=np.float32)
+        weight = np.zeros((number, len(control_rows)), dtype=np.float32)
         for group in design.with_condition(condition):
             rows = np.arange(group.start, group.stop)[populations[group.start : group.stop] >= 0]
             if not len(rows):
@@ -207,7 +205,7 @@ def match_quality(
                 matched[:, condition] += np.bincount(code[known], minlength=number)
                 same = known & (populations[np.maximum(first, 0)] == code)
                 pure[:, condition] += np.bincount(code[same], minlength=number)
-                np.add.at(weight, (code[known], first[known]), 1.0)
+                np.add.at(weight, (code[known], np.searchsorted(control_rows, first[known])), 1.0)
         used[:, condition], squares[:, condition] = weight.sum(axis=1), (weight.astype(np.float64) ** 2).sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return MatchQuality(pure / matched, used**2 / squares, far / cells)
