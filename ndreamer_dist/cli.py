@@ -504,24 +504,17 @@ def cate(
     ] = None,
 ) -> None:
     """Write the effect of the condition on each population and gene, with donors as replicates."""
-    from ndreamer_dist.results.export import TABLES, checked, save_table
-    from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
+    from ndreamer_dist.commands.cate import write_cate
+    from ndreamer_dist.results.export import TABLES, checked
     from ndreamer_dist.stats.results import open_results
 
     checked(out, TABLES)
-    table = open_results(run_directory).cate(
-        by, condition=condition, genes=_names(genes), cohort=cohort, donor_key=donor_key, min_cells=min_cells,
-        population=population, covariates=_names(covariates) or (),
+    written = write_cate(
+        open_results(run_directory), out, condition=condition, by=by, genes=_names(genes), cohort=cohort,
+        donor_key=donor_key, min_cells=min_cells, population=population, covariates=_names(covariates) or (),
     )  # fmt: skip
-    save_table(table, out)
-    called = f"{(table['p_adjusted'] < 0.05).sum()} with p_adjusted < 0.05"
-    if table["p"].isna().all():
-        called = f"no test was possible: {TOO_FEW_DONORS}"
-    print(f"wrote {out}: {table['population'].nunique()} populations, {len(table)} rows, {called}")
-    words = table["reading"].value_counts()
-    if table["within_state_p"].notna().any():
-        kinds = ", ".join(f"{word} {int(words.get(word, 0))}" for word in ("within", "state", "both", "neither"))
-        print(f"in cells of the same state, or by a change of state (adjusted p <= 0.05): {kinds}")
+    for line in written.lines(out):
+        print(line)
 
 
 @app.command()

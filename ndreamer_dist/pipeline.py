@@ -241,6 +241,8 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     check_tables(source.obs, source.var)
     _check_populations(settings, design)
     _check_labels(source, settings.match.within)
+    if settings.match.edges == "all":
+        design.refuse_all_edges()
     size = CohortSize.of(
         design, settings, genes=source.n_genes, stored_values=source.nnz
     )  # fmt: skip

@@ -40,6 +40,8 @@ from ndreamer_dist.grouping.small_groups import (
 
 logger = logging.getLogger(__name__)
 
+MOST_STORED_EDGES = 1_000_000
+"""Pairs of groups that edges `all` may be: each is two files."""
 EXCLUDED = "excluded condition"
 """Why a cell of an excluded condition is left out."""
 MOST_EDGES = 20_000_000
@@ -155,6 +157,22 @@ class Design:
         """Per condition, the groups of it and of the control, in order."""
         own, control = self._by_condition, self.with_condition(0)
         return {c: sorted({*members, *control}, key=lambda group: group.code) for c, members in own.items()}
+
+    def refuse_all_edges(self) -> None:
+        """Refuse to match every group with every other where that is for later questions alone and takes the square.
+
+        Raises
+        ------
+        QueryError
+            There are more than a million pairs.
+        """
+        pairs = len(self.groups) ** 2
+        if pairs > MOST_STORED_EDGES:
+            msg = (
+                f"edges 'all' are {pairs} pairs of {len(self.groups)} groups, more than {MOST_STORED_EDGES} to store; effects of "
+                "any condition on any cell are searched when they are asked for, and `match DIR --edges NAME` adds those of one"
+            )
+            raise QueryError(msg)
 
     def queries(self, target: Group) -> list[Group]:
         """Return the groups whose cells need matches in a group, in order: the other way round of needed `targets`."""

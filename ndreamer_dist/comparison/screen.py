@@ -7,7 +7,7 @@ held; what is kept are a few numbers per condition, one effect per condition and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +75,7 @@ def screen(results: Results, by: Labels = None, *, donor_key: str | None = None,
     table = pd.DataFrame(rows).set_index("condition")
     own = own_effects(matrix.to_numpy())
     table["size"] = np.sqrt(np.maximum((own**2).sum(axis=1) - table["noise"], 0))
-    table["strongest"] = [_strongest(*both, matrix.columns) for both in zip(own, matrix.to_numpy(), strict=True)]
+    table["strongest"] = strongest(matrix, {})
     largest = table["size"].sort_values(ascending=False, kind="stable").index[:detailed]
     kept = [part for name in largest for part in results.cate_parts(by, donor_key=donor_key, condition=name)]
     order = order_of_conditions(matrix.to_numpy())
@@ -119,10 +119,20 @@ def _facts(parts: list[pd.DataFrame]) -> dict[str, object]:
     }
 
 
-def _strongest(own: np.ndarray, effects: np.ndarray, genes: pd.Index) -> str:
-    """Name the genes with the largest effects of a condition's own, with their effects."""
-    first = np.argsort(-np.abs(own), kind="stable")[:STRONGEST]
-    return ", ".join(f"{genes[gene]} {effects[gene]:+.2f}" for gene in first)
+def strongest(effects: pd.DataFrame, labels: Mapping[str, str]) -> list[str]:
+    """Name the genes with the largest effects of each condition's own, with their effects.
+
+    Parameters
+    ----------
+    labels
+        What genes are called, by name, where that is not their name.
+    """
+    values = effects.to_numpy()
+    names = [labels.get(str(gene), str(gene)) for gene in effects.columns]
+    order = np.argsort(-np.abs(own_effects(values)), axis=1, kind="stable")[:, :STRONGEST]
+    return [
+        ", ".join(f"{names[gene]} {row[gene]:+.2f}" for gene in first) for row, first in zip(values, order, strict=True)
+    ]
 
 
 def order_of_conditions(effects: np.ndarray) -> np.ndarray:

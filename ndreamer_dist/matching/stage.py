@@ -179,11 +179,11 @@ def asked_edges(design: Design, edges: str) -> Pairs:
     """Return the edges behind a word: `needed`, `all`, or a condition's name, which means all edges to its groups."""
     if edges == "needed":
         return design.needed_edges("needed")
-    pairs = design.needed_edges("all")
     if edges == "all":
-        return pairs
-    condition = design.condition_code(edges)
-    return [(query, target) for query, target in pairs if design.groups[target].condition == condition]
+        design.refuse_all_edges()
+        return design.needed_edges("all")
+    targets = design.with_condition(design.condition_code(edges))
+    return [(query.code, target.code) for query in design.groups for target in targets]
 
 
 # --- how the search went ---------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import resources
 from typing import Any
@@ -27,6 +28,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from ndreamer_dist import keys
+from ndreamer_dist.comparison.screen import Screen
+from ndreamer_dist.comparison.screen import screen as screen_of
 from ndreamer_dist.comparison.table import kept_comparison
 from ndreamer_dist.compute.monitors import last_call
 from ndreamer_dist.errors import NDreamerError, StoreError
@@ -36,8 +39,10 @@ from ndreamer_dist.matching.labels import remedy
 from ndreamer_dist.report.tables import (
     Table,
     comparison_table,
+    conditions_table,
     decomposition_table,
     diagnostics_tables,
+    donors_or_conditions,
     effects,
     genes_table,
     groups_table,
@@ -66,6 +71,10 @@ MOST_IN_TITLE = 3
 """Conditions that a title names."""
 MOST_SPREADS = 6
 MOST_DECOMPOSED = 4
+MOST_GENE_TABLES = 12
+"""Tables of genes of a screen."""
+MOST_POOR_GROUPS = 30
+"""Groups of a screen whose diagnostics are shown."""
 SHOWN_DPI = 110
 """Pixels of the page per inch of a figure; it is drawn finer, for sharp screens and for paper."""
 
@@ -85,7 +94,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class PageData:
-    """What the page is made from: results, their CATE table, and by what populations and donors it was made."""
+    """What the page is made from: results, their CATE table, and by what populations and donors it was made.
+
+    Of a screen of many conditions the table has those with the largest effects, and `screen` says what there is of all.
+    """
 
     results: Results
     by: str | None
@@ -94,6 +106,7 @@ class PageData:
     table: pd.DataFrame
     diagnostics: Diagnostics
     cells: int
+    screen: Screen | None = None
 
     @property
     def donors(self) -> bool:
@@ -112,8 +125,13 @@ class PageData:
 
     @property
     def conditions(self) -> list[str]:
-        """The conditions that are compared with the control."""
+        """The conditions of the table."""
         return list(dict.fromkeys(self.table["condition"]))
+
+    @property
+    def compared(self) -> list[str]:
+        """The conditions that are compared with the control."""
+        return self.conditions if self.screen is None else list(self.screen.conditions.index)
 
     def populations(self, condition: str) -> list[tuple[str, pd.DataFrame]]:
         """Return the populations of a condition in natural order, with their rows of the table."""
@@ -162,11 +180,20 @@ def report(
     by = by or likely_populations(opened.packed_obs, opened.design)
     logger.info("report: effects by %s", by or "condition alone")
     with counting() as reads:
-        table = effects(opened, by, condition, donor_key)
-        data = PageData(opened, by, chosen, donor_key, table, opened.diagnostics(by, donor_key=donor_key), cells)
+        looked_at = _screen(opened, by, condition, donor_key)
+        table = effects(opened, by, condition, donor_key) if looked_at is None else looked_at.detailed
+        diagnostics = opened.diagnostics(by, donor_key=donor_key)
+        data = PageData(opened, by, chosen, donor_key, table, diagnostics, cells, looked_at)
         html = page(data)
     logger.info("report: read %s", reads)
     return write_file(address, html.encode())
+
+
+def _screen(results: Results, by: str | None, condition: str | None, donor_key: str | None) -> Screen | None:
+    """Return what there is of all conditions together, where they are too many for a section each."""
+    if condition is not None or not results.design.is_screen:
+        return None
+    return screen_of(results, by, donor_key=donors_or_conditions(results, donor_key))
 
 
 def page(data: PageData) -> str:
@@ -197,14 +224,17 @@ def _content(data: PageData) -> dict[str, Any]:
     """Return what the template is filled with."""
     results, design = data.results, data.results.design
     return {
-        "title": f"NDreamer: {_named(data.conditions)} against {design.control}",
+        "title": f"NDreamer: {_named(data.compared)} against {design.control}",
         "subtitle": f"What the condition does to {whole(design.n_cells)} cells, and how far the numbers can be trusted.",
         "control": design.control,
         "tiles": _tiles(data),
         "summary": list(_summary(data)),
         "warnings": list(_warnings(data)),
         "design": list(_design(data)),
-        "groups": groups_table(results),
+        "groups": None if data.screen else groups_table(results),
+        "screen": None
+        if data.screen is None
+        else (_map(data, data.screen), conditions_table(data.screen, data.labels)),
         "cells": list(_cell_pictures(data)),
         "decomposition": list(_decomposition(data)),
         "decomposition_parts": list(_decomposed(data)),
@@ -217,7 +247,7 @@ def _content(data: PageData) -> dict[str, Any]:
         "genes": list(_genes(data)),
         "trust": list(_trust(data)),
         "trust_figures": list(_trust_pictures(data)),
-        "diagnostics": diagnostics_tables(data.diagnostics),
+        "diagnostics": diagnostics_tables(_shown_diagnostics(data)),
         **_spaces(results),
         "nested": data.diagnostics.layout in ("nested", "partly crossed"),
         "modelled": whole(len(results.var_names)),
@@ -228,6 +258,24 @@ def _content(data: PageData) -> dict[str, Any]:
         "versions": "Versions: " + ", ".join(f"{k} {v}" for k, v in json.loads(results.uns["versions"]).items()) + ".",
         "version": str(results.uns["version"]),
     }
+
+
+def _map(data: PageData, found: Screen) -> Picture:
+    return _picture(
+        "All conditions",
+        "Mean effect over the cells of each condition. Conditions that act alike lie next to each other; the table below "
+        "says where each lies. Genes are those whose effects differ most between conditions.",
+        f"Heat map of mean effects, {len(found.effects)} conditions by genes",
+        lambda: plots.conditions(data.results, data.by, screen=found),
+    )
+
+
+def _shown_diagnostics(data: PageData) -> Diagnostics:
+    """Return the diagnostics; of a screen, the groups with the least overlap alone."""
+    if data.screen is None:
+        return data.diagnostics
+    groups = data.diagnostics.groups.sort_values("overlap", kind="stable").head(MOST_POOR_GROUPS)
+    return replace(data.diagnostics, groups=groups)
 
 
 def _origin(results: Results) -> Iterator[str]:
@@ -265,7 +313,9 @@ def _summary(data: PageData) -> Iterator[str]:
     """Say what was found, a sentence or two per condition; of many conditions, of those with most called genes."""
     called_genes = (data.table["p_adjusted"] < plots.SIGNIFICANT).groupby(data.table["condition"]).sum()
     chosen = sorted(data.conditions, key=lambda name: -int(called_genes[name]))[:MOST_TOLD]
-    if len(chosen) < len(data.conditions):
+    if data.screen is not None:
+        yield _of_screen(data.screen)
+    elif len(chosen) < len(data.conditions):
         yield (
             f"There are {len(data.conditions)} conditions; these sentences are of the {len(chosen)} with most called genes, "
             "the tables below of all."
@@ -286,6 +336,17 @@ def _summary(data: PageData) -> Iterator[str]:
             + (f"{len(found)} have genes that differ (most: {most}). " if found else "no gene differs in any of them. ")
             + _strongest(tested, effect, data.labels)
         )
+
+
+def _of_screen(found: Screen) -> str:
+    """Say how many conditions of a screen do anything, and what the rest of the page is of."""
+    genes, number = found.conditions["genes"], found.detailed["condition"].nunique()
+    how = "tests on donors" if found.tested else "the sign test over cells, which describes and does not test"
+    return (
+        f"There are {len(genes)} conditions; {int((genes > 0).sum())} have genes that are called by {how} (median "
+        f"{genes.median():.0f} genes a condition). One heat map and one table are of all; everything else on this page, these "
+        f"sentences among it, is of the {number} with the largest effects."
+    )
 
 
 def _why_untested(data: PageData) -> str:
@@ -372,6 +433,10 @@ def _genes_note(data: PageData) -> str:
 
 def _genes(data: PageData) -> Iterator[tuple[str, str, Table]]:
     several = len(data.conditions) > 1
+    yield from itertools.islice(_gene_tables(data, several=several), MOST_GENE_TABLES if data.screen else None)
+
+
+def _gene_tables(data: PageData, *, several: bool) -> Iterator[tuple[str, str, Table]]:
     for condition in data.conditions:
         for name, part in data.populations(condition):
             row = part.iloc[0]
@@ -429,12 +494,16 @@ def _cell_pictures(data: PageData) -> Iterator[Picture]:
     results, design = data.results, data.results.design
     drawn = min(data.cells, design.n_cells)
     color = [
-        keys.OBS_CONDITION,
+        *([keys.OBS_CONDITION] if data.screen is None else []),
         *([keys.OBS_BATCH] if len(design.batches) > 1 else []),
         *([data.by] if data.by else []),
     ]
     names = ", ".join(
-        [design.condition_key, *(design.batch_keys if len(design.batches) > 1 else ()), *([data.by] if data.by else [])]
+        [
+            *([design.condition_key] if data.screen is None else []),
+            *(design.batch_keys if len(design.batches) > 1 else ()),
+            *([data.by] if data.by else []),
+        ]
     )
     yield _picture(
         "The embedding",
@@ -567,7 +636,8 @@ def _trust_pictures(data: PageData) -> Iterator[Picture]:
         "Box plots of match distances by population", lambda: plots.overlap(results, by),
     )  # fmt: skip
     try:
-        null = results.null(by, donor_key=data.donor_key)
+        condition = data.conditions[0] if data.screen else None
+        null = results.null(by, condition=condition, donor_key=data.donor_key)
     except NDreamerError as error:
         yield Picture("Calibration", "P-values under permuted donor labels.", "", missing=str(error))
         return

@@ -14,6 +14,7 @@ from natsort import index_natsorted
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.comparison.advice import MEASURES
+from ndreamer_dist.comparison.screen import Screen, strongest
 from ndreamer_dist.comparison.table import Comparison
 from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.figures.plots import SIGNIFICANT, SMALLEST, effect_column, run_of
@@ -140,10 +141,28 @@ def likely_populations(cells: pd.DataFrame, design: Design) -> str | None:
 
 def effects(results: Results, by: str | None, condition: str | None, donor_key: str | None) -> pd.DataFrame:
     """Return the CATE table; where nothing says who the donors are, with effects alone."""
-    if donor_key is None and not results.design.batch_keys:
-        # A condition as its only replicate: there are effects, and too few replicates for a p-value.
-        donor_key = keys.OBS_CONDITION
-    return results.cate(by, condition=condition, donor_key=donor_key)
+    return results.cate(by, condition=condition, donor_key=donors_or_conditions(results, donor_key))
+
+
+def donors_or_conditions(results: Results, donor_key: str | None) -> str | None:
+    """Return the column that names the donors; where nothing does, a condition is its only replicate, and there is no test."""
+    nothing = donor_key is None and not results.design.batch_keys
+    return keys.OBS_CONDITION if nothing else donor_key
+
+
+def conditions_table(found: Screen, labels: Mapping[str, str]) -> Table:
+    """Return a row per condition of a screen."""
+    frame = found.conditions.rename_axis("condition").reset_index()
+    frame["strongest"] = strongest(found.effects, labels)
+    how = "donor-level test" if found.tested else f"sign test {CELLS_ONLY}"
+    columns = [
+        text("condition", "condition"), number("place", "place in the map", whole), number("cells", "cells", whole),
+        number("donors", "donors", whole, "of the population with most"),
+        number("size", "size of effect", plain, "over all genes, less what all conditions share and what noise of cells adds"),
+        number("genes", "genes called", whole, f"in some population, by the {how}"),
+        text("strongest", "largest effects of its own"),
+    ]  # fmt: skip
+    return table_of(frame, "Conditions: how much each does", columns)
 
 
 def groups_table(results: Results) -> Table:

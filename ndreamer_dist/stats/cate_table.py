@@ -321,9 +321,10 @@ def space_of(
 
 
 @lru_cache
-def _say_that_matches_are_searched(_results: str) -> None:
+def _say_that_matches_are_searched(_results: str, *, is_screen: bool) -> None:
     """Log it once for the results of an address: a report makes many tables of the same."""
-    logger.info("some matches are not in the run and are searched now; `match DIR --edges all` would keep them")
+    keep = "" if is_screen else "; `match DIR --edges all` would keep them"
+    logger.info("some matches are not in the run and are searched now%s", keep)
 
 
 class Neighbours:
@@ -358,7 +359,7 @@ class Neighbours:
         return self._given.counterparts.hubs == "csls"
 
     def _searched(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
-        _say_that_matches_are_searched(self._given.storage.url)
+        _say_that_matches_are_searched(self._given.storage.url, is_screen=self._given.design.is_screen)
         return self._given.counterparts.search(queries, targets, asking)[0][:, 0]
 
 

@@ -34,6 +34,10 @@ NEIGHBOURS = 15
 DIMENSIONS = 50
 """Principal components of the input that its mixing is measured in."""
 DISTORTION_CELLS = 512
+MOST_DISTORTED = 100
+"""Groups of a screen in which distortion is measured, and conditions in which mixing is (evenly, and the first)."""
+MOST_MIXED = 20
+NOT_MEASURED = (np.nan, np.nan)
 DISTORTION_VALUES = 2**22
 """Cells of a group whose denoised expression is compared with the measured one, at most."""
 
@@ -57,8 +61,12 @@ def diagnose(
     column(given.cells, keys.OBS_OVERLAP)  # results of an earlier version lack it
     names, codes = populations_of(given.cells, by)
     layout, donors = told_of_donors(given, donor_key)
+    every = -(-len(given.design.groups) // MOST_DISTORTED) if given.design.is_screen else 1
     groups = pd.DataFrame(
-        [told_of_group(group, given, stored_denoised=stored_denoised) for group in given.design.groups]
+        [
+            told_of_group(group, given, stored_denoised=stored_denoised, measured=group.code % every == 0)
+            for group in given.design.groups
+        ]
     )
     populations = told_of_populations(given, names, codes)
     notes = tuple(crowding(given, names, codes, donor_key))
@@ -108,14 +116,19 @@ def _numbers(replicates: Replicates) -> str:
     return ", ".join(f"{n} {name}" for n, name in zip(counts, replicates.design.conditions, strict=True))
 
 
-def told_of_group(group: Group, given: StatisticsInput, *, stored_denoised: bool) -> dict[str, object]:
-    """Return the row of one group: overlap, reuse of its cells as matches, and distortion."""
+def told_of_group(
+    group: Group, given: StatisticsInput, *, stored_denoised: bool, measured: bool = True
+) -> dict[str, object]:
+    """Return the row of one group: overlap, reuse of its cells as matches, and distortion, if it is measured."""
     rows = np.arange(group.start, group.stop)
     cells = given.cells.iloc[group.start : group.stop]
     own = given.counterparts.edges(rows, [(group.code, group.code)])[group.code, group.code][1][:, 0]
     times = cells[keys.OBS_TIMES_MATCHED].to_numpy(dtype=np.float64)
     looked = min(group.cells, DISTORTION_CELLS, max(1, DISTORTION_VALUES // len(given.columns)))
-    correlation, difference = distortion(rows[:looked], given, stored_denoised=stored_denoised)
+    looked = looked if measured else 0
+    correlation, difference = (
+        distortion(rows[:looked], given, stored_denoised=stored_denoised) if looked else NOT_MEASURED
+    )
     return {
         "group": group.name,
         "batch": given.design.batches[group.batch],
@@ -173,12 +186,13 @@ def distortion(rows: np.ndarray, given: StatisticsInput, *, stored_denoised: boo
 def told_of_populations(given: StatisticsInput, names: list[str], codes: np.ndarray) -> pd.DataFrame:
     """Return the overlap of every population under every condition."""
     conditions = given.design.group_conditions[given.design.group_of(np.arange(given.design.n_cells))]
-    table, told = given.cells[[keys.OBS_MATCH_DISTANCE, keys.OBS_OVERLAP]], []
-    for number, name in enumerate(names):
-        for code, condition in enumerate(given.design.conditions):
-            cells = table[(codes == number) & (conditions == code)]
-            if len(cells):
-                told.append({"population": name, "condition": condition, "cells": len(cells), **overlap(cells)})
+    table = given.cells[[keys.OBS_MATCH_DISTANCE, keys.OBS_OVERLAP]]
+    pairs = np.where(codes >= 0, codes * len(given.design.conditions) + conditions, -1)
+    told = []
+    for pair, cells in table[codes >= 0].groupby(pairs[codes >= 0]):
+        number, code = divmod(int(str(pair)), len(given.design.conditions))
+        of = {"population": names[number], "condition": given.design.conditions[code]}
+        told.append({**of, "cells": len(cells), **overlap(cells)})
     return pd.DataFrame(told)
 
 
@@ -196,16 +210,18 @@ def mixing(given: StatisticsInput, populations: np.ndarray, cells: int) -> pd.Da
         At most about so many are looked at, as large a share of each group.
     """
     design = given.design
-    share = min(1.0, cells / design.n_cells)
-    rows = np.concatenate([np.arange(g.start, g.start + int(np.ceil(share * g.cells))) for g in design.groups])
+    looked_at = range(MOST_MIXED if design.is_screen else len(design.conditions))
+    groups = [group for group in design.groups if group.condition in looked_at]
+    share = min(1.0, cells / sum(group.cells for group in groups))
+    rows = np.concatenate([np.arange(g.start, g.start + int(np.ceil(share * g.cells))) for g in groups])
     rows = rows[populations[rows] >= 0]
     name = f"obsm/{given.embedding}"
     embedded = read_dense(given.storage, name, rows, np.arange(open_array(given.storage, name).shape[1]))
     measured = principal_components(given.expression.read(rows, given.columns))
-    groups = design.group_of(rows)
-    batches, conditions = np.array([group.batch for group in design.groups])[groups], design.group_conditions[groups]
+    of = design.group_of(rows)
+    batches, conditions = np.array([group.batch for group in design.groups])[of], design.group_conditions[of]
     told = []
-    for code, condition in enumerate(design.conditions):
+    for code in looked_at:
         here = np.flatnonzero(conditions == code)
         strata = [here[populations[rows[here]] == p] for p in np.unique(populations[rows[here]])]
         strata = [part for part in strata if len(np.unique(batches[part])) > 1]
@@ -214,7 +230,7 @@ def mixing(given: StatisticsInput, populations: np.ndarray, cells: int) -> pd.Da
         found = np.sum(shares, axis=0) / looked if looked else np.full(3, np.nan)
         told.append(
             {
-                "condition": condition, "cells": looked, "batches": len(np.unique(batches[here])),
+                "condition": design.conditions[code], "cells": looked, "batches": len(np.unique(batches[here])),
                 **dict(zip(("expected", "input", "embedding"), found.tolist(), strict=True)),
             }
         )  # fmt: skip

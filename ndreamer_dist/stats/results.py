@@ -299,7 +299,7 @@ class Results(ResultsReader):
             (`obs["ndreamer_overlap"]`), the median `match_distance` to the control and `own_distance` to the nearest other
             cell of the group. Reuse, as any cell's match: `times_matched_mean`, `times_matched_max`, `never_matched` (share
             of cells), `effective_cells` ((sum w)^2 / sum w^2). `effective_controls`: the same of the control cells that a
-            treated group's cells match. Distortion, on `distortion_cells` cells: `correlation` (mean
+            treated group's cells match. Distortion, on `distortion_cells` cells (in a screen of some groups): `correlation` (mean
             over cells) and mean `squared_difference` of denoised and measured expression.
         - `notes`: where more neighbours are averaged than 4 % of a donor's cells in a population (METHOD section 9).
         - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.
