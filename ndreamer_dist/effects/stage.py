@@ -8,6 +8,7 @@ one span of genes after the other, so neither a task nor the store holds them al
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ from ndreamer_dist.storage.files import Storage
 
 logger = logging.getLogger(__name__)
 
+RUN_CELLS = 16_384
+"""Cells of small groups that one task counts the matches of."""
 COUNTED_ROWS = 65_536
 """Query cells whose matches are counted at a time."""
 
@@ -126,7 +129,7 @@ def run_effects(
     origin = RunOrigin(run, packed.design, tuple(stored), layout.row_dtype, key)
     write_shards(stage, Target(run, packed, layout, settings, origin), runtime, todo)
     distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
-    parts: list[int | Group] = [*range(packed.n_blocks), *packed.design.groups]
+    parts: list[int | tuple[Group, ...]] = [*range(packed.n_blocks), *runs_of_groups(packed.design.groups)]
     for part, values in runtime.map(
         _count, parts, run, packed, key, settings.match.neighbours, title="effects: matches counted"
     ):
@@ -282,12 +285,22 @@ def _needed(
 # --- what obs says of the matches -------------------------------------------------------------------------------------
 
 
-def _count(item: int | Group, run: RunDirectory, packed: Packed, key: str, neighbours: int) -> tuple[slice, np.ndarray]:
-    """Return a part of the columns of `obs`: a row block's distances, or how often the cells of a group are matched."""
+def runs_of_groups(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
+    """Gather groups, in order, into runs of a bounded number of cells; a larger group is one by itself."""
+    number = np.cumsum([group.cells for group in groups]) // RUN_CELLS
+    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(groups)]
+    return [tuple(groups[first:last]) for first, last in itertools.pairwise(cuts)]
+
+
+def _count(
+    item: int | tuple[Group, ...], run: RunDirectory, packed: Packed, key: str, neighbours: int
+) -> tuple[slice, np.ndarray]:
+    """Return a part of the columns of `obs`: a row block's distances, or how often the cells of some groups are matched."""
     matches = matches_of(run.storage / keys.MATCHES, key)
     if isinstance(item, int):
         return slice(*packed.block_range(item)), block_distances(item, matches, packed)
-    return slice(item.start, item.stop), times_matched(item, matches, packed.design, neighbours)
+    times = [times_matched(group, matches, packed.design, neighbours) for group in item]
+    return slice(item[0].start, item[-1].stop), np.concatenate(times)
 
 
 @lru_cache(maxsize=2)
@@ -331,7 +344,8 @@ def effective_controls(
     """Return how many control cells, used alike, would carry as much as a treated group's matches do, by group; log it."""
     treated = [group for group in design.groups if group.condition]
     title = "effects: controls"
-    found = dict(runtime.map(_effective_controls, treated, run, design, key, neighbours, title=title))
+    parts = runtime.map(_effective_controls, runs_of_groups(treated), run, design, key, neighbours, title=title)
+    found = dict(itertools.chain.from_iterable(parts))
     numbers = [found[group.name] for group in treated]  # they come in the order in which they are done
     available = sum(group.cells for group in design.with_condition(0))
     least = int(np.argmin(numbers))
@@ -343,9 +357,12 @@ def effective_controls(
 
 
 def _effective_controls(
-    query: Group, run: RunDirectory, design: Design, key: str, neighbours: int
-) -> tuple[str, float]:
-    """Return a group's name and its effective number of controls; a task."""
-    matches = matches_of(run.storage / keys.MATCHES, key)
-    times = [times_matched(target, matches, design, neighbours, query) for target in design.with_condition(0)]
-    return query.name, effective_number(np.concatenate(times))
+    queries: Sequence[Group], run: RunDirectory, design: Design, key: str, neighbours: int
+) -> list[tuple[str, float]]:
+    """Return the names of groups and their effective numbers of controls; a task."""
+    matches, controls = matches_of(run.storage / keys.MATCHES, key), design.with_condition(0)
+    found = []
+    for query in queries:
+        times = [times_matched(target, matches, design, neighbours, query) for target in controls]
+        found.append((query.name, effective_number(np.concatenate(times))))
+    return found

@@ -22,7 +22,7 @@ from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.cohort.statistics import spans_of
 from ndreamer_dist.compute.executor import Runtime
-from ndreamer_dist.effects.stage import run_effects
+from ndreamer_dist.effects.stage import run_effects, runs_of_groups
 from ndreamer_dist.embedding.harmony import BYTES_PER_CELL as HARMONY_BYTES
 from ndreamer_dist.embedding.space import MOST_SPANS, SpaceInput, run_space
 from ndreamer_dist.matching.stage import edge_shards, run_match, units
@@ -346,7 +346,7 @@ def _effects(job: Job, run: RunDirectory, key: str) -> None:
 
 
 def _writing(cohort: DesignedCohort) -> Work:
-    return (*_by_block(cohort), (cohort.blocks + len(cohort.design.groups), "count(s) of matches"))
+    return (*_by_block(cohort), (cohort.blocks + len(runs_of_groups(cohort.design.groups)), "count(s) of matches"))
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
