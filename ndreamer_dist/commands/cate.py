@@ -19,7 +19,7 @@ from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
-ROWS_TOGETHER = 262_144
+ROWS_TOGETHER = 65_536
 """Rows of a screen's table that are written together, at the least."""
 
 

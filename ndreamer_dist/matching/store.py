@@ -19,6 +19,9 @@ from ndreamer_dist import keys
 from ndreamer_dist.storage.arrays import open_array, read_array, touched_shards
 from ndreamer_dist.storage.files import Storage
 
+MOST_OPEN = 512
+"""Arrays that are kept open, two a group."""
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -54,6 +57,8 @@ class Matches:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._opened:
+            if len(self._opened) >= MOST_OPEN:
+                self._opened.clear()
             self._opened[name] = open_array(self.storage, name)
         return self._opened[name]
 

@@ -14,6 +14,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.compute.events import duration
 from ndreamer_dist.errors import printable, shown
+from ndreamer_dist.grouping.small_groups import SCREEN_CONDITIONS
 from ndreamer_dist.planning import memory
 from ndreamer_dist.planning.sizes import CohortSize
 from ndreamer_dist.planning.stages import DesignedCohort, Work, stages_of
@@ -137,6 +138,7 @@ class Plan:
             *map(printable, self.notes),
             f"not known before the values are read: {self.unknown}",
             f"matching   {self.edges:,} pairs of groups{self._place()}",
+            *self._screen_lines(),
             f"training   {self._training()}",
             *([f"not run    {', '.join(self.left_out)}: {shown(self.embedding)} needs none"] if self.left_out else []),
             *([f"works in   {self.runtime}"] if self.runtime else []),
@@ -146,6 +148,15 @@ class Plan:
     def _place(self) -> str:
         inside = "" if self.within is None else f", inside {shown(self.within)}"
         return inside if self.embedding == keys.NDREAMER else f", in {shown(self.embedding)}{inside}"
+
+    def _screen_lines(self) -> list[str]:
+        """Say what is stored of many conditions."""
+        if len(self.conditions) < SCREEN_CONDITIONS:
+            return []
+        return [
+            f"stored     effects of every cell's own condition; of the other {len(self.conditions) - 2:,} (of the control's cells, of "
+            "all) they are searched and computed when asked for"
+        ]
 
     def _training(self) -> str:
         if not self.steps:

@@ -38,7 +38,7 @@ from ndreamer_dist.stats.sign_test import benjamini_hochberg, sign_test
 from ndreamer_dist.stats.state_space import StateNeighbours, StateSource, StateSpace, state_space
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.summaries.cells import (
-    Moments,
+    EffectMoments,
     PlainExpression,
     match_quality,
     parts,
@@ -237,8 +237,8 @@ class Control:
 class Described:
     """What the cells of one condition say, per population; see `summaries.cells`."""
 
-    effects: Moments
-    near_effects: Moments
+    effects: EffectMoments
+    near_effects: EffectMoments
     plain: PlainExpression
     control: Control
     purity: np.ndarray
@@ -378,7 +378,7 @@ def _described(
     control: Control,
 ) -> Described:
     number, near = len(control.plain.counts), column(given.cells, keys.OBS_OVERLAP).to_numpy()
-    effects, near_effects = (Moments.empty(number, len(given.genes)) for _ in range(2))
+    effects, near_effects = (EffectMoments.empty(number, len(given.genes)) for _ in range(2))
     for rows, values in found:
         effects.add(values, codes[rows])
         near_effects.add(values, np.where(near[rows], codes[rows], -1))

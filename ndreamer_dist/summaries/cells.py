@@ -21,7 +21,7 @@ PART_VALUES = 2**22
 
 
 @dataclass
-class Moments:
+class EffectMoments:
     """Counts and sums per population and gene, in float64: (populations, genes)."""
 
     number: np.ndarray  # (populations,)
@@ -31,7 +31,7 @@ class Moments:
     zero: np.ndarray
 
     @classmethod
-    def empty(cls, populations: int, genes: int) -> Moments:
+    def empty(cls, populations: int, genes: int) -> EffectMoments:
         """Return sums of nothing."""
         return cls(np.zeros(populations), *(np.zeros((populations, genes)) for _ in range(4)))
 
@@ -124,11 +124,11 @@ def placebo_average(design: Design, counterparts: Counterparts, rows: np.ndarray
 def placebo_moments(
     populations: np.ndarray, number: int, design: Design, counterparts: Counterparts, expression: Expression,
     columns: np.ndarray,
-) -> Moments | None:  # fmt: skip
+) -> EffectMoments | None:  # fmt: skip
     """Return the moments of the placebo effect over each population's control cells; none below two control groups."""
     if len(design.with_condition(0)) < 2:
         return None
-    moments = Moments.empty(number, len(columns))
+    moments = EffectMoments.empty(number, len(columns))
     control = rows_of_condition(design, 0)
     for rows in parts(control[populations[control] >= 0], len(columns)):
         average = placebo_average(design, counterparts, rows)

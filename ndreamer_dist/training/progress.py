@@ -48,7 +48,7 @@ class Display(Protocol):
         """Return whether training must stop after this step."""
 
 
-class Screen:
+class OwnScreen:
     """One bar on this process's screen, and warnings in its log; `stop_asked` says whether training must stop."""
 
     def __init__(self, plan: SamplingPlan, runtime: Runtime, stop_asked: Callable[[], bool]) -> None:
@@ -84,9 +84,9 @@ class Screen:
 
 
 @contextmanager
-def screen(plan: SamplingPlan, runtime: Runtime, stop_asked: Callable[[], bool]) -> Iterator[Screen]:
+def own_screen(plan: SamplingPlan, runtime: Runtime, stop_asked: Callable[[], bool]) -> Iterator[OwnScreen]:
     """Show a bar until the block ends."""
-    shown = Screen(plan, runtime, stop_asked)
+    shown = OwnScreen(plan, runtime, stop_asked)
     with shown.bar:
         yield shown
 
@@ -159,7 +159,7 @@ def remote_screen(
     name = f"training progress of {run} ({uuid.uuid4().hex[:6]})"
     actor: Any = ray.remote(TrainingProgress).options(name=name, num_cpus=0).remote()
     stop = threading.Event()
-    with screen(plan, runtime, stop_asked) as shown:
+    with own_screen(plan, runtime, stop_asked) as shown:
 
         def show() -> None:
             with suppress(ray.exceptions.RayActorError):

@@ -37,7 +37,7 @@ from ndreamer_dist.training.loader import LATE, LATE_SECONDS, mini_batches, watc
 from ndreamer_dist.training.log import epoch_row, epoch_rows, write_logs
 from ndreamer_dist.training.loop import TrainingError, TrainingStopped, TrainState, add_in_order, train
 from ndreamer_dist.training.model_file import save_model
-from ndreamer_dist.training.progress import POLL_SECONDS, Display, remote_screen, screen
+from ndreamer_dist.training.progress import POLL_SECONDS, Display, own_screen, remote_screen
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import read_window, windows
 
@@ -102,7 +102,7 @@ def _train_serially(
         parts = windows(plan, state.step) if state.step < plan.steps else []
         shares = (share for steps in parts for share in read_window(packed, plan, steps, 0, 1))
         batches = (densify(share, labels, plan, (0, 1), "cpu") for share in shares)
-        with screen(plan, runtime, stop) as shown:
+        with own_screen(plan, runtime, stop) as shown:
             schedule = Schedule(settings.train, Single(), stop=stop)
             reporter = Reporter(run, settings, plan, state, schedule, shown, _save_serially(run))
             reporter.train(batches, packed, Single())

@@ -31,7 +31,7 @@ SETTINGS = {"run.serial": True, "cohort.min_group_cells": 60}
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("screen")
     nd.simulate(
-        folder / "c.zarr", cells=CELLS, genes=400, batches=2, conditions=CONDITIONS, pathways=PATHWAYS,
+        folder / "c.zarr", cells=CELLS, genes=600, batches=2, conditions=CONDITIONS, pathways=PATHWAYS,
         cell_types=2, seed=2,
     )  # fmt: skip
     nd.run(folder / "c.zarr", out=folder / "run", embedding="pca", settings=SETTINGS, **NAMES)
@@ -54,6 +54,7 @@ def test_a_screen_is_counted_by_condition_and_keeps_all_its_cells(results: Resul
     told = nd.plan(run.parent / "c.zarr", embedding="pca", settings=SETTINGS, **NAMES)
     assert any("60 cells are asked of a condition and 15 of each of its batches" in note for note in told.notes)
     assert not told.dropped_groups
+    assert "stored     effects of every cell's own condition; of the other 19 " in str(told)
     assert told.edges == 4 + 8 * (CONDITIONS - 1)
 
 
@@ -62,7 +63,7 @@ def test_knock_outs_of_a_pathway_lie_side_by_side(found: Screen) -> None:
     share = (pathways[1:] == pathways[:-1]).mean()
     _, counts = np.unique(pathways, return_counts=True)
     chance = (counts * (counts - 1)).sum() / (len(pathways) * (len(pathways) - 1))
-    assert chance < 0.2 < 0.6 < share
+    assert chance < 0.2 < 0.5 < share
     assert list(found.conditions["place"]) == list(range(1, CONDITIONS))
     assert list(found.conditions.index) == list(found.effects.index)
     assert not found.tested  # two donors
