@@ -153,9 +153,9 @@ class Plan:
         """Say what is stored of many conditions."""
         if len(self.conditions) < SCREEN_CONDITIONS:
             return []
+        others = f"{len(self.conditions) - 2:,} (the control's cells: all)"
         return [
-            f"stored     effects of every cell's own condition; of the other {len(self.conditions) - 2:,} (of the control's cells, of "
-            "all) they are searched and computed when asked for"
+            f"stored     effects of every cell's own condition; of the other {others} they are computed when asked for"
         ]
 
     def _training(self) -> str:
