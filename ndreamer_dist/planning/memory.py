@@ -54,7 +54,9 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     modelled = size.modelled(settings)
     own = size.cells * size.modelled_per_cell(settings)
     embedding = _coordinate_bytes(size, settings, modelled)
-    told = size.cells * size.groups if keeps_matches(size.cells, size.groups, size.edges) else 0  # in results.zarr's obsm
+    told = (
+        size.cells * size.groups if keeps_matches(size.cells, size.groups, size.edges) else 0
+    )  # in results.zarr's obsm
     kept = max(
         settings.match.neighbours, settings.denoise.counted(size.groups // size.conditions)
     )  # of the own condition

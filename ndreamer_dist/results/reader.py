@@ -640,9 +640,8 @@ class ResultsReader:
         except (KeyError, TypeError, ValueError) as error:
             msg = f"{self.url}: the settings of the matches are damaged ({type(error).__name__})"
             raise StoreError(msg) from error
-        counted = denoise.counted(self.design.fewest_groups)
-        given = match.neighbours, match.bandwidth, counted, match.hubs, match.within, match.within_cells
-        return Counterparts(self.storage, self.design, *given, self.embedding_key)
+        counted = match.neighbours, match.bandwidth, denoise.counted(self.design.fewest_groups), match.hubs
+        return Counterparts(self.storage, self.design, *counted, match.within, match.within_cells, self.embedding_key)
 
     def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
         """Return the expression to compute with, and the table of its genes."""
