@@ -50,7 +50,7 @@ class Job(BaseModel):
 
     input: str
     out: str
-    condition_key: str
+    condition_key: str | tuple[str, ...]
     control: str
     batch_key: tuple[str, ...] = ()
     embedding: str | None = None

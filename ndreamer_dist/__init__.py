@@ -1,7 +1,8 @@
 """NDreamer at scale: batch-effect removal and single-cell treatment effects for cohorts of any size, on Ray.
 
 `run` does the whole job. `plan` says what the job will need, and `compare` which matching space a cohort favours.
-`open_results` reads the results, `pl` draws them, `screen` looks at many conditions together, and `report` sums all up on one page. `simulate` makes a cohort whose
+`map` puts new cells onto a finished run. `open_results` reads the results, `pl` draws them, `screen` looks at many
+conditions together, and `report` sums all up on one page. `simulate` makes a cohort whose
 true effects are known.
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ndreamer_dist.commands.all_genes import all_genes
     from ndreamer_dist.commands.compare import compare
+    from ndreamer_dist.commands.mapping import map  # noqa: A004 - used as `nd.map`
     from ndreamer_dist.commands.ndreamer import NDreamer
     from ndreamer_dist.commands.ndreamer_layout import export
     from ndreamer_dist.commands.verify import check
@@ -37,6 +39,7 @@ __all__ = [
     "check",
     "compare",
     "export",
+    "map",
     "open_results",
     "pl",
     "plan",
@@ -57,6 +60,7 @@ _HOMES = {
     "check": "commands.verify",
     "compare": "commands.compare",
     "export": "commands.ndreamer_layout",
+    "map": "commands.mapping",
     "open_results": "stats.results",
     "plan": "pipeline",
     "run": "pipeline",

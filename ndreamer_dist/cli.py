@@ -62,8 +62,13 @@ Set = Annotated[
 ]
 
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store, by path or URL.")]
-ConditionKey = Annotated[str | None, typer.Option(help="Column of obs that holds the condition.")]
-Control = Annotated[str | None, typer.Option(help="Name of the control condition.")]
+ConditionKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of obs that holds the condition; repeatable: conditions are then combinations, drugA:mut."
+    ),
+]
+Control = Annotated[str | None, typer.Option(help="Name of the control condition; of combinations: none:wt.")]
 BatchKey = Annotated[
     list[str] | None, typer.Option(help="Column of obs that holds the batch (donor, site); repeatable.")
 ]
@@ -199,7 +204,7 @@ def run(
     finished = run_job(
         cohort,
         out=out,
-        condition_key=condition_key,
+        condition_key=tuple(condition_key) if condition_key else None,
         control=control,
         batch_key=tuple(batch_key) if batch_key else None,
         embedding=embedding,
@@ -212,6 +217,37 @@ def run(
     if finished.annotation:
         print(f"taken over from obs of {cohort}: {printable(str(finished.annotation))}")
     print(f"done: {finished.url}\nlook at it with: ndreamer-dist info {finished.url}")
+
+
+@app.command("map")
+def map_cells(
+    cohort: Input,
+    onto: Annotated[str, typer.Option(help="Directory of the finished run; it is only read.")],
+    out: Annotated[str, typer.Option(help="Directory for the mapped cells, local or on object storage.")],
+    embedding: Annotated[
+        str | None, typer.Option(help="Matching space of the run, where it has several (default: the first).")
+    ] = None,
+    fill_missing_genes: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the run's genes that may be missing and count as zeros.")
+    ] = 0.0,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Let cells that are mapped onto --out later be matched with these as well.")
+    ] = False,
+    layer: LayerOfInput = None,
+    gene_names: GeneNames = None,
+    assignments: Set = None,
+    address: Address = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete what --out holds.")] = False,
+) -> None:
+    """Map cells of new donors, batches or conditions onto a finished run, without training again."""
+    from ndreamer_dist.commands.mapping import map as map_onto
+
+    given = {"run.address": address} | _cohort_settings(None, layer, gene_names, None)
+    mapped = map_onto(
+        cohort, onto=onto, out=out, embedding=embedding, fill_missing_genes=fill_missing_genes, extend=extend,
+        settings=_overrides(assignments, given), fresh=fresh,
+    )  # fmt: skip
+    print(f"done: {mapped.url}\n{printable(str(mapped.results.mapped))}")
 
 
 @app.command()
@@ -245,7 +281,7 @@ def plan(
     planned = plan_job(
         cohort,
         out=out,
-        condition_key=condition_key,
+        condition_key=tuple(condition_key) if condition_key else None,
         control=control,
         batch_key=tuple(batch_key) if batch_key else None,
         embedding=embedding,
@@ -287,7 +323,7 @@ def compare(
     given = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
     given |= _cohort_settings(normalise, layer, gene_names, exclude_condition) | {"match.within": match_within}
     how = {
-        "out": out, "condition_key": condition_key, "control": control, "preset": preset, "config": _read_config(config),
+        "out": out, "condition_key": tuple(condition_key) if condition_key else None, "control": control, "preset": preset, "config": _read_config(config),
         "batch_key": tuple(batch_key) if batch_key else None, "settings": _overrides(assignments, given) or None,
     }  # fmt: skip
     found = compare_spaces(
@@ -491,6 +527,7 @@ def cate(
         typer.Option(help="Column of obs that names populations, e.g. cell_type (default: all cells together)."),
     ] = None,
     condition: Compared = None,
+    baseline: Annotated[str | None, typer.Option(help="Condition to compare with (default: the control).")] = None,
     genes: Genes = None,
     cohort: InputAgain = None,
     donor_key: DonorKey = None,
@@ -510,8 +547,9 @@ def cate(
 
     checked(out, TABLES)
     written = write_cate(
-        open_results(run_directory), out, condition=condition, by=by, genes=_names(genes), cohort=cohort,
-        donor_key=donor_key, min_cells=min_cells, population=population, covariates=_names(covariates) or (),
+        open_results(run_directory), out, condition=condition, baseline=baseline, by=by, genes=_names(genes),
+        cohort=cohort, donor_key=donor_key, min_cells=min_cells, population=population,
+        covariates=_names(covariates) or (),
     )  # fmt: skip
     for line in written.lines(out):
         print(line)

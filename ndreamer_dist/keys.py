@@ -111,6 +111,10 @@ STATE_GROUP_MEAN: Final = "state_group_mean"  # (populations, groups, dimensions
 STATE_POSITION: Final = "state_position"  # (populations, groups, dimensions) float64: where groups stand
 STATE_CORNER: Final = "state_corner"  # (populations, bits) float64: what keeps populations apart
 STATE_WEIGHT: Final = "state_weight"  # (1,) float64: of the state coordinates beside the trained ones
+HARMONY_CELLS: Final = "harmony_cells"  # (clusters,) float64: Harmony's clusters as they are kept for other cells
+HARMONY_SUMS: Final = "harmony_sums"  # (clusters, dimensions) float64
+STATE_DOUBT: Final = "state_doubt"  # (populations, 2, genes) float64: what groups differ by beyond the axes; variance
+STATE_LEAST_DOUBT: Final = "state_least_doubt"  # (populations,) float64; NaN where groups stand at their means
 HARMONY_INPUT: Final = "harmony_input"  # (cells, dimensions) float32: the principal components that are corrected
 
 # --- matches.zarr ------------------------------------------------------------------------------------------------
@@ -145,6 +149,7 @@ LAYERS: Final = (LAYER_DENOISED, LAYER_BATCH_EFFECT, LAYER_ITE)
 UNS: Final = "ndreamer"
 UNS_EMBEDDING: Final = "embedding"  # the matching space
 UNS_EMBEDDING_KEY: Final = "embedding_key"  # the array of obsm with its coordinates
+UNS_ONTO: Final = "onto"  # where cells are mapped onto a finished run: which, and how far they are from it
 UNS_WITHIN: Final = "match_within"  # where cells are matched inside labels: which, and the share of matches inside
 VAR_MODELLED: Final = "ndreamer_modelled"  # in results of all genes: whether the run modelled the gene
 VAR_GENE_ID: Final = "ndreamer_gene_id"  # what a gene was called before it was named by another column

@@ -80,7 +80,7 @@ def run(
     cohort: str | os.PathLike[str] | AnnData,
     *,
     out: str | os.PathLike[str],
-    condition_key: str | None = None,
+    condition_key: str | Sequence[str] | None = None,
     control: str | None = None,
     batch_key: str | Sequence[str] | None = None,
     embedding: str | None = None,
@@ -102,7 +102,9 @@ def run(
     out
         Run directory, local or on object storage.
     condition_key, control
-        Column of `obs` that holds the condition, and the name of the control in it.
+        Column of `obs` that holds the condition, and the name of the control in it. Of several columns (`["drug",
+        "genotype"]`) the conditions are the combinations that occur, values joined by `:`, and so is the control's name
+        (`"none:wt"`).
     batch_key
         Column or columns of `obs` that hold the batch (donor, site, platform); none for one batch.
     embedding
@@ -126,7 +128,8 @@ def run(
         The settings, the cohort, the directory or the machine will not do, or a stage before `stage` is not finished.
     """
     use_writable_caches()
-    asked = _settings(preset, config, settings, condition_key, control, batch_key, embedding)
+    names = _names(condition_key, control, batch_key, embedding)
+    asked = _settings(preset, config, settings, names)
     _check_stage(stage, asked)
     choose_format(asked.run.log_format)
     directory = RunDirectory.at(out)
@@ -137,8 +140,8 @@ def run(
     decide_values(source, made.cohort.normalise, made.cohort.log_base)
     _check_machine(directory, made, size)
     from_input = SpaceInput.of(source, made)
-    told = fingerprint(source, made.cohort.condition_key, made.cohort.batch_key)
-    _check_owner(directory, told, fresh=fresh)
+    told = fingerprint(source, made.cohort.condition_column, made.cohort.batch_key)
+    check_owner(directory, told, fresh=fresh)
     with directory.locked():
         finished = directory.storage.exists(f"{keys.RESULTS}/{ROOT}")
         claimed = _claim(directory, asked, told, from_input.checksums(), redo=redo, fresh=fresh)
@@ -169,7 +172,7 @@ def plan(
     cohort: str | os.PathLike[str] | AnnData,
     *,
     out: str | os.PathLike[str] | None = None,
-    condition_key: str | None = None,
+    condition_key: str | Sequence[str] | None = None,
     control: str | None = None,
     batch_key: str | Sequence[str] | None = None,
     embedding: str | None = None,
@@ -190,7 +193,8 @@ def plan(
     NDreamerError
         The settings or the cohort will not do.
     """
-    asked = _settings(preset, config, settings, condition_key, control, batch_key, embedding)
+    names = _names(condition_key, control, batch_key, embedding)
+    asked = _settings(preset, config, settings, names)
     directory = None if out is None else RunDirectory.at(out)
     if directory is not None:
         directory.refuse_read_only()
@@ -307,6 +311,9 @@ def add_matches(
     if not directory.storage.exists(keys.RUN_JSON):
         msg = f"{directory.url} holds no run"
         raise RunError(msg)
+    if keys.UNS_ONTO in directory.read_run():
+        msg = f"{directory.url} is of cells that were mapped onto a run, and are matched with its groups as `map` needs it"
+        raise RunError(msg)
     spaces = directory.spaces()
     if embedding is not None and embedding not in spaces:
         msg = f"{directory.url} has no space {embedding!r}; it has {', '.join(spaces)}.{suggest(embedding, spaces)}"
@@ -377,20 +384,25 @@ def _check_stage(stage: str | None, settings: Settings) -> None:
         raise SettingsError(msg)
 
 
+def _names(
+    condition_key: str | Sequence[str] | None,
+    control: str | None,
+    batch_key: str | Sequence[str] | None,
+    embedding: str | None,
+) -> dict[str, Any]:
+    return {
+        "cohort.condition_key": condition_key, "cohort.control": control, "cohort.batch_key": batch_key,
+        "embed.method": embedding,
+    }  # fmt: skip
+
+
 def _settings(
     preset: str,
     config: Mapping[str, Any] | None,
     settings: Settings | Mapping[str, Any] | None,
-    condition_key: str | None,
-    control: str | None,
-    batch_key: str | Sequence[str] | None,
-    embedding: str | None,
+    given: Mapping[str, Any],
 ) -> Settings:
     """Return the settings, the cohort's names and the matching space among them."""
-    given = {
-        "cohort.condition_key": condition_key, "cohort.control": control, "cohort.batch_key": batch_key,
-        "embed.method": embedding,
-    }  # fmt: skip
     named = {name: value for name, value in given.items() if value is not None}
     if isinstance(settings, Settings):
         config, settings = settings.model_dump(), {}
@@ -446,7 +458,7 @@ def _memory(settings: Settings) -> Allowance:
     return Allowance(int(own * 1e9), "run.memory_gb") if own else memory_allowance()
 
 
-def _check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> None:
+def check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> None:
     """Refuse a directory that holds something else: files that are not a run's, or a run of another input."""
     if not run.storage.exists():
         return
@@ -488,7 +500,7 @@ def _claim(
         The settings differ from those of finished stages; the message lists the stages and the settings.
     """
     if fresh:
-        _delete_run(run)
+        delete_run(run)
     stage_key = stage_keys(settings, told, from_input)
     first = _before(run, redo=redo)
     space = _space_of(run, first, settings, stage_key)
@@ -601,7 +613,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], stages: Sequ
     return found
 
 
-def _delete_run(run: RunDirectory) -> None:
+def delete_run(run: RunDirectory) -> None:
     """Delete what a run wrote, and nothing else that may lie in the directory."""
     if not run.storage.exists(keys.RUN_JSON):
         return

@@ -82,8 +82,10 @@ def _yaml_line(name: str, value: object, comment: str) -> str:
 class CohortSettings(StageSettings):
     """What the cohort is and which cells are kept (METHOD section 1.1)."""
 
-    condition_key: str | None = result(None, "column of obs that holds the condition")
-    control: str | None = result(None, "name of the control condition")
+    condition_key: str | tuple[str, ...] | None = result(
+        None, "column of obs that holds the condition; of several, a cell's condition is their values joined by ':'"
+    )
+    control: str | None = result(None, "name of the control condition; of several columns: 'none:wt'")
     batch_key: tuple[str, ...] = result((), "columns of obs that hold the batch covariates; none for one batch")
     layer: str | None = result(None, "layer to read instead of X; raw: the counts in .raw, with its own genes")
     gene_names: str | None = result(None, "column of var to name genes by: feature_name, say, for their symbols")
@@ -101,10 +103,28 @@ class CohortSettings(StageSettings):
     rare_conditions: Literal["error", "drop"] = result("error", "what to do with conditions that this would empty")
     chunk_rows: int = how(4096, "rows read at a time", ge=1)
 
-    @field_validator("condition_key", "control", "layer", "gene_names", mode="before")
+    @field_validator("control", "layer", "gene_names", mode="before")
     @classmethod
     def _name(cls, value: object) -> object:
         return _as_name(value)
+
+    @field_validator("condition_key", mode="before")
+    @classmethod
+    def _name_or_names(cls, value: object) -> object:
+        if not isinstance(value, (list, tuple)):
+            return _as_name(value)
+        names = tuple(_as_name(name) for name in value)
+        return names[0] if len(names) == 1 else names or None
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Columns whose combinations are the conditions, where there are several; else empty."""
+        return self.condition_key if isinstance(self.condition_key, tuple) else ()
+
+    @property
+    def condition_column(self) -> str | None:
+        """Name of the column of conditions; of several columns that of their combinations, `drug:genotype`."""
+        return ":".join(self.factors) if self.factors else self.condition_key  # type: ignore[return-value]
 
     @field_validator("batch_key", "exclude_conditions", mode="before")
     @classmethod

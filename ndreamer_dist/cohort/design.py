@@ -80,6 +80,9 @@ class Design:
         Names of the observed combinations, levels joined by `+`; one empty name without a batch key.
     groups
         In packed order: `groups[i].code == i`.
+    mappings
+        How many groups there were before each mapping onto a finished run; empty in a run. The cells of a group are matched
+        with the groups that were there before it was mapped, and with itself.
     """
 
     condition_key: str
@@ -88,11 +91,32 @@ class Design:
     batch_levels: tuple[tuple[str, ...], ...]
     batches: tuple[str, ...]
     groups: tuple[Group, ...]
+    mappings: tuple[int, ...] = ()
+
+    @property
+    def onto(self) -> int:
+        """How many groups, the first ones, are those that this cohort is mapped onto; 0 for a run."""
+        return self.mappings[-1] if self.mappings else 0
 
     @property
     def n_cells(self) -> int:
-        """Number of kept cells."""
+        """Number of kept cells, those that others are mapped onto among them."""
         return self.groups[-1].stop
+
+    @property
+    def own_groups(self) -> tuple[Group, ...]:
+        """The groups of this cohort itself: all, where it is not mapped onto others."""
+        return self.groups[self.onto :]
+
+    @property
+    def first_row(self) -> int:
+        """Row of the first cell of this cohort itself."""
+        return self.own_groups[0].start
+
+    @property
+    def own_cells(self) -> int:
+        """Number of cells of this cohort itself."""
+        return self.n_cells - self.first_row
 
     @property
     def control(self) -> str:
@@ -125,8 +149,26 @@ class Design:
 
     @property
     def fewest_groups(self) -> int:
-        """How many groups the condition with the fewest has."""
-        return min(len(self.with_condition(code)) for code in range(len(self.conditions)))
+        """How many groups the condition with the fewest has; of a finished run that others are mapped onto, in that run."""
+        run = self.group_conditions[: self.stored_for(0)]
+        return int(np.unique(run, return_counts=True)[1].min())
+
+    def counted(self, condition: int, group: Group) -> list[Group]:
+        """Return the groups that the expected expression of a group's cells under a condition is the mean over.
+
+        They are those of the condition; of cells that are mapped onto others, the group itself alone.
+        """
+        stored = self.stored_for(group.code)
+        return [other for other in self.with_condition(condition) if other.code < stored or other == group]
+
+    def stored(self, condition: int) -> list[Group]:
+        """Return the groups of a condition that the cells of every group are matched with where they need them."""
+        return [group for group in self.with_condition(condition) if group.code < self.stored_for(0)]
+
+    def stored_for(self, code: int) -> int:
+        """Return how many groups, the first ones, a group's cells are matched with, besides itself."""
+        before = [count for count in self.mappings if count <= code]
+        return before[-1] if before else (*self.mappings, len(self.groups))[0]
 
     def condition_code(self, name: str) -> int:
         """Return a condition's code; `QueryError` lists the names where there is none of this name."""
@@ -141,7 +183,10 @@ class Design:
     def targets(self, query: Group, edges: Literal["needed", "all"]) -> list[Group]:
         """Return the groups that a group's cells are matched with, in order (see `needed_edges`)."""
         if edges == "all":
-            return list(self.groups)
+            return [group for group in self.groups if group.code < self.stored_for(query.code) or group == query]
+        if self.onto:
+            targets = {*self.counted(0, query), *self.counted(query.condition, query)}
+            return sorted({*targets, query}, key=lambda group: group.code)
         return self._of_conditions[query.condition]
 
     @cached_property
@@ -176,6 +221,8 @@ class Design:
 
     def queries(self, target: Group) -> list[Group]:
         """Return the groups whose cells need matches in a group, in order: the other way round of needed `targets`."""
+        if self.onto:
+            return [query for query in self.own_groups if target in self.targets(query, "needed")]
         return list(self.groups) if target.condition == 0 else self.with_condition(target.condition)
 
     @property
@@ -189,11 +236,11 @@ class Design:
         `needed`: every group to the groups of its own condition (itself among them: the nearest *other* cell) and of
         the control. `all`: every pair.
         """
-        return [(query.code, target.code) for query in self.groups for target in self.targets(query, edges)]
+        return [(query.code, target.code) for query in self.own_groups for target in self.targets(query, edges)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the design as plain values."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value or name != "mappings"}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Design:
@@ -207,6 +254,7 @@ class Design:
                 batch_levels=tuple(tuple(levels) for levels in value["batch_levels"]),
                 batches=tuple(value["batches"]),
                 groups=groups,
+                mappings=tuple(value.get("mappings", ())),
             )
             fits = made._fits()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -229,6 +277,8 @@ class Design:
         stops = [0, *(group.stop for group in self.groups)]
         return (
             len(self.conditions) > 1
+            and all(count in range(1, len(self.groups)) for count in self.mappings)
+            and sorted(set(self.mappings)) == list(self.mappings)
             and bool(self.groups)
             and all(isinstance(name, str) for name in (*names, *(group.name for group in self.groups)))
             and all(
@@ -241,6 +291,34 @@ class Design:
                 for code, group in enumerate(self.groups)
             )
         )
+
+
+def combined_conditions(obs: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
+    r"""Return a condition per cell: its values in several columns, joined by `:`; `\` and `:` inside values are escaped.
+
+    Raises
+    ------
+    CohortError
+        A column is missing, stands twice or has missing values; or one of the combinations' name says something else.
+    """
+    for name in factors:
+        if name not in obs:
+            msg = f"condition key {quoted(name)} is no column of obs; there are {columns_of(obs)}.{suggest(name, obs.columns)}"
+            raise CohortError(msg)
+    if len(set(factors)) < len(factors):
+        msg = f"a condition key is given twice: {listing(factors)}"
+        raise CohortError(msg)
+    columns = [named_column(obs, name) for name in factors]
+    levels = [[level.replace("\\", "\\\\").replace(":", "\\:") for level in column.levels] for column in columns]
+    names = zip(
+        *(np.array(own, dtype=object)[column.codes] for own, column in zip(levels, columns, strict=True)), strict=True
+    )
+    found = pd.Series([":".join(parts) for parts in names], index=obs.index, dtype="category")
+    key = ":".join(factors)
+    if key in obs and not (obs[key].astype(str).to_numpy() == found.astype(str).to_numpy()).all():
+        msg = f"obs has a column {quoted(key)} that is not {listing(factors)} joined by ':'; rename it"
+        raise CohortError(msg)
+    return found
 
 
 def build_design(
@@ -334,12 +412,12 @@ def _check_keys(
     if condition_key is None:
         msg = (
             "no condition key was given; name the column of obs that holds the condition (--condition-key NAME; there "
-            f"are {_columns(obs)})"
+            f"are {columns_of(obs)})"
         )
         raise CohortError(msg)
     for what, name in (("condition key", condition_key), *(("batch key", name) for name in batch_keys)):
         if name not in obs:
-            msg = f"{what} {quoted(name)} is no column of obs; there are {_columns(obs)}.{suggest(name, obs.columns)}"
+            msg = f"{what} {quoted(name)} is no column of obs; there are {columns_of(obs)}.{suggest(name, obs.columns)}"
             raise CohortError(msg)
     if condition_key in batch_keys:
         msg = f"column {condition_key!r} is both condition and batch; a batch effect needs a column of its own"
@@ -354,7 +432,8 @@ def _check_keys(
     return condition_key, str(control), tuple(batch_keys)
 
 
-def _columns(obs: pd.DataFrame) -> str:
+def columns_of(obs: pd.DataFrame) -> str:
+    """Return the names of the columns of obs, for a message."""
     return listing(obs.columns) or "none"
 
 

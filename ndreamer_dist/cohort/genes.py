@@ -63,9 +63,9 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     source = source.in_natural_logs(decision.base)
     for note in (decision.seen, *source.notes):
         logger.info(note)
-    pairs = pair_codes(source.obs, str(cohort.condition_key), cohort.batch_key)
+    pairs = pair_codes(source.obs, str(cohort.condition_column), cohort.batch_key)
     found, genes_left = _scanned(source, cohort, runtime, pairs, decision, kept_genes)
-    keep, dropped_for = _kept_cells(found, cohort)
+    keep, dropped_for = kept_cells(found, cohort)
     design, groups, reasons = build_design(source.obs, keep=keep, **_design_arguments(cohort))
     reasons = np.where(dropped_for != "", dropped_for, reasons)
     genes = _selected(source, found, design, groups, pairs, genes_left, kept_genes, settings.hvg)
@@ -73,8 +73,8 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     if found.repeated:
         notes.append(f"{found.repeated} values stood beside another of the same cell and gene; they were added up")
         logger.warning(notes[-1])
-    summary = _summary(cohort, decision, design, reasons, genes, notes)
-    digests = _write(run, source, design, groups, found, genes, reasons, summary)
+    summary = summary_of(cohort, decision, design, reasons, genes, notes)
+    digests = write_cohort(run, source, design, groups, found, genes, reasons, summary)
     stage.mark(shard, digests)
     return design
 
@@ -86,7 +86,7 @@ def check_cohort(source: Source, cohort: CohortSettings) -> Design:
 
 def input_groups(source: Source, cohort: CohortSettings) -> SmallGroupsReport:
     """Return the number of cells of every group of the input, whatever its size, and what is done with small ones."""
-    every = ~excluded(source.obs, str(cohort.condition_key), cohort.exclude_conditions)
+    every = ~excluded(source.obs, str(cohort.condition_column), cohort.exclude_conditions)
     return _groups_of(source, cohort, every)
 
 
@@ -233,7 +233,7 @@ def _top(norm: np.ndarray, count: int) -> np.ndarray:
 
 def _design_arguments(cohort: CohortSettings) -> dict[str, Any]:
     return {
-        "condition_key": cohort.condition_key,
+        "condition_key": cohort.condition_column,
         "control": cohort.control,
         "exclude": cohort.exclude_conditions,
         "batch_keys": cohort.batch_key,
@@ -245,7 +245,7 @@ def _design_arguments(cohort: CohortSettings) -> dict[str, Any]:
 
 def _groups_of(source: Source, cohort: CohortSettings, keep: np.ndarray) -> SmallGroupsReport:
     return report_small_groups(
-        source.obs, str(cohort.condition_key), cohort.batch_key, keep, min_group_cells=cohort.min_group_cells,
+        source.obs, str(cohort.condition_column), cohort.batch_key, keep, min_group_cells=cohort.min_group_cells,
         small_groups=cohort.small_groups,
     )  # fmt: skip
 
@@ -272,7 +272,7 @@ def _scanned(
     return scan(source, matrix, pairs, recipe, runtime, integers=decision.integers, title="cohort: genes left"), left
 
 
-def _kept_cells(found: Scan, cohort: CohortSettings) -> tuple[np.ndarray, np.ndarray]:
+def kept_cells(found: Scan, cohort: CohortSettings) -> tuple[np.ndarray, np.ndarray]:
     """Return which cells are kept before groups are looked at, and why the others are not."""
     reasons = np.full(len(found.totals), "", dtype=object)
     reasons[found.detected < cohort.min_genes] = f"fewer than {cohort.min_genes} genes"
@@ -332,7 +332,7 @@ def _report(source: Source, cohort: CohortSettings, design: Design, keep: np.nda
     return notes
 
 
-def _summary(
+def summary_of(
     cohort: CohortSettings,
     decision: Decision,
     design: Design,
@@ -340,6 +340,7 @@ def _summary(
     genes: pd.DataFrame,
     notes: list[str],
 ) -> dict[str, Any]:
+    """Return what the cohort stage has decided, for cohort/summary.json."""
     names, counts = np.unique(reasons[reasons != ""].astype(str), return_counts=True)
     return {
         "normalise": decision.normalise,
@@ -355,7 +356,7 @@ def _summary(
     }
 
 
-def _write(
+def write_cohort(
     run: RunDirectory,
     source: Source,
     design: Design,

@@ -8,6 +8,7 @@ process holds more than a chunk and its own pieces. Only partitions with a missi
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,9 +75,17 @@ class PartitionTask:
     pieces: tuple[Any, ...]
 
 
-def run_pack(run: RunDirectory, settings: Settings, source: Source, runtime: Runtime, key: str) -> Packed:
-    """Write packed.zarr, or what is missing of it, and return it opened."""
-    packed = Packed.open(run, settings.pack.block_rows)
+def run_pack(
+    run: RunDirectory, settings: Settings, source: Source, runtime: Runtime, key: str, packed: Packed | None = None
+) -> Packed:
+    """Write packed.zarr, or what is missing of it, and return it opened.
+
+    Parameters
+    ----------
+    packed
+        What is packed, where its genes are not those selected in the cohort's table, in its order.
+    """
+    packed = packed or Packed.open(run, settings.pack.block_rows)
     head = _head_shard()
     blocks = [_block_shard(block) for block in range(packed.n_blocks)]
     stage = StageRun(run, keys.STAGE_PACK, key)
@@ -106,10 +115,18 @@ def packed_order(design: Design, groups: np.ndarray, seed: int) -> np.ndarray:
     """
     sorted_cells = np.argsort(groups, kind="stable")
     order = np.empty(len(groups), dtype=np.int64)
-    for group in design.groups:
-        generator = np.random.default_rng(np.random.SeedSequence((seed, keys.STREAMS[keys.STAGE_PACK], group.code)))
-        order[group.start : group.stop] = sorted_cells[group.start : group.stop][generator.permutation(group.cells)]
+    for group in design.own_groups:
+        # Cells that are mapped onto a run lie alike whatever other groups come with them.
+        key = stable_number(group.name) if design.onto else group.code
+        generator = np.random.default_rng(np.random.SeedSequence((seed, keys.STREAMS[keys.STAGE_PACK], key)))
+        here = slice(group.start - design.first_row, group.stop - design.first_row)
+        order[here] = sorted_cells[here][generator.permutation(group.cells)]
     return order
+
+
+def stable_number(name: str) -> int:
+    """Return a number that stands for a name in the seeds of generators."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def partitions_of(n_blocks: int, nnz: int, n_spans: int) -> list[range]:
@@ -138,9 +155,9 @@ def _start_dealing(
     spans = spans_of(source.n_cells)
     lost = {shard.task for shard in missing}
     partitions = [p for p in partitions_of(packed.n_blocks, source.nnz, len(spans)) if lost.intersection(p)]
-    selected = read_table(run, keys.GENES_TABLE)["selected"].to_numpy(dtype=bool)
+    table = read_table(run, keys.GENES_TABLE)
     dealing = Dealing(
-        columns=np.where(selected, np.cumsum(selected) - 1, -1).astype(np.int32),
+        columns=pd.Index(packed.genes).get_indexer(pd.Index(table["name"].where(table["selected"]))).astype(np.int32),
         n_columns=packed.n_genes,
         normalise=run.read_json(keys.COHORT_SUMMARY)["normalise"],
         edges=tuple((packed.block_range(p[0])[0], packed.block_range(p[-1])[1]) for p in partitions),
@@ -212,7 +229,9 @@ def take_columns(rows: sparse.csr_matrix, columns: np.ndarray, n_columns: int) -
     kept = taken >= 0
     indptr = np.concatenate([[0], np.cumsum(kept)])[rows.indptr]
     shape = (rows.shape[0], n_columns)
-    return sparse.csr_matrix((rows.data[kept], taken[kept], indptr), shape=shape, copy=False)
+    found = sparse.csr_matrix((rows.data[kept], taken[kept], indptr), shape=shape, copy=False)
+    found.sort_indices()  # genes that come in the order of the run, as they do in a run itself, are in order
+    return found
 
 
 def _joined(pieces: Sequence[DealtRows]) -> DealtRows:

@@ -31,12 +31,20 @@ COHORT_MARKER = f"{keys.DONE}/{keys.STAGE_COHORT}/all.json"
 
 @dataclass(frozen=True)
 class Packed:
-    """The packed cohort of a run; every method reads only what it returns."""
+    """The packed cohort of a run; every method reads only what it returns.
+
+    Attributes
+    ----------
+    before
+        Where its cells are mapped onto others: the packed cohorts of these, whose rows come first in the design. Rows and
+        blocks are counted without them, unless said.
+    """
 
     run: RunDirectory
     design: Design
     genes: tuple[str, ...]
     block_rows: int
+    before: tuple[Packed, ...] = ()
 
     @classmethod
     def open(cls, run: RunDirectory, block_rows: int) -> Packed:
@@ -53,7 +61,7 @@ class Packed:
     @property
     def n_rows(self) -> int:
         """Number of cells."""
-        return self.design.n_cells
+        return self.design.own_cells
 
     @property
     def n_genes(self) -> int:
@@ -68,6 +76,32 @@ class Packed:
     def block_range(self, block: int) -> tuple[int, int]:
         """Return the first row of a block and the row after its last."""
         return block * self.block_rows, min((block + 1) * self.block_rows, self.n_rows)
+
+    def rows_of(self, block: int) -> np.ndarray:
+        """Return the rows of a block as the design counts them."""
+        return self.design.first_row + np.arange(*self.block_range(block))
+
+    @cached_property
+    def all_starts(self) -> np.ndarray:
+        """First row, as the design counts them, of all blocks, those of the cohorts before among them, and the end."""
+        starts = [
+            part.design.first_row + start
+            for part in (*self.before, self)
+            for start in range(0, part.n_rows, part.block_rows)
+        ]
+        return np.array([*starts, self.design.n_cells], dtype=np.int64)
+
+    def place(self, block: int) -> int:
+        """Return the number of a block among all of them."""
+        return len(self.all_starts) - 1 - self.n_blocks + block
+
+    def any_block(self, place: int) -> sparse.csr_matrix:
+        """Return a block by its number among all of them."""
+        for part in self.before:
+            if place < part.n_blocks:
+                return part.block(place)
+            place -= part.n_blocks
+        return self.block(place)
 
     def block(self, block: int) -> sparse.csr_matrix:
         """Return one block: (rows, genes) CSR float32 with sorted indices."""
@@ -99,7 +133,7 @@ class Packed:
 
     def clusters(self, level: str) -> np.ndarray:
         """Return the cluster labels of all rows, `keys.PACKED_LOW` or `keys.PACKED_HIGH`: (rows,) int32."""
-        parts = [read_array(self.storage, f"{level}/{keys.block_name(g.code)}") for g in self.design.groups]
+        parts = [read_array(self.storage, f"{level}/{keys.block_name(g.code)}") for g in self.design.own_groups]
         return np.concatenate(parts)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from ndreamer_dist.cohort.design import combined_conditions
 from ndreamer_dist.cohort.formats import MODALITY, recognised_format
 from ndreamer_dist.cohort.matrix import Kind, Matrix, MemoryMatrix, as_rows, memory_matrix
 from ndreamer_dist.cohort.stored import (
@@ -190,10 +191,14 @@ def open_source(
 
 
 def open_cohort(source: str | os.PathLike[str] | ad.AnnData | Source, cohort: CohortSettings) -> Source:
-    """Open a cohort as its settings say; see `open_source`."""
-    return open_source(
+    """Open a cohort as its settings say, the combinations of several condition keys as one more column of `obs`."""
+    opened = open_source(
         source, layer=cohort.layer, gene_names=cohort.gene_names, prefer_counts=cohort.normalise == "auto"
     )  # fmt: skip
+    if not cohort.factors:
+        return opened
+    conditions = {str(cohort.condition_column): combined_conditions(opened.obs, cohort.factors)}
+    return replace(opened, obs=opened.obs.assign(**conditions))
 
 
 def fingerprint(source: Source, condition_key: str | None, batch_keys: Sequence[str] = ()) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 
 from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.commands.demo import SILENT_SECONDS
 from ndreamer_dist.compute.events import duration
 from ndreamer_dist.compute.monitors import stage_costs
@@ -71,18 +72,23 @@ def _as_json(run: RunDirectory, results: Results | None) -> str:
 def _design(results: Results) -> dict[str, Any]:
     """Return what was compared, and what is stored of it."""
     design, cells = results.design, results.packed_obs
-    distances = [
-        cells[keys.OBS_MATCH_DISTANCE].iloc[group.start : group.stop].mean() for group in design.groups
-    ]  # NaN without a control group
+    distances = [_distances(cells, design, group).mean() for group in design.own_groups]  # NaN without a control group
     groups = [
         {"name": group.name, "cells": group.cells, "match_distance": None if pd.isna(mean) else float(mean)}
-        for group, mean in zip(design.groups, distances, strict=True)
+        for group, mean in zip(design.own_groups, distances, strict=True)
     ]
     return {
-        "cells": design.n_cells, "genes": len(results.var_names), "layers": list(results.layers),
+        "cells": design.own_cells, "genes": len(results.var_names), "layers": list(results.layers),
         "condition_key": design.condition_key, "control": design.control, "batch_keys": list(design.batch_keys),
         "groups": groups, "matched_inside": asdict(results.matched_inside) if results.matched_inside else None,
+        "onto": results.mapped.to_json() if results.mapped else None,
     }  # fmt: skip
+
+
+def _distances(cells: pd.DataFrame, design: Design, group: Group) -> pd.Series[float]:
+    """Return the distances of a group's cells to the control."""
+    first = design.first_row
+    return cells[keys.OBS_MATCH_DISTANCE].iloc[group.start - first : group.stop - first]
 
 
 def _progress(run: RunDirectory) -> str:
@@ -165,9 +171,10 @@ def _summary(results: Results) -> str:
     design, told = results.design, results.uns
     cells = results.packed_obs
     lines = [
-        f"{results.url}: {design.n_cells} cells x {len(results.var_names)} genes",
+        f"{results.url}: {design.own_cells} cells x {len(results.var_names)} genes",
         f"effects are {printable(str(told.get('sign')))}; matched in {shown(results.space)} (obsm {results.embedding_key})",
         *([printable(str(results.matched_inside))] if results.matched_inside else []),
+        *([f"mapped onto {shown(results.mapped.url)}: {printable(str(results.mapped))}"] if results.mapped else []),
         *([printable(str(told["values"]))] if "values" in told else []),
         f"layers: {printable(', '.join(results.layers)) or 'none'}; columns: {printable(', '.join(map(str, cells.columns)))}",
         "",
@@ -177,8 +184,8 @@ def _summary(results: Results) -> str:
         ),
         f"{'group':<32}{'cells':>10}{'match distance':>16}",
     ]
-    for group in design.groups:
-        distance = cells[keys.OBS_MATCH_DISTANCE].iloc[group.start : group.stop]
+    for group in design.own_groups:
+        distance = _distances(cells, design, group)
         mean = f"{distance.mean():.2f}" if distance.notna().any() else "-"
         lines.append(f"{shown(group.name):<32}{group.cells:>10}{mean:>16}")
     return "\n".join([*lines, "", *_settings_lines(told)])

@@ -197,7 +197,7 @@ def match_purity(results: Results, populations: np.ndarray) -> float:
     design, number = results.design, int(populations.max()) + 1
     near = np.ones(len(populations), dtype=bool)
     conditions = range(1, len(design.conditions))
-    purity = match_quality(populations, number, near, design, results.counterparts, conditions).purity
+    purity = match_quality(populations, number, near, results.counterparts, conditions).purity
     codes = design.group_conditions[design.group_of(np.arange(design.n_cells))]
     inside = populations >= 0
     flat = populations[inside] * len(design.conditions) + codes[inside]

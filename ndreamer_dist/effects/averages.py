@@ -116,7 +116,7 @@ def average_over(
     for group, here in segments(design, rows):
         if group.condition == condition and not own_cells:
             continue
-        targets = design.with_condition(group.condition if condition is None else condition)
+        targets = design.counted(group.condition if condition is None else condition, group)
         groups[here] = len(targets)
         for target in targets:
             if target.code == group.code:
@@ -204,7 +204,7 @@ def control_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarr
     """
     means = np.full(len(rows), np.nan, dtype=np.float32)
     for group, here in segments(design, rows):
-        others = [target for target in design.with_condition(0) if target.code != group.code]
+        others = [target for target in design.counted(0, group) if target.code != group.code]
         if others:
             total = sum(edges[group.code, target.code][1][:, 0].astype(np.float64) for target in others)
             means[here] = total / len(others)
@@ -236,5 +236,10 @@ def near_control(control: np.ndarray, own: np.ndarray, quantile: float) -> np.nd
     control, own
         (cells,) of all cells, what `control_distance` and `own_distance` return.
     """
+    return ~(control > near_distance(own, quantile))
+
+
+def near_distance(own: np.ndarray, quantile: float) -> float:
+    """Return the distance within which a control match is near; see `near_control`."""
     known = own[np.isfinite(own)]
-    return ~(control > (np.quantile(known, quantile) if len(known) else np.inf))
+    return float(np.quantile(known, quantile)) if len(known) else float("inf")

@@ -98,7 +98,8 @@ class RunOrigin:
     def obsm(self, name: str, rows: np.ndarray, edges: Edges) -> np.ndarray:
         """See `Origin.obsm`."""
         if name not in (keys.OBSM_MATCH, keys.OBSM_MATCH_DISTANCE):
-            return read_array(self.run.embedding(name), name, slice(int(rows[0]), int(rows[-1]) + 1))
+            first = int(rows[0]) - self.design.first_row
+            return read_array(self.run.embedding(name), name, slice(first, first + len(rows)))
         found, distances = nearest_per_group(self.design, edges, rows, self.row_dtype)
         return found if name == keys.OBSM_MATCH else distances
 
@@ -129,26 +130,31 @@ def run_effects(
     origin = RunOrigin(run, packed.design, tuple(stored), layout.row_dtype, key)
     write_shards(stage, Target(run, packed, layout, settings, origin), runtime, todo)
     distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
-    parts: list[int | tuple[Group, ...]] = [*range(packed.n_blocks), *runs_of_groups(packed.design.groups)]
+    parts: list[int | tuple[Group, ...]] = [*range(packed.n_blocks), *runs_of_groups(packed.design.own_groups)]
     for part, values in runtime.map(
         _count, parts, run, packed, key, settings.match.neighbours, title="effects: matches counted"
     ):
         (times if values.ndim == 1 else distances)[..., part] = values
     controls = effective_controls(run, packed.design, runtime, key, settings.match.neighbours)
+    facts = {**(summary or {}), "effective_controls": controls}
+    near = near_control(distances[0], distances[1], settings.effects.near_quantile)
+    if keys.UNS_ONTO in facts:
+        onto = facts[keys.UNS_ONTO].measured(packed.design, distances[0])
+        near, facts[keys.UNS_ONTO] = ~(distances[0] > onto.near), onto.to_json()
     told: dict[str, Any] = {
         keys.OBS_MATCH_DISTANCE: distances[0],
-        keys.OBS_OVERLAP: near_control(distances[0], distances[1], settings.effects.near_quantile),
+        keys.OBS_OVERLAP: near,
         keys.OBS_TIMES_MATCHED: times,
     }
-    facts = {**(summary or {}), "effective_controls": controls}
     if facts.get("normalise") == "counts":
         told[keys.OBS_TOTAL] = cell_totals(packed)
     if settings.match.within is not None:
-        codes = read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)
+        codes = read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)[packed.design.first_row :]
         told[keys.OBS_MATCH_LABEL] = pd.Categorical.from_codes(
             codes.astype(np.int32), pd.Index(facts[keys.UNS_WITHIN]["labels"])
         )
     clustered = keys.is_clustered(settings.embed.method, settings.state.by) or settings.match.within == keys.OBS_LOW
+    clustered = clustered and not packed.before  # cells that are mapped onto others are of no cluster
     cells = tables.cell_table(source, packed, told, clustered=clustered)
     genes = tables.gene_table(source, packed)
     tables.finish(stage, settings, packed, layout, cells, genes, facts)
@@ -197,12 +203,12 @@ def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None
     run, packed, layout, origin = target.run, target.packed, target.layout, target.origin
     design, settings = packed.design, target.settings
     denoised = settings.denoise.counted(design.fewest_groups)
-    rows = np.arange(*packed.block_range(part.block))
+    rows, start = packed.rows_of(part.block), packed.block_range(part.block)[0]
     first = part.genes[0] == 0
     edges = origin.edges(rows, {*_pairs(design, rows), *(origin.stored if first else ())})
     if first:
         for name in layout.obsm:
-            tables.write_obsm(run, name, int(rows[0]), origin.obsm(name, rows, edges))
+            tables.write_obsm(run, name, start, origin.obsm(name, rows, edges))
     if not layout.layers:
         return
     terms = list(dict.fromkeys(term for name in layout.layers for term in layer_terms(name)))
@@ -215,11 +221,11 @@ def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None
     ]  # fmt: skip
     genes = part.genes[1] - part.genes[0]
     sums = dict(zip(terms, average_through(averages, _needed(blocks, packed, averages), genes), strict=True))
-    values = load_block(packed, part.block, part.genes)
+    values = load_block(packed, packed.place(part.block), part.genes)
     for name in layout.layers:
         own, *control = (sums[term] for term in layer_terms(name))
         layer = layer_values(name, values, own, control[0] if control else None, layout.keep_bits)
-        tables.write_layer(run, name, (int(rows[0]), part.genes[0]), layer)
+        tables.write_layer(run, name, (start, part.genes[0]), layer)
 
 
 def _pairs(design: Design, rows: np.ndarray) -> list[tuple[int, int]]:
@@ -249,8 +255,8 @@ def nearest_per_group(design: Design, edges: Edges, rows: np.ndarray, row_dtype:
 
 
 def load_block(packed: Packed, block: int, genes: tuple[int, int]) -> sparse.csr_matrix:
-    """Return a span of genes of one packed block; as a task, this puts it into the object store past the driver."""
-    values = packed.block(block)
+    """Return a span of genes of one of all packed blocks; as a task, this puts it into the object store past the driver."""
+    values = packed.any_block(block)
     return values if genes == (0, packed.n_genes) else values[:, slice(*genes)]
 
 
@@ -261,25 +267,26 @@ def _target_blocks(
     if not layout.layers:
         return {}
     design = packed.design
-    queries = {group.code for block in blocks for group, _ in segments(design, np.arange(*packed.block_range(block)))}
+    queries = {group.code for block in blocks for group, _ in segments(design, packed.rows_of(block))}
     groups = {target for query, target in design.needed_edges("needed") if query in queries}
-    wanted = {
-        block
-        for code in groups
-        for block in range(
-            design.groups[code].start // packed.block_rows, (design.groups[code].stop - 1) // packed.block_rows + 1
-        )
-    }
+    wanted = {block for code in groups for block in range(*_blocks_of(packed, design.groups[code]))}
     return {block: runtime.submit(load_block, packed, block, genes)[0] for block in sorted(wanted)}
+
+
+def _blocks_of(packed: Packed, group: Group) -> tuple[int, int]:
+    """Return the first of all blocks that holds cells of a group, and the one after the last."""
+    first, last = np.searchsorted(packed.all_starts, [group.start, group.stop - 1], side="right") - 1
+    return int(first), int(last) + 1
 
 
 def _needed(
     targets: Mapping[int, Any], packed: Packed, averages: Sequence[Average]
 ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
     """Fetch, one at a time, the blocks that hold a row to be averaged."""
-    wanted = np.unique(np.concatenate([average.row for average in averages]) // packed.block_rows)
+    starts = packed.all_starts
+    wanted = np.unique(np.searchsorted(starts, np.concatenate([average.row for average in averages]), side="right") - 1)
     for block in wanted.tolist():
-        yield np.arange(*packed.block_range(block)), fetch(targets[block])
+        yield np.arange(starts[block], starts[block + 1]), fetch(targets[block])
 
 
 # --- what obs says of the matches -------------------------------------------------------------------------------------
@@ -300,7 +307,8 @@ def _count(
     if isinstance(item, int):
         return slice(*packed.block_range(item)), block_distances(item, matches, packed)
     times = [times_matched(group, matches, packed.design, neighbours) for group in item]
-    return slice(item[0].start, item[-1].stop), np.concatenate(times)
+    first = packed.design.first_row
+    return slice(item[0].start - first, item[-1].stop - first), np.concatenate(times)
 
 
 @lru_cache(maxsize=2)
@@ -312,7 +320,7 @@ def matches_of(storage: Storage, key: str) -> Matches:  # noqa: ARG001 - under a
 def block_distances(block: int, matches: Matches, packed: Packed) -> np.ndarray:
     """Return the distances of a row block's cells to the control and to their own group: (2, rows) float32."""
     controls = {group.code for group in packed.design.with_condition(0)}
-    rows, unread = np.arange(*packed.block_range(block)), np.empty((0, 0), dtype=np.int64)
+    rows, unread = packed.rows_of(block), np.empty((0, 0), dtype=np.int64)
     spans = group_spans(packed.design, rows)
     edges = {
         (query, target): (unread, matches.distances(query, target, *spans[query]))
@@ -342,12 +350,14 @@ def effective_controls(
     run: RunDirectory, design: Design, runtime: Runtime, key: str, neighbours: int
 ) -> dict[str, float]:
     """Return how many control cells, used alike, would carry as much as a treated group's matches do, by group; log it."""
-    treated = [group for group in design.groups if group.condition]
+    treated = [group for group in design.own_groups if group.condition]
+    if not treated:  # cells of controls alone, mapped onto a run
+        return {}
     title = "effects: controls"
     parts = runtime.map(_effective_controls, runs_of_groups(treated), run, design, key, neighbours, title=title)
     found = dict(itertools.chain.from_iterable(parts))
     numbers = [found[group.name] for group in treated]  # they come in the order in which they are done
-    available = sum(group.cells for group in design.with_condition(0))
+    available = sum(group.cells for group in design.counted(0, treated[0]))
     least = int(np.argmin(numbers))
     logger.info(
         "effects: of %d control cells, the matches of a group are worth %.0f used alike (median), %.0f at the least (%s)",
@@ -360,9 +370,9 @@ def _effective_controls(
     queries: Sequence[Group], run: RunDirectory, design: Design, key: str, neighbours: int
 ) -> list[tuple[str, float]]:
     """Return the names of groups and their effective numbers of controls; a task."""
-    matches, controls = matches_of(run.storage / keys.MATCHES, key), design.with_condition(0)
+    matches = matches_of(run.storage / keys.MATCHES, key)
     found = []
     for query in queries:
-        times = [times_matched(target, matches, design, neighbours, query) for target in controls]
+        times = [times_matched(target, matches, design, neighbours, query) for target in design.counted(0, query)]
         found.append((query.name, effective_number(np.concatenate(times))))
     return found

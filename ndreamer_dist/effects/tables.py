@@ -297,7 +297,7 @@ def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustere
     design, rows = packed.design, packed.input_row
     table = source.obs.iloc[rows].copy()
     table.index = pd.Index(np.asarray(source.cell_names, dtype=object)[rows], name=source.obs.index.name)
-    groups = design.group_of(np.arange(packed.n_rows))
+    groups = design.group_of(design.first_row + np.arange(packed.n_rows))
     batches = np.array([group.batch for group in design.groups])
     for name, codes, names in (
         (keys.OBS_CONDITION, design.group_conditions[groups], design.conditions),

@@ -171,6 +171,7 @@ def _make_reliability(space: Space, settings: Settings, populations: Populations
     dimensions, shares, reaches = np.zeros(len(sums), dtype=np.int32), np.zeros((len(sums), keep, keep)), []
     means = np.stack([found.group_means for found in sums])
     positions = means.copy()
+    doubts: list[state.Doubt | None] = [None] * len(sums)
     most = settings.embed.dimensions if len(sums) == 1 else state.MOST_IN_A_TYPE
     for code, found in enumerate(sums):
         k = dimensions[code] = min(
@@ -178,7 +179,7 @@ def _make_reliability(space: Space, settings: Settings, populations: Populations
         )
         shares[code, :k, :k] = with_threads(1, _share, found, k, halved and shrink != "none")
         if halved and shrink == "fitted" and k:
-            positions[code, :, :k] = _positions(space, populations, code, k, runtime)
+            positions[code, :, :k], doubts[code] = _positions(space, populations, code, k, runtime)
         reaches.append(_reach(found, shares[code, :k, :k], positions[code, :, :k]))
         reliable = np.trace(shares[code, :k, :k]) / max(k, 1)
         logger.info(
@@ -193,6 +194,16 @@ def _make_reliability(space: Space, settings: Settings, populations: Populations
     )  # fmt: skip
     for (name, _), array in zip(OWN_AXES, values, strict=True):
         write_array(space.storage, name, array)
+    _write_doubts(space, doubts)
+
+
+def _write_doubts(space: Space, doubts: Sequence[state.Doubt | None]) -> None:
+    """Keep by what the groups' positions were fitted, for those of groups that are mapped onto the run later."""
+    nothing = np.zeros(space.packed.n_genes)
+    unfitted = state.Doubt(nothing, nothing, least=np.nan)
+    kept = [doubt or unfitted for doubt in doubts]
+    write_array(space.storage, keys.STATE_DOUBT, np.stack([np.stack([d.between, d.variance]) for d in kept]))
+    write_array(space.storage, keys.STATE_LEAST_DOUBT, np.array([d.least for d in kept]))
 
 
 def _confirmed(found: HalfSums, beyond: int, *, halved: bool) -> int:
@@ -210,7 +221,9 @@ def _share(found: HalfSums, k: int, shrink: bool) -> np.ndarray:
     return state.reliability(found.covariance("signal")[:k, :k], found.covariance("spread")[:k, :k])
 
 
-def _positions(space: Space, populations: Populations, code: int, k: int, runtime: Runtime) -> np.ndarray:
+def _positions(
+    space: Space, populations: Populations, code: int, k: int, runtime: Runtime
+) -> tuple[np.ndarray, state.Doubt]:
     """Return where every group stands on a population's axes, by its mean expression: (groups, k); 0 without a cell."""
     inner = _inner_groups(space, populations, code)
     moments = summed_moments(space, inner, populations.codes, code, runtime, products=False)
@@ -218,9 +231,9 @@ def _positions(space: Space, populations: Populations, code: int, k: int, runtim
     there = np.flatnonzero(moments.cells)
     means = moments.sums[there] / moments.cells[there, None] - mean
     found = np.zeros((len(moments.cells), k))
-    variance = moments.within_variance
-    found[there] = with_threads(1, state.fitted_positions, means, axes[:, :k], variance, moments.cells[there])
-    return found
+    given = means, axes[:, :k], moments.within_variance, moments.cells[there]
+    found[there] = with_threads(1, state.fitted_positions, *given)
+    return found, with_threads(1, state.doubt_of, *given)
 
 
 def _reach(found: HalfSums, share: np.ndarray, positions: np.ndarray) -> float:

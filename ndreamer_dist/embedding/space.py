@@ -150,7 +150,11 @@ class Space:
 
     def todo(self, shards: Sequence[Shard]) -> list[Shard]:
         """Return the shards that are to be done."""
-        return self.stage.begin(shards, [f"{keys.EMBEDDING}/{name}" for name in (keys.HARMONY_INPUT, self.array)])
+        stale = [
+            f"{keys.EMBEDDING}/{name}"
+            for name in (keys.HARMONY_INPUT, keys.HARMONY_CELLS, keys.HARMONY_SUMS, self.array)
+        ]
+        return self.stage.begin(shards, stale)
 
     def make(self, array: str, width: int) -> None:
         """Make an array of coordinates; one that is partly there is left as it is."""
@@ -293,9 +297,12 @@ def _run_harmony(space: Space, settings: Settings, from_input: SpaceInput, runti
         seed=settings.seed,
         threads=cpu_count(),
     )
-    space.make(space.array, corrected.shape[1])
+    for name, values in ((keys.HARMONY_CELLS, corrected.clusters.cells), (keys.HARMONY_SUMS, corrected.clusters.sums)):
+        if not space.storage.exists(name):
+            write_array(space.storage, name, values)
+    space.make(space.array, corrected.points.shape[1])
     for shard in missing:
-        write_part(space.storage, space.array, space.rows(shard.task), corrected[space.rows(shard.task)])
+        write_part(space.storage, space.array, space.rows(shard.task), corrected.points[space.rows(shard.task)])
         space.stage.mark(shard)
 
 

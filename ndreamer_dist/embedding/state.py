@@ -246,16 +246,41 @@ def fitted_positions(means: np.ndarray, axes: np.ndarray, variance: np.ndarray, 
     cells
         (groups,) cells of every group, at least 1.
     """
+    doubt = doubt_of(means, axes, variance, cells)
+    return np.stack([doubt.position(mean, axes, count) for mean, count in zip(means, cells, strict=True)])
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """How much a gene of a group's mean is to be doubted.
+
+    Attributes
+    ----------
+    between
+        (genes,) variance of the groups' means that the axes do not explain.
+    variance
+        (genes,) variance of a cell inside its group.
+    least
+        No gene is doubted less.
+    """
+
+    between: np.ndarray
+    variance: np.ndarray
+    least: float
+
+    def position(self, mean: np.ndarray, axes: np.ndarray, cells: float) -> np.ndarray:
+        """Return where a group of so many cells stands, by its mean expression less that of all cells: (k,)."""
+        weighted = axes / np.maximum(self.between + self.variance / cells, self.least)[:, None]
+        return np.asarray(np.linalg.solve(weighted.T @ axes, weighted.T @ mean))
+
+
+def doubt_of(means: np.ndarray, axes: np.ndarray, variance: np.ndarray, cells: np.ndarray) -> Doubt:
+    """Return how much the genes are to be doubted; the arguments are those of `fitted_positions`."""
     unexplained = means - (means @ axes) @ axes.T
     between = np.maximum((unexplained**2).mean(axis=0) - variance * (1 / cells).mean(), 0.0)
     doubt = between + variance / cells[:, None]  # variance of a group's mean of a gene
     positive = doubt[doubt > 0]
-    doubt = np.maximum(doubt, np.quantile(positive, LEAST_DOUBT) if len(positive) else 1.0)
-    found = np.empty((len(means), axes.shape[1]))
-    for group, (mean, own) in enumerate(zip(means, doubt, strict=True)):
-        weighted = axes / own[:, None]
-        found[group] = np.linalg.solve(weighted.T @ axes, weighted.T @ mean)
-    return found
+    return Doubt(between, variance, float(np.quantile(positive, LEAST_DOUBT)) if len(positive) else 1.0)
 
 
 def shrunk(e: np.ndarray, own_mean: np.ndarray, position: np.ndarray, share: np.ndarray) -> np.ndarray:

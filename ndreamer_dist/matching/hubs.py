@@ -167,7 +167,7 @@ def nearest_corrected(
 def nearest_inside(
     queries: Placed, targets: Placed, own: np.ndarray, least: int, asking: Placed | None = None, k: int = 1
 ) -> Neighbours:
-    """Return the k nearest targets of every query, as the stage finds it: inside its label where the targets have enough of it.
+    """Return the k nearest targets of every query, as the stage finds them: inside its label where there are enough of it.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -303,7 +303,7 @@ def _tile_range(edge: EdgeTile, settings: Settings, design: Design) -> tuple[int
 
 def _make_arrays(storage: Storage, settings: Settings, design: Design) -> None:
     k, groups = most_neighbours(settings, design), len(design.groups)
-    for group in design.groups:
+    for group in design.own_groups:
         layout = {
             "shape": (group.cells, groups, k),
             "chunks": (min(settings.match.query_rows, group.cells), 1, k),
@@ -353,11 +353,15 @@ def _with_device(settings: Settings, runtime: Runtime) -> Settings:
 def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
     """Return the coordinates of all cells in a matching space: (cells, d) float32, in packed order.
 
+    Those of the cells that a run's are mapped onto come first.
+
     Raises
     ------
     StoreError
         They are missing, damaged or not finite.
     """
+    if run.onto:
+        return np.concatenate([coordinates(part, method) for part in (*run.onto, replace(run, onto=()))])
     name = keys.embedding_key(method)
     storage = run.embedding(name)
     points = read_array(storage, name)

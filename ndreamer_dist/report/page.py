@@ -32,7 +32,7 @@ from ndreamer_dist.comparison.screen import Screen
 from ndreamer_dist.comparison.screen import screen as screen_of
 from ndreamer_dist.comparison.table import kept_comparison
 from ndreamer_dist.compute.monitors import last_call
-from ndreamer_dist.errors import NDreamerError, StoreError
+from ndreamer_dist.errors import NDreamerError, QueryError, StoreError
 from ndreamer_dist.figures import plots
 from ndreamer_dist.figures.style import DPI, categories, figure_bytes, gene_labels, write_file
 from ndreamer_dist.matching.labels import remedy
@@ -175,6 +175,9 @@ def report(
     """
     opened = results if isinstance(results, Results) else _opened(results)
     address = out if out is not None else _default(opened)
+    if opened.mapped is not None:
+        msg = f"{opened.url} is of mapped cells, of which there is no report; `cate`, `get` and `info` tell of them"
+        raise QueryError(msg)
     chosen = by is None
     opened, by = opened.labelled(by)
     by = by or likely_populations(opened.packed_obs, opened.design)

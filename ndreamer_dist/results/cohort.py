@@ -120,11 +120,11 @@ def _cohort_settings(told: Mapping[str, Any]) -> CohortSettings:
 
 
 def _check_fingerprint(source: Source, expected: Mapping[str, Any], settings: CohortSettings) -> None:
-    missing = {str(settings.condition_key), *settings.batch_key} - set(source.obs.columns)
+    missing = {str(settings.condition_column), *settings.batch_key} - set(source.obs.columns)
     if missing:
         msg = f"{source.name} is not the cohort of these results: obs has no {listing(sorted(missing))}"
         raise CohortError(msg)
-    found = fingerprint(source, settings.condition_key, settings.batch_key)
+    found = fingerprint(source, settings.condition_column, settings.batch_key)
     differ = [name for name, value in expected.items() if found.get(name) != value]
     if differ:
         msg = (

@@ -65,19 +65,21 @@ class ComputedBlocks:
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """See `Blocks.read`."""
+        rows = rows + self.counterparts.design.first_row
         return compute(self.question, self.counterparts, self.expression, rows, columns)
 
 
 @dataclass(frozen=True)
 class ExpressionBlocks:
-    """The expression that went in, sparse."""
+    """The expression that went in, sparse; of cells that are mapped onto others after the rows of these."""
 
     expression: Expression
+    first: int = 0
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
         """See `Blocks.read`."""
         wanted, back = np.unique(rows, return_inverse=True)
-        return self.expression.read(wanted, columns)[back]
+        return self.expression.read(wanted + self.first, columns)[back]
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,11 @@ def lazy_anndata(
         obsm[name] = parts.array(name, StoredBlocks(reader.storage, f"obsm/{name}"), columns=width)
     obs, var = tables
     return anndata.AnnData(
-        X=parts.sparse_array("X", ExpressionBlocks(expression)), obs=obs, var=var, layers=layers, obsm=obsm
+        X=parts.sparse_array("X", ExpressionBlocks(expression, reader.design.first_row)),
+        obs=obs,
+        var=var,
+        layers=layers,
+        obsm=obsm,
     )
 
 

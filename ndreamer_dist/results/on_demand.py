@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,11 +28,12 @@ from ndreamer_dist.effects.averages import (
     layer_values,
     segments,
 )
+from ndreamer_dist.effects.expression import Expression
 from ndreamer_dist.errors import StoreError
-from ndreamer_dist.matching.hubs import nearest_inside
-from ndreamer_dist.matching.labels import Placed
+from ndreamer_dist.matching.between import SearchBetween
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.results.read import read_dense, read_element, read_sparse
+from ndreamer_dist.settings import DenoiseSettings, MatchSettings
 from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
 
@@ -83,19 +84,6 @@ def effect_question(condition: int, baseline: int) -> Question:
 def counterfactual_question(condition: int) -> Question:
     """Return the question for the expected expression under a condition, on any cell."""
     return Question((Term(condition),), lambda _, sums: sums[0].astype(np.float32))
-
-
-class Expression(Protocol):
-    """Expression of the kept cells, by packed row."""
-
-    @property
-    def density(self) -> float:
-        """Part of the values that is stored."""
-        ...
-
-    def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        """Return some rows (ascending, each once) and columns: CSR float32."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -176,8 +164,10 @@ class Counterparts:
     within, within_cells
         The labels that cells are matched inside, if any, and how many cells of one are enough: `match.within` and
         `match.within_cells`.
-    embedding
-        The array of `obsm` that cells were matched in.
+    search
+        Finds matches that are nowhere when they are needed; without it, they are an error that says how to add them.
+    stored
+        Of cells that are mapped onto a finished run: the matches of that run, whose rows come first.
     """
 
     storage: Storage
@@ -188,7 +178,8 @@ class Counterparts:
     hubs: str = "none"
     within: str | None = None
     within_cells: int = 1
-    embedding: str = keys.OBSM_PCA
+    search: SearchBetween | None = None
+    stored: Counterparts | None = None
 
     @cached_property
     def labels(self) -> np.ndarray | None:
@@ -196,7 +187,42 @@ class Counterparts:
         if self.within is None:
             return None
         labels = pd.Categorical(read_element(self.storage, f"obs/{keys.OBS_MATCH_LABEL}"))
-        return np.asarray(labels.codes, dtype=np.int32)
+        own = np.asarray(labels.codes, dtype=np.int32)
+        before = None if self.stored is None else self.stored.labels
+        return own if before is None else np.concatenate([before, own])
+
+    def dense(self, name: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Return packed rows (ascending) of an array, from the store that holds each: (rows, columns)."""
+        cut = int(np.searchsorted(rows, self.design.first_row))
+        own = rows[cut:] - self.design.first_row
+        if self.stored is None or not cut:
+            return read_dense(self.storage, name, own, columns)
+        before = self.stored.dense(name, rows[:cut], columns)
+        return np.concatenate([before, read_dense(self.storage, name, own, columns)]) if len(own) else before
+
+    def holds(self, query: int, target: int) -> bool:
+        """Return whether the matches of a group in another are in a matches.zarr."""
+        if query < self.design.onto:
+            return self.stored is not None and target < self.design.onto and self.stored.holds(query, target)
+        return self.searched is not None and self.searched.holds(query, target)
+
+    def keeps(self, query: int, target: int) -> bool:
+        """Return whether the results hold the matches of a group in another: those that effects need, or were added."""
+        groups, stored = self.design.groups, self.design.stored_for(query)
+        if query < self.design.onto:
+            return self.stored is not None and target < self.design.onto and self.stored.keeps(query, target)
+        needed = groups[target].condition in (0, groups[query].condition)
+        return (needed and (target < stored or target == query)) or self.holds(query, target)
+
+    def between(self, embedding: str) -> SearchBetween:
+        """Return a search between any cells by an array of `obsm`: that which they were matched in."""
+        name = f"obsm/{embedding}"
+        columns = np.arange(open_array(self.storage, name).shape[1])
+
+        def points(rows: np.ndarray) -> np.ndarray:
+            return self.dense(name, rows, columns)
+
+        return SearchBetween(points, self.labels, self.within_cells, self.hubs == "csls")
 
     def averages(self, rows: np.ndarray, terms: Sequence[Term]) -> list[Average]:
         """Return what each term averages for some packed rows (ascending).
@@ -228,8 +254,14 @@ class Counterparts:
         parts = {group.code: (group, here) for group, here in segments(self.design, rows)}
         wanted = sorted(pair for pair in pairs if pair[0] in parts)
         found: Found = {}
+        if self.stored is not None:
+            cut, onto = int(np.searchsorted(rows, self.design.first_row)), self.design.onto
+            before = [pair for pair in wanted if max(pair) < onto and (not self.search or self.stored.keeps(*pair))]
+            found = self.stored.edges(rows[:cut], before, distances=distances, neighbours=neighbours) if before else {}
+            wanted = [pair for pair in wanted if pair not in found]
         if (neighbours or self.neighbours) == 1 and self.nearest_stored:
-            found = self._nearest(rows, wanted, {code: here for code, (_, here) in parts.items()}, distances)
+            own = [pair for pair in wanted if pair[0] >= self.design.onto]
+            found |= self._nearest(rows, own, {code: here for code, (_, here) in parts.items()}, distances)
         for query, target in wanted:
             if (query, target) not in found:
                 group, here = parts[query]
@@ -268,12 +300,12 @@ class Counterparts:
         """The matches.zarr beside results.zarr, if there is one."""
         folder = self.storage.url.rpartition("/")[0]
         store = Storage(f"{folder}/{keys.MATCHES}")
-        there = store.exists(f"{keys.block_name(0)}/{keys.MATCH_ROW}/zarr.json")
+        there = store.exists(f"{keys.block_name(self.design.onto)}/{keys.MATCH_ROW}/zarr.json")
         return Matches(store) if there else None
 
     @cached_property
-    def _seen(self) -> dict[tuple[int, int], Matches | None]:
-        """Edges that were seen to be in a matches.zarr, which is looked at once; none where they are searched here."""
+    def _seen(self) -> dict[tuple[int, int], Matches]:
+        """Edges that were seen to be in a matches.zarr, which is looked at once."""
         return {}
 
     def _pairs(self, rows: np.ndarray, term: Term) -> Iterator[tuple[int, int]]:
@@ -281,7 +313,7 @@ class Counterparts:
             if group.condition == term.condition and not term.own_cells:
                 continue
             condition = group.condition if term.condition is None else term.condition
-            targets = self.design.with_condition(condition)
+            targets = self.design.counted(condition, group)
             yield from ((group.code, target.code) for target in targets if target.code != group.code)
 
     def _nearest(
@@ -291,11 +323,13 @@ class Counterparts:
         if not pairs:
             return {}
         columns = np.unique([target for _, target in pairs])
-        near = read_dense(self.storage, f"obsm/{keys.OBSM_MATCH}", rows, columns)
+        first = int(np.searchsorted(rows, self.design.first_row))  # what comes before is in another store
+        own = rows[first:] - self.design.first_row
+        near = np.full((len(rows), len(columns)), -1, dtype=np.int64)
+        near[first:] = read_dense(self.storage, f"obsm/{keys.OBSM_MATCH}", own, columns)
+        far = np.zeros(near.shape, dtype=np.float32)
         if distances:
-            far = read_dense(self.storage, f"obsm/{keys.OBSM_MATCH_DISTANCE}", rows, columns)
-        else:
-            far = np.zeros(near.shape, dtype=np.float32)
+            far[first:] = read_dense(self.storage, f"obsm/{keys.OBSM_MATCH_DISTANCE}", own, columns)
         found = {}
         for query, target in pairs:
             here, column = parts[query], np.searchsorted(columns, target)
@@ -304,53 +338,37 @@ class Counterparts:
         return found
 
     def _searched(self, query: Group, target: Group, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return what matches.zarr holds along one edge for some rows of the query group."""
+        """Return what matches.zarr holds along one edge for some rows of the query group, or what is searched now."""
         pair = (query.code, target.code)
+        if self.search is not None and not self.holds(*pair):
+            found, distances = self._found_now(query, target)
+            return found[rows - query.start], distances[rows - query.start]
         if pair not in self._seen:
-            self._seen[pair] = matches = self._matches(query, target)
-            if matches is not None:
-                self._check_same(matches, query, int(rows.min()))
+            self._seen[pair] = self._matches(query, target)
+            self._check_same(self._seen[pair], query, int(rows.min()))
         matches = self._seen[pair]
-        if matches is None:
-            near, far = (np.arange(group.start, group.stop) for group in (query, target))
-            return self.search(rows, far, near, self.neighbours)
         local = rows - query.start
         first, last = int(local.min()), int(local.max()) + 1
         found, distances = matches.edge(query.code, target.code, first, last)
         return found[local - first], distances[local - first]
 
-    def search(
-        self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray, k: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Search now, as the match stage does: packed rows, -1 for none, and distances of the k nearest, (queries, k).
+    @cached_property
+    def _now(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+        """Matches of one group that were searched when they were needed."""
+        return {}
 
-        Parameters
-        ----------
-        queries, targets
-            Packed rows; targets ascend. A query that is a target itself is not its own neighbour.
-        asking
-            Packed rows that the targets' remoteness is measured from, where distances are corrected for hubs; the
-            targets themselves, for no correction.
-        """
-        place = np.searchsorted(targets, queries)
-        own = np.where(targets[np.minimum(place, len(targets) - 1)] == queries, place, -1)
-        corrected = self.hubs == "csls" and not np.array_equal(asking, targets)
-        near, far = self._placed(queries), self._placed(targets)
-        found = nearest_inside(near, far, own, self.within_cells, self._placed(asking) if corrected else None, k)
-        return np.where(found.rows < 0, -1, targets[found.rows]), found.distances
+    def _found_now(self, query: Group, target: Group) -> tuple[np.ndarray, np.ndarray]:
+        """Search an edge of the whole query group, whose edges are kept until another group asks."""
+        pair = (query.code, target.code)
+        if any(other != query.code for other, _ in self._now):
+            self._now.clear()
+        if pair not in self._now and self.search is not None:
+            queries, targets = (np.arange(group.start, group.stop) for group in (query, target))
+            self._now[pair] = self.search(queries, targets, queries, max(self.neighbours, self.denoise_neighbours))
+        return self._now[pair]
 
-    def _placed(self, rows: np.ndarray) -> Placed:
-        name = f"obsm/{self.embedding}"
-        points = read_dense(self.storage, name, rows, np.arange(open_array(self.storage, name).shape[1]))
-        return Placed(points, None if self.labels is None else self.labels[rows])
-
-    def _matches(self, query: Group, target: Group) -> Matches | None:
-        """Return the matches.zarr that holds an edge; in a screen none where it is of a foreign condition, to be searched.
-
-        Else `StoreError` says what to do where it is not there or does not hold the edge.
-        """
-        if self.design.is_screen and target.condition not in (0, query.condition):
-            return self.searched if self.searched is not None and self.searched.holds(query.code, target.code) else None
+    def _matches(self, query: Group, target: Group) -> Matches:
+        """Return the matches.zarr; `StoreError` says what to do where it is not there or does not hold the edge."""
         edge = f"the matches of group {query.name!r} in group {target.name!r}"
         if self.searched is None:
             what = "its obsm holds nearest neighbours along other edges only" if self.nearest_stored else "it has none"
@@ -369,7 +387,7 @@ class Counterparts:
         """Refuse a matches.zarr made for other results: the two must agree on a cell's neighbour in its own group."""
         if not self.nearest_stored or query.cells == 1:
             return
-        place = np.array([row]), np.array([query.code])
+        place = np.array([row - self.design.first_row]), np.array([query.code])
         stored = int(read_dense(self.storage, f"obsm/{keys.OBSM_MATCH}", *place)[0, 0])
         found = int(matches.edge(query.code, query.code, row - query.start, row - query.start + 1)[0][0, 0])
         if stored not in (-1, found):
@@ -377,6 +395,23 @@ class Counterparts:
                 f"{matches.storage.url} does not belong to {self.storage.url}: finish the run, or open its own results"
             )
             raise StoreError(msg)
+
+
+def counterparts_of(
+    storage: Storage, design: Design, told: Mapping[str, Any], stored: Counterparts | None
+) -> Counterparts:
+    """Return the matches behind results, by the settings that these tell of; `StoreError` where those are damaged."""
+    try:
+        kept = told["match"]  # results of an earlier version tell of one number of neighbours, and of no hubs
+        match = MatchSettings(**{name: kept[name] for name in MatchSettings.model_fields if name in kept})
+        denoise = DenoiseSettings(**told.get("denoise", {"neighbours": kept["neighbours"]}))
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"{storage.url}: the settings of the matches are damaged ({type(error).__name__})"
+        raise StoreError(msg) from error
+    return Counterparts(
+        storage, design, match.neighbours, match.bandwidth, denoise.counted(design.fewest_groups), match.hubs, match.within,
+        match.within_cells, stored=stored,
+    )  # fmt: skip
 
 
 def compute(

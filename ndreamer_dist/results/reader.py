@@ -7,18 +7,16 @@ that names it, never a wrong number.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
-from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
+from typing import Any, Literal, Self
 
 import anndata
 import numpy as np
@@ -26,6 +24,8 @@ import pandas as pd
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.effects.expression import JoinedExpression
+from ndreamer_dist.effects.onto import Onto
 from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, shown, suggest
 from ndreamer_dist.matching.labels import Inside
 from ndreamer_dist.results.annotations import annotation_of, read_annotations
@@ -38,24 +38,20 @@ from ndreamer_dist.results.on_demand import (
     StoredExpression,
     compute,
     counterfactual_question,
+    counterparts_of,
     effect_question,
     layer_question,
 )
 from ndreamer_dist.results.provenance import matches_table
 from ndreamer_dist.results.read import read_cells, read_dense, read_element, read_sparse
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.settings import DenoiseSettings, MatchSettings
 from ndreamer_dist.storage.arrays import open_array, read_array
+from ndreamer_dist.storage.counted import counted
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage, open_storage
-from ndreamer_dist.storage.shards import Reads, counting
+from ndreamer_dist.storage.shards import Reads
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-Answer = TypeVar("Answer")
-Reader = TypeVar("Reader", bound="ResultsReader")
-_in_query: ContextVar[bool] = ContextVar("in_query", default=False)
-"""Whether this thread is in a query, whose own queries say nothing."""
 Order = Literal["input", "packed"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
 Labels = str | pd.Series | None
@@ -134,26 +130,6 @@ class CellsTable(pd.DataFrame):
         super().__setitem__(key, value)
 
 
-def counted(query: Callable[Concatenate[Reader, P], Answer]) -> Callable[Concatenate[Reader, P], Answer]:
-    """Make a query say how many bytes it read, as `last_read` and in the log; there the outermost one alone does."""
-
-    @functools.wraps(query)
-    def counting_query(self: Reader, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        inner = _in_query.get()
-        token = _in_query.set(True)
-        try:
-            with counting() as reads:
-                answer = query(self, *args, **kwargs)
-        finally:
-            _in_query.reset(token)
-        object.__setattr__(self, "_last_read", reads)
-        if not inner:
-            logger.debug("%s: read %s", query.__name__, reads)
-        return answer
-
-    return counting_query
-
-
 @dataclass(frozen=True)
 class ResultsReader:
     """The results of a run, read in pieces; `stats.results.Results` adds the statistics.
@@ -181,8 +157,8 @@ class ResultsReader:
         design = self.design
         others = ", ".join(map(shown, design.conditions[1:4])) + (", ..." if len(design.conditions) > 4 else "")
         return (
-            f"{type(self).__name__} of {design.n_cells:,} cells x {len(self._genes):,} modelled genes at {self.url}\n"
-            f"    conditions: {shown(design.control)} (control), {others}; groups: {len(design.groups):,}\n"
+            f"{type(self).__name__} of {design.own_cells:,} cells x {len(self._genes):,} modelled genes at {self.url}\n"
+            f"    conditions: {shown(design.control)} (control), {others}; groups: {len(design.own_groups):,}\n"
             f"    layers: {', '.join(self.layers) or 'none'}\n"
             f"    obs: {', '.join(shown(str(name)) for name in self._cells.columns)}"
         )
@@ -235,7 +211,7 @@ class ResultsReader:
         """Conditions, batches and groups; groups own contiguous rows of the packed order."""
         made = Design.from_json(self._told("design"))
         pointers = self.storage.node(f"X/{keys.INDPTR}")
-        if pointers is None or list(pointers.get("shape", ())) != [made.n_cells + 1]:
+        if pointers is None or list(pointers.get("shape", ())) != [made.own_cells + 1]:
             msg = f"{self.url}: the design is of {made.n_cells} cells and X is not; the store is damaged"
             raise StoreError(msg)
         return made
@@ -481,7 +457,7 @@ class ResultsReader:
             More than one neighbour is averaged, or results.zarr holds none, and there is no matches.zarr beside it.
         """
         (row,) = places_of_cells(self._cells.index, [cell])
-        return matches_table(self.counterparts, self._cells.index, int(row))
+        return matches_table(self.counterparts, self._all_cells.index, int(row) + self.design.first_row)
 
     @cached_property
     def space(self) -> str:
@@ -530,7 +506,7 @@ class ResultsReader:
         labels = by.rename(str(by.name or "population"))
         table, _ = annotation_of(labels, self._cells, self.design)
         other = copy(self)
-        for name in ("_cells", "_input_cells"):
+        for name in ("_cells", "_input_cells", "_all_cells"):
             other.__dict__.pop(name, None)
         before = pd.DataFrame(index=self._cells.index) if self.labels is None else self.labels
         kept = pd.concat([before.drop(columns=table.columns, errors="ignore"), table], axis=1)
@@ -548,23 +524,11 @@ class ResultsReader:
         """`obs` in packed order, with what was annotated after the run."""
         stored, by_others = read_cells(self.storage)
         if by_others:
-            self._refuse_other_cells(stored)
+            _refuse_other_cells(stored, self.design, self.url)
         for later in (read_annotations(self.storage, stored.index), self.labels):
             if later is not None and len(later.columns):
                 stored = pd.concat([stored.drop(columns=later.columns, errors="ignore"), later], axis=1)
         return stored
-
-    def _refuse_other_cells(self, stored: pd.DataFrame) -> None:
-        """Refuse an `obs` that another program wrote for other cells, or in another order."""
-        design = self.design
-        names = np.array([group.name for group in design.groups], dtype=object)
-        expected = np.repeat(names, [group.cells for group in design.groups])
-        if not np.array_equal(stored.get(keys.OBS_GROUP, pd.Series(dtype=object)).astype(str), expected):
-            msg = (
-                f"{self.url}: another program wrote obs, of other cells or in another order; `ndreamer-dist check DIR "
-                "--mend` removes it, and the run's own command makes it again"
-            )
-            raise StoreError(msg)
 
     @cached_property
     def _input_cells(self) -> pd.DataFrame:
@@ -632,21 +596,39 @@ class ResultsReader:
     @cached_property
     def counterparts(self) -> Counterparts:
         """The matches behind the effects."""
-        try:
-            told = self._told("settings")
-            stored = told["match"]  # results of an earlier version tell of one number of neighbours, and of no hubs
-            match = MatchSettings(**{name: stored[name] for name in MatchSettings.model_fields if name in stored})
-            denoise = DenoiseSettings(**told.get("denoise", {"neighbours": stored["neighbours"]}))
-        except (KeyError, TypeError, ValueError) as error:
-            msg = f"{self.url}: the settings of the matches are damaged ({type(error).__name__})"
-            raise StoreError(msg) from error
-        counted = match.neighbours, match.bandwidth, denoise.counted(self.design.fewest_groups), match.hubs
-        return Counterparts(self.storage, self.design, *counted, match.within, match.within_cells, self.embedding_key)
+        stored = None if self.stored is None else self.stored.counterparts
+        found = counterparts_of(self.storage, self.design, self._told("settings"), stored)
+        # To mapped cells no matches are added later, and those of a screen would be too many: what was not needed is
+        # searched when it is asked for.
+        if stored is None and not self.design.is_screen:
+            return found
+        return replace(found, search=found.between(self.embedding_key))
+
+    @cached_property
+    def stored(self) -> Self | None:
+        """Of cells that were mapped onto a finished run: the results of that run; none of a run's own."""
+        return None if self.mapped is None else type(self)(self.mapped.found(self.storage, results_storage))
+
+    @property
+    def mapped(self) -> Onto | None:
+        """Of cells that were mapped onto a finished run: which, and how far they are from it (`nd.map`)."""
+        return Onto.read(self._fact_or(keys.UNS_ONTO, "null"), self.url)
+
+    @cached_property
+    def _all_cells(self) -> pd.DataFrame:
+        """`obs` of all cells that statistics are of, those of a run that these are mapped onto first."""
+        return self._cells if self.stored is None else pd.concat([self.stored._all_cells, self._cells])
 
     def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
         """Return the expression to compute with, and the table of its genes."""
         if cohort is None:
-            return StoredExpression(self.storage, self._pointers, len(self._genes)), self._genes
+            own = StoredExpression(self.storage, self._pointers, len(self._genes))
+            if self.stored is None:
+                return own, self._genes
+            return JoinedExpression(self.stored._expression(None)[0], own, self.design.first_row), self._genes
+        if self.stored is not None:
+            msg = f"{self.url}: cells mapped onto a run are answered for the modelled genes alone; leave out the cohort"
+            raise QueryError(msg)
         given = self.open_cohort(cohort)
         table = given.source.var.copy()
         table.index = pd.Index(given.source.gene_names, name=table.index.name)
@@ -664,7 +646,7 @@ class ResultsReader:
         expression, table = self._expression(cohort)
         columns = self._columns(genes, table)
         out = room((len(rows), len(columns))) if room else None
-        values = compute(question, self.counterparts, expression, rows, columns, out=out)
+        values = compute(question, self.counterparts, expression, rows + self.design.first_row, columns, out=out)
         return self._part(values, rows, table.iloc[columns])
 
     def _rows(self, cells: Cells, order: Order) -> np.ndarray:
@@ -719,7 +701,7 @@ class ResultsReader:
         return chosen
 
     def _with_effect(self, rows: np.ndarray) -> np.ndarray:
-        treated = self.design.group_conditions[self.design.group_of(rows)] != 0
+        treated = self.design.group_conditions[self.design.group_of(rows + self.design.first_row)] != 0
         if not treated.any():
             msg = (
                 f"all {len(rows)} selected cells are {self.control!r}, the control, and have no treatment effect; "
@@ -727,3 +709,15 @@ class ResultsReader:
             )
             raise QueryError(msg)
         return rows[treated]
+
+
+def _refuse_other_cells(stored: pd.DataFrame, design: Design, url: str) -> None:
+    """Refuse an `obs` that another program wrote for other cells, or in another order."""
+    names = np.array([group.name for group in design.own_groups], dtype=object)
+    expected = np.repeat(names, [group.cells for group in design.own_groups])
+    if not np.array_equal(stored.get(keys.OBS_GROUP, pd.Series(dtype=object)).astype(str), expected):
+        msg = (
+            f"{url}: another program wrote obs, of other cells or in another order; `ndreamer-dist check DIR "
+            "--mend` removes it, and the run's own command makes it again"
+        )
+        raise StoreError(msg)

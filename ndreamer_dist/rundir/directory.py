@@ -48,11 +48,14 @@ class RunDirectory:
         The stage that is run alone: those before it must be finished, so that `pending` refuses where they are not.
     home
         For a space that was added to a run: the run's folder, which holds what all its spaces share.
+    onto
+        For cells that are mapped onto a finished run: the directories of the cells whose rows come before theirs.
     """
 
     storage: Storage
     before: str | None = None
     home: Storage | None = None
+    onto: tuple[RunDirectory, ...] = ()
 
     @classmethod
     def at(cls, address: str | os.PathLike[str] | Storage) -> RunDirectory:

@@ -20,8 +20,15 @@ import pandas as pd
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.errors import QueryError, listing, suggest
-from ndreamer_dist.results.on_demand import Counterparts, Expression, compute, held, layer_question
-from ndreamer_dist.results.read import read_dense
+from ndreamer_dist.matching.between import StateNeighbours, StateSpace
+from ndreamer_dist.results.on_demand import (
+    Counterparts,
+    Expression,
+    compute,
+    effect_question,
+    held,
+    layer_question,
+)
 from ndreamer_dist.stats.decomposition import Decomposition, Part, decomposed, decomposition_columns
 from ndreamer_dist.stats.donor_tests import (
     DonorTest,
@@ -35,7 +42,7 @@ from ndreamer_dist.stats.donor_tests import (
 )
 from ndreamer_dist.stats.populations import Nearest, PopulationMeans, Replicates, population_means, query_means
 from ndreamer_dist.stats.sign_test import benjamini_hochberg, sign_test
-from ndreamer_dist.stats.state_space import StateNeighbours, StateSource, StateSpace, state_space
+from ndreamer_dist.stats.state_space import StateSource, state_space
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.summaries.cells import (
     EffectMoments,
@@ -78,6 +85,8 @@ class StatisticsInput:
         What coordinates of state are made from, if they can be had.
     spaces
         Coordinates of state that were made before, by column of populations, column of donors and least cells.
+    baseline
+        Code of the condition that others are compared with; the control's is 0.
     """
 
     storage: Storage
@@ -92,6 +101,7 @@ class StatisticsInput:
     embedding: str = keys.OBSM_PCA
     state: StateSource | None = None
     spaces: dict[tuple[str | None, str | None, int], StateSpace] = field(default_factory=dict)
+    baseline: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,15 +130,19 @@ def cate_parts(given: StatisticsInput, asked: CateQuestion) -> Iterator[tuple[in
     What is held does not grow with the number of conditions, but for a few numbers per cell, and where the effect is
     looked at in two parts by the means of the donors under every condition.
     """
-    conditions = conditions_of(given.design, asked.condition)
+    conditions = conditions_of(given.design, asked.condition, given.baseline)
     names, codes = populations_of(given.cells, asked.by)
     everyone = replicates_of(given, asked.donor_key)
     space = space_of(given, asked.by, asked.donor_key, codes, everyone, asked.min_cells)
-    given = replace(given, expression=held(given.expression, rows_of_condition(given.design, 0), given.columns))
+    rows = rows_of_condition(given.design, given.baseline)
+    given = replace(given, expression=held(given.expression, rows, given.columns))
+    if given.baseline:
+        search = given.counterparts.between(given.embedding)
+        given = replace(given, counterparts=replace(given.counterparts, search=search))
     control = _control(given, codes, len(names))
     for code, effects in effects_by_condition(given, codes, conditions):
-        replicates = everyone.against_control(code)
-        means = means_of(given, codes, len(names), replicates, [code], asked.min_cells, space)
+        replicates = everyone.against(given.baseline, code)
+        means = means_of(given, codes, replicates, [code], asked.min_cells, space)
         compared = Compared(code, codes, replicates, means, space)
         described = _described(given, codes, code, effects, control)
         for number, name in enumerate(names):
@@ -141,15 +155,15 @@ def donor_means(
     given: StatisticsInput, *, by: str, condition: str | None, donor_key: str | None, min_cells: int
 ) -> anndata.AnnData:
     """Return one row per population and donor, for a model of your own; see `Results.donor_means`."""
-    conditions = conditions_of(given.design, condition)
+    conditions = conditions_of(given.design, condition, given.baseline)
     names, codes = populations_of(given.cells, by)
     everyone = replicates_of(given, donor_key)
     covariates = covariate_table(given.cells, everyone)
     rows, matched, plain = [], [], []
     for code in conditions:
-        replicates = everyone.against_control(code)
-        own = covariates[np.isin(everyone.conditions, (0, code))]
-        means = means_of(given, codes, len(names), replicates, [code], min_cells)
+        replicates = everyone.against(given.baseline, code)
+        own = covariates[np.isin(everyone.conditions, (given.baseline, code))]
+        means = means_of(given, codes, replicates, [code], min_cells)
         for number, r in np.argwhere(means.included):
             rows.append(
                 {
@@ -274,13 +288,14 @@ class Tested:
     parts: Decomposition | None
 
 
-def conditions_of(design: Design, condition: str | None) -> list[int]:
-    """Return the codes of the conditions to compare with the control: that of a name, or all."""
+def conditions_of(design: Design, condition: str | None, baseline: int = 0) -> list[int]:
+    """Return the codes of the conditions to compare with the control, or another baseline: that of a name, or all."""
     if condition is None:
-        return list(range(1, len(design.conditions)))
+        return [code for code in range(len(design.conditions)) if code != baseline]
     code = design.condition_code(condition)
-    if code == 0:
-        msg = f"{condition!r} is the control; name the condition to compare with it"
+    if code == baseline:
+        what = "the baseline" if baseline else "the control"
+        msg = f"{condition!r} is {what}; name the condition to compare with it"
         raise QueryError(msg)
     return [code]
 
@@ -288,7 +303,6 @@ def conditions_of(design: Design, condition: str | None) -> list[int]:
 def means_of(
     given: StatisticsInput,
     codes: np.ndarray,
-    number: int,
     replicates: Replicates,
     conditions: list[int],
     min_cells: int,
@@ -296,8 +310,9 @@ def means_of(
 ) -> PopulationMeans:
     """Return the donors' means in every population, and those through state where there is a space; see `population_means`."""
     return population_means(
-        codes, number, replicates, Neighbours(given), given.expression, given.columns, conditions=conditions,
+        codes, int(codes.max()) + 1, replicates, Neighbours(given), given.expression, given.columns, conditions=conditions,
         min_cells=min_cells, within=None if space is None else StateNeighbours(space, replicates.rows),
+        baseline=given.baseline,
     )  # fmt: skip
 
 
@@ -321,10 +336,10 @@ def space_of(
 
 
 @lru_cache
-def _say_that_matches_are_searched(_results: str, *, is_screen: bool) -> None:
+def _say_that_matches_are_searched(_results: str, *, kept: bool) -> None:
     """Log it once for the results of an address: a report makes many tables of the same."""
-    keep = "" if is_screen else "; `match DIR --edges all` would keep them"
-    logger.info("some matches are not in the run and are searched now%s", keep)
+    remedy = "; `match DIR --edges all` would keep them" if kept else ""
+    logger.info("some matches are not in the run and are searched now%s", remedy)
 
 
 class Neighbours:
@@ -342,31 +357,25 @@ class Neighbours:
         design = self._given.design
         (query, target) = (design.groups[int(design.group_of(rows[:1])[0])] for rows in (queries, targets))
         whole = query == target or not self._corrected or len(asking) == query.cells
-        if whole and len(targets) == target.cells and self._kept(query.code, target.code):
+        if whole and len(targets) == target.cells and self._given.counterparts.keeps(query.code, target.code):
             edges = self._given.counterparts.edges(queries, [(query.code, target.code)], distances=False)
             return edges[query.code, target.code][0][:, 0].astype(np.int64)
         return self._searched(queries, targets, asking)
-
-    def _kept(self, query: int, target: int) -> bool:
-        groups = self._given.design.groups
-        if groups[target].condition in (0, groups[query].condition):
-            return True
-        searched = self._given.counterparts.searched
-        return searched is not None and searched.holds(query, target)
 
     @property
     def _corrected(self) -> bool:
         return self._given.counterparts.hubs == "csls"
 
     def _searched(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
-        _say_that_matches_are_searched(self._given.storage.url, is_screen=self._given.design.is_screen)
-        return self._given.counterparts.search(queries, targets, asking)[0][:, 0]
+        design = self._given.design
+        _say_that_matches_are_searched(self._given.storage.url, kept=not (design.onto or design.is_screen))
+        return self._given.counterparts.between(self._given.embedding)(queries, targets, asking)[0][:, 0]
 
 
 def _control(given: StatisticsInput, codes: np.ndarray, number: int) -> Control:
-    shared = given.expression, given.columns
-    placebo = placebo_moments(codes, number, given.design, given.counterparts, *shared)
-    plain = plain_expression(codes, number, rows_of_condition(given.design, 0), *shared)
+    baseline = given.baseline
+    placebo = placebo_moments(codes, number, given.counterparts, given.expression, given.columns, baseline)
+    plain = plain_expression(codes, number, rows_of_condition(given.design, baseline), given.expression, given.columns)
     return Control(plain, None if placebo is None else placebo.spread)
 
 
@@ -384,9 +393,13 @@ def _described(
         near_effects.add(values, np.where(near[rows], codes[rows], -1))
     rows = rows_of_condition(given.design, code)
     plain = plain_expression(codes, number, rows, given.expression, given.columns)
-    quality = match_quality(codes, number, near, given.design, given.counterparts, [code])
-    of_matches = (values[:, code] for values in (quality.purity, quality.effective_cells, quality.without_overlap))
-    return Described(effects, near_effects, plain, control, *of_matches)
+    quality = match_quality(codes, number, near, given.counterparts, [code], given.baseline)
+    purity, effective, without = (
+        values[:, code] for values in (quality.purity, quality.effective_cells, quality.without_overlap)
+    )
+    if given.baseline:  # what is near is known of the control alone
+        without = np.full_like(purity, np.nan)
+    return Described(effects, near_effects, plain, control, purity, effective, without)
 
 
 def effects_by_condition(
@@ -399,8 +412,9 @@ def effects_by_condition(
     cells = np.bincount(given.design.group_conditions, weights=np.diff(given.design.starts))[list(conditions)]
     number = np.cumsum(cells) * len(given.columns) // HELD_EFFECTS
     for run in np.split(np.asarray(conditions), np.flatnonzero(np.diff(number)) + 1):
-        if len(run) == 1:
-            yield int(run[0]), individual_effects(given, codes, [int(run[0])])
+        if len(run) == 1 or given.baseline:
+            for code in run.tolist():
+                yield code, individual_effects(given, codes, [code])
             continue
         rows = np.sort(np.concatenate([rows_of_condition(given.design, code) for code in run]))
         rows = rows[codes[rows] >= 0]
@@ -414,24 +428,30 @@ def individual_effects(
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     """Give packed rows and the individual effects of their cells, part by part."""
     for code in conditions:
+        if given.baseline:
+            question = effect_question(code, given.baseline)
         for group in given.design.with_condition(code):
             rows = np.arange(group.start, group.stop)
             for part in parts(rows[codes[rows] >= 0], len(given.columns)):
-                yield part, _effects(given, part)
+                if given.baseline:
+                    question = effect_question(code, given.baseline)
+                    yield part, compute(question, given.counterparts, given.expression, part, given.columns)
+                else:
+                    yield part, _effects(given, part)
 
 
 def _effects(given: StatisticsInput, rows: np.ndarray) -> np.ndarray:
     """Return the individual effects of cells, (rows, genes), as they are stored or else computed."""
     if given.stored_ite:
-        return read_dense(given.storage, f"layers/{keys.LAYER_ITE}", rows, given.columns)
+        return given.counterparts.dense(f"layers/{keys.LAYER_ITE}", rows, given.columns)
     return compute(layer_question(keys.LAYER_ITE), given.counterparts, given.expression, rows, given.columns)
 
 
 def _tested(given: StatisticsInput, compared: Compared, number: int, asked: CateQuestion) -> Tested:
     """Test one population and condition, through the matches, on plain means and through state."""
     code, means, space, replicates = compared.code, compared.means, compared.space, compared.replicates
-    there = np.flatnonzero(np.isin(replicates.conditions, (0, code)) & (means.cells[number] > 0))
-    kept, paired = kept_replicates(replicates, means.included[number], code)
+    there = np.flatnonzero(np.isin(replicates.conditions, (given.baseline, code)) & (means.cells[number] > 0))
+    kept, paired = kept_replicates(replicates, means.included[number], code, given.baseline)
     # A donor once, not per condition.
     left_out = tuple(dict.fromkeys(replicates.donors[r] for r in there if r not in kept))
     if paired and (asked.covariates or asked.population == "treated"):
@@ -451,7 +471,7 @@ def _tested(given: StatisticsInput, compared: Compared, number: int, asked: Cate
         found = decomposed(own, within, test, left_out_of) if ask is None else ask.decomposed(space, own, total)
         size = float(np.median(means.cells[number, kept]))
         parts = Decomposition(*found, size, float(space.reliability[number]))
-    treated = int((replicates.conditions[kept] != 0).sum())
+    treated = int((replicates.conditions[kept] == code).sum())
     return Tested(treated, len(kept) - treated, left_out, matched, total, parts)
 
 
@@ -470,7 +490,7 @@ class _Asking:
     def decomposed(self, space: StateSpace, own: np.ndarray, total: Part) -> tuple[Part, Part, Part]:
         """Return the total, and what the treated donors' cells find at their own state."""
         asking = self._means(StateNeighbours(space))
-        treated = self.replicates.conditions[self.kept] != 0
+        treated = self.replicates.conditions[self.kept] != self.given.baseline
         found = asking[treated].mean(axis=0)
         within = Part.of(self._test(asking), left_out_effects(found, treated))
         shift = Part.of(self._test(own[None] - asking), left_out_effects(own - found, treated))
@@ -482,7 +502,8 @@ class _Asking:
         return query_means(self.population, chosen, self.replicates, nearest, sample.expression, sample.columns)
 
     def _test(self, asking: np.ndarray) -> DonorTest:
-        return asked_by_treated_test(asking, self.replicates.conditions[self.kept] != 0, seed=self.given.seed)
+        treated = self.replicates.conditions[self.kept] != self.given.baseline
+        return asked_by_treated_test(asking, treated, seed=self.given.seed)
 
 
 def _tests_of(
@@ -492,7 +513,7 @@ def _tests_of(
 
     It is paired where donors are in both conditions, else Welch's, or a model.
     """
-    treated = replicates.conditions[kept] != 0
+    treated = replicates.conditions[kept] != given.baseline
     if not treated.any() or treated.all():
         nothing = np.full(len(given.genes), np.nan)
         return lambda _: untested(nothing), lambda _: nothing[None]
@@ -504,27 +525,29 @@ def _tests_of(
         )
     if not paired:
         return lambda values: welch_test(values, treated, seed=given.seed), lambda v: left_out_effects(v, treated)
-    ups, downs = pairs_of(replicates, kept)
+    ups, downs = pairs_of(replicates, kept, given.baseline)
     return (
         lambda values: paired_test(values[ups] - values[downs], seed=given.seed),
         lambda values: left_out_differences(values[ups] - values[downs]),
     )
 
 
-def kept_replicates(replicates: Replicates, included: np.ndarray, code: int) -> tuple[np.ndarray, bool]:
+def kept_replicates(
+    replicates: Replicates, included: np.ndarray, code: int, baseline: int = 0
+) -> tuple[np.ndarray, bool]:
     """Return which replicates a test of a condition is of, and whether they are pairs.
 
     Where donors are there in both conditions, these alone; else all that are included.
     """
-    enough = np.flatnonzero(included & np.isin(replicates.conditions, (0, code)))
+    enough = np.flatnonzero(included & np.isin(replicates.conditions, (baseline, code)))
     donors = pd.Series([replicates.donors[r] for r in enough], dtype=object)
     paired = enough[donors.duplicated(keep=False).to_numpy()]
     return (paired, True) if len(paired) else (enough, False)
 
 
-def pairs_of(replicates: Replicates, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pairs_of(replicates: Replicates, kept: np.ndarray, baseline: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return where, among those kept, each donor's treated replicate stands, and where its control one."""
-    treated = replicates.conditions[kept] != 0
+    treated = replicates.conditions[kept] != baseline
     order = np.argsort([replicates.donors[r] for r in kept], kind="stable")  # each donor's two, one after the other
     return order[treated[order]], order[~treated[order]]
 
@@ -554,6 +577,7 @@ def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Descr
     values: dict[str, Any] = {
         "population": name,
         "condition": given.design.conditions[code],
+        "baseline": given.design.conditions[given.baseline],
         "gene": given.genes.to_numpy(),
         "cells": int(n),
         "treated_donors": tested.treated,
@@ -575,7 +599,7 @@ def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Descr
         "impure": bool(told.purity[number] < PURE),
         "effective_control_cells": told.effective_cells[number],
         "without_overlap": told.without_overlap[number],
-        "mean_ite_overlap": told.near_effects.mean[number],
+        "mean_ite_overlap": nothing if given.baseline else told.near_effects.mean[number],
     }
     return pd.DataFrame(values, index=range(len(given.genes)))
 

@@ -20,7 +20,6 @@ from ndreamer_dist.cohort.design import Group
 from ndreamer_dist.effects.averages import effective_number
 from ndreamer_dist.matching.exact import nearest
 from ndreamer_dist.results.on_demand import compute, layer_question
-from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.stats.cate_table import StatisticsInput, column, populations_of, replicates_of
 from ndreamer_dist.stats.populations import Replicates
 from ndreamer_dist.storage.arrays import open_array
@@ -152,7 +151,7 @@ def effective_controls(group: Group, given: StatisticsInput) -> float:
     if group.condition == 0:
         return np.nan
     rows = np.arange(group.start, group.stop)
-    pairs = [(group.code, control.code) for control in given.design.with_condition(0)]
+    pairs = [(group.code, control.code) for control in given.design.counted(0, group)]
     found = given.counterparts.edges(rows, pairs, distances=False)
     near = np.concatenate([rows[:, : given.counterparts.neighbours].ravel() for rows, _ in found.values()])
     return effective_number(np.bincount(near[near >= 0]))
@@ -171,7 +170,7 @@ def distortion(rows: np.ndarray, given: StatisticsInput, *, stored_denoised: boo
     """Return the mean correlation of cells' denoised with their measured expression, and the mean squared difference."""
     raw = given.expression.read(rows, given.columns).toarray().astype(np.float64)
     if stored_denoised:
-        denoised = read_dense(given.storage, f"layers/{keys.LAYER_DENOISED}", rows, given.columns)
+        denoised = given.counterparts.dense(f"layers/{keys.LAYER_DENOISED}", rows, given.columns)
     else:
         question = layer_question(keys.LAYER_DENOISED)
         denoised = compute(question, given.counterparts, given.expression, rows, given.columns)
@@ -216,7 +215,7 @@ def mixing(given: StatisticsInput, populations: np.ndarray, cells: int) -> pd.Da
     rows = np.concatenate([np.arange(g.start, g.start + int(np.ceil(share * g.cells))) for g in groups])
     rows = rows[populations[rows] >= 0]
     name = f"obsm/{given.embedding}"
-    embedded = read_dense(given.storage, name, rows, np.arange(open_array(given.storage, name).shape[1]))
+    embedded = given.counterparts.dense(name, rows, np.arange(open_array(given.storage, name).shape[1]))
     measured = principal_components(given.expression.read(rows, given.columns))
     of = design.group_of(rows)
     batches, conditions = np.array([group.batch for group in design.groups])[of], design.group_conditions[of]

@@ -68,10 +68,10 @@ def null_table(
     space = space_of(given, by, donor_key, codes, everyone, min_cells)
     tables = []
     for code in conditions:
-        replicates = everyone.against_control(code)
+        replicates = everyone.against(0, code)
         if not _testable(replicates, replicates.counts(codes, len(names)) >= min_cells, code):
             continue
-        means = means_of(given, codes, len(names), replicates, [code], min_cells, space)
+        means = means_of(given, codes, replicates, [code], min_cells, space)
         sample = sampled(codes, len(names), replicates, Neighbours(given))
         for number, name in enumerate(names):
             kept, paired = kept_replicates(replicates, means.included[number], code)

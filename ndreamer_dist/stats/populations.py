@@ -82,14 +82,14 @@ class Replicates:
             found += [Piece(int(r), group.code, group.start + np.flatnonzero(inside == r)) for r in np.unique(inside)]
         return tuple(found)
 
-    def against_control(self, condition: int) -> Replicates:
-        """Return the replicates of the control and of one condition, in their order; cells of others have none (-1)."""
-        chosen = np.flatnonzero(np.isin(self.conditions, (0, condition)))
+    def against(self, baseline: int, condition: int) -> Replicates:
+        """Return the replicates of two conditions, in their order; cells of others have none (-1)."""
+        chosen = np.flatnonzero(np.isin(self.conditions, (baseline, condition)))
         place = np.full(len(self) + 1, -1)
         place[chosen] = np.arange(len(chosen))
         of_cell = np.full(len(self.of_cell), -1, dtype=self.of_cell.dtype)
         pieces = tuple(
-            replace(p, replicate=int(place[p.replicate])) for c in (0, condition) for p in self._pieces_of[c]
+            replace(p, replicate=int(place[p.replicate])) for c in (baseline, condition) for p in self._pieces_of[c]
         )
         for piece in pieces:
             of_cell[piece.rows] = piece.replicate
@@ -132,7 +132,7 @@ class PopulationMeans:
     own
         (populations, replicates, genes) plain means, pseudobulk.
     matched
-        By condition code: m of the replicates of that condition and the control, (populations, replicates, genes).
+        By condition code: m of the replicates of that condition and the baseline, (populations, replicates, genes).
     within
         The same through the neighbours in state, if they were asked for.
     """
@@ -155,6 +155,7 @@ def population_means(
     conditions: Sequence[int],
     min_cells: int,
     within: Nearest | None = None,
+    baseline: int = 0,
 ) -> PopulationMeans:
     """Return each replicate's mean expression in every population, plain and through the matches.
 
@@ -163,15 +164,17 @@ def population_means(
     populations
         (cells,) population of every packed row, -1 for none; there are `number` of them.
     conditions
-        Codes to compare with the control.
+        Codes to compare with the baseline.
     min_cells
         Own cells that a replicate needs in a population.
     within
         Other neighbours, in state, to be looked through as well; populations without a neighbour are NaN.
+    baseline
+        Code of the condition to compare with; the control's by default.
     """
     cells = replicates.counts(populations, number)
     included = cells >= min_cells
-    questions = {c: included & np.isin(replicates.conditions, (0, c)) for c in conditions}
+    questions = {c: included & np.isin(replicates.conditions, (baseline, c)) for c in conditions}
     own = np.zeros((number, len(replicates), len(columns)))
     ways = [nearest] if within is None else [nearest, within]
     through = {(w, c): np.zeros_like(own) for w in range(len(ways)) for c in conditions}

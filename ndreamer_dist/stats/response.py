@@ -152,7 +152,7 @@ def _own_effects(given: ResponseInput, rows: np.ndarray) -> Iterator[tuple[slice
 
 def _differences(given: ResponseInput, rows: np.ndarray) -> np.ndarray:
     design = given.counterparts.design
-    controls = design.with_condition(0)
+    controls = design.counted(0, design.groups[int(design.group_of(rows[:1])[0])])
     is_control = design.group_conditions[design.group_of(rows[:1])[0]] == 0
     if is_control and len(controls) == 1:
         code = controls[0].code

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
+from ndreamer_dist.matching.between import StateSpace
 from ndreamer_dist.results.annotations import Annotation, annotation_of, read_annotations, write_annotations
 from ndreamer_dist.results.cohort import Cohort
-from ndreamer_dist.results.reader import Labels, ResultsReader, counted, results_storage
+from ndreamer_dist.results.reader import Labels, ResultsReader, results_storage
 from ndreamer_dist.stats.cate_table import (
     MIN_CELLS,
     CateQuestion,
@@ -31,7 +32,8 @@ from ndreamer_dist.stats.diagnostics import Diagnostics, diagnose
 from ndreamer_dist.stats.null import null_table
 from ndreamer_dist.stats.populations import Replicates
 from ndreamer_dist.stats.response import ResponseInput, response_table
-from ndreamer_dist.stats.state_space import StateSource, StateSpace
+from ndreamer_dist.stats.state_space import StateSource
+from ndreamer_dist.storage.counted import counted
 from ndreamer_dist.storage.files import Storage
 
 DIAGNOSED_CELLS = 4000
@@ -90,7 +92,7 @@ class Results(ResultsReader):
             before = read_annotations(self.storage, self._cells.index)
             kept = pd.concat([before.drop(columns=table.columns, errors="ignore"), table], axis=1)
             write_annotations(self.storage, kept)
-            for name in ("_cells", "_input_cells"):
+            for name in ("_cells", "_input_cells", "_all_cells"):
                 self.__dict__.pop(name, None)
         return annotation
 
@@ -100,6 +102,7 @@ class Results(ResultsReader):
         by: Labels = None,
         *,
         condition: str | None = None,
+        baseline: str | None = None,
         genes: Sequence[str] | None = None,
         cohort: Cohort | None = None,
         donor_key: str | None = None,
@@ -120,7 +123,10 @@ class Results(ResultsReader):
             Column of `obs` that names populations, a cell type say, or a Series of labels by cell; by default all cells
             are one population.
         condition
-            The one to compare with the control; by default every one.
+            The one to compare with the baseline; by default every one.
+        baseline
+            The condition to compare with; by default the control. Where the run did not match the two with each other,
+            the matches are searched now. Donors seen under both are paired, whatever the control.
         genes, cohort
             As elsewhere; genes that were not modelled are found in the input cohort, if given.
         donor_key
@@ -148,7 +154,8 @@ class Results(ResultsReader):
         `p_adjusted` is Benjamini-Hochberg's over the genes of one population and condition, `p_adjusted_all` over the
         whole table. Of the matches: `match_purity` (share inside the population; `impure` below 0.7),
         `effective_control_cells`, `without_overlap` (share of cells without a near control match) and
-        `mean_ite_overlap` (the mean without those).
+        `mean_ite_overlap` (the mean without those). With another baseline than the control, `control` in a column's name
+        means the baseline, `mean_ite` and the sign test are of the condition's cells against it, and the last two are NaN.
 
         Raises
         ------
@@ -157,10 +164,16 @@ class Results(ResultsReader):
         """
         results, by = self.labelled(by)
         asked = CateQuestion(by, condition, donor_key, min_cells, population, covariates)
-        return cate_table(results._statistics_input(genes, cohort), asked)
+        return cate_table(results._statistics_input(genes, cohort, baseline), asked)
 
     def cate_parts(
-        self, by: Labels = None, *, genes: Sequence[str] | None = None, cohort: Cohort | None = None, **asked: Any
+        self,
+        by: Labels = None,
+        *,
+        baseline: str | None = None,
+        genes: Sequence[str] | None = None,
+        cohort: Cohort | None = None,
+        **asked: Any,
     ) -> Iterator[pd.DataFrame]:
         """Give the rows of `cate` in parts, one condition and population after the other, for screens of many conditions.
 
@@ -168,7 +181,7 @@ class Results(ResultsReader):
         """
         results, by = self.labelled(by)
         question = CateQuestion(by, **asked)
-        yield from (part for _, part in cate_parts(results._statistics_input(genes, cohort), question))
+        yield from (part for _, part in cate_parts(results._statistics_input(genes, cohort, baseline), question))
 
     @counted
     def donor_means(
@@ -176,6 +189,7 @@ class Results(ResultsReader):
         by: str | pd.Series,
         *,
         condition: str | None = None,
+        baseline: str | None = None,
         genes: Sequence[str] | None = None,
         cohort: Cohort | None = None,
         donor_key: str | None = None,
@@ -190,7 +204,7 @@ class Results(ResultsReader):
         several conditions, the control donors are there once for each contrast.
         """
         results, name = self.labelled(by)
-        sample = results._statistics_input(genes, cohort)
+        sample = results._statistics_input(genes, cohort, baseline)
         return donor_means(sample, by=str(name), condition=condition, donor_key=donor_key, min_cells=min_cells)
 
     @counted
@@ -316,20 +330,22 @@ class Results(ResultsReader):
         StoreError
             `denoised` is not stored, and the matches that it is computed from are not there.
         """
-        stored = keys.LAYER_DENOISED in self.layers
+        stored = keys.LAYER_DENOISED in self.layers and self.stored is None
         results, by = self.labelled(by)
         sample = results._statistics_input(None, None)
         return diagnose(sample, by=by, donor_key=donor_key, cells=cells, stored_denoised=stored)
 
-    def _statistics_input(self, genes: Sequence[str] | None, cohort: Cohort | None) -> StatisticsInput:
+    def _statistics_input(
+        self, genes: Sequence[str] | None, cohort: Cohort | None, baseline: str | None = None
+    ) -> StatisticsInput:
         """Return what the tables of statistics are made from."""
         expression, table = self._expression(cohort)
         columns = self._columns(genes, table)
-        stored = cohort is None and keys.LAYER_ITE in self.layers
+        stored = cohort is None and keys.LAYER_ITE in self.layers and self.stored is None
         return StatisticsInput(
-            self.storage, self.design, self._cells, self.counterparts, expression, columns, table.index[columns],
+            self.storage, self.design, self._all_cells, self.counterparts, expression, columns, table.index[columns],
             stored_ite=stored, seed=int(self.uns.get("seed", 0)), embedding=self.embedding_key, state=self._state_source,
-            spaces=self._state_spaces,
+            spaces=self._state_spaces, baseline=self.design.condition_code(baseline or self.control),
         )  # fmt: skip
 
     @cached_property
@@ -337,7 +353,7 @@ class Results(ResultsReader):
         """What coordinates of state are made from: the modelled genes, and the cells' counts where the input was counts."""
         expression, genes = self._expression(None)
         modelled = genes.get(keys.VAR_MODELLED, pd.Series(True, index=genes.index)).to_numpy(dtype=bool)
-        totals = self._cells.get(keys.OBS_TOTAL)
+        totals = self._all_cells.get(keys.OBS_TOTAL)
         counts = None if totals is None else totals.to_numpy(dtype=np.float64)
         return StateSource(expression, np.flatnonzero(modelled), counts, int(self.uns.get("seed", 0)))
 

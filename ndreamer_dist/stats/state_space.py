@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from ndreamer_dist.embedding import state
 from ndreamer_dist.embedding.axes import Moments, moments_of, within_covariance
-from ndreamer_dist.matching.exact import nearest
+from ndreamer_dist.matching.between import StateSpace
 from ndreamer_dist.results.on_demand import Expression
 from ndreamer_dist.stats.populations import Replicates
 
@@ -56,67 +56,6 @@ class StateSource:
     columns: np.ndarray
     totals: np.ndarray | None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class StateSpace:
-    """Coordinates inside populations.
-
-    Attributes
-    ----------
-    points
-        (cells, k) float32.
-    populations
-        (cells,) population of every packed row that has coordinates, else -1.
-    dimensions
-        (populations,) how many coordinates each uses; 0 where it has none.
-    reliability
-        (populations,) mean share of a cell's coordinates that is signal; NaN where it has none.
-    """
-
-    points: np.ndarray
-    populations: np.ndarray
-    dimensions: np.ndarray
-    reliability: np.ndarray
-
-
-class StateNeighbours:
-    """Nearest neighbours in state coordinates, inside populations: a `Nearest`.
-
-    All cells that may ask are looked up in one piece at once, and kept until another piece is asked for.
-
-    Parameters
-    ----------
-    rows
-        Packed rows of the cells that may ask, ascending; by default all.
-    """
-
-    def __init__(self, space: StateSpace, rows: np.ndarray | None = None) -> None:
-        self._space = space
-        self._rows = np.arange(len(space.populations)) if rows is None else rows
-        self._targets = np.empty(0, dtype=np.int64)
-        self._found = np.empty(0, dtype=np.int64)
-
-    def __call__(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:  # noqa: ARG002
-        """Return the nearest target of every query in its population, itself left out; -1 for none."""
-        if not np.array_equal(targets, self._targets):
-            self._targets, self._found = targets, self._searched(targets)
-        return self._found[np.searchsorted(self._rows, queries)]
-
-    def _searched(self, targets: np.ndarray) -> np.ndarray:
-        populations, points = self._space.populations, self._space.points
-        found = np.full(len(self._rows), -1, dtype=np.int64)
-        for code in np.unique(populations[targets]):
-            if code < 0:
-                continue
-            asking = np.flatnonzero(populations[self._rows] == code)
-            rows, near = self._rows[asking], targets[populations[targets] == code]
-            k = self._space.dimensions[code]
-            place = np.minimum(np.searchsorted(near, rows), len(near) - 1)
-            own = np.where(near[place] == rows, place, -1)
-            places = nearest(points[rows, :k], points[near, :k], 1, exclude=own).rows[:, 0]
-            found[asking] = np.where(places < 0, -1, near[places])
-        return found
 
 
 def state_space(

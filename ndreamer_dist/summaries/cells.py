@@ -91,21 +91,21 @@ def rows_of_condition(design: Design, condition: int) -> np.ndarray:
     return np.concatenate([np.arange(group.start, group.stop) for group in design.with_condition(condition)])
 
 
-def placebo_halves(design: Design) -> tuple[list[int], list[int]]:
-    """Return the control groups in two halves, by turns: the effect of one on the other is noise."""
-    controls = [group.code for group in design.with_condition(0)]
+def placebo_halves(design: Design, baseline: int = 0) -> tuple[list[int], list[int]]:
+    """Return the groups of the control, or another baseline, in two halves, by turns: between them there is only noise."""
+    controls = [group.code for group in design.stored(baseline)]
     return controls[::2], controls[1::2]
 
 
-def placebo_average(design: Design, counterparts: Counterparts, rows: np.ndarray) -> Average:
-    """Return what the placebo effect averages: F over one half of the control groups minus F over the other.
+def placebo_average(design: Design, counterparts: Counterparts, rows: np.ndarray, baseline: int = 0) -> Average:
+    """Return what the placebo effect averages: F over one half of the baseline's groups minus F over the other.
 
     Parameters
     ----------
     rows
-        Packed rows of control cells, ascending.
+        Packed rows of cells of the baseline, ascending.
     """
-    halves = placebo_halves(design)
+    halves = placebo_halves(design, baseline)
     signs = {code: sign / len(half) for sign, half in zip((1.0, -1.0), halves, strict=True) for code in half}
     pairs = {(group.code, code) for group, _ in segments(design, rows) for code in signs if code != group.code}
     edges = counterparts.edges(rows, pairs, distances=False)
@@ -122,16 +122,17 @@ def placebo_average(design: Design, counterparts: Counterparts, rows: np.ndarray
 
 
 def placebo_moments(
-    populations: np.ndarray, number: int, design: Design, counterparts: Counterparts, expression: Expression,
-    columns: np.ndarray,
+    populations: np.ndarray, number: int, counterparts: Counterparts, expression: Expression, columns: np.ndarray,
+    baseline: int = 0,
 ) -> EffectMoments | None:  # fmt: skip
-    """Return the moments of the placebo effect over each population's control cells; none below two control groups."""
-    if len(design.with_condition(0)) < 2:
+    """Return the moments of the placebo effect over each population's baseline cells; none below two groups of them."""
+    design = counterparts.design
+    if len(design.stored(baseline)) < 2:
         return None
     moments = EffectMoments.empty(number, len(columns))
-    control = rows_of_condition(design, 0)
+    control = rows_of_condition(design, baseline)
     for rows in parts(control[populations[control] >= 0], len(columns)):
-        average = placebo_average(design, counterparts, rows)
+        average = placebo_average(design, counterparts, rows, baseline)
         held = np.unique(average.row)
         (values,) = average_through([average], [(held, expression.read(held, columns))], len(columns))
         moments.add(values, populations[rows])
@@ -173,10 +174,10 @@ def plain_expression(
 
 
 def match_quality(
-    populations: np.ndarray, number: int, near: np.ndarray, design: Design, counterparts: Counterparts,
-    conditions: Sequence[int],
+    populations: np.ndarray, number: int, near: np.ndarray, counterparts: Counterparts, conditions: Sequence[int],
+    baseline: int = 0,
 ) -> MatchQuality:  # fmt: skip
-    """Return how good the control matches are.
+    """Return how good the matches in the control, or another baseline, are.
 
     Parameters
     ----------
@@ -185,10 +186,10 @@ def match_quality(
     conditions
         Codes of the conditions whose cells are looked at.
     """
+    design = counterparts.design
     shape = (number, len(design.conditions))
     pure, matched, used, squares, cells, far = (np.zeros(shape) for _ in range(6))
-    controls = [group.code for group in design.with_condition(0)]
-    control_rows = rows_of_condition(design, 0)
+    control_rows = rows_of_condition(design, baseline)
     for condition in conditions:
         weight = np.zeros((number, len(control_rows)), dtype=np.float32)
         for group in design.with_condition(condition):
@@ -198,7 +199,8 @@ def match_quality(
             code = populations[rows]
             cells[:, condition] += np.bincount(code, minlength=number)
             far[:, condition] += np.bincount(code[~near[rows]], minlength=number)
-            edges = counterparts.edges(rows, [(group.code, control) for control in controls], distances=False)
+            pairs = [(group.code, control.code) for control in design.counted(baseline, group)]
+            edges = counterparts.edges(rows, pairs, distances=False)
             for found, _ in edges.values():
                 first = found[:, 0]
                 known = first >= 0

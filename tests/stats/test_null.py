@@ -175,7 +175,7 @@ def test_under_the_true_labels_the_tests_are_those_of_the_cate_table(results: Re
     name = table["population"].iloc[0]
     codes = np.where(results.packed_obs["cell_type"].astype(str) == name, 0, -1)
     replicates, nearest = replicates_of(given, None), Neighbours(given)
-    means = means_of(given, codes, 1, replicates, [1], 1)
+    means = means_of(given, codes, replicates, [1], 1)
     assert means.included.all()
     labels, every = (replicates.conditions != 0)[None], np.arange(len(replicates))
     found = donor_p(means.matched[1][0], means.own[0], labels, seed=given.seed)

@@ -9,9 +9,10 @@ from scipy import sparse
 
 from ndreamer_dist.cohort.statistics import normalised
 from ndreamer_dist.embedding import state
+from ndreamer_dist.matching.between import StateNeighbours
 from ndreamer_dist.stats import state_space as module
 from ndreamer_dist.stats.populations import Replicates
-from ndreamer_dist.stats.state_space import StateNeighbours, StateSource, state_space
+from ndreamer_dist.stats.state_space import StateSource, state_space
 from tests.cohorts import design_of
 from tests.stats.test_populations import InMemory
 

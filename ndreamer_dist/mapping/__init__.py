@@ -1,0 +1,1 @@
+"""Cells of new donors, batches and conditions on a finished run."""

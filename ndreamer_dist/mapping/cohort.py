@@ -1,0 +1,144 @@
+"""The cohort stage of cells that are mapped onto a finished run: their groups, their totals and the run's genes among theirs.
+
+Input: a source and the run. Output: the same files as the cohort stage of a run. The values are treated as the run's were.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.genes import FILES, NO_COUNTS, kept_cells, summary_of, write_cohort
+from ndreamer_dist.cohort.packed import read_table
+from ndreamer_dist.cohort.source import Source
+from ndreamer_dist.cohort.statistics import Recipe, scan
+from ndreamer_dist.cohort.tables import gene_places
+from ndreamer_dist.cohort.values import Decision, decide_values
+from ndreamer_dist.compute.executor import Runtime
+from ndreamer_dist.errors import CohortError, listing
+from ndreamer_dist.mapping.design import mapped_design
+from ndreamer_dist.mapping.reference import Reference
+from ndreamer_dist.rundir.directory import Shard
+from ndreamer_dist.rundir.stage import StageRun
+from ndreamer_dist.settings import CohortSettings
+
+logger = logging.getLogger(__name__)
+
+NAMED_GENES = 20
+"""Missing genes that are named."""
+
+
+@dataclass(frozen=True)
+class Genes:
+    """Which of the run's genes a cohort has.
+
+    Attributes
+    ----------
+    names
+        (input genes,) what the run calls each gene of the cohort that it modelled; none for the others.
+    missing
+        The run's genes that the cohort has not.
+    """
+
+    names: np.ndarray
+    missing: tuple[str, ...]
+
+
+def genes_of(source: Source, modelled: tuple[str, ...], fill: float) -> Genes:
+    """Return the run's genes in a cohort, found by name, id or symbol.
+
+    Parameters
+    ----------
+    fill
+        Share of the run's genes that may be missing; they count as zeros.
+
+    Raises
+    ------
+    CohortError
+        More are missing, or one stands for several genes of the cohort.
+    """
+    places = gene_places(source.gene_names, source.var, modelled)
+    missing = tuple(name for name in modelled if not places[name])
+    several = [name for name in modelled if len(places[name]) > 1]
+    if several:
+        meant = listing(source.gene_names[places[several[0]]])
+        msg = (
+            f"{listing(several[:1])} of the run's genes may be several of {source.name}: {meant}; leave one of them in"
+        )
+        raise CohortError(msg)
+    share = len(missing) / len(modelled)
+    named = listing(missing, limit=NAMED_GENES)
+    if share > fill:
+        msg = (
+            f"{source.name} lacks {len(missing)} of the {len(modelled)} genes that the run models ({share:.2%}): {named}; "
+            f"--fill-missing-genes {np.ceil(share * 1000) / 1000:g} takes them as zeros (or name genes by another column: "
+            "--gene-names)"
+        )
+        raise CohortError(msg)
+    if missing:
+        logger.warning(
+            "map: %d of the run's %d genes are missing and count as zeros: %s", len(missing), len(modelled), named
+        )
+    names = np.full(source.n_genes, None, dtype=object)
+    for name, found in places.items():
+        if found:
+            names[found[0]] = name
+    return Genes(names, missing)
+
+
+def values_of(source: Source, reference: Reference, cohort: CohortSettings) -> Decision:
+    """Return how the values are treated, as the run's were; `CohortError` where they cannot be."""
+    return decide_values(source, reference.home.read_json(keys.COHORT_SUMMARY)["normalise"], cohort.log_base)
+
+
+def refuse_known_cells(source: Source, reference: Reference) -> None:
+    """Refuse cells that are in the run already, by their names."""
+    twice = source.cell_names[source.cell_names.isin(reference.cell_names)]
+    if len(twice):
+        msg = f"{len(twice)} cells are in the run already, {str(twice[0])!r} first; leave them out, or rename cells that only share a name"
+        raise CohortError(msg)
+
+
+def run_mapped_cohort(
+    stage: StageRun, cohort: CohortSettings, source: Source, reference: Reference, runtime: Runtime, genes: Genes
+) -> Design:
+    """Check the new cells, give them their groups and write the tables; nothing is redone that is there."""
+    run, shard = stage.run, Shard("all", FILES)
+    if not stage.begin([shard]):
+        return Design.from_json(run.read_json(keys.DESIGN_JSON))
+    decision = values_of(source, reference, cohort)
+    source = source.in_natural_logs(decision.base)
+    recipe = Recipe(decision.normalise, _left(reference, source, cohort), cohort.min_genes, cohort.chunk_rows)
+    one = np.zeros(source.n_cells, dtype=np.int64)
+    found = scan(
+        source, source.task_matrix(runtime), one, recipe, runtime, integers=decision.integers, title="cohort: values"
+    )
+    keep, dropped_for = kept_cells(found, cohort)
+    made = mapped_design(source.obs, reference.design, cohort, keep)
+    reasons = np.where(dropped_for != "", dropped_for, made.reasons)
+    selected = np.array([name is not None for name in genes.names])
+    named = np.where(selected, genes.names, source.gene_names.to_numpy(dtype=object))
+    table = pd.DataFrame({"name": named, "selected": selected, "cells": found.expressed})
+    notes = [decision.seen, *source.notes]
+    if genes.missing:
+        notes.append(f"{len(genes.missing)} genes of the run are missing and count as zeros: {listing(genes.missing)}")
+    for reason in sorted(set(reasons[reasons != ""])):
+        notes.append(f"{int((reasons == reason).sum())} cells left out: {reason}")
+        logger.warning("map: %s", notes[-1]) if reason != NO_COUNTS else logger.info("map: %s", notes[-1])
+    summary = summary_of(cohort, decision, made.design, reasons, table, notes) | {"cells": made.design.own_cells}
+    stage.mark(shard, write_cohort(run, source, made.design, made.groups, found, table, reasons, summary))
+    return made.design
+
+
+def _left(reference: Reference, source: Source, cohort: CohortSettings) -> np.ndarray | None:
+    """Return which genes a cell's total is over, where the run filtered genes; none for all."""
+    if not cohort.min_cells:
+        return None
+    table = read_table(reference.home, keys.GENES_TABLE)
+    left = table.loc[(table["cells"] >= cohort.min_cells) | table["selected"], "name"]
+    return np.asarray(source.gene_names.isin(left))

@@ -1,0 +1,110 @@
+"""The design of cells that are mapped onto a finished run: its groups first, then theirs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist.cohort.design import EXCLUDED, Design, Group, batch_name, columns_of, group_name, named_column
+from ndreamer_dist.errors import CohortError, listing, quoted, suggest
+from ndreamer_dist.settings import CohortSettings
+
+
+@dataclass(frozen=True)
+class MappedDesign:
+    """The design, and of every new cell its group, -1 where it is left out, and why."""
+
+    design: Design
+    groups: np.ndarray
+    reasons: np.ndarray
+
+
+def mapped_design(obs: pd.DataFrame, stored: Design, cohort: CohortSettings, keep: np.ndarray) -> MappedDesign:
+    """Return the design of a run's groups and those of new cells.
+
+    New groups come in the order of their names, so that nothing depends on the order of the cells. Their conditions and
+    batches may be known or new; a pair of both that the run has is refused, since it was measured and counted already.
+
+    Parameters
+    ----------
+    stored
+        Of the run; all its groups count as stored.
+    keep
+        (cells,) bool, the new cells to look at.
+
+    Raises
+    ------
+    CohortError
+        A column is missing or has missing values; a group is in the run; or no group is large enough.
+    """
+    columns = {name: _names(obs, name) for name in (*stored.batch_keys, stored.condition_key)}
+    if not stored.batch_keys:  # one batch in the run: these are another
+        columns = {"": np.full(len(obs), f"mapped_{len(stored.batches)}", dtype=object), **columns}
+    table = pd.DataFrame(dict(enumerate(columns.values())))
+    condition = table.columns[-1]
+    left_out = table[condition].isin(cohort.exclude_conditions).to_numpy()
+    reasons = np.where(keep & left_out, EXCLUDED, "").astype(object)
+    codes = np.full(len(obs), -1, dtype=np.int32)
+    before = len(stored.groups)
+    made = replace(stored, mappings=(*stored.mappings, before))
+    small: dict[str, int] = {}
+    grouped = table[keep & ~left_out].groupby(list(table.columns), observed=True).groups
+    for key in sorted(grouped, key=str):
+        places, names = np.asarray(grouped[key], dtype=np.int64), (key if isinstance(key, tuple) else (key,))
+        if len(places) < cohort.min_group_cells and cohort.small_groups != "keep":
+            small[group_name(names[:-1], names[-1])] = len(places)
+            reasons[places] = f"group of fewer than {cohort.min_group_cells} cells"
+            continue
+        made = _with_group(made, names[:-1], names[-1], len(places))
+        codes[places] = made.groups[-1].code
+    if small and (cohort.small_groups == "error" or len(made.groups) == before):
+        sizes = listing([f"{name} ({cells})" for name, cells in small.items()])
+        msg = (
+            f"groups of fewer than {cohort.min_group_cells} cells: {sizes}; lower cohort.min_group_cells, or keep them "
+            "(--set cohort.small_groups=keep)"
+        )
+        raise CohortError(msg)
+    if len(made.groups) == before:
+        msg = "no cell is left to map"
+        raise CohortError(msg)
+    return MappedDesign(made, codes, reasons)
+
+
+def _names(obs: pd.DataFrame, name: str) -> np.ndarray:
+    """Return a column of names: (cells,) text."""
+    if name not in obs:
+        msg = (
+            f"the run's column {quoted(name)} is not in obs; there are {columns_of(obs)}.{suggest(name, obs.columns)} "
+            "Name the column as the run's cohort does"
+        )
+        raise CohortError(msg)
+    column = named_column(obs, name)
+    return np.array(column.levels, dtype=object)[column.codes]
+
+
+def _with_group(design: Design, levels: Sequence[str], condition: str, cells: int) -> Design:
+    """Return the design with one more group."""
+    name = group_name(levels, condition)
+    if name in {group.name for group in design.groups}:
+        msg = (
+            f"group {quoted(name)} is in the run already; cells of it that were measured anew are a batch of their own: "
+            f"give them another name in {listing(design.batch_keys)}"
+        )
+        raise CohortError(msg)
+    known = design.batch_levels
+    if design.batch_keys:
+        known = tuple(own if level in own else (*own, level) for own, level in zip(known, levels, strict=True))
+    batch = batch_name(levels)
+    batches = design.batches if batch in design.batches else (*design.batches, batch)
+    conditions = design.conditions if condition in design.conditions else (*design.conditions, condition)
+    group = Group(
+        code=len(design.groups), name=name, condition=conditions.index(condition), batch=batches.index(batch),
+        batch_codes=tuple(own.index(level) for own, level in zip(known, levels, strict=False)),
+        start=design.n_cells, stop=design.n_cells + cells,
+    )  # fmt: skip
+    return replace(
+        design, conditions=conditions, batch_levels=known, batches=batches, groups=(*design.groups, group)
+    )  # fmt: skip
