@@ -8,6 +8,9 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
+HELD_VALUES = 2**24
+"""Stored values of the counterparts' expression that are held at a time, about."""
+
 
 class Expression(Protocol):
     """Expression of the kept cells, by packed row."""
@@ -40,3 +43,33 @@ class JoinedExpression:
         cut = int(np.searchsorted(rows, self.first))
         parts = ((self.stored, rows[:cut]), (self.own, rows[cut:] - self.first))
         return sparse.vstack([part.read(here, columns) for part, here in parts if len(here)], format="csr")
+
+
+@dataclass(frozen=True)
+class HeldExpression:
+    """Expression of which some rows are held, since they are read again and again."""
+
+    expression: Expression
+    rows: np.ndarray
+    columns: np.ndarray
+    values: sparse.csr_matrix
+
+    @property
+    def density(self) -> float:
+        """See `Expression.density`."""
+        return self.expression.density
+
+    def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
+        """See `Expression.read`."""
+        if columns is self.columns and len(rows):
+            place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+            if np.array_equal(self.rows[place], rows):
+                return self.values[place]
+        return self.expression.read(rows, columns)
+
+
+def held(expression: Expression, rows: np.ndarray, columns: np.ndarray) -> Expression:
+    """Return expression with some rows and columns of it held; as it is, where these are too many values."""
+    if len(rows) * len(columns) * expression.density > HELD_VALUES:
+        return expression
+    return HeldExpression(expression, rows, columns, expression.read(rows, columns))

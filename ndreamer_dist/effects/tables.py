@@ -324,6 +324,7 @@ def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary:
     """Return `uns["ndreamer"]`: plain scalars, string arrays, and JSON text for the rest."""
     design = packed.design
     bearing = {name: getattr(settings, name).bearing() for name in type(settings).model_fields if name != "seed"}
+    bearing["denoise"]["neighbours"] = settings.denoise.counted(design.fewest_groups)
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     inside = Inside.read(canonical_json(summary.get(keys.UNS_WITHIN)), "the matches")
     notes = [] if inside is None else [str(inside), *([inside.warning] if inside.uneven else [])]

@@ -28,7 +28,7 @@ from ndreamer_dist.effects.averages import (
     layer_values,
     segments,
 )
-from ndreamer_dist.effects.expression import Expression
+from ndreamer_dist.effects.expression import HELD_VALUES, Expression
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.matching.between import SearchBetween
 from ndreamer_dist.matching.store import Matches
@@ -37,8 +37,6 @@ from ndreamer_dist.settings import DenoiseSettings, MatchSettings
 from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
 
-HELD_VALUES = 2**24
-"""Stored values of the counterparts' expression that are held at a time, about."""
 SUM_VALUES = 2**22
 """Cells times genes that are summed at a time."""
 PART_ENTRIES = 2**20
@@ -113,36 +111,6 @@ class StoredExpression:
             found = read_sparse(self.storage, batch, self.pointers, self.genes)
             parts.append(found if every else found[:, columns])
         return sparse.vstack(parts, format="csr")
-
-
-@dataclass(frozen=True)
-class HeldExpression:
-    """Expression of which some rows are held, since they are read again and again."""
-
-    expression: Expression
-    rows: np.ndarray
-    columns: np.ndarray
-    values: sparse.csr_matrix
-
-    @property
-    def density(self) -> float:
-        """See `Expression.density`."""
-        return self.expression.density
-
-    def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        """See `Expression.read`."""
-        if columns is self.columns and len(rows):
-            place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
-            if np.array_equal(self.rows[place], rows):
-                return self.values[place]
-        return self.expression.read(rows, columns)
-
-
-def held(expression: Expression, rows: np.ndarray, columns: np.ndarray) -> Expression:
-    """Return expression with some rows and columns of it held; as it is, where these are too many values."""
-    if len(rows) * len(columns) * expression.density > HELD_VALUES:
-        return expression
-    return HeldExpression(expression, rows, columns, expression.read(rows, columns))
 
 
 def batches(rows: np.ndarray, stored: np.ndarray) -> Iterator[np.ndarray]:

@@ -19,6 +19,7 @@ import pandas as pd
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.effects.expression import held
 from ndreamer_dist.errors import QueryError, listing, suggest
 from ndreamer_dist.matching.between import StateNeighbours, StateSpace
 from ndreamer_dist.results.on_demand import (
@@ -26,7 +27,6 @@ from ndreamer_dist.results.on_demand import (
     Expression,
     compute,
     effect_question,
-    held,
     layer_question,
 )
 from ndreamer_dist.stats.decomposition import Decomposition, Part, decomposed, decomposition_columns

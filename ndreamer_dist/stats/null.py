@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, special
 
+from ndreamer_dist.effects.expression import HELD_VALUES, Expression
 from ndreamer_dist.errors import QueryError
-from ndreamer_dist.results.on_demand import HELD_VALUES, Expression
 from ndreamer_dist.stats.cate_table import (
     Neighbours,
     StatisticsInput,
