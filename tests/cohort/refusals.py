@@ -52,7 +52,7 @@ No file holds these; an AnnData in memory does:
 TAIL = """
 ## What is not refused, but said
 
-Groups of fewer than `min_group_cells` cells (left out or kept, by name and size), cells without a single count (left
+Groups of fewer than `min_group_cells` cells (left out or kept, by name and size; in a screen merged), cells without a single count (left
 out), and batches without a control ("k of B batches hold no control: their controls come from the other batches",
 which is ordinary) are logged and kept in `cohort/summary.json`; `dropped.parquet` names every cell left out, with the
 reason. Fewer genes than `num_hvg` is fine: all are kept.
