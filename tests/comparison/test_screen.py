@@ -121,6 +121,7 @@ def test_pieces_compared_grow_with_conditions_and_not_with_their_square(
     assert calls.total() - one == one * (CONDITIONS - 1)
 
 
+@pytest.mark.slow
 def test_memory_of_the_table_does_not_grow_with_conditions(results: Results) -> None:
     list(results.cate_parts())  # what is made once is made
 
@@ -174,6 +175,7 @@ def test_a_figure_of_a_thousand_conditions_names_some() -> None:
     plt.close(axes.figure)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_screen_has_one_map_one_table_and_few_sections(results: Results, tmp_path: Path) -> None:
     nd.report(results, tmp_path / "r.html", by="cell_type", cells=300)
     html = (tmp_path / "r.html").read_text()
