@@ -87,6 +87,7 @@ def test_the_map_is_of_means_over_all_cells_whatever_their_populations(results: 
     np.testing.assert_allclose(pooled(parts)[0], found.effects.loc[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_parts_are_the_table_and_so_is_the_file(results: Results, tmp_path: Path) -> None:
     table = results.cate("cell_type")
     parts = pd.concat(results.cate_parts("cell_type"))

@@ -40,6 +40,7 @@ def runtime(ray_token: None) -> Iterator[RayRuntime]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_on_ray_a_process_keeps_its_gpu_and_one_that_torch_cannot_use_is_one_line(
     runtime: RayRuntime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

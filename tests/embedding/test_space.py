@@ -165,6 +165,7 @@ def test_an_interrupted_sum_goes_on_with_the_same_bits(cohort, finished, tmp_pat
     assert_same_bits(folder(finished, keys.STATE), tmp_path / "run", (keys.EMBEDDING, keys.MATCHES))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_tasks_on_ray_write_the_same_bits(cohort, finished, tmp_path, local_ray):
     run(cohort, tmp_path / "run", keys.STATE, **{"run.serial": False})

@@ -132,6 +132,7 @@ def test_after_all_that_the_same_command_ends_with_the_same_bits(
     assert_same_bits(reference, fetched(half_done, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_program_whose_server_answers_nothing_ends(server: SimpleNamespace, tmp_path: Path) -> None:
     server.answer = lambda method, path: Stall()
     words = run_words("s3://bucket/cohort.zarr", "s3://bucket/nothing", QUICK)  # type: ignore[arg-type]
