@@ -62,7 +62,7 @@ def test_genes_that_were_not_modelled_lead_among_all_genes(kang: nd.Results, rea
 @pytest.mark.parametrize(
     ("file", "control", "genes", "cells"),
     [
-        pytest.param("ctcl_skin.h5ad", "healthy", 2000, 1800, id="ctcl_nested_21309_genes"),
+        pytest.param("ctcl_skin.h5ad", "healthy", 2000, 1800, id="ctcl_nested_21309_genes", marks=pytest.mark.slow),
         pytest.param(
             "kang_pbmc_3donors_100genes.h5ad", "ctrl", 100, 9517, id="kang_crossed_100_genes", marks=pytest.mark.slow
         ),

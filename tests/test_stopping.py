@@ -73,9 +73,8 @@ def assert_stopped_well(run: Path, code: int, said: str, expected: int) -> None:
     assert not (run / keys.DONE / keys.STAGE_TRAIN).exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_training_leaves_a_checkpoint_of_its_last_step(
     cohort: Path, tmp_path: Path, number: int, code: int
 ) -> None:

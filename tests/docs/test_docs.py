@@ -32,7 +32,6 @@ TO_RUN = [page for page in PAGES if any(not block.reason for block in blocks(pag
 NAMES = [str(page.relative_to(ROOT)) for page in TO_RUN]
 IN_THE_GATE = (
     "README.md",
-    "docs/tutorials/experimental.md",
     "docs/how-to/own-cohort.md",
 )
 RUN = """ndreamer-dist run cohort.h5ad --out my_run --condition-key disease --control normal --batch-key donor_id"""

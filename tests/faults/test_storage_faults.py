@@ -111,6 +111,7 @@ def half_done(bucket: SimpleNamespace, reference: Path, tmp_path_factory: pytest
     return uploaded(undone(reference, tmp_path_factory.mktemp("half") / "run", keys.STAGE_EMBED), "s3://bucket/run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "said"), FAULTS)
 def test_a_server_that_fails_is_named_in_one_line_in_bounded_time(
     server: SimpleNamespace, half_done: str, fault: tuple[str, str, object], said: str

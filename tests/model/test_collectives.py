@@ -96,6 +96,7 @@ def alone() -> Record:
     return train((5,), Single())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(2), ids=["share_0", "share_1"])
 def test_any_number_of_workers_trains_as_one(records: list[dict[str, Record]], alone: Record, case: int) -> None:
     name = list(SHARES[len(records)])[case]
@@ -109,12 +110,14 @@ def test_any_number_of_workers_trains_as_one(records: list[dict[str, Record]], a
             torch.testing.assert_close(record[name][key], expected, rtol=1e-10, atol=atol, msg=lambda m: f"{key}: {m}")  # noqa: B023
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_same_bits(records: list[dict[str, Record]]) -> None:
     for name in SHARES[len(records)]:
         for record in records[1:]:
             assert all(torch.equal(value, records[0][name][key]) for key, value in record[name].items())
 
 
+@pytest.mark.slow
 def test_uneven_rows_are_gathered_in_rank_order_with_their_gradient(records: list[dict[str, Record]]) -> None:
     gathered = [record["gather"] for record in records]
     expected = torch.cat([part["own"] for part in gathered])

@@ -263,6 +263,7 @@ def test_a_server_that_fails_is_named_and_the_next_run_repairs_it(
 # --- cohorts behind servers ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cohort.zarr", "cohort.h5ad"])
 def test_a_cohort_behind_a_web_server_gives_the_bits_of_a_local_one(
     name: str, h5ad: Path, local: Path, blocks_of: int, tmp_path: Path

@@ -32,6 +32,7 @@ def steps_of(folder: Path) -> int:
     return len(pd.read_csv(log)) if log.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_weights(tmp_path: Path) -> None:
     settings = made(**{"train.epochs": 60, "train.checkpoint_steps": 20, "train.threads": 1})
     folders = whole, killed = tmp_path / "whole", tmp_path / "killed"
