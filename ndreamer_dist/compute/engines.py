@@ -70,7 +70,7 @@ def engines_here() -> str:
 
 
 def chosen_device(wanted: str, setting: str, runtime: Runtime, finding: Finding, *, least: int = 1) -> Device:
-    """Return where a stage works, and log it.
+    """Return where a stage works, and log it where there is a choice.
 
     Parameters
     ----------
@@ -98,16 +98,12 @@ def chosen_device(wanted: str, setting: str, runtime: Runtime, finding: Finding,
         raise ResourceError(msg)
     if wanted == "auto" and why and runtime.gpus:
         logger.warning("%s: processors take over: %s", setting, why)
-    _tell(f"{runtime.gpus} GPU{'s' if runtime.gpus > 1 else ''}" if device == "cuda" else "processors")
+    engine = f"{runtime.gpus} GPU{'s' if runtime.gpus > 1 else ''}" if device == "cuda" else "processors"
+    if (stage := stage_now()) is not None:
+        stage.engine = engine  # for the stage's line in the log of stages
+        level = logging.INFO if runtime.gpus else logging.DEBUG  # without a GPU there is nothing to choose
+        logger.log(level, "%s: works on %s", stage.name, engine)
     return device
-
-
-def _tell(engine: str) -> None:
-    """Log what the stage works on, and keep it for the stage's line in the log of stages."""
-    stage = stage_now()
-    if stage is not None:
-        stage.engine = engine
-        logger.info("%s: works on %s", stage.name, engine)
 
 
 def _what_is_wrong(runtime: Runtime, finding: Finding, least: int) -> str:

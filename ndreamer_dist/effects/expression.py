@@ -42,7 +42,8 @@ class JoinedExpression:
         """See `Expression.read`."""
         cut = int(np.searchsorted(rows, self.first))
         parts = ((self.stored, rows[:cut]), (self.own, rows[cut:] - self.first))
-        return sparse.vstack([part.read(here, columns) for part, here in parts if len(here)], format="csr")
+        found = [part.read(here, columns) for part, here in parts if len(here)]
+        return sparse.vstack(found or [self.own.read(rows, columns)], format="csr")
 
 
 @dataclass(frozen=True)

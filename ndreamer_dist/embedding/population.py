@@ -231,9 +231,10 @@ def _positions(
     there = np.flatnonzero(moments.cells)
     means = moments.sums[there] / moments.cells[there, None] - mean
     found = np.zeros((len(moments.cells), k))
-    given = means, axes[:, :k], moments.within_variance, moments.cells[there]
-    found[there] = with_threads(1, state.fitted_positions, *given)
-    return found, with_threads(1, state.doubt_of, *given)
+    cells = moments.cells[there]
+    doubt = with_threads(1, state.doubt_of, means, axes[:, :k], moments.within_variance, cells)
+    found[there] = with_threads(1, doubt.positions, means, axes[:, :k], cells)
+    return found, doubt
 
 
 def _reach(found: HalfSums, share: np.ndarray, positions: np.ndarray) -> float:

@@ -246,8 +246,7 @@ def fitted_positions(means: np.ndarray, axes: np.ndarray, variance: np.ndarray, 
     cells
         (groups,) cells of every group, at least 1.
     """
-    doubt = doubt_of(means, axes, variance, cells)
-    return np.stack([doubt.position(mean, axes, count) for mean, count in zip(means, cells, strict=True)])
+    return doubt_of(means, axes, variance, cells).positions(means, axes, cells)
 
 
 @dataclass(frozen=True)
@@ -272,6 +271,10 @@ class Doubt:
         """Return where a group of so many cells stands, by its mean expression less that of all cells: (k,)."""
         weighted = axes / np.maximum(self.between + self.variance / cells, self.least)[:, None]
         return np.asarray(np.linalg.solve(weighted.T @ axes, weighted.T @ mean))
+
+    def positions(self, means: np.ndarray, axes: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        """Return where several groups stand: (groups, k)."""
+        return np.stack([self.position(mean, axes, count) for mean, count in zip(means, cells, strict=True)])
 
 
 def doubt_of(means: np.ndarray, axes: np.ndarray, variance: np.ndarray, cells: np.ndarray) -> Doubt:

@@ -29,7 +29,7 @@ EXACT_PAIRS = 2048
 WIDEST = 4
 """Entries of a table of pairs per pair, up to which sorting along its rows beats sorting all pairs."""
 FOLD = 4
-"""Numbers per neighbour among which the k-th smallest is sought; where these are few, the limit is looser."""
+"""Values per neighbour among which the k-th smallest is sought; where these are few, the limit is looser."""
 FAR = 1e15
 """Queries beyond this distance, in the index's frame, would overflow float32: they are sifted against all targets."""
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53

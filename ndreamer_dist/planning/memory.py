@@ -57,9 +57,8 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     told = (
         size.cells * size.groups if keeps_matches(size.cells, size.groups, size.edges) else 0
     )  # in results.zarr's obsm
-    kept = max(
-        settings.match.neighbours, settings.denoise.counted(size.groups // size.conditions)
-    )  # of the own condition
+    # Of groups of the own condition; of others fewer.
+    kept = max(settings.match.neighbours, settings.denoise.counted(size.fewest_groups))
     matches = size.cells * size.edges / size.groups * kept * 8 + told * 8
     layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * parameter_count(settings, modelled) * 4

@@ -18,7 +18,7 @@ GIVEN_DIMENSIONS = 100
 
 @dataclass(frozen=True)
 class CohortSize:
-    """The sizes a promise is made from."""
+    """The sizes a promise is made from; `fewest_groups` is how many groups the condition with the fewest has."""
 
     cells: int
     genes: int
@@ -27,6 +27,7 @@ class CohortSize:
     largest_group: int
     edges: int
     conditions: int
+    fewest_groups: int
 
     @classmethod
     def of(cls, design: Design, settings: Settings, *, genes: int, stored_values: int) -> CohortSize:
@@ -39,6 +40,7 @@ class CohortSize:
             largest_group=max(group.cells for group in design.groups),
             edges=sum(len(design.targets(group, settings.match.edges)) for group in design.groups),
             conditions=len(design.conditions),
+            fewest_groups=design.fewest_groups,
         )
 
     @property

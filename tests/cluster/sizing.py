@@ -58,6 +58,7 @@ class Example:
             largest_group=2 * self.cells // self.groups,
             edges=self.edges,
             conditions=CONDITIONS,
+            fewest_groups=self.groups // CONDITIONS,
         )
 
 

@@ -44,7 +44,7 @@ class Worked:
         edges = self.groups * (self.groups // 2) + (self.groups // 2) ** 2
         return CohortSize(
             cells=self.cells, genes=GENES, stored_values=self.cells * VALUES_PER_CELL, groups=self.groups,
-            largest_group=2 * self.cells // self.groups, edges=edges, conditions=2,
+            largest_group=2 * self.cells // self.groups, edges=edges, conditions=2, fewest_groups=self.groups // 2,
         )  # fmt: skip
 
     @property

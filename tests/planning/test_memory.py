@@ -27,7 +27,14 @@ from tests.cohorts import design_of
 from tests.tiny import NAMES, SETTINGS, STORES, arrays
 
 MILLION = CohortSize(
-    cells=1_000_000, genes=20_000, stored_values=800_000_000, groups=80, largest_group=25_000, edges=4800, conditions=2
+    cells=1_000_000,
+    genes=20_000,
+    stored_values=800_000_000,
+    groups=80,
+    largest_group=25_000,
+    edges=4800,
+    conditions=2,
+    fewest_groups=40,
 )
 GIB = 2**30
 
@@ -40,6 +47,7 @@ def small() -> Settings:
 def test_sizes_are_those_of_the_design(small: Settings) -> None:
     size = CohortSize.of(design_of([300, 200, 150]), small, genes=50, stored_values=7000)
     assert (size.cells, size.groups, size.largest_group, size.conditions) == (650, 3, 300, 2)
+    assert size.fewest_groups == 1
     assert size.edges == 2 + 3 + 2  # controls meet the two controls, the treated group itself and both controls
 
 
@@ -71,6 +79,11 @@ def test_a_wider_network_needs_more_to_train_and_fewer_layers_less_disk(small: S
     fewer = Settings.build(preset="small", overrides={"effects.store": ["ite"]})
     assert disk_bytes(MILLION, small) - disk_bytes(MILLION, fewer) == 2 * 1_000_000 * 2000 * 4
     assert needs(MILLION, small, cpus=2, object_store=0).disk == disk_bytes(MILLION, small)
+
+
+def test_the_condition_with_the_fewest_groups_says_how_many_neighbours_are_stored(small: Settings) -> None:
+    uneven = dataclasses.replace(MILLION, fewest_groups=9)  # 14 neighbours and not 3
+    assert disk_bytes(uneven, small) > disk_bytes(MILLION, small)
 
 
 def test_matches_that_obsm_leaves_out_take_no_disk(small: Settings) -> None:
