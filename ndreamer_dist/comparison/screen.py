@@ -37,7 +37,7 @@ class Screen:
     conditions
         A row per condition, by name, in the order of the map: `place`, `cells`, `donors` (of the most in a population),
         `size` of its own effect (root of the sum of squares over genes of the mean effect less that of all conditions, less
-        what the noise of cells adds), `genes` that are called in some population, and `strongest`, the largest effects.
+        what the noise of cells adds), `genes` that are called in some population, and `strongest`, the largest effects less the mean of all conditions.
     effects
         (conditions, genes) mean effect over all cells of a condition, in the same order.
     tested
@@ -120,18 +120,18 @@ def _facts(parts: list[pd.DataFrame]) -> dict[str, object]:
 
 
 def strongest(effects: pd.DataFrame, labels: Mapping[str, str]) -> list[str]:
-    """Name the genes with the largest effects of each condition's own, with their effects.
+    """Name the genes with the largest effects of each condition's own, with these: effects less the mean of all conditions.
 
     Parameters
     ----------
     labels
         What genes are called, by name, where that is not their name.
     """
-    values = effects.to_numpy()
+    own = own_effects(effects.to_numpy())
     names = [labels.get(str(gene), str(gene)) for gene in effects.columns]
-    order = np.argsort(-np.abs(own_effects(values)), axis=1, kind="stable")[:, :STRONGEST]
+    order = np.argsort(-np.abs(own), axis=1, kind="stable")[:, :STRONGEST]
     return [
-        ", ".join(f"{names[gene]} {row[gene]:+.2f}" for gene in first) for row, first in zip(values, order, strict=True)
+        ", ".join(f"{names[gene]} {row[gene]:+.2f}" for gene in first) for row, first in zip(own, order, strict=True)
     ]
 
 

@@ -160,7 +160,7 @@ def conditions_table(found: Screen, labels: Mapping[str, str]) -> Table:
         number("donors", "donors", whole, "of the population with most"),
         number("size", "size of effect", plain, "over all genes, less what all conditions share and what noise of cells adds"),
         number("genes", "genes called", whole, f"in some population, by the {how}"),
-        text("strongest", "largest effects of its own"),
+        text("strongest", "largest effects of its own", "less the mean of all conditions"),
     ]  # fmt: skip
     return table_of(frame, "Conditions: how much each does", columns)
 

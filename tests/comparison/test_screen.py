@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 import ndreamer_dist as nd
 from ndreamer_dist.cohort.design import MOST_STORED_EDGES
 from ndreamer_dist.commands.cate import write_cate
-from ndreamer_dist.comparison.screen import Screen, order_of_conditions, pooled
+from ndreamer_dist.comparison.screen import Screen, order_of_conditions, pooled, strongest
 from ndreamer_dist.effects.tables import MATCH_LIMIT, SPARSE_LIMIT, keeps_matches
 from ndreamer_dist.errors import QueryError
 from ndreamer_dist.stats import cate_table
@@ -159,6 +159,14 @@ def test_all_edges_of_a_screen_are_refused_and_those_of_a_condition_named() -> N
     design = design_of([1] * groups)
     with pytest.raises(QueryError, match=r"edges 'all' are .* pairs .*`match DIR --edges NAME` adds those of one"):
         design.refuse_all_edges()
+
+
+def test_the_strongest_genes_are_those_of_a_condition_alone_with_what_it_adds() -> None:
+    shared = np.zeros((4, 8))
+    shared[:, 0], shared[2, 5] = -2.0, 1.0  # all lower the first gene, as where the control is off by so much
+    named = strongest(pd.DataFrame(shared, columns=[f"G{i}" for i in range(8)]), {"G5": "ISG15"})
+    assert named[2].startswith("ISG15 +0.75, ")
+    assert "G0 -" not in named[2]
 
 
 def test_a_figure_of_a_thousand_conditions_names_some() -> None:
