@@ -240,7 +240,7 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     """Open a cohort and refuse what cannot be; return it with its design and sizes."""
     require_faiss()
     source = open_cohort(cohort, settings.cohort)
-    design = check_cohort(source, settings.cohort)
+    design = check_cohort(source, settings.cohort).sampling(settings.match.groups)
     check_genes(source, settings.hvg)
     check_tables(source.obs, source.var)
     _check_populations(settings, design)
@@ -328,7 +328,7 @@ def add_matches(
         )
         raise RunError(msg)
     with directory.locked():
-        design = Design.from_json(directory.read_json(keys.DESIGN_JSON))
+        design = Design.from_json(directory.read_json(keys.DESIGN_JSON)).sampling(made.match.groups)
         made = runtime_choice(made, design.n_cells).applied(made)
         return _searched(space, made, design, before["keys"][keys.STAGE_MATCH], edges)
 

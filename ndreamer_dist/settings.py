@@ -355,6 +355,11 @@ class MatchSettings(StageSettings):
 
     neighbours: int = result(1, "nearest neighbours k per target group, for effects and tests", ge=1)
     hubs: Literal["csls", "none"] = result("none", "csls: distances corrected for hubs (section 9); none: as published")
+    groups: int | None = result(
+        None,
+        "groups of a condition, besides its own, that a group's cells are matched in: a sample of so many; null: all of them",
+        ge=1,
+    )
     within: str | None = result(
         None,
         "column of obs with labels (cell types) that cells are matched inside; ndreamer_cluster_low: the low clusters; null: "
@@ -367,6 +372,11 @@ class MatchSettings(StageSettings):
     edges: Literal["needed", "all"] = result("needed", "own and control condition, or every pair of groups")
     query_rows: int = result(65_536, "query cells of one unit of work", ge=1)
     device: Literal["auto", "cpu", "cuda"] = how("auto", "where to match; auto: on GPUs where they work")
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _all(cls, value: object) -> object:
+        return None if value in ("all", "none", "null", "") else value
 
     @field_validator("within", mode="before")
     @classmethod

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist.errors import CohortError, QueryError, StoreError, listing, quoted, suggest
+from ndreamer_dist.grouping.sample import arc, takes
 from ndreamer_dist.grouping.small_groups import (
     SCREEN_CONDITIONS,
     NamedColumn,
@@ -83,6 +85,8 @@ class Design:
     mappings
         How many groups there were before each mapping onto a finished run; empty in a run. The cells of a group are matched
         with the groups that were there before it was mapped, and with itself.
+    sampled
+        How many groups of a condition, besides its own, a cell is matched in at most; 0 for all.
     """
 
     condition_key: str
@@ -92,6 +96,7 @@ class Design:
     batches: tuple[str, ...]
     groups: tuple[Group, ...]
     mappings: tuple[int, ...] = ()
+    sampled: int = 0
 
     @property
     def onto(self) -> int:
@@ -128,6 +133,11 @@ class Design:
         """First packed row of every group, and the number of cells at the end: (groups + 1,) int64."""
         return np.array([group.start for group in self.groups] + [self.n_cells], dtype=np.int64)
 
+    @property
+    def stored_starts(self) -> np.ndarray:
+        """First packed row of every group that cells of others are matched with, and the row after the last of them."""
+        return self.starts[: self.stored_for(len(self.groups) - 1) + 1]
+
     def group_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the group code of packed rows: (rows,) int64."""
         return np.searchsorted(self.starts, rows, side="right") - 1
@@ -149,15 +159,27 @@ class Design:
 
     @property
     def fewest_groups(self) -> int:
-        """How many groups the condition with the fewest has; of a finished run that others are mapped onto, in that run."""
+        """In how many groups of a condition a cell is matched at the least; onto a finished run, in those of that run."""
         run = self.group_conditions[: self.stored_for(0)]
-        return int(np.unique(run, return_counts=True)[1].min())
+        fewest = int(np.unique(run, return_counts=True)[1].min())
+        return min(fewest, self.sampled or fewest)
 
     def counted(self, condition: int, group: Group) -> list[Group]:
-        """Return the groups that the expected expression of a group's cells under a condition is the mean over.
+        """Return the groups that the expected expression of a group's cells under a condition is read from, in order.
 
-        They are those of the condition; of cells that are mapped onto others, the group itself alone.
+        They are those of the condition, or an arc of them (see `taking`); of cells that are mapped onto others, the group
+        itself alone besides those that were there before.
         """
+        if not self.sampled:
+            return self._members(condition, group)
+        own = [group] if group.condition == condition else []
+        return sorted([*self._arc(condition, group), *own], key=lambda other: other.code)
+
+    def number(self, condition: int, group: Group) -> int:
+        """Return how many groups the expected expression of a group's cells under a condition is the mean over."""
+        return len(self._members(condition, group))
+
+    def _members(self, condition: int, group: Group) -> list[Group]:
         stored = self.stored_for(group.code)
         return [other for other in self.with_condition(condition) if other.code < stored or other == group]
 
@@ -184,10 +206,51 @@ class Design:
         """Return the groups that a group's cells are matched with, in order (see `needed_edges`)."""
         if edges == "all":
             return [group for group in self.groups if group.code < self.stored_for(query.code) or group == query]
-        if self.onto:
+        if self.onto or self.sampled:
             targets = {*self.counted(0, query), *self.counted(query.condition, query)}
             return sorted({*targets, query}, key=lambda group: group.code)
         return self._of_conditions[query.condition]
+
+    def sampling(self, groups: int | None) -> Design:
+        """Return the same design with so many groups of a condition to match a group's cells with; none for all."""
+        return replace(self, sampled=groups or 0)
+
+    @cached_property
+    def _arcs(self) -> dict[tuple[int, int], list[Group]]:
+        """What `_arc` gave, by condition and group."""
+        return {}
+
+    def _arc(self, condition: int, group: Group) -> list[Group]:
+        """Return the groups of a condition, besides its own, that a group's cells are matched with by turns; see `sample`."""
+        if (condition, group.code) not in self._arcs:
+            before = self.stored_for(group.code)
+            others, own = ([g for g in self.with_condition(c) if g.code < before] for c in (condition, group.condition))
+            inside = group in others
+            if group.code >= before:  # its sample is the same whatever is mapped with it
+                place = zlib.crc32(group.name.encode())
+            else:
+                place = others.index(group) if inside else own.index(group) * len(others) // len(own)
+            taken = arc(len(others), self.sampled, place, inside=inside) if others else []
+            self._arcs[condition, group.code] = [others[number] for number in taken]
+        return self._arcs[condition, group.code]
+
+    def taking(self, query: Group, target: Group, cells: np.ndarray) -> np.ndarray:
+        """Return which cells of a group, by their number in it, are matched in another: (cells,) bool; all in a full match."""
+        if not self.sampled or query == target:
+            return np.ones(len(cells), dtype=bool)
+        targets = self._arc(target.condition, query)
+        if target not in targets:
+            return np.zeros(len(cells), dtype=bool)
+        return takes(targets.index(target), len(targets), self.sampled, cells)
+
+    def takes_all(self, query: Group, target: Group) -> bool:
+        """Return whether all cells of a group are matched in another where they need matches there."""
+        return bool(self.taking(query, target, np.arange(query.cells)).all())
+
+    def stands_for(self, condition: int, group: Group) -> float:
+        """Return how many groups each that a cell is matched in stands for, its own left out: 1 where all are taken."""
+        others = len(self._members(condition, group)) - (group.condition == condition)
+        return others / min(self.sampled or others, others) if others else 1.0
 
     @cached_property
     def _by_condition(self) -> dict[int, list[Group]]:
@@ -221,9 +284,18 @@ class Design:
 
     def queries(self, target: Group) -> list[Group]:
         """Return the groups whose cells need matches in a group, in order: the other way round of needed `targets`."""
-        if self.onto:
-            return [query for query in self.own_groups if target in self.targets(query, "needed")]
+        if self.onto or self.sampled:
+            return self._queries.get(target.code, [])
         return list(self.groups) if target.condition == 0 else self.with_condition(target.condition)
+
+    @cached_property
+    def _queries(self) -> dict[int, list[Group]]:
+        """By code of a target group, the groups whose cells need matches in it."""
+        found: dict[int, list[Group]] = {}
+        for query in self.own_groups:
+            for target in self.targets(query, "needed"):
+                found.setdefault(target.code, []).append(query)
+        return found
 
     @property
     def is_screen(self) -> bool:
@@ -240,7 +312,7 @@ class Design:
 
     def to_json(self) -> dict[str, Any]:
         """Return the design as plain values."""
-        return {name: value for name, value in asdict(self).items() if value or name != "mappings"}
+        return {name: value for name, value in asdict(self).items() if value or name not in ("mappings", "sampled")}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Design:
@@ -255,6 +327,7 @@ class Design:
                 batches=tuple(value["batches"]),
                 groups=groups,
                 mappings=tuple(value.get("mappings", ())),
+                sampled=int(value.get("sampled", 0)),
             )
             fits = made._fits()
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -47,9 +47,9 @@ class Packed:
     before: tuple[Packed, ...] = ()
 
     @classmethod
-    def open(cls, run: RunDirectory, block_rows: int) -> Packed:
-        """Open the packed cohort by what the cohort stage wrote."""
-        design = Design.from_json(run.read_json(keys.DESIGN_JSON))
+    def open(cls, run: RunDirectory, block_rows: int, sampled: int | None = None) -> Packed:
+        """Open the packed cohort by what the cohort stage wrote; its design samples so many groups to match with, or none."""
+        design = Design.from_json(run.read_json(keys.DESIGN_JSON)).sampling(sampled)
         genes = read_table(run, keys.GENES_TABLE)
         return cls(run, design, tuple(genes.loc[genes["selected"], "name"]), block_rows)
 

@@ -119,7 +119,7 @@ class _Asked:
         for query in self.run.design.with_condition(self.condition):
             together = self.halves.of_group[:, query.code] == self.halves.of_group[:, target.code]
             rows = query.start + np.flatnonzero(self.codes[query.start : query.stop] >= 0)
-            if not (together.any() and len(rows)):
+            if not (together.any() and len(rows) and target in self.run.design.counted(target.condition, query)):
                 continue
             near, weight = self._matches(rows, query, target)
             cell, place = np.nonzero(near >= 0)
@@ -137,5 +137,5 @@ class _Asked:
             return rows[:, None], np.ones((len(rows), 1))
         counterparts, pair = self.run.counterparts, (query.code, target.code)
         near, distance = counterparts.edges(rows, [pair], distances=counterparts.neighbours > 1)[pair]
-        most = counterparts.neighbours
-        return near[:, :most].astype(np.int64), kernel_weights(distance[:, :most], counterparts.bandwidth)
+        most, stands_for = counterparts.neighbours, self.run.design.stands_for(target.condition, query)
+        return near[:, :most].astype(np.int64), stands_for * kernel_weights(distance[:, :most], counterparts.bandwidth)

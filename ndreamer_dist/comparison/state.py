@@ -159,9 +159,12 @@ class StateQuestion:
         matched = np.full(len(self.sample), -1, dtype=np.int64)
         for place, group in enumerate(controls):
             here = np.flatnonzero((self.sample >= group.start) & (self.sample < group.stop))
-            others = [*controls[place + 1 :], *controls[:place]] or [group]  # alone, a cell's nearest other cell
+            counted = self.design.counted(0, group)
+            others = [other for other in (*controls[place + 1 :], *controls[:place]) if other in counted]
+            others = others or [group]  # alone, a cell's nearest other cell
             for number, other in enumerate(others):
-                chosen = here[number :: len(others)]
+                taking = self.design.taking(group, other, self.sample[here] - group.start)
+                chosen = here[taking & (matched[here] < 0)] if self.design.sampled else here[number :: len(others)]
                 if len(chosen):
                     matched[chosen] = _nearest(counterparts, self.sample[chosen], group, other)
         return matched

@@ -116,16 +116,18 @@ def average_over(
     for group, here in segments(design, rows):
         if group.condition == condition and not own_cells:
             continue
-        targets = design.counted(group.condition if condition is None else condition, group)
-        groups[here] = len(targets)
+        code = group.condition if condition is None else condition
+        targets = design.counted(code, group)
+        groups[here] = design.number(code, group)
+        stands_for, cells = design.stands_for(code, group), rows[here] - group.start
         for target in targets:
             if target.code == group.code:
                 parts.append((np.arange(here.start, here.stop), rows[here], np.ones(here.stop - here.start)))
                 continue
             found, distances = (values[:, :neighbours] for values in edges[group.code, target.code])
             weights = kernel_weights(distances, bandwidth)
-            cell, place = np.nonzero(found >= 0)
-            parts.append((cell + here.start, found[cell, place].astype(np.int64), weights[cell, place]))
+            cell, place = np.nonzero((found >= 0) & design.taking(group, target, cells)[:, None])
+            parts.append((cell + here.start, found[cell, place].astype(np.int64), stands_for * weights[cell, place]))
     cell, row, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Average(cell, row, weight, groups)
 
@@ -204,10 +206,13 @@ def control_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarr
     """
     means = np.full(len(rows), np.nan, dtype=np.float32)
     for group, here in segments(design, rows):
-        others = [target for target in design.counted(0, group) if target.code != group.code]
-        if others:
-            total = sum(edges[group.code, target.code][1][:, 0].astype(np.float64) for target in others)
-            means[here] = total / len(others)
+        total, number = np.zeros(here.stop - here.start), np.zeros(here.stop - here.start)
+        for target in (target for target in design.counted(0, group) if target.code != group.code):
+            taking = design.taking(group, target, rows[here] - group.start)
+            total[taking] += edges[group.code, target.code][1][taking, 0]
+            number += taking
+        with np.errstate(invalid="ignore"):
+            means[here] = total / number
     return means
 
 

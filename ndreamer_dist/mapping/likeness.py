@@ -49,7 +49,8 @@ def some(groups: Sequence[Group], most: int = COMPARED_GROUPS) -> list[Group]:
 def _likeness(group: Group, run: RunDirectory, packed: Packed) -> tuple[str, np.ndarray]:
     """Return a group's name and the likeness of its first cells; a task."""
     controls = packed.design.stored(0)
-    others = [other for other in controls if other != group]
+    counted = packed.design.counted(0, group)
+    others = [other for other in controls if other != group and other in counted]
     targets = some(others, max(1, min(COMPARED_GROUPS, len(controls) - 1)))
     count = min(COMPARED_CELLS, group.cells)
     if not targets:
@@ -59,8 +60,11 @@ def _likeness(group: Group, run: RunDirectory, packed: Packed) -> tuple[str, np.
     own = np.arange(group.start, group.start + count)
     wanted = np.unique(np.concatenate([own, near[near >= 0]]))
     values = _gathered(packed, wanted).toarray().astype(np.float64)
-    mean = np.mean([values[np.searchsorted(wanted, rows)] for rows in near], axis=0)
-    return group.name, _correlation(values[np.searchsorted(wanted, own)], mean)
+    known = near >= 0  # a cell may be matched in some of the groups alone
+    total = sum(values[np.searchsorted(wanted, rows)] * there[:, None] for rows, there in zip(near, known, strict=True))
+    seen = known.any(axis=0)
+    mean = (total / np.maximum(known.sum(axis=0), 1)[:, None])[seen]
+    return group.name, _correlation(values[np.searchsorted(wanted, own)][seen], mean)
 
 
 def _gathered(packed: Packed, rows: np.ndarray) -> sparse.csr_matrix:

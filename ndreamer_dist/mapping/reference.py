@@ -80,7 +80,7 @@ class Reference:
             raise RunError(msg)
         _refuse_unfinished(spaces[method])
         settings = Settings.build(config=spaces[method].read_run()["settings"])
-        packed = Packed.open(run, settings.pack.block_rows)
+        packed = Packed.open(run, settings.pack.block_rows, settings.match.groups)
         key = str(ResultsReader(results_storage(spaces[method].storage)).uns["key"])
         return cls(run, run, spaces[method], settings, packed.design, (packed,), (spaces[method],), key)
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.matching.exact import nearest
-from ndreamer_dist.matching.hubs import nearest_inside
+from ndreamer_dist.matching.hubs import nearest_inside, pool
 from ndreamer_dist.matching.labels import Placed
 
 
@@ -54,6 +55,15 @@ class SearchBetween:
         asked = self._placed(asking) if self.corrected and not np.array_equal(asking, targets) else None
         found = nearest_inside(self._placed(queries), self._placed(targets), own, self.least, asked, k)
         return np.where(found.rows < 0, -1, targets[found.rows]), found.distances
+
+    def edge(self, design: Design, query: Group, target: Group, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the match stage would find for all cells of a group in another: packed rows and distances."""
+        queries, targets = (np.arange(group.start, group.stop) for group in (query, target))
+        taking = design.taking(query, target, queries - query.start)
+        asking = pool(design.stored_starts, target.code) if design.sampled else queries
+        rows, distances = np.full((len(queries), k), -1), np.full((len(queries), k), np.nan, dtype=np.float32)
+        rows[taking], distances[taking] = self(queries[taking], targets, asking, k)
+        return rows, distances
 
     def _placed(self, rows: np.ndarray) -> Placed:
         return Placed(self.points(rows), None if self.labels is None else self.labels[rows])

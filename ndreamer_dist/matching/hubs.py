@@ -93,6 +93,21 @@ def _mean_distance(tile: Tile) -> np.ndarray:
     return np.sqrt(smallest).mean(axis=1).astype(np.float32)
 
 
+def pool(starts: np.ndarray, target: int) -> np.ndarray:
+    """Return the packed rows that a target group's remoteness is measured from in place of a query group's, ascending.
+
+    They are of all other groups, as many of each, the first ones, which are in random order; few enough to measure from.
+
+    Parameters
+    ----------
+    starts
+        (groups + 1,) first row of every group, and the number of cells.
+    """
+    others = [group for group in range(len(starts) - 1) if group != target]
+    each = max(1, MOST_QUERIES // max(len(others), 1))
+    return np.concatenate([np.arange(starts[g], min(starts[g] + each, starts[g + 1])) for g in others])
+
+
 class Remoteness:
     """Measures how remote a group's cells are from a query group, from a bounded number of that group's cells.
 
@@ -104,31 +119,35 @@ class Remoteness:
         (groups + 1,) first row of every group, and the number of cells.
     labels
         (cells,) codes of labels, where cells are matched inside them.
+    pooled
+        Whether all other groups stand for a query group, so that a target group is measured once and not once a query group.
     """
 
     def __init__(
-        self, points: np.ndarray, starts: np.ndarray, labels: np.ndarray | None = None, *, threads: int = 1
-    ) -> None:
+        self, points: np.ndarray, starts: np.ndarray, labels: np.ndarray | None = None, *, pooled: bool = False,
+        threads: int = 1,
+    ) -> None:  # fmt: skip
         self._points, self._starts, self._labels, self._threads = points, starts, labels, threads
+        self._pooled = pooled
         self._index = lru_cache(maxsize=KEPT_INDEXES)(self._built)
         # The tiles of an edge follow each other, and each goes through the labels.
         self._kept = lru_cache(maxsize=1 if labels is None else int(labels.max()) + 2)(self._measured)
 
     def of(self, target: int, query: int, label: int = WHOLE) -> np.ndarray:
         """Return the remoteness of a target group's cells of a label, or of all, from those of the query group."""
-        return self._kept(target, query, label)
+        return self._kept(target, target if self._pooled else query, label)
 
-    def _rows(self, group: int, label: int) -> np.ndarray:
-        start, stop = self._starts[group : group + 2]
-        if label == WHOLE or self._labels is None:
-            return np.arange(start, stop)
-        return start + np.flatnonzero(self._labels[start:stop] == label)
+    def _of_label(self, rows: np.ndarray, label: int) -> np.ndarray:
+        return rows if label == WHOLE or self._labels is None else rows[self._labels[rows] == label]
 
     def _built(self, query: int, label: int) -> Index:
-        return build_index(self._points[self._rows(query, label)[:MOST_QUERIES]])
+        rows = pool(self._starts, query) if self._pooled else np.arange(*self._starts[query : query + 2])
+        labelled = self._of_label(rows, label)
+        return build_index(self._points[(labelled if len(labelled) else rows)[:MOST_QUERIES]])
 
     def _measured(self, target: int, query: int, label: int) -> np.ndarray:
-        return remoteness(self._points[self._rows(target, label)], self._index(query, label), threads=self._threads)
+        rows = self._of_label(np.arange(*self._starts[target : target + 2]), label)
+        return remoteness(self._points[rows], self._index(query, label), threads=self._threads)
 
 
 def nearest_corrected(
@@ -184,7 +203,8 @@ def nearest_inside(
         far = targets.points if stratum.targets is None else targets.points[stratum.targets]
         if asking is None:
             return nearest(near, far, k, exclude=places_among(stratum.targets, own[stratum.queries]))
-        chosen = slice(None) if stratum.label == WHOLE else asking.codes == stratum.label
+        labelled = asking.codes == stratum.label
+        chosen = labelled if stratum.label != WHOLE and labelled.any() else slice(None)
         return nearest_corrected(near, far, remoteness(far, asking.points[chosen][:MOST_QUERIES]), k)
 
     strata = strata_of(queries.codes, targets.codes, own >= 0, least)

@@ -289,10 +289,17 @@ def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: in
 
 
 def _cost(edge: EdgeTile, settings: Settings, design: Design) -> int:
-    start, stop = _tile_range(edge, settings, design)
+    asking = len(_asking(edge, settings, design))
     targets = design.groups[edge.target].cells
-    measured = min(design.groups[edge.query].cells, MOST_QUERIES) if is_corrected(edge, settings) else 0
-    return (stop - start + measured) * targets + EDGE_DISTANCES
+    corrected = is_corrected(edge, settings) and not design.sampled  # a sample's are measured once a target group
+    measured = min(design.groups[edge.query].cells, MOST_QUERIES) if corrected else 0
+    return (asking + measured) * targets + EDGE_DISTANCES
+
+
+def _asking(edge: EdgeTile, settings: Settings, design: Design) -> np.ndarray:
+    """Return the cells of a tile that are matched along its edge, counted from the start of their group."""
+    cells = np.arange(*_tile_range(edge, settings, design))
+    return cells[design.taking(design.groups[edge.query], design.groups[edge.target], cells)]
 
 
 def _tile_range(edge: EdgeTile, settings: Settings, design: Design) -> tuple[int, int]:
@@ -383,7 +390,9 @@ def search_unit(
     """
     counts: dict[str, dict[str, int]] = {}
     arrays: dict[str, zarr.Array[Any]] = {}
-    remote_from = Remoteness(cells.points, design.starts, cells.labels, threads=settings.run.task_threads)
+    pooled = design.sampled > 0
+    starts = design.stored_starts if pooled else design.starts
+    remote_from = Remoteness(cells.points, starts, cells.labels, pooled=pooled, threads=settings.run.task_threads)
     there = _placed(cells, settings.match.device)
 
     def finish(shard: Shard, found: Found) -> None:
@@ -523,8 +532,8 @@ def alike(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterat
     """Give the edge tiles of one target group in batches that one search serves: as many neighbours, the same remoteness."""
 
     def way(shard: Shard) -> tuple[int, int]:
-        query = shard.task.query if is_corrected(shard.task, settings) else -1
-        return edge_neighbours(shard.task, settings, design), query
+        apart = is_corrected(shard.task, settings) * (1 if design.sampled else 2 + shard.task.query)
+        return edge_neighbours(shard.task, settings, design), apart
 
     for _, same in itertools.groupby(shards, key=way):
         yield from batches(list(same), settings, design)
@@ -532,9 +541,7 @@ def alike(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterat
 
 def _rows_of(batch: Sequence[Shard], settings: Settings, design: Design) -> tuple[np.ndarray, list[slice]]:
     """Return the packed rows of a batch's queries, and where those of each tile are among them."""
-    spans = [_tile_range(shard.task, settings, design) for shard in batch]
-    begins = [design.groups[shard.task.query].start for shard in batch]
-    rows = [np.arange(b + start, b + stop) for b, (start, stop) in zip(begins, spans, strict=True)]
+    rows = [design.groups[shard.task.query].start + _asking(shard.task, settings, design) for shard in batch]
     cuts = np.cumsum([0, *(len(part) for part in rows)])
     return np.concatenate(rows), [slice(first, last) for first, last in itertools.pairwise(cuts.tolist())]
 
@@ -564,12 +571,13 @@ def _write(
 ) -> None:
     """Write an edge tile; an array is opened once for all of its tiles that come here."""
     start, stop = _tile_range(edge, settings, design)
-    rows = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
     storage, name = run.storage / keys.MATCHES, keys.block_name(edge.query)
     part = (slice(start, stop), slice(edge.target, edge.target + 1), slice(None))
-    wider = most_neighbours(settings, design) - rows.shape[1]
-    rows = np.pad(rows, ((0, 0), (0, wider)), constant_values=-1)
-    distances = np.pad(found.distances, ((0, 0), (0, wider)), constant_values=np.nan)
+    shape, asking = (stop - start, most_neighbours(settings, design)), _asking(edge, settings, design) - start
+    rows, distances = np.full(shape, -1, dtype=found.rows.dtype), np.full(shape, np.nan, dtype=np.float32)
+    k = found.rows.shape[1]
+    rows[asking, :k] = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
+    distances[asking, :k] = found.distances
     for array, values in ((keys.MATCH_ROW, rows), (keys.MATCH_DISTANCE, distances)):
         path = f"{name}/{array}"
         if path not in arrays:

@@ -56,7 +56,7 @@ class Job:
     @cached_property
     def packed(self) -> Packed:
         """The packed cohort; its design must be there."""
-        return Packed.open(self.home, self.settings.pack.block_rows)
+        return Packed.open(self.home, self.settings.pack.block_rows, self.settings.match.groups)
 
 
 @dataclass(frozen=True)

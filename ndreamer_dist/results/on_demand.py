@@ -301,7 +301,9 @@ class Counterparts:
         found = {}
         for query, target in pairs:
             here, column = parts[query], np.searchsorted(columns, target)
-            if (near[here, column] >= 0).all():
+            group, other = (self.design.groups[code] for code in (query, target))
+            taking = self.design.taking(group, other, rows[here] - group.start)
+            if (near[here, column][taking] >= 0).all():
                 found[query, target] = near[here, column, None], far[here, column, None]
         return found
 
@@ -331,8 +333,9 @@ class Counterparts:
         if any(other != query.code for other, _ in self._now):
             self._now.clear()
         if pair not in self._now and self.search is not None:
-            queries, targets = (np.arange(group.start, group.stop) for group in (query, target))
-            self._now[pair] = self.search(queries, targets, queries, max(self.neighbours, self.denoise_neighbours))
+            self._now[pair] = self.search.edge(
+                self.design, query, target, max(self.neighbours, self.denoise_neighbours)
+            )
         return self._now[pair]
 
     def _matches(self, query: Group, target: Group) -> Matches:

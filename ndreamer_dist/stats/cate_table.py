@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.effects.expression import held
 from ndreamer_dist.errors import QueryError, listing, suggest
 from ndreamer_dist.matching.between import StateNeighbours, StateSpace
+from ndreamer_dist.matching.hubs import pool
 from ndreamer_dist.results.on_demand import (
     Counterparts,
     Expression,
@@ -40,7 +41,14 @@ from ndreamer_dist.stats.donor_tests import (
     untested,
     welch_test,
 )
-from ndreamer_dist.stats.populations import Nearest, PopulationMeans, Replicates, population_means, query_means
+from ndreamer_dist.stats.populations import (
+    Nearest,
+    PopulationMeans,
+    Replicates,
+    first_cells,
+    population_means,
+    query_means,
+)
 from ndreamer_dist.stats.sign_test import benjamini_hochberg, sign_test
 from ndreamer_dist.stats.state_space import StateSource, state_space
 from ndreamer_dist.storage.files import Storage
@@ -309,10 +317,11 @@ def means_of(
     space: StateSpace | None = None,
 ) -> PopulationMeans:
     """Return the donors' means in every population, and those through state where there is a space; see `population_means`."""
+    number = int(codes.max()) + 1
+    asking = np.sort(np.concatenate(first_cells(replicates.pieces, codes, number)))
     return population_means(
-        codes, int(codes.max()) + 1, replicates, Neighbours(given), given.expression, given.columns, conditions=conditions,
-        min_cells=min_cells, within=None if space is None else StateNeighbours(space, replicates.rows),
-        baseline=given.baseline,
+        codes, number, replicates, Neighbours(given, asking), given.expression, given.columns, conditions=conditions,
+        min_cells=min_cells, within=None if space is None else StateNeighbours(space, asking), baseline=given.baseline,
     )  # fmt: skip
 
 
@@ -343,10 +352,20 @@ def _say_that_matches_are_searched(_results: str, *, kept: bool) -> None:
 
 
 class Neighbours:
-    """Nearest neighbours between sets of packed rows: read where they are kept, else searched here."""
+    """Nearest neighbours between sets of packed rows: read where they are kept, else searched here.
 
-    def __init__(self, given: StatisticsInput) -> None:
+    Parameters
+    ----------
+    rows
+        Packed rows of all cells that may ask, ascending, if known: where matches do not depend on which of them ask
+        together, they are searched in one piece at once, and kept until another piece is asked for.
+    """
+
+    def __init__(self, given: StatisticsInput, rows: np.ndarray | None = None) -> None:
         self._given = given
+        self._rows = rows if given.design.sampled or not self._corrected else None
+        self._targets = np.empty(0, dtype=np.int64)
+        self._found = np.empty((2, 0), dtype=np.int64)
 
     def __call__(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
         """Return the nearest target of every query, itself left out; see `stats.populations.Nearest`.
@@ -356,11 +375,22 @@ class Neighbours:
         """
         design = self._given.design
         (query, target) = (design.groups[int(design.group_of(rows[:1])[0])] for rows in (queries, targets))
-        whole = query == target or not self._corrected or len(asking) == query.cells
-        if whole and len(targets) == target.cells and self._given.counterparts.keeps(query.code, target.code):
+        whole, together = len(targets) == target.cells, bool(design.sampled) or not self._corrected
+        if whole and (query == target or together or len(asking) == query.cells) and self._is_kept(query, target):
             edges = self._given.counterparts.edges(queries, [(query.code, target.code)], distances=False)
             return edges[query.code, target.code][0][:, 0].astype(np.int64)
-        return self._searched(queries, targets, asking)
+        _say_that_matches_are_searched(self._given.storage.url, kept=not (design.onto or design.is_screen))
+        if self._rows is None:
+            return self._searched(queries, targets, asking)
+        if not np.array_equal(targets, self._targets):
+            unkept = [group.code for group in design.groups if not (whole and self._is_kept(group, target))]
+            rows = self._rows[np.isin(design.group_of(self._rows), unkept)]
+            self._targets, self._found = targets, np.stack([rows, self._searched(rows, targets, asking)])
+        return self._found[1, np.searchsorted(self._found[0], queries)]
+
+    def _is_kept(self, query: Group, target: Group) -> bool:
+        counterparts = self._given.counterparts
+        return self._given.design.takes_all(query, target) and counterparts.keeps(query.code, target.code)
 
     @property
     def _corrected(self) -> bool:
@@ -368,7 +398,8 @@ class Neighbours:
 
     def _searched(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
         design = self._given.design
-        _say_that_matches_are_searched(self._given.storage.url, kept=not (design.onto or design.is_screen))
+        if design.sampled:
+            asking = pool(design.stored_starts, int(design.group_of(targets[:1])[0]))
         return self._given.counterparts.between(self._given.embedding)(queries, targets, asking)[0][:, 0]
 
 

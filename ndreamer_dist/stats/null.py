@@ -40,7 +40,7 @@ from ndreamer_dist.stats.donor_tests import (
     welch_tests,
     with_arrays,
 )
-from ndreamer_dist.stats.populations import Nearest, Replicates
+from ndreamer_dist.stats.populations import Nearest, Replicates, first_cells
 
 LEVELS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Levels at which p-values are counted."""
@@ -243,9 +243,7 @@ def sampled(
     populations: np.ndarray, number: int, replicates: Replicates, nearest: Nearest, most: int = SIGN_CELLS
 ) -> Sample:
     """Return at most about `most` cells of every population, the first of each piece: packed rows are in random order."""
-    sizes = np.bincount(populations[populations >= 0], minlength=number)
-    share = np.minimum(1.0, most / np.maximum(sizes, 1))
-    rows = [_first(piece.rows, populations, share) for piece in replicates.pieces]
+    rows = first_cells(replicates.pieces, populations, number, most)
     near = [
         np.stack([part if one is other else nearest(part, other.rows, one.rows) for other in replicates.pieces], axis=1)
         for one, part in zip(replicates.pieces, rows, strict=True)
@@ -253,13 +251,6 @@ def sampled(
     ]
     every = np.concatenate(rows)
     return Sample(every, populations[every], np.concatenate(near))
-
-
-def _first(rows: np.ndarray, populations: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Return a share of the cells of each population among rows, ascending."""
-    parts = [rows[populations[rows] == code] for code in np.unique(populations[rows]) if code >= 0]
-    kept = [part[: int(np.ceil(share[populations[part[0]]] * len(part)))] for part in parts]
-    return np.sort(np.concatenate(kept)) if kept else rows[:0]
 
 
 def sign_p(asked: Asked, labels: np.ndarray, expression: Expression, columns: np.ndarray) -> np.ndarray:

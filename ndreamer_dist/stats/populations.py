@@ -3,8 +3,8 @@
 Input: a population per cell, a donor per cell, and the matches and expression of a finished run. Output: one value per
 population, replicate and gene. A test on donors needs no more, so no permutation reads a cell.
 
-**Through the matches.** For a population, `A[e, d]` is the mean over the cells of replicate e of the expression of the
-nearest neighbour of each cell among the cells of d (other than the cell itself). `m_d` is the mean of `A[e, d]` over all
+**Through the matches.** For a population, `A[e, d]` is the mean over the cells of replicate e, of large populations over the
+first of them, of the expression of the nearest neighbour of each cell among the cells of d (other than the cell itself). `m_d` is the mean of `A[e, d]` over all
 replicates e of both conditions, with equal weights. So the same cells are compared with every donor, and donors differ in
 m because of their expression, not because of the mix of cells that they happen to have. m does not depend on the labels.
 """
@@ -25,6 +25,8 @@ from ndreamer_dist.results.on_demand import Expression
 
 logger = logging.getLogger(__name__)
 
+ASKING_CELLS = 20_000
+"""Cells of a population that are looked up in every donor, about; from more of them the means hardly change."""
 READ_ROWS = 8192
 """Rows of expression held at a time."""
 
@@ -105,11 +107,6 @@ class Replicates:
             found[int(self.conditions[piece.replicate])].append(piece)
         return found
 
-    @property
-    def rows(self) -> np.ndarray:
-        """The packed rows of all pieces, ascending."""
-        return np.sort(np.concatenate([piece.rows for piece in self.pieces]))
-
     def counts(self, populations: np.ndarray, number: int) -> np.ndarray:
         """Return the cells of every population and replicate: (populations, replicates); -1 is no population."""
         found = np.zeros((number, len(self)), dtype=np.int64)
@@ -179,11 +176,12 @@ def population_means(
     ways = [nearest] if within is None else [nearest, within]
     through = {(w, c): np.zeros_like(own) for w in range(len(ways)) for c in conditions}
     looked_up = np.zeros((number, len(replicates)), dtype=bool)
+    asking = first_cells(replicates.pieces, populations, number)
     for target in replicates.pieces:
         shares = [_shares(target, replicates, populations, number, inside=inside) for inside in (False, True)]
         weights = [_own_weights(target, populations, number, replicates)]
         asked = [(w, c) for w, c in through if questions[c][:, target.replicate].any()]
-        found = [_counterparts(target, replicates, way, populations) if asked else [] for way in ways]
+        found = [_counterparts(target, replicates, way, asking) if asked else [] for way in ways]
         weights += [shares[w] @ _weights(target, found[w], populations, questions[c], replicates) for w, c in asked]
         for _, rows_found, _ in found[-1] if found else []:
             looked_up[np.unique(populations[rows_found]), target.replicate] = True
@@ -219,10 +217,11 @@ def query_means(
     """
     place = np.cumsum(included) - 1
     codes = np.where(population & included[replicates.of_cell], place[replicates.of_cell], -1)
+    asking = first_cells(replicates.pieces, np.where(codes >= 0, 0, -1), 1)
     answer = np.zeros((int(included.sum()), int(included.sum()), len(columns)))
     for target in (piece for piece in replicates.pieces if included[piece.replicate]):
         share = 1 / sum(piece.replicate == target.replicate for piece in replicates.pieces)
-        found = _counterparts(target, replicates, nearest, codes)
+        found = _counterparts(target, replicates, nearest, asking)
         # With a replicate's number for a population, and each asked by itself alone, the weights are those of A.
         asked = np.zeros((len(answer), len(replicates)), dtype=bool)
         asked[place[included], np.flatnonzero(included)] = True
@@ -232,13 +231,29 @@ def query_means(
     return answer
 
 
+def first_cells(
+    pieces: Sequence[Piece], populations: np.ndarray, number: int, most: int = ASKING_CELLS
+) -> list[np.ndarray]:
+    """Return about so many cells of every population at most, the same share of each piece: packed rows, ascending, by piece.
+
+    They are the first of a piece, since packed rows are in random order inside a group.
+    """
+    share = np.minimum(1.0, most / np.maximum(np.bincount(populations[populations >= 0], minlength=number), 1))
+    return [_first(piece.rows, populations, share) for piece in pieces]
+
+
+def _first(rows: np.ndarray, populations: np.ndarray, share: np.ndarray) -> np.ndarray:
+    parts = [rows[populations[rows] == code] for code in np.unique(populations[rows]) if code >= 0]
+    kept = [part[: int(np.ceil(share[populations[part[0]]] * len(part)))] for part in parts]
+    return np.sort(np.concatenate(kept)) if kept else rows[:0]
+
+
 def _counterparts(
-    target: Piece, replicates: Replicates, nearest: Nearest, populations: np.ndarray
+    target: Piece, replicates: Replicates, nearest: Nearest, asking: Sequence[np.ndarray]
 ) -> list[tuple[Piece, np.ndarray, np.ndarray]]:
-    """Return, for every piece, its cells that are in a population and their places of nearest neighbours in the target."""
+    """Return, for every piece, its cells that ask and their places of nearest neighbours in the target."""
     found = []
-    for query in replicates.pieces:
-        rows = query.rows[populations[query.rows] >= 0]
+    for query, rows in zip(replicates.pieces, asking, strict=True):
         if not len(rows):
             continue
         near = nearest(rows, target.rows, query.rows)

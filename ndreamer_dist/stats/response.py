@@ -152,10 +152,10 @@ def _own_effects(given: ResponseInput, rows: np.ndarray) -> Iterator[tuple[slice
 
 def _differences(given: ResponseInput, rows: np.ndarray) -> np.ndarray:
     design = given.counterparts.design
-    controls = design.counted(0, design.groups[int(design.group_of(rows[:1])[0])])
-    is_control = design.group_conditions[design.group_of(rows[:1])[0]] == 0
-    if is_control and len(controls) == 1:
-        code = controls[0].code
+    group = design.groups[int(design.group_of(rows[:1])[0])]
+    controls, is_control = design.number(0, group), group.condition == 0
+    if is_control and controls == 1:
+        code = group.code
         near = given.counterparts.edges(rows, [(code, code)], distances=False)[code, code][0][:, 0].astype(np.int64)
         held, back = np.unique(np.concatenate([rows, near]), return_inverse=True)
         values = given.expression.read(held, given.columns).toarray().astype(np.float64)[back]
@@ -163,4 +163,4 @@ def _differences(given: ResponseInput, rows: np.ndarray) -> np.ndarray:
     question = Question((Term(0),), lambda own, sums: (own.toarray() - sums[0]).astype(np.float32), expression=True)
     found = compute(question, given.counterparts, given.expression, rows, given.columns).astype(np.float64)
     # A control cell is its own counterpart in its own group, so the mean over the other groups is further away.
-    return found * (len(controls) / (len(controls) - 1)) if is_control else found
+    return found * (controls / (controls - 1)) if is_control else found

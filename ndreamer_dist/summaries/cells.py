@@ -106,19 +106,26 @@ def placebo_average(design: Design, counterparts: Counterparts, rows: np.ndarray
         Packed rows of cells of the baseline, ascending.
     """
     halves = placebo_halves(design, baseline)
-    signs = {code: sign / len(half) for sign, half in zip((1.0, -1.0), halves, strict=True) for code in half}
-    pairs = {(group.code, code) for group, _ in segments(design, rows) for code in signs if code != group.code}
-    edges = counterparts.edges(rows, pairs, distances=False)
-    cells, found, weights = [], [], []
+    side = {code: place for place, half in enumerate(halves) for code in half}
+    pairs = {
+        (group.code, target.code) for group, _ in segments(design, rows) for target in design.counted(baseline, group)
+        if target.code in side
+    }  # fmt: skip
+    edges = counterparts.edges(rows, [(query, target) for query, target in pairs if query != target], distances=False)
+    cells, found, sides = [], [], []
     for group, here in segments(design, rows):
-        for code, weight in signs.items():
-            near = rows[here] if code == group.code else edges[group.code, code][0][:, 0]
-            known = np.flatnonzero(near >= 0)
+        for target in sorted(target for query, target in pairs if query == group.code):
+            taking = design.taking(group, design.groups[target], rows[here] - group.start)
+            near = rows[here] if target == group.code else edges[group.code, target][0][:, 0]
+            known = np.flatnonzero(taking & (near >= 0))
             cells.append(known + here.start)
             found.append(near[known].astype(np.int64))
-            weights.append(np.full(len(known), weight))
-    once = np.ones(len(rows), dtype=np.int64)
-    return Average(np.concatenate(cells), np.concatenate(found), np.concatenate(weights), once)
+            sides.append(np.full(len(known), side[target]))
+    cell, half = np.concatenate(cells), np.concatenate(sides)
+    number = np.bincount(2 * cell + half, minlength=2 * len(rows)).reshape(-1, 2)  # of groups in each half
+    both = (number.min(axis=1) > 0).astype(np.int64)
+    weights = np.where(half == 0, 1.0, -1.0) / number[cell, half]
+    return Average(cell, np.concatenate(found), weights * both[cell], both)
 
 
 def placebo_moments(
@@ -135,7 +142,7 @@ def placebo_moments(
         average = placebo_average(design, counterparts, rows, baseline)
         held = np.unique(average.row)
         (values,) = average_through([average], [(held, expression.read(held, columns))], len(columns))
-        moments.add(values, populations[rows])
+        moments.add(values, np.where(average.groups > 0, populations[rows], -1))
     return moments
 
 

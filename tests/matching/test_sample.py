@@ -1,0 +1,103 @@
+"""A cell matched in a sample of groups has the mean over these; all groups are taken alike, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ndreamer_dist as nd
+from ndreamer_dist import keys
+from ndreamer_dist.grouping.sample import ARC, arc, takes
+from ndreamer_dist.matching.hubs import pool
+from ndreamer_dist.stats.results import Results
+from ndreamer_dist.storage.arrays import read_array
+from tests.results.brute_force import mean_nearest
+
+SETTINGS = {
+    "embed.method": "pca", "embed.dimensions": 5, "cohort.min_group_cells": 5, "embed.tile_rows": 64, "run.serial": True, "pack.block_rows": 64, "match.query_rows": 16,
+}  # fmt: skip
+DONORS, MOST = 16, 1
+
+
+@pytest.mark.parametrize(("groups", "most"), [(8, 1), (12, 2), (7, 3), (3, 1), (40, 8)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_every_cell_takes_as_many_groups_and_every_group_as_many_cells(groups: int, most: int, inside: bool) -> None:
+    cells, taken = np.arange(groups * 60), np.zeros(groups, dtype=int)
+    for place in range(groups):
+        targets = arc(groups, most, place, inside=inside)
+        assert len({*targets}) == len(targets) == min(ARC * most, groups - inside)
+        assert not (inside and place in targets)
+        mine = np.stack([takes(position, len(targets), most, cells) for position in range(len(targets))])
+        assert (mine.sum(axis=0) == min(most, len(targets))).all()
+        assert np.ptp(mine.sum(axis=1)) <= most
+        taken[targets] += mine.sum(axis=1)
+    assert np.ptp(taken) <= groups
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run in which cells are matched in a sample of the groups, and one in which they are matched in all."""
+    folder = tmp_path_factory.mktemp("sample")
+    nd.simulate(folder / "cohort.h5ad", cells=640, genes=60, batches=DONORS, design="nested", seed=3)
+    common = {"condition_key": "condition", "control": "control", "batch_key": "donor"}
+    for name, groups in (("sample", MOST), ("all", None)):
+        settings = {**SETTINGS, "match.groups": groups, "match.hubs": "csls"}
+        nd.run(folder / "cohort.h5ad", out=folder / name, **common, settings=settings)
+    return folder / "sample", folder / "all"
+
+
+def expected(results: Results, code: int, rows: np.ndarray) -> np.ndarray:
+    """Return F of a group's cells, (cells, genes), in plain numpy."""
+    design, points = results.design, results.embedding(order="packed").to_numpy()
+    values = results.expression(order="packed").X.toarray().astype(np.float64)
+    group = design.groups[int(design.group_of(rows[:1])[0])]
+    members = design.with_condition(code)
+    total, number = np.zeros((len(rows), values.shape[1])), np.zeros(len(rows))
+    for target in design.counted(code, group):
+        if target == group:
+            continue
+        taking = np.flatnonzero(design.taking(group, target, rows - group.start))
+        far = points[target.start : target.stop]
+        remote = mean_nearest(far, points[pool(design.starts, target.code)], 10)
+        distance = np.sqrt(((points[rows[taking], None].astype(float) - far[None]) ** 2).sum(axis=2))
+        total[taking] += values[target.start + (2 * distance - remote).argmin(axis=1)]
+        number[taking] += 1
+    assert (number == MOST).all()
+    if group not in members:
+        return total / MOST
+    return (values[rows] + total * (len(members) - 1) / MOST) / len(members)
+
+
+def test_effects_are_means_over_the_groups_that_a_cell_is_matched_in(runs: tuple[Path, Path]) -> None:
+    results = nd.open_results(runs[0])
+    group = results.design.with_condition(1)[2]
+    rows = np.arange(group.start, group.stop)
+    names = list(results.packed_obs.index[rows])
+    ite = np.asarray(results.ite(cells=names).X)
+    np.testing.assert_allclose(ite, expected(results, 1, rows) - expected(results, 0, rows), atol=1e-5)
+    on_demand = np.asarray(results.effect("treated", cells=names).X)
+    np.testing.assert_array_equal(ite, on_demand)
+
+
+def test_no_other_group_is_searched(runs: tuple[Path, Path]) -> None:
+    results, design = nd.open_results(runs[0]), nd.open_results(runs[0]).design
+    matched = read_array(results.storage, f"obsm/{keys.OBSM_MATCH}") >= 0
+    per_cell = np.stack([matched[:, [g.code for g in design.with_condition(c)]].sum(axis=1) for c in (0, 1)], axis=1)
+    condition = design.group_conditions[design.group_of(np.arange(design.n_cells))]
+    assert (per_cell[condition == 1] == (MOST, MOST + 1)).all()  # its nearest other cell is in its own group
+    assert (per_cell[condition == 0] == (MOST + 1, 0)).all()
+
+
+def test_donors_are_compared_through_all_groups(runs: tuple[Path, Path]) -> None:
+    sample, every = (nd.open_results(folder).cate(genes=["GENE00001", "GENE00002"]) for folder in runs)
+    assert sample["p"].notna().any()
+    assert np.abs(sample["mean_ite"] - every["mean_ite"]).max() < 0.5
+    assert (sample["mean_ite"] != every["mean_ite"]).any()
+
+
+def test_a_run_goes_on_with_more_groups_from_its_matches(runs: tuple[Path, Path]) -> None:
+    told = nd.open_results(runs[0]).design
+    assert told.sampled == MOST
+    assert nd.open_results(runs[1]).design.sampled == 0
