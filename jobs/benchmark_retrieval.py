@@ -246,8 +246,12 @@ def write_block(
     conditions = packed.design.group_conditions[packed.design.group_of(np.arange(start, stop))]
     effects = np.where((conditions == 0)[:, None], np.nan, own - control).astype(np.float32)
     for name, layer in ((keys.LAYER_DENOISED, own), (keys.LAYER_ITE, effects)):
-        for first, last in tables.gene_spans(layout):
-            tables.write_layer(run, name, (start, first), rounded(layer[:, first:last], layout.keep_bits))
+        for span in tables.gene_spans(layout):
+            here = layer[:, slice(*span)]
+            part = tables.RowPart(block, span)
+            tables.write_layer(
+                run, name, part, layout, lambda genes, here=here: rounded(here[:, genes], layout.keep_bits)
+            )
 
 
 def average(rng: np.random.Generator, base: np.ndarray, cells: int) -> np.ndarray:

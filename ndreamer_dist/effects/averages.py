@@ -7,8 +7,10 @@ the same question has the same bits however the work is cut. Stored layers and l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -16,9 +18,6 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.effects.rounding import rounded
-
-ENTRIES = 2048
-"""Counterparts' rows added at once; it bounds the memory of their gathered values."""
 
 Edges = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 """Rows and distances, (cells, k) each, by (query group, target group)."""
@@ -50,20 +49,20 @@ class Term:
     ----------
     condition
         Over which condition's groups; by default each cell's own.
-    own_cells
-        Whether the condition's own cells are wanted.
+    without
+        Condition whose cells are not asked, if any.
     denoised
         Whether it is over `denoise.neighbours`, and not over `match.neighbours`.
     """
 
     condition: int | None
-    own_cells: bool = True
+    without: int | None = None
     denoised: bool = False
 
 
 def layer_terms(layer: str) -> tuple[Term, ...]:
     """Return the averages that a layer is made of."""
-    return (Term(None), Term(0, own_cells=False)) if layer == keys.LAYER_ITE else (Term(None, denoised=True),)
+    return (Term(None, without=0), Term(0, without=0)) if layer == keys.LAYER_ITE else (Term(None, denoised=True),)
 
 
 def segments(design: Design, rows: np.ndarray) -> Iterator[tuple[Group, slice]]:
@@ -95,7 +94,7 @@ def average_over(
     bandwidth: float,
     *,
     condition: int | None,
-    own_cells: bool = True,
+    without: int | None = None,
     neighbours: int | None = None,
 ) -> Average:
     """Return what F is an average of: the counterparts of some cells in a condition's groups.
@@ -106,15 +105,15 @@ def average_over(
         Packed rows of the cells, ascending; `edges` has those of each query group in this order.
     condition
         Its code; by default each cell's own condition. In its own group a cell is its own counterpart.
-    own_cells
-        Whether the condition's own cells are wanted too; otherwise they get no groups.
+    without
+        Condition whose cells are not asked, if any: they get no groups.
     neighbours
         How many of the best neighbours of each group count; by default all that `edges` has.
     """
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     groups = np.zeros(len(rows), dtype=np.int64)
     for group, here in segments(design, rows):
-        if group.condition == condition and not own_cells:
+        if group.condition == without:
             continue
         code = group.condition if condition is None else condition
         targets = design.counted(code, group)
@@ -133,9 +132,15 @@ def average_over(
 
 
 def average_through(
-    averages: Sequence[Average], blocks: Iterable[tuple[np.ndarray, sparse.csr_matrix]], genes: int
-) -> list[np.ndarray]:
+    averages: Sequence[Average],
+    blocks: Iterable[tuple[np.ndarray, sparse.csr_matrix]],
+    genes: int,
+    sums: Sequence[np.ndarray] | None = None,
+) -> Sequence[np.ndarray]:
     """Return the averages of expression that the entries ask for: one (cells, genes) float64 each.
+
+    Each cell sums its counterparts in the order of their rows, so the averages have the same bits however rows are cut
+    into blocks and cells into calls.
 
     Parameters
     ----------
@@ -144,34 +149,121 @@ def average_through(
     blocks
         (packed rows, CSR) of row blocks; rows ascend inside and from block to block, and all together hold every row
         asked for. One is used at a time, so this may load them as it goes.
+    sums
+        Where the averages go, all zeros; by default new memory.
     """
-    sums = [np.zeros((len(average.groups), genes)) for average in averages]
+    sums = [np.zeros((len(average.groups), genes)) for average in averages] if sums is None else sums
+    entries = [_Entries.of(average) for average in averages]
     for rows, block in blocks:
-        for total, average in zip(sums, averages, strict=True):
-            _add_rows(total, average, rows, block)
+        if block.nnz and not 0 <= block.indices.min() <= block.indices.max() < genes:
+            msg = f"an expression block names genes outside the {genes} that are averaged"
+            raise ValueError(msg)
+        for total, entry in zip(sums, entries, strict=True):
+            entry.add(total, rows, block)
+    with np.errstate(invalid="ignore"):  # nothing, divided by no group, with the sign that the processor gives it
+        nothing = np.float64(0.0) / np.float64(0.0)
     for total, average in zip(sums, averages, strict=True):
-        with np.errstate(invalid="ignore"):  # nothing, divided by no group, is NaN
-            total /= average.groups[:, None]
+        total[average.groups == 0] = nothing
     return sums
 
 
-def _add_rows(total: np.ndarray, average: Average, rows: np.ndarray, block: sparse.csr_matrix) -> None:
-    """Add one block's share; each cell sums its counterparts in the order of their rows."""
-    inside = np.flatnonzero((average.row >= rows[0]) & (average.row <= rows[-1]))
-    inside = inside[np.lexsort((average.row[inside], average.cell[inside]))]
-    flat = total.reshape(-1)
-    for first in range(0, len(inside), ENTRIES):
-        part = inside[first : first + ENTRIES]
-        gathered = block[np.searchsorted(rows, average.row[part])]
-        stored = np.diff(gathered.indptr)
-        places = np.repeat(average.cell[part] * total.shape[1], stored) + gathered.indices
-        # add.at goes through its arguments one by one, which is what fixes the order of the sums.
-        np.add.at(flat, places, gathered.data * np.repeat(average.weight[part], stored))
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of an average, sorted by cell and then by row, and how far each cell has got.
+
+    Attributes
+    ----------
+    row, weight
+        (entries,) int64 and float64.
+    next, stop
+        (cells,) each cell's first entry that is not yet added, and the one after its last.
+    groups
+        (cells,) what its sum is divided by after the last.
+    """
+
+    row: np.ndarray
+    weight: np.ndarray
+    next: np.ndarray
+    stop: np.ndarray
+    groups: np.ndarray
+
+    @classmethod
+    def of(cls, average: Average) -> _Entries:
+        """Sort the entries of an average."""
+        rows = int(average.row.max(initial=0)) + 1
+        # One key sorts several times faster than two; the sort keeps the order of equal entries.
+        order = np.argsort(average.cell * rows + average.row, kind="stable")
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(average.cell, minlength=len(average.groups)))])
+        return cls(average.row[order], average.weight[order], bounds[:-1].copy(), bounds[1:], average.groups)
+
+    def add(self, total: np.ndarray, rows: np.ndarray, block: sparse.csr_matrix) -> None:
+        """Add the share of a block of rows to sums, (cells, genes), and divide those that are complete."""
+        if not len(rows):
+            return
+        first, last = int(rows[0]), int(rows[-1])
+        # The place in the block of an entry that is not of the block is never looked at.
+        place = self.row - first if last - first + 1 == len(rows) else np.searchsorted(rows, self.row)
+        entries = (self.row, place, self.weight, self.next, self.stop)
+        _compiled()(total, entries, self.groups, (first, last), (block.indptr, block.indices, block.data))
+
+
+def _add_rows(
+    total: np.ndarray,
+    entries: tuple[np.ndarray, ...],
+    groups: np.ndarray,
+    span: tuple[int, int],
+    block: tuple[np.ndarray, ...],
+) -> None:
+    """Add one block's share to the sums, entry by entry; divide a cell's sum after its last. This is compiled.
+
+    Parameters
+    ----------
+    entries
+        Row, place in the block and weight of every entry, and each cell's next entry and the end of its own.
+    span
+        First and last row of the block.
+    block
+        Its `indptr`, `indices` and `data`.
+    """
+    row, place, weight, following, stop = entries
+    indptr, indices, data = block
+    for cell in range(len(stop)):
+        entry = following[cell]
+        if entry == stop[cell]:
+            continue
+        sums = total[cell]
+        while entry < stop[cell] and row[entry] <= span[1]:
+            if row[entry] >= span[0]:
+                here, share = place[entry], weight[entry]
+                # Unsigned, since an index that may be negative takes a look at every value.
+                for value in range(np.uint64(indptr[here]), np.uint64(indptr[here + 1])):
+                    sums[np.uint64(indices[value])] += data[value] * share
+            entry += 1
+        following[cell] = entry
+        if entry == stop[cell]:
+            for gene in range(len(sums)):
+                sums[gene] /= groups[cell]
+
+
+@cache
+def _compiled() -> Callable[..., None]:
+    """Return `_add_rows` as machine code: neither numpy nor scipy adds sparse rows in a fixed order without copies.
+
+    The code is kept on disk, where there is a folder to keep it in. Without `fastmath` no operation changes its place.
+    """
+    import numba
+
+    how = {"nogil": True, "error_model": "numpy"}
+    try:
+        compiled: Any = numba.njit(cache=True, **how)(_add_rows)
+    except RuntimeError:  # neither this file's folder nor the home can be written
+        compiled = numba.njit(**how)(_add_rows)
+    return compiled
 
 
 def layer_values(
     name: str,
-    values: sparse.csr_matrix,
+    values: np.ndarray,
     own: np.ndarray,
     control: np.ndarray | None = None,
     keep_bits: int | None = None,
@@ -184,7 +276,7 @@ def layer_values(
     Parameters
     ----------
     values
-        (cells, genes) the cells' expression.
+        (cells, genes) float32 the cells' expression, which `batch_effect` alone looks at.
     own, control
         (cells, genes) float64 averages under the own condition and the control; the latter is for `ite` alone. For
         `ite`, own is the average over `match.neighbours`, for the other layers that over `denoise.neighbours`.
@@ -192,7 +284,7 @@ def layer_values(
     if name == keys.LAYER_DENOISED:
         return rounded(own, keep_bits)
     if name == keys.LAYER_BATCH_EFFECT:
-        return rounded(values.toarray() - rounded(own, keep_bits), keep_bits)
+        return rounded(values - rounded(own, keep_bits), keep_bits)
     if control is None:
         msg = f"{name} needs the averages under the control"
         raise ValueError(msg)

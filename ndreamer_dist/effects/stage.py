@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,7 +92,10 @@ class RunOrigin:
         """See `Origin.edges`; the rows are a contiguous block."""
         matches, spans = matches_of(self.run.storage / keys.MATCHES, self.key), group_spans(self.design, rows)
         return {
-            (query, target): matches.edge(query, target, *spans[query]) for query, target in pairs if query in spans
+            (query, target): edge
+            for query, targets in _by_query(pairs).items()
+            if query in spans
+            for target, edge in matches.edges(query, targets, *spans[query]).items()
         }
 
     def obsm(self, name: str, rows: np.ndarray, edges: Edges) -> np.ndarray:
@@ -160,6 +163,23 @@ def run_effects(
     tables.finish(stage, settings, packed, layout, cells, genes, facts)
 
 
+@dataclass
+class Sums:
+    """Memory of a row part's sums, which the next part in this process uses again: new memory costs as much as adding."""
+
+    held: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def zeros(self, averages: int, cells: int, genes: int) -> np.ndarray:
+        """Return zeros, one (cells, genes) float64 for each average, where those of the last call were."""
+        size = averages * cells * genes
+        if len(self.held) < size:
+            self.held = np.empty(0)
+            self.held = np.empty(size)
+        sums = self.held[:size].reshape(averages, cells, genes)
+        sums.fill(0)
+        return sums
+
+
 @dataclass(frozen=True)
 class Target:
     """A results.zarr that is written, and what it is written from."""
@@ -169,6 +189,7 @@ class Target:
     layout: Layout
     settings: Settings
     origin: Origin
+    sums: Sums = field(default_factory=Sums)
 
 
 def write_shards(stage: StageRun, target: Target, runtime: Runtime, todo: Sequence[Shard]) -> None:
@@ -214,18 +235,35 @@ def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None
     terms = list(dict.fromkeys(term for name in layout.layers for term in layer_terms(name)))
     averages = [
         average_over(
-            design, edges, rows, settings.match.bandwidth, condition=term.condition, own_cells=term.own_cells,
+            design, edges, rows, settings.match.bandwidth, condition=term.condition, without=term.without,
             neighbours=denoised if term.denoised else settings.match.neighbours,
         )
         for term in terms
     ]  # fmt: skip
     genes = part.genes[1] - part.genes[0]
-    sums = dict(zip(terms, average_through(averages, _needed(blocks, packed, averages), genes), strict=True))
-    values = load_block(packed, packed.place(part.block), part.genes)
+    zeros = list(target.sums.zeros(len(terms), len(rows), genes))
+    sums = dict(zip(terms, average_through(averages, _needed(blocks, packed, averages), genes, zeros), strict=True))
+    values = load_block(packed, packed.place(part.block), part.genes).toarray()
     for name in layout.layers:
         own, *control = (sums[term] for term in layer_terms(name))
-        layer = layer_values(name, values, own, control[0] if control else None, layout.keep_bits)
-        tables.write_layer(run, name, (start, part.genes[0]), layer)
+        values_of = partial(_layer_part, name, values, own, control[0] if control else None, layout.keep_bits)
+        tables.write_layer(run, name, part, layout, values_of)
+
+
+def _layer_part(
+    name: str, values: np.ndarray, own: np.ndarray, control: np.ndarray | None, keep_bits: int | None, genes: slice
+) -> np.ndarray:
+    """Return a layer of a slice of genes: what is made of few is encoded and written while it is at hand."""
+    of = None if control is None else control[:, genes]
+    return layer_values(name, values[:, genes], own[:, genes], of, keep_bits)
+
+
+def _by_query(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """Return the target groups of every query group."""
+    targets: dict[int, list[int]] = {}
+    for query, target in sorted(pairs):
+        targets.setdefault(query, []).append(target)
+    return targets
 
 
 def _pairs(design: Design, rows: np.ndarray) -> list[tuple[int, int]]:
@@ -284,8 +322,10 @@ def _needed(
 ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
     """Fetch, one at a time, the blocks that hold a row to be averaged."""
     starts = packed.all_starts
-    wanted = np.unique(np.searchsorted(starts, np.concatenate([average.row for average in averages]), side="right") - 1)
-    for block in wanted.tolist():
+    wanted = np.zeros(len(starts) - 1, dtype=bool)
+    for average in averages:
+        wanted[np.searchsorted(starts, average.row, side="right") - 1] = True
+    for block in np.flatnonzero(wanted).tolist():
         yield np.arange(starts[block], starts[block + 1]), fetch(targets[block])
 
 
@@ -322,10 +362,11 @@ def block_distances(block: int, matches: Matches, packed: Packed) -> np.ndarray:
     controls = {group.code for group in packed.design.with_condition(0)}
     rows, unread = packed.rows_of(block), np.empty((0, 0), dtype=np.int64)
     spans = group_spans(packed.design, rows)
+    pairs = [(query, target) for query, target in _pairs(packed.design, rows) if target in controls or target == query]
     edges = {
-        (query, target): (unread, matches.distances(query, target, *spans[query]))
-        for query, target in _pairs(packed.design, rows)
-        if target in controls or target == query
+        (query, target): (unread, found)
+        for query, targets in _by_query(pairs).items()
+        for target, found in zip(targets, matches.distances(query, targets, *spans[query]), strict=True)
     }
     return np.stack([control_distance(packed.design, edges, rows), own_distance(packed.design, edges, rows)])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Integral, Real
@@ -32,7 +32,15 @@ from ndreamer_dist.matching.labels import Inside
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings, canonical_json
-from ndreamer_dist.storage.arrays import COMPRESSORS, ensure_array, open_array, read_array, shard_files, write_part
+from ndreamer_dist.storage.arrays import (
+    COMPRESSORS,
+    ensure_array,
+    open_array,
+    read_array,
+    shard_files,
+    write_part,
+    write_shard,
+)
 from ndreamer_dist.storage.files import Storage
 
 SHARD_GENES = 2048
@@ -239,9 +247,9 @@ def write_expression(span: tuple[int, int], run: RunDirectory, packed: Packed, l
             values = packed.block(block)
             data[low - start : high - start] = values.data[low - first : high - first]
             indices[low - start : high - start] = values.indices[low - first : high - first]
-    storage = run.storage / keys.RESULTS
-    write_part(storage, f"X/{keys.DATA}", slice(start, stop), data)
-    write_part(storage, f"X/{keys.INDICES}", slice(start, stop), indices)
+    for name, values in ((keys.DATA, data), (keys.INDICES, indices)):
+        chunks = (values[first : first + CHUNK_ENTRIES] for first in range(0, len(values), CHUNK_ENTRIES))
+        write_shard(run.storage / keys.RESULTS, f"X/{name}", (start // SHARD_ENTRIES,), chunks)
 
 
 def write_obsm(run: RunDirectory, name: str, start: int, values: np.ndarray) -> None:
@@ -250,10 +258,21 @@ def write_obsm(run: RunDirectory, name: str, start: int, values: np.ndarray) -> 
     write_part(run.storage / keys.RESULTS, f"obsm/{name}", part, values)
 
 
-def write_layer(run: RunDirectory, name: str, corner: tuple[int, int], values: np.ndarray) -> None:
-    """Write one shard of a layer; its corner is its first row and gene."""
-    part = tuple(slice(first, first + size) for first, size in zip(corner, values.shape, strict=True))
-    write_part(run.storage / keys.RESULTS, f"layers/{name}", part, values)
+def write_layer(
+    run: RunDirectory, name: str, part: RowPart, layout: Layout, values: Callable[[slice], np.ndarray]
+) -> None:
+    """Write one shard of a layer.
+
+    Parameters
+    ----------
+    values
+        Returns the layer's values of a slice of the part's genes, which is one chunk: (cells, genes) float32.
+    """
+    first, last = part.genes
+    starts = range(0, last - first, layout.chunk_genes)
+    cuts = (slice(start, min(start + layout.chunk_genes, last - first)) for start in starts)
+    place = (part.block, first // layout.shard_genes)
+    write_shard(run.storage / keys.RESULTS, f"layers/{name}", place, map(values, cuts))
 
 
 # --- tables and root -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ edge that was not searched has no chunks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 import zarr
 
 from ndreamer_dist import keys
-from ndreamer_dist.storage.arrays import open_array, read_array, touched_shards
+from ndreamer_dist.storage.arrays import open_array, touched_shards
 from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.storage.shards import Place, Position, read_chunks
 
 MOST_OPEN = 512
 """Arrays that are kept open, two a group."""
@@ -40,20 +42,43 @@ class Matches:
         StoreError
             The edge was not searched, or a chunk is missing or damaged.
         """
-        span = (query_group, target_group, start, stop)
-        return self.rows(*span), self.distances(*span)
+        return self.edges(query_group, [target_group], start, stop)[target_group]
+
+    def edges(
+        self, query_group: int, target_groups: Sequence[int], start: int = 0, stop: int | None = None
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Return what `edge` does of several target groups, which are read together."""
+        rows, distances = (
+            self._read(what, query_group, target_groups, start, stop) for what in (keys.MATCH_ROW, keys.MATCH_DISTANCE)
+        )
+        return {target: (rows[place], distances[place]) for place, target in enumerate(target_groups)}
 
     def rows(self, query_group: int, target_group: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the rows of `edge` alone."""
-        return self._read(keys.MATCH_ROW, query_group, target_group, start, stop)
+        return self._read(keys.MATCH_ROW, query_group, [target_group], start, stop)[0]
 
-    def distances(self, query_group: int, target_group: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the distances of `edge` alone."""
-        return self._read(keys.MATCH_DISTANCE, query_group, target_group, start, stop)
+    def distances(
+        self, query_group: int, target_groups: Sequence[int], start: int = 0, stop: int | None = None
+    ) -> np.ndarray:
+        """Return the distances of `edges` alone: (target groups, cells, k)."""
+        return self._read(keys.MATCH_DISTANCE, query_group, target_groups, start, stop)
 
-    def _read(self, what: str, query: int, target: int, start: int, stop: int | None) -> np.ndarray:
-        name, part = f"{keys.block_name(query)}/{what}", (slice(start, stop), slice(target, target + 1), slice(None))
-        return read_array(self.storage, name, part, opened=self._array(name))[:, 0]
+    def _read(self, what: str, query: int, targets: Sequence[int], start: int, stop: int | None) -> np.ndarray:
+        name = f"{keys.block_name(query)}/{what}"
+        array = self._array(name)
+        size, stop = array.chunks[0], array.shape[0] if stop is None else stop
+        values = np.empty((len(targets), stop - start, array.shape[2]), dtype=array.dtype)
+        places = {target: place for place, target in enumerate(targets)}
+        numbers = range(start // size, -(-stop // size))
+
+        def put(position: Position, chunk: np.ndarray) -> None:
+            first = position[0] * size
+            low, high = max(start, first), min(stop, first + size)
+            values[places[position[1]], low - start : high - start] = chunk[low - first : high - first, 0]
+
+        positions = [(number, target, 0) for target in targets for number in numbers]
+        read_chunks(array, Place(self.storage.url, name), positions, put)
+        return values
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._opened:

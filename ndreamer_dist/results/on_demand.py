@@ -69,7 +69,7 @@ def layer_question(name: str, keep_bits: int | None = None) -> Question:
     """Return the question that a stored layer answers."""
 
     def answer(values: sparse.csr_matrix, sums: Sequence[np.ndarray]) -> np.ndarray:
-        return layer_values(name, values, sums[0], sums[1] if len(sums) > 1 else None, keep_bits)
+        return layer_values(name, values.toarray(), sums[0], sums[1] if len(sums) > 1 else None, keep_bits)
 
     return Question(layer_terms(name), answer, expression=name == keys.LAYER_BATCH_EFFECT)
 
@@ -205,7 +205,7 @@ class Counterparts:
         edges = self.edges(rows, pairs, distances=most > 1, neighbours=most)
         return [
             average_over(
-                self.design, edges, rows, self.bandwidth, condition=term.condition, own_cells=term.own_cells,
+                self.design, edges, rows, self.bandwidth, condition=term.condition, without=term.without,
                 neighbours=self._counted(term),
             )
             for term in terms
@@ -278,7 +278,7 @@ class Counterparts:
 
     def _pairs(self, rows: np.ndarray, term: Term) -> Iterator[tuple[int, int]]:
         for group, _ in segments(self.design, rows):
-            if group.condition == term.condition and not term.own_cells:
+            if group.condition == term.without:
                 continue
             condition = group.condition if term.condition is None else term.condition
             targets = self.design.counted(condition, group)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs import Blosc
+from numcodecs.checksum32 import crc32c_checksum
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import BloscCodec, Crc32cCodec
@@ -26,7 +28,7 @@ from ndreamer_dist.storage.retries import (
     ABSENT,
     reason,
 )
-from ndreamer_dist.storage.shards import Place, Position, read_chunks
+from ndreamer_dist.storage.shards import NOT_WRITTEN, Place, Position, chunks_in, read_chunks
 
 METADATA_SEAL = "ndreamer_sha256"
 """Attribute of arrays that are ours alone: the checksum of their metadata."""
@@ -153,6 +155,50 @@ def write_part(
         array[selection] = values
 
 
+def write_shard(storage: Storage, name: str, shard: Position, chunks: Iterable[np.ndarray[Any, Any]]) -> None:
+    """Write one whole shard, chunk by chunk, whatever stood there before.
+
+    Nothing but the encoded chunks is held, and nothing is copied on the way: several times faster than `write_part`,
+    where a shard is many chunks.
+
+    Parameters
+    ----------
+    shard
+        Its position in the array's grid of shards.
+    chunks
+        The chunks of the shard, in the order of the grid, less what of them lies outside the array.
+    """
+    array = open_array(storage, name, mode="w")
+    units = array.shards or array.chunks
+    index = np.full([*(u // c for u, c in zip(units, array.chunks, strict=True)), 2], NOT_WRITTEN, dtype="<u8")
+    pieces: list[bytes] = []
+    offset = 0
+    for position, values in zip(chunks_in(array, shard), chunks, strict=True):
+        pieces += _encoded(_padded(values, array))
+        length = len(pieces[-2]) + len(pieces[-1])
+        index[tuple(p % n for p, n in zip(position, index.shape[:-1], strict=True))] = offset, length
+        offset += length
+    storage.write_atomic(shard_files(name, *shard), *pieces, index.tobytes(), _checksum(index.tobytes()))
+
+
+def _padded(values: np.ndarray[Any, Any], array: zarr.Array[Any]) -> np.ndarray[Any, Any]:
+    """Return a chunk in its full shape: beyond the array's end it holds the fill value."""
+    missing = [(0, size - length) for size, length in zip(array.chunks, values.shape, strict=True)]
+    if not any(after for _, after in missing):
+        return np.ascontiguousarray(values, dtype=array.dtype)
+    return np.pad(values.astype(array.dtype, copy=False), missing, constant_values=array.fill_value)
+
+
+def _encoded(chunk: np.ndarray[Any, Any]) -> tuple[bytes, bytes]:
+    """Return a chunk as `COMPRESSORS` encodes it, its checksum apart."""
+    body = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE, typesize=chunk.itemsize).encode(chunk)
+    return body, _checksum(body)
+
+
+def _checksum(data: bytes) -> bytes:
+    return int(crc32c_checksum(data, 0)).to_bytes(4, "little")
+
+
 @contextmanager
 def _writing(storage: Storage, name: str) -> Iterator[None]:
     """Say of an error of the system which array was being written."""
@@ -233,8 +279,12 @@ def read_array(
     array = open_array(storage, name) if opened is None else opened
     spans = _spans(array, selection)
     values = np.empty([span.stop - span.start for span in spans], dtype=array.dtype)
+    touched, whole = _touched(spans, array.chunks), [values]
 
     def place(position: Position, chunk: np.ndarray[Any, Any]) -> None:
+        if len(touched) == 1 and chunk.shape == values.shape and chunk.flags.owndata:  # it is all that is wanted
+            whole[0] = chunk
+            return
         cuts = [
             (max(p * size, span.start), min((p + 1) * size, span.stop))
             for p, size, span in zip(position, array.chunks, spans, strict=True)
@@ -243,8 +293,8 @@ def read_array(
         here = tuple(slice(a - p * n, b - p * n) for (a, b), p, n in zip(cuts, position, array.chunks, strict=True))
         values[there] = chunk[here]
 
-    read_chunks(array, Place(storage.url, name), _touched(spans, array.chunks), place)
-    return values
+    read_chunks(array, Place(storage.url, name), touched, place)
+    return whole[0]
 
 
 def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwargs: Any) -> None:

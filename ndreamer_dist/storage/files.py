@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,17 +218,18 @@ class Storage:
         """Return the metadata of an array or a group where it is known without a request; here it is not."""
         return None
 
-    def write_atomic(self, name: str, data: bytes) -> None:
-        """Write a file so that a reader sees all of it or none.
+    def write_atomic(self, name: str, data: bytes, *more: bytes) -> None:
+        """Write a file, of one or more pieces end to end, so that a reader sees all of it or none.
 
         An object store does this by itself; on a local disk the bytes go to a neighbour that takes the name at the end.
         """
         target = self.path(name)
         if not self.is_local:
-            self._ask(name, "written", "pipe_file", target, data, limit=upload_limit(len(data)), absent=())
+            whole = b"".join((data, *more)) if more else data
+            self._ask(name, "written", "pipe_file", target, whole, limit=upload_limit(len(whole)), absent=())
             return
         try:
-            _write_whole(Path(target), data)
+            _write_whole(Path(target), (data, *more))
         except OSError as error:
             msg = f"{self._cannot(name, 'written')} ({reason(error)})"
             raise StoreError(msg) from error
@@ -316,13 +317,13 @@ class Storage:
         return made
 
 
-def _write_whole(target: Path, data: bytes) -> None:
+def _write_whole(target: Path, pieces: Iterable[bytes]) -> None:
     """Write a local file by a neighbour that takes its name at the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, neighbour = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
         Path(neighbour).chmod(0o644)
         Path(neighbour).replace(target)
     except BaseException:

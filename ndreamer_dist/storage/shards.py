@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -19,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs import Blosc
+from numcodecs.checksum32 import crc32c_checksum
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.codec import Codec
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import default_buffer_prototype
-from zarr.codecs import ShardingCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.array_spec import ArraySpec  # what codecs are asked with
 from zarr.core.sync import sync  # zarr has no public way to wait for its event loop
 from zarr.dtype import UInt64
@@ -41,6 +44,10 @@ DECODED_BYTES = 128 * 2**20
 """Decoded values of the shards that are read side by side."""
 NOT_WRITTEN = 2**64 - 1
 """What a shard's index says of a chunk that holds nothing but the fill value and was not written."""
+BLOSC_BYTES = slice(4, 8)
+"""Where blosc's header says how many bytes a chunk decodes to."""
+SMALL_BYTES = 2**18
+"""A chunk of so few bytes is decoded in less time than another thread takes to begin."""
 
 Position = tuple[int, ...]
 ByteRange = tuple[int, int]
@@ -325,8 +332,30 @@ class _Reading:
         encoded = await (self._pieces(shard, wanted) if self.sharding else self._file(shard))
         self.reads.chunks += len(wanted)
         self.reads.touched += sum(len(data) for data in encoded if data is not None)
-        codecs = self.sharding.codecs if self.sharding else self._metadata.codecs
-        return [self._empty() if data is None else await _decoded(codecs, data, self._spec) for data in encoded]
+        return [self._empty() if data is None else await self._chunk(data) for data in encoded]
+
+    @cached_property
+    def _codecs(self) -> tuple[Codec, ...]:
+        """The codecs of a chunk."""
+        return self.sharding.codecs if self.sharding else self._metadata.codecs
+
+    @cached_property
+    def _ours(self) -> bool:
+        """Whether chunks are encoded as this package's are (`arrays.COMPRESSORS`)."""
+        first, *others = self._codecs
+        native = isinstance(first, BytesCodec) and self.array.dtype.isnative and _little(first)
+        return native and [type(codec) for codec in others] == [BloscCodec, Crc32cCodec]
+
+    async def _chunk(self, data: Buffer) -> np.ndarray:
+        """Decode a chunk; one of this package's straight into an array, a small one without a change of thread."""
+        if not self._ours:
+            return await _decoded(self._codecs, data, self._spec)
+        encoded, chunk = data.as_numpy_array(), np.empty(self.array.chunks, dtype=self.array.dtype)
+        if chunk.nbytes <= SMALL_BYTES:
+            _decode_into(chunk, encoded)
+        else:
+            await asyncio.to_thread(_decode_into, chunk, encoded)
+        return chunk
 
     def _empty(self) -> np.ndarray:
         """Return a chunk that was not written, since it holds nothing but the fill value."""
@@ -377,6 +406,23 @@ class _Reading:
 
     def _damaged(self, shard: Position, how: str) -> DamagedError:
         return self.where.damaged(f", chunk {shard} {how}", self.array.metadata.encode_chunk_key(shard))
+
+
+def _little(codec: BytesCodec) -> bool:
+    """Return whether numbers are stored as this processor holds them, and that is by their last byte first."""
+    return sys.byteorder == "little" and (codec.endian is None or codec.endian.value == "little")
+
+
+def _decode_into(chunk: np.ndarray, data: np.ndarray) -> None:
+    """Undo `arrays.COMPRESSORS`; `ValueError` where the bytes are not those of such a chunk."""
+    body = data[:-4]
+    if int(crc32c_checksum(body, 0)).to_bytes(4, "little") != data[-4:].tobytes():
+        msg = "the checksum is that of another content"
+        raise ValueError(msg)
+    if int.from_bytes(body[BLOSC_BYTES].tobytes(), "little") != chunk.nbytes:
+        msg = f"it does not hold the {chunk.nbytes} bytes of a chunk"
+        raise ValueError(msg)
+    Blosc().decode(body, out=chunk)
 
 
 async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np.ndarray:

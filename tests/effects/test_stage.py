@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from ndreamer_dist.effects import averages
 from ndreamer_dist.effects.averages import (
     Average,
     average_over,
@@ -55,12 +54,12 @@ def test_effects_equal_the_reference_values(k, bandwidth, rows):
     edges = edges_of(design, points, k)
     cells = np.arange(len(x))
     averages = [
-        average_over(design, edges, cells, bandwidth, condition=condition, own_cells=False)
+        average_over(design, edges, cells, bandwidth, condition=condition, without=condition)
         for condition in (None, 0, 1)
     ]
     own, control, first = average_through(averages, blocks_of(x, rows), x.shape[1])
     names = ("denoised", "batch_effect", "ite")
-    layers = {name: layer_values(name, sparse.csr_matrix(x), own, control) for name in names}
+    layers = {name: layer_values(name, x, own, control) for name in names}
     expected = {"denoised": "denoised", "batch_effect": "batch_effect", "ite": "own_minus_control"}
     for name, reference in expected.items():
         values = golden[f"{reference}_k{k}_bw{bandwidth}"][order]
@@ -83,7 +82,7 @@ def test_a_condition_s_own_cells_average_themselves_and_their_likes(k):
         np.testing.assert_array_equal(values[condition == code], own[condition == code])
 
 
-def test_blocks_and_pieces_change_no_bit(monkeypatch):
+def test_blocks_and_pieces_change_no_bit():
     _, design, points, x, _ = packed_golden()
     edges, cells = edges_of(design, points, 5), np.arange(len(x))
     (whole,) = average_through(
@@ -94,12 +93,37 @@ def test_blocks_and_pieces_change_no_bit(monkeypatch):
         average = average_over(design, cut(edges, design, rows), rows, 0.7, condition=None)
         return average_through([average], blocks_of(x, block), x.shape[1])[0]
 
-    monkeypatch.setattr(averages, "ENTRIES", 7)
     np.testing.assert_array_equal(whole, some(cells, 33))
     shifted = [some(cells[low : low + 50], 1000) for low in range(0, len(x), 50)]
     np.testing.assert_array_equal(whole, np.concatenate(shifted))
     scattered = np.sort(np.random.default_rng(0).choice(cells, 70))  # some of them twice
     np.testing.assert_array_equal(whole[scattered], some(scattered, 40))
+
+
+@pytest.mark.parametrize("rows", [1, 9, 60], ids=lambda rows: f"blocks_of_{rows}")
+@pytest.mark.parametrize("gaps", [False, True], ids=["every_row", "rows_with_gaps"])
+def test_a_cell_adds_its_counterparts_one_by_one_in_the_order_of_their_rows(rows, gaps):
+    rng = np.random.default_rng(0)
+    x = rng.gamma(1.0, size=(60, 17)).astype(np.float32) * (rng.random((60, 17)) < 0.5)
+    held = np.flatnonzero(rng.random(60) < 0.7) if gaps else np.arange(60)
+    cell, row = rng.integers(1, 12, 400), rng.choice(held, 400)  # in no order, some twice; the first cell has none
+    groups = np.arange(12)
+    average = Average(cell, row, rng.random(400), groups)
+    blocks = [held[start : start + rows] for start in range(0, len(held), rows)]
+    (found,) = average_through([average], ((part, sparse.csr_matrix(x[part])) for part in blocks), 17)
+    expected = np.zeros((12, 17))
+    for entry in np.argsort(row, kind="stable"):
+        for gene in np.flatnonzero(x[row[entry]]):
+            expected[cell[entry], gene] += np.float64(x[row[entry], gene]) * average.weight[entry]
+    with np.errstate(invalid="ignore"):
+        expected /= groups[:, None]
+    np.testing.assert_array_equal(found.view(np.int64), expected.view(np.int64))
+
+
+def test_a_block_of_more_genes_than_are_averaged_is_refused():
+    average = Average(np.array([0]), np.array([0]), np.ones(1), np.ones(1, dtype=np.int64))
+    with pytest.raises(ValueError, match="genes outside the 2"):
+        average_through([average], blocks_of(np.ones((1, 3), np.float32), 1), 2)
 
 
 def cut(edges, design, rows):

@@ -11,12 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.storage import shards
-from ndreamer_dist.storage.arrays import create_array, open_array, read_array, shard_files, write_array
+from ndreamer_dist.storage.arrays import (
+    create_array,
+    open_array,
+    read_array,
+    shard_files,
+    write_array,
+    write_part,
+    write_shard,
+)
 from ndreamer_dist.storage.files import Storage, open_storage
 from ndreamer_dist.storage.shards import counting, merged
 
@@ -29,7 +38,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 def test_a_file_is_written_whole_read_back_listed_and_deleted(storage: Storage) -> None:
     storage.write_atomic("a/b.json", b"12345")
-    storage.write_atomic("a/b.json", b"123")
+    storage.write_atomic("a/b.json", b"1", b"", b"23")
     assert storage.read("a/b.json") == b"123"
     assert storage.list() == {"a/b.json": 3}
     assert storage.exists("a")
@@ -75,6 +84,29 @@ def test_arrays_round_trip(storage: Storage) -> None:
     write_array(storage, "x", values, chunks=(64, 8), shards=(128, 72))
     assert np.array_equal(read_array(storage, "x"), values)
     assert np.array_equal(read_array(storage, "x", (slice(100, 300), slice(3, 9))), values[100:300, 3:9])
+
+
+@pytest.mark.parametrize(
+    "shards", [pytest.param((64, 64), id="a_row_of_chunks"), pytest.param((128, 32), id="a_block")]
+)
+def test_a_shard_that_is_written_chunk_by_chunk_is_the_one_that_zarr_writes(tmp_path: Path, shards: tuple) -> None:
+    storage, values = open_storage(tmp_path), np.random.default_rng(0).normal(size=(150, 70)).astype(np.float32)
+    for name in ("ours", "zarr"):
+        create_array(
+            storage, name, shape=values.shape, dtype="f4", chunks=(64, 16), shards=shards, fill_value=np.nan,
+            attributes={},
+        )  # fmt: skip
+    for first, column in itertools.product(range(0, 150, shards[0]), range(0, 70, shards[1])):
+        part = values[first : first + shards[0], column : column + shards[1]]
+        starts = itertools.product(range(0, part.shape[0], 64), range(0, part.shape[1], 16))
+        position = (first // shards[0], column // shards[1])
+        write_shard(storage, "ours", position, (part[row : row + 64, gene : gene + 16] for row, gene in starts))
+        write_part(storage, "zarr", np.s_[first : first + part.shape[0], column : column + part.shape[1]], part)
+        if part.shape == shards == (64, 64):
+            assert storage.read(shard_files("ours", *position)) == storage.read(shard_files("zarr", *position))
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "ours", mode="r")[...], values)
+    np.testing.assert_array_equal(read_array(storage, "ours"), values)
+    np.testing.assert_array_equal(read_array(storage, "zarr"), values)
 
 
 def test_making_an_array_does_not_make_the_root(tmp_path: Path) -> None:
