@@ -150,9 +150,9 @@ def average_through(
         (packed rows, CSR) of row blocks; rows ascend inside and from block to block, and all together hold every row
         asked for. One is used at a time, so this may load them as it goes.
     sums
-        Where the averages go, all zeros; by default new memory.
+        Where the averages go, whatever is there; by default new memory.
     """
-    sums = [np.zeros((len(average.groups), genes)) for average in averages] if sums is None else sums
+    sums = [np.empty((len(average.groups), genes)) for average in averages] if sums is None else sums
     entries = [_Entries.of(average) for average in averages]
     for rows, block in blocks:
         if block.nnz and not 0 <= block.indices.min() <= block.indices.max() < genes:
@@ -160,10 +160,13 @@ def average_through(
             raise ValueError(msg)
         for total, entry in zip(sums, entries, strict=True):
             entry.add(total, rows, block)
-    with np.errstate(invalid="ignore"):  # nothing, divided by no group, with the sign that the processor gives it
-        nothing = np.float64(0.0) / np.float64(0.0)
-    for total, average in zip(sums, averages, strict=True):
-        total[average.groups == 0] = nothing
+    for total, entry in zip(sums, entries, strict=True):
+        if not np.array_equal(entry.next, entry.stop):
+            msg = "the expression blocks do not hold every row that is averaged"
+            raise ValueError(msg)
+        without = entry.start == entry.stop
+        with np.errstate(invalid="ignore"):  # nothing, divided by no group, is NaN
+            total[without] = (0.0 / entry.groups[without])[:, None]
     return sums
 
 
@@ -175,14 +178,15 @@ class _Entries:
     ----------
     row, weight
         (entries,) int64 and float64.
-    next, stop
-        (cells,) each cell's first entry that is not yet added, and the one after its last.
+    start, next, stop
+        (cells,) each cell's first entry, the first that is not yet added, and the one after its last.
     groups
         (cells,) what its sum is divided by after the last.
     """
 
     row: np.ndarray
     weight: np.ndarray
+    start: np.ndarray
     next: np.ndarray
     stop: np.ndarray
     groups: np.ndarray
@@ -194,7 +198,9 @@ class _Entries:
         # One key sorts several times faster than two; the sort keeps the order of equal entries.
         order = np.argsort(average.cell * rows + average.row, kind="stable")
         bounds = np.concatenate([[0], np.cumsum(np.bincount(average.cell, minlength=len(average.groups)))])
-        return cls(average.row[order], average.weight[order], bounds[:-1].copy(), bounds[1:], average.groups)
+        return cls(
+            average.row[order], average.weight[order], bounds[:-1], bounds[:-1].copy(), bounds[1:], average.groups
+        )
 
     def add(self, total: np.ndarray, rows: np.ndarray, block: sparse.csr_matrix) -> None:
         """Add the share of a block of rows to sums, (cells, genes), and divide those that are complete."""
@@ -203,7 +209,7 @@ class _Entries:
         first, last = int(rows[0]), int(rows[-1])
         # The place in the block of an entry that is not of the block is never looked at.
         place = self.row - first if last - first + 1 == len(rows) else np.searchsorted(rows, self.row)
-        entries = (self.row, place, self.weight, self.next, self.stop)
+        entries = (self.row, place, self.weight, self.start, self.next, self.stop)
         _compiled()(total, entries, self.groups, (first, last), (block.indptr, block.indices, block.data))
 
 
@@ -219,25 +225,26 @@ def _add_rows(
     Parameters
     ----------
     entries
-        Row, place in the block and weight of every entry, and each cell's next entry and the end of its own.
+        Row, place in the block and weight of every entry; of every cell its first entry, its next, and the end of its own.
     span
         First and last row of the block.
     block
         Its `indptr`, `indices` and `data`.
     """
-    row, place, weight, following, stop = entries
+    row, place, weight, start, following, stop = entries
     indptr, indices, data = block
     for cell in range(len(stop)):
         entry = following[cell]
         if entry == stop[cell]:
             continue
         sums = total[cell]
-        while entry < stop[cell] and row[entry] <= span[1]:
-            if row[entry] >= span[0]:
-                here, share = place[entry], weight[entry]
-                # Unsigned, since an index that may be negative takes a look at every value.
-                for value in range(np.uint64(indptr[here]), np.uint64(indptr[here + 1])):
-                    sums[np.uint64(indices[value])] += data[value] * share
+        if entry == start[cell]:
+            sums[:] = 0.0
+        while entry < stop[cell] and span[0] <= row[entry] <= span[1]:
+            here, share = place[entry], weight[entry]
+            # Unsigned, since an index that may be negative takes a look at every value.
+            for value in range(np.uint64(indptr[here]), np.uint64(indptr[here + 1])):
+                sums[np.uint64(indices[value])] += data[value] * share
             entry += 1
         following[cell] = entry
         if entry == stop[cell]:

@@ -169,15 +169,13 @@ class Sums:
 
     held: np.ndarray = field(default_factory=lambda: np.empty(0))
 
-    def zeros(self, averages: int, cells: int, genes: int) -> np.ndarray:
-        """Return zeros, one (cells, genes) float64 for each average, where those of the last call were."""
+    def room(self, averages: int, cells: int, genes: int) -> np.ndarray:
+        """Return room for (cells, genes) float64 of each average, where that of the last call was."""
         size = averages * cells * genes
         if len(self.held) < size:
             self.held = np.empty(0)
             self.held = np.empty(size)
-        sums = self.held[:size].reshape(averages, cells, genes)
-        sums.fill(0)
-        return sums
+        return self.held[:size].reshape(averages, cells, genes)
 
 
 @dataclass(frozen=True)
@@ -241,8 +239,8 @@ def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None
         for term in terms
     ]  # fmt: skip
     genes = part.genes[1] - part.genes[0]
-    zeros = list(target.sums.zeros(len(terms), len(rows), genes))
-    sums = dict(zip(terms, average_through(averages, _needed(blocks, packed, averages), genes, zeros), strict=True))
+    room = list(target.sums.room(len(terms), len(rows), genes))
+    sums = dict(zip(terms, average_through(averages, _needed(blocks, packed, averages), genes, room), strict=True))
     values = load_block(packed, packed.place(part.block), part.genes).toarray()
     for name in layout.layers:
         own, *control = (sums[term] for term in layer_terms(name))

@@ -120,10 +120,17 @@ def test_a_cell_adds_its_counterparts_one_by_one_in_the_order_of_their_rows(rows
     np.testing.assert_array_equal(found.view(np.int64), expected.view(np.int64))
 
 
-def test_a_block_of_more_genes_than_are_averaged_is_refused():
-    average = Average(np.array([0]), np.array([0]), np.ones(1), np.ones(1, dtype=np.int64))
-    with pytest.raises(ValueError, match="genes outside the 2"):
-        average_through([average], blocks_of(np.ones((1, 3), np.float32), 1), 2)
+@pytest.mark.parametrize(
+    ("row", "genes", "said"),
+    [
+        pytest.param(0, 2, "genes outside the 2", id="more_genes_than_are_averaged"),
+        pytest.param(4, 3, "do not hold every row", id="a_row_of_no_block"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(row, genes, said):
+    average = Average(np.array([0]), np.array([row]), np.ones(1), np.ones(1, dtype=np.int64))
+    with pytest.raises(ValueError, match=said):
+        average_through([average], blocks_of(np.ones((3, 3), np.float32), 2), genes)
 
 
 def cut(edges, design, rows):
