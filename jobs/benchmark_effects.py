@@ -132,23 +132,26 @@ def _clocked(function: Callable[..., Any], title: str, clock: dict[str, float]) 
 
 
 def in_memory(run: RunDirectory, packed: Packed) -> float:
-    """Return the seconds of the same averages as sparse products, all in memory."""
+    """Return the processor seconds of the same averages as sparse products, all in memory."""
     settings = Settings.build(config=run.read_json(keys.RUN_JSON)["settings"])
     design, rows = packed.design, np.arange(packed.n_rows)
-    origin = effects.RunOrigin(run, design, (), "int32")
-    edges = origin.edges(rows, design.needed_edges("needed"))
+    edges = effects.RunOrigin(run, design, (), "int32").edges(rows, design.needed_edges("needed"))
     x = sparse.vstack([packed.block(b) for b in range(packed.n_blocks)], format="csr").astype(np.float64)
+    counted = {True: settings.denoise.counted(design.fewest_groups), False: settings.match.neighbours}
     weights = []
-    for condition in (None, 0):
-        average = averages.average_over(design, edges, rows, settings.match.bandwidth, condition=condition)
+    for term in (*averages.layer_terms(keys.LAYER_DENOISED), *averages.layer_terms(keys.LAYER_ITE)):
+        average = averages.average_over(
+            design, edges, rows, settings.match.bandwidth, condition=term.condition, without=term.without,
+            neighbours=counted[term.denoised],
+        )  # fmt: skip
         each = average.weight / average.groups[average.cell]
         weights.append(sparse.csr_matrix((each, (average.cell, average.row)), shape=(packed.n_rows,) * 2))
-    started = time.perf_counter()
+    started = time.process_time()
     for first in range(0, packed.n_rows, packed.block_rows):
         part = slice(first, first + packed.block_rows)
-        own, control = (np.asarray((weight[part] @ x).todense()) for weight in weights)
-        _ = own.astype(np.float32), x[part].toarray() - own, (own - control).astype(np.float32)
-    return time.perf_counter() - started
+        denoised, own, control = (np.asarray((weight[part] @ x).todense()) for weight in weights)
+        _ = denoised.astype(np.float32), x[part].toarray() - denoised, (own - control).astype(np.float32)
+    return time.process_time() - started
 
 
 if __name__ == "__main__":
