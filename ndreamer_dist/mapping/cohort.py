@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.design import Design, first_reason
 from ndreamer_dist.cohort.genes import FILES, NO_COUNTS, kept_cells, summary_of, write_cohort
 from ndreamer_dist.cohort.packed import read_table
 from ndreamer_dist.cohort.source import Source
@@ -119,8 +119,8 @@ def run_mapped_cohort(
         source, source.task_matrix(runtime), one, recipe, runtime, integers=decision.integers, title="cohort: values"
     )
     keep, dropped_for = kept_cells(found, cohort)
-    made = mapped_design(source.obs, reference.design, cohort, keep)
-    reasons = np.where(dropped_for != "", dropped_for, made.reasons)
+    made = mapped_design(source.cells, reference.design, cohort, keep)
+    reasons = first_reason(dropped_for, made.reasons)
     selected = np.array([name is not None for name in genes.names])
     named = np.where(selected, genes.names, source.gene_names.to_numpy(dtype=object))
     table = pd.DataFrame({"name": named, "selected": selected, "cells": found.expressed})

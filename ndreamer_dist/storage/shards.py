@@ -326,7 +326,7 @@ class _Reading:
         self.reads.chunks += len(wanted)
         self.reads.touched += sum(len(data) for data in encoded if data is not None)
         codecs = self.sharding.codecs if self.sharding else self._metadata.codecs
-        return [self._empty() if data is None else await _decoded(codecs, data, self._spec) for data in encoded]
+        return [self._empty() if data is None else await decoded(codecs, data, self._spec) for data in encoded]
 
     def _empty(self) -> np.ndarray:
         """Return a chunk that was not written, since it holds nothing but the fill value."""
@@ -358,7 +358,7 @@ class _Reading:
         spec = replace(
             self._spec, shape=(*self.per_shard, 2), dtype=UInt64(endianness="little"), fill_value=NOT_WRITTEN
         )
-        return await _decoded(self._index_codecs, data, spec)
+        return await decoded(self._index_codecs, data, spec)
 
     def _span(self, index: np.ndarray, position: Position) -> ByteRange | None:
         offset, length = index[tuple(p % n for p, n in zip(position, self.per_shard, strict=True))].tolist()
@@ -379,7 +379,7 @@ class _Reading:
         return self.where.damaged(f", chunk {shard} {how}", self.array.metadata.encode_chunk_key(shard))
 
 
-async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np.ndarray:
+async def decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np.ndarray:
     """Undo the codecs of a chunk one by one: by zarr's own ones, whatever pipeline a user has chosen for them."""
     specs = list(itertools.accumulate(codecs, lambda spec, codec: codec.resolve_metadata(spec), initial=spec))
     values: Any = data
