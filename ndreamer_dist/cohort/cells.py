@@ -19,7 +19,7 @@ from anndata.io import read_elem
 
 from ndreamer_dist.cohort.stored import Container, StoredMatrix, is_group, open_root, refuse_missing_filter, text_of
 from ndreamer_dist.cohort.tables import read_frame, reading
-from ndreamer_dist.storage.texts import BLOCK_ROWS, as_texts, joined, text_blocks
+from ndreamer_dist.storage.texts import TEXT_BLOCK, as_texts, joined, text_blocks
 
 TEXT, NULLABLE_TEXT = "string-array", "nullable-string-array"
 
@@ -56,8 +56,8 @@ class HeldCells:
 
     def names(self) -> Iterator[np.ndarray]:
         """See `StoredCells.names`."""
-        for start in range(0, len(self.held), BLOCK_ROWS):
-            yield self.held.index[start : start + BLOCK_ROWS].astype(str).to_numpy(dtype=object)
+        for start in range(0, len(self.held), TEXT_BLOCK):
+            yield self.held.index[start : start + TEXT_BLOCK].astype(str).to_numpy(dtype=object)
 
     def text(self, name: str | None) -> pa.LargeStringArray | None:
         """Return the names of the cells where no column is named; what a column of objects holds is not known here."""
@@ -139,8 +139,8 @@ class StoredCells:
         """Give the names of the cells, block by block."""
         with reading(self.url):
             for block in self._blocks(self._index):
-                for start in range(0, len(block), BLOCK_ROWS):
-                    yield block[start : start + BLOCK_ROWS].to_numpy(zero_copy_only=False)
+                for start in range(0, len(block), TEXT_BLOCK):
+                    yield block[start : start + TEXT_BLOCK].to_numpy(zero_copy_only=False)
 
     def text(self, name: str | None) -> pa.LargeStringArray | None:
         """Return a column of text, or where none is named the cells' names; nothing where it is of another kind."""
@@ -205,7 +205,7 @@ class StoredCells:
             start += len(block)
 
 
-Cells = HeldCells | StoredCells
+ObsTable = HeldCells | StoredCells
 """A table of cells; `columns`, `index`, `len`, `in` and `[]` mean what they do of a data frame."""
 
 
@@ -221,7 +221,7 @@ def _categories(blocks: Iterator[pa.LargeStringArray]) -> pd.Categorical:
     )
 
 
-def stored_cells(group: Any, matrix: StoredMatrix) -> Cells:
+def stored_cells(group: Any, matrix: StoredMatrix) -> ObsTable:
     """Return the `obs` of a store that holds a matrix: by columns where it is written as it is today, else read whole."""
     element, url = group["obs"], matrix.url
     told = {name: text_of(element.attrs.get(name, "")) for name in ("encoding-type", "encoding-version", "_index")}

@@ -23,10 +23,10 @@ from ndreamer_dist.errors import CohortError, QueryError, StoreError, listing, q
 from ndreamer_dist.grouping.sample import arc, takes
 from ndreamer_dist.grouping.small_groups import (
     SCREEN_CONDITIONS,
+    ColumnTable,
     NamedColumn,
     SmallGroups,
     SmallGroupsReport,
-    Table,
     absent_levels,
     batch_name,
     cells_of_small_groups,
@@ -367,7 +367,7 @@ class Design:
         )
 
 
-def combined_conditions(obs: Table, factors: Sequence[str]) -> pd.Series[Any]:
+def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[Any]:
     r"""Return a condition per cell: its values in several columns, joined by `:`; `\` and `:` inside values are escaped.
 
     Raises
@@ -400,7 +400,7 @@ def combined_conditions(obs: Table, factors: Sequence[str]) -> pd.Series[Any]:
 
 
 def build_design(
-    obs: Table,
+    obs: ColumnTable,
     *,
     condition_key: str | None,
     control: str | None,
@@ -501,13 +501,13 @@ def report_design(design: Design, small: SmallGroupsReport) -> list[str]:
     return notes
 
 
-def pair_codes(obs: Table, condition_key: str, batch_keys: Sequence[str]) -> np.ndarray:
+def pair_codes(obs: ColumnTable, condition_key: str, batch_keys: Sequence[str]) -> np.ndarray:
     """Return a code of every cell's (batch, condition) pair, whatever its size: (cells,) int32."""
     return combined([named_column(obs, name).codes for name in (*batch_keys, condition_key)])
 
 
 def _check_keys(
-    obs: Table, condition_key: str | None, control: str | None, batch_keys: Sequence[str]
+    obs: ColumnTable, condition_key: str | None, control: str | None, batch_keys: Sequence[str]
 ) -> tuple[str, str, tuple[str, ...]]:
     if condition_key is None:
         msg = (
@@ -532,12 +532,12 @@ def _check_keys(
     return condition_key, str(control), tuple(batch_keys)
 
 
-def columns_of(obs: Table) -> str:
+def columns_of(obs: ColumnTable) -> str:
     """Return the names of the columns of obs, for a message."""
     return listing(obs.columns) or "none"
 
 
-def excluded(obs: Table, key: str, names: Sequence[str], control: str | None = None) -> np.ndarray:
+def excluded(obs: ColumnTable, key: str, names: Sequence[str], control: str | None = None) -> np.ndarray:
     """Return which cells are of an excluded condition: (cells,) bool; `CohortError` where no cell is, or it is the control."""
     column = named_column(obs, key)
     levels = [_level(obs[key], column.levels, name) for name in names]

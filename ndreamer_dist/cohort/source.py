@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ndreamer_dist.cohort.cells import Cells, HeldCells, stored_cells
+from ndreamer_dist.cohort.cells import HeldCells, ObsTable, stored_cells
 from ndreamer_dist.cohort.design import combined_conditions
 from ndreamer_dist.cohort.matrix import Kind, Matrix, MemoryMatrix, as_rows, memory_matrix
 from ndreamer_dist.cohort.stored import (
@@ -43,7 +43,7 @@ from ndreamer_dist.errors import CohortError, StoreError, listing
 from ndreamer_dist.settings import CohortSettings
 from ndreamer_dist.storage.files import Storage, open_storage
 from ndreamer_dist.storage.formats import MODALITY, recognised_format
-from ndreamer_dist.storage.texts import BLOCK_ROWS
+from ndreamer_dist.storage.texts import TEXT_BLOCK
 
 __all__ = [
     "COLUMN_ENTRIES", "Kind", "Matrix", "MemoryMatrix", "Source", "StoredMatrix", "as_rows", "fingerprint", "open_cohort", "open_source",
@@ -76,7 +76,7 @@ class Source:
     """
 
     name: str
-    cells: Cells
+    cells: ObsTable
     var: pd.DataFrame
     matrix: StoredMatrix | MemoryMatrix
     obsm: Mapping[str, Any] | None = None
@@ -254,8 +254,8 @@ def _digest(blocks: Iterable[Iterable[object]]) -> str:
 
 def _texts(values: pd.Series[Any]) -> Iterator[pd.Series[Any]]:
     """Give a column as text, block by block."""
-    for start in range(0, len(values), BLOCK_ROWS):
-        yield values.iloc[start : start + BLOCK_ROWS].astype(str)
+    for start in range(0, len(values), TEXT_BLOCK):
+        yield values.iloc[start : start + TEXT_BLOCK].astype(str)
 
 
 def _chosen(read: Callable[[str | None], Source], *, has_x: bool, has_raw: bool) -> Source:

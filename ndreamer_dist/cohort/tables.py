@@ -182,7 +182,7 @@ def check_names(name: str, obs: Any, var: pd.DataFrame) -> None:
     Parameters
     ----------
     obs
-        The cells' table, `cells.Cells`.
+        The cells' table, `cells.ObsTable`.
     """
     _check_index("cell", "obs", obs.names, len(obs))
     _check_index("gene", "var", lambda: iter([var.index.astype(str).to_numpy(dtype=object)]), len(var))

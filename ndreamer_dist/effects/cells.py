@@ -20,13 +20,13 @@ import zarr
 from zarr.storage import MemoryStore
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.cells import Cells
+from ndreamer_dist.cohort.cells import ObsTable
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.effects.tables import ROOT, writable, write_element
 
 TEXT_ROWS = 65_536
 """Rows of one chunk of a column of text."""
-OBS = "obs"
+_OBS = "obs"
 
 Take = Callable[[slice], pd.Series]
 """Gives a stretch of packed rows of a column."""
@@ -44,7 +44,7 @@ class CellTable:
         By name, what makes a column of ours, in packed order.
     """
 
-    cells: Cells
+    cells: ObsTable
     rows: np.ndarray
     ours: Mapping[str, Callable[[], Any]]
 
@@ -85,7 +85,7 @@ class CellTable:
         texts = self.cells.text(name)
         if texts is not None:
             return self._of_texts(texts, self.cells.sample()[name].dtype)
-        held = writable(self.cells[name].to_frame(name), OBS)[name]
+        held = writable(self.cells[name].to_frame(name), _OBS)[name]
         return lambda part: held.iloc[self.rows[part]]
 
     def _of_texts(self, texts: pa.LargeStringArray | None, dtype: Any) -> Take:
@@ -141,9 +141,9 @@ def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustere
 def _encoded(name: str, column: pd.Series, chunk_rows: int | None) -> dict[str, bytes]:
     """Return the files of a column, or of some of its rows."""
     files: dict[str, Any] = {}
-    group = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3).create_group(OBS)
+    group = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3).create_group(_OBS)
     write_element(group, name, column.to_numpy() if isinstance(column.dtype, np.dtype) else column.array, chunk_rows)
-    own = sorted(file for file in files if file.startswith(f"{OBS}/{name}/"))
+    own = sorted(file for file in files if file.startswith(f"{_OBS}/{name}/"))
     return {file: files.pop(file).to_bytes() for file in own}
 
 
@@ -151,8 +151,8 @@ def _header(names: Sequence[str], index_name: str | None) -> tuple[str, bytes]:
     """Return the file that says what columns there are."""
     files: dict[str, Any] = {}
     table = pd.DataFrame("", columns=list(names), index=pd.Index([""], name=index_name))
-    write_element(zarr.open_group(MemoryStore(files), mode="w", zarr_format=3), OBS, table)
-    return f"{OBS}/{ROOT}", files[f"{OBS}/{ROOT}"].to_bytes()
+    write_element(zarr.open_group(MemoryStore(files), mode="w", zarr_format=3), _OBS, table)
+    return f"{_OBS}/{ROOT}", files[f"{_OBS}/{ROOT}"].to_bytes()
 
 
 def _with_rows(metadata: bytes, count: int) -> bytes:

@@ -47,7 +47,7 @@ def group_name(levels: Iterable[str], condition: str) -> str:
     return f"{batch}|{escaped(condition)}" if batch else escaped(condition)
 
 
-class Table(Protocol):
+class ColumnTable(Protocol):
     """A table of cells by columns: a data frame, or one whose columns are read when they are asked for."""
 
     @property
@@ -75,7 +75,7 @@ class NamedColumn:
     codes: np.ndarray
 
 
-def named_column(obs: Table, name: str) -> NamedColumn:
+def named_column(obs: ColumnTable, name: str) -> NamedColumn:
     """Read a column as names; `CohortError` counts its missing values."""
     values = obs[name]
     absent = values.isna().to_numpy()
@@ -182,7 +182,7 @@ class SmallGroupsReport:
 
 
 def report_small_groups(
-    obs: Table,
+    obs: ColumnTable,
     condition_key: str,
     batch_keys: Sequence[str],
     keep: np.ndarray,

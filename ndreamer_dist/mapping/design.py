@@ -20,7 +20,7 @@ from ndreamer_dist.cohort.design import (
     why_left_out,
 )
 from ndreamer_dist.errors import CohortError, listing, quoted, suggest
-from ndreamer_dist.grouping.small_groups import Table
+from ndreamer_dist.grouping.small_groups import ColumnTable
 from ndreamer_dist.settings import CohortSettings
 
 
@@ -33,7 +33,7 @@ class MappedDesign:
     reasons: pd.Categorical[Any]
 
 
-def mapped_design(obs: Table, stored: Design, cohort: CohortSettings, keep: np.ndarray) -> MappedDesign:
+def mapped_design(obs: ColumnTable, stored: Design, cohort: CohortSettings, keep: np.ndarray) -> MappedDesign:
     """Return the design of a run's groups and those of new cells.
 
     New groups come in the order of their names, so that nothing depends on the order of the cells. Their conditions and
@@ -85,7 +85,7 @@ def mapped_design(obs: Table, stored: Design, cohort: CohortSettings, keep: np.n
     return MappedDesign(made, codes, why_left_out(reasons))
 
 
-def _names(obs: Table, name: str) -> np.ndarray:
+def _names(obs: ColumnTable, name: str) -> np.ndarray:
     """Return a column of names: (cells,) text."""
     if name not in obs:
         msg = (

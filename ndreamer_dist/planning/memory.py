@@ -17,8 +17,8 @@ from ndreamer_dist.settings import Settings
 
 DRIVER_BYTES = 700e6
 """The driver and Ray's own processes."""
-DRIVER_BYTES_PER_CELL = 1500
-"""obs (names and a few dozen columns), codes, and the embedding's 50 dimensions."""
+DRIVER_BYTES_PER_CELL = 150
+"""One column of obs at a time, with what encodes it; codes, totals and counts of every cell."""
 
 
 def stage_memory(size: CohortSize, settings: Settings, *, cpus: int, object_store: int) -> dict[str, int]:

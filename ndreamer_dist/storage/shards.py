@@ -22,7 +22,7 @@ import zarr
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.codec import Codec
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.buffer import default_buffer_prototype
+from zarr.buffer import cpu, default_buffer_prototype
 from zarr.codecs import ShardingCodec
 from zarr.core.array_spec import ArraySpec  # what codecs are asked with
 from zarr.core.sync import sync  # zarr has no public way to wait for its event loop
@@ -326,7 +326,7 @@ class _Reading:
         self.reads.chunks += len(wanted)
         self.reads.touched += sum(len(data) for data in encoded if data is not None)
         codecs = self.sharding.codecs if self.sharding else self._metadata.codecs
-        return [self._empty() if data is None else await decoded(codecs, data, self._spec) for data in encoded]
+        return [self._empty() if data is None else await _decoded(codecs, data, self._spec) for data in encoded]
 
     def _empty(self) -> np.ndarray:
         """Return a chunk that was not written, since it holds nothing but the fill value."""
@@ -358,7 +358,7 @@ class _Reading:
         spec = replace(
             self._spec, shape=(*self.per_shard, 2), dtype=UInt64(endianness="little"), fill_value=NOT_WRITTEN
         )
-        return await decoded(self._index_codecs, data, spec)
+        return await _decoded(self._index_codecs, data, spec)
 
     def _span(self, index: np.ndarray, position: Position) -> ByteRange | None:
         offset, length = index[tuple(p % n for p, n in zip(position, self.per_shard, strict=True))].tolist()
@@ -379,13 +379,23 @@ class _Reading:
         return self.where.damaged(f", chunk {shard} {how}", self.array.metadata.encode_chunk_key(shard))
 
 
-async def decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np.ndarray:
+async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np.ndarray:
     """Undo the codecs of a chunk one by one: by zarr's own ones, whatever pipeline a user has chosen for them."""
     specs = list(itertools.accumulate(codecs, lambda spec, codec: codec.resolve_metadata(spec), initial=spec))
     values: Any = data
     for codec, own in zip(reversed(codecs), reversed(specs[:-1]), strict=True):
         (values,) = await codec.decode([(values, own)])
     return np.asarray(values.as_numpy_array())
+
+
+def uncompressed(array: zarr.Array[Any], data: bytes) -> np.ndarray:
+    """Return a chunk that is a file of its own as it was before it was compressed, after the first codec: (bytes,) uint8."""
+    metadata: Any = array.metadata
+    if metadata.zarr_format == 2:
+        plain = data if metadata.compressor is None else metadata.compressor.decode(data)
+        return np.frombuffer(plain, np.uint8)
+    spec = ArraySpec(array.chunks, metadata.dtype, metadata.fill_value, array.config, default_buffer_prototype())
+    return sync(_decoded(metadata.codecs[1:], cpu.Buffer.from_bytes(data), spec)).view(np.uint8)
 
 
 def _within(runs: Sequence[ByteRange], bodies: Sequence[Buffer], span: ByteRange) -> Buffer:

@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import zarr
-from zarr.buffer import cpu, default_buffer_prototype
 from zarr.codecs import VLenUTF8Codec
-from zarr.core.array_spec import ArraySpec  # what codecs are asked with
-from zarr.core.sync import sync  # zarr has no public way to wait for its event loop
 
 from ndreamer_dist.errors import StoreError
-from ndreamer_dist.storage.shards import decoded, read_files
+from ndreamer_dist.storage.shards import read_files, uncompressed
 
-BLOCK_ROWS = 65_536
+TEXT_BLOCK = 65_536
 """Rows that are read at a time, where chunks are not larger."""
 VLEN = "vlen-utf8"
 LENGTH = struct.Struct("<I")
@@ -39,20 +36,20 @@ def text_blocks(element: Any) -> Iterator[pa.LargeStringArray]:
     (rows,) = element.shape
     if not isinstance(element, zarr.Array):
         texts = element.asstr()
-        for start in range(0, rows, BLOCK_ROWS):
-            yield as_texts(texts[start : start + BLOCK_ROWS])
+        for start in range(0, rows, TEXT_BLOCK):
+            yield as_texts(texts[start : start + TEXT_BLOCK])
         return
     size = element.chunks[0]
-    step = max(1, BLOCK_ROWS // size) * size
+    step = max(1, TEXT_BLOCK // size) * size
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        files = _files(element, start, stop) if _is_plain(element) else [None]
-        if None in files:  # shards, other encodings, or a chunk that holds nothing
+        files = _files(element, start, stop) if _is_plain(element) else []
+        if not files:  # shards, other encodings, or a chunk that holds nothing
             yield as_texts(element[start:stop])
             continue
         left = stop - start
         while files:
-            for block in parse_texts(_uncompressed(element, files.pop(0))):
+            for block in parse_texts(uncompressed(element, files.pop(0))):
                 yield block[:left]
                 left -= len(block[:left])
 
@@ -62,11 +59,13 @@ def as_texts(values: Any) -> pa.LargeStringArray:
     return pa.array(np.asarray(values).astype(object), pa.large_string())
 
 
-def _files(array: zarr.Array[Any], start: int, stop: int) -> list[bytes | None]:
-    """Return the files of the chunks that hold some rows."""
+def _files(array: zarr.Array[Any], start: int, stop: int) -> list[bytes]:
+    """Return the files of the chunks that hold some rows; none of them where one is not there."""
     size = array.chunks[0]
     keys = [array.metadata.encode_chunk_key((number,)) for number in range(start // size, -(-stop // size))]
-    return read_files(array.store, str(array.store), [f"{array.path}/{key}".lstrip("/") for key in keys])
+    files = read_files(array.store, str(array.store), [f"{array.path}/{key}".lstrip("/") for key in keys])
+    found = [file for file in files if file is not None]
+    return found if len(found) == len(files) else []
 
 
 def _is_plain(array: zarr.Array[Any]) -> bool:
@@ -77,42 +76,27 @@ def _is_plain(array: zarr.Array[Any]) -> bool:
     return isinstance(metadata.codecs[0], VLenUTF8Codec)
 
 
-def _uncompressed(array: zarr.Array[Any], data: Any) -> np.ndarray:
-    """Return a chunk as it was before it was compressed: (bytes,) uint8."""
-    metadata: Any = array.metadata
-    if metadata.zarr_format == 2:
-        plain = data if metadata.compressor is None else metadata.compressor.decode(data)
-        return np.frombuffer(plain, np.uint8)
-    fill = metadata.fill_value
-    spec = ArraySpec(array.chunks, metadata.dtype, fill, array.config, default_buffer_prototype())
-    return sync(decoded(metadata.codecs[1:], cpu.Buffer.from_bytes(data), spec)).view(np.uint8)
-
-
 def parse_texts(data: np.ndarray) -> Iterator[pa.LargeStringArray]:
     """Give what a chunk of text holds, a number of texts and then each with its length before it, by blocks.
 
     Raises
     ------
-    StoreError
+    ValueError, struct.error
         The lengths do not fit, or what they enclose is no text.
     """
-    try:
-        memory: Any = data
-        (count,), place = LENGTH.unpack_from(memory, 0), LENGTH.size
-        for start in range(0, count, BLOCK_ROWS):
-            lengths = np.empty(min(BLOCK_ROWS, count - start), dtype=np.int64)
-            first = place
-            for number in range(len(lengths)):
-                (length,) = LENGTH.unpack_from(memory, place)
-                lengths[number] = length
-                place += LENGTH.size + length
-            yield _block(data[first:place], lengths)
-        if place != len(data):
-            msg = f"its texts end at byte {place} of {len(data)}"
-            raise ValueError(msg)
-    except (struct.error, ValueError, IndexError) as error:  # Arrow's own errors are ValueErrors
-        msg = f"a chunk of text is damaged ({type(error).__name__}: {error})"
-        raise StoreError(msg) from error
+    memory: Any = data
+    (count,), place = LENGTH.unpack_from(memory, 0), LENGTH.size
+    for start in range(0, count, TEXT_BLOCK):
+        lengths = np.empty(min(TEXT_BLOCK, count - start), dtype=np.int64)
+        first = place
+        for number in range(len(lengths)):
+            (length,) = LENGTH.unpack_from(memory, place)
+            lengths[number] = length
+            place += LENGTH.size + length
+        yield _block(data[first:place], lengths)
+    if place != len(data):
+        msg = f"the texts of a chunk end at byte {place} of {len(data)}"
+        raise ValueError(msg)
 
 
 def _block(data: np.ndarray, lengths: np.ndarray) -> pa.LargeStringArray:
