@@ -15,7 +15,6 @@ import pyarrow as pa
 import zarr
 from zarr.codecs import VLenUTF8Codec
 
-from ndreamer_dist.errors import StoreError
 from ndreamer_dist.storage.shards import read_files, uncompressed
 
 TEXT_BLOCK = 65_536
