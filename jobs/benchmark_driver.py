@@ -37,9 +37,9 @@ GENES, PER_CELL = 200, 8
 OPENING = "before the stages"
 SETTINGS = {
     "run.serial": True, "run.progress": False, "embed.method": keys.SPACE_PCA, "embed.dimensions": 2, "match.hubs": "none",
-    "effects.store": ["ite"], "cohort.condition_key": "condition", "cohort.control": "ctrl", "cohort.batch_key": "donor",
+    "effects.store": ["ite"], "cohort.condition_key": "condition", "cohort.control": "condition 0", "cohort.batch_key": "donor",
 }  # fmt: skip
-"""Few dimensions and layers: tasks are not what is measured."""
+"""Few dimensions and layers, and small groups to match: tasks are not what is measured."""
 
 
 class TasksApart(SerialRuntime):
@@ -97,8 +97,8 @@ def write_cohort(path: Path, cells: int) -> None:
     ends = np.concatenate([[0], np.cumsum(first.sum(axis=1))])
     numbers = np.char.mod("%07d", np.arange(cells))
     obs = pd.DataFrame(index=pd.Index(np.char.add("AAACCTGAGAAACCAT-", numbers).astype(object), name="barcode"))
-    for name, levels in (("donor", 4), ("condition", 2), ("cell_type", 30), ("note", 1000)):
-        names = ["ctrl", "stim"] if name == "condition" else [f"{name} {level}" for level in range(levels)]
+    for name, levels in (("donor", 4), ("condition", 100), ("cell_type", 30), ("note", 1000)):
+        names = [f"{name} {level}" for level in range(levels)]
         obs[name] = pd.Categorical.from_codes(rng.integers(0, levels, cells), names)
     obs["sample"] = np.char.add("sample-of-cell-", numbers).astype(object)
     obs["stage"] = pd.array(rng.integers(0, 5, cells), dtype="Int64")
@@ -131,13 +131,19 @@ def measured(cohort: Path, folder: Path) -> dict[str, int]:
         source, told = opened(cohort, settings)
         peaks = {OPENING: runtime.peak() - before}
         key = stage_keys(settings, told)
-        run.write_json(keys.RUN_JSON, {"input": told})
+        run.write_json(
+            keys.RUN_JSON,
+            {"format": keys.FORMAT_VERSION, "input": told, "settings": settings.model_dump(mode="json"), "keys": key},
+        )
         job = Job(run, settings, source, runtime, SpaceInput.of(source, settings))
         for name, stage in stages_of(settings).items():
             started = time.perf_counter()
             stage.run(job, run, key[name])
             peaks[name] = runtime.peak() - before
-            print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"{name}: {time.perf_counter() - started:.0f} s, {peaks[name] / source.n_cells:.1f} bytes a cell",
+                flush=True,
+            )
     finally:
         tracemalloc.stop()
     return peaks
