@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from ndreamer_dist.grouping.small_groups import (
     resolved_rule,
     restricted,
     vanishing,
+    why_left_out,
     with_merged_batches,
     would_vanish,
 )
@@ -463,27 +464,6 @@ def build_design(
     design, codes = _coded(condition_key, control, tuple(batch_keys), columns, keep)
     _check_edges(design)
     return design, codes, reasons
-
-
-def why_left_out(cells: Mapping[str, np.ndarray]) -> pd.Categorical[Any]:
-    """Return why each cell is left out, the first reason that holds: (cells,) categories, empty where none does.
-
-    Parameters
-    ----------
-    cells
-        By reason, (cells,) bool.
-    """
-    codes = np.zeros(len(next(iter(cells.values()))), dtype=np.int8)
-    for number, here in reversed(list(enumerate(cells.values(), start=1))):
-        codes[here] = number
-    return pd.Categorical.from_codes(codes, pd.Index(["", *cells]))
-
-
-def first_reason(one: pd.Categorical[Any], other: pd.Categorical) -> pd.Categorical[Any]:
-    """Return why each cell is left out: by one account, or where that is empty by another."""
-    names = list(dict.fromkeys([*one.categories, *other.categories]))
-    codes = [account.set_categories(names).codes for account in (one, other)]
-    return pd.Categorical.from_codes(np.where(codes[0] > 0, *codes), pd.Index(names))
 
 
 def report_design(design: Design, small: SmallGroupsReport) -> list[str]:

@@ -20,10 +20,8 @@ from ndreamer_dist.cohort.design import (
     Design,
     build_design,
     excluded,
-    first_reason,
     pair_codes,
     report_design,
-    why_left_out,
 )
 from ndreamer_dist.cohort.packed import write_tables
 from ndreamer_dist.cohort.source import Source
@@ -32,7 +30,7 @@ from ndreamer_dist.cohort.tables import gene_places
 from ndreamer_dist.cohort.values import Decision, decide_values
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, listing, suggest
-from ndreamer_dist.grouping.small_groups import SmallGroupsReport, report_small_groups
+from ndreamer_dist.grouping.small_groups import SmallGroupsReport, first_reason, report_small_groups, why_left_out
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import CohortSettings, HvgSettings, Settings

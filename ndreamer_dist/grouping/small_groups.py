@@ -7,7 +7,7 @@ a screen, which has many conditions of few cells each, cells are asked of a cond
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -225,6 +225,27 @@ def cells_of_small_groups(
         )
         raise CohortError(msg)
     return keep & np.isin(pairs, [pair for pair, _, _ in small if rule == "drop"])
+
+
+def why_left_out(cells: Mapping[str, np.ndarray]) -> pd.Categorical[Any]:
+    """Return why each cell is left out, the first reason that holds: (cells,) categories, empty where none does.
+
+    Parameters
+    ----------
+    cells
+        By reason, (cells,) bool.
+    """
+    codes = np.zeros(len(next(iter(cells.values()))), dtype=np.int8)
+    for number, here in reversed(list(enumerate(cells.values(), start=1))):
+        codes[here] = number
+    return pd.Categorical.from_codes(codes, pd.Index(["", *cells]))
+
+
+def first_reason(one: pd.Categorical[Any], other: pd.Categorical) -> pd.Categorical[Any]:
+    """Return why each cell is left out: by one account, or where that is empty by another."""
+    names = list(dict.fromkeys([*one.categories, *other.categories]))
+    codes = [account.set_categories(names).codes for account in (one, other)]
+    return pd.Categorical.from_codes(np.where(codes[0] > 0, *codes), pd.Index(names))
 
 
 def vanishing(column: NamedColumn, before: np.ndarray, cut: np.ndarray) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.design import Design, first_reason
+from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.genes import FILES, NO_COUNTS, kept_cells, summary_of, write_cohort
 from ndreamer_dist.cohort.packed import read_table
 from ndreamer_dist.cohort.source import Source
@@ -21,6 +21,7 @@ from ndreamer_dist.cohort.tables import gene_places
 from ndreamer_dist.cohort.values import Decision, decide_values
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, listing
+from ndreamer_dist.grouping.small_groups import first_reason
 from ndreamer_dist.mapping.design import mapped_design
 from ndreamer_dist.mapping.reference import Reference
 from ndreamer_dist.rundir.directory import Shard

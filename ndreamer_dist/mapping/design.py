@@ -17,10 +17,9 @@ from ndreamer_dist.cohort.design import (
     columns_of,
     group_name,
     named_column,
-    why_left_out,
 )
 from ndreamer_dist.errors import CohortError, listing, quoted, suggest
-from ndreamer_dist.grouping.small_groups import ColumnTable
+from ndreamer_dist.grouping.small_groups import ColumnTable, why_left_out
 from ndreamer_dist.settings import CohortSettings
 
 
