@@ -29,9 +29,11 @@ import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist import keys
+from ndreamer_dist.cohort.cells import HeldCells
 from ndreamer_dist.cohort.design import Design, Group, batch_name, group_name
 from ndreamer_dist.cohort.packed import Packed, table_bytes, write_csr
 from ndreamer_dist.effects import tables
+from ndreamer_dist.effects.cells import cell_table
 from ndreamer_dist.effects.rounding import rounded
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.rundir.stage import StageRun
@@ -196,8 +198,8 @@ def make(folder: Path, cells: int, genes: int, settings: Settings) -> None:
         print(f"\rblock {block + 1} of {packed.n_blocks}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     source = source_of(rng, packed)
-    table = tables.cell_table(source, packed, {keys.OBS_MATCH_DISTANCE: rng.random(cells, dtype=np.float32)})
-    tables.finish(stage, settings, packed, layout, table, tables.gene_table(source, packed), {})
+    table = cell_table(source, packed, {keys.OBS_MATCH_DISTANCE: rng.random(cells, dtype=np.float32)})
+    tables.finish(stage, settings, packed, layout, table.files(), tables.gene_table(source, packed), {})
 
 
 def expression(rng: np.random.Generator, cells: int, genes: int) -> np.ndarray:
@@ -299,9 +301,7 @@ def source_of(rng: np.random.Generator, packed: Packed) -> SimpleNamespace:
     names = np.array([f"{''.join(word)}-{donor}" for word, donor in zip(letters, donors, strict=True)], dtype=object)
     genes = np.array(packed.genes, dtype=object)
     var = pd.DataFrame({"highly_variable": np.ones(len(genes), dtype=bool)}, index=pd.Index(genes))
-    return SimpleNamespace(
-        obs=pd.DataFrame(columns, index=pd.Index(names)), var=var, cell_names=names, gene_names=genes
-    )
+    return SimpleNamespace(cells=HeldCells(pd.DataFrame(columns, index=pd.Index(names))), var=var, gene_names=genes)
 
 
 if __name__ == "__main__":

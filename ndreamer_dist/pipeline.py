@@ -242,7 +242,7 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     source = open_cohort(cohort, settings.cohort)
     design = check_cohort(source, settings.cohort).sampling(settings.match.groups)
     check_genes(source, settings.hvg)
-    check_tables(source.obs, source.var)
+    check_tables(source.cells.sample(), source.var)
     _check_populations(settings, design)
     _check_labels(source, settings.match.within)
     if settings.match.edges == "all":

@@ -23,6 +23,7 @@ from ndreamer_dist.errors import CohortError, QueryError, StoreError, listing, q
 from ndreamer_dist.grouping.sample import arc, takes
 from ndreamer_dist.grouping.small_groups import (
     SCREEN_CONDITIONS,
+    ColumnTable,
     NamedColumn,
     SmallGroups,
     SmallGroupsReport,
@@ -36,6 +37,7 @@ from ndreamer_dist.grouping.small_groups import (
     resolved_rule,
     restricted,
     vanishing,
+    why_left_out,
     with_merged_batches,
     would_vanish,
 )
@@ -366,7 +368,7 @@ class Design:
         )
 
 
-def combined_conditions(obs: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
+def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[Any]:
     r"""Return a condition per cell: its values in several columns, joined by `:`; `\` and `:` inside values are escaped.
 
     Raises
@@ -383,10 +385,14 @@ def combined_conditions(obs: pd.DataFrame, factors: Sequence[str]) -> pd.Series[
         raise CohortError(msg)
     columns = [named_column(obs, name) for name in factors]
     levels = [[level.replace("\\", "\\\\").replace(":", "\\:") for level in column.levels] for column in columns]
-    names = zip(
-        *(np.array(own, dtype=object)[column.codes] for own, column in zip(levels, columns, strict=True)), strict=True
-    )
-    found = pd.Series([":".join(parts) for parts in names], index=obs.index, dtype="category")
+    codes = combined([column.codes for column in columns])
+    _, first = np.unique(codes, return_index=True)
+    names = [
+        ":".join(own[column.codes[row]] for own, column in zip(levels, columns, strict=True)) for row in first.tolist()
+    ]
+    order = np.argsort(names, kind="stable")
+    levels_sorted = pd.Index(np.array(names, dtype=object)[order])
+    found = pd.Series(pd.Categorical.from_codes(np.argsort(order)[codes].astype(np.int32), levels_sorted))
     key = ":".join(factors)
     if key in obs and not (obs[key].astype(str).to_numpy() == found.astype(str).to_numpy()).all():
         msg = f"obs has a column {quoted(key)} that is not {listing(factors)} joined by ':'; rename it"
@@ -395,7 +401,7 @@ def combined_conditions(obs: pd.DataFrame, factors: Sequence[str]) -> pd.Series[
 
 
 def build_design(
-    obs: pd.DataFrame,
+    obs: ColumnTable,
     *,
     condition_key: str | None,
     control: str | None,
@@ -405,7 +411,7 @@ def build_design(
     small_groups: SmallGroups = "drop",
     rare_conditions: Literal["error", "drop"] = "error",
     exclude: Sequence[str] = (),
-) -> tuple[Design, np.ndarray, np.ndarray]:
+) -> tuple[Design, np.ndarray, pd.Categorical[Any]]:
     """Return the design of a cohort, the group of every input cell, and why a cell was left out here.
 
     Parameters
@@ -430,7 +436,7 @@ def build_design(
     groups
         (cells,) int32 group codes; -1 for cells left out, by `keep` or here.
     reasons
-        (cells,) text; empty for kept cells and for those left out by `keep`.
+        (cells,) texts as categories, the first of them empty: for kept cells and for those left out by `keep`.
 
     Raises
     ------
@@ -443,7 +449,7 @@ def build_design(
     control = _level(obs[condition_key], columns[-1].levels, control)
     left_out = excluded(obs, condition_key, exclude, control)
     _check_conditions(columns[-1], condition_key, control, keep, left_out)
-    reasons = np.where(keep & left_out, EXCLUDED, "").astype(object)
+    excluded_cells = keep & left_out
     keep = keep & ~left_out
     small_groups = resolved_rule(small_groups, columns[-1], keep)
     columns, _ = with_merged_batches(columns, keep, min_group_cells, small_groups)
@@ -452,7 +458,8 @@ def build_design(
     left = len(np.unique(columns[-1].codes[keep & ~cut]))
     if gone and (rare_conditions == "error" or control in gone or left < 2):
         raise CohortError(would_vanish(gone, control, min_group_cells, small_groups))
-    reasons[cut] = f"{'condition' if small_groups == 'merge' else 'group'} of fewer than {min_group_cells} cells"
+    few = f"{'condition' if small_groups == 'merge' else 'group'} of fewer than {min_group_cells} cells"
+    reasons = why_left_out({EXCLUDED: excluded_cells, few: cut})
     keep = keep & ~cut
     design, codes = _coded(condition_key, control, tuple(batch_keys), columns, keep)
     _check_edges(design)
@@ -474,13 +481,13 @@ def report_design(design: Design, small: SmallGroupsReport) -> list[str]:
     return notes
 
 
-def pair_codes(obs: pd.DataFrame, condition_key: str, batch_keys: Sequence[str]) -> np.ndarray:
-    """Return a code of every cell's (batch, condition) pair, whatever its size: (cells,) int64."""
+def pair_codes(obs: ColumnTable, condition_key: str, batch_keys: Sequence[str]) -> np.ndarray:
+    """Return a code of every cell's (batch, condition) pair, whatever its size: (cells,) int32."""
     return combined([named_column(obs, name).codes for name in (*batch_keys, condition_key)])
 
 
 def _check_keys(
-    obs: pd.DataFrame, condition_key: str | None, control: str | None, batch_keys: Sequence[str]
+    obs: ColumnTable, condition_key: str | None, control: str | None, batch_keys: Sequence[str]
 ) -> tuple[str, str, tuple[str, ...]]:
     if condition_key is None:
         msg = (
@@ -505,12 +512,12 @@ def _check_keys(
     return condition_key, str(control), tuple(batch_keys)
 
 
-def columns_of(obs: pd.DataFrame) -> str:
+def columns_of(obs: ColumnTable) -> str:
     """Return the names of the columns of obs, for a message."""
     return listing(obs.columns) or "none"
 
 
-def excluded(obs: pd.DataFrame, key: str, names: Sequence[str], control: str | None = None) -> np.ndarray:
+def excluded(obs: ColumnTable, key: str, names: Sequence[str], control: str | None = None) -> np.ndarray:
     """Return which cells are of an excluded condition: (cells,) bool; `CohortError` where no cell is, or it is the control."""
     column = named_column(obs, key)
     levels = [_level(obs[key], column.levels, name) for name in names]
@@ -582,7 +589,7 @@ def _coded(
     *batch_columns, condition = (restricted(column, keep) for column in columns)
     conditions = (control, *(name for name in condition.levels if name != control))
     code_of = {name: code for code, name in enumerate(conditions)}
-    place = np.array([code_of[name] for name in condition.levels])
+    place = np.array([code_of[name] for name in condition.levels], dtype=np.int32)
     condition_codes = place[condition.codes]
     batch = combined([column.codes for column in batch_columns]) if batch_columns else np.zeros_like(condition_codes)
     _, first = np.unique(batch, return_index=True)
@@ -590,7 +597,8 @@ def _coded(
     level_names = [
         tuple(column.levels[c] for column, c in zip(batch_columns, codes, strict=True)) for codes in level_codes
     ]
-    pairs, codes, counts = np.unique(batch * len(conditions) + condition_codes, return_inverse=True, return_counts=True)
+    codes, pairs = pd.factorize(batch.astype(np.int64) * len(conditions) + condition_codes, sort=True)
+    counts = np.bincount(codes)
     stops = np.cumsum(counts)
     groups = tuple(
         Group(
@@ -602,7 +610,7 @@ def _coded(
             start=int(stops[code] - counts[code]),
             stop=int(stops[code]),
         )
-        for code, pair in enumerate(pairs)
+        for code, pair in enumerate(pairs.tolist())
     )
     all_codes = np.full(len(keep), -1, dtype=np.int32)
     all_codes[keep] = codes

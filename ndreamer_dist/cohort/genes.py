@@ -30,7 +30,7 @@ from ndreamer_dist.cohort.tables import gene_places
 from ndreamer_dist.cohort.values import Decision, decide_values
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, listing, suggest
-from ndreamer_dist.grouping.small_groups import SmallGroupsReport, report_small_groups
+from ndreamer_dist.grouping.small_groups import SmallGroupsReport, first_reason, report_small_groups, why_left_out
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import CohortSettings, HvgSettings, Settings
@@ -63,11 +63,11 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     source = source.in_natural_logs(decision.base)
     for note in (decision.seen, *source.notes):
         logger.info(note)
-    pairs = pair_codes(source.obs, str(cohort.condition_column), cohort.batch_key)
+    pairs = pair_codes(source.cells, str(cohort.condition_column), cohort.batch_key)
     found, genes_left = _scanned(source, cohort, runtime, pairs, decision, kept_genes)
     keep, dropped_for = kept_cells(found, cohort)
-    design, groups, reasons = build_design(source.obs, keep=keep, **_design_arguments(cohort))
-    reasons = np.where(dropped_for != "", dropped_for, reasons)
+    design, groups, reasons = build_design(source.cells, keep=keep, **_design_arguments(cohort))
+    reasons = first_reason(dropped_for, reasons)
     genes = _selected(source, found, design, groups, pairs, genes_left, kept_genes, settings.hvg)
     notes = [decision.seen, *source.notes, *_report(source, cohort, design, keep & (reasons != EXCLUDED), reasons)]
     if found.repeated:
@@ -81,12 +81,12 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
 
 def check_cohort(source: Source, cohort: CohortSettings) -> Design:
     """Refuse what the names in obs tell, before the matrix is read; return the design if every cell were kept."""
-    return build_design(source.obs, **_design_arguments(cohort))[0]
+    return build_design(source.cells, **_design_arguments(cohort))[0]
 
 
 def input_groups(source: Source, cohort: CohortSettings) -> SmallGroupsReport:
     """Return the number of cells of every group of the input, whatever its size, and what is done with small ones."""
-    every = ~excluded(source.obs, str(cohort.condition_column), cohort.exclude_conditions)
+    every = ~excluded(source.cells, str(cohort.condition_column), cohort.exclude_conditions)
     return _groups_of(source, cohort, every)
 
 
@@ -245,7 +245,7 @@ def _design_arguments(cohort: CohortSettings) -> dict[str, Any]:
 
 def _groups_of(source: Source, cohort: CohortSettings, keep: np.ndarray) -> SmallGroupsReport:
     return report_small_groups(
-        source.obs, str(cohort.condition_column), cohort.batch_key, keep, min_group_cells=cohort.min_group_cells,
+        source.cells, str(cohort.condition_column), cohort.batch_key, keep, min_group_cells=cohort.min_group_cells,
         small_groups=cohort.small_groups,
     )  # fmt: skip
 
@@ -272,13 +272,16 @@ def _scanned(
     return scan(source, matrix, pairs, recipe, runtime, integers=decision.integers, title="cohort: genes left"), left
 
 
-def kept_cells(found: Scan, cohort: CohortSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Return which cells are kept before groups are looked at, and why the others are not."""
-    reasons = np.full(len(found.totals), "", dtype=object)
-    reasons[found.detected < cohort.min_genes] = f"fewer than {cohort.min_genes} genes"
-    reasons[(found.totals == 0) & (reasons == "")] = NO_COUNTS
-    reasons[found.detected == 0] = NO_COUNTS
-    return reasons == "", reasons
+def kept_cells(found: Scan, cohort: CohortSettings) -> tuple[np.ndarray, pd.Categorical[Any]]:
+    """Return which cells are kept before groups are looked at, and why the others are not (see `why_left_out`)."""
+    few = f"fewer than {cohort.min_genes} genes"
+    reasons = why_left_out(
+        {
+            NO_COUNTS: (found.detected == 0) | ((found.totals == 0) & (found.detected >= cohort.min_genes)),
+            few: found.detected < cohort.min_genes,
+        }
+    )
+    return reasons.codes == 0, reasons
 
 
 def _selected(
@@ -312,8 +315,9 @@ def _rows_looked_at(
     design: Design, groups: np.ndarray, pairs: np.ndarray, hvg: HvgSettings
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the sets of cells inside which variability is looked at: codes of their groups, and rows of their sums."""
-    kept = np.flatnonzero(groups >= 0)
-    found = np.unique(np.stack([groups[kept], pairs[kept]]), axis=1)  # a group of merged batches has several rows
+    kept, rows = groups >= 0, int(pairs.max()) + 1
+    together = pd.unique(groups[kept].astype(np.int64) * rows + pairs[kept])
+    found = np.stack(np.divmod(np.sort(together), rows))  # a group of merged batches has several rows
     batches = np.array([group.batch for group in design.groups])
     labels = {"group": np.arange(len(batches)), "batch": batches, "none": np.zeros(len(batches), np.int64)}[hvg.by]
     order = np.argsort(labels[found[0]], kind="stable")
@@ -322,11 +326,13 @@ def _rows_looked_at(
     return list(zip(members, np.split(found[1][order], starts[1:]), strict=True))
 
 
-def _report(source: Source, cohort: CohortSettings, design: Design, keep: np.ndarray, reasons: np.ndarray) -> list[str]:
+def _report(
+    source: Source, cohort: CohortSettings, design: Design, keep: np.ndarray, reasons: pd.Categorical[Any]
+) -> list[str]:
     notes = report_design(design, _groups_of(source, cohort, keep))
     empty = reasons == NO_COUNTS
     if empty.any():
-        first = str(source.cell_names[int(empty.argmax())])
+        first = source.cell_name(int(empty.argmax()))
         notes.append(f"{int(empty.sum())} cells without a single count left out, {first!r} first")
         logger.warning(notes[-1])
     return notes
@@ -336,12 +342,14 @@ def summary_of(
     cohort: CohortSettings,
     decision: Decision,
     design: Design,
-    reasons: np.ndarray,
+    reasons: pd.Categorical[Any],
     genes: pd.DataFrame,
     notes: list[str],
 ) -> dict[str, Any]:
     """Return what the cohort stage has decided, for cohort/summary.json."""
-    names, counts = np.unique(reasons[reasons != ""].astype(str), return_counts=True)
+    counts = dict(
+        zip(reasons.categories[1:], np.bincount(reasons.codes, minlength=len(reasons.categories))[1:], strict=True)
+    )
     return {
         "normalise": decision.normalise,
         "normalise_asked": cohort.normalise,
@@ -351,7 +359,7 @@ def summary_of(
         "cells": design.n_cells,
         "input_genes": len(genes),
         "genes": int(genes["selected"].sum()),
-        "dropped": {str(name): int(count) for name, count in zip(names, counts, strict=True)},
+        "dropped": {name: int(counts[name]) for name in sorted(counts) if counts[name]},
         "notes": notes,
     }
 
@@ -363,16 +371,15 @@ def write_cohort(
     groups: np.ndarray,
     found: Scan,
     genes: pd.DataFrame,
-    reasons: np.ndarray,
+    reasons: pd.Categorical[Any],
     summary: dict[str, Any],
 ) -> dict[str, str]:
     """Write what the stage has found; return the checksums of its tables."""
     rows = np.flatnonzero(groups >= 0)
     gone = np.flatnonzero(groups < 0)
     cells = frame_of_cells(rows, groups[rows], found.totals[rows])
-    names = source.cell_names.to_numpy(dtype=object)[gone]
-    dropped = pd.DataFrame({"input_row": gone.astype(np.int64), "name": names, "reason": reasons[gone]}).astype(
-        {"name": "string", "reason": "string"}
+    dropped = pd.DataFrame({"input_row": gone, "name": source.names_of(gone), "reason": reasons[gone]}).astype(
+        {"input_row": "int64", "name": "string", "reason": "string"}
     )
     run.write_json(keys.DESIGN_JSON, design.to_json())
     run.write_json(keys.COHORT_SUMMARY, summary)

@@ -84,11 +84,11 @@ def column_labels(source: Source, name: str, setting: str) -> CellLabels:
     CohortError
         There is no such column.
     """
-    if name not in source.obs:
-        names = [str(column) for column in source.obs.columns]
+    if name not in source.cells:
+        names = [str(column) for column in source.cells.columns]
         msg = f"{setting}: obs has no column {quoted(name)}; it has {listing(names)}.{suggest(name, names)}"
         raise CohortError(msg)
-    codes, found = pd.factorize(source.obs[name].astype("string"))
+    codes, found = pd.factorize(source.cells[name].astype("string"))
     return CellLabels(np.asarray(codes, dtype=np.int32), tuple(map(str, found)))
 
 
@@ -153,6 +153,6 @@ def _check_finite(values: np.ndarray, source: Source, where: str) -> None:
         finite = np.isfinite(values[start : start + CHUNK_ROWS]).all(axis=1)
         if not finite.all():
             row = start + int(np.flatnonzero(~finite)[0])
-            cell = quoted(str(source.cell_names[row]))
+            cell = quoted(source.cell_name(row))
             msg = f"{where} is not finite in cell {cell} (row {row}); every cell needs a place, so leave such cells out"
             raise CohortError(msg)

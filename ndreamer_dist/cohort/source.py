@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from ndreamer_dist.cohort.cells import HeldCells, ObsTable, stored_cells
 from ndreamer_dist.cohort.design import combined_conditions
-from ndreamer_dist.cohort.formats import MODALITY, recognised_format
 from ndreamer_dist.cohort.matrix import Kind, Matrix, MemoryMatrix, as_rows, memory_matrix
 from ndreamer_dist.cohort.stored import (
     COLUMN_ENTRIES,
@@ -42,6 +42,8 @@ from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, StoreError, listing
 from ndreamer_dist.settings import CohortSettings
 from ndreamer_dist.storage.files import Storage, open_storage
+from ndreamer_dist.storage.formats import MODALITY, recognised_format
+from ndreamer_dist.storage.texts import TEXT_BLOCK
 
 __all__ = [
     "COLUMN_ENTRIES", "Kind", "Matrix", "MemoryMatrix", "Source", "StoredMatrix", "as_rows", "fingerprint", "open_cohort", "open_source",
@@ -59,8 +61,10 @@ class Source:
 
     Attributes
     ----------
-    obs, var
-        Tables of cells and genes, as anndata reads them; of genes those that the matrix has.
+    cells
+        The table of the cells, of which a column is read when it is asked for.
+    var
+        The table of the genes that the matrix has, as anndata reads it.
     matrix
         The values of `X`, of `raw`, or of the layer asked for.
     obsm
@@ -72,7 +76,7 @@ class Source:
     """
 
     name: str
-    obs: pd.DataFrame
+    cells: ObsTable
     var: pd.DataFrame
     matrix: StoredMatrix | MemoryMatrix
     obsm: Mapping[str, Any] | None = None
@@ -101,9 +105,27 @@ class Source:
         return self.matrix.nnz
 
     @property
+    def obs(self) -> pd.DataFrame:
+        """The whole table of the cells, as anndata reads it; a copy."""
+        return self.cells.frame()
+
+    @property
     def cell_names(self) -> pd.Index:
-        """Names of the cells, as text."""
-        return self.obs.index.astype(str)
+        """Names of all cells, as text."""
+        return self.cells.index
+
+    def cell_name(self, row: int) -> str:
+        """Return the name of one cell."""
+        return str(self.names_of(np.array([row]))[0])
+
+    def names_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the names of cells by their input rows, ascending: (rows,) text."""
+        found, start = [np.empty(0, dtype=object)], 0
+        for block in self.cells.names():
+            first, last = np.searchsorted(rows, (start, start + len(block)))
+            found.append(block[rows[first:last] - start])
+            start += len(block)
+        return np.concatenate(found)
 
     @property
     def gene_names(self) -> pd.Index:
@@ -185,7 +207,7 @@ def open_source(
         return source
     in_hand = isinstance(source, ad.AnnData) or hasattr(source, "mod")
     opened = (_open_memory if in_hand else _open_stored)(source, layer, prefer_counts)
-    check_names(opened.name, opened.obs, opened.var)
+    check_names(opened.name, opened.cells, opened.var)
     var, note = named_genes(opened.var, gene_names)
     return replace(opened, var=var, notes=(*opened.notes, *([note] if note else [])))
 
@@ -197,8 +219,8 @@ def open_cohort(source: str | os.PathLike[str] | ad.AnnData | Source, cohort: Co
     )  # fmt: skip
     if not cohort.factors:
         return opened
-    conditions = {str(cohort.condition_column): combined_conditions(opened.obs, cohort.factors)}
-    return replace(opened, obs=opened.obs.assign(**conditions))
+    conditions = {str(cohort.condition_column): combined_conditions(opened.cells, cohort.factors)}
+    return replace(opened, cells=opened.cells.assign(**conditions))
 
 
 def fingerprint(source: Source, condition_key: str | None, batch_keys: Sequence[str] = ()) -> dict[str, Any]:
@@ -207,22 +229,33 @@ def fingerprint(source: Source, condition_key: str | None, batch_keys: Sequence[
     The same data as h5ad and as zarr have the same fingerprint; path, dates and layout on disk are no part of it.
     """
     rows = source.sample
-    wanted = [name for name in (condition_key, *batch_keys) if name in source.obs]
+    wanted = [name for name in (condition_key, *batch_keys) if name is not None and name in source.cells]
     parts = (rows.indptr.astype("<i8"), rows.indices.astype("<i8"), rows.data.astype("<f4"))
     return {
         "cells": source.n_cells,
         "genes": source.n_genes,
         "dtype": np.dtype(source.matrix.dtype).name,
         "nonzeros": source.nnz,
-        "cell_names": _digest(source.cell_names),
-        "gene_names": _digest(source.gene_names),
-        "columns": {str(name): _digest(source.obs[name].astype(str)) for name in wanted},
+        "cell_names": _digest(source.cells.names()),
+        "gene_names": _digest([source.gene_names]),
+        "columns": {str(name): _digest(_texts(source.cells[name])) for name in wanted},
         "rows": hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest(),
     }
 
 
-def _digest(values: Iterable[object]) -> str:
-    return hashlib.sha256("\0".join(map(str, values)).encode()).hexdigest()
+def _digest(blocks: Iterable[Iterable[object]]) -> str:
+    """Return the checksum of names, which come in blocks, with zeros between them."""
+    found, between = hashlib.sha256(), ""
+    for block in blocks:
+        found.update((between + "\0".join(map(str, block))).encode())
+        between = "\0"
+    return found.hexdigest()
+
+
+def _texts(values: pd.Series[Any]) -> Iterator[pd.Series[Any]]:
+    """Give a column as text, block by block."""
+    for start in range(0, len(values), TEXT_BLOCK):
+        yield values.iloc[start : start + TEXT_BLOCK].astype(str)
 
 
 def _chosen(read: Callable[[str | None], Source], *, has_x: bool, has_raw: bool) -> Source:
@@ -268,7 +301,7 @@ def _read_memory(adata: ad.AnnData, layer: str | None) -> Source:
     has_raw = adata.raw is not None and not raw
     return Source(
         "the AnnData",
-        in_memory(adata.obs),
+        HeldCells(in_memory(adata.obs)),
         in_memory(var),
         memory_matrix(values),
         adata.obsm,
@@ -290,7 +323,9 @@ def _open_backed(adata: ad.AnnData, layer: str | None, prefer_counts: bool) -> S
         raise CohortError(msg)
     stored = _open_stored(str(adata.filename), layer, prefer_counts)
     own = stored.matrix.name == MATRIX if isinstance(stored.matrix, StoredMatrix) else False
-    return replace(stored, obs=adata.obs.copy(), var=adata.var.copy() if own else stored.var, obsm=adata.obsm)
+    return replace(
+        stored, cells=HeldCells(adata.obs.copy()), var=adata.var.copy() if own else stored.var, obsm=adata.obsm
+    )
 
 
 def _modality(adata: Any) -> ad.AnnData:
@@ -364,13 +399,13 @@ def _read_stored(group: Any, url: str, container: Container, layer: str | None, 
         )
         raise CohortError(msg)
     from_raw = raw is not None and place == raw[0]
-    obs = read_frame(group, "obs", url)
+    cells = stored_cells(group, matrix)
     var = read_frame(group, raw[1] if raw is not None and from_raw else "var", url)
-    if (len(obs), len(var)) != matrix.shape:
-        msg = f"{url}: {matrix.name} is {matrix.shape}, but obs and var have {len(obs)} and {len(var)} rows"
+    if (len(cells), len(var)) != matrix.shape:
+        msg = f"{url}: {matrix.name} is {matrix.shape}, but obs and var have {len(cells)} and {len(var)} rows"
         raise CohortError(msg)
     base = None if from_raw else _base_of(lambda: group["uns/log1p/base"][()])
-    return Source(url, obs, var, matrix, log_base=base, raw=raw is not None and not from_raw)
+    return Source(url, cells, var, matrix, log_base=base, raw=raw is not None and not from_raw)
 
 
 def _opened(storage: Storage, container: Container) -> Any:

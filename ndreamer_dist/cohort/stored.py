@@ -19,11 +19,11 @@ import numpy as np
 import zarr
 from scipy import sparse
 
-from ndreamer_dist.cohort.hdf5 import missing_filter, open_file, use_plugins
 from ndreamer_dist.cohort.matrix import Kind, as_rows, check_numbers, scaled
 from ndreamer_dist.errors import CohortError, StoreError, listing, quoted, suggest
 from ndreamer_dist.storage.arrays import touched_shards
 from ndreamer_dist.storage.files import Storage, open_storage
+from ndreamer_dist.storage.hdf5 import missing_filter, open_file, use_plugins
 from ndreamer_dist.storage.shards import CONCURRENT_SHARDS
 
 Container = Literal["h5ad", "zarr"]

@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import OldFormatWarning
 from anndata.io import read_elem
+from pandas.util import hash_array
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.stored import one_line, refuse_missing_filter
@@ -38,13 +40,27 @@ SYMBOL_COLUMNS = (
     "Symbol",
 )
 ID_COLUMNS = ("gene_ids", "gene_id", "feature_id", "ensembl_id", "ensembl", "Ensembl", "ENSEMBL")
+Blocks = Callable[[], Iterator[np.ndarray]]
+"""Gives names block by block, as often as it is called."""
 VERSION = re.compile(r"^(ENS[A-Z]*\d{11})\.\d+$")
 """An Ensembl id with a version."""
 
 
+@contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Say of any error that a table of a store cannot be read."""
+    try:
+        yield
+    except (CohortError, StoreError):
+        raise
+    except Exception as error:
+        msg = f"{url}: obs or var cannot be read; the store is truncated or damaged ({one_line(error)})"
+        raise CohortError(msg) from error
+
+
 def read_frame(root: Any, name: str, url: str) -> pd.DataFrame:
     """Read `obs`, `var` or `raw/var` of a store."""
-    try:
+    with reading(url):
         if hasattr(root, "filename"):
             refuse_missing_filter(root[name], f"{url}: {name}")
         with warnings.catch_warnings():
@@ -52,11 +68,6 @@ def read_frame(root: Any, name: str, url: str) -> pd.DataFrame:
             table = read_elem(root[name])
         if isinstance(table, np.ndarray) and table.dtype.names:
             table = structured_table(table, root.get("uns", {}))
-    except (CohortError, StoreError):
-        raise
-    except Exception as error:
-        msg = f"{url}: obs or var cannot be read; the store is truncated or damaged ({one_line(error)})"
-        raise CohortError(msg) from error
     if not isinstance(table, pd.DataFrame):
         msg = f"{url}: {name} is a {type(table).__name__} and no table; write it again: adata.write_h5ad('new.h5ad')"
         raise CohortError(msg)
@@ -165,23 +176,40 @@ def _other_names(index: pd.Index, table: pd.DataFrame) -> list[pd.Series[Any]]:
     return [*plain[1:], *(series.astype(str).str.replace(VERSION, r"\1", regex=True) for series in plain)]
 
 
-def check_names(name: str, obs: pd.DataFrame, var: pd.DataFrame) -> None:
-    """Refuse names of cells and genes that repeat or are no text, and columns that are ours or cannot be stored."""
-    for what, index in (("cell", obs.index.astype(str)), ("gene", var.index.astype(str))):
-        repeated = index[index.duplicated()].unique()
-        if len(repeated):
-            table = "obs" if what == "cell" else "var"
-            msg = f"{what} names are used more than once: {listing(repeated)}; adata.{table}_names_make_unique() helps"
-            raise CohortError(msg)
-        odd = [] if all(map(str.isascii, index)) else [name for name in index if not is_unicode(name)]
-        if odd:
-            msg = f"{what} names {listing(odd)} are not Unicode text; rename them"
-            raise CohortError(msg)
+def check_names(name: str, obs: Any, var: pd.DataFrame) -> None:
+    """Refuse names of cells and genes that repeat or are no text, and columns that are ours or cannot be stored.
+
+    Parameters
+    ----------
+    obs
+        The cells' table, `cells.ObsTable`.
+    """
+    _check_index("cell", "obs", obs.names, len(obs))
+    _check_index("gene", "var", lambda: iter([var.index.astype(str).to_numpy(dtype=object)]), len(var))
     for table, columns in (("obs", obs.columns), ("var", var.columns)):
         _check_columns(table, columns)
     if not len(obs) or not len(var):
         msg = f"{name} is empty: {len(obs)} cells x {len(var)} genes"
         raise CohortError(msg)
+
+
+def _check_index(what: str, table: str, names: Blocks, count: int) -> None:
+    """Refuse names, given in blocks, that repeat or are no text; of them all, 8 bytes a name are held."""
+    odd = [name for block in names() if not all(map(str.isascii, block)) for name in block if not is_unicode(name)]
+    if odd:
+        msg = f"{what} names {listing(odd)} are not Unicode text; rename them"
+        raise CohortError(msg)
+    hashes, place = np.empty(count, dtype=np.uint64), 0
+    for block in names():
+        hashes[place : place + len(block)] = hash_array(block, categorize=False)
+        place += len(block)
+    hashes.sort()
+    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    if len(twice):  # of two names, or of one name twice
+        alike = pd.Index(np.concatenate([b[np.isin(hash_array(b, categorize=False), twice)] for b in names()]))
+        if len(repeated := alike[alike.duplicated()].unique()):
+            msg = f"{what} names are used more than once: {listing(repeated)}; adata.{table}_names_make_unique() helps"
+            raise CohortError(msg)
 
 
 def _check_columns(table: str, columns: pd.Index) -> None:

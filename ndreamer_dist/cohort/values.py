@@ -216,4 +216,4 @@ def refuse_value(source: Source, row: int, gene: int, value: float) -> NoReturn:
 
 def named_value(source: Source, row: int, gene: int) -> str:
     """Return the names of the cell and the gene of a value."""
-    return f"cell {str(source.cell_names[row])!r}, gene {str(source.gene_names[gene])!r} (row {row})"
+    return f"cell {source.cell_name(row)!r}, gene {str(source.gene_names[gene])!r} (row {row})"

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
+from ndreamer_dist.cohort.cells import HeldCells
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed, write_tables
 from ndreamer_dist.cohort.statistics import frame_of_cells
@@ -29,6 +30,7 @@ from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
 from ndreamer_dist.compute.machine import check_resources, cpu_count, memory_limit
 from ndreamer_dist.effects import tables
 from ndreamer_dist.effects.averages import Edges
+from ndreamer_dist.effects.cells import CellTable
 from ndreamer_dist.effects.stage import Target, write_shards
 from ndreamer_dist.errors import RunError, StoreError
 from ndreamer_dist.planning import memory
@@ -213,7 +215,7 @@ def _write(
     runtime: Runtime,
 ) -> None:
     """Write results.zarr, or what is missing of it."""
-    cells = origin.packed_obs
+    cells = CellTable(HeldCells(origin.packed_obs), np.arange(packed.n_rows), {})
     obsm = [name for name in keys.OBSM if origin.storage.exists(f"obsm/{name}/zarr.json")]
     layout = tables.layout_with(
         made, packed, {name: int(open_array(origin.storage, f"obsm/{name}").shape[1]) for name in obsm}
@@ -228,7 +230,7 @@ def _write(
     rest = {name: _plain(value) for name, value in origin.uns.items() if name not in ours}
     genes = tables.gene_table(given.source, packed)
     genes[keys.VAR_MODELLED] = genes.index.isin(origin.var_names)
-    tables.finish(stage, made, packed, layout, cells, genes, rest)
+    tables.finish(stage, made, packed, layout, cells.files(), genes, rest)
 
 
 def _plain(value: Any) -> Any:

@@ -99,7 +99,7 @@ def map(  # noqa: A001 - the command's name; nobody imports it bare
     asked = _settings(reference, settings or {})
     choose_format(asked.run.log_format)
     source = open_cohort(cohort, asked.cohort)
-    check_tables(source.obs, source.var)
+    check_tables(source.cells.sample(), source.var)
     values_of(source, reference, asked.cohort)
     job = Mapped(reference, asked, source, genes_of(source, reference.genes, fill_missing_genes))
     refuse_known_cells(source, reference)

@@ -37,6 +37,7 @@ from ndreamer_dist.effects.averages import (
     own_distance,
     segments,
 )
+from ndreamer_dist.effects.cells import cell_table
 from ndreamer_dist.effects.tables import Layout, RowPart
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
@@ -121,7 +122,7 @@ def run_effects(
     Parameters
     ----------
     source
-        The input cohort: `.obs`, `.var` (input order), `.cell_names`, `.gene_names`.
+        The input cohort: `.cells`, `.var` (input order), `.gene_names`.
     summary
         Facts for `uns`, as JSON can hold them: fingerprints, counts of dropped cells and the like.
     """
@@ -150,7 +151,7 @@ def run_effects(
         keys.OBS_TIMES_MATCHED: times,
     }
     if facts.get("normalise") == "counts":
-        told[keys.OBS_TOTAL] = cell_totals(packed)
+        told[keys.OBS_TOTAL] = partial(cell_totals, packed)
     if settings.match.within is not None:
         codes = read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)[packed.design.first_row :]
         told[keys.OBS_MATCH_LABEL] = pd.Categorical.from_codes(
@@ -158,7 +159,7 @@ def run_effects(
         )
     clustered = keys.is_clustered(settings.embed.method, settings.state.by) or settings.match.within == keys.OBS_LOW
     clustered = clustered and not packed.before  # cells that are mapped onto others are of no cluster
-    cells = tables.cell_table(source, packed, told, clustered=clustered)
+    cells = cell_table(source, packed, told, clustered=clustered).files()
     genes = tables.gene_table(source, packed)
     tables.finish(stage, settings, packed, layout, cells, genes, facts)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Integral, Real
@@ -283,52 +283,35 @@ def finish(
     settings: Settings,
     packed: Packed,
     layout: Layout,
-    cells: pd.DataFrame,
+    cells: Iterable[tuple[str, bytes]],
     genes: pd.DataFrame,
     summary: Mapping[str, Any],
 ) -> None:
-    """Write what the driver writes: group metadata, the tables `obs`, `var` and `uns`, and then the root."""
-    storage = stage.run.storage / keys.RESULTS
-    tables = {
-        "obs": cells,
-        "var": genes,
-        "uns": {keys.UNS: facts(settings, packed, layout, stage.key, summary)},
-    }
-    encoded = _encoded(tables, row_pointers(packed), layout)
-    for name in tables:
-        storage.delete(name)
-    for name, data in encoded.items():
-        storage.write_atomic(name, data)
-    encoded[ROOT] = _consolidated_root(storage, encoded)
-    storage.write_atomic(ROOT, encoded[ROOT])
-    sizes = {f"{keys.RESULTS}/{name}": len(data) for name, data in encoded.items()}
-    stage.mark(Shard(DRIVER_SHARD, tuple(sizes)), sizes=sizes)
-
-
-def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustered: bool = True) -> pd.DataFrame:
-    """Return `obs`: every column of the input, untouched, and ours, in packed order; those in `told` come last.
+    """Write what the driver writes: the tables `obs`, `var` and `uns`, group metadata, and then the root.
 
     Parameters
     ----------
-    clustered
-        Whether there are clusters to name; a matching space that needs none has none.
+    cells
+        The files of `obs`, by name (`cells.CellTable.files`).
     """
-    design, rows = packed.design, packed.input_row
-    table = source.obs.iloc[rows].copy()
-    table.index = pd.Index(np.asarray(source.cell_names, dtype=object)[rows], name=source.obs.index.name)
-    groups = design.group_of(design.first_row + np.arange(packed.n_rows))
-    batches = np.array([group.batch for group in design.groups])
-    for name, codes, names in (
-        (keys.OBS_CONDITION, design.group_conditions[groups], design.conditions),
-        (keys.OBS_BATCH, batches[groups], design.batches),
-        (keys.OBS_GROUP, groups, [group.name for group in design.groups]),
-    ):
-        table[name] = pd.Categorical.from_codes(codes, pd.Index(list(names)))
-    if clustered:
-        table[keys.OBS_LOW] = packed.clusters(keys.PACKED_LOW)
-        table[keys.OBS_HIGH] = packed.clusters(keys.PACKED_HIGH)
-    table[keys.OBS_INPUT_ROW] = rows
-    return table.assign(**told)
+    storage = stage.run.storage / keys.RESULTS
+    tables = {"var": genes, "uns": {keys.UNS: facts(settings, packed, layout, stage.key, summary)}}
+    for name in ("obs", *tables):
+        storage.delete(name)
+    sizes, metadata = {}, {}
+
+    def write(name: str, data: bytes) -> None:
+        storage.write_atomic(name, data)
+        sizes[f"{keys.RESULTS}/{name}"] = len(data)
+        if name.endswith(ROOT):
+            metadata[name] = data
+
+    for name, data in cells:
+        write(name, data)
+    for name, data in _encoded(tables, row_pointers(packed), layout).items():
+        write(name, data)
+    write(ROOT, _consolidated_root(storage, metadata))
+    stage.mark(Shard(DRIVER_SHARD, tuple(sizes)), sizes=sizes)
 
 
 def gene_table(source: Any, packed: Packed) -> pd.DataFrame:
@@ -455,7 +438,7 @@ def check_tables(obs: pd.DataFrame, var: pd.DataFrame) -> None:
     for where, table in (("obs", obs), ("var", var)):
         plain = writable(table.set_axis(table.index.astype(str), axis=0), where)
         try:
-            _write(zarr.open_group(MemoryStore(), mode="w", zarr_format=3), where, plain.head(1))
+            write_element(zarr.open_group(MemoryStore(), mode="w", zarr_format=3), where, plain.head(1))
         except Exception as error:
             raise _unwritable(where, plain, error) from error
 
@@ -464,7 +447,7 @@ def _unwritable(where: str, table: pd.DataFrame, error: Exception) -> CohortErro
     """Return the error that names what of a table cannot be written."""
     for name in table.columns:
         try:
-            _write(
+            write_element(
                 zarr.open_group(MemoryStore(), mode="w", zarr_format=3), where, table[[name]].head(1).rename_axis(None)
             )
         except Exception:  # noqa: BLE001 - whatever anndata says of this column, it cannot be stored
@@ -476,20 +459,27 @@ def _unwritable(where: str, table: pd.DataFrame, error: Exception) -> CohortErro
     return CohortError(f"{where} cannot be stored as a whole ({type(error).__name__}: {error})")
 
 
-def _write(root: zarr.Group, name: str, value: Any) -> None:
+def write_element(root: zarr.Group, name: str, value: Any, chunk_rows: int | None = None) -> None:
+    """Write an element of a table; a column is one chunk as far as that goes, so that reading it is one request.
+
+    Parameters
+    ----------
+    chunk_rows
+        Rows of a chunk, where there will be more than are given here.
+    """
+
+    def write_long(write: Any, root: zarr.Group, name: str, value: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
+        if iospec.encoding_type in ("array", "string-array"):
+            chunks = tuple(chunk_rows or min(max(n, 1), CHUNK_ROWS) for n in value.shape)
+            dataset_kwargs = {**dataset_kwargs, "chunks": chunks}
+        write(root, name, value, dataset_kwargs=dataset_kwargs)
+
     # Chunks that hold only the fill value are stored too, so that a missing one can be told from them.
     with (
         anndata.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False),
         zarr.config.set({"array.write_empty_chunks": True}),
     ):
-        write_dispatched(root, name, value, _write_long, dataset_kwargs={"compressors": COMPRESSORS})
-
-
-def _write_long(write: Any, root: zarr.Group, name: str, value: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
-    """Write an element of a table; a column is one chunk as far as that goes, so that reading it is one request."""
-    if iospec.encoding_type in ("array", "string-array"):
-        dataset_kwargs = {**dataset_kwargs, "chunks": tuple(min(max(n, 1), CHUNK_ROWS) for n in value.shape)}
-    write(root, name, value, dataset_kwargs=dataset_kwargs)
+        write_dispatched(root, name, value, write_long, dataset_kwargs={"compressors": COMPRESSORS})
 
 
 def _encoded(tables: Mapping[str, Any], pointers: np.ndarray, layout: Layout) -> dict[str, bytes]:
@@ -497,13 +487,13 @@ def _encoded(tables: Mapping[str, Any], pointers: np.ndarray, layout: Layout) ->
     files: dict[str, Any] = {}
     root = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3)
     for name, value in tables.items():
-        _write(root, name, writable(value, name) if isinstance(value, pd.DataFrame) else value)
+        write_element(root, name, writable(value, name) if isinstance(value, pd.DataFrame) else value)
     for name, attributes in GROUPS.items():
         root.create_group(name, attributes=attributes)
     matrix = {
         "encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [layout.cells, layout.genes],
     }  # fmt: skip
-    _write(root.create_group("X", attributes=matrix), keys.INDPTR, pointers)
+    write_element(root.create_group("X", attributes=matrix), keys.INDPTR, pointers)
     return {name: buffer.to_bytes() for name, buffer in sorted(files.items()) if name != ROOT}
 
 

@@ -7,9 +7,9 @@ a screen, which has many conditions of few cells each, cells are asked of a cond
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -47,15 +47,35 @@ def group_name(levels: Iterable[str], condition: str) -> str:
     return f"{batch}|{escaped(condition)}" if batch else escaped(condition)
 
 
+class ColumnTable(Protocol):
+    """A table of cells by columns: a data frame, or one whose columns are read when they are asked for."""
+
+    @property
+    def columns(self) -> pd.Index:
+        """Names of the columns."""
+        ...
+
+    @property
+    def index(self) -> pd.Index:
+        """Names of the cells."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, name: Any, /) -> bool: ...
+
+    def __getitem__(self, name: Any, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class NamedColumn:
-    """A column of names: its levels by appearance, and every cell's code."""
+    """A column of names: its levels by appearance, and every cell's code, (cells,) int32."""
 
     levels: tuple[str, ...]
     codes: np.ndarray
 
 
-def named_column(obs: pd.DataFrame, name: str) -> NamedColumn:
+def named_column(obs: ColumnTable, name: str) -> NamedColumn:
     """Read a column as names; `CohortError` counts its missing values."""
     values = obs[name]
     absent = values.isna().to_numpy()
@@ -77,20 +97,23 @@ def named_column(obs: pd.DataFrame, name: str) -> NamedColumn:
         raise CohortError(msg)
     # 1 and "1" are two values with one name, so names are made codes once more.
     again, names = pd.factorize(np.array([str(level) for level in levels], dtype=object))
-    return NamedColumn(tuple(str(n) for n in names), again[codes].astype(np.int64))
+    return NamedColumn(tuple(str(n) for n in names), again.astype(np.int32)[codes])
 
 
 def restricted(column: NamedColumn, keep: np.ndarray) -> NamedColumn:
     """Return a column of the kept cells only, its levels by appearance among them."""
     codes, levels = pd.factorize(column.codes[keep])
-    return NamedColumn(tuple(column.levels[level] for level in levels), codes.astype(np.int64))
+    return NamedColumn(tuple(column.levels[level] for level in levels), codes.astype(np.int32))
 
 
 def combined(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Return one code per row for the observed combinations of several columns of codes, by appearance."""
-    joined = np.zeros(len(columns[0]), dtype=np.int64)
+    """Return one code per row for the observed combinations of several columns of codes, by appearance: int32."""
+    joined = np.zeros(len(columns[0]), dtype=np.int32)
     for codes in columns:
-        joined = pd.factorize(joined * (int(codes.max(initial=0)) + 1) + codes)[0].astype(np.int64)
+        pairs = joined.astype(np.int64)
+        pairs *= int(codes.max(initial=0)) + 1
+        pairs += codes
+        joined = pd.factorize(pairs)[0].astype(np.int32)
     return joined
 
 
@@ -159,7 +182,7 @@ class SmallGroupsReport:
 
 
 def report_small_groups(
-    obs: pd.DataFrame,
+    obs: ColumnTable,
     condition_key: str,
     batch_keys: Sequence[str],
     keep: np.ndarray,
@@ -202,6 +225,27 @@ def cells_of_small_groups(
         )
         raise CohortError(msg)
     return keep & np.isin(pairs, [pair for pair, _, _ in small if rule == "drop"])
+
+
+def why_left_out(cells: Mapping[str, np.ndarray]) -> pd.Categorical[Any]:
+    """Return why each cell is left out, the first reason that holds: (cells,) categories, empty where none does.
+
+    Parameters
+    ----------
+    cells
+        By reason, (cells,) bool.
+    """
+    codes = np.zeros(len(next(iter(cells.values()))), dtype=np.int8)
+    for number, here in reversed(list(enumerate(cells.values(), start=1))):
+        codes[here] = number
+    return pd.Categorical.from_codes(codes, pd.Index(["", *cells]))
+
+
+def first_reason(one: pd.Categorical[Any], other: pd.Categorical) -> pd.Categorical[Any]:
+    """Return why each cell is left out: by one account, or where that is empty by another."""
+    names = list(dict.fromkeys([*one.categories, *other.categories]))
+    codes = [account.set_categories(names).codes for account in (one, other)]
+    return pd.Categorical.from_codes(np.where(codes[0] > 0, *codes), pd.Index(names))
 
 
 def vanishing(column: NamedColumn, before: np.ndarray, cut: np.ndarray) -> list[str]:

@@ -21,6 +21,7 @@ from ndreamer_dist.cohort.tables import gene_places
 from ndreamer_dist.cohort.values import Decision, decide_values
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, listing
+from ndreamer_dist.grouping.small_groups import first_reason
 from ndreamer_dist.mapping.design import mapped_design
 from ndreamer_dist.mapping.reference import Reference
 from ndreamer_dist.rundir.directory import Shard
@@ -119,8 +120,8 @@ def run_mapped_cohort(
         source, source.task_matrix(runtime), one, recipe, runtime, integers=decision.integers, title="cohort: values"
     )
     keep, dropped_for = kept_cells(found, cohort)
-    made = mapped_design(source.obs, reference.design, cohort, keep)
-    reasons = np.where(dropped_for != "", dropped_for, made.reasons)
+    made = mapped_design(source.cells, reference.design, cohort, keep)
+    reasons = first_reason(dropped_for, made.reasons)
     selected = np.array([name is not None for name in genes.names])
     named = np.where(selected, genes.names, source.gene_names.to_numpy(dtype=object))
     table = pd.DataFrame({"name": named, "selected": selected, "cells": found.expressed})

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ndreamer_dist.cohort.design import EXCLUDED, Design, Group, batch_name, columns_of, group_name, named_column
+from ndreamer_dist.cohort.design import (
+    EXCLUDED,
+    Design,
+    Group,
+    batch_name,
+    columns_of,
+    group_name,
+    named_column,
+)
 from ndreamer_dist.errors import CohortError, listing, quoted, suggest
+from ndreamer_dist.grouping.small_groups import ColumnTable, why_left_out
 from ndreamer_dist.settings import CohortSettings
 
 
@@ -19,10 +29,10 @@ class MappedDesign:
 
     design: Design
     groups: np.ndarray
-    reasons: np.ndarray
+    reasons: pd.Categorical[Any]
 
 
-def mapped_design(obs: pd.DataFrame, stored: Design, cohort: CohortSettings, keep: np.ndarray) -> MappedDesign:
+def mapped_design(obs: ColumnTable, stored: Design, cohort: CohortSettings, keep: np.ndarray) -> MappedDesign:
     """Return the design of a run's groups and those of new cells.
 
     New groups come in the order of their names, so that nothing depends on the order of the cells. Their conditions and
@@ -46,7 +56,7 @@ def mapped_design(obs: pd.DataFrame, stored: Design, cohort: CohortSettings, kee
     table = pd.DataFrame(dict(enumerate(columns.values())))
     condition = table.columns[-1]
     left_out = table[condition].isin(cohort.exclude_conditions).to_numpy()
-    reasons = np.where(keep & left_out, EXCLUDED, "").astype(object)
+    few = np.zeros(len(obs), dtype=bool)
     codes = np.full(len(obs), -1, dtype=np.int32)
     before = len(stored.groups)
     made = replace(stored, mappings=(*stored.mappings, before))
@@ -56,7 +66,7 @@ def mapped_design(obs: pd.DataFrame, stored: Design, cohort: CohortSettings, kee
         places, names = np.asarray(grouped[key], dtype=np.int64), (key if isinstance(key, tuple) else (key,))
         if len(places) < cohort.min_group_cells and cohort.small_groups != "keep":
             small[group_name(names[:-1], names[-1])] = len(places)
-            reasons[places] = f"group of fewer than {cohort.min_group_cells} cells"
+            few[places] = True
             continue
         made = _with_group(made, names[:-1], names[-1], len(places))
         codes[places] = made.groups[-1].code
@@ -70,10 +80,11 @@ def mapped_design(obs: pd.DataFrame, stored: Design, cohort: CohortSettings, kee
     if len(made.groups) == before:
         msg = "no cell is left to map"
         raise CohortError(msg)
-    return MappedDesign(made, codes, reasons)
+    reasons = {EXCLUDED: keep & left_out, f"group of fewer than {cohort.min_group_cells} cells": few}
+    return MappedDesign(made, codes, why_left_out(reasons))
 
 
-def _names(obs: pd.DataFrame, name: str) -> np.ndarray:
+def _names(obs: ColumnTable, name: str) -> np.ndarray:
     """Return a column of names: (cells,) text."""
     if name not in obs:
         msg = (

@@ -28,7 +28,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.cohort.obsm import CellLabels
 from ndreamer_dist.compute.engines import chosen_device
-from ndreamer_dist.compute.executor import Runtime
+from ndreamer_dist.compute.executor import Runtime, fetch
 from ndreamer_dist.errors import RunError, StoreError, shown
 from ndreamer_dist.matching.exact import Neighbours, nearest
 from ndreamer_dist.matching.hubs import MOST_QUERIES, Remoteness, nearest_corrected
@@ -336,9 +336,9 @@ def _search(
         return {}
     _make_arrays(run.storage / keys.MATCHES, settings, design)
     labels = None if settings.match.within is None else read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)
-    cells = Placed(coordinates(run, settings.embed.method), labels)
     settings = _with_device(settings, runtime)
     on_gpus = settings.match.device == "cuda"
+    cells = _shared_cells(run, settings.embed.method, labels, runtime, on_gpus=on_gpus)
     parts = units(todo, settings, design, workers=runtime.gpus if on_gpus else runtime.cpus)
     counts: dict[str, dict[str, int]] = {}
     for found in runtime.map(
@@ -346,6 +346,26 @@ def _search(
     ):
         counts |= found
     return counts
+
+
+@dataclass(frozen=True)
+class StoredPlaces:
+    """The cells with their coordinates in the object store, where a task has put them past the driver."""
+
+    handle: Any
+
+
+def _shared_cells(
+    run: RunDirectory, method: str, labels: np.ndarray | None, runtime: Runtime, *, on_gpus: bool
+) -> Placed | StoredPlaces:
+    """Return the cells for tasks to share; a GPU's process keeps what it was dealt, and so is dealt the cells themselves."""
+    if runtime.serial or on_gpus:
+        return _read_cells(run, method, labels)
+    return StoredPlaces(runtime.submit(_read_cells, run, method, labels)[0])
+
+
+def _read_cells(run: RunDirectory, method: str, labels: np.ndarray | None) -> Placed:
+    return Placed(coordinates(run, method), labels)
 
 
 def _with_device(settings: Settings, runtime: Runtime) -> Settings:
@@ -382,12 +402,13 @@ def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
 
 
 def search_unit(
-    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, cells: Placed
+    unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, cells: Placed | StoredPlaces
 ) -> dict[str, dict[str, int]]:
     """Search a unit's edge tiles, write and mark them, and return their counts, by shard.
 
     What a GPU has found is written by threads, while it searches on.
     """
+    cells = fetch(cells.handle) if isinstance(cells, StoredPlaces) else cells
     counts: dict[str, dict[str, int]] = {}
     arrays: dict[str, zarr.Array[Any]] = {}
     pooled = design.sampled > 0

@@ -17,8 +17,11 @@ from ndreamer_dist.settings import Settings
 
 DRIVER_BYTES = 700e6
 """The driver and Ray's own processes."""
-DRIVER_BYTES_PER_CELL = 1500
-"""obs (names and a few dozen columns), codes, and the embedding's 50 dimensions."""
+DRIVER_BYTES_PER_CELL = 150
+"""One column of obs at a time, with what encodes it; codes, totals and counts of every cell."""
+
+FRAME_BYTES_PER_CELL = 1500
+"""`obs` as a data frame, of names and a few dozen columns, which questions of finished results read."""
 
 
 def stage_memory(size: CohortSize, settings: Settings, *, cpus: int, object_store: int) -> dict[str, int]:
@@ -95,7 +98,7 @@ def all_genes_needs(
     """
     rows, values = settings.pack.block_rows, density * genes
     task = rows * (min(genes, SHARD_GENES) * 24 + values * 36) + settings.cohort.chunk_rows * values * 40
-    driver = DRIVER_BYTES + DRIVER_BYTES_PER_CELL * cells + object_store
+    driver = DRIVER_BYTES + FRAME_BYTES_PER_CELL * cells + object_store
     disk = len(settings.effects.store) * cells * genes * 4 + 2 * cells * values * 8
     return Needs(memory=int(driver + cpus * (BASE_BYTES + task)), disk=int(disk))
 

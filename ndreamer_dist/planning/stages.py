@@ -312,6 +312,12 @@ def _search_bytes(size: CohortSize, settings: Settings) -> float:
     return size.largest_group * 50 * 20 * indexes + queries * 50 * 8 + settings.run.task_threads * 80e6
 
 
+def _coordinate_bytes(size: CohortSize, settings: Settings) -> float:
+    """Return the bytes of the coordinates, which one task reads and all share."""
+    given = settings.embed.method.startswith(keys.OBSM_PREFIX)
+    return size.cells * (GIVEN_DIMENSIONS if given else settings.embed.dimensions) * 5
+
+
 def _matching(cohort: DesignedCohort) -> Work:
     """Return how many units the edges are gathered in where there are workers for all of them."""
     design, settings = cohort.design, cohort.settings
@@ -443,6 +449,7 @@ ALL_STAGES = (
         shared=False,
         run=_match,
         task_bytes=_search_bytes,
+        beside_bytes=_coordinate_bytes,
         work=_matching,
     ),
     Stage(

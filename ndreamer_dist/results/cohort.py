@@ -104,7 +104,7 @@ def _check_cells(source: Source, rows: np.ndarray, names: pd.Index) -> None:
         row = int(rows[differ[0]])
         msg = (
             f"{source.name} is not the cohort of these results: its cell in row {row} is "
-            f"{str(source.cell_names[row])!r}, theirs was {str(names[differ[0]])!r}"
+            f"{source.cell_name(row)!r}, theirs was {str(names[differ[0]])!r}"
         )
         raise CohortError(msg)
 
@@ -120,7 +120,7 @@ def _cohort_settings(told: Mapping[str, Any]) -> CohortSettings:
 
 
 def _check_fingerprint(source: Source, expected: Mapping[str, Any], settings: CohortSettings) -> None:
-    missing = {str(settings.condition_column), *settings.batch_key} - set(source.obs.columns)
+    missing = {str(settings.condition_column), *settings.batch_key} - set(source.cells.columns)
     if missing:
         msg = f"{source.name} is not the cohort of these results: obs has no {listing(sorted(missing))}"
         raise CohortError(msg)

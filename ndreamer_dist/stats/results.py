@@ -13,8 +13,9 @@ import pandas as pd
 
 from ndreamer_dist import keys
 from ndreamer_dist.matching.between import StateSpace
-from ndreamer_dist.results.annotations import Annotation, annotation_of, read_annotations, write_annotations
+from ndreamer_dist.results.annotations import Annotation, annotation_of, beside, read_annotations, write_annotations
 from ndreamer_dist.results.cohort import Cohort
+from ndreamer_dist.results.read import read_element
 from ndreamer_dist.results.reader import Labels, ResultsReader, results_storage
 from ndreamer_dist.stats.cate_table import (
     MIN_CELLS,
@@ -23,6 +24,7 @@ from ndreamer_dist.stats.cate_table import (
     Whose,
     cate_parts,
     cate_table,
+    column,
     conditions_of,
     donor_means,
     populations_of,
@@ -64,6 +66,23 @@ class Results(ResultsReader):
 
     Make one with `open_results`.
     """
+
+    def column(self, name: str) -> pd.Series:
+        """Return one column of `obs` by input row, in input order; of a table too large to hold, the others are not read.
+
+        Columns that were annotated later are found among all others, which are read then.
+
+        Raises
+        ------
+        QueryError
+            There is no such column.
+        """
+        folder, annotated = beside(self.storage)
+        if self.labels is None and self.storage.node(f"obs/{name}") is not None and not folder.exists(annotated):
+            values, rows = (read_element(self.storage, f"obs/{part}") for part in (name, keys.OBS_INPUT_ROW))
+        else:
+            values, rows = column(self._cells, name).array, self._cells[keys.OBS_INPUT_ROW].to_numpy()
+        return pd.Series(values, index=rows, name=name).sort_index()
 
     def annotate(self, labels: pd.DataFrame | pd.Series | anndata.AnnData) -> Annotation:
         """Keep columns of `obs` that were made after the run, labels of cell types say, beside the results.

@@ -25,7 +25,7 @@ from numcodecs.checksum32 import crc32c_checksum
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.codec import Codec
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.buffer import default_buffer_prototype
+from zarr.buffer import cpu, default_buffer_prototype
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.array_spec import ArraySpec  # what codecs are asked with
 from zarr.core.sync import sync  # zarr has no public way to wait for its event loop
@@ -432,6 +432,16 @@ async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np
     for codec, own in zip(reversed(codecs), reversed(specs[:-1]), strict=True):
         (values,) = await codec.decode([(values, own)])
     return np.asarray(values.as_numpy_array())
+
+
+def uncompressed(array: zarr.Array[Any], data: bytes) -> np.ndarray:
+    """Return a chunk that is a file of its own as it was before it was compressed, after the first codec: (bytes,) uint8."""
+    metadata: Any = array.metadata
+    if metadata.zarr_format == 2:
+        plain = data if metadata.compressor is None else metadata.compressor.decode(data)
+        return np.frombuffer(plain, np.uint8)
+    spec = ArraySpec(array.chunks, metadata.dtype, metadata.fill_value, array.config, default_buffer_prototype())
+    return sync(_decoded(metadata.codecs[1:], cpu.Buffer.from_bytes(data), spec)).view(np.uint8)
 
 
 def _within(runs: Sequence[ByteRange], bodies: Sequence[Buffer], span: ByteRange) -> Buffer:

@@ -15,10 +15,10 @@ import scanpy as sc
 import zarr
 from scipy import sparse
 
-from ndreamer_dist.cohort import hdf5
 from ndreamer_dist.cohort.matrix import tidied
 from ndreamer_dist.cohort.source import open_source
 from ndreamer_dist.errors import CohortError
+from ndreamer_dist.storage import hdf5
 from tests.cohort.inputs import as_h5ad, as_zarr, backed, counts
 
 

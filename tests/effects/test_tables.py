@@ -13,7 +13,7 @@ import zarr
 from anndata.io import read_elem
 from zarr.storage import MemoryStore
 
-from ndreamer_dist.effects.tables import _write, check_tables, writable
+from ndreamer_dist.effects.tables import check_tables, writable, write_element
 from ndreamer_dist.errors import CohortError
 
 N = 6
@@ -42,7 +42,7 @@ def test_numbers_of_all_kinds_are_stored_with_their_values(kind: str) -> None:
     root = zarr.open_group(MemoryStore(), mode="w", zarr_format=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _write(root, "obs", writable(obs, "obs"))
+        write_element(root, "obs", writable(obs, "obs"))
         found = read_elem(root["obs"])["x"]
     pd.testing.assert_series_equal(
         found, pd.Series(expected, index=obs.index, name="x"), check_dtype=kind != "text_and_none"
@@ -78,7 +78,7 @@ def test_an_index_that_is_named_like_a_column_is_written(name: str) -> None:
     check_tables(obs, GENES)
     adata = ad.AnnData(obs=writable(obs, "obs"))
     root = zarr.open_group(MemoryStore(), mode="w", zarr_format=3)
-    _write(root, "obs", adata.obs)
+    write_element(root, "obs", adata.obs)
     assert list(read_elem(root["obs"])[name]) == list(obs[name])
 
 

@@ -18,7 +18,7 @@ import pytest
 import zarr
 from scipy import sparse
 
-from ndreamer_dist.cohort import hdf5
+from ndreamer_dist.storage import hdf5
 from tests.cohort.inputs import counts
 from tests.fuzz.helpers import SECONDS, command, copied, files_of, planned, surveyed
 

@@ -7,6 +7,7 @@ import pandas as pd
 from scipy import sparse
 
 from ndreamer_dist import keys
+from ndreamer_dist.cohort.cells import HeldCells
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.cohort.genes import run_cohort
 from ndreamer_dist.cohort.pack import run_pack
@@ -140,4 +141,6 @@ def _source(rng, design, input_rows, dropped, gene_names):
     )
     obs.loc[obs.index[:2], "age"] = pd.NA
     var = pd.DataFrame({"length": np.arange(len(gene_names))}, index=pd.Index(gene_names))
-    return SimpleNamespace(obs=obs, var=var, cell_names=names, gene_names=np.array(gene_names, dtype=object))
+    return SimpleNamespace(
+        obs=obs, cells=HeldCells(obs), var=var, cell_names=names, gene_names=np.array(gene_names, dtype=object)
+    )

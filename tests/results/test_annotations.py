@@ -52,6 +52,7 @@ def test_annotated_columns_are_found_everywhere_and_nothing_of_the_run_is_change
         assert kept.dtype == "category"
         assert kept.iloc[:10].isna().all()
         assert list(kept[labels.index]) == list(labels)
+        assert list(opened.column("kind").dropna()) == list(kept.dropna())
         assert opened.ite("kind == 'odd'").obs["kind"].eq("odd").all()
         assert set(opened.cate("kind", min_cells=3)["population"]) == {"odd", "even"}
     after = arrays(run / keys.RESULTS)

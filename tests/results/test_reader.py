@@ -39,6 +39,18 @@ def test_names_are_the_cohort_s(results, whole, finished):
     assert results.design == finished.design
 
 
+def test_a_column_is_that_of_obs_and_the_others_are_not_read(finished):
+    results = open_results(finished.run.url)
+    for name in results.obs.columns:
+        alone = open_results(finished.run.url)
+        found = alone.column(name)
+        assert "_cells" not in vars(alone)
+        expected = results.obs.set_index(keys.OBS_INPUT_ROW, drop=False)[name].rename_axis(None)
+        pd.testing.assert_series_equal(found, expected)
+    with pytest.raises(QueryError, match=r"obs has no column 'agee'; .*Did you mean 'age'"):
+        results.column("agee")
+
+
 @pytest.mark.parametrize("name", ["denoised", "batch_effect"])
 @pytest.mark.parametrize("order", ["input", "packed"])
 def test_a_layer_is_the_stored_one(results, whole, name, order):

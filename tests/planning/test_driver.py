@@ -1,0 +1,64 @@
+"""The driver's own memory stays below what is promised of it, whatever columns the cells' table has."""
+
+from __future__ import annotations
+
+import importlib.util
+import tracemalloc
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ndreamer_dist.effects import cells
+from ndreamer_dist.effects.cells import CellTable
+from ndreamer_dist.planning.memory import DRIVER_BYTES_PER_CELL
+from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage import texts
+
+JOB = Path(__file__).parents[2] / "jobs" / "benchmark_driver.py"
+
+
+def loaded() -> ModuleType:
+    """Return the benchmark as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark_driver", JOB)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+driver = loaded()
+
+
+def peak_of_tables(folder: Path, count: int) -> int:
+    """Return the bytes that opening a cohort, checking it and writing its cells' table take at the most."""
+    driver.write_cohort(folder / f"{count}.zarr", count)
+    settings = Settings.build(preset="small", overrides=driver.SETTINGS)
+    rows = np.random.default_rng(0).permutation(count)
+    tracemalloc.start()
+    try:
+        source, _ = driver.opened(folder / f"{count}.zarr", settings)
+        for _ in CellTable(source.cells, rows, {}).files():
+            pass
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_cell_more_takes_less_of_the_driver_than_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "TEXT_ROWS", 4096)  # blocks of text are of a fixed size, and count once
+    monkeypatch.setattr(texts, "TEXT_BLOCK", 4096)
+    few, many = (peak_of_tables(tmp_path, count) for count in (5_000, 25_000))
+    arrow = pa.default_memory_pool().max_memory() / 25_000
+    assert (many - few) / 20_000 < DRIVER_BYTES_PER_CELL
+    assert arrow < DRIVER_BYTES_PER_CELL
+
+
+@pytest.mark.slow
+def test_of_a_million_cells_the_whole_job_takes_less_of_the_driver_than_promised(tmp_path: Path) -> None:
+    driver.write_cohort(tmp_path / "cohort.zarr", 10**6)
+    peaks = driver.measured(tmp_path / "cohort.zarr", tmp_path)
+    assert max(peaks.values()) < DRIVER_BYTES_PER_CELL * 10**6, peaks
