@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.clusters import clustered_by
-from ndreamer_dist.cohort.design import Design
+from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.planning.sizes import CohortSize, parameter_count
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.training.sampling import SamplingPlan
@@ -88,22 +88,31 @@ def space_seconds(design: Design, size: CohortSize, settings: Settings) -> float
     return size.cells * (2 * genes**2 * FLOP_SECONDS + CELL_SECONDS + harmony) + 20 * genes**3 * FLOP_SECONDS
 
 
+def _taken(design: Design, condition: int, group: Group) -> int:
+    """Return in how many groups of a condition a cell of a group is matched, its own counted."""
+    every = len(design.with_condition(condition))
+    return min(design.sampled + (group.condition == condition), every) if design.sampled else every
+
+
 def match_seconds(design: Design, size: CohortSize, settings: Settings) -> float:
     """Return what the searches take."""
     search, edge = MATCH_SECONDS[settings.match.hubs]
-    searches = sum(group.cells * len(design.targets(group, settings.match.edges)) for group in design.groups)
+    searches = 0
+    for group in design.groups:
+        needed = sum(_taken(design, condition, group) for condition in {0, group.condition})
+        searches += group.cells * (len(design.groups) if settings.match.edges == "all" else needed)
     return searches * search + size.edges * edge
 
 
 def effects_seconds(design: Design, size: CohortSize, settings: Settings) -> float:
     """Return what averaging the matches and writing the layers takes."""
     average, write, edge = EFFECTS_SECONDS
-    layers, controls = settings.effects.store, len(design.with_condition(0))
+    layers = settings.effects.store
     near = settings.denoise.counted(size.fewest_groups) if set(layers) - {keys.LAYER_ITE} else 0
     averaged = 0
     for group in design.groups:
-        own = len(design.with_condition(group.condition))
-        other = controls + own if group.condition and keys.LAYER_ITE in layers else 0
+        own = _taken(design, group.condition, group)
+        other = _taken(design, 0, group) + own if group.condition and keys.LAYER_ITE in layers else 0
         averaged += group.cells * (near * own + settings.match.neighbours * other)
     values = size.cells * size.modelled(settings) * len(layers)
     return averaged * size.modelled_per_cell(settings) * average + values * write + size.edges * edge

@@ -186,6 +186,9 @@ def test_estimated_times_are_those_that_were_measured_up_to_a_factor_of_two(monk
     searches, pairs = 500_000 * 40 + 500_000 * 80, 40 * 40 + 40 * 80
     assert estimated[keys.STAGE_MATCH] == pytest.approx((searches * 1e-6 + pairs * 1e-3) / 2)
     assert plan.seconds == pytest.approx(sum(estimated.values()))
+    sampled = plan_of(design.sampling(5), settings, size, input_groups={}, cpus=2, object_store=10**9)
+    (seconds,) = (stage.seconds for stage in sampled.stages if stage.name == keys.STAGE_MATCH)
+    assert seconds == pytest.approx((500_000 * (6 + 6 + 5) * 1e-6 + size.edges * 1e-3) / 2)
 
 
 def test_what_a_run_took_stands_in_place_of_the_estimates(tiny: Path, tiny_run: Path) -> None:
