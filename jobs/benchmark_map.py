@@ -2,49 +2,91 @@
 
     python jobs/benchmark_map.py --out /tmp/map [--cells 6000] [--genes 1000] [--donors 12] [--design nested]
         [--embedding ndreamer,pca,harmony,state] [--preset small] [--set STAGE.NAME=VALUE]
+    python jobs/benchmark_map.py --out /tmp/map --cohort onek1k_40donors.h5ad      # real donors, arms drawn at random
 
 One donor of each condition is held out. Printed, as Markdown, a row per matching space: the correlation of the held-out
 treated cells' effects, by cell and by cell type over the genes that both runs model, with those of the run that had the
 donors: of the two donors mapped together; of the treated one mapped after the control one, with `--extend`, so that it is
-matched with as many groups as in that run; and of another seed of that run; the shares of far and unlike cells; and the seconds that
-a run and the mapping took. Every run keeps its directory, so the same command goes on where it was stopped.
+matched with as many groups as in that run; of a whole run that had the treated donor and not the control one, which is all that mapping
+both together can know; and of another seed of that run. Then the correlation by cell type with the true effects of these cells: of the
+run that had both donors, of both mapped together, after the control, and of the run without it. Last the shares of far and unlike
+cells, and the seconds that a run and the mapping took. Every run keeps its directory, so the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
+from scipy import sparse
 
 import ndreamer_dist as nd
+from ndreamer_dist.datasets import load_truth
 from ndreamer_dist.settings import parse_assignments
 
 NAMES = {"condition_key": "condition", "control": "control", "batch_key": "donor"}
+PLANTED, THINNED = 0.15, 0.5
+"""Share of a real cohort's genes that an effect is planted in, and the share of their counts that treated cells keep."""
+HEAD = (
+    "| space | by cell: together / control first / run without it / seeds | by type: the same "
+    "| truth by type: whole run / together / control first / run without it | far | unlike | run s | map s |"
+)
+Truth = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+"""The true effects of cells, by their places, on genes."""
 
 
 def main() -> None:
-    """Simulate, run, map and print."""
+    """Simulate or plant, run, map and print."""
     given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / "cohort.zarr"
-    if not path.exists():
-        nd.simulate(path, cells=given.cells, genes=given.genes, batches=given.donors, design=given.design, seed=0)
-    cohort = anndata.read_zarr(path)
+    cohort, truth = simulated(given) if given.cohort is None else planted(given.cohort)
     donors = cohort.obs.groupby("condition", observed=True)["donor"].agg(lambda names: sorted(names.astype(str))[-1])
     out = cohort.obs["donor"].astype(str).isin(set(donors)).to_numpy()
     print(f"held out: {', '.join(sorted(set(donors)))}, {out.sum()} of {len(out)} cells\n")
-    print(
-        "| space | by cell: mapped / after the control / seeds | by type: the same | far | unlike | run s | map s |\n|---|---|---|---|---|---|---|"
-    )
+    print(f"{HEAD}\n|---|---|---|---|---|---|---|---|")
     for space in given.embedding.split(","):
-        print(row(given, space, cohort, out), flush=True)
+        print(row(given, space, cohort, out, truth), flush=True)
 
 
-def row(given: argparse.Namespace, space: str, cohort: anndata.AnnData, out: np.ndarray) -> str:
+def simulated(given: argparse.Namespace) -> tuple[anndata.AnnData, Truth]:
+    """Return the simulated cohort, which is written once, and its true effects."""
+    path = given.out / "cohort.zarr"
+    if not path.exists():
+        nd.simulate(path, cells=given.cells, genes=given.genes, batches=given.donors, design=given.design, seed=0)
+    truth = load_truth(path)
+    return anndata.read_zarr(path), lambda rows, genes: np.asarray(truth.ite(rows, genes=genes))
+
+
+def planted(path: Path) -> tuple[anndata.AnnData, Truth]:
+    """Return a cohort of counts whose donors are drawn into two arms at random, with some genes thinned in the treated one.
+
+    The true effect on a cell is the difference that thinning made to its log-normalised expression.
+    """
+    cohort, generator = anndata.read_h5ad(path), np.random.default_rng(0)
+    donors = np.unique(cohort.obs["donor"].astype(str))
+    treated = cohort.obs["donor"].astype(str).isin(generator.permutation(donors)[: len(donors) // 2]).to_numpy()
+    counts = np.asarray(cohort.X.toarray() if sparse.issparse(cohort.X) else cohort.X).astype(np.int64)
+    genes = generator.permutation(counts.shape[1])[: int(PLANTED * counts.shape[1])]
+    where, before = np.ix_(np.flatnonzero(treated), genes), logged(counts)
+    counts[where] = generator.binomial(counts[where], THINNED)
+    change = pd.DataFrame(logged(counts) - before, columns=cohort.var_names)
+    obs = cohort.obs[["donor", "cell_type"]].assign(condition=np.where(treated, "treated", "control"))
+    made = anndata.AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=obs, var=cohort.var[[]])
+    return made, lambda rows, names: change[list(names)].to_numpy()[rows]
+
+
+def logged(counts: np.ndarray) -> np.ndarray:
+    """Return log-normalised counts."""
+    return np.asarray(np.log1p(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * 1e4))
+
+
+def row(given: argparse.Namespace, space: str, cohort: anndata.AnnData, out: np.ndarray, truth: Truth) -> str:
     """Return the row of a space."""
     folder, changes = given.out / space, parse_assignments(given.assignments)
 
@@ -55,22 +97,31 @@ def row(given: argparse.Namespace, space: str, cohort: anndata.AnnData, out: np.
         )
         return made.results, time.perf_counter() - began
 
+    control = (cohort.obs["condition"] == "control").to_numpy()
     (whole, took), (other, _) = run("whole", cohort, 0), run("seed", cohort, 1)
+    without, _ = run("without", cohort[~(out & control)].copy(), 0)
     run("kept", cohort[~out].copy(), 0)
     began = time.perf_counter()
     mapped = nd.map(cohort[out].copy(), onto=folder / "kept", out=folder / "mapped").results
     seconds = time.perf_counter() - began
-    control = (cohort.obs["condition"] == "control").to_numpy()
     nd.map(cohort[out & control].copy(), onto=folder / "kept", out=folder / "controls", extend=True)
     after = nd.map(cohort[out & ~control].copy(), onto=folder / "controls", out=folder / "after").results
     cells = list(mapped.obs.index[mapped.obs["condition"] != "control"])
-    genes = [name for name in mapped.var_names if name in set(whole.var_names) & set(other.var_names)]
-    effects = [np.asarray(results.ite(cells, genes).X, dtype=np.float64) for results in (whole, mapped, after, other)]
+    every = (whole, mapped, after, without, other)
+    genes = [name for name in mapped.var_names if all(name in set(results.var_names) for results in every)]
+    effects = [np.asarray(results.ite(cells, genes).X, dtype=np.float64) for results in every]
     types = mapped.obs.loc[cells, "cell_type"].astype(str).to_numpy()
-    by_type = [np.stack([values[types == name].mean(axis=0) for name in np.unique(types)]) for values in effects]
+    true = truth(cohort.obs_names.get_indexer(cells), genes)
+    *by_type, true_by_type = (of_types(values, types) for values in (*effects, true))
     shown = [" / ".join(f"{correlation(one, two):.3f}" for two in others) for one, *others in (effects, by_type)]
+    shown.append(" / ".join(f"{correlation(true_by_type, one):.3f}" for one in by_type[:-1]))
     told: Any = mapped.mapped
-    return f"| {space} | {shown[0]} | {shown[1]} | {told.far:.1%} | {told.unlike:.1%} | {took:.0f} | {seconds:.0f} |"
+    return f"| {space} | {' | '.join(shown)} | {told.far:.1%} | {told.unlike:.1%} | {took:.0f} | {seconds:.0f} |"
+
+
+def of_types(values: np.ndarray, types: np.ndarray) -> np.ndarray:
+    """Return the mean of every cell type: (types, genes)."""
+    return np.stack([values[types == name].mean(axis=0) for name in np.unique(types)])
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
@@ -82,6 +133,9 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--cohort", type=Path, help="AnnData of counts with donor and cell_type in obs, in place of a simulated one"
+    )
     parser.add_argument("--cells", type=int, default=6000)
     parser.add_argument("--genes", type=int, default=1000)
     parser.add_argument("--donors", type=int, default=12)

@@ -2,7 +2,7 @@
 
 `run` does the whole job. `plan` says what the job will need, and `compare` which matching space a cohort favours.
 `map` puts new cells onto a finished run. `open_results` reads the results, `pl` draws them, `screen` looks at many
-conditions together, and `report` sums all up on one page. `simulate` makes a cohort whose
+conditions together, `interaction` at how two contrasts differ, and `report` sums all up on one page. `simulate` makes a cohort whose
 true effects are known.
 """
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ndreamer_dist.commands.ndreamer import NDreamer
     from ndreamer_dist.commands.ndreamer_layout import export
     from ndreamer_dist.commands.verify import check
+    from ndreamer_dist.comparison.interaction import interaction
     from ndreamer_dist.comparison.screen import screen
     from ndreamer_dist.datasets import simulate
     from ndreamer_dist.errors import NDreamerError
@@ -39,6 +40,7 @@ __all__ = [
     "check",
     "compare",
     "export",
+    "interaction",
     "map",
     "open_results",
     "pl",
@@ -60,6 +62,7 @@ _HOMES = {
     "check": "commands.verify",
     "compare": "commands.compare",
     "export": "commands.ndreamer_layout",
+    "interaction": "comparison.interaction",
     "map": "commands.mapping",
     "open_results": "stats.results",
     "plan": "pipeline",

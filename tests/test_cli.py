@@ -334,7 +334,7 @@ def test_plan_says_where_it_works_and_what_the_stages_took(
     assert code == 0
     assert "works in   " in said
     assert "cells" in said.split("works in")[1].splitlines()[0] or "processor" in said
-    assert "time: what the stages took in this run directory" in said
+    assert "without ~: what the stages took in this run directory" in said
 
 
 def test_info_shows_the_settings_as_yaml(finished: Path, capsys: pytest.CaptureFixture) -> None:

@@ -99,11 +99,16 @@ def by_condition(parts: Iterable[pd.DataFrame]) -> Iterator[tuple[str, list[pd.D
 
 
 def pooled(parts: list[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean effect over the cells of all populations, and the variance of it that cells' noise makes: (genes,)."""
+    """Return the mean effect over the cells of all populations, and the variance of it that cells' noise makes: (genes,).
+
+    Cells of a population of one, whose spread nobody knows, count as noisy as the others do on average.
+    """
     cells = np.array([part["cells"].iloc[0] for part in parts], dtype=np.float64)
     means, spreads = (np.stack([part[name].to_numpy() for part in parts]) for name in ("mean_ite", "sd_ite"))
     weights = (cells / cells.sum())[:, None]
-    variance = np.nan_to_num(spreads) ** 2 / cells[:, None]
+    known = np.isfinite(spreads)
+    usual = (spreads**2).sum(axis=0, where=known) / np.maximum(known.sum(axis=0), 1)
+    variance = np.where(known, spreads**2, usual) / cells[:, None]
     return (weights * means).sum(axis=0), (weights**2 * variance).sum(axis=0)
 
 

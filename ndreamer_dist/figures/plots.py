@@ -755,9 +755,10 @@ def conditions(
     show: bool = False,
     save: Save = None,
 ) -> Axes:
-    """Draw the mean effects of every condition of a screen, conditions by genes, on one scale.
+    """Draw what every condition of a screen does of its own, conditions by genes, on one scale.
 
-    Conditions that act alike lie next to each other, and so do genes. Rows have names where there is room for them; the
+    That is its mean effect less the mean of all conditions, which holds what all share: above all the noise of the control, by which
+    every row would have the same stripes. Conditions that act alike lie next to each other, and so do genes. Rows have names where there is room for them; the
     table of `nd.screen` says which place in the map a condition has.
 
     Parameters
@@ -774,7 +775,7 @@ def conditions(
     found = screen_of(results, by) if screen is None else screen
     own = own_effects(found.effects.to_numpy())
     chosen = list(found.effects.columns[most_different(own, most)] if genes is None else genes)
-    wide = found.effects[chosen]
+    wide = pd.DataFrame(own, index=found.effects.index, columns=found.effects.columns)[chosen]
     wide = wide[alike(wide)] if genes is None else wide
     height = min(MAP_INCHES, 1.9 + 0.16 * len(wide))
     (ax,) = panels(1, ax, size=(2.6 + 0.16 * wide.shape[1], height))
@@ -789,8 +790,8 @@ def conditions(
     ax.set_yticks(range(0, len(wide), step), [shortened(str(name), 24) for name in wide.index[::step]], fontsize=7)
     ax.tick_params(length=2 if step > 1 else 0)
     ax.set_ylabel(f"{len(wide)} conditions" + (f"; every {step}th is named" if step > 1 else ""))
-    ax.set_title(f"Mean effect of each condition against {shortened(results.control, 30)}")
-    _colour_bar(ax, drawn, f"mean effect over cells\n{units(results)}")
+    ax.set_title(f"Effect of each condition against {shortened(results.control, 30)}, less the mean of all conditions")
+    _colour_bar(ax, drawn, f"mean effect over cells, less that of all conditions\n{units(results)}")
     finish([ax], show=show, save=save)
     return ax
 

@@ -15,9 +15,9 @@ from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.compute.events import duration
 from ndreamer_dist.errors import printable, shown
 from ndreamer_dist.grouping.small_groups import SCREEN_CONDITIONS
-from ndreamer_dist.planning import memory
+from ndreamer_dist.planning import memory, speeds
 from ndreamer_dist.planning.sizes import CohortSize
-from ndreamer_dist.planning.stages import DesignedCohort, Work, stages_of
+from ndreamer_dist.planning.stages import DesignedCohort, Stage, Work, stages_of
 from ndreamer_dist.settings import CohortSettings, Settings
 from ndreamer_dist.training.sampling import SamplingPlan
 
@@ -27,11 +27,12 @@ NAMED_GROUPS = 3
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its work, and the most memory it will take with the processors given, in bytes."""
+    """One stage: its work, the most memory it will take with the processors given, in bytes, and the seconds, estimated."""
 
     name: str
     work: Work
     memory: int
+    seconds: float = 0.0
 
     @property
     def workers(self) -> int:
@@ -74,7 +75,7 @@ class Plan:
     engines
         What computes on this machine: builds of torch and FAISS, and whether there is a GPU.
     took
-        Seconds that stages took in the run directory before, or will take by their speed there.
+        Seconds that stages took in the run directory before, or will take by their speed there: in place of the estimates.
     within
         Column of labels that cells are matched inside, if any.
     """
@@ -107,21 +108,28 @@ class Plan:
     took: tuple[tuple[str, float], ...] = ()
     within: str | None = None
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run: what its stages took or will by their speed, of the others the estimates."""
+        took = dict(self.took)
+        return sum(took.get(stage.name, stage.seconds) for stage in self.stages)
+
     def __str__(self) -> str:
         return "\n".join([*self._cohort_lines(), "", *self._stage_lines(), "", *self._resource_lines()])
 
     def to_json(self) -> str:
-        """Return the plan as a JSON object: the attributes by name, sizes in bytes, groups and stages as objects."""
+        """Return the plan as a JSON object: attributes by name, sizes in bytes, times in seconds, groups and stages as objects."""
         named = {
             name: [{"name": group, "cells": cells} for group, cells in groups]
             for name, groups in (("groups", self.groups), ("dropped_groups", self.dropped_groups))
         }
         stages = [
-            {"name": stage.name, "memory": stage.memory, "workers": stage.workers,
+            {"name": stage.name, "memory": stage.memory, "workers": stage.workers, "seconds_estimated": round(stage.seconds),
              "work": [{"tasks": tasks, "unit": unit} for tasks, unit in stage.work]}
             for stage in self.stages
         ]  # fmt: skip
-        return json.dumps({**asdict(self), **named, "stages": stages}, indent=2)
+        whole = {"stages": stages, "seconds_estimated": round(self.seconds)}
+        return json.dumps({**asdict(self), **named, **whole}, indent=2)
 
     def _cohort_lines(self) -> list[str]:
         smallest = min(self.groups, key=lambda group: group[1])
@@ -169,16 +177,13 @@ class Plan:
 
     def _stage_lines(self) -> list[str]:
         took = dict(self.took)
-        time = f"{'time':>10}" if took else ""
-        lines = [f"{'stage':<10}{'memory':>10}{'workers':>12}{time}  tasks"]
+        lines = [f"{'stage':<10}{'memory':>10}{'workers':>12}{'time':>10}  tasks"]
         for stage in self.stages:
             work = ", then ".join(f"{tasks:,} {unit}" for tasks, unit in stage.work)
-            if took:
-                time = f"{duration(took[stage.name]) if stage.name in took else '-':>10}"
-            lines.append(f"{stage.name:<10}{_gb(stage.memory):>10}{f'up to {stage.workers:,}':>12}{time}  {work}")
-        if took:
-            lines.append("time: what the stages took in this run directory, or will by their speed there")
-        return lines
+            time = duration(took[stage.name]) if stage.name in took else f"~{duration(stage.seconds)}"
+            lines.append(f"{stage.name:<10}{_gb(stage.memory):>10}{f'up to {stage.workers:,}':>12}{time:>10}  {work}")
+        own = "; without ~: what the stages took in this run directory, or will by their speed there" if took else ""
+        return [*lines, f"time: ~ is estimated from counts, by speeds measured on other processors{own}"]
 
     def _resource_lines(self) -> list[str]:
         memory = ("memory", self.memory, self.memory_free, self.memory_source)
@@ -187,7 +192,8 @@ class Plan:
             f"{name:<7}{_gb(need)} needed" + ("" if free is None else f", {_gb(free)} there{_in_brackets(source)}")
             for name, need, free, source in (memory, disk)
         ]
-        return [*lines, f"cpus   {self.cpus:,}{_in_brackets(self.cpus_source)}"]
+        whole = f"time   ~{duration(self.seconds)} in all, estimated"
+        return [*lines, f"cpus   {self.cpus:,}{_in_brackets(self.cpus_source)}", whole]
 
 
 def plan_of(
@@ -233,7 +239,7 @@ def plan_of(
         epochs=schedule.epochs if trained else 0,
         steps=schedule.steps if trained else 0,
         batch_cells=schedule.cells(0) if trained else 0,
-        stages=tuple(StagePlan(name, stage.work(designed), stage_memory[name]) for name, stage in stages.items()),
+        stages=tuple(_stage_plan(stage, designed, stage_memory[name], cpus) for name, stage in stages.items()),
         memory=needs.memory,
         disk=needs.disk,
         memory_free=memory_free,
@@ -245,6 +251,15 @@ def plan_of(
         took=tuple((took or {}).items()),
         within=settings.match.within,
     )
+
+
+def _stage_plan(stage: Stage, designed: DesignedCohort, memory: int, cpus: int) -> StagePlan:
+    """Return the plan of one stage; its seconds are those of one processor, shared by as many as it can use."""
+    settings, work = designed.settings, stage.work(designed)
+    train = settings.train.workers * settings.train.threads
+    at_once = train if stage.name == keys.STAGE_TRAIN else min(cpus, max(tasks for tasks, _ in work))
+    alone = stage.seconds(designed.design, designed.size, settings)
+    return StagePlan(stage.name, work, memory, alone / at_once + speeds.start_seconds(stage.name, settings))
 
 
 def _unknown(cohort: CohortSettings) -> str:

@@ -26,6 +26,7 @@ from ndreamer_dist.effects.stage import run_effects, runs_of_groups
 from ndreamer_dist.embedding.harmony import BYTES_PER_CELL as HARMONY_BYTES
 from ndreamer_dist.embedding.space import MOST_SPANS, SpaceInput, run_space
 from ndreamer_dist.matching.stage import edge_shards, run_match, units
+from ndreamer_dist.planning import speeds
 from ndreamer_dist.planning.sizes import BASE_BYTES, GIVEN_DIMENSIONS, CohortSize, parameter_count
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import NOISE_ROWS, Settings, canonical_json
@@ -86,6 +87,7 @@ class DesignedCohort:
 
 
 BytesOf = Callable[[CohortSize, Settings], float]
+SecondsOf = Callable[[Design, CohortSize, Settings], float]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class Stage:
         Memory of one task of it beside the process itself; of training that of a reader.
     work
         Its tasks.
+    seconds
+        What it takes of one processor, estimated.
     needed
         Whether a run with these settings has it.
     heeds
@@ -124,6 +128,7 @@ class Stage:
     run: Callable[[Job, RunDirectory, str], object]
     task_bytes: BytesOf
     work: Callable[[DesignedCohort], Work]
+    seconds: SecondsOf = lambda *_: 0.0
     needed: Callable[[Settings], bool] = lambda _: True
     heeds: Callable[[str, Settings], bool] = lambda *_: True
     seeded: Callable[[Settings], bool] = lambda _: False
@@ -366,6 +371,7 @@ ALL_STAGES = (
         run=lambda job, run, key: run_cohort(run, job.settings, job.source, job.runtime, key),
         task_bytes=lambda size, settings: _chunk_bytes(size, settings) + size.groups * size.genes * 24,
         work=_reading,
+        seconds=speeds.cohort_seconds,
     ),
     Stage(
         keys.STAGE_PACK,
@@ -377,6 +383,7 @@ ALL_STAGES = (
             _chunk_bytes(size, settings) + size.partition_cells(settings) * size.modelled_per_cell(settings) * 24
         ),
         work=_packing,
+        seconds=speeds.pack_seconds,
     ),
     Stage(
         keys.STAGE_CLUSTERS,
@@ -387,6 +394,7 @@ ALL_STAGES = (
         run=lambda job, run, key: run_clusters(run, job.settings, job.packed, job.runtime, key),
         task_bytes=_graph_bytes,
         work=_clustering,
+        seconds=speeds.clusters_seconds,
     ),
     Stage(
         keys.STAGE_TRAIN,
@@ -398,6 +406,7 @@ ALL_STAGES = (
         task_bytes=lambda size, settings: _block_bytes(size, settings) * 4,
         beside_bytes=_trainer_bytes,
         work=_training,
+        seconds=speeds.train_seconds,
     ),
     Stage(
         keys.STAGE_EMBED,
@@ -408,6 +417,7 @@ ALL_STAGES = (
         run=_embed,
         task_bytes=_encoder_bytes,
         work=_by_block,
+        seconds=speeds.embed_seconds,
     ),
     Stage(
         keys.STAGE_PCA,
@@ -418,6 +428,7 @@ ALL_STAGES = (
         run=_pca,
         task_bytes=lambda _, settings: settings.pack.block_rows * settings.model.latent * 24,
         work=_by_block,
+        seconds=speeds.pca_seconds,
     ),
     Stage(
         keys.STAGE_SPACE,
@@ -436,6 +447,7 @@ ALL_STAGES = (
         task_bytes=_placing_bytes,
         beside_bytes=_space_bytes,
         work=_placing,
+        seconds=speeds.space_seconds,
     ),
     Stage(
         keys.STAGE_MATCH,
@@ -451,6 +463,7 @@ ALL_STAGES = (
         task_bytes=_search_bytes,
         beside_bytes=_coordinate_bytes,
         work=_matching,
+        seconds=speeds.match_seconds,
     ),
     Stage(
         keys.STAGE_EFFECTS,
@@ -463,6 +476,7 @@ ALL_STAGES = (
             settings.pack.block_rows * size.modelled(settings) * 32 + _block_bytes(size, settings) * 3
         ),
         work=_writing,
+        seconds=speeds.effects_seconds,
     ),
 )
 """Every stage there is, in the order of the flow; a run has those that its matching space needs."""

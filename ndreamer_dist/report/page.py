@@ -266,9 +266,9 @@ def _content(data: PageData) -> dict[str, Any]:
 def _map(data: PageData, found: Screen) -> Picture:
     return _picture(
         "All conditions",
-        "Mean effect over the cells of each condition. Conditions that act alike lie next to each other; the table below "
-        "says where each lies. Genes are those whose effects differ most between conditions.",
-        f"Heat map of mean effects, {len(found.effects)} conditions by genes",
+        "Mean effect over the cells of each condition, less the mean of all conditions: what it does of its own. Conditions "
+        "that act alike lie next to each other; the table below says where each lies. Genes are those whose effects differ most between conditions.",
+        f"Heat map of effects, {len(found.effects)} conditions by genes",
         lambda: plots.conditions(data.results, data.by, screen=found),
     )
 

@@ -20,7 +20,7 @@ from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.figures.plots import SIGNIFICANT, SMALLEST, effect_column, run_of
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.stats.diagnostics import Diagnostics
-from ndreamer_dist.stats.results import Results
+from ndreamer_dist.stats.results import MIN_CELLS, Results
 
 NOTHING = "–"
 LIKELY = ("celltype", "cellclass", "subclass", "annot", "cluster", "leiden", "louvain")
@@ -125,7 +125,18 @@ def number(name: str, title: str, show: Show, hint: str = "") -> Column:
 
 
 def likely_populations(cells: pd.DataFrame, design: Design) -> str | None:
-    """Return the column of obs that looks most like cell types; none where none does."""
+    """Return the column of obs that looks most like cell types.
+
+    None where none does, or where most conditions of a screen have too few cells of each type to say anything of them.
+    """
+    name = _like_types(cells, design)
+    if name is not None and design.is_screen:
+        enough = 2 * MIN_CELLS * cells[name].nunique()
+        return name if cells[keys.OBS_CONDITION].value_counts().median() >= enough else None
+    return name
+
+
+def _like_types(cells: pd.DataFrame, design: Design) -> str | None:
     best: tuple[int, str] | None = None
     for name in cells.columns:
         bare = re.sub("[^a-z]", "", str(name).lower())

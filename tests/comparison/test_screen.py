@@ -18,6 +18,7 @@ from ndreamer_dist.commands.cate import write_cate
 from ndreamer_dist.comparison.screen import Screen, order_of_conditions, pooled, strongest
 from ndreamer_dist.effects.tables import MATCH_LIMIT, SPARSE_LIMIT, keeps_matches
 from ndreamer_dist.errors import QueryError
+from ndreamer_dist.report.tables import likely_populations
 from ndreamer_dist.stats import cate_table
 from ndreamer_dist.stats.results import Results
 from tests.cohorts import design_of
@@ -169,10 +170,29 @@ def test_the_strongest_genes_are_those_of_a_condition_alone_with_what_it_adds() 
     assert "G0 -" not in named[2]
 
 
+def test_the_spread_of_a_population_of_one_cell_is_not_taken_for_none() -> None:
+    spreads = ([0.5, 1.0], [np.nan, np.nan], [0.7, 1.0])
+    parts = [
+        pd.DataFrame({"cells": cells, "mean_ite": [1.0, 2.0], "sd_ite": spread})
+        for cells, spread in zip((4, 1, 2), spreads, strict=True)
+    ]
+    mean, noise = pooled(parts)
+    np.testing.assert_allclose(mean, [1.0, 2.0])
+    usual = (0.25 + 0.49) / 2
+    np.testing.assert_allclose(noise, [(4 * 0.25 + usual + 2 * 0.49) / 49, 7 / 49])
+
+
+def test_a_screen_of_few_cells_of_each_type_is_looked_at_as_a_whole(results: Results) -> None:
+    cells = results.packed_obs
+    assert likely_populations(cells, results.design) == "cell_type"
+    assert likely_populations(cells.iloc[::10], results.design) is None
+
+
 def test_a_figure_of_a_thousand_conditions_names_some() -> None:
     rng = np.random.default_rng(0)
     names = pd.Index([f"KO {i}" for i in range(1000)])
-    effects = pd.DataFrame(rng.normal(size=(1000, 30)), index=names, columns=[f"G{i}" for i in range(30)])
+    shared = 5 * rng.normal(size=30)  # by the control's noise: it would be all that is seen
+    effects = pd.DataFrame(rng.normal(size=(1000, 30)) + shared, index=names, columns=[f"G{i}" for i in range(30)])
     made = Screen(pd.DataFrame(index=names), effects, tested=False, detailed=pd.DataFrame())
 
     class Told:
@@ -181,6 +201,7 @@ def test_a_figure_of_a_thousand_conditions_names_some() -> None:
     axes = nd.pl.conditions(Told(), screen=made)  # type: ignore[arg-type]
     assert 50 < len(axes.get_yticks()) <= 100
     assert "every" in axes.get_ylabel()
+    assert np.abs(axes.images[0].get_array().mean(axis=0)).max() < 1e-6
     plt.close(axes.figure)
 
 

@@ -15,10 +15,11 @@ import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.cli import main
 from ndreamer_dist.cohort.source import open_source
+from ndreamer_dist.compute.events import duration
 from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.errors import CohortError
 from ndreamer_dist.pipeline import run_stages
-from ndreamer_dist.planning import memory
+from ndreamer_dist.planning import memory, speeds
 from ndreamer_dist.planning.plan import Plan, plan_of
 from ndreamer_dist.planning.sizes import CohortSize
 from ndreamer_dist.planning.stages import stage_keys
@@ -165,9 +166,39 @@ def test_the_command_line_tells_everything_and_writes_nothing(
     for stage in plan.stages:
         (line,) = (line for line in lines if line.startswith(f"{stage.name} "))
         work = ", then ".join(f"{tasks} {unit}" for tasks, unit in stage.work)
-        assert (
-            line.split(None, 1)[1] == f"{stage.memory / 1e9:.1f} GB" + f"up to {stage.workers}".rjust(12) + f"  {work}"
-        )
+        memory, workers = f"{stage.memory / 1e9:.1f} GB", f"up to {stage.workers}".rjust(12)
+        assert line.split(None, 1)[1] == memory + workers + f"~{duration(stage.seconds)}".rjust(10) + f"  {work}"
+    assert f"time   ~{duration(plan.seconds)} in all, estimated" in lines
+    assert [each["seconds_estimated"] for each in for_programs["stages"]] == [round(s.seconds) for s in plan.stages]
+    assert for_programs["seconds_estimated"] == round(plan.seconds)
+
+
+def test_estimated_times_are_those_that_were_measured_up_to_a_factor_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million cells in 80 groups, as `docs/benchmarks-log.md` has them; searches and pairs of groups are counted."""
+    monkeypatch.setitem(speeds.MATCH_SECONDS, "none", (1e-6, 1e-3))
+    settings = Settings.build(preset="small", overrides={"run.serial": False})
+    design = design_of([12_500] * 80)
+    size = CohortSize.of(design, settings, genes=20_000, stored_values=460_000_000)
+    plan = plan_of(design, settings, size, input_groups={}, cpus=2, object_store=10**9)
+    estimated = {stage.name: stage.seconds for stage in plan.stages}
+    measured = {keys.STAGE_CLUSTERS: 249, keys.STAGE_TRAIN: 745}
+    assert all(0.5 < estimated[name] / seconds < 2 for name, seconds in measured.items()), estimated
+    searches, pairs = 500_000 * 40 + 500_000 * 80, 40 * 40 + 40 * 80
+    assert estimated[keys.STAGE_MATCH] == pytest.approx((searches * 1e-6 + pairs * 1e-3) / 2)
+    assert plan.seconds == pytest.approx(sum(estimated.values()))
+    sampled = plan_of(design.sampling(5), settings, size, input_groups={}, cpus=2, object_store=10**9)
+    (seconds,) = (stage.seconds for stage in sampled.stages if stage.name == keys.STAGE_MATCH)
+    assert seconds == pytest.approx((500_000 * (6 + 6 + 5) * 1e-6 + size.edges * 1e-3) / 2)
+
+
+def test_what_a_run_took_stands_in_place_of_the_estimates(tiny: Path, tiny_run: Path) -> None:
+    plan = nd.plan(tiny, out=tiny_run, preset="small", settings=SETTINGS, **NAMES)
+    took = dict(plan.took)
+    assert set(took) == {stage.name for stage in plan.stages}
+    assert plan.seconds == pytest.approx(sum(took.values()))
+    rows = [line for line in str(plan).splitlines() if line.split(" ")[0] in took]
+    assert len(rows) == len(took)
+    assert not [line for line in rows if "~" in line]
 
 
 def test_what_run_would_refuse_is_refused(cohort: Path) -> None:

@@ -147,6 +147,22 @@ def test_every_condition_is_compared_with_a_baseline(results: Results) -> None:
     assert set(means.obs["condition"]) == {"drugA:wt", "drugA:mut"}
 
 
+def test_an_interaction_is_the_difference_of_two_contrasts(results: Results) -> None:
+    first, second = ("drugA:mut", "none:mut"), ("drugA:wt", "none:wt")
+    found = nd.interaction(results, "cell_type", first, second).set_index(["cell_type", "gene"])
+    means = [results.donor_means("cell_type", condition=a, baseline=b) for a, b in (first, second)]
+    groups = [side.to_df().groupby([side.obs["cell_type"], side.obs["condition"]]).mean() for side in means]
+    for kind in results.obs["cell_type"].unique():
+        one, other = (
+            side.loc[kind, a] - side.loc[kind, b] for side, (a, b) in zip(groups, (first, second), strict=True)
+        )
+        np.testing.assert_allclose(found.loc[kind, "interaction"], one - other, atol=1e-6)
+    assert found["p"].dropna().between(0, 1).all()
+    assert found["p"].notna().mean() > 0.9
+    swapped = nd.interaction(results, "cell_type", second, first).set_index(["cell_type", "gene"])
+    np.testing.assert_allclose(swapped["interaction"], -found["interaction"], atol=1e-9)
+
+
 def test_a_condition_against_itself_is_refused(results: Results) -> None:
     with pytest.raises(QueryError, match="is the baseline"):
         results.cate(condition="none:mut", baseline="none:mut")
