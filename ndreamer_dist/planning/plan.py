@@ -78,6 +78,8 @@ class Plan:
         Seconds that stages took in the run directory before, or will take by their speed there: in place of the estimates.
     within
         Column of labels that cells are matched inside, if any.
+    sampled
+        Seconds of matching with a sample of the groups, estimated, where that is worth it; else 0.
     """
 
     cells: int
@@ -107,6 +109,7 @@ class Plan:
     engines: str = ""
     took: tuple[tuple[str, float], ...] = ()
     within: str | None = None
+    sampled: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -146,6 +149,11 @@ class Plan:
             *map(printable, self.notes),
             f"not known before the values are read: {self.unknown}",
             f"matching   {self.edges:,} pairs of groups{self._place()}",
+            *(
+                [f"  ~{duration(self.sampled)} with --set match.groups={speeds.SAMPLED_GROUPS}, a sample"]
+                if self.sampled
+                else []
+            ),
             *self._screen_lines(),
             f"training   {self._training()}",
             *([f"not run    {', '.join(self.left_out)}: {shown(self.embedding)} needs none"] if self.left_out else []),
@@ -250,6 +258,7 @@ def plan_of(
         runtime=runtime,
         took=tuple((took or {}).items()),
         within=settings.match.within,
+        sampled=speeds.sampled_match_seconds(design, settings) / cpus,
     )
 
 

@@ -14,8 +14,10 @@ from ndreamer_dist.planning.sizes import CohortSize, parameter_count
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.training.sampling import SamplingPlan
 
-MATCH_SECONDS = {"none": (18e-6, 3.5e-3), "csls": (54e-6, 10e-3)}
-"""By the correction for hubs: of the search of one cell in one group, and of a pair of groups."""
+MATCH_SECONDS = {"none": (1.5e-9, 3.5e-3), "csls": (3e-9, 10e-3)}
+"""By the correction for hubs: of a pair of a cell and a target, and of a pair of groups."""
+SAMPLED_GROUPS, LONG_MATCHING = 8, 1800.0
+"""The sample of groups that is advised, and the seconds of matching with all of them from which it is."""
 READ_SECONDS, PACK_SECONDS = 30e-9, 200e-9
 """Of a stored value that is read and checked, and of one of a modelled gene that is packed."""
 FLOP_SECONDS = 1e-11
@@ -96,12 +98,24 @@ def _taken(design: Design, condition: int, group: Group) -> int:
 
 def match_seconds(design: Design, size: CohortSize, settings: Settings) -> float:
     """Return what the searches take."""
-    search, edge = MATCH_SECONDS[settings.match.hubs]
-    searches = 0
+    pair, edge = MATCH_SECONDS[settings.match.hubs]
+    cells = {c: sum(group.cells for group in design.with_condition(c)) for c in range(len(design.conditions))}
+    pairs = 0.0
     for group in design.groups:
-        needed = sum(_taken(design, condition, group) for condition in {0, group.condition})
-        searches += group.cells * (len(design.groups) if settings.match.edges == "all" else needed)
-    return searches * search + size.edges * edge
+        asked = cells if settings.match.edges == "all" else {0, group.condition}
+        shares = {c: _taken(design, c, group) / max(len(design.with_condition(c)), 1) for c in asked}
+        pairs += group.cells * sum(share * cells[c] for c, share in shares.items())
+    return pairs * pair + size.edges * edge
+
+
+def sampled_match_seconds(design: Design, settings: Settings) -> float:
+    """Return what the searches take in a sample of the groups; 0 where a sample is asked for, or all do not take long."""
+    if settings.match.groups or settings.match.edges == "all":
+        return 0.0
+    every = match_seconds(design, CohortSize.of(design, settings, genes=1, stored_values=0), settings)
+    some = design.sampling(SAMPLED_GROUPS)
+    sampled = match_seconds(some, CohortSize.of(some, settings, genes=1, stored_values=0), settings)
+    return sampled if every > LONG_MATCHING and 2 * sampled < every else 0.0
 
 
 def effects_seconds(design: Design, size: CohortSize, settings: Settings) -> float:

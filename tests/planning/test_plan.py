@@ -175,7 +175,7 @@ def test_the_command_line_tells_everything_and_writes_nothing(
 
 def test_estimated_times_are_those_that_were_measured_up_to_a_factor_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """A million cells in 80 groups, as `docs/benchmarks-log.md` has them; searches and pairs of groups are counted."""
-    monkeypatch.setitem(speeds.MATCH_SECONDS, "none", (1e-6, 1e-3))
+    monkeypatch.setitem(speeds.MATCH_SECONDS, "none", (1e-10, 1e-3))
     settings = Settings.build(preset="small", overrides={"run.serial": False})
     design = design_of([12_500] * 80)
     size = CohortSize.of(design, settings, genes=20_000, stored_values=460_000_000)
@@ -184,11 +184,11 @@ def test_estimated_times_are_those_that_were_measured_up_to_a_factor_of_two(monk
     measured = {keys.STAGE_CLUSTERS: 249, keys.STAGE_TRAIN: 745}
     assert all(0.5 < estimated[name] / seconds < 2 for name, seconds in measured.items()), estimated
     searches, pairs = 500_000 * 40 + 500_000 * 80, 40 * 40 + 40 * 80
-    assert estimated[keys.STAGE_MATCH] == pytest.approx((searches * 1e-6 + pairs * 1e-3) / 2)
+    assert estimated[keys.STAGE_MATCH] == pytest.approx((searches * 12_500 * 1e-10 + pairs * 1e-3) / 2)
     assert plan.seconds == pytest.approx(sum(estimated.values()))
     sampled = plan_of(design.sampling(5), settings, size, input_groups={}, cpus=2, object_store=10**9)
     (seconds,) = (stage.seconds for stage in sampled.stages if stage.name == keys.STAGE_MATCH)
-    assert seconds == pytest.approx((500_000 * (6 + 6 + 5) * 1e-6 + size.edges * 1e-3) / 2)
+    assert seconds == pytest.approx((500_000 * (6 + 6 + 5) * 12_500 * 1e-10 + size.edges * 1e-3) / 2)
 
 
 def test_what_a_run_took_stands_in_place_of_the_estimates(tiny: Path, tiny_run: Path) -> None:
@@ -204,3 +204,12 @@ def test_what_a_run_took_stands_in_place_of_the_estimates(tiny: Path, tiny_run: 
 def test_what_run_would_refuse_is_refused(cohort: Path) -> None:
     with pytest.raises(CohortError, match="Did you mean 'control'"):
         nd.plan(cohort, condition_key="condition", control="contrl")
+
+
+def test_a_sample_of_the_groups_is_advised_where_all_of_them_take_long() -> None:
+    plan, asked = (made([40_000] * 60, **{"match.groups": groups}) for groups in (None, speeds.SAMPLED_GROUPS))
+    every, some = (next(s.seconds for s in p.stages if s.name == keys.STAGE_MATCH) for p in (plan, asked))
+    assert every > max(speeds.LONG_MATCHING / 2, 2 * plan.sampled) > 0
+    assert some == pytest.approx(plan.sampled)
+    assert f"~{duration(some)} with --set match.groups={speeds.SAMPLED_GROUPS}" in str(plan)
+    assert asked.sampled == 0 == made([500] * 60).sampled
