@@ -236,7 +236,7 @@ def mrvi(cohort: anndata.AnnData, control: str, minutes: float) -> Found:
     from scvi.external import MRVI
 
     made = cohort.copy()
-    made.obs = made.obs.astype({"donor": str, "condition": str})
+    made.obs = made.obs.astype({"donor": str, "condition": str}).astype({"condition": "category"})
     MRVI.setup_anndata(made, sample_key="donor")
     model = MRVI(made)
     model.train(accelerator="cpu", callbacks=[stopping(minutes)], enable_progress_bar=False)
