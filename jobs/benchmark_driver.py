@@ -97,7 +97,7 @@ def write_cohort(path: Path, cells: int) -> None:
     ends = np.concatenate([[0], np.cumsum(first.sum(axis=1))])
     numbers = np.char.mod("%07d", np.arange(cells))
     obs = pd.DataFrame(index=pd.Index(np.char.add("AAACCTGAGAAACCAT-", numbers).astype(object), name="barcode"))
-    for name, levels in (("donor", 4), ("condition", 100), ("cell_type", 30), ("note", 1000)):
+    for name, levels in (("donor", 4), ("condition", 20), ("cell_type", 30), ("note", 1000)):
         names = [f"{name} {level}" for level in range(levels)]
         obs[name] = pd.Categorical.from_codes(rng.integers(0, levels, cells), names)
     obs["sample"] = np.char.add("sample-of-cell-", numbers).astype(object)

@@ -17,7 +17,7 @@ from zarr.codecs import VLenUTF8Codec
 
 from ndreamer_dist.storage.shards import read_files, uncompressed
 
-TEXT_BLOCK = 65_536
+TEXT_BLOCK = 16_384
 """Rows that are read at a time, where chunks are not larger."""
 VLEN = "vlen-utf8"
 LENGTH = struct.Struct("<I")

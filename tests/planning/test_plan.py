@@ -35,8 +35,8 @@ def cohort(tiny: Path) -> Path:
 
 
 def made(sizes: list[int], **overrides: object) -> Plan:
-    design = design_of(sizes)
     settings = Settings.build(preset="small", overrides=overrides)
+    design = design_of(sizes).sampling(settings.match.groups)
     size = CohortSize.of(design, settings, genes=30, stored_values=9000)
     input_groups = {group.name: group.cells for group in design.groups} | {"donor9|treated": 50}
     return plan_of(design, settings, size, input_groups=input_groups, cpus=2, object_store=0)
