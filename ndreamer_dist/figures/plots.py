@@ -879,7 +879,7 @@ def null_calibration(
     (ax,) = panels(1, ax, size=(5.0, 4.4))
     low = 10.0 ** math.floor(math.log10(float(table["level"].min())))
     ax.plot([low, 1], [low, 1], color="#8A9099", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="calibrated")
-    for (test, label), shade in zip(TESTS.items(), (PALETTE[0], PALETTE[4], PALETTE[1], PALETTE[2], UP), strict=True):
+    for (test, label), shade in zip(TESTS.items(), (*PALETTE[:1], *PALETTE[2:5], UP), strict=True):
         part = table[table["test"] == test]
         if part.empty:  # too few donors or labellings for this one
             continue

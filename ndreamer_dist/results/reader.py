@@ -28,7 +28,7 @@ from ndreamer_dist.effects.expression import JoinedExpression
 from ndreamer_dist.effects.onto import Onto
 from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, shown, suggest
 from ndreamer_dist.matching.labels import Inside
-from ndreamer_dist.results.annotations import annotation_of, read_annotations
+from ndreamer_dist.results.annotations import annotation_of, population_labels, read_annotations
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
 from ndreamer_dist.results.names import SUGGEST_AMONG, cells_of_query, places_of_cells, places_of_genes
 from ndreamer_dist.results.on_demand import (
@@ -54,8 +54,9 @@ logger = logging.getLogger(__name__)
 
 Order = Literal["input", "packed"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
-Labels = str | pd.Series | None
-"""Populations: the name of a column of `obs`, a label per cell by name, or none for all cells together."""
+Labels = str | pd.Series | pd.DataFrame | None
+"""Populations: the name of a column of `obs`, a label per cell by name (a Series, or a table of one column), or none for all
+cells together."""
 Room = Callable[[tuple[int, int]], np.ndarray]
 
 REQUIRED = {"design", "key", "seed", "settings", "version", "versions"}
@@ -499,11 +500,11 @@ class ResultsReader:
         Raises
         ------
         QueryError
-            The Series names no cell of these results, or a cell twice.
+            The Series names no cell of these results, or a cell twice; or `by` is neither a name nor labels by cell.
         """
-        if not isinstance(by, pd.Series):
-            return self, by
-        labels = by.rename(str(by.name or "population"))
+        labels = population_labels(by)
+        if not isinstance(labels, pd.Series):
+            return self, labels
         table, _ = annotation_of(labels, self._cells, self.design)
         other = copy(self)
         for name in ("_cells", "_input_cells", "_all_cells"):
