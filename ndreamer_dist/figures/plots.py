@@ -59,8 +59,8 @@ from ndreamer_dist.stats.results import MIN_CELLS, Results
 from ndreamer_dist.storage.files import Storage, open_storage
 
 __all__ = [
-    "decomposition", "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "ma", "null_calibration",
-    "overlap", "response", "spaces", "volcano",
+    "conditions", "decomposition", "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "ma",
+    "null_calibration", "overlap", "response", "spaces", "volcano",
 ]  # fmt: skip
 
 CELLS = 10_000

@@ -239,6 +239,10 @@ def test_many_categories_keep_to_their_colours() -> None:
 
 def test_dir_shows_the_figures_alone() -> None:
     assert dir(nd.pl) == sorted(plots.__all__)
+    drawing = {
+        name for name, thing in vars(plots).items() if hasattr(thing, "__wrapped__") and not name.startswith("_")
+    }
+    assert {name for name in drawing if getattr(plots, name).__module__ == plots.__name__} == set(plots.__all__)
     assert all(callable(getattr(nd.pl, name)) for name in dir(nd.pl))
 
 
