@@ -599,9 +599,9 @@ class ResultsReader:
         """The matches behind the effects."""
         stored = None if self.stored is None else self.stored.counterparts
         found = counterparts_of(self.storage, self.design, self._told("settings"), stored)
-        # To mapped cells no matches are added later, and those of a screen would be too many: what was not needed is
-        # searched when it is asked for.
-        if stored is None and not self.design.is_screen:
+        # To mapped cells no matches are added later, those of a screen would be too many, and results apart from their run
+        # (of all genes, say) have but the nearest ones: what is missing is searched when it is asked for.
+        if stored is None and not self.design.is_screen and found.searched is not None:
             return found
         return replace(found, search=found.between(self.embedding_key))
 
