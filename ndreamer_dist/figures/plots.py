@@ -1083,8 +1083,10 @@ def _floor(ax: Axes, floor: float) -> None:
     if floor > 0:
         ax.axhline(-math.log10(floor), color="#8A9099", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.set_ylim(top=max(ax.get_ylim()[1], -math.log10(floor) * 1.1))
-        ax.text(0.995, -math.log10(floor), "smallest p possible", transform=ax.get_yaxis_transform(), ha="right",
-                va="bottom", fontsize=8, color="#5B616A")  # fmt: skip
+        ax.annotate(
+            "smallest p possible", (0.995, -math.log10(floor)), xycoords=ax.get_yaxis_transform(), xytext=(0, 4),
+            textcoords="offset points", ha="right", va="bottom", fontsize=8, color="#5B616A",
+        )  # fmt: skip
 
 
 def _colour_bar(ax: Axes, drawn: mpl.cm.ScalarMappable, label: str) -> None:

@@ -201,14 +201,14 @@ SPOTS = (
     (7.0, 3.0), (7.0, -6.0), (-7.0, 3.0), (-7.0, -6.0), (0.0, 11.0), (0.0, -13.0),  # beside the point
     *(
         (math.copysign(reach * math.cos(angle), side), reach * math.sin(angle))
-        for reach in (22.0, 34.0, 48.0, 64.0)
+        for reach in (22.0, 34.0, 48.0)
         for angle in (0.5, -0.5, 1.1, -1.1)
         for side in (1, -1)
     ),
 )  # fmt: skip
 """Where a name may stand, from its point, in points; the first that is free is taken. A line leads to those farther off."""
 BESIDE = 6
-LEADER = {"arrowstyle": "-", "linewidth": 0.6, "color": "#8A9099", "shrinkA": 0, "shrinkB": 2, "relpos": (0.5, 0.5)}
+LEADER = {"arrowstyle": "-", "linewidth": 0.6, "color": "#8A9099", "shrinkA": 0, "shrinkB": 2}
 
 
 def label_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], most: int) -> None:
@@ -250,17 +250,20 @@ def _write(ax: Axes, text: Annotation, spot: _Spot) -> None:
     """Write a name anew at its place; whether a line leads there is fixed when a text is made."""
     written = ax.annotate(
         text.get_text(), text.xy, xytext=spot.centre, textcoords="offset points", fontsize=NAME_SIZE, ha="center",
-        va="center", path_effects=halo(), arrowprops=LEADER if spot.far else None,
+        va="center", path_effects=halo(), arrowprops={**LEADER, "relpos": spot.end} if spot.end else None,
     )  # fmt: skip
     written.set_in_layout(False)
 
 
 @dataclass(frozen=True)
 class _Spot:
-    """A place of a name: its centre from the point, in points, and whether a line leads to it."""
+    """A place of a name: its centre from the point, in points, and where on it a line from the point ends, if there is one.
+
+    The end is a share of the name's width and height.
+    """
 
     centre: tuple[float, float]
-    far: bool
+    end: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,10 @@ class _Room:
                     self.taken.append(box)
                     self.lines.append(line)
                     offset = (centre - self.own[place]) / self.scale
-                    return _Spot((float(offset[0]), float(offset[1])), far)
+                    end = (line[-1] - box.min) / (width, height) if far else None
+                    return _Spot(
+                        (float(offset[0]), float(offset[1])), None if end is None else (float(end[0]), float(end[1]))
+                    )
         return None
 
     def _is_free(self, box: Bbox, line: np.ndarray, place: int, *, sparing: bool) -> bool:
@@ -311,7 +317,7 @@ class _Room:
         inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 8
         if not inside or any(box.overlaps(other) or other.count_contains(line) for other in self.taken):
             return False
-        if any(box.count_contains(other) for other in self.lines):
+        if any(box.count_contains(other) or _cross(line, other) for other in self.lines):
             return False
         distance = _distance(box, self.own)
         if distance.min() < 3 * self.scale or (len(line) == 0 and distance.min() < distance[place] - 1e-6):
@@ -325,6 +331,18 @@ class _Room:
 def _nearest(box: Bbox, points: np.ndarray) -> np.ndarray:
     """Return the points of a box that are nearest to points, (..., 2)."""
     return np.clip(points, box.min, box.max)
+
+
+def _cross(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two straight lines of points cross, or lead to the same place."""
+    if not len(one) or not len(other):
+        return False
+    (a, b), (c, d) = (one[0], one[-1]), (other[0], other[-1])
+
+    def turns(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> float:
+        return float((q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0]))
+
+    return turns(a, b, c) * turns(a, b, d) <= 0 and turns(c, d, a) * turns(c, d, b) <= 0
 
 
 def _distance(box: Bbox, points: np.ndarray) -> np.ndarray:
