@@ -122,7 +122,7 @@ def scanpy_on_dask(given: argparse.Namespace) -> tuple[float, list[str]]:
 
 
 WAYS: dict[str, Callable[[argparse.Namespace], tuple[float, list[str]]]] = {
-    "ray": lambda given: ours(given, **{"run.cpus": given.cpus}),
+    "ray": lambda given: ours(given, **{"run.serial": False, "run.cpus": given.cpus}),
     "serial": lambda given: ours(given, **{"run.serial": True}),
     "dask": scanpy_on_dask,
 }

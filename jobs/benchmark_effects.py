@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
 
 def job(cohort: Path, out: Path, cpus: int | None) -> None:
     """Run what is missing; in this process where no processors are given."""
-    where = {"run.serial": True} if cpus is None else {"run.cpus": cpus}
+    where = {"run.serial": True} if cpus is None else {"run.serial": False, "run.cpus": cpus}
     nd.run(cohort, out=out, embedding="pca", settings=where, **NAMES)
 
 

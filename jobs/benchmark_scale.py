@@ -88,6 +88,7 @@ def run_job(given: argparse.Namespace, cohort: Path, run: Path) -> None:
     command = [
         sys.executable, "-m", "ndreamer_dist.cli", "run", str(cohort), "--out", str(run), "--condition-key", "condition",
         "--control", "control", "--batch-key", "donor", "--preset", given.preset, "--set", f"run.cpus={given.cpus}",
+        "--set", "run.serial=false",
         *(word for setting in given.settings for word in ("--set", setting)),
     ]  # fmt: skip
     ended = subprocess.run(command, check=False)

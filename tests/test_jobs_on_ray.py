@@ -42,7 +42,11 @@ LEARNING: dict[str, Any] = {
     "train.epochs": 30, "train.checkpoint_steps": 8, "train.reset_every": 20, "train.learning_rate": 1e-4,
     "loss.independence": 1e-6,
 }  # fmt: skip
-ON_RAY = {name: value for name, value in SETTINGS.items() if name != "run.serial"} | LEARNING | {"run.cpus": 2}
+ON_RAY = (
+    {name: value for name, value in SETTINGS.items() if name != "run.serial"}
+    | LEARNING
+    | {"run.cpus": 2, "run.serial": False}
+)
 STEPS, WORKER_KILLED_AFTER, JOB_KILLED_AFTER, CHECKPOINT_STEPS = 90, 24, 48, 8
 WARNING = "the independence loss does not fall"
 CANCELLED = re.compile(r"(encoder\.layers\.\d|head\.narrow|quantiser)\.bias|running_mean")

@@ -168,7 +168,7 @@ def test_a_job_file_that_will_not_do_is_refused_in_one_line(
 
 # --- on a Ray cluster ------------------------------------------------------------------------------------------------
 
-ON_RAY = {name: value for name, value in JOB.items() if name != "run.serial"} | {"run.cpus": 2}
+ON_RAY = {name: value for name, value in JOB.items() if name != "run.serial"} | {"run.cpus": 2, "run.serial": False}
 OUT = "s3://bucket/run"
 DRIVER_MOST = 1e9
 """Bytes of a driver with all libraries loaded; a matrix would come on top."""

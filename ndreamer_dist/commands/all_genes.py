@@ -75,8 +75,6 @@ def all_genes(
     ------
     CohortError
         The cohort is not the one of the run.
-    StoreError
-        More than one neighbour is averaged and the run's matches.zarr is not there.
     RunError
         The directory holds something else, or is being worked on.
     ResourceError

@@ -512,13 +512,13 @@ def runtime_choice(settings: Settings, cells: int) -> RuntimeChoice:
         return RuntimeChoice(run.serial, f"run.serial is {str(run.serial).lower()}")
     for needed, why in (
         (on_a_cluster(run), "a cluster is there"),
-        (run.cpus is not None or run.object_store_gb is not None, "run.cpus or run.object_store_gb says how it starts"),
+        (run.object_store_gb is not None, "run.object_store_gb says how it starts"),
         (train.workers > 1, f"{train.workers} training workers"),
         (train.device != "cpu" and has_gpu(), "a GPU is there to train on"),
     ):
         if needed:
             return RuntimeChoice(serial=False, why=why)
-    cpus = cpu_count()
+    cpus = run.cpus or cpu_count()  # workflow managers name them for small data, too
     if cpus == 1:
         return RuntimeChoice(serial=True, why="there is one processor")
     least = math.ceil(LEAST_SHARED_CELLS * cpus / (cpus - 1))

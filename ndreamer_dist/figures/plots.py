@@ -59,8 +59,8 @@ from ndreamer_dist.stats.results import MIN_CELLS, Results
 from ndreamer_dist.storage.files import Storage, open_storage
 
 __all__ = [
-    "decomposition", "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "ma", "null_calibration",
-    "overlap", "response", "spaces", "volcano",
+    "conditions", "decomposition", "effect_sizes", "embedding", "heatmap", "ite_distribution", "ite_embedding", "losses", "ma",
+    "null_calibration", "overlap", "response", "spaces", "volcano",
 ]  # fmt: skip
 
 CELLS = 10_000
@@ -880,7 +880,7 @@ def null_calibration(
     (ax,) = panels(1, ax, size=(5.0, 4.4))
     low = 10.0 ** math.floor(math.log10(float(table["level"].min())))
     ax.plot([low, 1], [low, 1], color="#8A9099", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="calibrated")
-    for (test, label), shade in zip(TESTS.items(), (PALETTE[0], PALETTE[4], PALETTE[1], PALETTE[2], UP), strict=True):
+    for (test, label), shade in zip(TESTS.items(), (*PALETTE[:1], *PALETTE[2:5], UP), strict=True):
         part = table[table["test"] == test]
         if part.empty:  # too few donors or labellings for this one
             continue
@@ -1084,8 +1084,10 @@ def _floor(ax: Axes, floor: float) -> None:
     if floor > 0:
         ax.axhline(-math.log10(floor), color="#8A9099", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.set_ylim(top=max(ax.get_ylim()[1], -math.log10(floor) * 1.1))
-        ax.text(0.995, -math.log10(floor), "smallest p possible", transform=ax.get_yaxis_transform(), ha="right",
-                va="bottom", fontsize=8, color="#5B616A")  # fmt: skip
+        ax.annotate(
+            "smallest p possible", (0.995, -math.log10(floor)), xycoords=ax.get_yaxis_transform(), xytext=(0, 4),
+            textcoords="offset points", ha="right", va="bottom", fontsize=8, color="#5B616A",
+        )  # fmt: skip
 
 
 def _colour_bar(ax: Axes, drawn: mpl.cm.ScalarMappable, label: str) -> None:

@@ -10,6 +10,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
@@ -20,6 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from natsort import natsorted
 
@@ -193,37 +195,155 @@ def halo() -> list[patheffects.AbstractPathEffect]:
     return [patheffects.withStroke(linewidth=2.4, foreground="white")]
 
 
-SIDES = (((6, 3), "left"), ((-6, 3), "right"), ((6, -7), "left"), ((-6, -7), "right"), ((0, 10), "center"))
-"""Where a name may stand beside its point: points to move it by, and how it is aligned; the first is tried first."""
+NAME_SIZE, GAP = 8.5, 2.0
+"""Size of names of points, and the room kept free around points and names, in points."""
+SPOTS = (
+    (7.0, 3.0), (7.0, -6.0), (-7.0, 3.0), (-7.0, -6.0), (0.0, 11.0), (0.0, -13.0),  # beside the point
+    *(
+        (math.copysign(reach * math.cos(angle), side), reach * math.sin(angle))
+        for reach in (22.0, 34.0, 48.0)
+        for angle in (0.5, -0.5, 1.1, -1.1)
+        for side in (1, -1)
+    ),
+)  # fmt: skip
+"""Where a name may stand, from its point, in points; the first that is free is taken. A line leads to those farther off."""
+BESIDE = 6
+LEADER = {"arrowstyle": "-", "linewidth": 0.6, "color": "#8A9099", "shrinkA": 0, "shrinkB": 2}
 
 
 def label_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], most: int) -> None:
-    """Name points, in the order given, where there is room; a name that would cover another or a point is left out.
+    """Name points, in the order given, where there is room; a name without a free place is left out.
 
-    The axes' limits must be final: the names are placed by the pixels they take.
+    A name covers no other text and none of the points to name, and beside its point no other of these is nearer to it. Points
+    that get no name are covered only where there is no other place. The axes' limits must be final: places are measured in pixels.
+
+    Parameters
+    ----------
+    x, y
+        Positions of the points to name, in data units, (points,).
+    most
+        Names at most.
     """
     figure = ax.get_figure(root=True)
     if figure is None:
         return
     figure.canvas.draw()  # now the layout is known
-    pixels = ax.transData.transform(np.column_stack([x, y]))
-    frame, placed = ax.get_window_extent(), list[Bbox]()
-    for point, name in zip(zip(x, y, strict=True), names, strict=True):
-        if len(placed) == most:
+    room = _Room.of(ax, ax.transData.transform(np.column_stack([x, y])), figure.dpi / 72)
+    named = 0
+    for place, name in enumerate(names):
+        if named == most:
             return
-        for aside, align in SIDES if point[0] >= 0 else (SIDES[1], SIDES[0], SIDES[3], SIDES[2], SIDES[4]):
-            text = ax.annotate(
-                shortened(name, 20), point, xytext=aside, textcoords="offset points", fontsize=8.5, ha=align,
-                va="center", path_effects=halo(),
-            )  # fmt: skip
-            text.set_in_layout(False)
-            box = text.get_window_extent()
-            if _free(box, frame, placed, pixels):
-                placed.append(box)
-                break
-            text.remove()
+        text = ax.annotate(
+            shortened(name, 20), (x[place], y[place]), xytext=(0, 0), textcoords="offset points", fontsize=NAME_SIZE,
+            ha="center", va="center", path_effects=halo(),
+        )  # fmt: skip
+        text.set_in_layout(False)
+        box = text.get_window_extent()
+        spot = room.take(place, box.width, box.height)
+        if spot is not None:
+            _write(ax, text, spot)
+            named += 1
+        text.remove()
 
 
-def _free(box: Bbox, frame: Bbox, placed: Sequence[Bbox], points: np.ndarray) -> bool:
-    inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 8
-    return inside and not any(box.overlaps(other) for other in placed) and not box.count_contains(points)
+def _write(ax: Axes, text: Annotation, spot: _Spot) -> None:
+    """Write a name anew at its place; whether a line leads there is fixed when a text is made."""
+    written = ax.annotate(
+        text.get_text(), text.xy, xytext=spot.centre, textcoords="offset points", fontsize=NAME_SIZE, ha="center",
+        va="center", path_effects=halo(), arrowprops={**LEADER, "relpos": spot.end} if spot.end else None,
+    )  # fmt: skip
+    written.set_in_layout(False)
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """A place of a name: its centre from the point, in points, and where on it a line from the point ends, if there is one.
+
+    The end is a share of the name's width and height.
+    """
+
+    centre: tuple[float, float]
+    end: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a plot's names may not cover. All in pixels."""
+
+    frame: Bbox
+    own: np.ndarray  # (points to name, 2)
+    points: np.ndarray  # (all points drawn, 2)
+    radii: np.ndarray  # (all points drawn,)
+    taken: list[Bbox]
+    lines: list[np.ndarray]
+    scale: float  # pixels a point
+
+    @classmethod
+    def of(cls, ax: Axes, own: np.ndarray, scale: float) -> _Room:
+        """Measure the points and the texts that are drawn on an axis."""
+        drawn, radii = [own], [np.full(len(own), 3.0)]
+        for cloud in ax.collections:
+            at = ax.transData.transform(np.ma.getdata(cloud.get_offsets()).reshape(-1, 2))
+            drawn.append(at)
+            radii.append(np.broadcast_to(np.sqrt(np.resize(cloud.get_sizes(), len(at))) / 2, len(at)))  # type: ignore[attr-defined]
+        legend = ax.get_legend()
+        texts = [text for text in ax.texts if text.get_text()] + ([legend] if legend else [])
+        boxes = [text.get_window_extent() for text in texts]
+        points, sizes = np.concatenate(drawn), np.concatenate(radii) * scale
+        return cls(ax.get_window_extent(), own, points, sizes, boxes, [], scale)
+
+    def take(self, place: int, width: float, height: float) -> _Spot | None:
+        """Return the first free place for the name of a point, and keep it from the others; None if there is none."""
+        inward = 1 if self.own[place, 0] >= (self.frame.x0 + self.frame.x1) / 2 else -1
+        for sparing in (True, False):
+            for number, (right, up) in enumerate(SPOTS):
+                far = number >= BESIDE
+                right, shift = right * inward, math.copysign(width / 2, right * inward) if right else 0.0
+                centre = self.own[place] + (right * self.scale + shift, up * self.scale)
+                box = Bbox.from_bounds(centre[0] - width / 2, centre[1] - height / 2, width, height)
+                line = np.linspace(self.own[place], _nearest(box, self.own[place]), 24) if far else np.empty((0, 2))
+                if self._is_free(box, line, place, sparing=sparing):
+                    self.taken.append(box)
+                    self.lines.append(line)
+                    offset = (centre - self.own[place]) / self.scale
+                    end = (line[-1] - box.min) / (width, height) if far else None
+                    return _Spot(
+                        (float(offset[0]), float(offset[1])), None if end is None else (float(end[0]), float(end[1]))
+                    )
+        return None
+
+    def _is_free(self, box: Bbox, line: np.ndarray, place: int, *, sparing: bool) -> bool:
+        frame = self.frame
+        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 8
+        if not inside or any(box.overlaps(other) or other.count_contains(line) for other in self.taken):
+            return False
+        if any(box.count_contains(other) or _cross(line, other) for other in self.lines):
+            return False
+        distance = _distance(box, self.own)
+        if distance.min() < 3 * self.scale or (len(line) == 0 and distance.min() < distance[place] - 1e-6):
+            return False
+        others = np.delete(self.own, place, axis=0)
+        if len(line) and len(others) and np.hypot(*(line[2:, None] - others).T).min() < 3 * self.scale:
+            return False
+        return not sparing or bool((_distance(box, self.points) > self.radii).all())
+
+
+def _nearest(box: Bbox, points: np.ndarray) -> np.ndarray:
+    """Return the points of a box that are nearest to points, (..., 2)."""
+    return np.clip(points, box.min, box.max)
+
+
+def _cross(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two straight lines of points cross, or lead to the same place."""
+    if not len(one) or not len(other):
+        return False
+    (a, b), (c, d) = (one[0], one[-1]), (other[0], other[-1])
+
+    def turns(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> float:
+        return float((q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0]))
+
+    return turns(a, b, c) * turns(a, b, d) <= 0 and turns(c, d, a) * turns(c, d, b) <= 0
+
+
+def _distance(box: Bbox, points: np.ndarray) -> np.ndarray:
+    return np.hypot(*(points - _nearest(box, points)).T)

@@ -188,7 +188,7 @@ def report(
         diagnostics = opened.diagnostics(by, donor_key=donor_key)
         data = PageData(opened, by, chosen, donor_key, table, diagnostics, cells, looked_at)
         html = page(data)
-    logger.info("report: read %s", reads)
+    logger.debug("report: read %s", reads)
     return write_file(address, html.encode())
 
 
@@ -252,7 +252,7 @@ def _content(data: PageData) -> dict[str, Any]:
         "trust_figures": list(_trust_pictures(data)),
         "diagnostics": diagnostics_tables(_shown_diagnostics(data)),
         **_spaces(results),
-        "nested": data.diagnostics.layout in ("nested", "partly crossed"),
+        "matching_limit": _matching_limit(data),
         "modelled": whole(len(results.var_names)),
         "training": _training(data),
         "timings": timings_table(results),
@@ -336,7 +336,11 @@ def _summary(data: PageData) -> Iterator[str]:
         most = ", ".join(f"{name} ({number})" for number, name in found[:3])
         yield (
             f"{condition}: {len(tested)} of {len(parts)} populations could be tested with donors as replicates; "
-            + (f"{len(found)} have genes that differ (most: {most}). " if found else "no gene differs in any of them. ")
+            + (
+                f"{len(found)} {'has' if len(found) == 1 else 'have'} genes that differ (most: {most}). "
+                if found
+                else "no gene differs in any of them. "
+            )
             + _strongest(tested, effect, data.labels)
         )
 
@@ -667,6 +671,32 @@ def _spaces(results: Results) -> dict[str, Any]:
     )  # fmt: skip
     by = f"Populations: {comparison.populations}."
     return {"spaces": ([*comparison.sentences(), by], picture, comparison_table(comparison))}
+
+
+def _matching_limit(data: PageData) -> tuple[str, str]:
+    """Say what matching can lose in the space of the run, and whether these donors are of the kind that it concerns."""
+    space = data.results.space
+    if space == "harmony" or keys.is_trained(space):
+        made = "that Harmony corrected for" if space == "harmony" else "that was trained to hold nothing of"
+        says = (
+            f"Cells are matched in an embedding {made} batch and condition. Where donors are nested in conditions, it may "
+            "also have lost real differences of cell state between them, which then appear in the donor-level effects, as "
+            "they do in plain means."
+        )
+        concerned = {
+            "nested": "The donors here are nested, so this applies.",
+            "partly crossed": "Some donors here are in one condition only, so this applies in part.",
+        }
+        return says, concerned.get(data.diagnostics.layout, "")
+    if space == keys.STATE:
+        return (
+            "Cells are matched by what varies between cells of one control donor. A state that only treated cells have has no "
+            "place of its own there; such cells are matched with the nearest state of control cells."
+        ), ""
+    return (
+        f"Cells are matched in {space}, which is not corrected for batch and condition. Where these move cells far, the "
+        "nearest cell may be of another state, and an effect may then be a difference of states."
+    ), ""
 
 
 def _training(data: PageData) -> Picture:

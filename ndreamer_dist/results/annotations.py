@@ -27,6 +27,7 @@ from ndreamer_dist.storage.files import Storage
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 CONTAINERS = {".h5ad": "h5ad", ".zarr": "zarr"}
+SUFFIXES = (*SEPARATORS, ".parquet", *CONTAINERS)
 CELL = "cell"
 
 
@@ -134,6 +135,21 @@ def annotation_of(
     return aligned[[*new, *changed]], Annotation(new, changed, len(cells) - known, len(table) - known)
 
 
+def population_labels(by: Any) -> str | pd.Series | None:
+    """Return what names populations: a column of obs, labels by cell as a Series with a name, or None.
+
+    Raises
+    ------
+    QueryError
+        It is neither: several columns, or labels that say no cell.
+    """
+    one = by.iloc[:, 0] if isinstance(by, pd.DataFrame) and by.shape[1] == 1 else by
+    if not isinstance(one, str | pd.Series | None):
+        msg = f"`by` is a {type(by).__name__}; expected a column's name, or one column of labels by cell (a pandas Series)"
+        raise QueryError(msg)
+    return one.rename(str(one.name or "population")) if isinstance(one, pd.Series) else one
+
+
 def _table_of(labels: pd.DataFrame | pd.Series | anndata.AnnData, cells: pd.DataFrame) -> pd.DataFrame:
     if isinstance(labels, pd.Series):
         if labels.name is None:
@@ -154,30 +170,29 @@ def _table_of(labels: pd.DataFrame | pd.Series | anndata.AnnData, cells: pd.Data
 def _check_columns(table: pd.DataFrame, design: Design) -> None:
     names = list(table.columns)
     ours = [name for name in names if name.startswith(keys.OBS_PREFIX)]
-    if ours:
-        msg = f"columns that begin with {keys.OBS_PREFIX!r} are the run's own: {listing(ours)}; rename them"
-        raise QueryError(msg)
     fixed = [name for name in names if name in (design.condition_key, *design.batch_keys)]
-    if fixed:
-        msg = f"{listing(fixed)} says what was compared, so it cannot be changed after the run; run again with it"
-        raise QueryError(msg)
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        msg = f"the table has more than one column {listing(twice)}"
-        raise QueryError(msg)
+    for refused, msg in (
+        (ours, f"columns that begin with {keys.OBS_PREFIX!r} are the run's own: {listing(ours)}; rename them"),
+        (fixed, f"{listing(fixed)} says what was compared, so it cannot be changed after the run; run again with it"),
+        (twice, f"the table has more than one column {listing(twice)}"),
+    ):
+        if refused:
+            raise QueryError(msg)
 
 
 def _check_names(rows: pd.Index, cells: pd.Index) -> None:
+    if str(rows.name) in cells:
+        msg = f"the table's line of column names is the cell {quoted(rows.name)}; write one before it: cell,cell_type"
+        raise QueryError(msg)
     twice = rows[rows.duplicated()]
     if len(twice):
         msg = f"the table names {len(twice)} cells twice, first {quoted(twice[0])}; expected one row a cell"
         raise QueryError(msg)
     if not rows.isin(cells).any():
         first = f", first {quoted(rows[0])}" if len(rows) else ""
-        msg = (
-            f"none of the table's {len(rows)} rows{first}, is named like a cell of the results, first "
-            f"{quoted(cells[0])}; its index (of a file: the first column) must hold their names"
-        )
+        hint = "its index (of a file: the first column) must hold their names"
+        msg = f"none of the table's {len(rows)} rows{first}, is a cell of the results, first {quoted(cells[0])}; {hint}"
         raise QueryError(msg)
 
 
@@ -238,10 +253,8 @@ def table_of_file(path: str | os.PathLike[str], columns: Sequence[str] | None = 
         The file cannot be read, or lacks a column.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in (*SEPARATORS, *CONTAINERS, ".parquet"):
-        msg = (
-            f"{path}: the suffix {suffix!r} says no format; there are {listing([*SEPARATORS, '.parquet', *CONTAINERS])}"
-        )
+    if suffix not in SUFFIXES:
+        msg = f"{path}: the suffix {suffix!r} says no format; there are {listing(SUFFIXES)}"
         raise QueryError(msg)
     try:
         if suffix in CONTAINERS:

@@ -342,10 +342,7 @@ class Counterparts:
         """Return the matches.zarr; `StoreError` says what to do where it is not there or does not hold the edge."""
         edge = f"the matches of group {query.name!r} in group {target.name!r}"
         if self.searched is None:
-            what = "its obsm holds nearest neighbours along other edges only" if self.nearest_stored else "it has none"
-            most = max(self.neighbours, self.denoise_neighbours)
-            why = f"up to {most} neighbours are averaged" if most > 1 else what
-            msg = f"{edge} are not in {self.storage.url} ({why}), nor is a {keys.MATCHES} beside it; open the run directory"
+            msg = f"{edge} are not in {self.storage.url}, nor is a {keys.MATCHES} beside it; open the run directory"
             raise StoreError(msg)
         if not self.searched.holds(query.code, target.code):
             folder = self.storage.url.rpartition("/")[0]

@@ -28,7 +28,7 @@ from ndreamer_dist.effects.expression import JoinedExpression
 from ndreamer_dist.effects.onto import Onto
 from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, shown, suggest
 from ndreamer_dist.matching.labels import Inside
-from ndreamer_dist.results.annotations import annotation_of, read_annotations
+from ndreamer_dist.results.annotations import annotation_of, population_labels, read_annotations
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
 from ndreamer_dist.results.names import SUGGEST_AMONG, cells_of_query, places_of_cells, places_of_genes
 from ndreamer_dist.results.on_demand import (
@@ -54,8 +54,9 @@ logger = logging.getLogger(__name__)
 
 Order = Literal["input", "packed"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
-Labels = str | pd.Series | None
-"""Populations: the name of a column of `obs`, a label per cell by name, or none for all cells together."""
+Labels = str | pd.Series | pd.DataFrame | None
+"""Populations: the name of a column of `obs`, a label per cell by name (a Series, or a table of one column), or none for all
+cells together."""
 Room = Callable[[tuple[int, int]], np.ndarray]
 
 REQUIRED = {"design", "key", "seed", "settings", "version", "versions"}
@@ -499,11 +500,11 @@ class ResultsReader:
         Raises
         ------
         QueryError
-            The Series names no cell of these results, or a cell twice.
+            The Series names no cell of these results, or a cell twice; or `by` is neither a name nor labels by cell.
         """
-        if not isinstance(by, pd.Series):
-            return self, by
-        labels = by.rename(str(by.name or "population"))
+        labels = population_labels(by)
+        if not isinstance(labels, pd.Series):
+            return self, labels
         table, _ = annotation_of(labels, self._cells, self.design)
         other = copy(self)
         for name in ("_cells", "_input_cells", "_all_cells"):
@@ -598,9 +599,9 @@ class ResultsReader:
         """The matches behind the effects."""
         stored = None if self.stored is None else self.stored.counterparts
         found = counterparts_of(self.storage, self.design, self._told("settings"), stored)
-        # To mapped cells no matches are added later, and those of a screen would be too many: what was not needed is
-        # searched when it is asked for.
-        if stored is None and not self.design.is_screen:
+        # To mapped cells no matches are added later, those of a screen would be too many, and results apart from their run
+        # (of all genes, say) have but the nearest ones: what is missing is searched when it is asked for.
+        if stored is None and not self.design.is_screen and found.searched is not None:
             return found
         return replace(found, search=found.between(self.embedding_key))
 

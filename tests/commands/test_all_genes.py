@@ -61,6 +61,8 @@ def test_every_gene_has_the_bits_that_the_run_answers_with(
         np.testing.assert_array_equal(wide.layer(name).X, run.layer(name, cohort=cohort()).X)
     np.testing.assert_array_equal(wide.ite(genes=list(run.var_names)).X, run.ite().X)
     np.testing.assert_array_equal(wide.expression().X.toarray(), run.expression(cohort=cohort()).X.toarray())
+    would = (results.counterfactual(run.control, genes=list(run.var_names)).X for results in (wide, run))
+    np.testing.assert_array_equal(*would)  # with several neighbours, from matches that it searches
     assert not (tmp_path / "all" / keys.PACKED).exists()
     stored = anndata.read_zarr(tmp_path / "all" / keys.RESULTS)
     assert stored.shape == (300, 90)

@@ -133,7 +133,10 @@ def test_a_bar_is_hidden_away_from_a_terminal(capsys: pytest.CaptureFixture) -> 
         pytest.param({"run.serial": True}, 10**9, 64, True, id="asked_for_none"),
         pytest.param({"run.serial": "auto"}, 900, 2, True, id="auto_by_name"),
         pytest.param({"run.address": "auto"}, 900, 2, False, id="a_cluster"),
-        pytest.param({"run.cpus": 2}, 900, 2, False, id="processors_named"),
+        pytest.param({"run.cpus": 8}, 900, 64, True, id="processors_named_by_a_workflow"),
+        pytest.param({"run.cpus": 3}, LEAST_SHARED_CELLS * 3 // 2, 64, False, id="processors_named_count"),
+        pytest.param({"run.cpus": 1}, 10**9, 64, True, id="one_processor_named"),
+        pytest.param({"run.object_store_gb": 0.1}, 900, 2, False, id="an_object_store_asked_for"),
         pytest.param({"train.workers": 2}, 900, 2, False, id="several_workers"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
@@ -166,6 +167,7 @@ def test_the_calibration_shows_the_shares_of_the_null(results: Results) -> None:
         share = sums["below"] / sums["tests"]
         np.testing.assert_array_equal(drawn[label].get_xdata(), share.index)
         np.testing.assert_allclose(drawn[label].get_ydata(), share.where(share > 0))
+    assert len({line.get_color() for line in drawn.values()}) == 1 + len(plots.TESTS)
     assert np.ptp(drawn["calibrated"].get_xdata() - drawn["calibrated"].get_ydata()) == 0
 
 
@@ -237,6 +239,10 @@ def test_many_categories_keep_to_their_colours() -> None:
 
 def test_dir_shows_the_figures_alone() -> None:
     assert dir(nd.pl) == sorted(plots.__all__)
+    drawing = {
+        name for name, thing in vars(plots).items() if hasattr(thing, "__wrapped__") and not name.startswith("_")
+    }
+    assert {name for name in drawing if getattr(plots, name).__module__ == plots.__name__} == set(plots.__all__)
     assert all(callable(getattr(nd.pl, name)) for name in dir(nd.pl))
 
 
@@ -309,6 +315,39 @@ def test_names_on_a_umap_never_cover_each_other(results: Results) -> None:
     assert 0 < len(boxes) < 12  # twelve kinds, all over the place
     assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
     assert len(ax.get_legend().get_texts()) == 12
+
+
+@pytest.mark.parametrize(
+    "cloud",
+    [
+        pytest.param(lambda x: x.normal(size=(60, 2)), id="a_cloud"),
+        pytest.param(lambda x: np.column_stack([x.normal(size=60), np.full(60, 1.0)]), id="a_row_at_the_smallest_p"),
+        pytest.param(lambda x: x.normal(size=(60, 2)) * 0.02 + np.eye(2)[0], id="crowded"),
+    ],
+)
+def test_names_of_points_cover_nothing_and_belong_to_one_point(
+    cloud: Callable[[np.random.Generator], np.ndarray],
+) -> None:
+    points = cloud(np.random.default_rng(1))
+    _, ax = plt.subplots(figsize=(5.6, 4.6))
+    ax.scatter(*points.T, s=22)
+    ax.set(xlim=(-3, 3), ylim=(-3, 3))
+    floor = ax.text(2.9, 1, "smallest p possible", ha="right", va="bottom")
+    style.label_points(ax, *points.T, [f"GENE{number:05d}" for number in range(60)], 14)
+    figure = ax.get_figure(root=True)
+    figure.canvas.draw()
+    names = [text for text in ax.texts if text is not floor]
+    boxes = [text.get_window_extent() if text is floor else Text.get_window_extent(text) for text in ax.texts]
+    assert 4 <= len(names) <= 14
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+    pixels = ax.transData.transform(points)
+    for text in names:
+        box = Text.get_window_extent(text)
+        away = np.hypot(*(pixels - np.clip(pixels, box.min, box.max)).T)
+        assert away.min() > 0
+        if text.arrow_patch is None:
+            own = away[int(text.get_text()[4:])]
+            assert own <= away.min() + 0.5
 
 
 def test_of_many_rows_those_with_donors_and_cells_on_both_sides_are_drawn_first() -> None:

@@ -80,6 +80,7 @@ def test_a_series_of_labels_names_populations_without_being_kept(run: Path) -> N
     results.annotate(labels)
     pd.testing.assert_frame_equal(table, results.cate("kind", min_cells=3))
     assert results.diagnostics(labels).populations["population"].nunique() == 2
+    pd.testing.assert_frame_equal(table, results.cate(labels.to_frame(), min_cells=3))
     assert set(results.donor_means(labels.rename(None), min_cells=3).obs["population"]) == {"odd", "even"}
 
 
@@ -88,6 +89,7 @@ def test_a_series_of_labels_names_populations_without_being_kept(run: Path) -> N
     [
         pytest.param(lambda t: t.set_axis("x" + t.index), "none of the table's", id="other_names"),
         pytest.param(lambda t: pd.concat([t, t]), "twice", id="a_cell_twice"),
+        pytest.param(lambda t: t.iloc[1:].rename_axis(t.index[0]), "line of column names", id="no_line_of_names"),
         pytest.param(lambda t: t["kind"].rename(None), "no name", id="series_without_a_name"),
         pytest.param(lambda t: t.rename(columns={"kind": "ndreamer_batch"}), "the run's own", id="our_column"),
         pytest.param(lambda t: t.rename(columns={"kind": "condition"}), "what was compared", id="the_condition"),
@@ -99,6 +101,19 @@ def test_labels_that_will_not_do_are_refused(run: Path, change: object, said: st
     with pytest.raises(QueryError, match=said):
         results.annotate(change(labels_of(results).to_frame()))
     assert not (run / f"results.{keys.ANNOTATIONS}").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        pytest.param(lambda t: t.assign(other=1), "a DataFrame; expected", id="several_columns"),
+        pytest.param(lambda t: t["kind"].to_numpy(), "a ndarray; expected", id="labels_without_names"),
+    ],
+)
+def test_populations_that_no_cell_can_be_found_by_are_refused(run: Path, given: object, said: str) -> None:
+    results = nd.open_results(run)
+    with pytest.raises(QueryError, match=said):
+        results.cate(given(labels_of(results).to_frame()), min_cells=3)
 
 
 def test_a_column_put_into_the_copy_of_obs_is_not_lost_in_silence(run: Path, caplog: pytest.LogCaptureFixture) -> None:

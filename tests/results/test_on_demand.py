@@ -190,15 +190,11 @@ def test_edges_that_were_not_searched_are_asked_for_by_their_command(copied):
         added.effect("sick")
 
 
-def test_results_alone_tell_what_they_hold_and_what_they_lack(every_edge, tmp_path):
+def test_results_apart_from_their_run_search_the_matches_they_lack(every_edge, tmp_path):
     alone = tmp_path / "alone.zarr"
     shutil.copytree(f"{every_edge.run.url}/{keys.RESULTS}", alone)
     whole, results = open_results(every_edge.run.url), open_results(alone)
-    if every_edge.settings.match.neighbours == 1:
-        np.testing.assert_array_equal(results.effect("sick").X, whole.effect("sick").X)
-    else:
-        with pytest.raises(StoreError, match=r"neighbours are averaged.*nor is a matches\.zarr beside it"):
-            results.effect("sick")
+    np.testing.assert_array_equal(results.effect("sick").X, whole.effect("sick").X)
     np.testing.assert_array_equal(results.ite().X, whole.ite().X)
 
 
