@@ -127,7 +127,7 @@ def test_opening_reads_the_root_alone_and_a_column_is_one_request(place):
 def test_a_column_is_one_chunk_of_as_many_rows_as_a_cohort_has():
     root = zarr.open_group(zarr.storage.MemoryStore(), mode="w", zarr_format=3)
     table = pd.DataFrame({"score": np.arange(200_000.0), "kind": pd.Categorical(["a", "b"] * 100_000)})
-    tables._write(root, "obs", table.set_index(table.index.astype(str)))
+    tables.write_element(root, "obs", table.set_index(table.index.astype(str)))
     index = "_index" if isinstance(root["obs/_index"], zarr.Array) else "_index/values"  # a group under pandas 3
     for name in ("score", "kind/codes", index):
         assert root[f"obs/{name}"].chunks == (200_000,)
