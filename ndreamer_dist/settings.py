@@ -24,7 +24,7 @@ RUN_ROWS = 32
 """Rows of one contiguous run in the sampling plan."""
 NOISE_ROWS = 64
 """Cells of one block of a mini-batch: it has one noise generator and one owner."""
-LARGEST = 2**31 - 1
+LARGEST_NUMBER = 2**31 - 1
 """No whole number among the settings may be larger."""
 Width = Annotated[int, Field(ge=1)]
 """Units of a layer of the network."""
@@ -49,9 +49,10 @@ class StageSettings(BaseModel):
     @classmethod
     def _not_too_large(cls, value: Any) -> Any:
         if any(
-            isinstance(number, int) and number > LARGEST for number in (value if type(value) is tuple else (value,))
+            isinstance(number, int) and number > LARGEST_NUMBER
+            for number in (value if type(value) is tuple else (value,))
         ):
-            msg = f"must be at most {LARGEST}"
+            msg = f"must be at most {LARGEST_NUMBER}"
             raise ValueError(msg)
         return value
 
@@ -75,7 +76,7 @@ class StageSettings(BaseModel):
 
 def _yaml_line(name: str, value: object, comment: str) -> str:
     """Return `name: value  # comment`; a value that takes several lines has no comment."""
-    text = yaml.safe_dump({name: value}, default_flow_style=True, width=LARGEST).strip()[1:-1]
+    text = yaml.safe_dump({name: value}, default_flow_style=True, width=LARGEST_NUMBER).strip()[1:-1]
     return text if "\n" in text else f"{text}  # {comment}"
 
 
@@ -471,7 +472,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    seed: int = Field(0, description="seed of everything random", ge=0, le=LARGEST)
+    seed: int = Field(0, description="seed of everything random", ge=0, le=LARGEST_NUMBER)
     cohort: CohortSettings = CohortSettings()
     hvg: HvgSettings = HvgSettings()
     pack: PackSettings = PackSettings()

@@ -23,7 +23,7 @@ from ndreamer_dist.cohort.matrix import is_dask
 from ndreamer_dist.cohort.source import MemoryMatrix, Source, open_root
 from ndreamer_dist.errors import CohortError, NDreamerError, listing, quoted, suggest
 
-CHUNK_ROWS = 65_536
+HASHED_ROWS = 65_536
 """Rows that are looked at at a time."""
 
 
@@ -95,8 +95,8 @@ def column_labels(source: Source, name: str, setting: str) -> CellLabels:
 def checksum(values: np.ndarray) -> str:
     """Return the sha256 of an array's values."""
     found = hashlib.sha256(f"{values.shape} {values.dtype.str}".encode())
-    for start in range(0, len(values), CHUNK_ROWS):
-        found.update(np.ascontiguousarray(values[start : start + CHUNK_ROWS]).tobytes())
+    for start in range(0, len(values), HASHED_ROWS):
+        found.update(np.ascontiguousarray(values[start : start + HASHED_ROWS]).tobytes())
     return found.hexdigest()
 
 
@@ -149,8 +149,8 @@ def _check_shape(values: np.ndarray, cells: int, where: str) -> None:
 
 
 def _check_finite(values: np.ndarray, source: Source, where: str) -> None:
-    for start in range(0, len(values), CHUNK_ROWS):
-        finite = np.isfinite(values[start : start + CHUNK_ROWS]).all(axis=1)
+    for start in range(0, len(values), HASHED_ROWS):
+        finite = np.isfinite(values[start : start + HASHED_ROWS]).all(axis=1)
         if not finite.all():
             row = start + int(np.flatnonzero(~finite)[0])
             cell = quoted(source.cell_name(row))

@@ -45,7 +45,7 @@ from ndreamer_dist.storage.files import Storage
 
 logger = logging.getLogger(__name__)
 
-TABLES = (keys.DESIGN_JSON, keys.GENES_TABLE, keys.CELLS_TABLE, keys.COHORT_SUMMARY)
+CARRIED_FILES = (keys.DESIGN_JSON, keys.GENES_TABLE, keys.CELLS_TABLE, keys.COHORT_SUMMARY)
 
 
 def all_genes(
@@ -200,7 +200,7 @@ def _prepare_cohort(directory: RunDirectory, origin: Results, given: GivenExpres
     directory.write_json(keys.DESIGN_JSON, design.to_json())
     digests = write_tables(directory, {keys.GENES_TABLE: genes, keys.CELLS_TABLE: cells})
     directory.write_json(keys.COHORT_SUMMARY, {"normalise": "none" if given.totals is None else "counts"})
-    directory.mark(keys.STAGE_COHORT, key, Shard("all", TABLES), digests)
+    directory.mark(keys.STAGE_COHORT, key, Shard("all", CARRIED_FILES), digests)
 
 
 def _write(

@@ -79,7 +79,7 @@ LATER: Final = {"effects.store": (), "match.neighbours": 1, "denoise.neighbours"
 """What is asked for after training; before it is, matches are searched and no layer is stored."""
 
 
-BESIDE: Final = "preprocessed.h5ad in save_pth"
+INSIDE_SAVE_PTH: Final = "preprocessed.h5ad in save_pth"
 """Stands for the default of an argument of which none means something else."""
 
 
@@ -158,7 +158,7 @@ class NDreamer:
             raise SettingsError(msg)
         self.adata = adata
         self.save_pth = Path(save_pth).expanduser().absolute()
-        asked = arguments.pop("save_preprocessed_adata_path", BESIDE)
+        asked = arguments.pop("save_preprocessed_adata_path", INSIDE_SAVE_PTH)
         require_batch = arguments.pop("require_batch", None)
         normalise = arguments.pop("library_size_normalize_adata", None)
         self._preprocessed = _path_of(asked, self.save_pth / keys.PUBLISHED_PREPROCESSED)
@@ -332,7 +332,7 @@ def _path_of(asked: str | os.PathLike[str] | None, default: Path) -> Path | None
     """Return where a file is to be written."""
     if asked is None:
         return None
-    return default if asked == BESIDE else Path(asked).expanduser().absolute()
+    return default if asked == INSIDE_SAVE_PTH else Path(asked).expanduser().absolute()
 
 
 def _warn(name: str, stacklevel: int) -> None:

@@ -30,9 +30,9 @@ from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.checksums import read_model
 from ndreamer_dist.storage.files import Storage
 
-Part: TypeAlias = Literal["model", "space", "decomposition", "effects"]
-PARTS: tuple[Part, ...] = get_args(Part)
-FORMATS = ("ndreamer",)
+LayoutPart: TypeAlias = Literal["model", "space", "decomposition", "effects"]
+PARTS: tuple[LayoutPart, ...] = get_args(LayoutPart)
+LAYOUTS = ("ndreamer",)
 WEIGHTS = {
     "weights": keys.PUBLISHED_WEIGHTS, "network": keys.PUBLISHED_MODEL, "read_with": "safetensors.torch.load_file",
 }  # fmt: skip
@@ -44,7 +44,7 @@ def export(
     *,
     out: str | os.PathLike[str],
     format: Literal["ndreamer"] = "ndreamer",  # noqa: A002 - the command line's word
-    parts: Collection[Part] = PARTS,
+    parts: Collection[LayoutPart] = PARTS,
 ) -> list[Path]:
     """Write a run's results in the published package's layout, group by group.
 
@@ -70,8 +70,8 @@ def export(
     StoreError
         There are no results, or a chunk of them is damaged.
     """
-    if format not in FORMATS:
-        msg = f"there is no format {format!r}; there are {listing(FORMATS)}.{suggest(format, FORMATS)}"
+    if format not in LAYOUTS:
+        msg = f"there is no format {format!r}; there are {listing(LAYOUTS)}.{suggest(format, LAYOUTS)}"
         raise QueryError(msg)
     results = run if isinstance(run, Results) else open_results(run)
     results.refuse_damaged()
@@ -82,7 +82,7 @@ def export(
     written: list[Path] = []
     for part in PARTS:
         if part in parts:
-            written += WRITERS[part](results, folder)
+            written += PART_WRITERS[part](results, folder)
     return written
 
 
@@ -156,7 +156,7 @@ def _write_effects(results: Results, folder: Path) -> list[Path]:
     return _grouped(results, folder, keys.LAYER_ITE, keys.PUBLISHED_ITE)
 
 
-WRITERS: dict[Part, Callable[[Results, Path], list[Path]]] = {
+PART_WRITERS: dict[LayoutPart, Callable[[Results, Path], list[Path]]] = {
     "model": _write_model, "space": _write_space, "decomposition": _write_decomposition, "effects": _write_effects,
 }  # fmt: skip
 

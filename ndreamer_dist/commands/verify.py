@@ -35,7 +35,7 @@ from ndreamer_dist.storage.shards import Place, chunks_in, read_chunks
 OBS = f"{keys.RESULTS}/obs/"
 BATCH_FILES, BATCH_BYTES = 256, 2**28
 """What one task reads at most, or one file."""
-SMALL_BYTES = 2**32
+SERIAL_BYTES = 2**32
 """Files of fewer bytes are read in this process by default: starting Ray takes longer."""
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _markers(directory: RunDirectory) -> list[str]:
 
 def _settled(made: Settings, directory: RunDirectory) -> Settings:
     """Return the settings with the runtime chosen: little is read sooner in this process than Ray starts."""
-    if made.run.serial is not None or on_a_cluster(made.run) or sum(directory.storage.list().values()) > SMALL_BYTES:
+    if made.run.serial is not None or on_a_cluster(made.run) or sum(directory.storage.list().values()) > SERIAL_BYTES:
         return made
     return RuntimeChoice(serial=True, why="little is to be read").applied(made)
 

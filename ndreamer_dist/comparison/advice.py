@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 Better = Literal["high", "low", "one"]
-ROUNDING = 1e-12
+TIE_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Measure:
     def beaten(self, values: np.ndarray) -> np.ndarray:
         """Return which values are worse than the best by more than a tie; a missing one is not."""
         with np.errstate(invalid="ignore"):
-            return self.loss(values) > self.tie + ROUNDING
+            return self.loss(values) > self.tie + TIE_ROUNDING
 
 
 MEASURES: tuple[Measure, ...] = (
@@ -167,7 +167,7 @@ def _set_aside(table: pd.DataFrame, guards: list[Measure]) -> tuple[dict[str, st
     for measure in guards:
         values = table[measure.name].to_numpy(dtype=float)
         best = int(np.nanargmax(values))
-        for place in np.flatnonzero(np.nan_to_num(measure.loss(values)) > BEHIND[measure.name] + ROUNDING):
+        for place in np.flatnonzero(np.nan_to_num(measure.loss(values)) > BEHIND[measure.name] + TIE_ROUNDING):
             name = str(table["space"].iloc[place])
             aside.setdefault(name, (
                 f"{name} is set aside: its {measure.title} is {_shown(measure, values[place])}, that of "

@@ -207,7 +207,7 @@ SPOTS = (
     ),
 )  # fmt: skip
 """Where a name may stand, from its point, in points; the first that is free is taken. A line leads to those farther off."""
-BESIDE = 6
+FAR_NAMES = 6
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "color": "#8A9099", "shrinkA": 0, "shrinkB": 2}
 
 
@@ -297,7 +297,7 @@ class _Room:
         inward = 1 if self.own[place, 0] >= (self.frame.x0 + self.frame.x1) / 2 else -1
         for sparing in (True, False):
             for number, (right, up) in enumerate(SPOTS):
-                far = number >= BESIDE
+                far = number >= FAR_NAMES
                 right, shift = right * inward, math.copysign(width / 2, right * inward) if right else 0.0
                 centre = self.own[place] + (right * self.scale + shift, up * self.scale)
                 box = Bbox.from_bounds(centre[0] - width / 2, centre[1] - height / 2, width, height)

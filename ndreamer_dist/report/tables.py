@@ -22,7 +22,7 @@ from ndreamer_dist.settings import Settings
 from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.results import MIN_CELLS, Results
 
-NOTHING = "–"
+EMPTY = "–"
 LIKELY = ("celltype", "cellclass", "subclass", "annot", "cluster", "leiden", "louvain")
 """What columns that name kinds of cells are called, the likeliest first; letters only."""
 MOST_KINDS = 60
@@ -80,7 +80,7 @@ def table_of(frame: pd.DataFrame, caption: str, columns: Sequence[Column]) -> Ta
 
 def _cell(value: Any, column: Column) -> Cell:
     if not isinstance(value, str) and pd.isna(value):
-        return Cell(NOTHING)
+        return Cell(EMPTY)
     return Cell(column.show(value), repr(float(value)) if column.head.number else str(value))
 
 
@@ -209,7 +209,7 @@ def populations_table(table: pd.DataFrame, *, donors: bool) -> Table:
     frame = frame.iloc[index_natsorted(zip(frame["population"], frame["condition"], strict=True))].copy()
     frame["called"] = [called[pair] for pair in zip(frame["population"], frame["condition"], strict=True)]
     frame["called"] = frame["called"].astype(float).where(frame["p_method"] != "none")
-    frame["flags"] = [", ".join(_flags(row, donors)) or NOTHING for _, row in frame.iterrows()]
+    frame["flags"] = [", ".join(_flags(row, donors)) or EMPTY for _, row in frame.iterrows()]
     columns = [
         text("population", "population"), text("condition", "condition"), number("cells", "cells", whole),
         *(_TESTED if donors else ()),
@@ -322,7 +322,7 @@ _TESTED = (
     number("treated_donors", "donors", whole, "treated donors with enough cells of the population"),
     number("control_donors", "control donors", whole, "control donors with enough cells of the population"),
     text("p_method", "test", "where the p-values come from"),
-    number("p_floor", "smallest p", lambda p: small(p) if p else NOTHING, "the smallest that so many donors allow"),
+    number("p_floor", "smallest p", lambda p: small(p) if p else EMPTY, "the smallest that so many donors allow"),
     number("called", "genes called", whole, f"adjusted donor-level p below {SIGNIFICANT}"),
 )
 _PSEUDOBULK = (

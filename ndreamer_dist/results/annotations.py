@@ -25,10 +25,10 @@ from ndreamer_dist.effects.tables import check_tables
 from ndreamer_dist.errors import CohortError, QueryError, StoreError, listing, quoted
 from ndreamer_dist.storage.files import Storage
 
-SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+LABEL_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 CONTAINERS = {".h5ad": "h5ad", ".zarr": "zarr"}
-SUFFIXES = (*SEPARATORS, ".parquet", *CONTAINERS)
-CELL = "cell"
+SUFFIXES = (*LABEL_SEPARATORS, ".parquet", *CONTAINERS)
+CELL_COLUMN = "cell"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read_annotations(results: Storage, cells: pd.Index) -> pd.DataFrame:
         return pd.DataFrame(index=cells)
     try:
         table = pq.read_table(io.BytesIO(data), page_checksum_verification=True).to_pandas()
-        table = table.set_index(CELL)
+        table = table.set_index(CELL_COLUMN)
     except Exception as error:
         msg = f"{folder.url}/{name} is damaged ({error}); delete it and annotate again"
         raise StoreError(msg) from error
@@ -96,7 +96,7 @@ def write_annotations(results: Storage, table: pd.DataFrame) -> None:
         raise StoreError(msg)
     buffer = io.BytesIO()
     try:
-        table.rename_axis(CELL).reset_index().to_parquet(buffer, index=False, write_page_checksum=True)
+        table.rename_axis(CELL_COLUMN).reset_index().to_parquet(buffer, index=False, write_page_checksum=True)
     except Exception as error:
         msg = f"the table cannot be stored ({error}); turn its columns into text or numbers"
         raise QueryError(msg) from error
@@ -261,9 +261,9 @@ def table_of_file(path: str | os.PathLike[str], columns: Sequence[str] | None = 
             table = anndata.io.read_elem(open_root(str(path), CONTAINERS[suffix])["obs"])
         elif suffix == ".parquet":
             table = pd.read_parquet(path)
-            table = table.set_index(CELL) if CELL in table else table
+            table = table.set_index(CELL_COLUMN) if CELL_COLUMN in table else table
         else:
-            table = pd.read_csv(path, sep=SEPARATORS[suffix], index_col=0, dtype={0: str})
+            table = pd.read_csv(path, sep=LABEL_SEPARATORS[suffix], index_col=0, dtype={0: str})
     except Exception as error:
         msg = f"{path} cannot be read ({error})"
         raise QueryError(msg) from error

@@ -23,7 +23,7 @@ from ndreamer_dist.cohort.statistics import normalised
 from ndreamer_dist.errors import CohortError, StoreError, listing
 from ndreamer_dist.settings import CohortSettings
 
-CHUNK_ROWS = 4096
+READ_ROWS_AT_ONCE = 4096
 """Input rows read at a time at most."""
 
 
@@ -136,7 +136,7 @@ def _check_fingerprint(source: Source, expected: Mapping[str, Any], settings: Co
 
 def _by_rows(source: Source, wanted: np.ndarray, columns: np.ndarray) -> Iterator[sparse.csr_matrix]:
     """Give the wanted input rows (ascending), read in chunks that hold some of them."""
-    for chunk in np.split(wanted, np.flatnonzero(np.diff(wanted // CHUNK_ROWS)) + 1):
+    for chunk in np.split(wanted, np.flatnonzero(np.diff(wanted // READ_ROWS_AT_ONCE)) + 1):
         first = int(chunk[0])
         rows = source.read_rows(first, int(chunk[-1]) + 1)
         yield rows[chunk - first][:, columns]

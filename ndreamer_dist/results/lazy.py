@@ -35,7 +35,7 @@ COMPUTED_VALUES = 2**23
 """Values of a computed block at most, about: 32 MB."""
 
 
-class Blocks(Protocol):
+class LazyBlocks(Protocol):
     """What a block of an array is read by."""
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> Any:
@@ -51,7 +51,7 @@ class StoredBlocks:
     name: str
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """See `Blocks.read`."""
+        """See `LazyBlocks.read`."""
         return read_dense(self.storage, self.name, rows, columns)
 
 
@@ -64,7 +64,7 @@ class ComputedBlocks:
     expression: Expression
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """See `Blocks.read`."""
+        """See `LazyBlocks.read`."""
         rows = rows + self.counterparts.design.first_row
         return compute(self.question, self.counterparts, self.expression, rows, columns)
 
@@ -77,7 +77,7 @@ class ExpressionBlocks:
     first: int = 0
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        """See `Blocks.read`."""
+        """See `LazyBlocks.read`."""
         wanted, back = np.unique(rows, return_inverse=True)
         return self.expression.read(wanted + self.first, columns)[back]
 
@@ -102,26 +102,26 @@ class LazyParts:
     token: str
 
     def array(
-        self, name: str, blocks: Blocks, *, genes: int | None = None, columns: np.ndarray | None = None
+        self, name: str, blocks: LazyBlocks, *, genes: int | None = None, columns: np.ndarray | None = None
     ) -> da.Array:
         """Return an array of dask whose blocks are dense; `genes` of them in one, by default as many as are held well."""
         places = self.columns if columns is None else columns
         step = genes or max(1, COMPUTED_VALUES // self.block_rows)
         return self._mapped(name, blocks, places, step, np.empty((0, 0), dtype=np.float32))
 
-    def sparse_array(self, name: str, blocks: Blocks) -> da.Array:
+    def sparse_array(self, name: str, blocks: LazyBlocks) -> da.Array:
         """Return an array of dask whose blocks are CSR and hold all genes."""
         meta = sparse.csr_matrix((0, 0), dtype=np.float32)
         return self._mapped(name, blocks, self.columns, len(self.columns), meta)
 
-    def _mapped(self, name: str, blocks: Blocks, columns: np.ndarray, step: int, meta: Any) -> da.Array:
+    def _mapped(self, name: str, blocks: LazyBlocks, columns: np.ndarray, step: int, meta: Any) -> da.Array:
         chunks = (_cuts(len(self.rows), self.block_rows), _cuts(len(columns), step))
         return da.map_blocks(
             _read, blocks, self.rows, columns, chunks=chunks, dtype=meta.dtype, meta=meta, name=f"{name}-{self.token}"
         )
 
 
-def _read(blocks: Blocks, rows: np.ndarray, columns: np.ndarray, block_info: Any = None) -> Any:
+def _read(blocks: LazyBlocks, rows: np.ndarray, columns: np.ndarray, block_info: Any = None) -> Any:
     (first, last), (left, right) = block_info[None]["array-location"]
     return blocks.read(rows[first:last], columns[left:right])
 

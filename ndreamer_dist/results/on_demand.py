@@ -44,8 +44,8 @@ PART_ENTRIES = 2**20
 BATCH_ENTRIES = 2**22
 """Stored values of the expression that are read at a time, before genes are chosen."""
 
-Pairs = Iterable[tuple[int, int]]
-Found = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
+GroupPairs = Iterable[tuple[int, int]]
+FoundMatches = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -214,14 +214,16 @@ class Counterparts:
     def _counted(self, term: Term) -> int:
         return self.denoise_neighbours if term.denoised else self.neighbours
 
-    def edges(self, rows: np.ndarray, pairs: Pairs, *, distances: bool = True, neighbours: int | None = None) -> Found:
+    def edges(
+        self, rows: np.ndarray, pairs: GroupPairs, *, distances: bool = True, neighbours: int | None = None
+    ) -> FoundMatches:
         """Return the matches of some packed rows (ascending) along pairs of groups; without distances, these are 0.
 
         They are at least the first `neighbours` of each, or as many as effects average.
         """
         parts = {group.code: (group, here) for group, here in segments(self.design, rows)}
         wanted = sorted(pair for pair in pairs if pair[0] in parts)
-        found: Found = {}
+        found: FoundMatches = {}
         if self.stored is not None:
             cut, onto = int(np.searchsorted(rows, self.design.first_row)), self.design.onto
             before = [pair for pair in wanted if max(pair) < onto and (not self.search or self.stored.keeps(*pair))]
@@ -236,7 +238,7 @@ class Counterparts:
                 found[query, target] = self._searched(group, self.design.groups[target], rows[here])
         return self._inside(found)
 
-    def _inside(self, found: Found) -> Found:
+    def _inside(self, found: FoundMatches) -> FoundMatches:
         """Return matches, all of them rows of the store: they come from a file."""
         for (query, target), (near, _) in found.items():
             if near.size and not -1 <= near.min() <= near.max() < self.design.n_cells:
@@ -244,7 +246,7 @@ class Counterparts:
                 raise StoreError(msg)
         return found
 
-    def known(self, row: int) -> Found:
+    def known(self, row: int) -> FoundMatches:
         """Return the matches of one packed row along every edge that was searched."""
         (group, _), *_ = segments(self.design, np.array([row]))
         pairs = [(group.code, target.code) for target in self.design.groups]
@@ -286,7 +288,7 @@ class Counterparts:
 
     def _nearest(
         self, rows: np.ndarray, pairs: Sequence[tuple[int, int]], parts: Mapping[int, slice], distances: bool
-    ) -> Found:
+    ) -> FoundMatches:
         """Return what results.zarr holds along the pairs; edges that it has nothing of are left out."""
         if not pairs:
             return {}

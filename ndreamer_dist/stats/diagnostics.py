@@ -24,7 +24,7 @@ from ndreamer_dist.stats.cate_table import StatisticsInput, column, populations_
 from ndreamer_dist.stats.populations import Replicates
 from ndreamer_dist.storage.arrays import open_array
 
-Kind = Literal["nested", "crossed", "partly crossed", "no donors"]
+DonorLayout = Literal["nested", "crossed", "partly crossed", "no donors"]
 
 CROWDED = 0.04
 """More neighbours than this share of a donor's cells in a population are said to be many."""
@@ -45,7 +45,7 @@ DISTORTION_VALUES = 2**22
 class Diagnostics:
     """What speaks for and against the results of a run; `Results.diagnostics` says what the columns are."""
 
-    layout: Kind
+    layout: DonorLayout
     donors: str
     groups: pd.DataFrame
     populations: pd.DataFrame
@@ -92,7 +92,7 @@ def crowding(given: StatisticsInput, names: list[str], codes: np.ndarray, donor_
             )
 
 
-def told_of_donors(given: StatisticsInput, donor_key: str | None) -> tuple[Kind, str]:
+def told_of_donors(given: StatisticsInput, donor_key: str | None) -> tuple[DonorLayout, str]:
     """Return whether donors are nested in conditions or crossed with them, and say it."""
     if donor_key is None and not given.design.batch_keys:
         return "no donors", "Nothing says who the donors are: there is no batch, and no column was named."

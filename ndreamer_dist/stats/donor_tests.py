@@ -42,7 +42,7 @@ ROUNDING = 1e-12
 """Share of a sum of squares that is rounding."""
 LARGEST_T = 1e5
 """A larger statistic counts as this one: there is no noise."""
-NOTHING = 1e-12
+NO_VARIANCE = 1e-12
 """Share of a gene's scale below which a variance is rounding."""
 
 PER_GENE = ("effect", "statistic", "p", "p_permutation", "p_parametric")
@@ -359,8 +359,8 @@ def _paired(differences: np.ndarray, signs: np.ndarray) -> np.ndarray:
 
 def _ratio(effect: np.ndarray, error: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Return effect / error; without error, infinite where there is an effect, NaN where there is none."""
-    no_error = error <= math.sqrt(NOTHING) * scale
-    no_effect = np.abs(effect) <= math.sqrt(NOTHING) * scale
+    no_error = error <= math.sqrt(NO_VARIANCE) * scale
+    no_effect = np.abs(effect) <= math.sqrt(NO_VARIANCE) * scale
     with np.errstate(invalid="ignore", divide="ignore"):
         t = np.where(no_error, np.where(no_effect, np.nan, np.copysign(np.inf, effect)), effect / error)
     return np.asarray(t)
