@@ -1,7 +1,7 @@
 """The resources of a run, computed from sizes alone: memory per stage, and disk. Pure.
 
-The memory of a stage is `workers x (base + shard + tile) + object store`, plus what the driver holds per cell. The base
-is the memory of a Python process that has only imported this package's libraries.
+The memory of a stage is `workers x (base + shard + tile) + object store`, plus what the driver holds per cell, and with Ray
+what its idle processes hold. The base is the memory of a Python process that has only imported this package's libraries.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ DRIVER_BYTES = 700e6
 DRIVER_BYTES_PER_CELL = 150
 """One column of obs at a time, with what encodes it; codes, totals and counts of every cell."""
 
+IDLE_BYTES = 600e6
+"""A worker between two tasks. Ray keeps as many of them as there are processors, and one that spills."""
 FRAME_BYTES_PER_CELL = 1500
 """`obs` as a data frame, of names and a few dozen columns, which questions of finished results read."""
 
@@ -35,7 +37,8 @@ def stage_memory(size: CohortSize, settings: Settings, *, cpus: int, object_stor
         Bytes of Ray's shared memory.
     """
     tasks = task_memory(size, settings)
-    driver = driver_memory(size) + object_store
+    idle = (cpus + 1) * IDLE_BYTES if object_store else 0.0
+    driver = driver_memory(size) + object_store + idle
     return {
         name: int(driver + cpus * tasks[name] + stage.beside_bytes(size, settings))
         for name, stage in stages_of(settings).items()
