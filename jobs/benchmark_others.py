@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import anndata
@@ -77,10 +78,16 @@ class Tool:
     environment: str = "own"
 
 
+AVERAGED = MappingProxyType({"match.hubs": "csls", "match.neighbours": 15})
+"""For effects of single cells: distances corrected for hubs, and more cells averaged."""
+
+
 # --- the tools: each runs in a process of its own ----------------------------------------------------------------------
 
 
-def ours(space: str) -> Callable[[anndata.AnnData, str, float], Found]:
+def ours(
+    space: str, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[[anndata.AnnData, str, float], Found]:
     """Return this package, matched in a space."""
 
     def run(cohort: anndata.AnnData, control: str, minutes: float) -> Found:
@@ -89,7 +96,7 @@ def ours(space: str) -> Callable[[anndata.AnnData, str, float], Found]:
         del minutes
         keys: dict[str, Any] = {"condition_key": "condition", "control": control}
         donors = {"batch_key": "donor"} if "donor" in cohort.obs else {}
-        changes = {"run.serial": True, "run.progress": False, "cohort.small_groups": "keep"}
+        changes = {"run.serial": True, "run.progress": False, "cohort.small_groups": "keep", **settings}
         with tempfile.TemporaryDirectory() as folder:
             made = nd.run(
                 cohort, out=f"{folder}/run", **keys, **donors, embedding=space, preset="small", settings=changes
@@ -255,6 +262,8 @@ def mrvi(cohort: anndata.AnnData, control: str, minutes: float) -> Found:
 
 TOOLS: dict[str, Tool] = {
     "ours-harmony": Tool(ours("harmony"), ("ndreamer_dist",), ("nested", "null", "kang"), "effects by cell and gene, denoised expression, tests on donors, overlap"),
+    "ours-harmony-averaged": Tool(ours("harmony", AVERAGED), ("ndreamer_dist",), ("nested", "null", "kang"), "the same"),
+    "ours-pca-averaged": Tool(ours("pca", AVERAGED), ("ndreamer_dist",), ("nested", "null", "kang"), "the same"),
     "ours-pca": Tool(ours("pca"), ("ndreamer_dist",), ("nested", "null", "kang"), "the same"),
     "ours-ndreamer": Tool(ours("ndreamer"), ("ndreamer_dist",), ("nested",), "the same, and a trained embedding"),
     "pseudobulk": Tool(pseudobulk, ("scanpy", "harmonypy"), ("nested", "null", "kang"), "effects by type, tests on donors; nothing by cell; all in memory"),
