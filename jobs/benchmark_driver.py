@@ -8,7 +8,6 @@ store, which lies in files here. Arrow counts by itself; its most is printed at 
 from __future__ import annotations
 
 import argparse
-import pickle
 import tempfile
 import time
 import tracemalloc
@@ -25,6 +24,7 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.genes import check_cohort
+from ndreamer_dist.cohort.pack import DealtRows
 from ndreamer_dist.cohort.source import Source, fingerprint, open_cohort
 from ndreamer_dist.compute.executor import Deferred, SerialRuntime, with_threads
 from ndreamer_dist.effects.tables import check_tables
@@ -61,7 +61,7 @@ class TasksApart(SerialRuntime):
             yield answer
 
     def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
-        """See `Runtime.submit`; several answers go to files."""
+        """See `Runtime.submit`; several answers, which are dealt rows, go to files."""
         if returns == 1:
             return super().submit(function, *args)
         files: list[Path] = []
@@ -69,10 +69,13 @@ class TasksApart(SerialRuntime):
         def answer(number: int) -> Any:
             if not files:
                 for part in function(*args):
-                    with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                        pickle.dump(part, file)
+                    with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".npz", delete=False) as file:
+                        values = part.values
+                        np.savez(file, part.rows, values.data, values.indices, values.indptr, values.shape)
                     files.append(Path(file.name))
-            return pickle.loads(files[number].read_bytes())
+            with np.load(files[number]) as parts:
+                rows, *values, shape = (parts[f"arr_{place}"] for place in range(5))
+            return DealtRows(rows, sparse.csr_matrix(tuple(values), shape=shape))
 
         return [Deferred(lambda number=number: answer(number)) for number in range(returns)]
 

@@ -283,7 +283,7 @@ def child(tool: str, data: Path, control: str, out: Path, minutes: float) -> Non
     parts = {"means": found.means, "cells": found.cells, "p": found.p}
     for name, frame in parts.items():
         if frame is not None:
-            frame.astype(np.float32).to_pickle(f"{out}.{name}.pkl")
+            frame.astype(np.float32).to_parquet(f"{out}.{name}.parquet")
 
 
 def measured(command: list[str], log: Path) -> dict[str, Any]:
@@ -348,9 +348,9 @@ def drawn(cohort: anndata.AnnData) -> anndata.AnnData:
 def scores(name: str, out: Path, given: argparse.Namespace) -> dict[str, float]:
     """Return what a tool's findings are worth."""
     read = {
-        part: pd.read_pickle(f"{out}.{part}.pkl")
+        part: pd.read_parquet(f"{out}.{part}.parquet")
         for part in ("means", "cells", "p")
-        if Path(f"{out}.{part}.pkl").exists()
+        if Path(f"{out}.{part}.parquet").exists()
     }
     if name == "null":
         return (

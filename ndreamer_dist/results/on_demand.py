@@ -335,9 +335,8 @@ class Counterparts:
         if any(other != query.code for other, _ in self._now):
             self._now.clear()
         if pair not in self._now and self.search is not None:
-            self._now[pair] = self.search.edge(
-                self.design, query, target, max(self.neighbours, self.denoise_neighbours)
-            )
+            k = max(self.neighbours, self.denoise_neighbours)
+            self._now[pair] = self.search.edge(self.design, query, target, k)
         return self._now[pair]
 
     def _matches(self, query: Group, target: Group) -> Matches:

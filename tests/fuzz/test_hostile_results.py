@@ -74,8 +74,9 @@ def values(store: str, name: str, change: Callable[[np.ndarray], np.ndarray]) ->
     def damage(run: Path) -> None:
         storage = open_storage(run / store)
         array = open_array(storage, name)
-        attributes = dict(array.attrs) if store == keys.RESULTS else None  # matches are sealed by theirs
-        write_array(storage, name, change(np.asarray(array[...])), attributes=attributes)
+        # Matches are sealed by their attributes, and read by their chunks.
+        kept: dict[str, Any] = {"attributes": dict(array.attrs)} if store == keys.RESULTS else {"chunks": array.chunks}
+        write_array(storage, name, change(np.asarray(array[...])), **kept)
         consolidate(run / store)
 
     return damage

@@ -252,7 +252,7 @@ def normalised_by_hand(made):
 
 @pytest.mark.parametrize("how", ["memory", "h5ad", "zarr"])
 def test_any_gene_of_the_cohort_has_effects(from_counts, tmp_path, how, monkeypatch):
-    monkeypatch.setattr(given, "CHUNK_ROWS", 37)
+    monkeypatch.setattr(given, "READ_ROWS_AT_ONCE", 37)
     cohort = written(from_counts.adata, tmp_path, how)
     results = open_results(from_counts.run.url)
     genes = list(from_counts.adata.var_names)
