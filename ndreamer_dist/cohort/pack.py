@@ -85,7 +85,7 @@ def run_pack(
     packed
         What is packed, where its genes are not those selected in the cohort's table, in its order.
     """
-    packed = packed or Packed.open(run, settings.pack.block_rows)
+    packed = packed or Packed.open(run, settings.pack.block_rows, settings.match.groups)
     head = _head_shard()
     blocks = [_block_shard(block) for block in range(packed.n_blocks)]
     stage = StageRun(run, keys.STAGE_PACK, key)

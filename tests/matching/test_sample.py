@@ -101,3 +101,14 @@ def test_a_run_goes_on_with_more_groups_from_its_matches(runs: tuple[Path, Path]
     told = nd.open_results(runs[0]).design
     assert told.sampled == MOST
     assert nd.open_results(runs[1]).design.sampled == 0
+
+
+def test_layers_of_all_genes_are_those_of_the_run(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    results = nd.open_results(runs[0])
+    wide = nd.all_genes(
+        runs[0], cohort=runs[0].parent / "cohort.h5ad", out=tmp_path / "wide", settings={"run.serial": True}
+    )
+    assert wide.design.sampled == MOST
+    genes = list(results.var_names)
+    np.testing.assert_array_equal(wide.layer("ite", genes=genes).X, results.layer("ite").X)
+    np.testing.assert_array_equal(wide.denoised(genes=genes).X, results.denoised().X)
