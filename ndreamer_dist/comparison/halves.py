@@ -72,19 +72,10 @@ def half_effects(run: StatisticsInput, codes: np.ndarray, number: int, halves: H
         (cells,) population of every packed row, -1 for none, and how many there are.
     """
     asked = _Asked(run, codes, number, halves, condition)
-    cells, groups = asked.cells(), {side: asked.groups(side) for side in (condition, 0)}
-    total = np.zeros((cells.size, len(run.columns)))
-    for side in (condition, 0):
-        each = np.repeat(np.maximum(groups[side], 1).ravel(), number) * np.maximum(cells, 1).ravel()
-        scale = sparse.diags((1 if side else -1) / each)
-        for target in run.design.with_condition(side):
-            weights = scale @ asked.weights(target)
-            for start in range(target.start, target.stop, READ_ROWS):
-                rows = np.arange(start, min(start + READ_ROWS, target.stop))
-                total += (weights[:, rows - target.start] @ run.expression.read(rows, run.columns)).toarray()
-    total = total.reshape(*cells.shape, -1)
-    total[(cells < LEAST_IN_HALF) | (np.minimum(groups[condition], groups[0]) == 0)[..., None]] = np.nan
-    return total
+    cells = asked.cells()
+    effects = (asked.means(condition) - asked.means(0)).reshape(*cells.shape, -1)
+    effects[cells < LEAST_IN_HALF] = np.nan
+    return effects
 
 
 @dataclass(frozen=True)
@@ -107,10 +98,20 @@ class _Asked:
                 cells[split, half] += counts
         return cells
 
-    def groups(self, condition: int) -> np.ndarray:
-        """Return how many groups of a condition there are: (splits, 2)."""
-        own = self.halves.of_group[:, [group.code for group in self.run.design.with_condition(condition)]]
-        return np.stack([(own == half).sum(axis=1) for half in (0, 1)], axis=1)
+    def means(self, side: int) -> np.ndarray:
+        """Return the treated cells' mean expected expression under a condition: (splits * 2 * populations, genes).
+
+        It is of the groups of their half; NaN where no cell has a match there.
+        """
+        count = len(self.halves.of_group) * 2 * self.number
+        total, weight = np.zeros((count, len(self.run.columns))), np.zeros((count, 1))
+        for target in self.run.design.with_condition(side):
+            weights = self.weights(target)
+            weight += weights.sum(axis=1)  # in a sample of the groups, cells have more or fewer of them in a half
+            for start in range(target.start, target.stop, READ_ROWS):
+                rows = np.arange(start, min(start + READ_ROWS, target.stop))
+                total += (weights[:, rows - target.start] @ self.run.expression.read(rows, self.run.columns)).toarray()
+        return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
 
     def weights(self, target: Group) -> sparse.csr_matrix:
         """Return how often a target group's cells are matched with: (splits * 2 * populations, cells of the target)."""

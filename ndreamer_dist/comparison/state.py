@@ -155,16 +155,17 @@ class StateQuestion:
 
     def _matches(self, counterparts: Counterparts) -> np.ndarray:
         """Return the match of every sampled cell in one other control group, in turn over these: (cells,), -1 for none."""
-        controls = self.design.with_condition(0)
+        design = counterparts.design  # spaces may differ in the groups that cells are matched in
+        controls = design.with_condition(0)
         matched = np.full(len(self.sample), -1, dtype=np.int64)
         for place, group in enumerate(controls):
             here = np.flatnonzero((self.sample >= group.start) & (self.sample < group.stop))
-            counted = self.design.counted(0, group)
+            counted = design.counted(0, group)
             others = [other for other in (*controls[place + 1 :], *controls[:place]) if other in counted]
             others = others or [group]  # alone, a cell's nearest other cell
             for number, other in enumerate(others):
-                taking = self.design.taking(group, other, self.sample[here] - group.start)
-                chosen = here[taking & (matched[here] < 0)] if self.design.sampled else here[number :: len(others)]
+                taking = design.taking(group, other, self.sample[here] - group.start)
+                chosen = here[taking & (matched[here] < 0)] if design.sampled else here[number :: len(others)]
                 if len(chosen):
                     matched[chosen] = _nearest(counterparts, self.sample[chosen], group, other)
         return matched

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
+from ndreamer_dist.comparison.halves import donor_halves, half_effects
+from ndreamer_dist.comparison.state import StateQuestion
 from ndreamer_dist.grouping.sample import ARC, arc, takes
 from ndreamer_dist.matching.hubs import pool
+from ndreamer_dist.stats.cate_table import replicates_of
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.arrays import read_array
 from tests.results.brute_force import mean_nearest
@@ -112,3 +117,33 @@ def test_layers_of_all_genes_are_those_of_the_run(runs: tuple[Path, Path], tmp_p
     genes = list(results.var_names)
     np.testing.assert_array_equal(wide.layer("ite", genes=genes).X, results.layer("ite").X)
     np.testing.assert_array_equal(wide.denoised(genes=genes).X, results.denoised().X)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Expression of 1 in every cell."""
+
+    density: float = 1.0
+
+    def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
+        """Return ones."""
+        return sparse.csr_matrix(np.ones((len(rows), len(columns))))
+
+
+def test_halves_of_the_donors_see_no_effect_on_what_all_cells_express_alike(runs: tuple[Path, Path]) -> None:
+    given = nd.open_results(runs[0])._statistics_input(["GENE00001"], None)
+    halves = donor_halves(replicates_of(given, None), given.seed)
+    assert halves is not None
+    codes = np.zeros(given.design.n_cells, dtype=np.int64)
+    effects = half_effects(replace(given, expression=Alike()), codes, 1, halves, 1)
+    np.testing.assert_allclose(effects, 0, atol=1e-12)
+
+
+def test_spaces_of_other_samples_are_asked_in_the_groups_of_their_own(runs: tuple[Path, Path]) -> None:
+    sample, every = (nd.open_results(folder) for folder in runs)
+    design, no_values = every.design, np.zeros(0)
+    cells = np.concatenate([np.arange(group.start, group.start + 10) for group in design.with_condition(0)])
+    question = StateQuestion(every.expression, no_values, no_values, cells, no_values, design)
+    matched = question._matches(sample.counterparts)
+    assert (matched >= 0).all()
+    assert (design.group_of(matched) != design.group_of(cells)).all()
