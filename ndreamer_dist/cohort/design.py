@@ -135,10 +135,9 @@ class Design:
         """First packed row of every group, and the number of cells at the end: (groups + 1,) int64."""
         return np.array([group.start for group in self.groups] + [self.n_cells], dtype=np.int64)
 
-    @property
-    def stored_starts(self) -> np.ndarray:
-        """First packed row of every group that cells of others are matched with, and the row after the last of them."""
-        return self.starts[: self.stored_for(len(self.groups) - 1) + 1]
+    def stored_starts(self, code: int = -1) -> np.ndarray:
+        """First packed row of every group that a group's cells are matched with, by default the last's, and where these end."""
+        return self.starts[: self.stored_for(code % len(self.groups)) + 1]
 
     def group_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the group code of packed rows: (rows,) int64."""
@@ -206,10 +205,11 @@ class Design:
 
     def targets(self, query: Group, edges: Literal["needed", "all"]) -> list[Group]:
         """Return the groups that a group's cells are matched with, in order (see `needed_edges`)."""
-        if edges == "all":
+        if edges == "all" and not self.sampled:
             return [group for group in self.groups if group.code < self.stored_for(query.code) or group == query]
         if self.onto or self.sampled:
-            targets = {*self.counted(0, query), *self.counted(query.condition, query)}
+            conditions = range(len(self.conditions)) if edges == "all" else (0, query.condition)
+            targets = {target for condition in conditions for target in self.counted(condition, query)}
             return sorted({*targets, query}, key=lambda group: group.code)
         return self._of_conditions[query.condition]
 
@@ -225,15 +225,16 @@ class Design:
     def _arc(self, condition: int, group: Group) -> list[Group]:
         """Return the groups of a condition, besides its own, that a group's cells are matched with by turns; see `sample`."""
         if (condition, group.code) not in self._arcs:
-            before = self.stored_for(group.code)
-            others, own = ([g for g in self.with_condition(c) if g.code < before] for c in (condition, group.condition))
-            inside = group in others
-            if group.code >= before:  # its sample is the same whatever is mapped with it
+            is_there = self.group_conditions[: self.stored_for(group.code)] == condition
+            others, inside = np.flatnonzero(is_there), bool(is_there[group.code : group.code + 1].any())
+            if group.code >= len(is_there):  # its sample is the same whatever is mapped with it
                 place = zlib.crc32(group.name.encode())
-            else:
-                place = others.index(group) if inside else own.index(group) * len(others) // len(own)
-            taken = arc(len(others), self.sampled, place, inside=inside) if others else []
-            self._arcs[condition, group.code] = [others[number] for number in taken]
+            elif inside:
+                place = int(is_there[: group.code].sum())
+            else:  # those of all other conditions are spread round the circle together: one may have a single group
+                place = int((~is_there[: group.code]).sum()) * len(others) // int((~is_there).sum())
+            taken = arc(len(others), self.sampled, place, inside=inside) if len(others) else []
+            self._arcs[condition, group.code] = [self.groups[others[number]] for number in taken]
         return self._arcs[condition, group.code]
 
     def taking(self, query: Group, target: Group, cells: np.ndarray) -> np.ndarray:

@@ -52,15 +52,22 @@ class SearchBetween:
         """
         place = np.searchsorted(targets, queries)
         own = np.where(targets[np.minimum(place, len(targets) - 1)] == queries, place, -1)
-        asked = self._placed(asking) if self.corrected and not np.array_equal(asking, targets) else None
-        found = nearest_inside(self._placed(queries), self._placed(targets), own, self.least, asked, k)
-        return np.where(found.rows < 0, -1, targets[found.rows]), found.distances
+        corrected = self.corrected and not np.array_equal(asking, targets)
+        rows, distances = np.full((len(queries), k), -1), np.full((len(queries), k), np.nan, dtype=np.float32)
+        inside = (own >= 0) & corrected  # a query's own group is as the stage searches it: never corrected
+        for part, asked in ((~inside, self._placed(asking) if corrected else None), (inside, None)):
+            if part.any():
+                near = nearest_inside(
+                    self._placed(queries[part]), self._placed(targets), own[part], self.least, asked, k
+                )
+                rows[part], distances[part] = np.where(near.rows < 0, -1, targets[near.rows]), near.distances
+        return rows, distances
 
     def edge(self, design: Design, query: Group, target: Group, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what the match stage would find for all cells of a group in another: packed rows and distances."""
         queries, targets = (np.arange(group.start, group.stop) for group in (query, target))
         taking = design.taking(query, target, queries - query.start)
-        asking = pool(design.stored_starts, target.code) if design.sampled else queries
+        asking = pool(design.stored_starts(query.code), target.code) if design.sampled else queries
         rows, distances = np.full((len(queries), k), -1), np.full((len(queries), k), np.nan, dtype=np.float32)
         rows[taking], distances[taking] = self(queries[taking], targets, asking, k)
         return rows, distances

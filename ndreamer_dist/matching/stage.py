@@ -182,8 +182,8 @@ def asked_edges(design: Design, edges: str) -> Pairs:
     if edges == "all":
         design.refuse_all_edges()
         return design.needed_edges("all")
-    targets = design.with_condition(design.condition_code(edges))
-    return [(query.code, target.code) for query in design.groups for target in targets]
+    code = design.condition_code(edges)
+    return [(query.code, target.code) for query in design.groups for target in design.counted(code, query)]
 
 
 # --- how the search went ---------------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def search_unit(
     counts: dict[str, dict[str, int]] = {}
     arrays: dict[str, zarr.Array[Any]] = {}
     pooled = design.sampled > 0
-    starts = design.stored_starts if pooled else design.starts
+    starts = design.stored_starts() if pooled else design.starts
     remote_from = Remoteness(cells.points, starts, cells.labels, pooled=pooled, threads=settings.run.task_threads)
     there = _placed(cells, settings.match.device)
 

@@ -26,12 +26,12 @@ def matches_table(counterparts: Counterparts, names: pd.Index, row: int) -> pd.D
     Columns as `Results.matches` tells them.
     """
     design = counterparts.design
-    own = int(design.group_of(np.array([row]))[0])
-    lines = [(row, own, 0, 0.0, 1.0)]
+    own = design.groups[int(design.group_of(np.array([row]))[0])]
+    lines = [(row, own.code, 0, 0.0, 1.0)]
     for (_, target), stored in counterparts.known(row).items():
         rows, distances = (values[:, : counterparts.neighbours] for values in stored)
-        weights = kernel_weights(distances, counterparts.bandwidth)[0] * (target != own)
-        there = np.flatnonzero(rows[0] >= 0)
+        share = design.stands_for(design.groups[target].condition, own) if target != own.code else 0.0
+        weights, there = share * kernel_weights(distances, counterparts.bandwidth)[0], np.flatnonzero(rows[0] >= 0)
         lines += [(int(rows[0, i]), target, int(i) + 1, float(distances[0, i]), float(weights[i])) for i in there]
     table = pd.DataFrame(lines, columns=["row", "code", "neighbour", "distance", "weight"])
     table = table.sort_values(["code", "neighbour"], ignore_index=True)

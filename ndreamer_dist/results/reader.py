@@ -450,7 +450,8 @@ class ResultsReader:
         -------
         A row per counterpart: `cell`, its name; `batch`, `condition` and `group`, where it is from; `neighbour`, 1 for
         the nearest in its group, 0 for the cell itself; `distance` in the embedding's principal components; `weight` in
-        its group's mean. In its own group a cell is its own counterpart, and its nearest other cells have weight 0.
+        its group's mean, in a sample of the groups times how many it stands for. In its own group a cell is its own
+        counterpart, and its nearest other cells have weight 0.
 
         Raises
         ------

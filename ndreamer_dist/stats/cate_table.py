@@ -399,7 +399,7 @@ class Neighbours:
     def _searched(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
         design = self._given.design
         if design.sampled:
-            asking = pool(design.stored_starts, int(design.group_of(targets[:1])[0]))
+            asking = pool(design.stored_starts(), int(design.group_of(targets[:1])[0]))
         return self._given.counterparts.between(self._given.embedding)(queries, targets, asking)[0][:, 0]
 
 

@@ -6,16 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import build_design
 from ndreamer_dist.comparison.halves import donor_halves, half_effects
 from ndreamer_dist.comparison.state import StateQuestion
 from ndreamer_dist.grouping.sample import ARC, arc, takes
+from ndreamer_dist.matching.between import SearchBetween
 from ndreamer_dist.matching.hubs import pool
-from ndreamer_dist.stats.cate_table import replicates_of
+from ndreamer_dist.matching.stage import asked_edges
+from ndreamer_dist.stats.cate_table import Neighbours, replicates_of
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.arrays import read_array
 from tests.results.brute_force import mean_nearest
@@ -108,6 +112,19 @@ def test_a_run_goes_on_with_more_groups_from_its_matches(runs: tuple[Path, Path]
     assert nd.open_results(runs[1]).design.sampled == 0
 
 
+def test_conditions_of_one_group_each_are_spread_over_the_control() -> None:
+    """A screen whose conditions are small: each asks from a place of its own on the circle."""
+    conditions = ["control"] * 40 + [f"guide{number:02d}" for number in range(20)]
+    obs = pd.DataFrame({"condition": conditions, "batch": [f"batch{number}" for number in range(40)] + ["batch0"] * 20})
+    full, *_ = build_design(
+        obs, condition_key="condition", control="control", batch_keys=["batch"], small_groups="keep"
+    )
+    design = full.sampling(MOST)
+    asked = [target.code for query in design.groups if query.condition for target in design.counted(0, query)]
+    times = np.bincount(asked, minlength=len(design.groups))[design.group_conditions == 0]
+    assert 0 < times.min() <= times.max() <= 2 * times.mean()
+
+
 def test_layers_of_all_genes_are_those_of_the_run(runs: tuple[Path, Path], tmp_path: Path) -> None:
     results = nd.open_results(runs[0])
     wide = nd.all_genes(
@@ -117,6 +134,19 @@ def test_layers_of_all_genes_are_those_of_the_run(runs: tuple[Path, Path], tmp_p
     genes = list(results.var_names)
     np.testing.assert_array_equal(wide.layer("ite", genes=genes).X, results.layer("ite").X)
     np.testing.assert_array_equal(wide.denoised(genes=genes).X, results.denoised().X)
+
+
+def test_the_nearest_other_cell_is_found_where_donors_share_a_group(runs: tuple[Path, Path]) -> None:
+    given = nd.open_results(runs[0])._statistics_input(None, None)
+    group = given.design.groups[2]
+    every = np.arange(group.start, group.stop)
+    for neighbours in (Neighbours(given), Neighbours(given, np.arange(given.design.n_cells))):
+        donor = every[::2]
+        assert (neighbours(donor, donor, donor) != donor).all()
+    stored = given.counterparts.edges(every, [(group.code, group.code)])[group.code, group.code]
+    searched = given.counterparts.between(given.embedding).edge(given.design, group, group, 1)
+    for kept, now in zip(stored, searched, strict=True):
+        np.testing.assert_array_equal(kept[:, :1], now)
 
 
 @dataclass(frozen=True)
@@ -139,6 +169,17 @@ def test_halves_of_the_donors_see_no_effect_on_what_all_cells_express_alike(runs
     np.testing.assert_allclose(effects, 0, atol=1e-12)
 
 
+def test_matches_of_a_cell_tell_what_they_weigh(runs: tuple[Path, Path]) -> None:
+    results = nd.open_results(runs[0])
+    name = results.packed_obs.index[results.design.with_condition(1)[3].start]
+    x, table = results.expression().to_df(), results.matches(name)
+    for condition in results.conditions:
+        told = table[table["condition"] == condition]
+        groups = len(results.design.with_condition(results.design.condition_code(condition)))
+        mean = told["weight"].to_numpy() @ x.loc[told["cell"]].to_numpy() / groups
+        np.testing.assert_allclose(results.counterfactual(condition, cells=[name]).X[0], mean, atol=1e-5)
+
+
 def test_spaces_of_other_samples_are_asked_in_the_groups_of_their_own(runs: tuple[Path, Path]) -> None:
     sample, every = (nd.open_results(folder) for folder in runs)
     design, no_values = every.design, np.zeros(0)
@@ -147,3 +188,23 @@ def test_spaces_of_other_samples_are_asked_in_the_groups_of_their_own(runs: tupl
     matched = question._matches(sample.counterparts)
     assert (matched >= 0).all()
     assert (design.group_of(matched) != design.group_of(cells)).all()
+
+
+def test_edges_that_are_added_are_those_of_the_sample(runs: tuple[Path, Path]) -> None:
+    design = nd.open_results(runs[0]).design
+    added = asked_edges(design, "treated")
+    assert added == [(q.code, target.code) for q in design.groups for target in design.counted(1, q)]
+    assert len(added) < len(asked_edges(design.sampling(None), "treated"))
+    assert {*asked_edges(design, "all")} == {*added, *asked_edges(design, "control"), *((g, g) for g in range(DONORS))}
+
+
+def test_cells_mapped_later_change_no_match_of_the_run(runs: tuple[Path, Path]) -> None:
+    """What is searched in mapped cells' results for cells before them is measured from the groups that were there."""
+    design, points = nd.open_results(runs[0]).design, np.random.default_rng(0).normal(size=(640, 5)).astype(np.float32)
+    search = SearchBetween(points.__getitem__, None, 1, corrected=True)
+    run = replace(design, groups=design.groups[:6])
+    later = replace(design, mappings=(6, 12))
+    for query in run.groups:
+        for target in run.targets(query, "all"):
+            before, after = (search.edge(told, query, target, 1)[0] for told in (run, later))
+            np.testing.assert_array_equal(before, after)
