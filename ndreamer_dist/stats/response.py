@@ -152,9 +152,12 @@ def _own_effects(given: ResponseInput, rows: np.ndarray) -> Iterator[tuple[slice
 
 def _differences(given: ResponseInput, rows: np.ndarray) -> np.ndarray:
     design = given.counterparts.design
-    group = design.groups[int(design.group_of(rows[:1])[0])]
-    controls, is_control = design.number(0, group), group.condition == 0
-    if is_control and controls == 1:
+    groups = design.group_of(rows)
+    group, controls = (
+        design.groups[int(groups[0])],
+        np.array([design.number(0, other) for other in design.groups])[groups],
+    )
+    if group.condition == 0 and (controls == 1).all():
         code = group.code
         near = given.counterparts.edges(rows, [(code, code)], distances=False)[code, code][0][:, 0].astype(np.int64)
         held, back = np.unique(np.concatenate([rows, near]), return_inverse=True)
@@ -163,4 +166,4 @@ def _differences(given: ResponseInput, rows: np.ndarray) -> np.ndarray:
     question = Question((Term(0),), lambda own, sums: (own.toarray() - sums[0]).astype(np.float32), expression=True)
     found = compute(question, given.counterparts, given.expression, rows, given.columns).astype(np.float64)
     # A control cell is its own counterpart in its own group, so the mean over the other groups is further away.
-    return found * (controls / (controls - 1)) if is_control else found
+    return found * (controls / (controls - 1))[:, None] if group.condition == 0 else found
