@@ -13,7 +13,7 @@ import numpy as np
 
 CELLS_PER_CLUSTER = 30
 """Cells of one of Harmony's soft clusters, on average, at the least; there are at most 100."""
-BYTES_PER_CELL = 2600
+BYTES_PER_CELL = 2900
 """What Harmony needs a cell of 50 dimensions: its coordinates four times in float64, and 100 soft assignments."""
 SUMMED_ROWS = 65_536
 """Cells whose assignments are summed at a time."""
