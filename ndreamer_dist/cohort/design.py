@@ -248,7 +248,10 @@ class Design:
 
     def takes_all(self, query: Group, target: Group) -> bool:
         """Return whether all cells of a group are matched in another where they need matches there."""
-        return bool(self.taking(query, target, np.arange(query.cells)).all())
+        if not self.sampled or query == target:
+            return True
+        targets = self._arc(target.condition, query)
+        return len(targets) <= self.sampled and target in targets
 
     def stands_for(self, condition: int, group: Group) -> float:
         """Return how many groups each that a cell is matched in stands for, its own left out: 1 where all are taken."""

@@ -289,7 +289,8 @@ def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: in
 
 
 def _cost(edge: EdgeTile, settings: Settings, design: Design) -> int:
-    asking = len(_asking(edge, settings, design))
+    start, stop = _tile_range(edge, settings, design)
+    asking = len(_asking(edge, settings, design)) if design.sampled else stop - start
     targets = design.groups[edge.target].cells
     corrected = is_corrected(edge, settings) and not design.sampled  # a sample's are measured once a target group
     measured = min(design.groups[edge.query].cells, MOST_QUERIES) if corrected else 0
