@@ -6,10 +6,10 @@
 
 One donor of each condition is held out. Printed, as Markdown, a row per matching space: the correlation of the held-out
 treated cells' effects, by cell and by cell type over the genes that both runs model, with those of the run that had the
-donors: of the two donors mapped together; of the treated one mapped after the control one, with `--extend`, so that it is
-matched with as many groups as in that run; of a whole run that had the treated donor and not the control one, which is all that mapping
-both together can know; and of another seed of that run. Then the correlation by cell type with the true effects of these cells: of the
-run that had both donors, of both mapped together, after the control, and of the run without it. Last the shares of far and unlike
+donors: of the two donors mapped together; the same with `--extend`, so that the treated one is matched with the control one and with as many
+groups as in that run; of a whole run that had the treated donor and not the control one, which is all that mapping
+without `--extend` can know; and of another seed of that run. Then the correlation by cell type with the true effects of these cells: of the
+run that had both donors, of both mapped together, of both with `--extend`, and of the run without the control one. Last the shares of far and unlike
 cells, and the seconds that a run and the mapping took. Every run keeps its directory, so the same command goes on where it was stopped.
 """
 
@@ -34,8 +34,8 @@ NAMES = {"condition_key": "condition", "control": "control", "batch_key": "donor
 PLANTED, THINNED = 0.15, 0.5
 """Share of a real cohort's genes that an effect is planted in, and the share of their counts that treated cells keep."""
 HEAD = (
-    "| space | by cell: together / control first / run without it / seeds | by type: the same "
-    "| truth by type: whole run / together / control first / run without it | far | unlike | run s | map s |"
+    "| space | by cell: together / --extend / run without it / seeds | by type: the same "
+    "| truth by type: whole run / together / --extend / run without it | far | unlike | run s | map s |"
 )
 Truth = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """The true effects of cells, by their places, on genes."""
@@ -104,8 +104,7 @@ def row(given: argparse.Namespace, space: str, cohort: anndata.AnnData, out: np.
     began = time.perf_counter()
     mapped = nd.map(cohort[out].copy(), onto=folder / "kept", out=folder / "mapped").results
     seconds = time.perf_counter() - began
-    nd.map(cohort[out & control].copy(), onto=folder / "kept", out=folder / "controls", extend=True)
-    after = nd.map(cohort[out & ~control].copy(), onto=folder / "controls", out=folder / "after").results
+    after = nd.map(cohort[out].copy(), onto=folder / "kept", out=folder / "after", extend=True).results
     cells = list(mapped.obs.index[mapped.obs["condition"] != "control"])
     every = (whole, mapped, after, without, other)
     genes = [name for name in mapped.var_names if all(name in set(results.var_names) for results in every)]

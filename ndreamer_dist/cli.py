@@ -231,7 +231,11 @@ def map_cells(
         float, typer.Option(min=0, max=1, help="Share of the run's genes that may be missing and count as zeros.")
     ] = 0.0,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Let cells that are mapped onto --out later be matched with these as well.")
+        bool,
+        typer.Option(
+            "--extend",
+            help="Let cells that are mapped onto --out later be matched with these as well, and new cells with new controls.",
+        ),
     ] = False,
     layer: LayerOfInput = None,
     gene_names: GeneNames = None,

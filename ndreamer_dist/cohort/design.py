@@ -70,6 +70,10 @@ class Group:
         return self.stop - self.start
 
 
+UNUSED_IN_MOST = ("mappings", "sampled", "new_controls")
+"""Fields of a design that are written where they say something."""
+
+
 @dataclass(frozen=True)
 class Design:
     """Conditions, batch covariates and groups of the kept cells.
@@ -87,6 +91,9 @@ class Design:
     mappings
         How many groups there were before each mapping onto a finished run; empty in a run. The cells of a group are matched
         with the groups that were there before it was mapped, and with itself.
+    new_controls
+        Of cohorts that were mapped with controls of their own first, how many groups there were with these: the cohort's other
+        groups are matched with them as well.
     sampled
         How many groups of a condition, besides its own, a cell is matched in at most; 0 for all.
     """
@@ -99,6 +106,7 @@ class Design:
     groups: tuple[Group, ...]
     mappings: tuple[int, ...] = ()
     sampled: int = 0
+    new_controls: tuple[int, ...] = ()
 
     @property
     def onto(self) -> int:
@@ -136,8 +144,8 @@ class Design:
         return np.array([group.start for group in self.groups] + [self.n_cells], dtype=np.int64)
 
     def stored_starts(self, code: int = -1) -> np.ndarray:
-        """First packed row of every group that a group's cells are matched with, by default the last's, and where these end."""
-        return self.starts[: self.stored_for(code % len(self.groups)) + 1]
+        """First packed row of every group that was there before a group was mapped, by default the last, and where these end."""
+        return self.starts[: self._before(code % len(self.groups), self.mappings) + 1]
 
     def group_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the group code of packed rows: (rows,) int64."""
@@ -190,8 +198,11 @@ class Design:
 
     def stored_for(self, code: int) -> int:
         """Return how many groups, the first ones, a group's cells are matched with, besides itself."""
-        before = [count for count in self.mappings if count <= code]
-        return before[-1] if before else (*self.mappings, len(self.groups))[0]
+        return self._before(code, (*self.mappings, *self.new_controls))
+
+    def _before(self, code: int, counts: Sequence[int]) -> int:
+        """Return the largest of some numbers of groups that a group comes after; the run's where it is one of the run."""
+        return max((count for count in counts if count <= code), default=(*self.mappings, len(self.groups))[0])
 
     def condition_code(self, name: str) -> int:
         """Return a condition's code; `QueryError` lists the names where there is none of this name."""
@@ -318,7 +329,7 @@ class Design:
 
     def to_json(self) -> dict[str, Any]:
         """Return the design as plain values."""
-        return {name: value for name, value in asdict(self).items() if value or name not in ("mappings", "sampled")}
+        return {name: value for name, value in asdict(self).items() if value or name not in UNUSED_IN_MOST}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Design:
@@ -334,6 +345,7 @@ class Design:
                 groups=groups,
                 mappings=tuple(value.get("mappings", ())),
                 sampled=int(value.get("sampled", 0)),
+                new_controls=tuple(value.get("new_controls", ())),
             )
             fits = made._fits()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -356,8 +368,10 @@ class Design:
         stops = [0, *(group.stop for group in self.groups)]
         return (
             len(self.conditions) > 1
-            and all(count in range(1, len(self.groups)) for count in self.mappings)
-            and sorted(set(self.mappings)) == list(self.mappings)
+            and list(self.mappings) == sorted({*self.mappings} & {*range(1, len(self.groups))})
+            and all(
+                self.mappings and count in range(self.mappings[0] + 1, len(self.groups)) for count in self.new_controls
+            )
             and bool(self.groups)
             and all(isinstance(name, str) for name in (*names, *(group.name for group in self.groups)))
             and all(

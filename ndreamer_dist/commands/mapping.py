@@ -19,6 +19,7 @@ import numpy as np
 from anndata import AnnData
 
 from ndreamer_dist import keys
+from ndreamer_dist.cohort.design import named_column
 from ndreamer_dist.cohort.obsm import CellLabels, checksum, column_labels
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
@@ -77,7 +78,8 @@ def map(  # noqa: A001 - the command's name; nobody imports it bare
     fill_missing_genes
         Share of the run's genes that the cohort may lack; they count as zeros. By default none may be missing.
     extend
-        Let cells that are mapped onto `out` later be matched with these as well.
+        Let cells that are mapped onto `out` later be matched with these as well; and those of other conditions, which come
+        with new controls, with these controls.
     settings
         Dotted settings: how to work (`{"run.address": "auto"}`), and of the cohort where the new values lie and which
         cells are kept (`cohort.layer`, `cohort.gene_names`, `cohort.min_group_cells`, ...); all else is the run's.
@@ -101,12 +103,13 @@ def map(  # noqa: A001 - the command's name; nobody imports it bare
     source = open_cohort(cohort, asked.cohort)
     check_tables(source.cells.sample(), source.var)
     values_of(source, reference, asked.cohort)
-    job = Mapped(reference, asked, source, genes_of(source, reference.genes, fill_missing_genes))
+    extend = extend or (not fresh and _is_extended(directory))
+    job = Mapped(reference, asked, source, genes_of(source, reference.genes, fill_missing_genes), extend)
     refuse_known_cells(source, reference)
     placer_of(reference)
     check_owner(directory, job.told, fresh=fresh)
     with directory.locked():
-        stage_key = _claim(directory, job, extend=extend, fresh=fresh)
+        stage_key = _claim(directory, job, fresh=fresh)
         with _runtime(asked, source.n_cells) as runtime:
             job.run(replace(directory, onto=reference.places), runtime, stage_key)
     return Run(directory.url)
@@ -153,6 +156,13 @@ class Mapped:
     settings: Settings
     source: Source
     genes: Genes
+    extend: bool
+
+    @property
+    def controls_first(self) -> bool:
+        """Whether cells of other conditions are matched with new controls as well: where both come, with `extend`."""
+        conditions = named_column(self.source.cells, self.reference.design.condition_key).levels
+        return self.extend and self.reference.design.control in conditions and len(conditions) > 1
 
     @property
     def told(self) -> dict[str, Any]:
@@ -180,7 +190,13 @@ class Mapped:
             name: getattr(self.settings, name).bearing() for name in ("cohort", "pack", "embed", "match", "effects")
         }
         taken: dict[str, Any] = {
-            keys.STAGE_COHORT: [self.told, self.reference.key, list(self.genes.missing), settings["cohort"]],
+            keys.STAGE_COHORT: [
+                self.told,
+                self.reference.key,
+                list(self.genes.missing),
+                settings["cohort"],
+                *(["controls first"] if self.controls_first else []),
+            ],
             keys.STAGE_PACK: [settings["pack"], self.settings.seed],
             keys.STAGE_SPACE: settings["embed"],
             keys.STAGE_MATCH: [settings["match"], None if labels is None else checksum(labels.codes)],
@@ -197,7 +213,9 @@ class Mapped:
         reference, settings, cells = self.reference, self.settings, self.source.n_cells
         with metered(run.storage, keys.STAGE_COHORT, cells, place="1/5"):
             stage = StageRun(run, keys.STAGE_COHORT, key[keys.STAGE_COHORT])
-            design = run_mapped_cohort(stage, settings.cohort, self.source, reference, runtime, self.genes)
+            design = run_mapped_cohort(
+                stage, settings.cohort, self.source, reference, runtime, self.genes, controls_first=self.controls_first
+            )
         packed = Packed(run, design, reference.genes, settings.pack.block_rows, before=reference.parts)
         with metered(run.storage, keys.STAGE_PACK, cells, place="2/5"):
             run_pack(run, settings, self.source, runtime, key[keys.STAGE_PACK], packed)
@@ -224,7 +242,13 @@ class Mapped:
         return told if finished else told | {keys.UNS_ONTO: self.reference.onto(run, packed, runtime)}
 
 
-def _claim(run: RunDirectory, job: Mapped, *, extend: bool, fresh: bool) -> dict[str, str]:
+def _is_extended(run: RunDirectory) -> bool:
+    """Return whether the directory's cells were mapped with `extend`."""
+    told = run.read_run() if run.storage.exists(keys.RUN_JSON) else {}
+    return bool(told.get(keys.UNS_ONTO, {}).get("extend"))
+
+
+def _claim(run: RunDirectory, job: Mapped, *, fresh: bool) -> dict[str, str]:
     """Write run.json and return the stage keys; refuse a directory whose finished stages are of another mapping."""
     if fresh:
         delete_run(run)
@@ -237,7 +261,7 @@ def _claim(run: RunDirectory, job: Mapped, *, extend: bool, fresh: bool) -> dict
     ]
     if stale:
         msg = (
-            f"{run.url} was mapped in another way (onto another run or space, or with other settings or genes); choose another "
+            f"{run.url} was mapped in another way (onto another run or space, with other settings or genes, or without --extend); choose another "
             "--out, or start over there with --fresh"
         )
         raise RunError(msg)
@@ -247,7 +271,7 @@ def _claim(run: RunDirectory, job: Mapped, *, extend: bool, fresh: bool) -> dict
         keys.RUN_JSON,
         {
             "format": keys.FORMAT_VERSION, "input": job.told, "settings": job.settings.model_dump(mode="json"),
-            "keys": stage_key, keys.UNS_ONTO: onto | {"extend": extend or bool((before or {}).get(keys.UNS_ONTO, {}).get("extend"))},
+            "keys": stage_key, keys.UNS_ONTO: onto | {"extend": job.extend},
         },
     )  # fmt: skip
     return stage_key

@@ -68,7 +68,12 @@ class Onto:
         )
         if not self.belongs:
             return f"these cells do not belong to the run, and their effects mean nothing: {line}"
-        return f"{line}; the effects of those are not to be trusted" if max(self.far, self.unlike) >= NOTABLE else line
+        return f"{line}; the effects of those are not to be trusted" if self.is_notable else line
+
+    @property
+    def is_notable(self) -> bool:
+        """Whether so many cells are unlike those of the run that users should be warned."""
+        return max(self.far, self.unlike) >= NOTABLE
 
     @property
     def belongs(self) -> bool:
@@ -98,8 +103,7 @@ class Onto:
         first = design.first_row
         shares = {name: self._far(distances[rows.start - first : rows.stop - first]) for name, rows in names.items()}
         found = replace(self, far=self._far(distances), far_by_group=shares)
-        notable = max(found.far, found.unlike) >= NOTABLE
-        logger.log(logging.WARNING if notable else logging.INFO, "map: %s", found)
+        logger.log(logging.WARNING if found.is_notable else logging.INFO, "map: %s", found)
         return found
 
     def _far(self, distances: np.ndarray) -> float:

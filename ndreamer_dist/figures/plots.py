@@ -232,17 +232,26 @@ def ite_distribution(
 def sampled(
     design: Design, number: int, *, treated: bool = False, conditions: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Return packed rows of a sample of about so many cells, ascending; every group in proportion, and in it.
+    """Return packed rows of a sample of about so many of the cohort's own cells, ascending; every group in proportion.
 
     Parameters
     ----------
     treated, conditions
         Only of groups that are not control, or of these condition codes.
+
+    Raises
+    ------
+    QueryError
+        There is no such cell: of the conditions a cohort that is mapped onto a run may have some.
     """
     chosen = range(int(treated), len(design.conditions)) if conditions is None else conditions
-    groups = [group for group in design.groups if group.condition in chosen]
+    groups = [group for group in design.own_groups if group.condition in chosen]
+    if not groups:
+        msg = f"there is no cell of {listing([design.conditions[code] for code in chosen])}"
+        raise QueryError(msg)
     share = min(1.0, number / sum(group.cells for group in groups))
-    return np.concatenate([group.start + np.arange(math.ceil(share * group.cells)) for group in groups])
+    rows = [group.start + np.arange(math.ceil(share * group.cells)) for group in groups]
+    return np.concatenate(rows) - design.first_row
 
 
 def umap(points: np.ndarray, seed: int = 0) -> np.ndarray:

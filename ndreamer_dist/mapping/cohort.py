@@ -106,7 +106,14 @@ def refuse_known_cells(source: Source, reference: Reference) -> None:
 
 
 def run_mapped_cohort(
-    stage: StageRun, cohort: CohortSettings, source: Source, reference: Reference, runtime: Runtime, genes: Genes
+    stage: StageRun,
+    cohort: CohortSettings,
+    source: Source,
+    reference: Reference,
+    runtime: Runtime,
+    genes: Genes,
+    *,
+    controls_first: bool,
 ) -> Design:
     """Check the new cells, give them their groups and write the tables; nothing is redone that is there."""
     run, shard = stage.run, Shard("all", FILES)
@@ -120,7 +127,7 @@ def run_mapped_cohort(
         source, source.task_matrix(runtime), one, recipe, runtime, integers=decision.integers, title="cohort: values"
     )
     keep, dropped_for = kept_cells(found, cohort)
-    made = mapped_design(source.cells, reference.design, cohort, keep)
+    made = mapped_design(source.cells, reference.design, cohort, keep, controls_first=controls_first)
     reasons = first_reason(dropped_for, made.reasons)
     selected = np.array([name is not None for name in genes.names])
     named = np.where(selected, genes.names, source.gene_names.to_numpy(dtype=object))

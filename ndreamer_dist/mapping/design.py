@@ -32,7 +32,9 @@ class MappedDesign:
     reasons: pd.Categorical[Any]
 
 
-def mapped_design(obs: ColumnTable, stored: Design, cohort: CohortSettings, keep: np.ndarray) -> MappedDesign:
+def mapped_design(
+    obs: ColumnTable, stored: Design, cohort: CohortSettings, keep: np.ndarray, *, controls_first: bool = False
+) -> MappedDesign:
     """Return the design of a run's groups and those of new cells.
 
     New groups come in the order of their names, so that nothing depends on the order of the cells. Their conditions and
@@ -44,6 +46,8 @@ def mapped_design(obs: ColumnTable, stored: Design, cohort: CohortSettings, keep
         Of the run; all its groups count as stored.
     keep
         (cells,) bool, the new cells to look at.
+    controls_first
+        Let new control groups come before the others, which are then matched with those as well.
 
     Raises
     ------
@@ -62,8 +66,11 @@ def mapped_design(obs: ColumnTable, stored: Design, cohort: CohortSettings, keep
     made = replace(stored, mappings=(*stored.mappings, before))
     small: dict[str, int] = {}
     grouped = table[keep & ~left_out].groupby(list(table.columns), observed=True).groups
-    for key in sorted(grouped, key=str):
-        places, names = np.asarray(grouped[key], dtype=np.int64), (key if isinstance(key, tuple) else (key,))
+    split = {key: key if isinstance(key, tuple) else (key,) for key in sorted(grouped, key=str)}
+    if controls_first:
+        split = dict(sorted(split.items(), key=lambda pair: pair[1][-1] != stored.control))
+    for key, names in split.items():
+        places = np.asarray(grouped[key], dtype=np.int64)
         if len(places) < cohort.min_group_cells and cohort.small_groups != "keep":
             small[group_name(names[:-1], names[-1])] = len(places)
             few[places] = True
@@ -80,6 +87,9 @@ def mapped_design(obs: ColumnTable, stored: Design, cohort: CohortSettings, keep
     if len(made.groups) == before:
         msg = "no cell is left to map"
         raise CohortError(msg)
+    controls = sum(group.condition == 0 for group in made.own_groups)
+    if controls_first and 0 < controls < len(made.own_groups):
+        made = replace(made, new_controls=(*made.new_controls, before + controls))
     reasons = {EXCLUDED: keep & left_out, f"group of fewer than {cohort.min_group_cells} cells": few}
     return MappedDesign(made, codes, why_left_out(reasons))
 

@@ -63,12 +63,23 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     told = (
         size.cells * size.groups if keeps_matches(size.cells, size.groups, size.edges) else 0
     )  # in results.zarr's obsm
-    # Of groups of the own condition; of others fewer.
-    kept = max(settings.match.neighbours, settings.denoise.counted(size.fewest_groups))
-    matches = size.cells * size.edges / size.groups * kept * 8 + told * 8
+    matches = (size.cells * _matches_per_cell(size, settings) + told) * 8
     layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * parameter_count(settings, modelled) * 4
     return int(2 * own * 8 + embedding + matches + layers + checkpoints)
+
+
+def _matches_per_cell(size: CohortSize, settings: Settings) -> float:
+    """Return how many matches of a cell are kept, at the most: as many of each group as `denoised` averages.
+
+    A sample holds as many groups of each condition; of other conditions than a cell's own, fewer matches of each.
+    """
+    averaged = max(settings.match.neighbours, settings.denoise.counted(size.fewest_groups))
+    most, sampled = size.edges / size.groups * averaged, settings.match.groups
+    if sampled is None:
+        return most
+    others = size.conditions - 1 if settings.match.edges == "all" else 1
+    return min(most, (sampled + 1) * averaged + sampled * others * settings.match.neighbours)
 
 
 def _coordinate_bytes(size: CohortSize, settings: Settings, genes: int) -> int:

@@ -32,7 +32,7 @@ from ndreamer_dist.comparison.screen import Screen
 from ndreamer_dist.comparison.screen import screen as screen_of
 from ndreamer_dist.comparison.table import kept_comparison
 from ndreamer_dist.compute.monitors import last_call
-from ndreamer_dist.errors import NDreamerError, QueryError, StoreError
+from ndreamer_dist.errors import NDreamerError, StoreError
 from ndreamer_dist.figures import plots
 from ndreamer_dist.figures.style import DPI, categories, figure_bytes, gene_labels, write_file
 from ndreamer_dist.matching.labels import remedy
@@ -175,9 +175,6 @@ def report(
     """
     opened = results if isinstance(results, Results) else _opened(results)
     address = out if out is not None else _default(opened)
-    if opened.mapped is not None:
-        msg = f"{opened.url} is of mapped cells, of which there is no report; `cate`, `get` and `info` tell of them"
-        raise QueryError(msg)
     chosen = by is None
     opened, by = opened.labelled(by)
     by = by or likely_populations(opened.packed_obs, opened.design)
@@ -228,7 +225,7 @@ def _content(data: PageData) -> dict[str, Any]:
     results, design = data.results, data.results.design
     return {
         "title": f"NDreamer: {_named(data.compared)} against {design.control}",
-        "subtitle": f"What the condition does to {whole(design.n_cells)} cells, and how far the numbers can be trusted.",
+        "subtitle": f"What the condition does to {_counted_cells(results)}, and how far the numbers can be trusted.",
         "control": design.control,
         "tiles": _tiles(data),
         "summary": list(_summary(data)),
@@ -294,6 +291,12 @@ def _origin(results: Results) -> Iterator[str]:
     )
 
 
+def _counted_cells(results: Results) -> str:
+    """Say how many cells there are; of mapped ones, beside how many of the run."""
+    own, run = results.design.own_cells, results.design.first_row
+    return f"{whole(own)} mapped cells, beside {whole(run)} of the run" if run else f"{whole(own)} cells"
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +306,7 @@ def _tiles(data: PageData) -> list[tuple[str, str]]:
     populations = data.table["population"].nunique()
     called = int((data.table["p_adjusted"] < plots.SIGNIFICANT).sum())
     return [
-        ("cells", whole(design.n_cells)),
+        ("mapped cells" if data.results.mapped else "cells", whole(design.own_cells)),
         ("modelled genes", whole(len(data.results.var_names))),
         ("conditions", whole(len(design.conditions))),
         *([(_plural(batches, "batch", "batches"), whole(batches))] if batches else []),
@@ -377,6 +380,9 @@ def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str, labels: M
 
 
 def _warnings(data: PageData) -> Iterator[str]:
+    mapped = data.results.mapped
+    if mapped is not None and mapped.is_notable:
+        yield _sentence(str(mapped))
     table = data.table.drop_duplicates(["population", "condition"])
     flags = {
         "few_donors": "with few donors (four a condition, or fewer), so that p-values are coarse or absent",
@@ -399,6 +405,12 @@ def _warnings(data: PageData) -> Iterator[str]:
 
 def _design(data: PageData) -> Iterator[str]:
     results = data.results
+    if results.mapped is not None:
+        yield (
+            f"These cells were mapped onto {results.mapped.url}. Pictures of cells show them alone; effects, tests and diagnostics take the "
+            "donors of that run in."
+        )
+        yield _sentence(str(results.mapped))
     yield data.diagnostics.donors
     yield {
         "no donors": "So there is no replicate to test with: effects describe these cells.",
@@ -475,6 +487,10 @@ def _trust(data: PageData) -> Iterator[str]:
     yield f"{percent(share)} of the cells have no near control match; their effects lean on cells that are unlike them."
 
 
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
 def _plural(number: int, one: str, many: str | None = None) -> str:
     return one if number == 1 else many or f"{one}s"
 
@@ -499,7 +515,7 @@ def _picture(title: str, caption: str, alt: str, draw: Callable[[], Axes | Seque
 
 def _cell_pictures(data: PageData) -> Iterator[Picture]:
     results, design = data.results, data.results.design
-    drawn = min(data.cells, design.n_cells)
+    drawn = min(data.cells, design.own_cells)
     color = [
         *([keys.OBS_CONDITION] if data.screen is None else []),
         *([keys.OBS_BATCH] if len(design.batches) > 1 else []),
@@ -515,7 +531,7 @@ def _cell_pictures(data: PageData) -> Iterator[Picture]:
     yield _picture(
         "The embedding",
         f"What cells are, whatever their condition and batch, in the space that they were matched in, {results.space} "
-        f"(UMAP of about {whole(drawn)} of {whole(design.n_cells)} cells). Conditions and batches should mix; kinds of cells should not. Distances in a UMAP mean little.",
+        f"(UMAP of about {whole(drawn)} of {whole(design.own_cells)} cells). Conditions and batches should mix; kinds of cells should not. Distances in a UMAP mean little.",
         f"UMAP of the matching space, one panel each for {names}",
         lambda: plots.embedding(results, color, cells=data.cells),
     )

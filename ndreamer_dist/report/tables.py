@@ -177,21 +177,26 @@ def conditions_table(found: Screen, labels: Mapping[str, str]) -> Table:
 
 
 def groups_table(results: Results) -> Table:
-    """Return the groups: a batch under a condition each."""
-    design, distance = results.design, results.packed_obs[keys.OBS_MATCH_DISTANCE]
+    """Return the groups, a batch under a condition each; of mapped cells their own, and how far these are from the run's."""
+    design, distance, mapped = results.design, results.packed_obs[keys.OBS_MATCH_DISTANCE], results.mapped
+    groups, first = design.own_groups, design.first_row
     frame = pd.DataFrame(
         {
-            "batch": [design.batches[group.batch] or None for group in design.groups],
-            "condition": [design.conditions[group.condition] for group in design.groups],
-            "cells": [group.cells for group in design.groups],
-            "distance": [distance.iloc[group.start : group.stop].mean() for group in design.groups],
+            "batch": [design.batches[group.batch] or None for group in groups],
+            "condition": [design.conditions[group.condition] for group in groups],
+            "cells": [group.cells for group in groups],
+            "distance": [distance.iloc[group.start - first : group.stop - first].mean() for group in groups],
         }
     )
+    if mapped is not None:
+        for name, shares in (("far", mapped.far_by_group), ("unlike", mapped.unlike_by_group)):
+            frame[name] = [(shares or {}).get(group.name) for group in groups]
     frame = frame.iloc[index_natsorted(frame["batch"].fillna(""))]
     key = " + ".join(design.batch_keys) or "batch"
     columns = [
         text("batch", key), text("condition", design.condition_key), number("cells", "cells", whole),
         number("distance", "distance to control", plain, "mean distance of a cell to its matches in the control groups"),
+        *(_BELONGING if mapped is not None else ()),
     ]  # fmt: skip
     return table_of(frame, "Groups: a batch under a condition each", columns)
 
@@ -324,6 +329,12 @@ _TESTED = (
     text("p_method", "test", "where the p-values come from"),
     number("p_floor", "smallest p", lambda p: small(p) if p else EMPTY, "the smallest that so many donors allow"),
     number("called", "genes called", whole, f"adjusted donor-level p below {SIGNIFICANT}"),
+)
+_BELONGING = (
+    number("far", "far", percent, "share of cells farther from the run's controls than 99 % of the run's own cells"),
+    number(
+        "unlike", "unlike", percent, "share of cells less like their control matches than 99 % of the run's own cells"
+    ),
 )
 _PSEUDOBULK = (
     number("pseudobulk_effect", "pseudobulk effect", signed, "of plain donor means, without matching"),

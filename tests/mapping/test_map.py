@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.commands.info import describe
-from ndreamer_dist.errors import CohortError, QueryError, RunError, SettingsError, StoreError
+from ndreamer_dist.errors import CohortError, RunError, SettingsError, StoreError
 from ndreamer_dist.stats.results import Results
 from tests.tiny import NAMES, SETTINGS, as_memory, assert_same_bits, dense
 
@@ -66,8 +66,16 @@ def runs(tiny: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def mapped(runs: Runs, cohort: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The new donors on the run in principal components, mapped with `extend`."""
+    """The new donors on the run in principal components."""
     out = tmp_path_factory.mktemp("mapped") / "both"
+    nd.map(cohort, onto=runs["pca"], out=out, settings=HOW)
+    return out
+
+
+@pytest.fixture(scope="module")
+def extended(runs: Runs, cohort: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, mapped with `extend`."""
+    out = tmp_path_factory.mktemp("extended") / "both"
     nd.map(cohort, onto=runs["pca"], out=out, extend=True, settings=HOW)
     return out
 
@@ -144,8 +152,10 @@ def test_donors_old_and_new_are_tested_together(results: Results, runs: Runs) ->
 def test_what_is_mapped_is_told(mapped: Path, results: Results) -> None:
     assert results.mapped.unlike < 0.1
     assert "of the mapped cells" in describe(str(mapped))
-    with pytest.raises(QueryError, match="no report"):
-        nd.report(mapped)
+    page = Path(nd.report(mapped, by="cell_type", cells=200)).read_text(encoding="utf-8")
+    assert f"{results.design.own_cells} mapped cells, beside {results.design.first_row:,} of the run" in page
+    assert "Of the mapped cells" in page
+    assert page.count("<img") > 5
     with pytest.raises(RunError, match="mapped onto a run"):
         nd.add_matches(mapped)
 
@@ -207,10 +217,29 @@ def test_a_new_condition_is_compared_with_the_runs_control(runs: Runs, cohort: a
     assert table["effect"].notna().any()
 
 
-@pytest.mark.slow
-def test_what_was_mapped_with_extend_is_mapped_onto(
-    mapped: Path, results: Results, runs: Runs, tiny: Path, tmp_path: Path
+def test_with_extend_new_controls_come_first_and_count(
+    extended: Path, mapped: Path, runs: Runs, cohort: anndata.AnnData, tmp_path: Path
 ) -> None:
+    """One command has the bits of two: controls first, and the others onto them."""
+    is_control = (cohort.obs["condition"] == "control").to_numpy()
+    controls, treated = cohort[is_control].copy(), cohort[~is_control].copy()
+    nd.map(controls, onto=runs["pca"], out=tmp_path / "controls", extend=True, settings=HOW)
+    after = nd.map(treated, onto=tmp_path / "controls", out=tmp_path / "treated", settings=HOW).results
+    together, plain = nd.open_results(extended), nd.open_results(mapped)
+    cells = list(treated.obs_names)
+    np.testing.assert_array_equal(together.ite(cells).X, after.ite(cells).X)
+    np.testing.assert_array_equal(together.denoised(cells).X, after.denoised(cells).X)
+    np.testing.assert_array_equal(
+        together.denoised(list(controls.obs_names)).X, plain.denoised(list(controls.obs_names)).X
+    )
+    assert not np.array_equal(together.ite(cells).X, plain.ite(cells).X)
+    told = together.matches(cells[0])
+    assert {"new_1", "new_2"} <= set(told.loc[told["condition"] == "control", "batch"])
+
+
+@pytest.mark.slow
+def test_what_was_mapped_with_extend_is_mapped_onto(extended: Path, runs: Runs, tiny: Path, tmp_path: Path) -> None:
+    mapped, results = extended, nd.open_results(extended)
     third = new_donors(tiny, new_3="donor_03")
     before = tree(mapped)
     found = nd.map(third, onto=mapped, out=tmp_path / "third", settings=HOW).results
