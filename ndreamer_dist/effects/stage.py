@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.cohort.packed import Packed, cell_totals
-from ndreamer_dist.compute.executor import Runtime, fetch
+from ndreamer_dist.compute.executor import Deferred, Runtime, fetch
 from ndreamer_dist.effects import tables
 from ndreamer_dist.effects.averages import (
     Average,
@@ -300,13 +300,18 @@ def load_block(packed: Packed, block: int, genes: tuple[int, int]) -> sparse.csr
 def _target_blocks(
     runtime: Runtime, packed: Packed, blocks: Sequence[int], layout: Layout, genes: tuple[int, int]
 ) -> dict[int, Any]:
-    """Start loading every packed block that holds a counterpart of the blocks' cells: a handle per block."""
+    """Start loading every packed block that holds a counterpart of the blocks' cells: a handle per block.
+
+    In one process blocks are kept once they are read, as Ray's object store keeps them.
+    """
     if not layout.layers:
         return {}
     design = packed.design
     queries = {group.code for block in blocks for group, _ in segments(design, packed.rows_of(block))}
     groups = {target for query, target in design.needed_edges("needed") if query in queries}
     wanted = {block for code in groups for block in range(*_blocks_of(packed, design.groups[code]))}
+    if runtime.serial:
+        return {block: Deferred(cache(partial(load_block, packed, block, genes))) for block in sorted(wanted)}
     return {block: runtime.submit(load_block, packed, block, genes)[0] for block in sorted(wanted)}
 
 

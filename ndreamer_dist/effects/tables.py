@@ -45,6 +45,10 @@ from ndreamer_dist.storage.files import Storage
 
 SHARD_GENES = 2048
 """Genes of one shard of a layer at most; where there are more, a row block is several shards."""
+ENTRY_BYTES = 8
+"""A stored value of expression in memory: its number and its gene."""
+MOST_SHARED_BYTES = 2**30
+"""Expression that all tasks read at a time, about; where a cohort has more, it is read by spans of genes, each a shard."""
 CHUNK_ROWS = 2**20
 """Rows of one chunk of a table's column."""
 CHUNK_ENTRIES = 131_072
@@ -137,7 +141,8 @@ def layout_with(settings: Settings, packed: Packed, obsm: Mapping[str, int]) -> 
     """Return the layout of results that hold these arrays, by name and width, in `obsm`."""
     pointers = row_pointers(packed)
     chunk = min(settings.effects.chunk_genes, packed.n_genes)
-    shard = min(-(-packed.n_genes // chunk), max(1, SHARD_GENES // chunk)) * chunk
+    chunks, spans = -(-packed.n_genes // chunk), span_count(int(pointers[-1]))
+    shard = min(-(-chunks // spans), max(1, SHARD_GENES // chunk)) * chunk
     return Layout(
         cells=packed.n_rows,
         genes=packed.n_genes,
@@ -150,6 +155,11 @@ def layout_with(settings: Settings, packed: Packed, obsm: Mapping[str, int]) -> 
         row_dtype="int32" if packed.n_rows <= np.iinfo(np.int32).max else "int64",
         keep_bits=settings.effects.keep_bits,
     )
+
+
+def span_count(entries: int) -> int:
+    """Return in how many spans of genes so many stored values are read, so that those of one are little enough to share."""
+    return max(1, -(-entries * ENTRY_BYTES // MOST_SHARED_BYTES))
 
 
 def row_pointers(packed: Packed) -> np.ndarray:

@@ -23,6 +23,7 @@ from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.cohort.statistics import spans_of
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.effects.stage import run_effects, runs_of_groups
+from ndreamer_dist.effects.tables import ENTRY_BYTES, MOST_SHARED_BYTES
 from ndreamer_dist.embedding.harmony import BYTES_PER_CELL as HARMONY_BYTES
 from ndreamer_dist.embedding.space import MOST_SPANS, SpaceInput, run_space
 from ndreamer_dist.matching.stage import edge_shards, run_match, units
@@ -356,6 +357,15 @@ def _effects(job: Job, run: RunDirectory, key: str) -> None:
     run_effects(run, job.settings, job.packed, job.source, job.runtime, key, summary)
 
 
+def _kept_bytes(size: CohortSize, settings: Settings) -> float:
+    """Return the bytes of the expression that one process keeps; with Ray its object store does."""
+    return (
+        min(size.cells * size.modelled_per_cell(settings) * ENTRY_BYTES, MOST_SHARED_BYTES)
+        if settings.run.serial
+        else 0
+    )
+
+
 def _writing(cohort: DesignedCohort) -> Work:
     return (*_by_block(cohort), (cohort.blocks + len(runs_of_groups(cohort.design.groups)), "count(s) of matches"))
 
@@ -475,6 +485,7 @@ ALL_STAGES = (
         task_bytes=lambda size, settings: (
             settings.pack.block_rows * size.modelled(settings) * 32 + _block_bytes(size, settings) * 3
         ),
+        beside_bytes=_kept_bytes,
         work=_writing,
         seconds=speeds.effects_seconds,
     ),

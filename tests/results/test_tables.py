@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import anndata
@@ -16,7 +17,7 @@ import zarr
 
 from ndreamer_dist import keys
 from ndreamer_dist.compute.executor import RayRuntime, SerialRuntime
-from ndreamer_dist.effects import tables
+from ndreamer_dist.effects import stage, tables
 from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.errors import CohortError, StoreError
 from ndreamer_dist.matching.stage import run_match
@@ -313,6 +314,23 @@ def test_spans_of_genes_are_shards_of_their_own_and_change_no_bit(copied, monkey
     lost.unlink()
     run_effects(copied.run, settings, copied.packed, copied.source, SerialRuntime(settings.run), "another key")
     assert [path for path, time in times.items() if path.stat().st_mtime_ns != time] == [lost]
+
+
+def test_much_expression_is_read_by_spans_of_genes_and_once_each(copied, monkeypatch, finished):
+    entries = copied.dense.astype(bool).sum()
+    monkeypatch.setattr(tables, "MOST_SHARED_BYTES", int(entries) * tables.ENTRY_BYTES // 2 - 1)
+    read = []
+    load = stage.load_block
+    monkeypatch.setattr(stage, "load_block", lambda *asked: read.append(asked[1:]) or load(*asked))
+    effects = copied.settings.effects.model_copy(update={"chunk_genes": 8})
+    settings = copied.settings.model_copy(update={"effects": effects})
+    run_effects(copied.run, settings, copied.packed, copied.source, SerialRuntime(settings.run), "another key")
+    stored, before = check(copied.folder / keys.RESULTS), anndata.read_zarr(f"{finished.run.url}/{keys.RESULTS}")
+    assert zarr.open_array(copied.folder / keys.RESULTS / "layers/ite", mode="r").shards == (64, 16)
+    for name in layer_names(stored):
+        np.testing.assert_array_equal(stored.layers[name], before.layers[name])
+    assert len({genes for _, genes in read}) == 3
+    assert max(Counter(read).values()) <= 2  # as a counterpart's block, and as the cells' own
 
 
 def test_matches_are_left_out_where_they_would_be_too_many(copied, monkeypatch):
