@@ -263,7 +263,9 @@ def _attempt() -> int:
         return 0
     import ray
 
-    worker = ray._private.worker.global_worker  # Ray tells the attempt nowhere else
-    if not ray.is_initialized() or worker.mode != ray.WORKER_MODE:
+    if not ray.is_initialized():
+        return 0
+    worker = ray.get_runtime_context().worker
+    if worker.mode != ray.WORKER_MODE:
         return 0
     return int(worker.core_worker.get_current_task_attempt_number())

@@ -171,11 +171,9 @@ def alone(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
     elif "gs" in protocols:
         fs._request = partial(type(fs)._request.__wrapped__, fs)  # without the decorator that tries again
     elif protocols & AZURE:
-        client, limit = fs.service_client, time_limit()
-        client._config.retry_policy.total_retries = 0
-        # What adlfs is told of timeouts it minds for reads and writes of data alone.
-        waits = client._pipeline._transport.connection_config
-        waits.timeout, waits.read_timeout = min(limit, CONNECT_SECONDS), limit
+        # adlfs does not pass retries on, and passes timeouts on for reads and writes of data alone.
+        client, once = fs.service_client, {"retry_total": 0} | options("az://")
+        fs.service_client = type(client)(client.url, credential=client.credential, **once)
     return fs
 
 

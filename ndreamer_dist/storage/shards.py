@@ -27,7 +27,6 @@ from zarr.abc.codec import Codec
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import cpu, default_buffer_prototype
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
-from zarr.core.array_spec import ArraySpec  # what codecs are asked with
 from zarr.core.sync import sync  # zarr has no public way to wait for its event loop
 from zarr.dtype import UInt64
 
@@ -287,10 +286,8 @@ class _Reading:
         return tuple(u // c for u, c in zip(unit, self.array.chunks, strict=True))
 
     @cached_property
-    def _spec(self) -> ArraySpec:
-        """What zarr tells the codecs of a chunk."""
-        dtype, fill = self._metadata.dtype, self._metadata.fill_value
-        return ArraySpec(self.array.chunks, dtype, fill, self.array.config, default_buffer_prototype())
+    def _spec(self) -> Any:
+        return _chunk_spec(self.array)
 
     @property
     def _index_codecs(self) -> tuple[Codec, ...]:
@@ -425,7 +422,7 @@ def _decode_into(chunk: np.ndarray, data: np.ndarray) -> None:
     Blosc().decode(body, out=chunk)
 
 
-async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np.ndarray:
+async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: Any) -> np.ndarray:
     """Undo the codecs of a chunk one by one: by zarr's own ones, whatever pipeline a user has chosen for them."""
     specs = list(itertools.accumulate(codecs, lambda spec, codec: codec.resolve_metadata(spec), initial=spec))
     values: Any = data
@@ -440,8 +437,13 @@ def uncompressed(array: zarr.Array[Any], data: bytes) -> np.ndarray:
     if metadata.zarr_format == 2:
         plain = data if metadata.compressor is None else metadata.compressor.decode(data)
         return np.frombuffer(plain, np.uint8)
-    spec = ArraySpec(array.chunks, metadata.dtype, metadata.fill_value, array.config, default_buffer_prototype())
-    return sync(_decoded(metadata.codecs[1:], cpu.Buffer.from_bytes(data), spec)).view(np.uint8)
+    return sync(_decoded(metadata.codecs[1:], cpu.Buffer.from_bytes(data), _chunk_spec(array))).view(np.uint8)
+
+
+def _chunk_spec(array: zarr.Array[Any] | zarr.AsyncArray[Any]) -> Any:
+    """Return the description of a chunk that zarr's codecs take; zarr's own is of a whole shard."""
+    metadata: Any = array.metadata
+    return replace(metadata.get_chunk_spec((), array.config, default_buffer_prototype()), shape=array.chunks)
 
 
 def _within(runs: Sequence[ByteRange], bodies: Sequence[Buffer], span: ByteRange) -> Buffer:
