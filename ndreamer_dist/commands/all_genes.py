@@ -228,7 +228,7 @@ def _write(
     rest = {name: _plain(value) for name, value in origin.uns.items() if name not in ours}
     genes = tables.gene_table(given.source, packed)
     genes[keys.VAR_MODELLED] = genes.index.isin(origin.var_names)
-    tables.finish(stage, made, packed, layout, cells.files(), genes, rest)
+    tables.finish_store(stage, made, packed, layout, cells.files(), genes, rest)
 
 
 def _plain(value: Any) -> Any:
