@@ -26,7 +26,7 @@ from scipy.cluster import hierarchy
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.graph import neighbour_graph, principal_components
+from ndreamer_dist.cohort.graph import neighbour_graph, scanpy_pca
 from ndreamer_dist.comparison.advice import MEASURES
 from ndreamer_dist.comparison.screen import Screen, most_different, own_effects
 from ndreamer_dist.comparison.screen import screen as screen_of
@@ -173,7 +173,7 @@ def ite_embedding(
     rows = sampled_rows(results.design, min(cells, ITE_VALUES // len(results.var_names)), treated=True)
     table = results.packed_obs.iloc[rows]
     effects = results.ite(list(table.index)).X
-    points = umap(principal_components(effects, ITE_COMPONENTS, seed), seed)
+    points = umap(scanpy_pca(effects, ITE_COMPONENTS, seed)[0], seed)
     axes = _scatter(
         points,
         _shading(results, table, color or _grouping(results)),

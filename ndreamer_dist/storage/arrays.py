@@ -259,6 +259,11 @@ def shard_files(name: str, *positions: int) -> str:
     return f"{name}/c/{'/'.join(str(p) for p in positions)}" if positions else f"{name}/c"
 
 
+def array_files(*names: str, axes: int = 1) -> tuple[str, ...]:
+    """Return the paths, below the store, of arrays of one shard each: their metadata and their values."""
+    return tuple(path for name in names for path in (f"{name}/zarr.json", shard_files(name, *[0] * axes)))
+
+
 def read_array(
     storage: Storage, name: str, selection: Any = ..., *, opened: zarr.Array[Any] | None = None
 ) -> np.ndarray[Any, Any]:
