@@ -8,7 +8,6 @@ owns contiguous rows of the packed store.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import zlib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ndreamer_dist.errors import CohortError, QueryError, StoreError, listing, quoted, suggest
 from ndreamer_dist.grouping.sample import arc, takes
@@ -51,11 +51,14 @@ EXCLUDED = "excluded condition"
 MOST_EDGES = 20_000_000
 """Pairs of groups to match at most: every one is a piece of work of its own."""
 
+NOTHING_ELSE = ConfigDict(extra="forbid")
+
 
 @dataclass(frozen=True)
 class Group:
     """One observed (batch, condition) pair and its rows `start:stop` in the packed store."""
 
+    __pydantic_config__ = NOTHING_ELSE
     code: int
     name: str
     condition: int
@@ -91,6 +94,7 @@ class Design:
         How many groups of a condition, besides its own, a cell is matched in at most; 0 for all.
     """
 
+    __pydantic_config__ = NOTHING_ELSE
     condition_key: str
     batch_keys: tuple[str, ...]
     conditions: tuple[str, ...]
@@ -324,42 +328,24 @@ class Design:
     def from_json(cls, value: dict[str, Any]) -> Design:
         """Read what `to_json` gave; `StoreError` where it was anything else: it comes from a file."""
         try:
-            groups = tuple(Group(**{**group, "batch_codes": tuple(group["batch_codes"])}) for group in value["groups"])
-            made = cls(
-                condition_key=value["condition_key"],
-                batch_keys=tuple(value["batch_keys"]),
-                conditions=tuple(value["conditions"]),
-                batch_levels=tuple(tuple(levels) for levels in value["batch_levels"]),
-                batches=tuple(value["batches"]),
-                groups=groups,
-                mappings=tuple(value.get("mappings", ())),
-                sampled=int(value.get("sampled", 0)),
-            )
-            fits = made._fits()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"the design is damaged ({type(error).__name__}: {error})"
+            design = _DESIGNS.validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            msg = f"the design is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})"
             raise StoreError(msg) from error
-        if not fits:
+        if not design._fits():
             msg = "the design is damaged: its groups do not fit together"
             raise StoreError(msg)
-        return made
+        return design
 
     def _fits(self) -> bool:
         """Return whether the groups follow each other and name conditions and batches that are there."""
-        names = (
-            self.condition_key,
-            *self.batch_keys,
-            *self.conditions,
-            *self.batches,
-            *itertools.chain(*self.batch_levels),
-        )
         stops = [0, *(group.stop for group in self.groups)]
         return (
             len(self.conditions) > 1
             and all(count in range(1, len(self.groups)) for count in self.mappings)
             and sorted(set(self.mappings)) == list(self.mappings)
             and bool(self.groups)
-            and all(isinstance(name, str) for name in (*names, *(group.name for group in self.groups)))
             and all(
                 group.code == code
                 and group.start == stops[code] < group.stop
@@ -370,6 +356,9 @@ class Design:
                 for code, group in enumerate(self.groups)
             )
         )
+
+
+_DESIGNS = TypeAdapter(Design)
 
 
 def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[Any]:

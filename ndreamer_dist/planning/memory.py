@@ -1,4 +1,4 @@
-"""The resources of a run, computed from sizes alone: memory per stage, and disk. Pure.
+"""Compute the memory of every stage and the disk of a run from sizes alone. Pure.
 
 The memory of a stage is `workers x (base + shard + tile) + object store`, plus what the driver holds per cell, and with Ray
 what its idle processes hold. The base is the memory of a Python process that has only imported this package's libraries.
@@ -60,12 +60,12 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     modelled = size.modelled(settings)
     own = size.cells * size.modelled_per_cell(settings)
     embedding = _coordinate_bytes(size, settings, modelled)
-    told = (
+    pairs = (
         size.cells * size.groups if keeps_matches(size.cells, size.groups, size.edges) else 0
-    )  # in results.zarr's obsm
+    )  # in obsm of the results
     # Of groups of the own condition; of others fewer.
     kept = max(settings.match.neighbours, settings.denoise.counted(size.fewest_groups))
-    matches = size.cells * size.edges / size.groups * kept * 8 + told * 8
+    matches = size.cells * size.edges / size.groups * kept * 8 + pairs * 8
     layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * parameter_count(settings, modelled) * 4
     return int(2 * own * 8 + embedding + matches + layers + checkpoints)
@@ -107,7 +107,7 @@ def all_genes_needs(
 
 
 def largest_task(size: CohortSize, settings: Settings) -> TaskNeed:
-    """Return what the largest of all tasks takes."""
+    """Return the stage and the bytes of the largest of all tasks."""
     tasks = task_memory(size, settings)
     stage = max(tasks, key=tasks.__getitem__)
     return TaskNeed(stage, tasks[stage])

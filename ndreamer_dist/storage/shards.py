@@ -148,8 +148,7 @@ def read_chunks(
     where
         What an error calls the array.
     place
-        Takes a position and its chunk, of the full chunk shape; called for each, in any order, one at a time. The
-        chunk is only lent.
+        Takes a position and its chunk, of the full chunk shape; called for each, in any order, one at a time.
 
     Raises
     ------
@@ -410,10 +409,15 @@ def _little(codec: BytesCodec) -> bool:
     return sys.byteorder == "little" and (codec.endian is None or codec.endian.value == "little")
 
 
+def crc32c(data: Any) -> bytes:
+    """Return the checksum that ends every chunk."""
+    return int(crc32c_checksum(data, 0)).to_bytes(4, "little")
+
+
 def _decode_into(chunk: np.ndarray, data: np.ndarray) -> None:
     """Undo `arrays.COMPRESSORS`; `ValueError` where the bytes are not those of such a chunk."""
     body = data[:-4]
-    if int(crc32c_checksum(body, 0)).to_bytes(4, "little") != data[-4:].tobytes():
+    if crc32c(body) != data[-4:].tobytes():
         msg = "the checksum is that of another content"
         raise ValueError(msg)
     if int.from_bytes(body[BLOSC_BYTES].tobytes(), "little") != chunk.nbytes:
