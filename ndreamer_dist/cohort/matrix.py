@@ -33,7 +33,7 @@ class Matrix(Protocol):
         ...
 
     def raw_rows(self, start: int, stop: int) -> Any:
-        """Return the rows `start:stop` as they are held, dense or sparse (see `read_rows`)."""
+        """Return the rows `start:stop` as they are held, dense or sparse (see `csr_rows`)."""
         ...
 
 
@@ -117,7 +117,7 @@ def tidied(values: Any) -> tuple[sparse.csr_matrix, int]:
 
 
 def rows_and_repeats(matrix: Matrix, start: int, stop: int) -> tuple[sparse.csr_matrix, int]:
-    """Return the rows `start:stop` as `read_rows` does, and how many values were added to others."""
+    """Return the rows `start:stop` as `csr_rows` does, and how many values were added to others."""
     rows, repeated = tidied(matrix.raw_rows(start, stop))
     if matrix.factor == 1.0:
         return rows, repeated
@@ -125,6 +125,6 @@ def rows_and_repeats(matrix: Matrix, start: int, stop: int) -> tuple[sparse.csr_
     return sparse.csr_matrix((data, rows.indices, rows.indptr), shape=rows.shape, copy=False), repeated
 
 
-def read_rows(matrix: Matrix, start: int, stop: int) -> sparse.csr_matrix:
+def csr_rows(matrix: Matrix, start: int, stop: int) -> sparse.csr_matrix:
     """Return the rows `start:stop`: (rows, genes) CSR float32, sorted indices, each gene once a cell, no stored zeros."""
     return rows_and_repeats(matrix, start, stop)[0]

@@ -20,7 +20,7 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.matrix import Matrix, read_rows
+from ndreamer_dist.cohort.matrix import Matrix, csr_rows
 from ndreamer_dist.cohort.packed import Packed, csr_files, read_table, write_csr
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.cohort.statistics import Span, chunks_of, normalised, spans_of
@@ -197,7 +197,7 @@ def deal_span(task: SpanTask) -> Any:
     dealt: list[list[DealtRows]] = [[] for _ in dealing.edges]
     for start, stop in chunks_of(task.span, dealing.chunk_rows):
         here = slice(start - task.span.start, stop - task.span.start)
-        rows = take_columns(read_rows(matrix, start, stop), dealing.columns, dealing.n_columns)
+        rows = take_columns(csr_rows(matrix, start, stop), dealing.columns, dealing.n_columns)
         if dealing.normalise == "counts":
             rows = normalised(rows, task.totals[here])
         for pieces, (first, last) in zip(dealt, dealing.edges, strict=True):

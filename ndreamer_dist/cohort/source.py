@@ -22,7 +22,7 @@ from scipy import sparse
 
 from ndreamer_dist.cohort.cells import HeldCells, ObsTable, stored_cells
 from ndreamer_dist.cohort.design import combined_conditions
-from ndreamer_dist.cohort.matrix import Matrix, MemoryMatrix, memory_matrix, read_rows
+from ndreamer_dist.cohort.matrix import Matrix, MemoryMatrix, csr_rows, memory_matrix
 from ndreamer_dist.cohort.stored import (
     MATRIX,
     RAW,
@@ -125,7 +125,7 @@ class Source:
 
     def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Return the rows `start:stop`: (rows, genes) CSR float32 with sorted indices."""
-        return read_rows(self.matrix, start, stop)
+        return csr_rows(self.matrix, start, stop)
 
     def task_matrix(self, runtime: Runtime) -> Matrix:
         """Return the matrix as tasks read it: one in memory is put where all of them see it."""

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST_COLUMN = 200
 """Bytes of a column's name, which is a folder's name in a store."""
-TABLES = "obs or var"
+OBS_OR_VAR = "obs or var"
 INDEX_FIELDS = ("index", "_index")
 """What anndata called the names' field of a structured table."""
 SYMBOL_COLUMNS = (
@@ -41,7 +41,7 @@ VERSION = re.compile(r"^(ENS[A-Z]*\d{11})\.\d+$")
 
 def read_frame(root: Any, name: str, url: str) -> pd.DataFrame:
     """Read `obs`, `var` or `raw/var` of a store."""
-    with refusing_damage(f"{url}: {TABLES}"):
+    with refusing_damage(f"{url}: {OBS_OR_VAR}"):
         if hasattr(root, "filename"):
             refuse_missing_filter(root[name], f"{url}: {name}")
         with warnings.catch_warnings():

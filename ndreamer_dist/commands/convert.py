@@ -22,7 +22,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 from zarr.errors import ZarrUserWarning
 
-from ndreamer_dist.cohort.matrix import read_rows, tidied
+from ndreamer_dist.cohort.matrix import csr_rows, tidied
 from ndreamer_dist.cohort.source import container_of, open_group
 from ndreamer_dist.cohort.stored import (
     COLUMN_ENTRIES,
@@ -140,7 +140,7 @@ def _blocks(matrix: StoredMatrix, folder: Path, entries: int) -> Iterator[sparse
         yield from row_blocks(matrix, folder, entries)
         return
     for start in range(0, max(1, matrix.shape[0]), ROWS):
-        yield read_rows(matrix, start, start + ROWS)
+        yield csr_rows(matrix, start, start + ROWS)
 
 
 def row_blocks(matrix: StoredMatrix, folder: Path, entries: int = COLUMN_ENTRIES) -> Iterator[sparse.csr_matrix]:

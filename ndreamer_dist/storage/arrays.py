@@ -40,7 +40,7 @@ MOST_CHUNKS = 2**31
 """Most chunks of an array; a damaged one that claims more would be walked through for ever."""
 
 
-class Layout(TypedDict):
+class ArrayLayout(TypedDict):
     """What an array is created with.
 
     Attributes
@@ -61,7 +61,7 @@ class Layout(TypedDict):
     attributes: NotRequired[dict[str, Any] | None]
 
 
-def create_array(storage: Storage, name: str, **layout: Unpack[Layout]) -> None:
+def create_array(storage: Storage, name: str, **layout: Unpack[ArrayLayout]) -> None:
     """Write an array's metadata over whatever stood there; its shards are written by their owners, each whole.
 
     Parameters
@@ -74,7 +74,7 @@ def create_array(storage: Storage, name: str, **layout: Unpack[Layout]) -> None:
     storage.write_atomic(f"{name}/zarr.json", _metadata(**layout))
 
 
-def _metadata(**layout: Unpack[Layout]) -> bytes:
+def _metadata(**layout: Unpack[ArrayLayout]) -> bytes:
     """Return the `zarr.json` of an array."""
     files: dict[str, Any] = {}
     shards, attributes = layout.get("shards"), layout.get("attributes")
@@ -297,7 +297,7 @@ def read_array(
 def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwargs: Any) -> None:
     """Create an array and write all of it: for what is small and has one writer."""
     chunks = kwargs.pop("chunks", values.shape)
-    layout: Layout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}  # type: ignore[typeddict-item]
+    layout: ArrayLayout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}  # type: ignore[typeddict-item]
     create_array(storage, name, **layout)
     known = json.loads(_metadata(**layout))  # written just now, so it need not be read
     array = _writable(zarr.Array(opened_with(known, StorePath(storage.store(name)))))

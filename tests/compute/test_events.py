@@ -315,7 +315,7 @@ def test_the_time_left_is_that_of_the_speed_so_far(monkeypatch: pytest.MonkeyPat
     now = 130.0
     training.note_step(60, 100, {})
     assert training.seconds_left == pytest.approx(80.0)
-    assert training.told()["seconds_left"] == 80.0
+    assert training.as_facts()["seconds_left"] == 80.0
 
 
 @pytest.mark.parametrize(
