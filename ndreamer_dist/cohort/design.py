@@ -25,7 +25,6 @@ from ndreamer_dist.grouping.small_groups import (
     SCREEN_CONDITIONS,
     ColumnTable,
     NamedColumn,
-    SmallGroups,
     SmallGroupsReport,
     absent_levels,
     batch_name,
@@ -41,6 +40,7 @@ from ndreamer_dist.grouping.small_groups import (
     with_merged_batches,
     would_vanish,
 )
+from ndreamer_dist.settings import CohortSettings
 
 logger = logging.getLogger(__name__)
 
@@ -394,16 +394,7 @@ def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[A
 
 
 def build_design(
-    obs: ColumnTable,
-    *,
-    condition_key: str | None,
-    control: str | None,
-    batch_keys: Sequence[str] = (),
-    keep: np.ndarray | None = None,
-    min_group_cells: int = 1,
-    small_groups: SmallGroups = "drop",
-    rare_conditions: Literal["error", "drop"] = "error",
-    exclude: Sequence[str] = (),
+    obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray | None = None
 ) -> tuple[Design, np.ndarray, pd.Categorical[Any]]:
     """Return the design of a cohort, the group of every input cell, and why a cell was left out here.
 
@@ -411,16 +402,13 @@ def build_design(
     ----------
     obs
         The cells' table; columns that are not text are named by `str()`.
+    cohort
+        Names the condition, the control, the batch covariates and the conditions to leave out. Of groups of fewer than
+        `min_group_cells` cells, `small_groups` says what is done: `drop` leaves their cells out, `error` refuses,
+        `merge` asks the number of a condition, and merges those of its batches that have fewer than a quarter of it;
+        `auto` is `merge` in a screen, else `drop`. `rare_conditions` says it of conditions that would vanish by that.
     keep
         (cells,) bool, the cells to look at; none: all.
-    min_group_cells, small_groups
-        What is done with groups of fewer cells: `drop` leaves their cells out, `error` refuses, `merge` asks the number
-        of a condition, and merges those of its batches that have fewer than a quarter of it; `auto` is `merge` in a
-        screen, else `drop`.
-    rare_conditions
-        What is done with conditions that would vanish by it: `drop` leaves them out, `error` refuses.
-    exclude
-        Conditions whose cells are left out.
 
     Returns
     -------
@@ -437,24 +425,24 @@ def build_design(
         A column is missing or has missing values; the control or a second condition is not there, or would vanish.
     """
     keep = np.ones(len(obs), dtype=bool) if keep is None else keep
-    condition_key, control, batch_keys = _check_keys(obs, condition_key, control, batch_keys)
-    columns = [named_column(obs, name) for name in (*batch_keys, condition_key)]
+    condition_key, control = _check_keys(obs, cohort)
+    columns = [named_column(obs, name) for name in (*cohort.batch_key, condition_key)]
     control = _level(obs[condition_key], columns[-1].levels, control)
-    left_out = excluded(obs, condition_key, exclude, control)
+    left_out = excluded(obs, condition_key, cohort.exclude_conditions, control)
     _check_conditions(columns[-1], condition_key, control, keep, left_out)
     excluded_cells = keep & left_out
     keep = keep & ~left_out
-    small_groups = resolved_rule(small_groups, columns[-1], keep)
-    columns, _ = with_merged_batches(columns, keep, min_group_cells, small_groups)
-    cut = cells_of_small_groups(columns, keep, min_group_cells, small_groups)
+    least, rule = cohort.min_group_cells, resolved_rule(cohort.small_groups, columns[-1], keep)
+    columns, _ = with_merged_batches(columns, keep, least, rule)
+    cut = cells_of_small_groups(columns, keep, least, rule)
     gone = vanishing(columns[-1], keep, cut)
     left = len(np.unique(columns[-1].codes[keep & ~cut]))
-    if gone and (rare_conditions == "error" or control in gone or left < 2):
-        raise CohortError(would_vanish(gone, control, min_group_cells, small_groups))
-    few = f"{'condition' if small_groups == 'merge' else 'group'} of fewer than {min_group_cells} cells"
+    if gone and (cohort.rare_conditions == "error" or control in gone or left < 2):
+        raise CohortError(would_vanish(gone, control, least, rule))
+    few = f"{'condition' if rule == 'merge' else 'group'} of fewer than {least} cells"
     reasons = why_left_out({EXCLUDED: excluded_cells, few: cut})
     keep = keep & ~cut
-    design, codes = _coded(condition_key, control, tuple(batch_keys), columns, keep)
+    design, codes = _coded(condition_key, control, cohort.batch_key, columns, keep)
     _check_edges(design)
     return design, codes, reasons
 
@@ -479,9 +467,9 @@ def pair_codes(obs: ColumnTable, condition_key: str, batch_keys: Sequence[str]) 
     return combined([named_column(obs, name).codes for name in (*batch_keys, condition_key)])
 
 
-def _check_keys(
-    obs: ColumnTable, condition_key: str | None, control: str | None, batch_keys: Sequence[str]
-) -> tuple[str, str, tuple[str, ...]]:
+def _check_keys(obs: ColumnTable, cohort: CohortSettings) -> tuple[str, str]:
+    """Refuse keys that are no columns, or are given twice; return the column of conditions and the control."""
+    condition_key, batch_keys = cohort.condition_column, cohort.batch_key
     if condition_key is None:
         msg = (
             "no condition key was given; name the column of obs that holds the condition (--condition-key NAME; there "
@@ -498,11 +486,11 @@ def _check_keys(
     if len(set(batch_keys)) < len(batch_keys):
         msg = f"a batch key is given twice: {listing(batch_keys)}"
         raise CohortError(msg)
-    if control is None:
+    if cohort.control is None:
         levels = listing(named_column(obs, condition_key).levels)
         msg = f"no control was given; name one (--control NAME) of what {condition_key!r} holds: {levels}"
         raise CohortError(msg)
-    return condition_key, str(control), tuple(batch_keys)
+    return condition_key, cohort.control
 
 
 def columns_of(obs: ColumnTable) -> str:
