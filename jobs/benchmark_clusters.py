@@ -111,7 +111,7 @@ def ours(settings: ClustersSettings) -> Way:
 
     def way(x: sparse.csr_matrix, seed: int) -> tuple[Labels, dict[str, float]]:
         clock = Clock()
-        points = graph.principal_components(x, settings.n_pcs, seed)
+        points = graph.scanpy_pca(x, settings.n_pcs, seed)[0]
         clock.lap("pca")
         near = graph.neighbour_graph(points, settings.n_neighbors)
         clock.lap("graph")
@@ -129,7 +129,7 @@ def by_sketch(x: sparse.csr_matrix, seed: int) -> tuple[Labels, dict[str, float]
     settings, half = ClustersSettings(), x.shape[0] // 2
     rows = np.random.default_rng(seed).permutation(x.shape[0])
     clock = Clock()
-    axes = graph.scanpy_axes(x[rows[:half]], settings.n_pcs, seed)
+    axes = graph.scanpy_pca(x[rows[:half]], settings.n_pcs, seed)[1]
     mean = np.zeros(x.shape[1])  # distances do not change with a shift
     points = project(x[rows], mean, axes)
     clock.lap("pca")

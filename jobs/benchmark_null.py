@@ -36,6 +36,7 @@ from scipy.spatial.distance import cdist
 import ndreamer_dist as nd
 from ndreamer_dist.cohort.design import Design, build_design
 from ndreamer_dist.matching.hubs import NEAREST_QUERIES
+from ndreamer_dist.settings import CohortSettings
 from ndreamer_dist.stats.null import counted_below, donor_p, permuted_labels, rates, sampled, sign_p
 from ndreamer_dist.stats.populations import PopulationMeans, Replicates, population_means
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
@@ -138,7 +139,7 @@ def simulate(law: Law, seed: int) -> Cohort:
     )  # fmt: skip
     kept = counts.any(axis=1)
     design, groups, _ = build_design(
-        obs[kept], condition_key="condition", control="control", batch_keys=("donor",), min_group_cells=1
+        obs[kept], CohortSettings(condition_key="condition", control="control", batch_key=("donor",), min_group_cells=1)
     )
     order = np.flatnonzero(kept)[np.argsort(groups, kind="stable")]
     return Cohort(law, design, obs.iloc[order].reset_index(drop=True), counts[order], state[order], types[order])

@@ -491,9 +491,9 @@ def get(
     cohort: InputAgain = None,
 ) -> None:
     """Write a part of the results to a file, reading only the chunks that hold it."""
-    from ndreamer_dist.results.export import write_part
+    from ndreamer_dist.results.export import export_part
 
-    (n_cells, n_genes), reads = write_part(
+    (n_cells, n_genes), reads = export_part(
         run_directory, out, layer, cells=_selected(cells), genes=_names(genes), embedding=embedding, cohort=cohort, condition=condition,
         baseline=baseline,
     )  # fmt: skip

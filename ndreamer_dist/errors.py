@@ -71,10 +71,10 @@ class QueryError(NDreamerError, ValueError):
     """A question to the results names cells, genes or conditions that are not there."""
 
 
-def suggest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'a' or 'b'?``, or an empty string where no known name is near."""
     likely = [str(k) for k in itertools.islice(known, MOST_COMPARED) if len(str(k)) <= LONGEST_NAME]
-    near = difflib.get_close_matches(str(name)[:LONGEST_NAME], likely, n=limit, cutoff=0.6)
+    near = difflib.get_close_matches(str(name)[:LONGEST_NAME], likely, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 

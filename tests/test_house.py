@@ -24,13 +24,13 @@ NOT_CODE = {
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 MOST_ROOT_FILES = 7
-MOST_FOLDER_LINES, LARGER_FOLDERS = 1500, {"cohort": 2552, "stats": 1755}
+MOST_FOLDER_LINES, LARGER_FOLDERS = 1500, {"cohort": 2439, "stats": 1755}
 MOST_CLASS_LINES, LARGER_CLASSES = 200, {"ResultsReader": 366}
 MOST_LINES_OF_NINE_IN_TEN, MOST_FUNCTION_LINES, LONGER_FUNCTIONS = 20, 45, {"planning/plan.py: plan_of": 47}
-MOST_PARAMETERS, FUNCTIONS_WITH_MORE = 6, 35
-NAMES_DEFINED_TWICE = 16
-PRIVATE_PARTS_OF_OTHERS = 9
-"""By file and name; the goal is 5."""
+MOST_PARAMETERS, FUNCTIONS_WITH_MORE = 6, 32
+NAMES_DEFINED_TWICE = 6
+PRIVATE_PARTS_OF_OTHERS = 4
+"""By file and name."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from anndata.io import read_elem
 
-from ndreamer_dist.cohort.stored import Container, StoredMatrix, is_group, open_root, refuse_missing_filter, text_of
-from ndreamer_dist.cohort.tables import read_frame, reading
+from ndreamer_dist.cohort.stored import (
+    Container,
+    StoredMatrix,
+    is_group,
+    open_root,
+    refuse_missing_filter,
+    refusing_damage,
+    text_of,
+)
+from ndreamer_dist.cohort.tables import OBS_OR_VAR, read_frame
 from ndreamer_dist.storage.texts import TEXT_BLOCK, as_texts, joined, text_blocks
 
 TEXT, NULLABLE_TEXT = "string-array", "nullable-string-array"
@@ -131,13 +139,13 @@ class StoredCells:
         """Return a column; one of text as categories."""
         if name in self.added:
             return self.added[name]
-        with reading(self.url):
+        with refusing_damage(f"{self.url}: {OBS_OR_VAR}"):
             values = _categories(self._blocks(name)) if self._is_text(name) else read_elem(self._group[name])
             return pd.Series(values, name=name)
 
     def names(self) -> Iterator[np.ndarray]:
         """Give the names of the cells, block by block."""
-        with reading(self.url):
+        with refusing_damage(f"{self.url}: {OBS_OR_VAR}"):
             for block in self._blocks(self._index):
                 for start in range(0, len(block), TEXT_BLOCK):
                     yield block[start : start + TEXT_BLOCK].to_numpy(zero_copy_only=False)
@@ -146,7 +154,7 @@ class StoredCells:
         """Return a column of text, or where none is named the cells' names; nothing where it is of another kind."""
         if name in self.added or not self._is_text(name or self._index):
             return None
-        with reading(self.url):
+        with refusing_damage(f"{self.url}: {OBS_OR_VAR}"):
             return joined(list(self._blocks(name or self._index)))
 
     def sample(self) -> pd.DataFrame:
@@ -155,7 +163,7 @@ class StoredCells:
 
     @cached_property
     def _first(self) -> pd.DataFrame:
-        with reading(self.url):
+        with refusing_damage(f"{self.url}: {OBS_OR_VAR}"):
             first = {name: self._head(name) for name in self.columns}
             return pd.DataFrame(first, index=self._head(self._index), columns=self.columns).rename_axis(self.index_name)
 
@@ -225,7 +233,7 @@ def stored_cells(group: Any, matrix: StoredMatrix) -> ObsTable:
     """Return the `obs` of a store that holds a matrix: by columns where it is written as it is today, else read whole."""
     element, url = group["obs"], matrix.url
     told = {name: text_of(element.attrs.get(name, "")) for name in ("encoding-type", "encoding-version", "_index")}
-    with reading(url):
+    with refusing_damage(f"{url}: {OBS_OR_VAR}"):
         if hasattr(group, "filename"):
             refuse_missing_filter(element, f"{url}: obs")
         if (told["encoding-type"], told["encoding-version"]) == ("dataframe", "0.2.0") and is_group(element):

@@ -25,7 +25,7 @@ from ndreamer_dist.errors import listing
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import ClustersSettings, Settings
-from ndreamer_dist.storage.arrays import shard_files, write_array
+from ndreamer_dist.storage.arrays import array_files, write_array
 
 logger = logging.getLogger(__name__)
 
@@ -126,12 +126,12 @@ def write_clusters(task: GraphTask, stage: StageRun, settings: Settings, packed:
         labels = cluster_cells(packed.rows(task.start, task.stop), settings.clusters, seed)
     for shard, group in zip(task.shards, groups, strict=True):
         part = slice(group.start - task.start, group.stop - task.start)
-        _write(packed, group, (labels[0][part], labels[1][part]))
+        _write(packed, group, labels[:, part])
         stage.mark(shard)
     return len(task.shards)
 
 
-def _write(packed: Packed, group: Group, labels: tuple[np.ndarray, np.ndarray]) -> None:
+def _write(packed: Packed, group: Group, labels: np.ndarray) -> None:
     for level, values in zip(CLUSTER_LEVELS, labels, strict=True):
         write_array(packed.storage, f"{level}/{keys.block_name(group.code)}", values)
 
@@ -143,5 +143,4 @@ def _seed(seed: int, number: int) -> int:
 
 def _group_shard(code: int) -> Shard:
     arrays = [f"{keys.PACKED}/{level}/{keys.block_name(code)}" for level in CLUSTER_LEVELS]
-    files = tuple(path for array in arrays for path in (f"{array}/zarr.json", shard_files(array, 0)))
-    return Shard(keys.block_name(code), files, code)
+    return Shard(keys.block_name(code), array_files(*arrays), code)

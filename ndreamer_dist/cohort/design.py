@@ -8,7 +8,6 @@ owns contiguous rows of the packed store.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import zlib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ndreamer_dist.errors import CohortError, QueryError, StoreError, listing, quoted, suggest
 from ndreamer_dist.grouping.sample import arc, takes
@@ -25,7 +25,6 @@ from ndreamer_dist.grouping.small_groups import (
     SCREEN_CONDITIONS,
     ColumnTable,
     NamedColumn,
-    SmallGroups,
     SmallGroupsReport,
     absent_levels,
     batch_name,
@@ -41,6 +40,7 @@ from ndreamer_dist.grouping.small_groups import (
     with_merged_batches,
     would_vanish,
 )
+from ndreamer_dist.settings import CohortSettings
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +51,14 @@ EXCLUDED = "excluded condition"
 MOST_EDGES = 20_000_000
 """Pairs of groups to match at most: every one is a piece of work of its own."""
 
+NOTHING_ELSE = ConfigDict(extra="forbid")
+
 
 @dataclass(frozen=True)
 class Group:
     """One observed (batch, condition) pair and its rows `start:stop` in the packed store."""
 
+    __pydantic_config__ = NOTHING_ELSE
     code: int
     name: str
     condition: int
@@ -98,6 +101,7 @@ class Design:
         How many groups of a condition, besides its own, a cell is matched in at most; 0 for all.
     """
 
+    __pydantic_config__ = NOTHING_ELSE
     condition_key: str
     batch_keys: tuple[str, ...]
     conditions: tuple[str, ...]
@@ -335,36 +339,18 @@ class Design:
     def from_json(cls, value: dict[str, Any]) -> Design:
         """Read what `to_json` gave; `StoreError` where it was anything else: it comes from a file."""
         try:
-            groups = tuple(Group(**{**group, "batch_codes": tuple(group["batch_codes"])}) for group in value["groups"])
-            made = cls(
-                condition_key=value["condition_key"],
-                batch_keys=tuple(value["batch_keys"]),
-                conditions=tuple(value["conditions"]),
-                batch_levels=tuple(tuple(levels) for levels in value["batch_levels"]),
-                batches=tuple(value["batches"]),
-                groups=groups,
-                mappings=tuple(value.get("mappings", ())),
-                sampled=int(value.get("sampled", 0)),
-                new_controls=tuple(value.get("new_controls", ())),
-            )
-            fits = made._fits()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"the design is damaged ({type(error).__name__}: {error})"
+            design = _DESIGNS.validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            msg = f"the design is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})"
             raise StoreError(msg) from error
-        if not fits:
+        if not design._fits():
             msg = "the design is damaged: its groups do not fit together"
             raise StoreError(msg)
-        return made
+        return design
 
     def _fits(self) -> bool:
         """Return whether the groups follow each other and name conditions and batches that are there."""
-        names = (
-            self.condition_key,
-            *self.batch_keys,
-            *self.conditions,
-            *self.batches,
-            *itertools.chain(*self.batch_levels),
-        )
         stops = [0, *(group.stop for group in self.groups)]
         return (
             len(self.conditions) > 1
@@ -373,7 +359,6 @@ class Design:
                 self.mappings and count in range(self.mappings[0] + 1, len(self.groups)) for count in self.new_controls
             )
             and bool(self.groups)
-            and all(isinstance(name, str) for name in (*names, *(group.name for group in self.groups)))
             and all(
                 group.code == code
                 and group.start == stops[code] < group.stop
@@ -384,6 +369,9 @@ class Design:
                 for code, group in enumerate(self.groups)
             )
         )
+
+
+_DESIGNS = TypeAdapter(Design)
 
 
 def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[Any]:
@@ -419,16 +407,7 @@ def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[A
 
 
 def build_design(
-    obs: ColumnTable,
-    *,
-    condition_key: str | None,
-    control: str | None,
-    batch_keys: Sequence[str] = (),
-    keep: np.ndarray | None = None,
-    min_group_cells: int = 1,
-    small_groups: SmallGroups = "drop",
-    rare_conditions: Literal["error", "drop"] = "error",
-    exclude: Sequence[str] = (),
+    obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray | None = None
 ) -> tuple[Design, np.ndarray, pd.Categorical[Any]]:
     """Return the design of a cohort, the group of every input cell, and why a cell was left out here.
 
@@ -436,16 +415,13 @@ def build_design(
     ----------
     obs
         The cells' table; columns that are not text are named by `str()`.
+    cohort
+        Names the condition, the control, the batch covariates and the conditions to leave out. Of groups of fewer than
+        `min_group_cells` cells, `small_groups` says what is done: `drop` leaves their cells out, `error` refuses,
+        `merge` asks the number of a condition, and merges those of its batches that have fewer than a quarter of it;
+        `auto` is `merge` in a screen, else `drop`. `rare_conditions` says it of conditions that would vanish by that.
     keep
         (cells,) bool, the cells to look at; none: all.
-    min_group_cells, small_groups
-        What is done with groups of fewer cells: `drop` leaves their cells out, `error` refuses, `merge` asks the number
-        of a condition, and merges those of its batches that have fewer than a quarter of it; `auto` is `merge` in a
-        screen, else `drop`.
-    rare_conditions
-        What is done with conditions that would vanish by it: `drop` leaves them out, `error` refuses.
-    exclude
-        Conditions whose cells are left out.
 
     Returns
     -------
@@ -462,24 +438,24 @@ def build_design(
         A column is missing or has missing values; the control or a second condition is not there, or would vanish.
     """
     keep = np.ones(len(obs), dtype=bool) if keep is None else keep
-    condition_key, control, batch_keys = _check_keys(obs, condition_key, control, batch_keys)
-    columns = [named_column(obs, name) for name in (*batch_keys, condition_key)]
+    condition_key, control = _check_keys(obs, cohort)
+    columns = [named_column(obs, name) for name in (*cohort.batch_key, condition_key)]
     control = _level(obs[condition_key], columns[-1].levels, control)
-    left_out = excluded(obs, condition_key, exclude, control)
+    left_out = excluded(obs, condition_key, cohort.exclude_conditions, control)
     _check_conditions(columns[-1], condition_key, control, keep, left_out)
     excluded_cells = keep & left_out
     keep = keep & ~left_out
-    small_groups = resolved_rule(small_groups, columns[-1], keep)
-    columns, _ = with_merged_batches(columns, keep, min_group_cells, small_groups)
-    cut = cells_of_small_groups(columns, keep, min_group_cells, small_groups)
+    least, rule = cohort.min_group_cells, resolved_rule(cohort.small_groups, columns[-1], keep)
+    columns, _ = with_merged_batches(columns, keep, least, rule)
+    cut = cells_of_small_groups(columns, keep, least, rule)
     gone = vanishing(columns[-1], keep, cut)
     left = len(np.unique(columns[-1].codes[keep & ~cut]))
-    if gone and (rare_conditions == "error" or control in gone or left < 2):
-        raise CohortError(would_vanish(gone, control, min_group_cells, small_groups))
-    few = f"{'condition' if small_groups == 'merge' else 'group'} of fewer than {min_group_cells} cells"
+    if gone and (cohort.rare_conditions == "error" or control in gone or left < 2):
+        raise CohortError(would_vanish(gone, control, least, rule))
+    few = f"{'condition' if rule == 'merge' else 'group'} of fewer than {least} cells"
     reasons = why_left_out({EXCLUDED: excluded_cells, few: cut})
     keep = keep & ~cut
-    design, codes = _coded(condition_key, control, tuple(batch_keys), columns, keep)
+    design, codes = _coded(condition_key, control, cohort.batch_key, columns, keep)
     _check_edges(design)
     return design, codes, reasons
 
@@ -504,9 +480,9 @@ def pair_codes(obs: ColumnTable, condition_key: str, batch_keys: Sequence[str]) 
     return combined([named_column(obs, name).codes for name in (*batch_keys, condition_key)])
 
 
-def _check_keys(
-    obs: ColumnTable, condition_key: str | None, control: str | None, batch_keys: Sequence[str]
-) -> tuple[str, str, tuple[str, ...]]:
+def _check_keys(obs: ColumnTable, cohort: CohortSettings) -> tuple[str, str]:
+    """Refuse keys that are no columns, or are given twice; return the column of conditions and the control."""
+    condition_key, batch_keys = cohort.condition_column, cohort.batch_key
     if condition_key is None:
         msg = (
             "no condition key was given; name the column of obs that holds the condition (--condition-key NAME; there "
@@ -523,11 +499,11 @@ def _check_keys(
     if len(set(batch_keys)) < len(batch_keys):
         msg = f"a batch key is given twice: {listing(batch_keys)}"
         raise CohortError(msg)
-    if control is None:
+    if cohort.control is None:
         levels = listing(named_column(obs, condition_key).levels)
         msg = f"no control was given; name one (--control NAME) of what {condition_key!r} holds: {levels}"
         raise CohortError(msg)
-    return condition_key, str(control), tuple(batch_keys)
+    return condition_key, cohort.control
 
 
 def columns_of(obs: ColumnTable) -> str:

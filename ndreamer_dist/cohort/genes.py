@@ -66,7 +66,7 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     pairs = pair_codes(source.cells, str(cohort.condition_column), cohort.batch_key)
     found, genes_left = _scanned(source, cohort, runtime, pairs, decision, kept_genes)
     keep, dropped_for = kept_cells(found, cohort)
-    design, groups, reasons = build_design(source.cells, keep=keep, **_design_arguments(cohort))
+    design, groups, reasons = build_design(source.cells, cohort, keep)
     reasons = first_reason(dropped_for, reasons)
     genes = _selected(source, found, design, groups, pairs, genes_left, kept_genes, settings.hvg)
     notes = [decision.seen, *source.notes, *_report(source, cohort, design, keep & (reasons != EXCLUDED), reasons)]
@@ -81,13 +81,13 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
 
 def check_cohort(source: Source, cohort: CohortSettings) -> Design:
     """Refuse what the names in obs tell, before the matrix is read; return the design if every cell were kept."""
-    return build_design(source.cells, **_design_arguments(cohort))[0]
+    return build_design(source.cells, cohort)[0]
 
 
 def input_groups(source: Source, cohort: CohortSettings) -> SmallGroupsReport:
     """Return the number of cells of every group of the input, whatever its size, and what is done with small ones."""
     every = ~excluded(source.cells, str(cohort.condition_column), cohort.exclude_conditions)
-    return _groups_of(source, cohort, every)
+    return report_small_groups(source.cells, cohort, every)
 
 
 def check_genes(source: Source, hvg: HvgSettings) -> np.ndarray:
@@ -231,25 +231,6 @@ def _top(norm: np.ndarray, count: int) -> np.ndarray:
 # --- the stage's steps -------------------------------------------------------------------------------------------
 
 
-def _design_arguments(cohort: CohortSettings) -> dict[str, Any]:
-    return {
-        "condition_key": cohort.condition_column,
-        "control": cohort.control,
-        "exclude": cohort.exclude_conditions,
-        "batch_keys": cohort.batch_key,
-        "min_group_cells": cohort.min_group_cells,
-        "small_groups": cohort.small_groups,
-        "rare_conditions": cohort.rare_conditions,
-    }
-
-
-def _groups_of(source: Source, cohort: CohortSettings, keep: np.ndarray) -> SmallGroupsReport:
-    return report_small_groups(
-        source.cells, str(cohort.condition_column), cohort.batch_key, keep, min_group_cells=cohort.min_group_cells,
-        small_groups=cohort.small_groups,
-    )  # fmt: skip
-
-
 def _scanned(
     source: Source,
     cohort: CohortSettings,
@@ -329,7 +310,7 @@ def _rows_looked_at(
 def _report(
     source: Source, cohort: CohortSettings, design: Design, keep: np.ndarray, reasons: pd.Categorical[Any]
 ) -> list[str]:
-    notes = report_design(design, _groups_of(source, cohort, keep))
+    notes = report_design(design, report_small_groups(source.cells, cohort, keep))
     empty = reasons == NO_COUNTS
     if empty.any():
         first = source.cell_name(int(empty.argmax()))

@@ -24,8 +24,8 @@ SPARE_CANDIDATES = 8
 """Candidates taken beyond the neighbours asked for, so that exact distances can decide among near-ties."""
 
 
-def cluster_cells(x: sparse.csr_matrix, settings: ClustersSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low and the high labels of some cells, 0 the largest cluster: (cells,) int32 each.
+def cluster_cells(x: sparse.csr_matrix, settings: ClustersSettings, seed: int) -> np.ndarray:
+    """Return the low and the high labels of some cells, 0 the largest cluster: (2, cells) int32.
 
     Parameters
     ----------
@@ -33,9 +33,8 @@ def cluster_cells(x: sparse.csr_matrix, settings: ClustersSettings, seed: int) -
         (cells, genes) log-normalised expression.
     """
     if one_cluster(x):
-        zeros = np.zeros(x.shape[0], dtype=np.int32)
-        return zeros, zeros.copy()
-    return cluster_points(principal_components(x, settings.n_pcs, seed), settings, seed)
+        return np.zeros((2, x.shape[0]), dtype=np.int32)
+    return cluster_points(scanpy_pca(x, settings.n_pcs, seed)[0], settings, seed)
 
 
 def one_cluster(x: sparse.csr_matrix) -> bool:
@@ -43,31 +42,25 @@ def one_cluster(x: sparse.csr_matrix) -> bool:
     return x.shape[0] < FEWEST_CELLS or x.shape[1] < 2 or x.nnz == 0 or not _varies(x)
 
 
-def cluster_points(points: np.ndarray, settings: ClustersSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low and the high labels of (cells, components) points: (cells,) int32 each."""
+def cluster_points(points: np.ndarray, settings: ClustersSettings, seed: int) -> np.ndarray:
+    """Return the low and the high labels of (cells, components) points: (2, cells) int32."""
     graph = neighbour_graph(points, settings.n_neighbors)
-    low, high = (
-        leiden(graph, r, settings.iterations, seed, settings.flavor)
-        for r in (settings.low_resolution, settings.high_resolution)
-    )
-    return low, high
+    resolutions = settings.low_resolution, settings.high_resolution
+    return np.stack([leiden(graph, r, settings.iterations, seed, settings.flavor) for r in resolutions])
 
 
-def principal_components(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndarray:
-    """Return scanpy's principal components, fewer of them where cells or genes are few: (cells, components)."""
+def scanpy_pca(x: sparse.csr_matrix, n_pcs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scanpy's principal components, fewer of them where cells or genes are few.
+
+    Returns
+    -------
+    The cells on them, (cells, components) float32, and their axes, (genes, components) float64.
+    """
     import scanpy as sc
 
     components = min(n_pcs, min(x.shape) - 1)
-    return np.asarray(sc.pp.pca(x, n_comps=components, svd_solver="arpack", random_state=seed), dtype=np.float32)
-
-
-def scanpy_axes(x: sparse.csr_matrix, n_pcs: int, seed: int) -> np.ndarray:
-    """Return the axes of scanpy's principal components: (genes, components) float64."""
-    import scanpy as sc
-
-    components = min(n_pcs, min(x.shape) - 1)
-    axes = sc.pp.pca(x, n_comps=components, svd_solver="arpack", random_state=seed, return_info=True)[1]
-    return np.asarray(axes, dtype=np.float64).T
+    points, axes = sc.pp.pca(x, n_comps=components, svd_solver="arpack", random_state=seed, return_info=True)[:2]
+    return np.asarray(points, dtype=np.float32), np.asarray(axes, dtype=np.float64).T
 
 
 def neighbour_graph(points: np.ndarray, n_neighbors: int) -> sparse.csr_matrix:

@@ -7,7 +7,7 @@ to send to a task. `stored.py` has the matrices in files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -28,17 +28,12 @@ class Matrix(Protocol):
         ...
 
     @property
-    def kind(self) -> Kind:
-        """How the matrix is stored."""
+    def factor(self) -> float:
+        """What every value is multiplied by: the natural logarithm of a base, where values are logarithms to that base."""
         ...
 
-    @property
-    def nnz(self) -> int:
-        """Stored values; of a dense matrix all of them."""
-        ...
-
-    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
-        """Return the rows `start:stop`: (rows, genes) CSR float32 with sorted indices."""
+    def raw_rows(self, start: int, stop: int) -> Any:
+        """Return the rows `start:stop` as they are held, dense or sparse (see `csr_rows`)."""
         ...
 
 
@@ -46,13 +41,10 @@ class Matrix(Protocol):
 class MemoryMatrix:
     """A matrix in memory: the caller's own, or a handle to the one copy that tasks share.
 
-    Attributes
-    ----------
-    factor
-        What every value is multiplied by: the natural logarithm of a base, where values are logarithms to that base.
+    Of a dask array, dense or of sparse blocks, a task computes the blocks that hold its rows.
     """
 
-    values: Any  # csr_matrix, csr_array or 2-d array; or a handle to one
+    values: Any  # csr_matrix, csr_array, 2-d array or dask array; or a handle to one
     kind: Kind
     shape: tuple[int, int]
     nnz: int
@@ -60,36 +52,14 @@ class MemoryMatrix:
     shared: bool = False
     factor: float = 1.0
 
-    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
-        """See `Matrix.read_rows`."""
-        return scaled(as_rows(self.raw_rows(start, stop)), self.factor)
-
     def raw_rows(self, start: int, stop: int) -> Any:
-        """Return rows as they are held."""
-        values = fetch(self.values) if self.shared else self.values
-        return values[start:stop]
+        """See `Matrix.raw_rows`."""
+        rows = (fetch(self.values) if self.shared else self.values)[start:stop]
+        return rows.compute(scheduler="synchronous") if is_dask(rows) else rows
 
     def share(self, runtime: Runtime) -> MemoryMatrix:
         """Return the same matrix with its values put once where tasks can see them."""
-        return MemoryMatrix(
-            runtime.put(self.values), self.kind, self.shape, self.nnz, self.dtype, shared=True, factor=self.factor
-        )
-
-
-@dataclass(frozen=True)
-class DaskMatrix(MemoryMatrix):
-    """A dask array, dense or of sparse blocks, of which a task computes the blocks that hold its rows."""
-
-    def raw_rows(self, start: int, stop: int) -> Any:
-        """Compute some rows, in the thread that asks."""
-        values = fetch(self.values) if self.shared else self.values
-        return values[start:stop].compute(scheduler="synchronous")
-
-    def share(self, runtime: Runtime) -> DaskMatrix:
-        """Return the same matrix with its graph put once where tasks can see it."""
-        return DaskMatrix(
-            runtime.put(self.values), self.kind, self.shape, self.nnz, self.dtype, shared=True, factor=self.factor
-        )
+        return replace(self, values=runtime.put(self.values), shared=True)
 
 
 def memory_matrix(values: Any) -> MemoryMatrix:
@@ -99,7 +69,7 @@ def memory_matrix(values: Any) -> MemoryMatrix:
         rows, genes = (int(n) for n in values.shape)
         # Along one row lies one block: a task then computes what it returns and nothing else.
         whole = values.rechunk({1: -1})
-        return DaskMatrix(whole, "dense", (rows, genes), rows * genes, str(values.dtype))
+        return MemoryMatrix(whole, "dense", (rows, genes), rows * genes, str(values.dtype))
     if sparse.issparse(values) or isinstance(values, np.ndarray):
         check_numbers(values.dtype, "the AnnData: the matrix")
     if sparse.issparse(values):
@@ -124,13 +94,11 @@ def check_numbers(dtype: Any, where: str) -> None:
         raise CohortError(msg)
 
 
-def as_rows(values: Any) -> sparse.csr_matrix:
-    """Return values as CSR float32, indices sorted, each gene once a cell, no stored zeros; the input is not changed."""
-    return tidied(values)[0]
-
-
 def tidied(values: Any) -> tuple[sparse.csr_matrix, int]:
-    """Return values as `as_rows` does, and how many were added to another of the same cell and gene."""
+    """Return values as CSR float32, indices sorted, each gene once a cell, no stored zeros; the input is not changed.
+
+    The second value is how many were added to another of the same cell and gene.
+    """
     rows = sparse.csr_matrix(values)
     changed = sparse.csr_matrix(
         (rows.data.astype(np.float32, copy=False), rows.indices, rows.indptr), shape=rows.shape, copy=False
@@ -149,17 +117,14 @@ def tidied(values: Any) -> tuple[sparse.csr_matrix, int]:
 
 
 def rows_and_repeats(matrix: Matrix, start: int, stop: int) -> tuple[sparse.csr_matrix, int]:
-    """Return the rows `start:stop` as `read_rows` does, and how many values were added to others."""
-    raw_rows = getattr(matrix, "raw_rows", None)
-    if raw_rows is None:  # a matrix that is tidy as it is stored
-        return matrix.read_rows(start, stop), 0
-    rows, repeated = tidied(raw_rows(start, stop))
-    return scaled(rows, getattr(matrix, "factor", 1.0)), repeated
+    """Return the rows `start:stop` as `csr_rows` does, and how many values were added to others."""
+    rows, repeated = tidied(matrix.raw_rows(start, stop))
+    if matrix.factor == 1.0:
+        return rows, repeated
+    data = rows.data * np.float32(matrix.factor)
+    return sparse.csr_matrix((data, rows.indices, rows.indptr), shape=rows.shape, copy=False), repeated
 
 
-def scaled(rows: sparse.csr_matrix, factor: float) -> sparse.csr_matrix:
-    """Return rows with every value multiplied by a factor, in float32."""
-    if factor == 1.0:
-        return rows
-    data = rows.data * np.float32(factor)
-    return sparse.csr_matrix((data, rows.indices, rows.indptr), shape=rows.shape, copy=False)
+def csr_rows(matrix: Matrix, start: int, stop: int) -> sparse.csr_matrix:
+    """Return the rows `start:stop`: (rows, genes) CSR float32, sorted indices, each gene once a cell, no stored zeros."""
+    return rows_and_repeats(matrix, start, stop)[0]

@@ -19,9 +19,10 @@ import zarr
 from anndata.io import read_elem
 from scipy import sparse
 
-from ndreamer_dist.cohort.matrix import is_dask
-from ndreamer_dist.cohort.source import MemoryMatrix, Source, open_root
-from ndreamer_dist.errors import CohortError, NDreamerError, listing, quoted, suggest
+from ndreamer_dist.cohort.matrix import MemoryMatrix, is_dask
+from ndreamer_dist.cohort.source import Source
+from ndreamer_dist.cohort.stored import open_root, refusing_damage
+from ndreamer_dist.errors import CohortError, listing, quoted, suggest
 
 HASHED_ROWS = 65_536
 """Rows that are looked at at a time."""
@@ -58,13 +59,8 @@ def coordinates_of(source: Source, key: str) -> np.ndarray:
         msg = f"{source.name}: obsm has no {quoted(key)}; {there}.{suggest(key, names)}"
         raise CohortError(msg)
     where = f"{source.name}: obsm[{quoted(key)}]"
-    try:
+    with refusing_damage(where):
         values = _array(held[key], where)
-    except NDreamerError:
-        raise
-    except Exception as error:
-        msg = f"{where} cannot be read; the store is truncated or damaged ({type(error).__name__}: {error})"
-        raise CohortError(msg) from error
     _check_shape(values, source.n_cells, where)
     made = values.astype(np.float32, copy=False)
     _check_finite(made, source, where)
@@ -112,9 +108,7 @@ def _obsm(source: Source) -> Any:
 def _array(element: Any, where: str) -> np.ndarray:
     """Return what lies under a key as a dense array of floats; refuse all else by its type."""
     values = element
-    if isinstance(element, h5py.Dataset | zarr.Array):
-        values = np.asarray(element[...])
-    elif isinstance(element, h5py.Group | zarr.Group):
+    if isinstance(element, h5py.Dataset | h5py.Group | zarr.Array | zarr.Group):
         values = read_elem(element)
     elif is_dask(element):
         values = element.compute()

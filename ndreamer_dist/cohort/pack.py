@@ -20,7 +20,7 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.matrix import Matrix
+from ndreamer_dist.cohort.matrix import Matrix, csr_rows
 from ndreamer_dist.cohort.packed import Packed, csr_files, read_table, write_csr
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.cohort.statistics import Span, chunks_of, normalised, spans_of
@@ -29,7 +29,7 @@ from ndreamer_dist.compute.executor import Runtime, fetch
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage.arrays import shard_files, write_array
+from ndreamer_dist.storage.arrays import array_files, write_array
 
 PIECE_BYTES = 2**20
 """A piece should be about as large, so that the object store keeps it and is not flooded with small ones."""
@@ -197,7 +197,7 @@ def deal_span(task: SpanTask) -> Any:
     dealt: list[list[DealtRows]] = [[] for _ in dealing.edges]
     for start, stop in chunks_of(task.span, dealing.chunk_rows):
         here = slice(start - task.span.start, stop - task.span.start)
-        rows = take_columns(matrix.read_rows(start, stop), dealing.columns, dealing.n_columns)
+        rows = take_columns(csr_rows(matrix, start, stop), dealing.columns, dealing.n_columns)
         if dealing.normalise == "counts":
             rows = normalised(rows, task.totals[here])
         for pieces, (first, last) in zip(dealt, dealing.edges, strict=True):
@@ -243,8 +243,7 @@ def _joined(pieces: Sequence[DealtRows]) -> DealtRows:
 
 
 def _head_shard() -> Shard:
-    array = f"{keys.PACKED}/{keys.PACKED_INPUT_ROW}"
-    return Shard("input_row", (f"{array}/zarr.json", shard_files(array, 0)))
+    return Shard("input_row", array_files(f"{keys.PACKED}/{keys.PACKED_INPUT_ROW}"))
 
 
 def _block_shard(block: int) -> Shard:

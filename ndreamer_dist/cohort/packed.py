@@ -21,7 +21,7 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.storage.arrays import read_array, shard_files, write_array
+from ndreamer_dist.storage.arrays import array_files, read_array, write_array
 from ndreamer_dist.storage.checksums import check_digest, digest
 from ndreamer_dist.storage.files import Storage
 
@@ -189,5 +189,4 @@ def write_csr(storage: Storage, name: str, rows: sparse.csr_matrix, *, chunk: in
 
 def csr_files(name: str) -> tuple[str, ...]:
     """Return the files of a block written in whole chunks: metadata and values of its three arrays."""
-    arrays = [f"{name}/{part}" for part in (keys.DATA, keys.INDICES, keys.INDPTR)]
-    return tuple(path for array in arrays for path in (f"{array}/zarr.json", shard_files(array, 0)))
+    return array_files(*(f"{name}/{part}" for part in (keys.DATA, keys.INDICES, keys.INDPTR)))

@@ -15,11 +15,11 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
-from ndreamer_dist.cohort.graph import QUERY_ROWS, cluster_points, one_cluster, scanpy_axes
+from ndreamer_dist.cohort.graph import QUERY_ROWS, cluster_points, one_cluster, scanpy_pca
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.rundir.directory import Shard
 from ndreamer_dist.settings import ClustersSettings
-from ndreamer_dist.storage.arrays import read_array, shard_files, write_array
+from ndreamer_dist.storage.arrays import array_files, read_array, write_array
 from ndreamer_dist.storage.files import Storage
 
 SKETCH_ARRAYS = ("mean", "axes", "points", "low", "high")
@@ -46,6 +46,11 @@ class Sketch:
     low: np.ndarray
     high: np.ndarray
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The low and the high labels: (2, sketch cells) int32."""
+        return np.stack((self.low, self.high))
+
     def write(self, storage: Storage) -> None:
         """Write all of it: one writer."""
         for name in SKETCH_ARRAYS:
@@ -59,10 +64,8 @@ class Sketch:
 
 def sketch_shard() -> Shard:
     """Return the sketch as a unit of work."""
-    arrays = [
-        (f"{keys.PACKED}/{keys.PACKED_SKETCH}/{name}", 2 if name in ("axes", "points") else 1) for name in SKETCH_ARRAYS
-    ]
-    files = (path for array, axes in arrays for path in (f"{array}/zarr.json", shard_files(array, *[0] * axes)))
+    folder, axes = f"{keys.PACKED}/{keys.PACKED_SKETCH}", {"axes": 2, "points": 2}
+    files = (file for name in SKETCH_ARRAYS for file in array_files(f"{folder}/{name}", axes=axes.get(name, 1)))
     return Shard(keys.PACKED_SKETCH, tuple(files), None)
 
 
@@ -87,7 +90,7 @@ def clustered_sketch(x: sparse.csr_matrix, settings: ClustersSettings, seed: int
     if one_cluster(x):
         none, zeros = np.zeros((x.shape[1], 1)), np.zeros(x.shape[0], dtype=np.int32)
         return Sketch(mean, none, project(x, mean, none), zeros, zeros)
-    axes = scanpy_axes(x, settings.n_pcs, seed)
+    axes = scanpy_pca(x, settings.n_pcs, seed)[1]
     points = project(x, mean, axes)
     return Sketch(mean, axes, points, *cluster_points(points, settings, seed))
 
@@ -97,54 +100,38 @@ def project(x: sparse.csr_matrix, mean: np.ndarray, axes: np.ndarray) -> np.ndar
     return np.asarray(x @ axes - mean @ axes, dtype=np.float32)
 
 
-def sketch_labels(
-    group: Group, packed: Packed, sketch: Sketch, settings: ClustersSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low and the high labels of a group's cells: (cells,) int32 each; sketch cells keep their own."""
-    places = _places(packed.design, settings.sketch_cells, group)
-    own = sketch.low[places.start : places.stop], sketch.high[places.start : places.stop]
-    return _labelled(own, (group.start + len(places), group.stop), packed, sketch, settings)
+def sketch_labels(group: Group, packed: Packed, sketch: Sketch, settings: ClustersSettings) -> np.ndarray:
+    """Return the low and the high labels of a group's cells: (2, cells) int32; sketch cells keep their own."""
+    sizes = [stop - start for start, stop in sketch_spans(packed.design, settings.sketch_cells)]
+    first = sum(sizes[: group.code])
+    return _labelled(sketch.labels[:, first : first + sizes[group.code]], group, packed, sketch, settings)
 
 
-def labels_apart(group: Group, packed: Packed, settings: ClustersSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low and the high labels of a group's cells by a sketch of this group alone: (cells,) int32 each."""
+def labels_apart(group: Group, packed: Packed, settings: ClustersSettings, seed: int) -> np.ndarray:
+    """Return the low and the high labels of a group's cells by a sketch of this group alone: (2, cells) int32."""
     first = min(group.start + settings.sketch_cells, group.stop)  # rows are in random order
     sketch = clustered_sketch(packed.rows(group.start, first), settings, seed)
-    return _labelled((sketch.low, sketch.high), (first, group.stop), packed, sketch, settings)
+    return _labelled(sketch.labels, group, packed, sketch, settings)
 
 
-def _labelled(
-    own: tuple[np.ndarray, np.ndarray],
-    rows: tuple[int, int],
-    packed: Packed,
-    sketch: Sketch,
-    settings: ClustersSettings,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels of sketch cells and, behind them, of the packed rows `start:stop`."""
-    low, high = ([labels] for labels in own)
-    for start in range(rows[0], rows[1], QUERY_ROWS):
-        points = project(packed.rows(start, min(start + QUERY_ROWS, rows[1])), sketch.mean, sketch.axes)
-        for taken, labels in zip((low, high), nearest_labels(points, sketch, settings.n_neighbors), strict=True):
-            taken.append(labels)
-    return np.concatenate(low), np.concatenate(high)
+def _labelled(own: np.ndarray, group: Group, packed: Packed, sketch: Sketch, settings: ClustersSettings) -> np.ndarray:
+    """Return the labels of a group's sketch cells, which are its first ones, and behind them those of its other cells."""
+    parts = [own]
+    for start in range(group.start + own.shape[1], group.stop, QUERY_ROWS):
+        points = project(packed.rows(start, min(start + QUERY_ROWS, group.stop)), sketch.mean, sketch.axes)
+        parts.append(nearest_labels(points, sketch, settings.n_neighbors))
+    return np.concatenate(parts, axis=1)
 
 
-def nearest_labels(points: np.ndarray, sketch: Sketch, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low and the high labels that most of each point's nearest sketch cells have: (points,) each."""
+def nearest_labels(points: np.ndarray, sketch: Sketch, neighbours: int) -> np.ndarray:
+    """Return the low and the high labels that most of each point's nearest sketch cells have: (2, points)."""
     import faiss
 
     near = faiss.knn(points, sketch.points, min(neighbours, len(sketch.points)))[1]
-    return majority(sketch.low[near]), majority(sketch.high[near])
+    return np.stack([majority(labels[near]) for labels in sketch.labels])
 
 
 def majority(labels: np.ndarray) -> np.ndarray:
     """Return each row's most frequent label; of several the one met first, so the nearest cell's: (rows,)."""
     times = (labels[:, :, None] == labels[:, None, :]).sum(axis=2)
     return labels[np.arange(len(labels)), times.argmax(axis=1)]
-
-
-def _places(design: Design, cells: int, group: Group) -> range:
-    """Return where the group's cells stand in the sketch; they are the group's first ones."""
-    sizes = [stop - start for start, stop in sketch_spans(design, cells)]
-    first = sum(sizes[: group.code])
-    return range(first, first + sizes[group.code])

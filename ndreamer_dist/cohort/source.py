@@ -22,9 +22,8 @@ from scipy import sparse
 
 from ndreamer_dist.cohort.cells import HeldCells, ObsTable, stored_cells
 from ndreamer_dist.cohort.design import combined_conditions
-from ndreamer_dist.cohort.matrix import Kind, Matrix, MemoryMatrix, as_rows, memory_matrix
+from ndreamer_dist.cohort.matrix import Matrix, MemoryMatrix, csr_rows, memory_matrix
 from ndreamer_dist.cohort.stored import (
-    COLUMN_ENTRIES,
     MATRIX,
     RAW,
     RAW_NAMES,
@@ -35,19 +34,16 @@ from ndreamer_dist.cohort.stored import (
     open_root,
     place_of,
     raw_place,
+    refusing_damage,
     stored_matrix,
 )
 from ndreamer_dist.cohort.tables import check_names, in_memory, named_genes, read_frame
 from ndreamer_dist.compute.executor import Runtime
-from ndreamer_dist.errors import CohortError, StoreError, listing
+from ndreamer_dist.errors import CohortError, NDreamerError, listing
 from ndreamer_dist.settings import CohortSettings
 from ndreamer_dist.storage.files import Storage, open_storage
 from ndreamer_dist.storage.formats import MODALITY, recognised_format
 from ndreamer_dist.storage.texts import TEXT_BLOCK
-
-__all__ = [
-    "COLUMN_ENTRIES", "Kind", "Matrix", "MemoryMatrix", "Source", "StoredMatrix", "as_rows", "fingerprint", "open_cohort", "open_source",
-]  # fmt: skip
 
 SAMPLES = 64
 """Row chunks that the fingerprint and the look at the values take, evenly spaced."""
@@ -95,11 +91,6 @@ class Source:
         return self.matrix.shape[1]
 
     @property
-    def kind(self) -> Kind:
-        """How the matrix is stored."""
-        return self.matrix.kind
-
-    @property
     def nnz(self) -> int:
         """Stored values; of a dense matrix all of them."""
         return self.matrix.nnz
@@ -134,7 +125,7 @@ class Source:
 
     def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Return the rows `start:stop`: (rows, genes) CSR float32 with sorted indices."""
-        return self.matrix.read_rows(start, stop)
+        return csr_rows(self.matrix, start, stop)
 
     def task_matrix(self, runtime: Runtime) -> Matrix:
         """Return the matrix as tasks read it: one in memory is put where all of them see it."""
@@ -384,14 +375,9 @@ def open_group(storage: Storage, container: Container) -> Any:
 
 def _read_stored(group: Any, url: str, container: Container, layer: str | None, inside: str) -> Source:
     raw = raw_place(group)
-    try:
+    with refusing_damage(f"{url}: the matrix"):
         place = place_of(group, url, layer)
         matrix = replace(stored_matrix(group, url, container, place), name=f"{inside}{place}")
-    except (CohortError, StoreError):
-        raise
-    except Exception as error:
-        msg = f"{url}: the matrix cannot be read; the store is truncated or damaged ({one_line(error)})"
-        raise CohortError(msg) from error
     if matrix.kind == "csc":
         msg = (
             f"{url}: {matrix.name} is stored by columns (CSC), which cannot be read a few cells at a time; turn it once: "
@@ -414,7 +400,7 @@ def _opened(storage: Storage, container: Container) -> Any:
     try:
         root = open_root(url, container)
         list(root)
-    except (StoreError, CohortError):
+    except NDreamerError:
         raise
     except PermissionError as error:
         msg = f"{url} may not be read ({one_line(error)})"

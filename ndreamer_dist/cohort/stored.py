@@ -19,8 +19,8 @@ import numpy as np
 import zarr
 from scipy import sparse
 
-from ndreamer_dist.cohort.matrix import Kind, as_rows, check_numbers, scaled
-from ndreamer_dist.errors import CohortError, StoreError, listing, quoted, suggest
+from ndreamer_dist.cohort.matrix import Kind, check_numbers
+from ndreamer_dist.errors import CohortError, NDreamerError, listing, quoted, suggest
 from ndreamer_dist.storage.arrays import touched_shards
 from ndreamer_dist.storage.files import Storage, open_storage
 from ndreamer_dist.storage.hdf5 import missing_filter, open_file, use_plugins
@@ -71,25 +71,10 @@ class StoredMatrix:
     def _element(self) -> Any:
         return open_root(self.url, self.container)[self.name]
 
-    def read_rows(self, start: int, stop: int) -> sparse.csr_matrix:
-        """See `Matrix.read_rows`."""
-        return scaled(as_rows(self.raw_rows(start, stop)), self.factor)
-
     def raw_rows(self, start: int, stop: int) -> Any:
-        """Return rows as they are stored, dense or CSR."""
-        with self._reading(f"rows {start} to {stop}"):
+        """See `Matrix.raw_rows`."""
+        with refusing_damage(f"{self.url}: rows {start} to {stop} of {self.name}"):
             return self._read_rows(start, min(stop, self.shape[0]))
-
-    @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        """Say of any error what was being read."""
-        try:
-            yield
-        except (CohortError, StoreError):
-            raise
-        except Exception as error:
-            msg = f"{self.url}: {what} of {self.name} cannot be read ({one_line(error)})"
-            raise CohortError(msg) from error
 
     def _read_rows(self, start: int, stop: int) -> Any:
         if self.kind == "dense":
@@ -115,13 +100,25 @@ class StoredMatrix:
 
     def read_columns(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the stored values of the columns `start:stop`: row, column and value of each, by column."""
-        with self._reading(f"columns {start} to {stop}"):
+        with refusing_damage(f"{self.url}: columns {start} to {stop} of {self.name}"):
             indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
             part = slice(int(indptr[0]), int(indptr[-1]))
             rows = np.asarray(self._element["indices"][part])
             self._check_inside(rows, self.shape[0], f"columns {start} to {stop} name cells")
             columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(indptr))
             return rows, columns, np.asarray(self._element["data"][part]).astype(np.float32, copy=False)
+
+
+@contextmanager
+def refusing_damage(what: str) -> Iterator[None]:
+    """Turn any error of the block into a `CohortError` that a part of a store cannot be read."""
+    try:
+        yield
+    except NDreamerError:
+        raise
+    except Exception as error:
+        msg = f"{what} cannot be read; the store is truncated or damaged ({one_line(error)})"
+        raise CohortError(msg) from error
 
 
 def open_root(url: str, container: str) -> Any:

@@ -10,7 +10,6 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,25 +19,19 @@ from anndata.io import read_elem
 from pandas.util import hash_array
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.stored import one_line, refuse_missing_filter
-from ndreamer_dist.errors import CohortError, StoreError, has_controls, is_unicode, listing, quoted, suggest
+from ndreamer_dist.cohort.stored import refuse_missing_filter, refusing_damage
+from ndreamer_dist.errors import CohortError, has_controls, is_unicode, listing, quoted, suggest
 
 logger = logging.getLogger(__name__)
 
 LONGEST_COLUMN = 200
 """Bytes of a column's name, which is a folder's name in a store."""
+OBS_OR_VAR = "obs or var"
 INDEX_FIELDS = ("index", "_index")
 """What anndata called the names' field of a structured table."""
 SYMBOL_COLUMNS = (
-    "feature_name",
-    "gene_name",
-    "gene_names",
-    "gene_symbol",
-    "gene_symbols",
-    "symbol",
-    "symbols",
-    "Symbol",
-)
+    "feature_name", "gene_name", "gene_names", "gene_symbol", "gene_symbols", "symbol", "symbols", "Symbol",
+)  # fmt: skip
 ID_COLUMNS = ("gene_ids", "gene_id", "feature_id", "ensembl_id", "ensembl", "Ensembl", "ENSEMBL")
 Blocks = Callable[[], Iterator[np.ndarray]]
 """Gives names block by block, as often as it is called."""
@@ -46,21 +39,9 @@ VERSION = re.compile(r"^(ENS[A-Z]*\d{11})\.\d+$")
 """An Ensembl id with a version."""
 
 
-@contextmanager
-def reading(url: str) -> Iterator[None]:
-    """Say of any error that a table of a store cannot be read."""
-    try:
-        yield
-    except (CohortError, StoreError):
-        raise
-    except Exception as error:
-        msg = f"{url}: obs or var cannot be read; the store is truncated or damaged ({one_line(error)})"
-        raise CohortError(msg) from error
-
-
 def read_frame(root: Any, name: str, url: str) -> pd.DataFrame:
     """Read `obs`, `var` or `raw/var` of a store."""
-    with reading(url):
+    with refusing_damage(f"{url}: {OBS_OR_VAR}"):
         if hasattr(root, "filename"):
             refuse_missing_filter(root[name], f"{url}: {name}")
         with warnings.catch_warnings():

@@ -8,7 +8,6 @@ command continues shard by shard.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -41,6 +40,7 @@ from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings, canonical_json
 from ndreamer_dist.stats.results import Results, open_results
 from ndreamer_dist.storage.arrays import open_array, read_array
+from ndreamer_dist.storage.checksums import digest
 from ndreamer_dist.storage.files import Storage
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _key(origin: Results, made: Settings) -> str:
         "settings": {part: getattr(made, part).bearing() for part in ("pack", "match", "denoise", "effects")},
         "shard_genes": tables.SHARD_GENES,
     }
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return digest(canonical_json(content).encode())
 
 
 def _check_owner(directory: RunDirectory, origin: Results, key: str) -> None:
@@ -228,7 +228,7 @@ def _write(
     rest = {name: _plain(value) for name, value in origin.uns.items() if name not in ours}
     genes = tables.gene_table(given.source, packed)
     genes[keys.VAR_MODELLED] = genes.index.isin(origin.var_names)
-    tables.finish(stage, made, packed, layout, cells.files(), genes, rest)
+    tables.finish_store(stage, made, packed, layout, cells.files(), genes, rest)
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 from zarr.errors import ZarrUserWarning
 
-from ndreamer_dist.cohort.matrix import as_rows
+from ndreamer_dist.cohort.matrix import csr_rows, tidied
 from ndreamer_dist.cohort.source import container_of, open_group
 from ndreamer_dist.cohort.stored import (
     COLUMN_ENTRIES,
@@ -140,7 +140,7 @@ def _blocks(matrix: StoredMatrix, folder: Path, entries: int) -> Iterator[sparse
         yield from row_blocks(matrix, folder, entries)
         return
     for start in range(0, max(1, matrix.shape[0]), ROWS):
-        yield matrix.read_rows(start, start + ROWS)
+        yield csr_rows(matrix, start, start + ROWS)
 
 
 def row_blocks(matrix: StoredMatrix, folder: Path, entries: int = COLUMN_ENTRIES) -> Iterator[sparse.csr_matrix]:
@@ -166,9 +166,8 @@ def row_blocks(matrix: StoredMatrix, folder: Path, entries: int = COLUMN_ENTRIES
             [np.load(path) for path in paths if path.exists()] or [np.zeros((3, 0), np.int32)], axis=1
         )
         height = min(rows, matrix.shape[0] - block * rows)
-        yield as_rows(
-            sparse.coo_matrix((bits.view(np.float32), (row, column)), shape=(height, matrix.shape[1])).tocsr()
-        )
+        values = sparse.coo_matrix((bits.view(np.float32), (row, column)), shape=(height, matrix.shape[1]))
+        yield tidied(values.tocsr())[0]
         for path in paths:
             path.unlink(missing_ok=True)
 

@@ -7,7 +7,6 @@ are matched with that run's groups alone, so each has the same numbers whatever 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -40,6 +39,7 @@ from ndreamer_dist.pipeline import Run, check_owner, delete_run
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings, canonical_json
+from ndreamer_dist.storage.checksums import digest
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class Mapped:
         found: dict[str, str] = {}
         for name in MAPPING:
             content = {"format": keys.FORMAT_VERSION, "stage": f"map {name}", "takes": taken[name], "reads": found}
-            found = {**found, name: hashlib.sha256(canonical_json(content).encode()).hexdigest()}
+            found = {**found, name: digest(canonical_json(content).encode())}
         return found
 
     def run(self, run: RunDirectory, runtime: Runtime, key: Mapping[str, str]) -> None:

@@ -219,7 +219,7 @@ def check_files(batch: Sequence[MadeFile], directory: RunDirectory, others: bool
             if part is None:
                 _check_file(directory, file, others=others)
             elif part.chunk is None:
-                _check_metadata(directory, file)
+                _metadata(directory.storage.read(file.name), f"{directory.url}/{file.name}")
             else:
                 name, storage = (part.store, part.array), directory.storage / part.store
                 if name not in opened:
@@ -229,11 +229,6 @@ def check_files(batch: Sequence[MadeFile], directory: RunDirectory, others: bool
         except DamagedError as error:
             found.append(error)
     return found
-
-
-def _check_metadata(directory: RunDirectory, file: MadeFile) -> None:
-    """Look at the metadata of an array or a group."""
-    _metadata(directory.storage.read(file.name), f"{directory.url}/{file.name}")
 
 
 def _metadata(data: bytes, url: str) -> dict[str, Any]:

@@ -66,11 +66,6 @@ def agreement(effects: np.ndarray, differences: np.ndarray) -> tuple[float, floa
     return (float(np.mean([r for r, _ in pairs])), float(np.mean([s for _, s in pairs]))) if pairs else (np.nan, np.nan)
 
 
-def mean_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the correlation of two sets of effects over genes, mean over rows: (rows, genes) each, as `agreement`."""
-    return agreement(first, second)[0]
-
-
 # --- state -----------------------------------------------------------------------------------------------------------
 
 

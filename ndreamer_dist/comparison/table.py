@@ -22,7 +22,7 @@ from ndreamer_dist.cohort.sketch import sketch_spans
 from ndreamer_dist.comparison.advice import MEASURES, Advice, advise
 from ndreamer_dist.comparison.halves import Halves, donor_halves, half_effects
 from ndreamer_dist.comparison.labels import CellPopulations
-from ndreamer_dist.comparison.measures import agreement, mean_correlation, scaled_lisi, silhouette
+from ndreamer_dist.comparison.measures import agreement, scaled_lisi, silhouette
 from ndreamer_dist.comparison.state import StateQuestion
 from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.errors import DamagedError
@@ -320,7 +320,7 @@ class _Question:
         first, second = (
             np.concatenate([pair[:, half].reshape(-1, pair.shape[-1]) for pair in pairs]) for half in (0, 1)
         )
-        return mean_correlation(first, second)
+        return agreement(first, second)[0]
 
 
 def _halves_of(source: StatisticsInput, donor_key: str | None) -> tuple[Halves | None, str]:

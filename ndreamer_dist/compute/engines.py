@@ -1,8 +1,8 @@
-"""What computes: processors, or GPUs that have been tried; and the FAISS that is installed.
+"""Choose between processors and GPUs, and try a GPU in a child process before it is used.
 
 A GPU that Ray counts may be of no use: the driver may be too old for torch, or a wheel may hold no code for the GPU. FAISS
-then ends its process without an exception. So a child process tries a GPU first, and what is wrong with it is one line.
-With `auto` processors do the work then; with `cuda` the run ends with that line, and nothing is tried again.
+then ends its process without an exception. The child process says in one line what is wrong. With `auto` processors do the
+work then; with `cuda` the run ends with that line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ndreamer_dist.errors import ResourceError
 
 Device = Literal["cpu", "cuda"]
 Finding = Callable[[], str | None]
-"""Says what keeps a GPU from being used, if anything; it is called in a process of its own."""
+"""Returns why a GPU cannot be used, or none; called in a child process."""
 
 TRIAL_SECONDS = 90
 """How long a trial of a GPU may take; it loads torch or FAISS and makes a CUDA context, seconds each."""
@@ -70,7 +70,7 @@ def engines_here() -> str:
 
 
 def chosen_device(wanted: str, setting: str, runtime: Runtime, finding: Finding, *, least: int = 1) -> Device:
-    """Return where a stage works, and log it where there is a choice.
+    """Choose the device of a stage, and log it if there is a choice.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def _tried(runtime: Any, finding: Finding) -> tuple[str, ...]:
 
 
 def tried_apart(finding: Finding, seconds: float = TRIAL_SECONDS) -> str | None:
-    """Call a finding in a process of its own and return its answer; that the process ends or hangs is an answer too."""
+    """Call a finding in a child process; return its answer, or that the process ended or hung."""
     module, name = finding.__module__, finding.__qualname__
     program = f"from {module} import {name}; print({MARK!r} + ({name}() or ''))"
     try:

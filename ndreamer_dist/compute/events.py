@@ -26,7 +26,7 @@ from ndreamer_dist.errors import printable
 logger = logging.getLogger(__name__)
 
 FACTS = "facts"
-"""Attribute of a log record that holds what a JSON line says beside the message."""
+"""Attribute of a log record with the extra fields of its JSON line."""
 
 
 class Lines(logging.Formatter):
@@ -60,7 +60,7 @@ def choose_format(log_format: Literal["text", "json"]) -> None:
 
 @dataclass
 class StageProgress:
-    """The stage under way: what its tasks and its training have told so far.
+    """The progress of the stage under way, as its tasks and its training report it.
 
     Attributes
     ----------
@@ -73,9 +73,9 @@ class StageProgress:
     measures
         Of the last training step.
     worker_peak
-        The most memory that a process of a task or of the training held, on whatever machine; 0 where none has told.
+        Peak memory of one worker process on any machine; 0 before one has reported.
     engine
-        What the stage works on, processors or GPUs, where that is a choice.
+        Processors or GPUs, if there is a choice.
     """
 
     name: str
@@ -100,7 +100,7 @@ class StageProgress:
         """Whether there was anything to do."""
         return self.total > 0 or self.steps > 0
 
-    def found(self, stage: str, shards: int, todo: int) -> None:
+    def note_shards(self, stage: str, shards: int, todo: int) -> None:
         """Note how many shards of a stage are to be done."""
         if stage == self.name:
             self.shards, self.had = shards, shards - todo
@@ -113,11 +113,11 @@ class StageProgress:
         """Note that a task is done."""
         self.done += 1
 
-    def held(self, peak: int) -> None:
-        """Note the most memory that a worker held."""
+    def note_peak(self, peak: int) -> None:
+        """Note the peak memory of a worker."""
         self.worker_peak = max(self.worker_peak, peak)
 
-    def trained(self, step: int, steps: int, measures: Mapping[str, float]) -> None:
+    def note_step(self, step: int, steps: int, measures: Mapping[str, float]) -> None:
         """Note that a training step is done."""
         self.before = self.before or (step, time.time())
         self.step, self.steps = step, steps
@@ -146,8 +146,8 @@ class StageProgress:
             started, done, left = self.began, self.done, self.total - self.done
         return (time.time() - started) / done * left if done > 0 else None
 
-    def told(self) -> dict[str, Any]:
-        """Return what is known, as plain values."""
+    def as_facts(self) -> dict[str, Any]:
+        """Return the progress as plain values."""
         facts: dict[str, Any] = {"stage": self.name, "started": self.started, "seen": time.time()}
         if self.total:
             facts |= {"round": self.title, "done": self.done, "total": self.total}
@@ -168,7 +168,7 @@ _now: ContextVar[StageProgress | None] = ContextVar("stage", default=None)
 
 
 def stage_now() -> StageProgress | None:
-    """Return the stage that this thread's run is at, if it is watched."""
+    """Return the stage under way in this thread, if any."""
     return _now.get()
 
 
@@ -198,31 +198,31 @@ def titled(title: str) -> str:
     return f"{stage.place} {title}" if stage and stage.place else title
 
 
-def log_progress(told: Mapping[str, Any]) -> None:
-    """Log what is known of a stage."""
-    done, total, what = told.get("done", 0), told.get("total", 0), "tasks"
-    if "steps" in told:
-        done, total, what = told["step"], told["steps"], "steps"
-    text = f"{told['stage']}: {done} of {total} {what}"
-    if told["cells_per_second"]:
-        text += f", {told['cells_per_second']:,.0f} cells/s"
-    if "total" in told.get("measures", {}):
-        text += f", loss {told['measures']['total']:.4g}"
-    if "worker_peak_bytes" in told:
-        text += f", largest worker {told['worker_peak_bytes'] / 1e9:.1f} GB"
-    left = f", about {duration(told['seconds_left'])} left" if told.get("seconds_left") else ""
-    logger.info("%s, %.1f GB%s", text, told["memory_bytes"] / 1e9, left, extra={FACTS: dict(told)})
+def log_progress(facts: Mapping[str, Any]) -> None:
+    """Log the progress of a stage in one line."""
+    done, total, what = facts.get("done", 0), facts.get("total", 0), "tasks"
+    if "steps" in facts:
+        done, total, what = facts["step"], facts["steps"], "steps"
+    text = f"{facts['stage']}: {done} of {total} {what}"
+    if facts["cells_per_second"]:
+        text += f", {facts['cells_per_second']:,.0f} cells/s"
+    if "total" in facts.get("measures", {}):
+        text += f", loss {facts['measures']['total']:.4g}"
+    if "worker_peak_bytes" in facts:
+        text += f", largest worker {facts['worker_peak_bytes'] / 1e9:.1f} GB"
+    left = f", about {duration(facts['seconds_left'])} left" if facts.get("seconds_left") else ""
+    logger.info("%s, %.1f GB%s", text, facts["memory_bytes"] / 1e9, left, extra={FACTS: dict(facts)})
 
 
 # --- a worker's memory -----------------------------------------------------------------------------------------------
 
 
 _counted = ""
-"""The stage for which this process counts the most memory that it holds."""
+"""The stage that the peak memory of this process is of."""
 
 
 def count_peak(stage: str) -> None:
-    """Let the most memory that this process holds be counted anew where it begins with a stage, if the system can (Linux)."""
+    """Reset the peak memory of this process when it begins with another stage (Linux only)."""
     global _counted
     if stage != _counted:
         _counted = stage
@@ -231,7 +231,7 @@ def count_peak(stage: str) -> None:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process has held, in this stage if told, pages that it shares with others included."""
+    """Return the peak memory of this process in bytes, since `count_peak` if the system can, shared pages included."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -287,7 +287,7 @@ def wrote(run: str, stage: str, size: int) -> None:
 
 
 class Exporter:
-    """Tells Prometheus what is known of a stage, as often as it is asked to."""
+    """Sets the Prometheus metrics of a stage."""
 
     def __init__(self, run: str, stage: str) -> None:
         self._tags = {"run": run, "stage": stage}

@@ -40,19 +40,19 @@ LEAST_SHARED_CELLS = 30_000
 Measured in processor seconds on a busy machine (docs/benchmarks-log.md).
 """
 LONGEST_LOSS = 400
-"""Characters that are told of an error of Ray's."""
+"""Most characters of one of Ray's errors that are shown."""
 TRIES = 3
-"""How often a task is begun again whose process or machine is lost."""
+"""Retries of a task whose process or machine is lost."""
 ITEMS_AT_ONCE = 2
-"""Items that are dealt to a GPU's process at once: the next one is there when it is through with the first."""
+"""Items that are queued at the process of a GPU, so that it does not wait for the driver."""
 NO_GPU_SECONDS = 120.0
-"""How long a GPU is waited for before it is said that it is."""
+"""Seconds to wait for a GPU before a warning."""
 Task = TypeVar("Task", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 
 
 class Runtime(Protocol):
-    """What a stage may ask of the place it runs in."""
+    """What a stage runs in: it runs tasks and shares values."""
 
     progress: bool | None
 
@@ -251,9 +251,9 @@ class RayRuntime:
     def _by_gpus(
         self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: Way
     ) -> Generator[Any, None, None]:
-        """Yield handles of finished items; a GPU's process that is through with one is dealt the next.
+        """Yield handles of finished items; the process of a GPU gets the next item when one is done.
 
-        A process that waits for its GPU, as where a cluster still grows, is dealt nothing.
+        A process that still waits for its GPU, as on a cluster that grows, gets none.
         """
         import ray
 
@@ -302,7 +302,7 @@ class RayRuntime:
 
 @dataclass(frozen=True)
 class Way:
-    """How items are worked on: the title of the round, processors, the stage, and threads of one task."""
+    """The options of a round of tasks: its title, processors, the stage, and threads of one task."""
 
     title: str
     cpus: int
@@ -329,7 +329,7 @@ class GpuWorker:
 
 
 def _first_of(handles: list[Any], *, late: bool) -> Any:
-    """Return the first handle that is ready; where it takes long and `late` is asked for, say that a GPU is waited for."""
+    """Return the first handle that is ready; with `late`, warn if no GPU comes for long."""
     import ray
 
     ready, _ = ray.wait(handles, num_returns=1, timeout=NO_GPU_SECONDS if late else None)
@@ -352,9 +352,9 @@ def _end_workers(workers: list[Any], running: list[Any]) -> None:
 
 
 def loads(*modules: str) -> Callable[[Task], Task]:
-    """Say which modules a task loads when it runs, and not with the module that it is in.
+    """Declare modules that a worker imports before it limits the threads of a task.
 
-    They are loaded before its threads are limited, which reaches the libraries that are there by then and no others.
+    threadpoolctl limits only libraries that are loaded already; the module of the task does not import them.
     """
 
     def marked(task: Task) -> Task:
@@ -425,7 +425,7 @@ def _unwrapped(call: Callable[[], Any]) -> Any:
 
 
 def own_cause(error: BaseException) -> Exception | None:
-    """Return what a task or a worker raised on purpose, without Ray's wrapping; none where it is another failure."""
+    """Return the error of this package or of the system inside Ray's wrapping; none if it is another one."""
     import ray
 
     while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not error:
@@ -435,7 +435,7 @@ def own_cause(error: BaseException) -> Exception | None:
 
 @contextmanager
 def ray_failures() -> Iterator[None]:
-    """Say in one line that Ray has lost what a run cannot go on without: its own node, or what no retry brought back.
+    """Turn an error of Ray itself into one line: it lost its own node, or retries did not help.
 
     Raises
     ------
@@ -466,9 +466,9 @@ def _is_rays(error: Exception) -> bool:
 
 @contextmanager
 def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[Callable[[int], None]]:
-    """Show one bar for a stage, by default only on a terminal, and tell those that watch the stage.
+    """Show a progress bar for a round of tasks, by default only on a terminal, and record its progress.
 
-    What is given is called after every item, with the most memory that its worker held (0 in this process).
+    Yields a function to call after every item with the peak memory of its worker (0 in this process).
     """
     stage = events.stage_now() or events.StageProgress("")
     stage.begin(title, len(items))
@@ -477,7 +477,7 @@ def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[C
     ) as bar:
 
         def advance(peak: int) -> None:
-            stage.held(peak)
+            stage.note_peak(peak)
             stage.advance()
             bar.update()
 

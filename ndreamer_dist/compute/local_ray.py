@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ndreamer_dist.settings import RunSettings
 USAGE = "RAY_USAGE_STATS_ENABLED"
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 ANSWER_SECONDS = 10.0
-"""How long a cluster's address may take to answer."""
+"""Timeout of the connection to a cluster."""
 LONGEST_FOLDER = 40
 """Characters of Ray's folder: with the names below it a socket's path has at most 107."""
 IDLE_WORKER_SECONDS = 60
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Let the program's own way of ending outlast `ray.init`, which puts one that says nothing in its place."""
+    """Restore the SIGTERM handler, which `ray.init` replaces by one that says nothing."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     if callable(before) and threading.current_thread() is threading.main_thread():
@@ -57,7 +57,7 @@ def start_ray(settings: RunSettings) -> None:
             raise _unreachable(address, error) from error
         return
     folder = _ray_folder()
-    with _loopback_alone(), _untold(), _token():
+    with _on_loopback(), _unless_set(USAGE, "0"), _token():
         ray.init(
             address="local",
             _temp_dir=folder,
@@ -135,7 +135,7 @@ def _ray_folder() -> str | None:
 
 
 def _leave(folder: str) -> None:
-    """End a Ray that is still there and delete its folder."""
+    """Shut Ray down and delete its folder."""
     import ray
 
     ray.shutdown()
@@ -160,54 +160,41 @@ def _writes(folder: Path) -> bool:
 
 
 @contextmanager
-def _token() -> Iterator[None]:
-    """Give a Ray that is started in the block a token of its own where it could not write one to the home folder."""
+def _unless_set(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable until the block ends, unless the user has set it."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _token() -> AbstractContextManager[None]:
+    """Give a local Ray an authentication token if it cannot write one to the home folder."""
     if any(name in os.environ for name in TOKEN_VARIABLES) or home_is_writable():
-        yield
-        return
-    os.environ[TOKEN_VARIABLES[0]] = secrets.token_hex(32)
-    try:
-        yield
-    finally:
-        del os.environ[TOKEN_VARIABLES[0]]
+        return nullcontext()
+    return _unless_set(TOKEN_VARIABLES[0], secrets.token_hex(32))
 
 
 @contextmanager
-def _untold() -> Iterator[None]:
-    """Let a Ray that is started in the block report nothing to its makers, which it does by itself.
+def _on_loopback() -> Iterator[None]:
+    """Make a local Ray listen on loopback only, as it does on macOS and Windows, unless the user has set its switch.
 
-    A user who sets the variable in the environment is heard.
-    """
-    if USAGE in os.environ:
-        yield
-        return
-    os.environ[USAGE] = "0"
-    try:
-        yield
-    finally:
-        del os.environ[USAGE]
-
-
-@contextmanager
-def _loopback_alone() -> Iterator[None]:
-    """Let a Ray that is started in the block listen to this machine alone, as Ray does on macOS and Windows.
-
-    On Linux it takes the machine's address and listens on every one, and puts it in the place of a 127.0.0.1 that is
-    asked for; this switch of its own is the only way. A user who sets it in the environment is heard.
+    On Linux Ray binds the machine's address on all interfaces, even if it is asked for 127.0.0.1; this switch of its
+    own is the only way.
     """
     from ray._private import ray_constants
 
-    switch = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    if switch in os.environ:
-        yield
-        return
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER, os.environ[switch] = False, "0"
+    switch, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and switch in os.environ
     try:
-        yield
+        with _unless_set(switch, "0"):
+            yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-        del os.environ[switch]
 
 
 def on_a_cluster(settings: RunSettings) -> bool:

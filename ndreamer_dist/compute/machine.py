@@ -18,7 +18,7 @@ GIB = 2**30
 MIB = 2**20
 CGROUP = Path("/sys/fs/cgroup")
 CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
-"""Variables that name the folders of what others cache, and ours for them."""
+"""Environment variables that name cache folders, and our folder for each."""
 OWN_CGROUP = Path("/proc/self/cgroup")
 """Lines `number:controllers:path`: where in the tree of control groups this process is."""
 NO_LIMIT = 2**60
@@ -83,10 +83,10 @@ def home_is_writable() -> bool:
 
 @cache
 def use_writable_caches() -> None:
-    """Let numba and matplotlib keep what they compile and look up in a folder of this process where home cannot be written.
+    """Give numba and matplotlib a cache folder of this process if the home folder is not writable.
 
     numba would otherwise end a job in the middle: `cannot cache function`. The folder goes with the process; workers
-    that it starts use it too. A user who sets the variables in the environment is heard.
+    that it starts use it too. Variables that are set already stay.
 
     Raises
     ------

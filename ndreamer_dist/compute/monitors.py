@@ -39,7 +39,7 @@ LOG_SECONDS = 30.0
 
 
 class PeakMemory:
-    """Samples the process tree until closed: `bytes` is the most memory, `now` the last; and the bytes that moved."""
+    """Samples memory and traffic of the process tree until closed: `bytes` is the peak memory, `now` the last."""
 
     def __init__(self, also: Callable[[PeakMemory], object] = lambda _: None) -> None:
         self.bytes = self.now = 0
@@ -108,7 +108,7 @@ def process_tree(pid: int) -> list[psutil.Process]:
 
 
 class Watcher:
-    """Writes down how far a stage is: into logs/progress.json, the log, and Ray's metrics."""
+    """Writes the progress of a stage to logs/progress.json, the log and Ray's metrics."""
 
     def __init__(self, run: Storage, stage: events.StageProgress) -> None:
         self._run, self._stage = run, stage
@@ -117,41 +117,38 @@ class Watcher:
         self._written, self._logged = 0.0, time.monotonic()
 
     def look(self, memory: PeakMemory, *, last: bool = False) -> None:
-        """Write what is due now; that it cannot be written must not end the stage."""
+        """Write what is due; a failure to write does not end the stage."""
         now = time.monotonic()
         if not self._stage.has_work or (now - self._written < self._every and not last):
             return
         self._written = now
-        told = self._stage.told() | {
-            "memory_bytes": memory.now,
-            "peak_bytes": memory.bytes,
-            "host": socket.gethostname(),
-        }
+        sizes = {"memory_bytes": memory.now, "peak_bytes": memory.bytes}
+        facts = self._stage.as_facts() | sizes | {"host": socket.gethostname()}
         try:
             with hurry():
-                self._run.write_atomic(keys.PROGRESS, seal(told))
+                self._run.write_atomic(keys.PROGRESS, seal(facts))
             self._exporter.export(self._stage, memory.now)
         except Exception:
-            logger.debug("how far the stage is could not be told", exc_info=True)
+            logger.debug("the progress of the stage could not be written", exc_info=True)
         if last or now - self._logged >= LOG_SECONDS:
             self._logged = now
-            events.log_progress(told)
+            events.log_progress(facts)
 
 
 @contextmanager
 def metered(
     run: Storage, stage: str, cells: int = 0, promised: int | None = None, place: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Add a line to logs/stages.jsonl when a stage ends; the block may put more facts into what it is given.
+    """Append a line to logs/stages.jsonl when a stage ends; the block may add facts to it.
 
     Parameters
     ----------
     cells
-        Cells that the stage goes over, for what is told of its speed meanwhile.
+        Cells that the stage goes over, for its speed.
     promised
-        Bytes of memory that the stage was promised to stay under, where that is known.
+        Memory in bytes that the plan allows the stage, if known.
     place
-        Which stage of how many it is: `2/8`.
+        Number of the stage among all: `2/8`.
     """
     facts: dict[str, Any] = {"stage": stage, "started": time.time(), "host": socket.gethostname()}
     with events.staged(stage, cells, place) as now:
@@ -176,27 +173,24 @@ def metered(
 
 
 def progress_of(run: Storage) -> dict[str, Any]:
-    """Return what logs/progress.json tells of the stage that a run is at; nothing where it tells nothing."""
+    """Return the content of logs/progress.json; empty if it is missing or damaged."""
     with suppress(DamagedError):
         return unseal(run.read_if_there(keys.PROGRESS) or b"{}", f"{run.url}/{keys.PROGRESS}")
     return {}
 
 
 def _stage_lines(run: Storage) -> Iterator[dict[str, Any]]:
-    """Give the lines of logs/stages.jsonl; a damaged one is left out, since it holds times and no results."""
+    """Yield the lines of logs/stages.jsonl, less damaged ones: they hold times and no results."""
     for line in (run.read_if_there(keys.STAGES_LOG) or b"").splitlines():
         with suppress(ValueError, TypeError, RecursionError):
-            told = dict(json.loads(line))
-            numbers = [
-                told.get("seconds"),
-                *(v for name, v in told.items() if name.endswith("_bytes") and v is not None),
-            ]
-            if "stage" in told and all(isinstance(number, int | float) for number in numbers):
-                yield told
+            facts = dict(json.loads(line))
+            sizes = (size for name, size in facts.items() if name.endswith("_bytes") and size is not None)
+            if "stage" in facts and all(isinstance(number, int | float) for number in (facts.get("seconds"), *sizes)):
+                yield facts
 
 
 def last_call(run: Storage) -> tuple[str, float] | None:
-    """Return what a run was given, and when the last stage of the last call that was logged ended; none without a log."""
+    """Return the input of the last logged call, and the time at which its last stage ended; none without a log."""
     lines = [line for line in _stage_lines(run) if isinstance(line.get("started"), int | float) and line.get("input")]
     return (str(lines[-1]["input"]), lines[-1]["started"] + lines[-1]["seconds"]) if lines else None
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndreamer_dist.datasets.expectation import Floats, expectation_tables
-from ndreamer_dist.datasets.parameters import Cells, Codes, Parameters, StateLaw, affected
+from ndreamer_dist.datasets.parameters import Codes, Parameters, SimulatedCells, StateLaw, affected
 
 BLOCK_ROWS: Final = 64  # cells that share a generator: results depend on no other cut
 
@@ -28,7 +28,7 @@ class Model:
         # The mean of the donors that hold a condition, per condition: what centres the batch effect.
         self.centre = np.einsum("cb,kbg->kcg", present / present.sum(1, keepdims=True), parameters.donor_shape)
 
-    def true_expression(self, cells: Cells, genes: Codes) -> Floats:
+    def true_expression(self, cells: SimulatedCells, genes: Codes) -> Floats:
         """Return f (cells, genes), without batch effect."""
         log_share = self._log_share(cells, genes)
         if self.ballast in genes:
@@ -38,7 +38,7 @@ class Model:
             log_share[:, genes == self.ballast] = np.log(rest(taken))[:, None]
         return self.tables.value(log_share, self.parameters.dispersion[genes])
 
-    def observed_expression(self, cells: Cells, genes: Codes) -> Floats:
+    def observed_expression(self, cells: SimulatedCells, genes: Codes) -> Floats:
         """Return f + g (cells, genes)."""
         true = self.true_expression(cells, genes[genes != self.ballast])
         value = np.empty((len(cells), len(genes)), np.float32)
@@ -50,19 +50,19 @@ class Model:
             value[:, genes == self.ballast] = self.tables.value(share, self.parameters.dispersion[[self.ballast]])
         return value
 
-    def observed_shares(self, cells: Cells, genes: Codes) -> Floats:
+    def observed_shares(self, cells: SimulatedCells, genes: Codes) -> Floats:
         """Return the shares (cells, genes) that counts are drawn with; genes other than the ballast."""
         classes = self.parameters.dispersion[genes]
         true = self.tables.value(self._log_share(cells, genes), classes)
         return np.exp(self.tables.inverse(true + self._distortion(true, cells, genes), classes))
 
-    def _log_share(self, cells: Cells, genes: Codes) -> Floats:
+    def _log_share(self, cells: SimulatedCells, genes: Codes) -> Floats:
         p, kind = self.parameters, cells.cell_type[:, None]
         log_share = p.log_share[kind, genes] + self._fold(cells, genes)
         log_share += cells.state[:, None] * p.state_load[kind, genes]
         return log_share
 
-    def _fold(self, cells: Cells, genes: Codes) -> Floats:
+    def _fold(self, cells: SimulatedCells, genes: Codes) -> Floats:
         """Return the log-fold changes of cells (cells, genes) by their condition, and state where that bears on them."""
         fold = self.parameters.fold[cells.condition[:, None], cells.cell_type[:, None], genes]
         if self.law.effects:
@@ -72,7 +72,7 @@ class Model:
             fold[:, changed] = np.log1p(gain)
         return fold
 
-    def _distortion(self, true: Floats, cells: Cells, genes: Codes) -> Floats:
+    def _distortion(self, true: Floats, cells: SimulatedCells, genes: Codes) -> Floats:
         kind, condition, donor = (a[:, None] for a in (cells.cell_type, cells.condition, cells.donor))
         amount = self.parameters.donor_shape[:, donor, genes] - self.centre[:, condition, genes]
         amount *= self.parameters.type_shape[:, kind, genes]
@@ -84,6 +84,6 @@ def rest(taken: NDArray[Any]) -> NDArray[Any]:
     return np.maximum(1 - taken, 0.02)
 
 
-def _by_blocks(function: Callable[[Cells], NDArray[Any]], cells: Cells) -> NDArray[Any]:
+def _by_blocks(function: Callable[[SimulatedCells], NDArray[Any]], cells: SimulatedCells) -> NDArray[Any]:
     parts = [function(cells[i : i + BLOCK_ROWS]) for i in range(0, len(cells), BLOCK_ROWS)]
     return np.concatenate(parts) if parts else np.empty(0)

@@ -74,7 +74,7 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Cells:
+class SimulatedCells:
     """The latent variables of some cells, each (cells,)."""
 
     cell_type: Codes
@@ -83,12 +83,14 @@ class Cells:
     state: Floats
     library: Floats
 
-    def under(self, condition: int) -> Cells:
+    def under(self, condition: int) -> SimulatedCells:
         """Return the same cells as they would be under another condition."""
-        return Cells(self.cell_type, np.full_like(self.condition, condition), self.donor, self.state, self.library)
+        return SimulatedCells(
+            self.cell_type, np.full_like(self.condition, condition), self.donor, self.state, self.library
+        )
 
-    def __getitem__(self, rows: Any) -> Cells:
-        return Cells(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def __getitem__(self, rows: Any) -> SimulatedCells:
+        return SimulatedCells(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def __len__(self) -> int:
         return len(self.cell_type)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ndreamer_dist.datasets.expectation import DISPERSIONS, LIBRARY_MEDIAN, LIBRARY_SIGMA, Floats
 from ndreamer_dist.datasets.model import BLOCK_ROWS, Model, rest
-from ndreamer_dist.datasets.parameters import STATE_LIMIT, Cells, Codes
+from ndreamer_dist.datasets.parameters import STATE_LIMIT, Codes, SimulatedCells
 
 DIRECT_MEAN: Final = 4.0  # above this mean a count is drawn as gamma-Poisson, below by inversion
 
@@ -19,7 +19,7 @@ DIRECT_MEAN: Final = 4.0  # above this mean a count is drawn as gamma-Poisson, b
 class Chunk:
     """Some rows of the cohort: their latent variables and their counts as CSR parts."""
 
-    cells: Cells
+    cells: SimulatedCells
     data: Floats
     indices: NDArray[np.int32]
     row_nnz: NDArray[np.int64]
@@ -30,7 +30,9 @@ def draw_chunk(model: Model, seed: int, start: int, stop: int) -> Chunk:
     generators = [generator(seed, 1, row // BLOCK_ROWS) for row in range(start, stop, BLOCK_ROWS)]
     sizes = [min(BLOCK_ROWS, stop - row) for row in range(start, stop, BLOCK_ROWS)]
     blocks = [_draw_cells(model, rng, size) for rng, size in zip(generators, sizes, strict=True)]
-    cells = Cells(*(np.concatenate([getattr(b, field.name) for b in blocks]) for field in fields(Cells)))
+    cells = SimulatedCells(
+        *(np.concatenate([getattr(b, field.name) for b in blocks]) for field in fields(SimulatedCells))
+    )
     kinds, of_cell = _kinds_of_cell(cells)
     # Most genes do not depend on the state: their shares are worked out once per (type, condition, donor).
     shares = np.concatenate([
@@ -49,7 +51,7 @@ def generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, *key))))
 
 
-def _draw_cells(model: Model, rng: np.random.Generator, size: int) -> Cells:
+def _draw_cells(model: Model, rng: np.random.Generator, size: int) -> SimulatedCells:
     p = model.parameters
     group = _choose(rng.random(size), np.broadcast_to(p.group_weight.ravel(), (size, p.group_weight.size)))
     donor, condition = np.divmod(group, p.group_weight.shape[1])
@@ -57,7 +59,7 @@ def _draw_cells(model: Model, rng: np.random.Generator, size: int) -> Cells:
     state = np.clip(rng.standard_normal(size, dtype=np.float32), -STATE_LIMIT, STATE_LIMIT)
     state += np.float32(model.law.shift) * (condition > 0)
     library = LIBRARY_MEDIAN * np.exp(LIBRARY_SIGMA * rng.standard_normal(size, dtype=np.float32))
-    return Cells(kind, condition, donor, state, library.astype(np.float32))
+    return SimulatedCells(kind, condition, donor, state, library.astype(np.float32))
 
 
 def _choose(uniform: NDArray[Any], weights: NDArray[Any]) -> Codes:
@@ -66,15 +68,15 @@ def _choose(uniform: NDArray[Any], weights: NDArray[Any]) -> Codes:
     return (uniform[:, None] * cumulative[:, -1:] >= cumulative).sum(1)
 
 
-def _kinds_of_cell(cells: Cells) -> tuple[Cells, Codes]:
+def _kinds_of_cell(cells: SimulatedCells) -> tuple[SimulatedCells, Codes]:
     """Return one cell of state 0 per (type, condition, donor) present, and which of them each cell is."""
     table = np.stack([cells.cell_type, cells.condition, cells.donor])
     unique, of_cell = np.unique(table, axis=1, return_inverse=True)
     zero = np.zeros(unique.shape[1], np.float32)
-    return Cells(unique[0], unique[1], unique[2], zero, zero), of_cell.ravel()
+    return SimulatedCells(unique[0], unique[1], unique[2], zero, zero), of_cell.ravel()
 
 
-def _draw_counts(model: Model, rng: np.random.Generator, cells: Cells, mean: Floats) -> tuple[Any, Any, Any]:
+def _draw_counts(model: Model, rng: np.random.Generator, cells: SimulatedCells, mean: Floats) -> tuple[Any, Any, Any]:
     """Draw the counts of a block; `mean` (cells, genes) comes with the shares at state 0 and is used up."""
     moves = model.parameters.state_load.any(0)
     moved = np.flatnonzero(moves | model.affected if model.law.effects else moves)

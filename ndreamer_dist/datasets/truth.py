@@ -20,10 +20,10 @@ from ndreamer_dist.datasets.parameters import (
     CELL_TYPE,
     CONDITION,
     DONOR,
-    Cells,
     Codes,
     Names,
     Parameters,
+    SimulatedCells,
     StateLaw,
 )
 from ndreamer_dist.errors import CohortError, QueryError, listing, suggest
@@ -111,10 +111,10 @@ class Truth:
         )
         return (moved - unmoved).mean(0, dtype=np.float64).astype(np.float32)
 
-    def _typical(self, cell_type: str, states: Floats) -> Cells:
+    def _typical(self, cell_type: str, states: Floats) -> SimulatedCells:
         """Return control cells of a type, one for each state."""
         kind = np.full(len(states), self._code(self.cell_types, cell_type, "cell type"))
-        return Cells(kind, np.zeros_like(kind), np.zeros_like(kind), states, np.zeros_like(states))
+        return SimulatedCells(kind, np.zeros_like(kind), np.zeros_like(kind), states, np.zeros_like(states))
 
     def positions(self, cells: Sequence[str]) -> Codes:
         """Return the rows of cells by their names, as `simulate` named them."""
@@ -156,7 +156,7 @@ class Truth:
             raise QueryError(msg)
         return known.index(name)
 
-    def _latents(self, rows: slice | ArrayLike) -> Cells:
+    def _latents(self, rows: slice | ArrayLike) -> SimulatedCells:
         if not isinstance(rows, slice):
             rows = np.asarray(rows, dtype=np.intp)
             if rows.size and not (rows.min() >= 0 and rows.max() < self._cells):
@@ -166,9 +166,11 @@ class Truth:
         within = slice(None, None, rows.step) if isinstance(rows, slice) else rows - start
         parts: dict[str, Any] = {
             field.name: read_array(self._storage, f"cells/{field.name}", slice(start, stop))[within]
-            for field in fields(Cells)
+            for field in fields(SimulatedCells)
         }
-        return Cells(**{name: p.astype(np.float32 if p.dtype.kind == "f" else np.intp) for name, p in parts.items()})
+        return SimulatedCells(
+            **{name: p.astype(np.float32 if p.dtype.kind == "f" else np.intp) for name, p in parts.items()}
+        )
 
 
 def _span(rows: Codes) -> tuple[int, int]:

@@ -139,7 +139,7 @@ def run_effects(
         _count, parts, run, packed, key, settings.match.neighbours, title="effects: matches counted"
     ):
         (times if values.ndim == 1 else distances)[..., part] = values
-    controls = effective_controls(run, packed.design, runtime, key, settings.match.neighbours)
+    controls = controls_by_group(run, packed.design, runtime, key, settings.match.neighbours)
     facts = {**(summary or {}), "effective_controls": controls}
     near = near_control(distances[0], distances[1], settings.effects.near_quantile)
     if keys.UNS_ONTO in facts:
@@ -161,7 +161,7 @@ def run_effects(
     clustered = clustered and not packed.before  # cells that are mapped onto others are of no cluster
     cells = cell_table(source, packed, told, clustered=clustered).files()
     genes = tables.gene_table(source, packed)
-    tables.finish(stage, settings, packed, layout, cells, genes, facts)
+    tables.finish_store(stage, settings, packed, layout, cells, genes, facts)
 
 
 @dataclass
@@ -391,7 +391,7 @@ def times_matched(
     return times
 
 
-def effective_controls(
+def controls_by_group(
     run: RunDirectory, design: Design, runtime: Runtime, key: str, neighbours: int
 ) -> dict[str, float]:
     """Return how many control cells, used alike, would carry as much as a treated group's matches do, by group; log it."""

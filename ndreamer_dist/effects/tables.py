@@ -288,7 +288,7 @@ def write_layer(
 # --- tables and root -------------------------------------------------------------------------------------------------
 
 
-def finish(
+def finish_store(
     stage: StageRun,
     settings: Settings,
     packed: Packed,

@@ -26,7 +26,7 @@ from scipy.cluster import hierarchy
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.graph import neighbour_graph, principal_components
+from ndreamer_dist.cohort.graph import neighbour_graph, scanpy_pca
 from ndreamer_dist.comparison.advice import MEASURES
 from ndreamer_dist.comparison.screen import Screen, most_different, own_effects
 from ndreamer_dist.comparison.screen import screen as screen_of
@@ -126,7 +126,7 @@ def embedding(
     QueryError
         There is neither a column nor a gene of this name.
     """
-    rows = sampled(results.design, cells)
+    rows = sampled_rows(results.design, cells)
     table = results.packed_obs.iloc[rows]
     points = umap(results.embedding(list(table.index), pca=True).to_numpy(), seed)
     axes = _scatter(
@@ -170,10 +170,10 @@ def ite_embedding(
     legend
         Name the categories beside each panel.
     """
-    rows = sampled(results.design, min(cells, ITE_VALUES // len(results.var_names)), treated=True)
+    rows = sampled_rows(results.design, min(cells, ITE_VALUES // len(results.var_names)), treated=True)
     table = results.packed_obs.iloc[rows]
     effects = results.ite(list(table.index)).X
-    points = umap(principal_components(effects, ITE_COMPONENTS, seed), seed)
+    points = umap(scanpy_pca(effects, ITE_COMPONENTS, seed)[0], seed)
     axes = _scatter(
         points,
         _shading(results, table, color or _grouping(results)),
@@ -214,7 +214,7 @@ def ite_distribution(
     results, by = results.labelled(by)
     genes = [genes] if isinstance(genes, str) else list(genes)
     condition = condition or results.conditions[1]
-    rows = sampled(results.design, cells, conditions=[results.design.condition_code(condition)])
+    rows = sampled_rows(results.design, cells, conditions=[results.design.condition_code(condition)])
     part = results.ite(list(results.packed_obs.index[rows]), genes)
     names = categories(column(part.obs, by) if by else pd.Series(condition, index=part.obs.index))
     kinds, labels = list(names.categories), gene_labels(results.var)
@@ -224,12 +224,12 @@ def ite_distribution(
         _violins(panel, [values[names == kind] for kind in kinds], colours(kinds))
         panel.set_title(shortened(labels.get(gene, gene)), style="italic")
         panel.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds] if place % 3 == 0 else [])
-        panel.set_xlabel(f"effect of {shortened(condition, 20)}\n{units(results)}")
+        panel.set_xlabel(f"effect of {shortened(condition, 20)}\n{effect_units(results)}")
     finish(axes, show=show, save=save)
     return axes
 
 
-def sampled(
+def sampled_rows(
     design: Design, number: int, *, treated: bool = False, conditions: Sequence[int] | None = None
 ) -> np.ndarray:
     """Return packed rows of a sample of about so many of the cohort's own cells, ascending; every group in proportion.
@@ -552,7 +552,7 @@ def effect_sizes(
     ax.axhline(0, color="#8A9099", linewidth=0.8, zorder=0)
     ax.set(xlim=(-0.03, 1.08), ylim=(1.2 * float(y.min(initial=-0.1)), 1.2 * float(y.max(initial=0.1))))
     ax.set_xlabel("share of cells that express the gene, the larger of both sides")
-    ax.set_ylabel(f"mean effect of {shortened(condition, 24)} over cells\n{units(results)}")
+    ax.set_ylabel(f"mean effect of {shortened(condition, 24)} over cells\n{effect_units(results)}")
     ax.set_title(f"{shortened(population, 40)}: not tested")
     labels, largest = gene_labels(results.var), list(part["gene"].astype(str))[: 3 * names]
     label_points(ax, x[: 3 * names], y[: 3 * names], [labels.get(gene, gene) for gene in largest], names)
@@ -731,7 +731,7 @@ def heatmap(
         drawn_part.pivot(index="row", columns="gene", values=column_name) for column_name in (value, "p_adjusted")
     )
     wide = wide.loc[list(categories(pd.Series(wide.index)).categories), :]
-    wide = wide[alike(wide)] if genes is None else wide[chosen]
+    wide = wide[by_likeness(wide)] if genes is None else wide[chosen]
     adjusted = adjusted.reindex(index=wide.index, columns=wide.columns)
     (ax,) = panels(1, ax, size=(2.6 + 0.23 * wide.shape[1], 1.9 + 0.29 * len(wide)))
     drawn = _tiles(ax, wide, adjusted)
@@ -747,7 +747,7 @@ def heatmap(
             text.set(color="#8A9099", style="italic")
     what = shortened(conditions[0], 30) if len(conditions) == 1 else f"{len(conditions)} conditions"
     ax.set_title(f"Effect of {what} against {shortened(results.control, 30)}")
-    _colour_bar(ax, drawn, f"{'effect' if value == 'effect' else 'mean effect over cells'}\n{units(results)}")
+    _colour_bar(ax, drawn, f"{'effect' if value == 'effect' else 'mean effect over cells'}\n{effect_units(results)}")
     finish([ax], show=show, save=save)
     return ax
 
@@ -785,7 +785,7 @@ def conditions(
     own = own_effects(found.effects.to_numpy())
     chosen = list(found.effects.columns[most_different(own, most)] if genes is None else genes)
     wide = pd.DataFrame(own, index=found.effects.index, columns=found.effects.columns)[chosen]
-    wide = wide[alike(wide)] if genes is None else wide
+    wide = wide[by_likeness(wide)] if genes is None else wide
     height = min(MAP_INCHES, 1.9 + 0.16 * len(wide))
     (ax,) = panels(1, ax, size=(2.6 + 0.16 * wide.shape[1], height))
     limit = float(np.nanquantile(np.abs(wide.to_numpy()), 0.99)) or 1.0
@@ -800,7 +800,7 @@ def conditions(
     ax.tick_params(length=2 if step > 1 else 0)
     ax.set_ylabel(f"{len(wide)} conditions" + (f"; every {step}th is named" if step > 1 else ""))
     ax.set_title(f"Effect of each condition against {shortened(results.control, 30)}, less the mean of all conditions")
-    _colour_bar(ax, drawn, f"mean effect over cells, less that of all conditions\n{units(results)}")
+    _colour_bar(ax, drawn, f"mean effect over cells, less that of all conditions\n{effect_units(results)}")
     finish([ax], show=show, save=save)
     return ax
 
@@ -1062,7 +1062,7 @@ def top_genes(table: pd.DataFrame, most: int) -> list[str]:
     return genes[: min(most, max(number, most // 3) if number else most)]
 
 
-def alike(wide: pd.DataFrame) -> list[str]:
+def by_likeness(wide: pd.DataFrame) -> list[str]:
     """Return columns in an order in which those that are alike are neighbours."""
     values = np.nan_to_num(wide.to_numpy(dtype=np.float64)).T
     if len(values) < 3:
@@ -1071,7 +1071,7 @@ def alike(wide: pd.DataFrame) -> list[str]:
     return list(wide.columns[hierarchy.leaves_list(tree)])
 
 
-def units(results: Results) -> str:
+def effect_units(results: Results) -> str:
     """Return what effects are measured in."""
     counts = str(results.uns.get("normalise", "")) == "counts"
     return "ln(1 + counts per 10,000)" if counts else "log-normalised expression"
@@ -1079,7 +1079,7 @@ def units(results: Results) -> str:
 
 def effect_label(results: Results, condition: str) -> str:
     """Return the label of an axis of effects."""
-    return f"effect of {shortened(condition, 24)} against {shortened(results.control, 24)}, {units(results)}"
+    return f"effect of {shortened(condition, 24)} against {shortened(results.control, 24)}, {effect_units(results)}"
 
 
 def _counted(row: pd.Series, called: int) -> str:

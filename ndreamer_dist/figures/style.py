@@ -100,10 +100,10 @@ def finish(axes: Sequence[Axes], *, show: bool, save: Save) -> None:
         plt.show()
 
 
-def figure_bytes(figure: Figure, form: str = "png", *, dpi: int = DPI) -> bytes:
+def figure_bytes(figure: Figure, form: str = "png") -> bytes:
     """Return a figure as a file of this form."""
     file = io.BytesIO()
-    figure.savefig(file, format=form, dpi=dpi, bbox_inches="tight", pad_inches=0.08, facecolor="white")
+    figure.savefig(file, format=form, dpi=DPI, bbox_inches="tight", pad_inches=0.08, facecolor="white")
     return file.getvalue()
 
 
@@ -152,14 +152,14 @@ def colours(levels: Sequence[str], palette: Palette = None) -> list[str]:
     return [QUIET if level == UNKNOWN else kept[place % len(kept)] for place, level in enumerate(levels)]
 
 
-def legend_outside(ax: Axes, levels: Sequence[str], shades: Sequence[str], title: str | None = None) -> None:
+def legend_outside(ax: Axes, levels: Sequence[str], shades: Sequence[str]) -> None:
     """Put a legend to the right of an axis, outside: nothing is covered."""
     marks = [
         plt.Line2D([], [], marker="o", linestyle="", color=shade, markersize=6.5, label=shortened(level, 34))
         for level, shade in zip(levels, shades, strict=True)
     ]
     ax.legend(
-        handles=marks, title=title, loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left",
+        handles=marks, loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left",
         ncols=1 if len(levels) <= 18 else 2, borderaxespad=0.3,
     )  # fmt: skip
 

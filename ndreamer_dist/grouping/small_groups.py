@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist.errors import LONGEST_NAME, CohortError, is_unicode, listing, quoted
+from ndreamer_dist.settings import CohortSettings
 
 SCREEN_CONDITIONS = 20
 """From so many conditions on, the control included, a cohort is a screen: small groups are looked at by condition."""
@@ -154,10 +155,8 @@ class SmallGroupsReport:
 
     def notes(self) -> list[str]:
         """Say what is done with small groups; nothing where there is none."""
-        least, small = (
-            self.min_group_cells,
-            {n: cells for n, cells in self.sizes.items() if cells < self.min_group_cells},
-        )
+        least = self.min_group_cells
+        small = {name: cells for name, cells in self.sizes.items() if cells < least}
         if self.rule != "merge":
             done = "left out" if self.rule == "drop" else "kept"
             return [
@@ -181,25 +180,17 @@ class SmallGroupsReport:
         return found
 
 
-def report_small_groups(
-    obs: ColumnTable,
-    condition_key: str,
-    batch_keys: Sequence[str],
-    keep: np.ndarray,
-    *,
-    min_group_cells: int = 1,
-    small_groups: SmallGroups = "drop",
-) -> SmallGroupsReport:
+def report_small_groups(obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray) -> SmallGroupsReport:
     """Return the number of kept cells of every group, small ones too, and what is done with small ones."""
-    columns = [named_column(obs, name) for name in (*batch_keys, condition_key)]
-    rule = resolved_rule(small_groups, columns[-1], keep)
-    columns, merged = with_merged_batches(columns, keep, min_group_cells, rule)
+    columns = [named_column(obs, name) for name in (*cohort.batch_key, str(cohort.condition_column))]
+    least, rule = cohort.min_group_cells, resolved_rule(cohort.small_groups, columns[-1], keep)
+    columns, merged = with_merged_batches(columns, keep, least, rule)
     pairs = combined([column.codes for column in columns])
     sizes = {name: cells for _, name, cells in _small_groups(pairs, columns, keep, len(obs) + 1)}
     cells = np.bincount(columns[-1].codes[keep], minlength=len(columns[-1].levels))
-    few = (cells > 0) & (cells < min_group_cells)
+    few = (cells > 0) & (cells < least)
     rare = {columns[-1].levels[code]: int(cells[code]) for code in np.flatnonzero(few)}
-    return SmallGroupsReport(sizes, min_group_cells, rule, merged, rare)
+    return SmallGroupsReport(sizes, least, rule, merged, rare)
 
 
 def resolved_rule(small_groups: SmallGroups, conditions: NamedColumn, keep: np.ndarray) -> SmallGroups:

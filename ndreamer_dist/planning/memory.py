@@ -1,4 +1,4 @@
-"""The resources of a run, computed from sizes alone: memory per stage, and disk. Pure.
+"""Compute the memory of every stage and the disk of a run from sizes alone. Pure.
 
 The memory of a stage is `workers x (base + shard + tile) + object store`, plus what the driver holds per cell, and with Ray
 what its idle processes hold. The base is the memory of a Python process that has only imported this package's libraries.
@@ -60,10 +60,10 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
     modelled = size.modelled(settings)
     own = size.cells * size.modelled_per_cell(settings)
     embedding = _coordinate_bytes(size, settings, modelled)
-    told = (
+    pairs = (
         size.cells * size.groups if keeps_matches(size.cells, size.groups, size.edges) else 0
-    )  # in results.zarr's obsm
-    matches = (size.cells * _matches_per_cell(size, settings) + told) * 8
+    )  # in obsm of the results
+    matches = (size.cells * _matches_per_cell(size, settings) + pairs) * 8
     layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * parameter_count(settings, modelled) * 4
     return int(2 * own * 8 + embedding + matches + layers + checkpoints)
@@ -118,7 +118,7 @@ def all_genes_needs(
 
 
 def largest_task(size: CohortSize, settings: Settings) -> TaskNeed:
-    """Return what the largest of all tasks takes."""
+    """Return the stage and the bytes of the largest of all tasks."""
     tasks = task_memory(size, settings)
     stage = max(tasks, key=tasks.__getitem__)
     return TaskNeed(stage, tasks[stage])

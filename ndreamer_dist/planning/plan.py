@@ -1,4 +1,4 @@
-"""What a run will do and need, shown before anything runs.
+"""Plan a run: what it will do and need, shown before anything runs.
 
 Input: the design and the sizes of a checked cohort, and the settings. Output: a `Plan`, which prints as tables. Pure:
 the printed numbers are the numbers by which `run` refuses.

@@ -1,4 +1,4 @@
-"""How long the stages of a run take: seconds of one processor, estimated from counts before anything has run. Pure.
+"""Estimate the processor seconds of every stage from counts, before anything has run. Pure.
 
 The constants were measured on virtual processors of a common kind, without a GPU (`docs/benchmarks-log.md`, *What the plan
 says of time*). They are an order of magnitude: another machine takes half or twice as long, and a busy one longer. What stages of a run

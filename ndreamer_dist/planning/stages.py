@@ -1,4 +1,4 @@
-"""The stages of a run, each declared once: their sequence, keys, memory, work, titles and jobs follow from here.
+"""Declare the stages of a run, each once: their sequence, keys, memory, work, titles and jobs follow from here.
 
 A new stage is one more `Stage` in `ALL_STAGES`, and its name in `keys`. `rundir/stage.py` does what all stages have in
 common.
@@ -6,7 +6,6 @@ common.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +30,7 @@ from ndreamer_dist.planning import speeds
 from ndreamer_dist.planning.sizes import BASE_BYTES, GIVEN_DIMENSIONS, CohortSize, parameter_count
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import NOISE_ROWS, Settings, canonical_json
+from ndreamer_dist.storage.checksums import digest
 from ndreamer_dist.training.sampling import SamplingPlan
 
 Work = tuple[tuple[int, str], ...]
@@ -528,5 +528,5 @@ def stage_keys(
             content["seed"] = settings.seed
         if stage.takes is not None and taken[stage.takes] is not None:
             content[stage.takes] = taken[stage.takes]
-        found[name] = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+        found[name] = digest(canonical_json(content).encode())
     return found

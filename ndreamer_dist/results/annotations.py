@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design
-from ndreamer_dist.cohort.source import open_root
+from ndreamer_dist.cohort.stored import open_root
 from ndreamer_dist.effects.tables import check_tables
 from ndreamer_dist.errors import CohortError, QueryError, StoreError, listing, quoted
 from ndreamer_dist.storage.files import Storage

@@ -38,7 +38,7 @@ BLOCK_VALUES = 2**24
 """Values of a table that are written at a time."""
 
 
-def write_part(
+def export_part(
     address: str | os.PathLike[str],
     path: str | os.PathLike[str],
     what: str,

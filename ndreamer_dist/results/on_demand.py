@@ -107,13 +107,13 @@ class StoredExpression:
         """See `Expression.read`."""
         every = np.array_equal(columns, np.arange(self.genes))
         parts = []
-        for batch in batches(rows, np.diff(self.pointers)[rows]):
+        for batch in read_batches(rows, np.diff(self.pointers)[rows]):
             found = read_sparse(self.storage, batch, self.pointers, self.genes)
             parts.append(found if every else found[:, columns])
         return sparse.vstack(parts, format="csr")
 
 
-def batches(rows: np.ndarray, stored: np.ndarray) -> Iterator[np.ndarray]:
+def read_batches(rows: np.ndarray, stored: np.ndarray) -> Iterator[np.ndarray]:
     """Cut rows into batches of a bounded number of stored values, of which each row has `stored`."""
     number = np.cumsum(stored) // BATCH_ENTRIES
     yield from np.split(rows, np.flatnonzero(np.diff(number)) + 1)

@@ -104,7 +104,7 @@ class RunDirectory:
         self.storage.write_atomic(name, seal(value))
 
     def free_disk(self) -> int:
-        """Return the bytes that may be written here, those of what is there already included."""
+        """Return the bytes that this directory may take in all."""
         if not self.storage.is_local:
             return 2**62
         folder = Path(self.storage.root)
@@ -141,11 +141,11 @@ class RunDirectory:
         return dict(self.read_json(f"{keys.DONE}/{stage}/{shard.name}.json")["facts"])
 
     def unmark(self, stage: str) -> None:
-        """Forget all that a stage has done."""
+        """Delete all markers of a stage."""
         self.storage.delete(f"{keys.DONE}/{stage}")
 
     def done_key(self, stage: str) -> str | None:
-        """Return the key under which a stage was last done, or begun; none where nothing is, or it cannot be read."""
+        """Return the key of a stage's markers; none if there are none, or none can be read."""
         for name in self.storage.list(f"{keys.DONE}/{stage}"):
             try:
                 return str(self.read_json(name)["key"])
@@ -164,7 +164,7 @@ class RunDirectory:
         return self.pending_and_there(stage, key, shards)[0]
 
     def pending_and_there(self, stage: str, key: str, shards: Sequence[Shard]) -> tuple[list[Shard], Collection[str]]:
-        """Do what `pending` does; return the files as well that lie in the stores of the shards."""
+        """Return what `pending` does, and the files that lie in the stores of the shards."""
         markers = self.storage.list(f"{keys.DONE}/{stage}")
         tops = sorted({name.split("/")[0] for shard in shards for name in shard.files})
         sizes: dict[str, int] = {}
@@ -177,7 +177,7 @@ class RunDirectory:
             msg = f"stage {stage!r} of {self.url} is not finished; run it before {self.before!r}, or the whole job"
             raise RunError(msg)
         if now := events.stage_now():
-            now.found(stage, len(shards), len(todo))
+            now.note_shards(stage, len(shards), len(todo))
         return todo, sizes.keys()
 
     def refuse_read_only(self) -> None:
@@ -190,12 +190,12 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the directory's one lock; `RunError` where another live process holds it."""
         self.refuse_read_only()
-        with file_lock(self.storage) if self.storage.is_local else lease(self.storage), self._mending():
+        with file_lock(self.storage) if self.storage.is_local else lease(self.storage), self._deleting_damage():
             yield
 
     @contextmanager
-    def _mending(self) -> Iterator[None]:
-        """Remove a file of this directory that turns out to be damaged, so that the same command makes it again."""
+    def _deleting_damage(self) -> Iterator[None]:
+        """Delete a file of this directory that turns out to be damaged, so that the same command makes it again."""
         try:
             yield
         except DamagedError as error:
@@ -205,10 +205,10 @@ class RunDirectory:
             raise DamagedError(error.what, error.url, "the same command makes it again") from error
 
     def remove_damaged(self, name: str) -> None:
-        """Remove a damaged file that the run made, with what else must go so that the run makes it again.
+        """Delete a damaged file that the run made, and whatever must be rebuilt with it.
 
-        A checkpoint goes with all of its training's, and an array's metadata, which some stages write only where there
-        is work, with a chunk of the array. What the run did not make stays.
+        A checkpoint takes all checkpoints with it. The metadata of an array takes a chunk with it, since some stages
+        write metadata only if there is work. Files that the run did not make stay.
         """
         top = name.partition("/")[0]
         if top == keys.SPACES_DIR:
@@ -263,7 +263,9 @@ def _attempt() -> int:
         return 0
     import ray
 
-    worker = ray._private.worker.global_worker  # Ray tells the attempt nowhere else
-    if not ray.is_initialized() or worker.mode != ray.WORKER_MODE:
+    if not ray.is_initialized():
+        return 0
+    worker = ray.get_runtime_context().worker
+    if worker.mode != ray.WORKER_MODE:
         return 0
     return int(worker.core_worker.get_current_task_attempt_number())

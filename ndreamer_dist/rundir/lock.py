@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 LEASE_SECONDS = 120.0
 """A lock on object storage that was not renewed for this long is taken over."""
 LOOKS = 40
-"""How often a lock is looked at while it is waited for; its holder renews it ten times as seldom."""
+"""How often a waiting run reads the lock; the holder renews it a tenth as often."""
 
 
 def _holder() -> dict[str, Any]:
@@ -65,13 +65,8 @@ def file_lock(storage: Storage) -> Iterator[None]:
         yield
 
 
-def _lock_of(storage: Storage) -> dict[str, Any]:
-    """Return what a remote directory's lock says; nothing where there is none, or none that can be read."""
-    return _lease_in(storage, keys.LOCK)
-
-
-def _lease_in(storage: Storage, name: str) -> dict[str, Any]:
-    """Return the lease that a file holds; nothing where there is no file, or none that can be read."""
+def _lease_in(storage: Storage, name: str = keys.LOCK) -> dict[str, Any]:
+    """Return the lease that a file holds, by default the lock; empty if there is none that can be read."""
     try:
         return dict(json.loads(storage.read_if_there(name) or b"{}"))
     except ValueError:
@@ -79,7 +74,7 @@ def _lease_in(storage: Storage, name: str) -> dict[str, Any]:
 
 
 def _seconds_left(held: Mapping[str, Any]) -> float:
-    """Return how long a lease lasts that is not renewed; no longer than any lease, whatever its holder's clock says."""
+    """Return the seconds that a lease still lasts; at most those of a new one, however the clocks differ."""
     return min(LEASE_SECONDS, float(held.get("time", 0)) + LEASE_SECONDS - time.time())
 
 
@@ -89,7 +84,7 @@ def _is_of_here(held: Mapping[str, Any]) -> bool:
 
 
 def _is_held(held: Mapping[str, Any]) -> bool:
-    """Return whether a lease's holder may be alive; of one of this machine and container that can be seen at once."""
+    """Return whether the holder of a lease may be alive; on this machine and in this container, whether its process is."""
     gone = _is_of_here(held) and not Path(f"/proc/{held.get('pid')}").exists()
     return _seconds_left(held) > 0 and not gone
 
@@ -104,7 +99,7 @@ def _await_holder(storage: Storage) -> dict[str, Any]:
     RunError
         The holder lives: it can be seen, or it renews the lease meanwhile.
     """
-    first = held = _lock_of(storage)
+    first = held = _lease_in(storage)
     seconds = _seconds_left(first)
     until = time.monotonic() + seconds
     while _is_held(held) and time.monotonic() < until:
@@ -114,7 +109,7 @@ def _await_holder(storage: Storage) -> dict[str, Any]:
             holder = f"process {held.get('pid')} on {held.get('host')}"
             logger.warning("%s is locked by %s; waiting %.0f s for a sign of life", storage.url, holder, seconds)
         time.sleep(LEASE_SECONDS / LOOKS)
-        held = _lock_of(storage)
+        held = _lease_in(storage)
     return held
 
 
@@ -128,7 +123,7 @@ class _Lease:
 
     def is_ours(self) -> bool:
         """Return whether the lock names this holder."""
-        return _lock_of(self._storage).get("token") == self._token
+        return _lease_in(self._storage).get("token") == self._token
 
     def write(self) -> None:
         """Write or renew the lock."""
@@ -153,7 +148,7 @@ class _Lease:
         self._storage.write_atomic(own, self._content())
         try:
             others = [name for name in self._storage.list(keys.LOCK_ANNOUNCED) if name != own]
-            for held in (*(_lease_in(self._storage, name) for name in others), _lock_of(self._storage)):
+            for held in (*(_lease_in(self._storage, name) for name in others), _lease_in(self._storage)):
                 if held and held != expired and _is_held(held):
                     raise RunError(_locked_message(self._storage, canonical_json(held)))
             self.write()

@@ -1,4 +1,4 @@
-"""The driver of every stage: it finds the shards to do, does them, and marks them.
+"""Drive a stage: find the shards to do, do them, and mark them.
 
 Where all shards are missing, it deletes what another key left and the stage begins anew. Where some are missing, it does
 these alone. `planning/stages.py` lists the stages.

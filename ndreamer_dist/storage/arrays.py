@@ -11,12 +11,11 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import zarr
 from numcodecs import Blosc
-from numcodecs.checksum32 import crc32c_checksum
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import BloscCodec, Crc32cCodec
@@ -24,11 +23,8 @@ from zarr.storage import MemoryStore, StorePath, WrapperStore
 
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.storage.files import Storage
-from ndreamer_dist.storage.retries import (
-    ABSENT,
-    reason,
-)
-from ndreamer_dist.storage.shards import NOT_WRITTEN, Place, Position, chunks_in, read_chunks
+from ndreamer_dist.storage.retries import ABSENT, reason
+from ndreamer_dist.storage.shards import NOT_WRITTEN, Place, Position, chunks_in, crc32c, read_chunks
 
 METADATA_SEAL = "ndreamer_sha256"
 """Attribute of arrays that are ours alone: the checksum of their metadata."""
@@ -41,54 +37,54 @@ shard, and leaves empty chunks out whatever the setting.
 
 
 MOST_CHUNKS = 2**31
-"""No array has more chunks than that; one that claims them would be walked through for ever."""
+"""Most chunks of an array; a damaged one that claims more would be walked through for ever."""
 
 
-def create_array(
-    storage: Storage,
-    name: str,
-    *,
-    shape: Sequence[int],
-    dtype: Any,
-    chunks: Sequence[int],
-    shards: Sequence[int] | None = None,
-    fill_value: Any = 0,
-    attributes: dict[str, Any] | None = None,
-) -> None:
+class ArrayLayout(TypedDict):
+    """What an array is created with.
+
+    Attributes
+    ----------
+    chunks, shards
+        Shapes of the unit of reading and of the unit of writing (whole chunks; none: a chunk is its own shard).
+    fill_value
+        0 by default.
+    attributes
+        Of an array that other tools read or change too; none: it is ours alone, and its metadata carries a checksum.
+    """
+
+    shape: Sequence[int]
+    dtype: Any
+    chunks: Sequence[int]
+    shards: NotRequired[Sequence[int] | None]
+    fill_value: NotRequired[Any]
+    attributes: NotRequired[dict[str, Any] | None]
+
+
+def create_array(storage: Storage, name: str, **layout: Unpack[ArrayLayout]) -> None:
     """Write an array's metadata over whatever stood there; its shards are written by their owners, each whole.
 
     Parameters
     ----------
     storage, name
         The store and the array's path in it. No parent's metadata is touched, so the root stays unmade until the end.
-    chunks, shards
-        Shapes of the unit of reading and of the unit of writing (whole chunks; none: a chunk is its own shard).
-    attributes
-        Of an array that other tools read or change too; none: it is ours alone, and its metadata carries a checksum.
     """
     if storage.is_local:  # on object storage, where each look costs, what stood there is written over or not read
         storage.delete(name)
-    layout = {"shape": shape, "dtype": dtype, "chunks": chunks, "shards": shards, "fill_value": fill_value}
-    storage.write_atomic(f"{name}/zarr.json", _metadata(**layout, attributes=attributes))
+    storage.write_atomic(f"{name}/zarr.json", _metadata(**layout))
 
 
-def _metadata(
-    shape: Sequence[int],
-    dtype: Any,
-    chunks: Sequence[int],
-    shards: Sequence[int] | None = None,
-    fill_value: Any = 0,
-    attributes: dict[str, Any] | None = None,
-) -> bytes:
+def _metadata(**layout: Unpack[ArrayLayout]) -> bytes:
     """Return the `zarr.json` of an array."""
     files: dict[str, Any] = {}
+    shards, attributes = layout.get("shards"), layout.get("attributes")
     zarr.create_array(
         MemoryStore(files),
-        shape=tuple(shape),
-        dtype=dtype,
-        chunks=tuple(max(1, c) for c in chunks),
+        shape=tuple(layout["shape"]),
+        dtype=layout["dtype"],
+        chunks=tuple(max(1, c) for c in layout["chunks"]),
         shards=None if shards is None else tuple(max(1, s) for s in shards),
-        fill_value=fill_value,
+        fill_value=layout.get("fill_value", 0),
         compressors=COMPRESSORS,
         attributes=attributes,
         zarr_format=3,
@@ -117,7 +113,7 @@ def opened_with(told: Mapping[str, Any], where: StorePath) -> zarr.AsyncArray[An
 
 
 def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
-    """Make sure that an array's metadata is what `create_array` would write; its chunks are left as they are.
+    """Write the metadata of an array unless it is there already; its chunks stay.
 
     So a stage that was interrupted, or lost a shard, goes on without disturbing what is done.
     """
@@ -178,7 +174,7 @@ def write_shard(storage: Storage, name: str, shard: Position, chunks: Iterable[n
         length = len(pieces[-2]) + len(pieces[-1])
         index[tuple(p % n for p, n in zip(position, index.shape[:-1], strict=True))] = offset, length
         offset += length
-    storage.write_atomic(shard_files(name, *shard), *pieces, index.tobytes(), _checksum(index.tobytes()))
+    storage.write_atomic(shard_files(name, *shard), *pieces, index.tobytes(), crc32c(index.tobytes()))
 
 
 def _padded(values: np.ndarray[Any, Any], array: zarr.Array[Any]) -> np.ndarray[Any, Any]:
@@ -192,11 +188,7 @@ def _padded(values: np.ndarray[Any, Any], array: zarr.Array[Any]) -> np.ndarray[
 def _encoded(chunk: np.ndarray[Any, Any]) -> tuple[bytes, bytes]:
     """Return a chunk as `COMPRESSORS` encodes it, its checksum apart."""
     body = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE, typesize=chunk.itemsize).encode(chunk)
-    return body, _checksum(body)
-
-
-def _checksum(data: bytes) -> bytes:
-    return int(crc32c_checksum(data, 0)).to_bytes(4, "little")
+    return body, crc32c(body)
 
 
 @contextmanager
@@ -239,7 +231,7 @@ def unopened(where: Place, error: Exception) -> StoreError:
 
 
 def sensible(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """Return an array whose metadata can be true: what it says comes from a file."""
+    """Refuse an array whose metadata cannot be true: it comes from a file."""
     if min((*array.chunks, *(array.shards or ())), default=1) < 1:
         msg = f"its chunks are {array.chunks}"
         raise ValueError(msg)
@@ -257,6 +249,11 @@ def _writable(array: zarr.Array[Any]) -> zarr.Array[Any]:
 def shard_files(name: str, *positions: int) -> str:
     """Return the path, below the store, of the shard (or unsharded chunk) at a position of an array."""
     return f"{name}/c/{'/'.join(str(p) for p in positions)}" if positions else f"{name}/c"
+
+
+def array_files(*names: str, axes: int = 1) -> tuple[str, ...]:
+    """Return the paths, below the store, of arrays of one shard each: their metadata and their values."""
+    return tuple(path for name in names for path in (f"{name}/zarr.json", shard_files(name, *[0] * axes)))
 
 
 def read_array(
@@ -300,7 +297,7 @@ def read_array(
 def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwargs: Any) -> None:
     """Create an array and write all of it: for what is small and has one writer."""
     chunks = kwargs.pop("chunks", values.shape)
-    layout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}
+    layout: ArrayLayout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}  # type: ignore[typeddict-item]
     create_array(storage, name, **layout)
     known = json.loads(_metadata(**layout))  # written just now, so it need not be read
     array = _writable(zarr.Array(opened_with(known, StorePath(storage.store(name)))))

@@ -1,7 +1,8 @@
-"""Checksums of files that are not zarr arrays: a JSON file has it in its last line, other files in a JSON file.
+"""Write and verify checksums (sha256) of files that are not zarr arrays.
 
-A flipped byte in weights, a checkpoint, a marker or `run.json` is an error that names the file, never a wrong number.
-Files without a checksum, from other versions, are read as they are.
+A JSON file ends in its own (`seal`, `unseal`); that of another file stands in a JSON file (`digest`, `check_digest`). A
+flipped byte in weights, a checkpoint, a marker or `run.json` is an error that names the file, never a wrong number. Files
+without a checksum, from other versions, are read as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ndreamer_dist.storage.files import Storage
 SEAL = "sha256"
 WEIGHTS_DIGEST = "weights_sha256"
 """Entry of model.json: the checksum of the weights, which have none of their own."""
-_TAIL = re.compile(rb',\s*"([^"]{6})": "([0-9a-f]{64})"(\s*)\}\Z')  # whatever has become of the entry's name
+_TAIL = re.compile(rb',\s*"([^"]{6})": "([0-9a-f]{64})"(\s*)\}\Z')  # any name: it may be damaged
 
 
 def digest(data: bytes) -> str:
@@ -56,7 +57,7 @@ def unseal(data: bytes, url: str) -> dict[str, Any]:
 
 
 def check_digest(data: bytes, told: str | None, url: str) -> bytes:
-    """Return a file's bytes; `DamagedError` where they are not those that a digest was told of."""
+    """Return a file's bytes; `DamagedError` if `told`, where there is one, is not their sha256."""
     if told is not None and digest(data) != told:
         raise DamagedError.of(url, "its sha256 is not the one that was written down")
     return data

@@ -1,4 +1,4 @@
-"""Queries that say how much they read of a store."""
+"""Count and log the bytes that a query reads of a store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _in_query: ContextVar[bool] = ContextVar("in_query", default=False)
 
 
 def counted(query: Callable[Concatenate[_Reader, _P], _Answer]) -> Callable[Concatenate[_Reader, _P], _Answer]:
-    """Make a query say how many bytes it read, as `last_read` and in the log; there the outermost one alone does."""
+    """Make a query keep what it read as `last_read`, and log it unless another query called it."""
 
     @functools.wraps(query)
     def counting_query(self: _Reader, *args: _P.args, **kwargs: _P.kwargs) -> _Answer:

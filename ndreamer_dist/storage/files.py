@@ -27,12 +27,12 @@ from ndreamer_dist.storage.ranged_file import RangedFile
 from ndreamer_dist.storage.retries import (
     ABSENT,
     RemoteStore,
-    alone,
     options,
-    patiently,
     reason,
     short_limit,
     upload_limit,
+    with_retries,
+    without_own_retries,
 )
 from ndreamer_dist.storage.shards import HttpStore, Reads, count
 
@@ -62,7 +62,7 @@ class Storage:
     @cached_property
     def _fs_and_root(self) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, root = self._connect(options(self.url))
-        return alone(fs), root
+        return without_own_retries(fs), root
 
     def _connect(self, how: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
         try:
@@ -84,7 +84,7 @@ class Storage:
 
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
-        """The fsspec file system, for those that ask it directly, as Ray Train does; it tries again by itself."""
+        """The fsspec file system with its own retries, for callers that use it directly, as Ray Train does."""
         return self._connect(options(self.url, own_tries=True))[0]
 
     @property
@@ -115,7 +115,7 @@ class Storage:
         absent: Any = ABSENT,
         **more: Any,
     ) -> Any:
-        """Make a request of the file system, patiently; an error says what cannot be done with a name."""
+        """Make a request of the file system, with retries; an error says what cannot be done with which file."""
         fs = self._fs_and_root[0]
 
         def ask() -> Any:
@@ -123,14 +123,14 @@ class Storage:
                 return getattr(fs, verb)(*args, **more)
             return sync(fs.loop, getattr(fs, f"_{verb}"), *args, timeout=limit or short_limit(), **more)
 
-        return patiently(fs, self._cannot(name, cannot), ask, absent)
+        return with_retries(fs, self._cannot(name, cannot), ask, absent)
 
     def _cannot(self, name: str, what: str) -> str:
         """Return how an error about a name begins."""
         return f"{self.url}/{name} cannot be {what}" if name else f"{self.url} cannot be {what}"
 
     def _refresh(self) -> None:
-        """Forget what was listed before: others write here too."""
+        """Drop cached listings: other processes write here too."""
         self._fs_and_root[0].invalidate_cache()
 
     def exists(self, name: str = "") -> bool:
@@ -200,7 +200,7 @@ class Storage:
                 raise error
 
         if left:
-            patiently(self._fs_and_root[0], self._cannot(os.path.commonpath(left), "read"), ask, ())
+            with_retries(self._fs_and_root[0], self._cannot(os.path.commonpath(left), "read"), ask, ())
         count(Reads(requests=len(names), bytes=sum(map(len, found.values()))))
         return {name: found[name] for name in names if name in found}
 
@@ -215,7 +215,7 @@ class Storage:
         return dict(zip(names, map(int, found), strict=True))
 
     def node(self, name: str) -> dict[str, Any] | None:  # noqa: ARG002 - for those that know
-        """Return the metadata of an array or a group where it is known without a request; here it is not."""
+        """Return the metadata of an array or a group, if it is cached; here it is not."""
         return None
 
     def write_atomic(self, name: str, data: bytes, *more: bytes) -> None:
@@ -275,7 +275,7 @@ class Storage:
         def open_it() -> Any:
             return fs.open(root, "rb", block_size=block, cache_type="none")
 
-        file = patiently(fs, what, open_it, ())
+        file = with_retries(fs, what, open_it, ())
 
         def fetch(start: int, stop: int) -> bytes:
             file.seek(start)
@@ -294,10 +294,10 @@ class Storage:
         if size is None:
             msg = f"{what} by ranges (the server does not say how long it is); download it first"
             raise StoreError(msg)
-        return RangedFile(lambda a, b: patiently(fs, what, lambda: fetch(a, b), ()), int(size), block, blocks)
+        return RangedFile(lambda a, b: with_retries(fs, what, lambda: fetch(a, b), ()), int(size), block, blocks)
 
     def version(self) -> str:
-        """Return what changes when the one file that this address is does: size, dates and checksums, as far as told."""
+        """Return a text that changes with the file at this address: size, dates and checksums, as the server gives them."""
         self._refresh()
         try:
             told = self._ask("", "looked for", "info", self.root)
@@ -313,7 +313,7 @@ class Storage:
             return LocalStore(where.root, read_only=read_only)
         kind = HttpStore if where.url.startswith("http") else RemoteStore
         made = kind.from_url(where.url, storage_options=options(where.url), read_only=read_only)
-        alone(made.fs)
+        without_own_retries(made.fs)
         return made
 
 

@@ -15,7 +15,6 @@ from ndreamer_dist.storage.files import Storage
 HEAD_BYTES = 2048
 MODALITY = "rna"
 """The modality of a MuData that is read where there are several."""
-HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 WEB_PAGE = (b"<!doctype html", b"<html", b"<?xml")
 
 

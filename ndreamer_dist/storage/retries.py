@@ -1,9 +1,9 @@
-"""Servers that answer late, badly or not at all: time limits, retries and error messages.
+"""Timeouts, retries and error messages of requests to object storage and web servers.
 
-One number rules them all, the time limit (`NDREAMER_STORAGE_TIMEOUT`, in seconds). A request is made again if no byte
-arrives for so long, if the server refuses it for the moment (500, 503 and the like), or if its connection breaks. After
-the fifth try, some five and a half time limits after the first, a `StoreError` names the file and the reason. Errors that
-waiting cannot mend, such as a lost permission, are raised at once.
+One number sets them all, the timeout (`NDREAMER_STORAGE_TIMEOUT`, in seconds). A request is retried if no byte arrives
+for so long, if the server refuses it for the moment (500, 503 and the like), or if its connection breaks. After the fifth
+try, some five and a half timeouts after the first, a `StoreError` names the file and the reason. Errors that waiting
+cannot mend, such as a lost permission, are raised at once.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ndreamer_dist.errors import SettingsError, StoreError
 
 VARIABLE = "NDREAMER_STORAGE_TIMEOUT"
 TIME_LIMIT = 60.0
-"""Seconds without a byte after which a request is given up; a large shard over a slow line sends some all the time."""
+"""Seconds without a byte after which a request fails; a large shard over a slow line sends some all the time."""
 PAUSES = (1 / 128, 1 / 32, 1 / 8, 1 / 2)
 """Waits between one try and the next, in time limits: half a second, 2, 8 and 30."""
 CONNECT_SECONDS = 20.0
 """Longest wait for a connection."""
 SLOWEST = 2**18
-"""Bytes a second that an upload must make on the whole, beyond the time limit: nothing else tells that it stands still."""
+"""Slowest upload in bytes a second: the whole of it has a timeout, since nothing tells that it stands still."""
 HURRY_SECONDS = 10.0
-"""Longest wait for what the work does not depend on."""
+"""Timeout of requests that the work does not depend on."""
 AZURE = frozenset({"az", "abfs", "abfss"})
 SERVED = AZURE | {"s3", "gs", "http", "https"}
 """Protocols of file systems that ask a server."""
@@ -91,7 +91,7 @@ def upload_limit(size: int) -> float:
 
 @contextmanager
 def hurry() -> Iterator[None]:
-    """Ask once in this block, and not for long: for what the work does not depend on."""
+    """Make requests of this block once and with a short timeout: the work does not depend on them."""
     token = _in_a_hurry.set(True)
     try:
         yield
@@ -105,12 +105,12 @@ def short_limit() -> float | None:
 
 
 def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
-    """Return what the file system of an address is made with.
+    """Return the options of the file system of an address: timeouts, and no retries of its own.
 
     Parameters
     ----------
     own_tries
-        Leave it to the file system to try again: for those that ask it directly, as Ray Train does.
+        Keep the file system's own retries, for callers that use it directly, as Ray Train does.
     """
     limit = time_limit()
     connect, protocol = min(limit, CONNECT_SECONDS), url.partition("://")[0]
@@ -124,7 +124,7 @@ def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
         return asked if _has_credentials(protocol) else asked | {"anon": True}
     if protocol in ("http", "https"):
         return {"client_kwargs": {"timeout": silent} | _configured(protocol, "client_kwargs")}
-    # `alone` changes a file system, so that whoever wants its own tries needs another than the one that fsspec keeps.
+    # `without_own_retries` changes a file system, so that whoever wants its own tries needs another than the one that fsspec keeps.
     apart = {"skip_instance_cache": True} if own_tries else {}
     if protocol in ("gs", "gcs"):
         return {"requests_timeout": silent} | apart
@@ -159,23 +159,21 @@ def _found_credentials(environment: tuple[tuple[str, str], ...]) -> bool:  # noq
 
 
 def _configured(protocol: str, option: str) -> dict[str, Any]:
-    """Return what the user has told fsspec of an option, by its files or the environment."""
+    """Return an option that the user has set for fsspec, by its files or the environment."""
     return dict(fsspec.config.conf.get(protocol, {}).get(option, {}))
 
 
-def alone(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
-    """Let a file system that was made with `options` make every request once, so that tries do not multiply."""
+def without_own_retries(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
+    """Switch off the own retries of a file system made with `options`, so that ours do not multiply with them."""
     protocols = set(_protocols(fs))
     if "s3" in protocols:
         fs.retries = 1
     elif "gs" in protocols:
         fs._request = partial(type(fs)._request.__wrapped__, fs)  # without the decorator that tries again
     elif protocols & AZURE:
-        client, limit = fs.service_client, time_limit()
-        client._config.retry_policy.total_retries = 0
-        # What adlfs is told of timeouts it minds for reads and writes of data alone.
-        waits = client._pipeline._transport.connection_config
-        waits.timeout, waits.read_timeout = min(limit, CONNECT_SECONDS), limit
+        # adlfs does not pass retries on, and passes timeouts on for reads and writes of data alone.
+        client, once = fs.service_client, {"retry_total": 0} | options("az://")
+        fs.service_client = type(client)(client.url, credential=client.credential, **once)
     return fs
 
 
@@ -192,7 +190,7 @@ def _pauses(fs: fsspec.AbstractFileSystem) -> tuple[float, ...]:
 
 
 class Tries:
-    """What has become of one request so far."""
+    """The attempts of one request so far."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, what: str) -> None:
         self._server = "/".join(what.split("/", 3)[:3])  # the address begins what is said
@@ -224,10 +222,10 @@ class Tries:
         return pause
 
 
-def patiently(
+def with_retries(
     fs: fsspec.AbstractFileSystem, what: str, ask: Callable[[], T], absent: tuple[type[Exception], ...] = ABSENT
 ) -> T:
-    """Make a request until it is answered.
+    """Make a request, and retry it while that may help.
 
     Parameters
     ----------
@@ -258,8 +256,8 @@ def patiently(
         time.sleep(pause)
 
 
-async def patiently_async(fs: fsspec.AbstractFileSystem, what: str, ask: Callable[[], Awaitable[T]]) -> T:
-    """Do what `patiently` does, inside an event loop; no error is an answer."""
+async def with_retries_async(fs: fsspec.AbstractFileSystem, what: str, ask: Callable[[], Awaitable[T]]) -> T:
+    """Do what `with_retries` does, inside an event loop; no error is an answer."""
     tries = Tries(fs, what)
     while True:
         try:
@@ -314,7 +312,7 @@ def reason(error: BaseException) -> str:
 
 
 class RemoteStore(FsspecStore):
-    """A zarr store on a server, which is asked patiently; its errors name the file."""
+    """A zarr store on a server, with retries; its errors name the file."""
 
     def _what(self, key: str, cannot: str) -> str:
         return f"{self.fs.unstrip_protocol(f'{self.path}/{key}'.rstrip('/'))} cannot be {cannot}"
@@ -322,7 +320,7 @@ class RemoteStore(FsspecStore):
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """See zarr's `Store.get`."""
         get = super().get
-        return await patiently_async(self.fs, self._what(key, "read"), lambda: get(key, prototype, byte_range))
+        return await with_retries_async(self.fs, self._what(key, "read"), lambda: get(key, prototype, byte_range))
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
         """See zarr's `Store.set`."""
@@ -331,17 +329,17 @@ class RemoteStore(FsspecStore):
         async def ask() -> None:
             await asyncio.wait_for(put(key, value, byte_range), upload_limit(len(value)))
 
-        await patiently_async(self.fs, self._what(key, "written"), ask)
+        await with_retries_async(self.fs, self._what(key, "written"), ask)
 
     async def delete(self, key: str) -> None:
         """See zarr's `Store.delete`."""
         delete = super().delete
-        await patiently_async(self.fs, self._what(key, "deleted"), lambda: delete(key))
+        await with_retries_async(self.fs, self._what(key, "deleted"), lambda: delete(key))
 
     async def exists(self, key: str) -> bool:
         """See zarr's `Store.exists`."""
         exists = super().exists
-        return await patiently_async(self.fs, self._what(key, "looked for"), lambda: exists(key))
+        return await with_retries_async(self.fs, self._what(key, "looked for"), lambda: exists(key))
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """See zarr's `Store.list_prefix`."""
@@ -357,4 +355,4 @@ class RemoteStore(FsspecStore):
         async def ask() -> list[str]:
             return [name async for name in names(prefix)]
 
-        return await patiently_async(self.fs, self._what(prefix, "listed"), ask)
+        return await with_retries_async(self.fs, self._what(prefix, "listed"), ask)

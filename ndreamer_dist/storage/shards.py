@@ -27,7 +27,6 @@ from zarr.abc.codec import Codec
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import cpu, default_buffer_prototype
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
-from zarr.core.array_spec import ArraySpec  # what codecs are asked with
 from zarr.core.sync import sync  # zarr has no public way to wait for its event loop
 from zarr.dtype import UInt64
 
@@ -149,8 +148,7 @@ def read_chunks(
     where
         What an error calls the array.
     place
-        Takes a position and its chunk, of the full chunk shape; called for each, in any order, one at a time. The
-        chunk is only lent.
+        Takes a position and its chunk, of the full chunk shape; called for each, in any order, one at a time.
 
     Raises
     ------
@@ -287,10 +285,8 @@ class _Reading:
         return tuple(u // c for u, c in zip(unit, self.array.chunks, strict=True))
 
     @cached_property
-    def _spec(self) -> ArraySpec:
-        """What zarr tells the codecs of a chunk."""
-        dtype, fill = self._metadata.dtype, self._metadata.fill_value
-        return ArraySpec(self.array.chunks, dtype, fill, self.array.config, default_buffer_prototype())
+    def _spec(self) -> Any:
+        return _chunk_spec(self.array)
 
     @property
     def _index_codecs(self) -> tuple[Codec, ...]:
@@ -413,10 +409,15 @@ def _little(codec: BytesCodec) -> bool:
     return sys.byteorder == "little" and (codec.endian is None or codec.endian.value == "little")
 
 
+def crc32c(data: Any) -> bytes:
+    """Return the checksum that ends every chunk."""
+    return int(crc32c_checksum(data, 0)).to_bytes(4, "little")
+
+
 def _decode_into(chunk: np.ndarray, data: np.ndarray) -> None:
     """Undo `arrays.COMPRESSORS`; `ValueError` where the bytes are not those of such a chunk."""
     body = data[:-4]
-    if int(crc32c_checksum(body, 0)).to_bytes(4, "little") != data[-4:].tobytes():
+    if crc32c(body) != data[-4:].tobytes():
         msg = "the checksum is that of another content"
         raise ValueError(msg)
     if int.from_bytes(body[BLOSC_BYTES].tobytes(), "little") != chunk.nbytes:
@@ -425,7 +426,7 @@ def _decode_into(chunk: np.ndarray, data: np.ndarray) -> None:
     Blosc().decode(body, out=chunk)
 
 
-async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: ArraySpec) -> np.ndarray:
+async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: Any) -> np.ndarray:
     """Undo the codecs of a chunk one by one: by zarr's own ones, whatever pipeline a user has chosen for them."""
     specs = list(itertools.accumulate(codecs, lambda spec, codec: codec.resolve_metadata(spec), initial=spec))
     values: Any = data
@@ -440,8 +441,13 @@ def uncompressed(array: zarr.Array[Any], data: bytes) -> np.ndarray:
     if metadata.zarr_format == 2:
         plain = data if metadata.compressor is None else metadata.compressor.decode(data)
         return np.frombuffer(plain, np.uint8)
-    spec = ArraySpec(array.chunks, metadata.dtype, metadata.fill_value, array.config, default_buffer_prototype())
-    return sync(_decoded(metadata.codecs[1:], cpu.Buffer.from_bytes(data), spec)).view(np.uint8)
+    return sync(_decoded(metadata.codecs[1:], cpu.Buffer.from_bytes(data), _chunk_spec(array))).view(np.uint8)
+
+
+def _chunk_spec(array: zarr.Array[Any] | zarr.AsyncArray[Any]) -> Any:
+    """Return the description of a chunk that zarr's codecs take; zarr's own is of a whole shard."""
+    metadata: Any = array.metadata
+    return replace(metadata.get_chunk_spec((), array.config, default_buffer_prototype()), shape=array.chunks)
 
 
 def _within(runs: Sequence[ByteRange], bodies: Sequence[Buffer], span: ByteRange) -> Buffer:

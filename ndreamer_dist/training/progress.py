@@ -65,7 +65,7 @@ class OwnScreen:
             self.bar.set_postfix_str(f"epoch {epoch}/{self._plan.epochs}, {speed}", refresh=False)
         self.bar.update(step - self.bar.n)
         if self._stage is not None:
-            self._stage.trained(step, self._plan.steps, measures or {})
+            self._stage.note_step(step, self._plan.steps, measures or {})
 
     def warn(self, kind: str, text: str) -> None:
         """See `Display.warn`."""
@@ -77,7 +77,7 @@ class OwnScreen:
     def show(self, told: Told) -> None:
         """Show what an actor was told."""
         if self._stage is not None:
-            self._stage.held(told.peak)
+            self._stage.note_peak(told.peak)
         self.reached(told.step, told.measures)
         for kind, text in told.warnings.items():
             self.warn(kind, text)

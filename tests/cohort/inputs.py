@@ -13,13 +13,27 @@ import pandas as pd
 import scanpy as sc
 from scipy import sparse
 
+from ndreamer_dist.cohort.design import Design, build_design
 from ndreamer_dist.cohort.source import fingerprint, open_source
 from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.planning.stages import stage_keys
 from ndreamer_dist.rundir.directory import RunDirectory
-from ndreamer_dist.settings import RunSettings, Settings
+from ndreamer_dist.settings import CohortSettings, RunSettings, Settings
 
 SERIAL = SerialRuntime(RunSettings(serial=True))
+
+
+def cohort_settings(*, batch_keys: Sequence[str] = (), exclude: Sequence[str] = (), **names: Any) -> CohortSettings:
+    """Return settings of a cohort that keep groups of any size, and drop smaller ones where a size is given."""
+    small = {"min_group_cells": 1, "small_groups": "drop"}
+    return CohortSettings(**{"batch_key": batch_keys, "exclude_conditions": exclude, **small, **names})
+
+
+def designed(
+    obs: pd.DataFrame, *, keep: np.ndarray | None = None, **names: Any
+) -> tuple[Design, np.ndarray, pd.Categorical]:
+    """Return what `build_design` does by such settings."""
+    return build_design(obs, cohort_settings(**names), keep)
 
 
 def counts(

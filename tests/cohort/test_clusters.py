@@ -23,7 +23,7 @@ from ndreamer_dist.cohort.graph import (
     leiden,
     nearest_with_self,
     neighbour_graph,
-    principal_components,
+    scanpy_pca,
 )
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.compute.executor import RayRuntime
@@ -98,8 +98,8 @@ def test_a_cell_with_many_copies_is_still_its_own_first_neighbour() -> None:
 def test_principal_components_are_scanpys() -> None:
     x = counts(120, 60).X
     expected = sc.pp.pca(x, n_comps=20, svd_solver="arpack", random_state=1)
-    np.testing.assert_array_equal(principal_components(x, 20, 1), expected)
-    assert principal_components(x[:8], 50, 1).shape == (8, 7)
+    np.testing.assert_array_equal(scanpy_pca(x, 20, 1)[0], expected)
+    assert scanpy_pca(x[:8], 50, 1)[0].shape == (8, 7)
 
 
 @pytest.mark.parametrize("cells", [1, 2, 3, 4, 5, 10, 16])

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndreamer_dist.cohort.design import Design, build_design, report_design
+from ndreamer_dist.cohort.design import Design, report_design
 from ndreamer_dist.errors import CohortError
 from ndreamer_dist.grouping.small_groups import MERGED, SCREEN_CONDITIONS, group_name, report_small_groups
+from tests.cohort.inputs import cohort_settings, designed
 
 NAMES = st.sampled_from(["a", "b", "a+b", "a|b", "a\\", "\\+", "|", "1"])
 
@@ -30,7 +31,7 @@ def tables(draw: st.DrawFn) -> pd.DataFrame:
 def test_every_cell_is_in_the_group_of_its_own_names(obs: pd.DataFrame, least: int, random: object) -> None:
     keep = np.array([random.random() < 0.9 for _ in range(len(obs))])  # type: ignore[attr-defined]
     try:
-        design, codes, reasons = build_design(
+        design, codes, reasons = designed(
             obs, condition_key="condition", control="ctrl", batch_keys=["site", "donor"], keep=keep,
             min_group_cells=least,
         )  # fmt: skip
@@ -69,9 +70,9 @@ def test_names_are_numbered_by_appearance_among_the_kept_cells() -> None:
     obs = pd.DataFrame({"condition": ["late", "z", "ctrl", "a", "z"], "donor": ["gone", "D2", "D2", "D1", "D1"]})
     keep = np.array([False, True, True, True, True])
     with pytest.raises(CohortError, match="no cell is left of condition 'late'"):
-        build_design(obs, condition_key="condition", control="ctrl", batch_keys=["donor"], keep=keep)
+        designed(obs, condition_key="condition", control="ctrl", batch_keys=["donor"], keep=keep)
     obs.loc[0, "condition"] = "a"
-    design, codes, _ = build_design(obs, condition_key="condition", control="ctrl", batch_keys=["donor"], keep=keep)
+    design, codes, _ = designed(obs, condition_key="condition", control="ctrl", batch_keys=["donor"], keep=keep)
     assert design.conditions == ("ctrl", "z", "a")
     assert design.batches == ("D2", "D1")
     assert [group.name for group in design.groups] == ["D2|ctrl", "D2|z", "D1|z", "D1|a"]
@@ -90,7 +91,7 @@ def test_names_are_numbered_by_appearance_among_the_kept_cells() -> None:
     ],
 )
 def test_columns_that_are_not_text_are_named_by_str(values: object, control: str, names: tuple[str, ...]) -> None:
-    design, codes, _ = build_design(pd.DataFrame({"c": values}), condition_key="c", control=control)
+    design, codes, _ = designed(pd.DataFrame({"c": values}), condition_key="c", control=control)
     assert design.conditions == names
     assert codes.tolist() == [1, 0, 1]
     assert design.batches == ("",)
@@ -100,15 +101,17 @@ def test_columns_that_are_not_text_are_named_by_str(values: object, control: str
 def test_small_groups_are_dropped_kept_or_refused_and_always_reported(caplog: pytest.LogCaptureFixture) -> None:
     obs = pd.DataFrame({"c": ["k"] * 5 + ["x"] * 6, "d": ["A"] * 3 + ["B"] * 2 + ["A"] * 1 + ["B"] * 5})
     arguments = {"condition_key": "c", "control": "k", "batch_keys": ["d"], "min_group_cells": 2}
-    dropped, codes, reasons = build_design(obs, **arguments, small_groups="drop")
+    dropped, codes, reasons = designed(obs, **arguments, small_groups="drop")
     assert [group.name for group in dropped.groups] == ["A|k", "B|k", "B|x"]
     assert codes[5] == -1
     assert reasons[5] == "group of fewer than 2 cells"
-    kept, _, _ = build_design(obs, **arguments, small_groups="keep")
+    kept, _, _ = designed(obs, **arguments, small_groups="keep")
     assert "A|x" in [group.name for group in kept.groups]
     with pytest.raises(CohortError, match=r"1 group hold.*A\|x \(1\)"):
-        build_design(obs, **arguments, small_groups="error")
-    small = report_small_groups(obs, "c", ["d"], np.ones(11, dtype=bool), min_group_cells=2)
+        designed(obs, **arguments, small_groups="error")
+    small = report_small_groups(
+        obs, cohort_settings(condition_key="c", batch_keys=["d"], min_group_cells=2), np.ones(11, dtype=bool)
+    )
     with caplog.at_level(logging.INFO):
         notes = report_design(dropped, small)
     assert notes == ["1 group of fewer than 2 cells left out: A|x (1)"]
@@ -117,8 +120,8 @@ def test_small_groups_are_dropped_kept_or_refused_and_always_reported(caplog: py
 
 def test_batches_without_controls_are_ordinary_and_said() -> None:
     obs = pd.DataFrame({"c": ["k", "x", "x"], "d": ["A", "B", "C"]})
-    design, _, _ = build_design(obs, condition_key="c", control="k", batch_keys=["d"])
-    small = report_small_groups(obs, "c", ["d"], np.ones(3, dtype=bool))
+    design, _, _ = designed(obs, condition_key="c", control="k", batch_keys=["d"])
+    small = report_small_groups(obs, cohort_settings(condition_key="c", batch_keys=["d"]), np.ones(3, dtype=bool))
     assert report_design(design, small) == [
         "2 of 3 batches hold no control: their controls come from the other batches"
     ]
@@ -130,14 +133,14 @@ def test_batches_without_controls_are_ordinary_and_said() -> None:
 )
 def test_a_control_that_is_a_number_is_found_by_its_value(values: object, control: str) -> None:
     obs = pd.DataFrame({"condition": values})
-    design, _, _ = build_design(obs, condition_key="condition", control=control)
+    design, _, _ = designed(obs, condition_key="condition", control=control)
     assert design.control in ("0", "0.0", "False")
 
 
 def test_text_is_no_number() -> None:
     obs = pd.DataFrame({"condition": ["0", "1"] * 20})
     with pytest.raises(CohortError, match=r"no cell has the control '0\.0'"):
-        build_design(obs, condition_key="condition", control="0.0")
+        designed(obs, condition_key="condition", control="0.0")
 
 
 def screen() -> pd.DataFrame:
@@ -149,31 +152,31 @@ def screen() -> pd.DataFrame:
 def test_conditions_of_few_cells_are_named_all_at_once() -> None:
     words = "--exclude-condition 'KO rare' --exclude-condition 'KO once' --exclude-condition 'KO two'"
     with pytest.raises(CohortError, match=f"^3 conditions, 'KO rare', 'KO once', 'KO two', would vanish: .*{words}"):
-        build_design(screen(), condition_key="condition", control="ctrl", min_group_cells=20)
+        designed(screen(), condition_key="condition", control="ctrl", min_group_cells=20)
 
 
 def test_excluded_conditions_are_left_out_and_say_why() -> None:
     gone = ("KO rare", "KO once", "KO two")
-    design, groups, reasons = build_design(
+    design, groups, reasons = designed(
         screen(), condition_key="condition", control="ctrl", min_group_cells=20, exclude=gone
     )
     assert design.conditions == ("ctrl", "KO A", "KO B")
     assert (groups >= 0).sum() == 140
     assert set(reasons[groups < 0]) == {"excluded condition"}
     with pytest.raises(CohortError, match="'condition' holds one condition, 'ctrl'"):
-        build_design(screen(), condition_key="condition", control="ctrl", exclude=("KO A", "KO B", *gone))
+        designed(screen(), condition_key="condition", control="ctrl", exclude=("KO A", "KO B", *gone))
 
 
 def test_rare_conditions_are_left_out_where_that_is_asked() -> None:
-    design, groups, reasons = build_design(
+    design, groups, reasons = designed(
         screen(), condition_key="condition", control="ctrl", min_group_cells=20, rare_conditions="drop"
     )
     assert design.conditions == ("ctrl", "KO A", "KO B")
     assert set(reasons[groups < 0]) == {"group of fewer than 20 cells"}
     with pytest.raises(CohortError, match="the control 'ctrl' would vanish"):
-        build_design(screen(), condition_key="condition", control="ctrl", min_group_cells=61, rare_conditions="drop")
+        designed(screen(), condition_key="condition", control="ctrl", min_group_cells=61, rare_conditions="drop")
     with pytest.raises(CohortError, match=r"5 conditions, .* would vanish"):
-        build_design(screen(), condition_key="condition", control="ctrl", min_group_cells=50, rare_conditions="drop")
+        designed(screen(), condition_key="condition", control="ctrl", min_group_cells=50, rare_conditions="drop")
 
 
 BY_CONDITION = {"condition_key": "condition", "control": "ctrl", "batch_keys": ["lane"], "min_group_cells": 40}
@@ -203,12 +206,12 @@ def test_a_screen_asks_cells_of_a_condition_and_merges_its_small_batches(
     sizes: list[int], groups: dict[str, int]
 ) -> None:
     obs = lanes({"ctrl": [50, 50, 50, 50, 50, 50], **KNOCK_OUTS, "Y": [30, 30], "X": sizes})
-    design, codes, _ = build_design(obs, **BY_CONDITION, small_groups="auto")
+    design, codes, _ = designed(obs, **BY_CONDITION, small_groups="auto")
     assert (codes >= 0).all()
     code = design.condition_code("X")
     assert {group.name: group.cells for group in design.with_condition(code)} == groups
     small = report_small_groups(
-        obs, "condition", ["lane"], np.ones(len(obs), dtype=bool), min_group_cells=40, small_groups="auto"
+        obs, cohort_settings(**BY_CONDITION, small_groups="auto"), np.ones(len(obs), dtype=bool)
     )
     assert small.sizes == {group.name: group.cells for group in design.groups}
     batches = small.merged.get("X", 0)
@@ -219,10 +222,10 @@ def test_a_screen_asks_cells_of_a_condition_and_merges_its_small_batches(
 
 def test_few_conditions_are_no_screen() -> None:
     obs = lanes({"ctrl": [50, 50], "X": [42, 20]})
-    design, codes, _ = build_design(obs, **BY_CONDITION, small_groups="auto")
+    design, codes, _ = designed(obs, **BY_CONDITION, small_groups="auto")
     assert [group.name for group in design.groups] == ["L0|ctrl", "L0|X", "L1|ctrl"]
     assert (codes < 0).sum() == 20
-    merged, _, _ = build_design(obs, **BY_CONDITION, small_groups="merge")
+    merged, _, _ = designed(obs, **BY_CONDITION, small_groups="merge")
     assert merged.n_cells == len(obs)
 
 
@@ -230,24 +233,24 @@ def test_rare_conditions_of_a_screen_are_refused_or_left_out_by_their_cells() ->
     obs = lanes({"ctrl": [50, 50], **KNOCK_OUTS, "X": [20, 19], "Z": [1, 0]})
     words = r"^2 conditions, 'X', 'Z', would vanish: they have fewer than 40 cells each .*rare_conditions=drop"
     with pytest.raises(CohortError, match=words):
-        build_design(obs, **BY_CONDITION, small_groups="auto")
-    design, codes, reasons = build_design(obs, **BY_CONDITION, small_groups="auto", rare_conditions="drop")
+        designed(obs, **BY_CONDITION, small_groups="auto")
+    design, codes, reasons = designed(obs, **BY_CONDITION, small_groups="auto", rare_conditions="drop")
     assert set(design.conditions) == {"ctrl", *KNOCK_OUTS}
     assert set(reasons[codes < 0]) == {"condition of fewer than 40 cells"}
     small = report_small_groups(
-        obs, "condition", ["lane"], np.ones(len(obs), dtype=bool), min_group_cells=40, small_groups="auto"
+        obs, cohort_settings(**BY_CONDITION, small_groups="auto"), np.ones(len(obs), dtype=bool)
     )
     assert "2 conditions of fewer than 40 cells left out: X (39), Z (1)" in small.notes()
 
 
 def test_a_lane_that_is_called_merged_stays_what_it_is() -> None:
     obs = lanes({"ctrl": [50, 50], **KNOCK_OUTS, "Y": [30, 30], "X": [8] * 6}).replace({"lane": {"L0": MERGED}})
-    design, _, _ = build_design(obs, **BY_CONDITION, small_groups="auto")
+    design, _, _ = designed(obs, **BY_CONDITION, small_groups="auto")
     assert [group.name for group in design.with_condition(design.condition_code("X"))] == [f"{MERGED}_|X"]
 
 
 @pytest.mark.parametrize("conditions", [30, 60])
 def test_edges_grow_with_conditions_and_not_with_their_square(conditions: int) -> None:
     obs = lanes({"ctrl": [5, 5], **{f"KO {i}": [2, 2] for i in range(conditions)}})
-    design, _, _ = build_design(obs, condition_key="condition", control="ctrl", batch_keys=["lane"])
+    design, _, _ = designed(obs, condition_key="condition", control="ctrl", batch_keys=["lane"])
     assert len(design.needed_edges("needed")) == 4 + 8 * conditions

@@ -15,8 +15,9 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.genes import run_cohort
 from ndreamer_dist.cohort.pack import packed_order, partitions_of, run_pack
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.cohort.source import SAMPLE_ROWS, SAMPLES, StoredMatrix
+from ndreamer_dist.cohort.source import SAMPLE_ROWS, SAMPLES
 from ndreamer_dist.cohort.statistics import chunks_of, spans_of
+from ndreamer_dist.cohort.stored import StoredMatrix
 from ndreamer_dist.compute.executor import RayRuntime
 from ndreamer_dist.settings import Settings
 from tests.cohort.inputs import PLACES, SERIAL, counts, files_below, opened, settings_of

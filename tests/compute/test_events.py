@@ -168,7 +168,7 @@ def test_info_tells_a_stopped_run_and_its_last_loss(tmp_path: Path) -> None:
 
         stage = stage_now()
         assert stage is not None
-        stage.trained(120, 400, {"total": 12.345, "cells_per_second": 4321.0, "seconds": 0.5})
+        stage.note_step(120, 400, {"total": 12.345, "cells_per_second": 4321.0, "seconds": 0.5})
     told = json.loads((tmp_path / keys.PROGRESS).read_text())
     run.write_json(keys.PROGRESS, told | {"seen": told["seen"] - 3600})
     text = describe(str(tmp_path))
@@ -245,7 +245,7 @@ def test_prometheus_finds_cells_bytes_steps_and_losses(
 
         stage = stage_now()
         assert stage is not None
-        stage.trained(30, 40, {"total": 9.5, "kl": 0.25, "seconds": 0.5, "cells_per_second": 2048.0, "waiting": 0.1})
+        stage.note_step(30, 40, {"total": 9.5, "kl": 0.25, "seconds": 0.5, "cells_per_second": 2048.0, "waiting": 0.1})
     deadline = time.monotonic() + 60
     while True:
         text = scraped()
@@ -305,17 +305,17 @@ def test_the_time_left_is_that_of_the_speed_so_far(monkeypatch: pytest.MonkeyPat
     stage = events.StageProgress("clusters", cells=1000)
     stage.begin("clusters", 10)
     assert stage.seconds_left is None
-    assert "seconds_left" not in stage.told()
+    assert "seconds_left" not in stage.as_facts()
     stage.advance()
     stage.advance()
     now = 110.0
     assert stage.seconds_left == pytest.approx(40.0)
     training = events.StageProgress("train")
-    training.trained(50, 100, {})  # it went on from a checkpoint: the steps before it took no time of this call
+    training.note_step(50, 100, {})  # it went on from a checkpoint: the steps before it took no time of this call
     now = 130.0
-    training.trained(60, 100, {})
+    training.note_step(60, 100, {})
     assert training.seconds_left == pytest.approx(80.0)
-    assert training.told()["seconds_left"] == 80.0
+    assert training.as_facts()["seconds_left"] == 80.0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ndreamer_dist.datasets.expectation import (
     expected_log1p,
 )
 from ndreamer_dist.datasets.model import Model
-from ndreamer_dist.datasets.parameters import Cells, StateLaw, draw_parameters
+from ndreamer_dist.datasets.parameters import SimulatedCells, StateLaw, draw_parameters
 from ndreamer_dist.datasets.sampling import DIRECT_MEAN, _draw_counts, _positive_counts, generator
 from ndreamer_dist.errors import CohortError, QueryError
 
@@ -118,7 +118,9 @@ def test_counts_are_negative_binomial(mean, size):
 
 def test_variance_of_stored_counts_follows_the_dispersion():
     model = model_of(genes=200)
-    kinds = Cells(*(np.zeros(64, np.intp) for _ in range(3)), np.zeros(64, np.float32), np.full(64, 2500.0, np.float32))
+    kinds = SimulatedCells(
+        *(np.zeros(64, np.intp) for _ in range(3)), np.zeros(64, np.float32), np.full(64, 2500.0, np.float32)
+    )
     shares = model.observed_shares(kinds, np.arange(200))
     rng = np.random.default_rng(3)
     dense = np.zeros((64 * 60, 200))
@@ -142,7 +144,7 @@ def test_batch_effect_is_centred_over_the_donors_of_a_condition(nested):
         assert len(donors) == (3 if nested else 6)
         n = len(donors)
         for kind, state in [(0, -1.5), (4, 0.7)]:
-            cells = Cells(
+            cells = SimulatedCells(
                 np.full(n, kind), np.full(n, condition), donors, np.full(n, state, np.float32), np.ones(n, np.float32)
             )
             effect = model.observed_expression(cells, genes) - model.true_expression(cells, genes)
@@ -153,7 +155,9 @@ def test_batch_effect_is_centred_over_the_donors_of_a_condition(nested):
 def test_batch_effect_depends_on_the_cell_type_and_saturates():
     model = model_of()
     genes = np.arange(399)
-    cells = Cells(np.array([0, 1]), np.zeros(2, int), np.zeros(2, int), np.zeros(2, np.float32), np.ones(2, np.float32))
+    cells = SimulatedCells(
+        np.array([0, 1]), np.zeros(2, int), np.zeros(2, int), np.zeros(2, np.float32), np.ones(2, np.float32)
+    )
     for true in (0.5, 3.0):
         same = np.full((2, 399), true, np.float32)
         effect = model._distortion(same, cells, genes)
@@ -198,7 +202,7 @@ def test_expression_is_what_counts_average_to():
     """Brute force: draw many counts of the same three cells, normalise them as a user would, and average."""
     model = model_of(genes=300)
     kinds = np.array([0, 2, 5])
-    base = Cells(
+    base = SimulatedCells(
         kinds, np.array([1, 0, 1]), np.array([0, 1, 3]), np.array([0.5, -1, 0], np.float32), np.ones(3, np.float32)
     )
     expected = model.observed_expression(base, np.arange(300))
@@ -209,7 +213,7 @@ def test_expression_is_what_counts_average_to():
         shares = model.observed_shares(base[np.array([i])], np.arange(300))
         for _ in range(draws // 64):
             library = LIBRARY_MEDIAN * np.exp(LIBRARY_SIGMA * rng.standard_normal(64))
-            cells = Cells(many.cell_type, many.condition, many.donor, many.state, library.astype(np.float32))
+            cells = SimulatedCells(many.cell_type, many.condition, many.donor, many.state, library.astype(np.float32))
             data, column, nnz = _draw_counts(model, rng, cells, np.tile(shares, (64, 1)))
             dense = np.zeros((64, 300))
             dense[np.repeat(np.arange(64), nnz), column] = data
@@ -338,7 +342,7 @@ def test_gains_and_losses_of_counts_grow_with_the_state_and_cancel():
     model = Model(plain.parameters, StateLaw(effects=0.8))
     states = np.array([-2, -1, 0, 1, 2], np.float32)
     zero = np.zeros(5, np.intp)
-    cells = Cells(zero, zero + 1, zero, states, np.ones(5, np.float32))
+    cells = SimulatedCells(zero, zero + 1, zero, states, np.ones(5, np.float32))
     genes = np.flatnonzero(plain.parameters.fold[1, 0])
     control, whole = (np.exp(plain._log_share(cells.under(c), genes)) for c in (0, 1))
     response = np.array([1 - 0.8 * (1 - NormalDist().cdf(2 * state)) for state in states.tolist()])

@@ -12,7 +12,6 @@ from scipy import sparse
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.design import build_design
 from ndreamer_dist.comparison.halves import donor_halves, half_effects
 from ndreamer_dist.comparison.state import StateQuestion
 from ndreamer_dist.grouping.sample import ARC, arc, takes
@@ -22,6 +21,7 @@ from ndreamer_dist.matching.stage import asked_edges
 from ndreamer_dist.stats.cate_table import Neighbours, replicates_of
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.arrays import read_array
+from tests.cohort.inputs import designed
 from tests.results.brute_force import mean_nearest
 
 SETTINGS = {
@@ -116,9 +116,7 @@ def test_conditions_of_one_group_each_are_spread_over_the_control() -> None:
     """A screen whose conditions are small: each asks from a place of its own on the circle."""
     conditions = ["control"] * 40 + [f"guide{number:02d}" for number in range(20)]
     obs = pd.DataFrame({"condition": conditions, "batch": [f"batch{number}" for number in range(40)] + ["batch0"] * 20})
-    full, *_ = build_design(
-        obs, condition_key="condition", control="control", batch_keys=["batch"], small_groups="keep"
-    )
+    full, *_ = designed(obs, condition_key="condition", control="control", batch_keys=["batch"], small_groups="keep")
     design = full.sampling(MOST)
     asked = [target.code for query in design.groups if query.condition for target in design.counted(0, query)]
     times = np.bincount(asked, minlength=len(design.groups))[design.group_conditions == 0]

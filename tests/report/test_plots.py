@@ -52,17 +52,17 @@ def test_the_package_is_imported_without_matplotlib() -> None:
 
 def test_a_sample_is_of_all_groups_in_proportion(results: Results) -> None:
     design = results.design
-    rows = plots.sampled(design, 400)
+    rows = plots.sampled_rows(design, 400)
     counts = np.bincount(design.group_of(rows))
     assert counts.tolist() == [-(-group.cells * 400 // design.n_cells) for group in design.groups]
-    treated = plots.sampled(design, 10**9, treated=True)
+    treated = plots.sampled_rows(design, 10**9, treated=True)
     assert len(treated) == sum(group.cells for group in design.groups if group.condition)
 
 
 def test_an_embedding_draws_every_sampled_cell_in_every_panel(results: Results) -> None:
     axes = nd.pl.embedding(results, [keys.OBS_CONDITION, "cell_type", "age", GENE], cells=300)
     assert [ax.get_title(loc="left") for ax in axes] == ["condition", "cell_type", "age", GENE]
-    sampled = plots.sampled(results.design, 300)
+    sampled = plots.sampled_rows(results.design, 300)
     assert all(dots(ax).shape == (len(sampled), 2) for ax in axes)
     assert [text.get_text() for text in axes[1].get_legend().get_texts()] == sorted(set(results.obs["cell_type"]))
     assert inked(axes[0]) > 5
@@ -259,7 +259,7 @@ def test_colours_size_and_legend_are_the_callers(results: Results) -> None:
     assert ax.get_legend() is None
     assert set(ax.collections[0].get_sizes()) == {3.0}
     black = (ax.collections[0].get_facecolors()[:, :3] == 0).all(axis=1).sum()
-    rows = plots.sampled(results.design, 300)
+    rows = plots.sampled_rows(results.design, 300)
     assert black == (results.packed_obs["cell_type"].iloc[rows] == "plain").sum()
     assert len(set(style.colours(["a", "b", "c"], "viridis"))) == 3
 

@@ -216,7 +216,7 @@ def test_scanpy_plots_what_get_wrote(local, tmp_path):
     import scanpy as sc
 
     gene = local.var_names[5]
-    export.write_part(local.url, tmp_path / "ite.h5ad", "ite", genes=[gene, local.var_names[6]])
+    export.export_part(local.url, tmp_path / "ite.h5ad", "ite", genes=[gene, local.var_names[6]])
     adata = sc.read_h5ad(tmp_path / "ite.h5ad")
     axes = sc.pl.embedding(adata, keys.OBSM_PCA, color=gene, show=False)
     drawn = axes.collections[0]
