@@ -110,8 +110,9 @@ def of_groups(names: list[str], name: str, root: Any) -> str | None:
 
 
 def _scanpy(reader: str, name: str, stem: str) -> str:
-    unique = "" if reader == "read_loom" else "; a.var_names_make_unique()"
+    loom = reader == "read_loom"
+    needs, unique = ("pip install loompy && ", "") if loom else ("", "; a.var_names_make_unique()")
     return (
-        f'turn it into an h5ad file: python -c "import scanpy as sc; a = sc.{reader}({name!r}){unique}; '
+        f'turn it into an h5ad file: {needs}python -c "import scanpy as sc; a = sc.{reader}({name!r}){unique}; '
         f"a.write_h5ad('{stem}.h5ad')\""
     )
