@@ -110,9 +110,13 @@ def of_groups(names: list[str], name: str, root: Any) -> str | None:
 
 
 def _scanpy(reader: str, name: str, stem: str) -> str:
-    loom = reader == "read_loom"
-    needs, unique = ("pip install loompy && ", "") if loom else ("", "; a.var_names_make_unique()")
+    """Return the line that turns a file into an h5ad file by a reader of scanpy."""
+    needs, mended = {
+        "read_loom": ("pip install loompy && ", ""),
+        "read_10x_h5": ("", "; a.var_names_make_unique()"),
+        "read_10x_mtx": ("", "; a.var_names_make_unique(); a.X = a.X.tocsr()"),  # it is read by columns
+    }[reader]
     return (
-        f'turn it into an h5ad file: {needs}python -c "import scanpy as sc; a = sc.{reader}({name!r}){unique}; '
+        f'turn it into an h5ad file: {needs}python -c "import scanpy as sc; a = sc.{reader}({name!r}){mended}; '
         f"a.write_h5ad('{stem}.h5ad')\""
     )

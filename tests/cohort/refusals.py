@@ -267,7 +267,7 @@ CASES: dict[str, Case] = {
     "a 10x HDF5 matrix": _hdf5("filtered_feature_bc_matrix.h5", "matrix/barcodes", "matrix/indptr", "matrix/features/id"),
     "a loom file": _hdf5("cohort.loom", "matrix", "row_attrs/Gene", "col_attrs/CellID"),
     "an h5Seurat file": _hdf5("cohort.h5seurat", "assays/RNA/counts/data", "cell.names", "meta.data/x"),
-    "a MuData without a modality rna": _hdf5("cohort.h5mu", "obs/x", "mod/protein/X", "mod/gex/X"),
+    "a MuData without a modality rna": _hdf5("cohort.h5mu", "obs/x", "var/x", "mod/protein/X", "mod/gex/X"),
     "a 10x matrix folder": _folder("filtered", "matrix.mtx.gz", "barcodes.tsv.gz", "features.tsv.gz"),
     "a folder of h5ad files": _folder("samples", "D1.h5ad", "D2.h5ad"),
     "a SOMA experiment": _folder("soma", "__group/0_0", "ms/__group/0_0", "obs/__schema/0_0"),
