@@ -55,12 +55,12 @@ def of_bytes(head: bytes, name: str) -> str | None:
             f"an R object; write it from R: zellkonverter::writeH5AD(Seurat::as.SingleCellExperiment(x), '{stem}.h5ad'), "
             "or without as.SingleCellExperiment where it is one"
         )
+    if head.startswith(b"%%MatrixMarket") or name.endswith(".mtx.gz"):
+        return f"a MatrixMarket file; {_scanpy('read_10x_mtx', 'FOLDER', stem)} (FOLDER holds matrix, features and barcodes)"
     if head.startswith(b"\x1f\x8b"):
         return f"compressed by gzip; unpack it: gunzip -k {name}"
     if head.startswith(b"PK\x03\x04"):
         return f"a zip archive; unpack it: unzip {name} -d {stem}.zarr"
-    if head.startswith(b"%%MatrixMarket"):
-        return f"a MatrixMarket file; {_scanpy('read_10x_mtx', 'FOLDER', stem)} (FOLDER holds matrix, features and barcodes)"
     if head.startswith((b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")):
         return "compressed (bzip2, xz or zstd); unpack it first"
     return None

@@ -264,6 +264,7 @@ CASES: dict[str, Case] = {
     "a zarr store in a zip": _file("cohort.zarr.zip", b"PK\x03\x04 and so on"),
     "an R object": _file("cohort.rds", gzip.compress(b"X\n\0\0\0\3")),
     "a MatrixMarket file": _file("matrix.mtx", b"%%MatrixMarket matrix coordinate integer general\n"),
+    "a MatrixMarket file in gzip": _file("matrix.mtx.gz", gzip.compress(b"%%MatrixMarket matrix coordinate integer general\n")),
     "a 10x HDF5 matrix": _hdf5("filtered_feature_bc_matrix.h5", "matrix/barcodes", "matrix/indptr", "matrix/features/id"),
     "a loom file": _hdf5("cohort.loom", "matrix", "row_attrs/Gene", "col_attrs/CellID"),
     "an h5Seurat file": _hdf5("cohort.h5seurat", "assays/RNA/counts/data", "cell.names", "meta.data/x"),
