@@ -23,15 +23,15 @@ from ndreamer_dist.errors import NDreamerError, QueryError, SettingsError, Store
 from ndreamer_dist.settings import parse_assignments, read_yaml
 
 EXIT_CODES = """\
-Exit codes: 0, done; 1, an unexpected error, with its trace; 2, refused: the last line of standard error names the input,
-setting, file or resource that will not do, and what to change (`check`: something is damaged); 130, stopped by Ctrl-C, or
-143, by SIGTERM: the same command goes on. Answers go to standard output, progress and errors to standard error."""
+Exit codes: 0, done; 1, unexpected error, with a stack trace; 2, refused: the last line on standard error names the input,
+setting, file or resource at fault and says what to change (`check`: files are damaged); 130, stopped by Ctrl-C, or 143, by
+SIGTERM: the same command continues. Results go to standard output, progress and errors to standard error."""
 """Shown under `--help`, and in docs/how-to/workflows.md."""
 
 app = typer.Typer(
     name="ndreamer-dist",
     help="Remove batch effects from single-cell RNA-seq and estimate what a condition does to every cell.",
-    epilog=EXIT_CODES,
+    epilog=EXIT_CODES.replace("\n", " "),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,7 +57,9 @@ STOPPED = 130
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="STAGE.NAME=VALUE", help="Change one setting; repeatable. `ndreamer-dist settings` lists all."
+        "--set",
+        metavar="STAGE.NAME=VALUE",
+        help="Change one setting. Repeatable; `ndreamer-dist settings` lists all settings.",
     ),
 ]
 
@@ -65,15 +67,18 @@ Input = Annotated[str, typer.Argument(metavar="INPUT", help="h5ad file or zarr s
 ConditionKey = Annotated[
     list[str] | None,
     typer.Option(
-        help="Column of obs that holds the condition; repeatable: conditions are then combinations, drugA:mut."
+        help="Column of obs that holds the condition. Repeatable: several columns make combinations, drugA:mut."
     ),
 ]
-Control = Annotated[str | None, typer.Option(help="Name of the control condition; of combinations: none:wt.")]
+Control = Annotated[str | None, typer.Option(help="Name of the control condition; for combinations, as in none:wt.")]
 BatchKey = Annotated[
-    list[str] | None, typer.Option(help="Column of obs that holds the batch (donor, site); repeatable.")
+    list[str] | None, typer.Option(help="Column of obs that holds the batch (donor, site). Repeatable.")
 ]
 PresetName = Annotated[
-    Preset, typer.Option(help="paper: the method's defaults; small: for laptops, keeps types, not states.")
+    Preset,
+    typer.Option(
+        help="paper: the method's defaults. small: for laptops; separates cell types, not states within them."
+    ),
 ]
 Embedding = Annotated[
     str | None,
@@ -85,21 +90,23 @@ MatchWithin = Annotated[
     str | None,
     typer.Option(
         "--match-within", metavar="COLUMN",
-        help="Column of obs with cell types that cells are matched inside, where a group has enough of the type; "
-        "ndreamer_cluster_low: the low clusters (default: none).",
+        help="Match cells only within the types in this column of obs, where a group has enough cells of the type. "
+        "ndreamer_cluster_low: within the low-resolution clusters (default: none).",
     ),
 ]  # fmt: skip
 ValuesOfX = Annotated[
     Normalise | None,
-    typer.Option(help="What X holds. counts: raw counts; none: log-normalised values; auto: find out (default)."),
+    typer.Option(help="What X holds. counts: raw counts; none: log-normalised values; auto: detect which (default)."),
 ]
 LayerOfInput = Annotated[
-    str | None, typer.Option("--layer", help="Layer to read in place of X; raw: the counts in .raw, with its genes.")
+    str | None,
+    typer.Option("--layer", help="Layer to read instead of X; raw: the counts in .raw, with the genes of .raw."),
 ]
 GeneNames = Annotated[
-    str | None, typer.Option(help="Column of var to name genes by: feature_name, say, for their symbols.")
+    str | None,
+    typer.Option(help="Column of var with the gene names to use, e.g. feature_name for symbols (default: var_names)."),
 ]
-Excluded = Annotated[list[str] | None, typer.Option(help="Condition whose cells are left out; repeatable.")]
+Excluded = Annotated[list[str] | None, typer.Option(help="Condition to leave out, with its cells. Repeatable.")]
 Config = Annotated[
     Path | None,
     typer.Option(help="YAML file of settings by stage; `ndreamer-dist settings` writes one.", dir_okay=False),
@@ -107,7 +114,9 @@ Config = Annotated[
 Workers = Annotated[int | None, typer.Option(help="Training workers (default: 1).")]
 NeighbourCount = Annotated[
     int | None,
-    typer.Option("--neighbours", min=1, help="Nearest neighbours per group that effects average (default: 1)."),
+    typer.Option(
+        "--neighbours", min=1, help="Number of nearest neighbours per group that an effect averages (default: 1)."
+    ),
 ]
 Address = Annotated[
     str | None,
@@ -116,31 +125,45 @@ Address = Annotated[
     ),
 ]
 ResultsAddress = Annotated[str, typer.Argument(metavar="DIR", help="Run directory, or results.zarr, or its URL.")]
-Compared = Annotated[str | None, typer.Option(help="Condition to compare with the control (default: each of them).")]
-Genes = Annotated[str | None, typer.Option(help="Gene names, separated by commas, or @FILE with one a line.")]
-InputAgain = Annotated[str | None, typer.Option(help="The input cohort, for genes that were not modelled.")]
+Compared = Annotated[
+    str | None, typer.Option(help="Condition to compare with the control (default: every other condition).")
+]
+Genes = Annotated[
+    str | None, typer.Option(help="Gene names, separated by commas; or @FILE with one name per line (default: all).")
+]
+InputAgain = Annotated[
+    str | None, typer.Option(help="Input cohort of the run; needed for genes that were not modelled.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object, for programs.")]
 InputOrRun = Annotated[
-    str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store to run; or the directory of a finished run.")
+    str, typer.Argument(metavar="INPUT", help="h5ad file or zarr store to run, or the directory of a finished run.")
 ]
 Spaces = Annotated[
     str | None,
     typer.Option(
-        "--embedding", help="Spaces, separated by commas (default: pca,harmony,state; of a finished run, all it has)."
+        "--embedding",
+        help="Spaces, separated by commas (default: pca,harmony,state; for a finished run, all its spaces).",
     ),
 ]
-RunOfSpaces = Annotated[str | None, typer.Option(help="Run directory for all spaces; needed with an input.")]
+RunOfSpaces = Annotated[str | None, typer.Option(help="Run directory for all spaces; required if INPUT is a cohort.")]
 PresetOfSpaces = Annotated[Preset | None, typer.Option(help="paper (default) or small, as for `run`.")]
 CellTypes = Annotated[
-    str | None, typer.Option(help="Column of obs that names cell types (default: clusters; the answer says which).")
+    str | None, typer.Option(help="Column of obs that names cell types (default: clusters; the output says which).")
 ]
 InputOfRun = Annotated[
-    str | None, typer.Option(help="The input of a finished run, from which the state held is measured.")
+    str | None,
+    typer.Option(help="Input cohort of a finished run; needed to measure how much of the cell state a space keeps."),
 ]
 TableFile = Annotated[
     Path | None,
     typer.Option(
-        help="File for the table: .csv, .tsv or .parquet, the picture beside it (always: DIR/report/comparison.csv)."
+        help="Write the table here too (.csv, .tsv or .parquet), the figure beside it; DIR/report/comparison.csv is always written."
+    ),
+]
+StateEffects = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, help="Share of the effect that cells in the lowest state lack (0: it depends on no state)."
     ),
 ]
 DonorKey = Annotated[str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")]
@@ -158,10 +181,10 @@ def _whole(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Log more, what was read among it; also after the command's name.")
+        bool, typer.Option("--verbose", help="Log more, for example how much was read. May also follow the command.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="No bars, and no lines but warnings; also after the command's name.")
+        bool, typer.Option("--quiet", help="Print no progress bars and only warnings. May also follow the command.")
     ] = False,
 ) -> None:
     del version  # its callback has answered
@@ -191,7 +214,7 @@ def run(
     redo: Annotated[
         bool,
         typer.Option(
-            "--redo", help="Run the finished stages again whose settings have changed, and the stages after them."
+            "--redo", help="Run finished stages again if their settings have changed, and the stages after them."
         ),
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete the run that --out holds.")] = False,
@@ -215,26 +238,31 @@ def run(
         fresh=fresh,
     )
     if finished.annotation:
-        print(f"taken over from obs of {cohort}: {printable(str(finished.annotation))}")
+        print(f"added from obs of {cohort}: {printable(str(finished.annotation))}")
     print(f"done: {finished.url}\nlook at it with: ndreamer-dist info {finished.url}")
 
 
 @app.command("map")
 def map_cells(
     cohort: Input,
-    onto: Annotated[str, typer.Option(help="Directory of the finished run; it is only read.")],
+    onto: Annotated[str, typer.Option(help="Directory of the finished run; it is not changed.")],
     out: Annotated[str, typer.Option(help="Directory for the mapped cells, local or on object storage.")],
     embedding: Annotated[
-        str | None, typer.Option(help="Matching space of the run, where it has several (default: the first).")
+        str | None, typer.Option(help="Matching space, if the run has several (default: the first).")
     ] = None,
     fill_missing_genes: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the run's genes that may be missing and count as zeros.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Largest share of the run's genes that the new cells may lack; missing genes count as zero.",
+        ),
     ] = 0.0,
     extend: Annotated[
         bool,
         typer.Option(
             "--extend",
-            help="Let cells that are mapped onto --out later be matched with these as well, and new cells with new controls.",
+            help="Let cells that are later mapped onto --out be matched with these cells too; match new cells with new controls.",
         ),
     ] = False,
     layer: LayerOfInput = None,
@@ -259,7 +287,9 @@ def plan(
     cohort: Input,
     out: Annotated[
         str | None,
-        typer.Option(help="Run directory that `run` will write; the plan compares its free disk with the need."),
+        typer.Option(
+            help="Run directory that `run` will write; the plan compares the free disk there with what the run needs."
+        ),
     ] = None,
     condition_key: ConditionKey = None,
     control: Control = None,
@@ -277,7 +307,7 @@ def plan(
     neighbours: NeighbourCount = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what `run` would do and need (groups, steps, memory, disk), without running it."""
+    """Show what `run` would do and need (groups, steps, memory, disk, time), without running it."""
     from ndreamer_dist.pipeline import plan as plan_job
 
     given = {"train.workers": workers, "match.neighbours": neighbours, "match.within": match_within}
@@ -321,7 +351,7 @@ def compare(
     match_within: MatchWithin = None,
     address: Address = None,
 ) -> None:
-    """Compare matching spaces on one cohort: what each is good at, in one table, and which to take."""
+    """Compare matching spaces on one cohort in a table, and recommend one."""
     from ndreamer_dist.commands.compare import compare as compare_spaces
 
     given = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
@@ -353,16 +383,16 @@ def match(
     edges: Annotated[
         str,
         typer.Option(
-            help="all: match every pair of groups; a condition: match every group to the groups of that condition."
+            help="all: match every pair of groups. NAME of a condition: match every group to the groups of that condition."
         ),
     ] = "all",
     embedding: Annotated[
-        str | None, typer.Option(help="Matching space, where there are several (default: the first).")
+        str | None, typer.Option(help="Matching space, if the run has several (default: the first).")
     ] = None,
     assignments: Set = None,
     address: Address = None,
 ) -> None:
-    """Match more pairs of groups of a finished run, for other contrasts. Its results stay as they are."""
+    """Match more pairs of groups of a finished run, for other contrasts. The results do not change."""
     from ndreamer_dist.pipeline import add_matches
 
     how = _overrides(assignments, {"run.address": address})
@@ -376,12 +406,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the simulated cohort and the run.")] = Path("ndreamer_demo"),
     cells: Annotated[int, typer.Option(min=2000, help="Cells to simulate.")] = 20_000,
     genes: Annotated[int, typer.Option(min=200, help="Genes to simulate.")] = 2_000,
-    state_effects: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the effects that cells of the lowest states lack.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the cohort and of the run.")] = 0,
+    state_effects: StateEffects = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the cohort and of the run.")] = 0,
     assignments: Set = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete the cohort and the run.")] = False,
 ) -> None:
     """Simulate a small cohort, run the whole job on it, and show how well the run recovers the true effects."""
     from ndreamer_dist.commands.demo import run_demo
@@ -400,17 +428,20 @@ def simulate(
     design: Annotated[
         Layout, typer.Option(help="crossed: every donor in every condition; nested: each in one.")
     ] = "crossed",
-    state_effects: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the effects that cells of the lowest states lack.")
-    ] = 0.0,
+    state_effects: StateEffects = 0.0,
     state_shift: Annotated[
         float,
-        typer.Option(min=-2, max=2, help="Shift of the cells' state outside the control, in standard deviations."),
+        typer.Option(
+            min=-2, max=2, help="Shift of the cell state in conditions other than the control, in standard deviations."
+        ),
     ] = 0.0,
     pathways: Annotated[
-        int, typer.Option(min=0, help="A screen: the conditions are knock-outs of so many pathways.")
+        int,
+        typer.Option(
+            min=0, help="Simulate a screen: the conditions are knock-outs of this many pathways (0: no screen)."
+        ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
 ) -> None:
     """Simulate a cohort whose true effects are known."""
     from ndreamer_dist.commands.demo import simulate_with_bar
@@ -427,7 +458,7 @@ def convert(
     cohort: Input,
     out: Annotated[Path, typer.Argument(metavar="OUT.zarr", help="Zarr store to write.")],
 ) -> None:
-    """Write a cohort that is stored by columns (CSC) anew, by rows, as `run` reads it; out of core."""
+    """Convert a cohort stored by columns (CSC) into a zarr store by rows, which `run` can read. Works out of core."""
     from ndreamer_dist.commands.convert import convert as convert_cohort
 
     cells, genes = convert_cohort(cohort, out)
@@ -454,7 +485,7 @@ def check(
     assignments: Set = None,
     address: Address = None,
 ) -> None:
-    """Read all files of a run and name those that are damaged or missing; if there are any, the exit code is 2."""
+    """Read all files of a run and list the damaged and missing ones. The exit code is 2 if there are any."""
     from ndreamer_dist.commands.verify import check as check_run
 
     found = check_run(run_directory, mend=mend, settings=_overrides(assignments, {"run.address": address}))
@@ -474,16 +505,19 @@ def check(
 def get(
     run_directory: ResultsAddress,
     out: Annotated[Path, typer.Option(help="File to write: .h5ad, .zarr, .csv, .tsv or .parquet.")],
-    layer: Annotated[Layer, typer.Option(help="What to read.")] = "ite",
+    layer: Annotated[Layer, typer.Option(help="Layer to read.")] = "ite",
     cells: Annotated[
-        str | None, typer.Option(help="""Query on obs: 'cell_type == "B cells"'; or @FILE with a cell's name a line.""")
+        str | None,
+        typer.Option(
+            help="""Query on obs, e.g. 'cell_type == "B cells"'; or @FILE with one cell name per line (default: all)."""
+        ),
     ] = None,
     genes: Genes = None,
     embedding: Annotated[
-        bool, typer.Option(help="Add the coordinates that cells were matched in to .h5ad and .zarr, for plots.")
+        bool, typer.Option(help="Add the coordinates of the matching space to .h5ad and .zarr files, for plots.")
     ] = True,
     condition: Annotated[
-        str | None, typer.Option(help="Condition of the effect or the counterfactual; these two layers need it.")
+        str | None, typer.Option(help="Condition of the layers effect and counterfactual, which require it.")
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Condition to compare an effect with (default: the control).")
@@ -507,14 +541,15 @@ def annotate(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="Labels of cells: .csv or .tsv with the cells' names in the first column, .parquet, .h5ad or .zarr.",
+            help="Labels of cells: .csv or .tsv with the cell names in the first column, .parquet, .h5ad or .zarr.",
         ),
     ],
     columns: Annotated[
-        str | None, typer.Option(help="Columns to take, separated by commas (default: all that are new or differ).")
+        str | None,
+        typer.Option(help="Columns to add, separated by commas (default: all columns that are new or differ)."),
     ] = None,
 ) -> None:
-    """Keep columns of obs that were made after the run, labels of cell types say; every other command then finds them."""
+    """Add columns to the obs of a finished run, such as cell-type labels; every other command can then use them."""
     from ndreamer_dist.results.annotations import table_of_file
     from ndreamer_dist.stats.results import open_results
 
@@ -528,7 +563,9 @@ def cate(
     out: Annotated[Path, typer.Option(help="File to write: .csv, .tsv or .parquet.")],
     by: Annotated[
         str | None,
-        typer.Option(help="Column of obs that names populations, e.g. cell_type (default: all cells together)."),
+        typer.Option(
+            help="Column of obs that names populations, e.g. cell_type (default: one population of all cells)."
+        ),
     ] = None,
     condition: Compared = None,
     baseline: Annotated[str | None, typer.Option(help="Condition to compare with (default: the control).")] = None,
@@ -537,11 +574,14 @@ def cate(
     donor_key: DonorKey = None,
     min_cells: Annotated[int, typer.Option(min=1, help="Leave out donors with fewer cells in a population.")] = 10,
     population: Annotated[
-        Asking, typer.Option(help="Cells at which donors are compared: those of all donors, or of the treated donors.")
+        Asking,
+        typer.Option(
+            help="Cells at which donors are compared: all: the cells of all donors; treated: those of the treated donors."
+        ),
     ] = "all",
     covariates: Annotated[
         str | None,
-        typer.Option(help="Columns of obs, separated by commas: covariates of the donors, for a linear model."),
+        typer.Option(help="Donor covariates for a linear model: columns of obs, separated by commas."),
     ] = None,
 ) -> None:
     """Write the effect of the condition on each population and gene, with donors as replicates."""
@@ -565,14 +605,16 @@ def null(
     out: Annotated[Path, typer.Option(help="File to write: .csv, .tsv or .parquet.")],
     by: Annotated[
         str | None,
-        typer.Option(help="Column of obs that names populations, e.g. cell_type (default: all cells together)."),
+        typer.Option(
+            help="Column of obs that names populations, e.g. cell_type (default: one population of all cells)."
+        ),
     ] = None,
     condition: Compared = None,
     donor_key: DonorKey = None,
     labellings: Annotated[int, typer.Option(min=1, help="Number of permutations of the donor labels.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the permutations.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the permutations.")] = 0,
 ) -> None:
-    """Check the calibration of the tests: permute the donor labels, so that there is no effect to find."""
+    """Check the calibration of the tests on permuted donor labels, where there is no effect to find."""
     from ndreamer_dist.results.export import TABLES, checked, save_table
     from ndreamer_dist.stats.null import rates
     from ndreamer_dist.stats.results import open_results
@@ -588,14 +630,14 @@ def null(
 @app.command("all-genes")
 def all_genes(
     run_directory: ResultsAddress,
-    cohort: Annotated[str, typer.Argument(metavar="INPUT", help="The cohort of the run.")],
+    cohort: Annotated[str, typer.Argument(metavar="INPUT", help="Input cohort of the run.")],
     out: Annotated[str, typer.Option(help="Directory to write, local or on object storage.")],
     layers: Annotated[
         str, typer.Option(help="Layers to store, separated by commas: ite, denoised, batch_effect.")
     ] = "ite",
     assignments: Set = None,
 ) -> None:
-    """Write the effects of all genes of the cohort, modelled or not, through the run's matches."""
+    """Write the effects on all genes of the cohort, modelled or not, computed from the run's matches."""
     from ndreamer_dist.commands.all_genes import all_genes as write_all
 
     made = write_all(run_directory, cohort, out=out, layers=_names(layers) or [], settings=_overrides(assignments, {}))
@@ -615,7 +657,7 @@ def report(
     condition: Compared = None,
     donor_key: DonorKey = None,
 ) -> None:
-    """Write one HTML page: what a run found, in figures and tables, and how far to trust it."""
+    """Write an HTML report: what the run found, in figures and tables, and how far to trust it."""
     from ndreamer_dist.report.page import report as write_report
 
     print(f"wrote {write_report(run_directory, out, by=by, condition=condition, donor_key=donor_key)}")
@@ -755,7 +797,7 @@ def _ended(work: Callable[[], object], lines: Lines, stop: StopRequest) -> None:
             print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         sys.exit(stop.exit_code)
 
 

@@ -414,7 +414,7 @@ def test_a_job_that_is_stopped_in_training_lets_go_and_goes_on_to_the_same_bits_
     assert staged["status"] == "SUCCEEDED", staged["logs"]
     assert f"done: cohort: {OUT}" in staged["logs"]
     assert stopped["status"] == "STOPPED", stopped["logs"]
-    assert "stopped; the same command goes on from here" in stopped["logs"]
+    assert "stopped; the same command continues from here" in stopped["logs"]
     assert "Traceback" not in stopped["logs"]
     assert stopped["node"] in [node["node_id"] for node in working_ray.nodes() if node["is_head_node"]]
     run = open_storage(OUT)

@@ -66,7 +66,7 @@ def last_checkpoint(run: Path) -> int:
 
 def assert_stopped_well(run: Path, code: int, said: str, expected: int) -> None:
     assert code == expected, said
-    assert said.count("stopped; the same command goes on from here\n") == 1
+    assert said.count("stopped; the same command continues from here\n") == 1
     assert "Traceback" not in said
     assert "SIGTERM" not in said
     assert last_checkpoint(run) >= 3

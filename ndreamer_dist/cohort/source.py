@@ -364,7 +364,7 @@ def open_group(storage: Storage, container: Container) -> Any:
     root = _opened(storage, container)
     group = root.get(f"mod/{MODALITY}", root)
     missing = [name for name in ("obs", "var") if name not in group]
-    if missing:
+    if missing or "mod" in group:  # a MuData has obs and var of its own beside its modalities
         what = recognised_format(storage, root)
         msg = f"{storage.url} is {what}" if what else (
             f"{storage.url} is not an AnnData store: it holds no {' and no '.join(missing)}; it holds {listing(root)}"

@@ -511,7 +511,7 @@ def runtime_choice(settings: Settings, cells: int) -> RuntimeChoice:
     if run.serial is not None:
         return RuntimeChoice(run.serial, f"run.serial is {str(run.serial).lower()}")
     for needed, why in (
-        (on_a_cluster(run), "a cluster is there"),
+        (on_a_cluster(run), "a cluster is named"),
         (run.object_store_gb is not None, "run.object_store_gb says how it starts"),
         (train.workers > 1, f"{train.workers} training workers"),
         (train.device != "cpu" and has_gpu(), "a GPU is there to train on"),

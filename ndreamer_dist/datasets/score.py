@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 from ndreamer_dist import keys
 from ndreamer_dist.datasets import Truth
@@ -42,6 +43,7 @@ class EffectScore:
     false_genes: int  # genes without a true effect whose mean ITE is beyond the threshold
     false_share: float  # of the genes without a true effect
     largest_false: float  # largest |mean ITE| of a gene without a true effect
+    by_chance: float  # genes without a true effect that are beyond the threshold by the noise of that many cells alone
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Recovery:
         return sum(e.false_genes for e in self.effects if not e.affected)
 
     @property
+    def false_by_chance(self) -> float:
+        """How many of the genes called in cell types that do not respond the number of cells explains, at the least."""
+        return sum(e.by_chance for e in self.effects if not e.affected)
+
+    @property
     def batch_variance_removed(self) -> float:
         """Share of the variance between donors that went (1: all; negative: there is more); NaN without donors."""
         before = sum(b.before for b in self.batches)
@@ -104,7 +111,8 @@ class Recovery:
             "What donors' means vary by because cells are few is taken off, as if cells were independent. Denoised",
             "cells share their matches, so for them too little is taken off: what is left is at most this.",
             "",
-            f"Mean correlation {self.correlation:.3f}; {self.false_genes} genes called in cell types without effect;",
+            f"Mean correlation {self.correlation:.3f};",
+            f"{self.false_genes} genes called in cell types without effect{_chance(self.false_by_chance)};",
             f"{self.batch_variance_removed:.0%} of the variance between donors removed.",
             *_local_lines(self.local),
         ]
@@ -150,7 +158,7 @@ def recovery(
         if progress is not None:
             progress(stop, sums.rows)
     means, cells = sums.mean_effects()
-    effects = score_effects(truth, means, genes=genes, cells=cells, threshold=threshold)
+    effects = score_effects(truth, means, genes=genes, cells=cells, threshold=threshold, errors=sums.standard_errors())
     return Recovery(effects, sums.batch_scores(), len(genes), threshold)
 
 
@@ -161,20 +169,29 @@ def score_effects(
     genes: Sequence[str],
     cells: Mapping[tuple[str, str], int] | None = None,
     threshold: float = THRESHOLD,
+    errors: Mapping[tuple[str, str], NDArray[Any]] | None = None,
 ) -> tuple[EffectScore, ...]:
-    """Score mean effects (genes,), keyed by (cell type, condition), against the truth."""
+    """Score mean effects (genes,), keyed by (cell type, condition), against the truth.
+
+    Parameters
+    ----------
+    errors
+        Their standard errors at the least (genes,), by which genes are called by chance; none are without.
+    """
     scores = []
     for (kind, condition), estimate in means.items():
         true = truth.mean_ite(kind, condition, genes).astype(np.float64)
         affected = true != 0
         null = np.abs(np.asarray(estimate, dtype=np.float64)[~affected])
         false = int((null > threshold).sum())
+        error = (errors or {}).get((kind, condition), np.zeros(len(true)))[~affected]
         correlation, slope = _agreement(true, np.asarray(estimate, dtype=np.float64))
         scores.append(
             EffectScore(
                 cell_type=kind, condition=condition, cells=(cells or {}).get((kind, condition), 0),
                 affected=int(affected.sum()), correlation=correlation, slope=slope, false_genes=false,
                 false_share=false / max(1, len(null)), largest_false=float(null.max(initial=0.0)),
+                by_chance=float(2 * special.ndtr(-threshold / np.maximum(error, 1e-9)).sum()),
             )
         )  # fmt: skip
     return tuple(scores)
@@ -244,6 +261,24 @@ class _Sums:
                 means[name] = self.layers[keys.LAYER_ITE].total[rows].sum(0) / cells[name]
         return means, cells
 
+    def standard_errors(self) -> dict[tuple[str, str], NDArray[Any]]:
+        """Return those of a type's mean under a condition minus that under control, if all cells count alike: (genes,).
+
+        Matches use some cells more often than others, so a mean ITE varies at least as much.
+        """
+        squared = {(kind, condition): self._squared_error(rows) for kind, condition, rows in self.groups()}
+        return {
+            (self.truth.cell_types[kind], self.truth.conditions[condition]): np.sqrt(error + squared[kind, 0])
+            for (kind, condition), error in squared.items()
+            if condition > 0 and (kind, 0) in squared
+        }
+
+    def _squared_error(self, rows: NDArray[Any]) -> NDArray[np.float64]:
+        """Return that of the mean over the cells of some rows of the sums, their donors' differences aside: (genes,)."""
+        n, layer = self.count[rows], self.layers["X"]
+        within = np.maximum(layer.squares[rows] - layer.total[rows] ** 2 / n[:, None], 0).sum(0)
+        return within / max(1, n.sum() - len(rows)) / n.sum()
+
     def batch_scores(self) -> tuple[BatchScore, ...]:
         scores = []
         for kind, condition, rows in self.groups():
@@ -284,6 +319,11 @@ def _agreement(true: NDArray[Any], estimate: NDArray[Any]) -> tuple[float, float
         return float("nan"), float("nan")
     norm = float(np.sqrt((t @ t) * (e @ e)))
     return (float(t @ e) / norm if norm > 0 else 0.0), float(t @ e) / float(t @ t)
+
+
+def _chance(expected: float) -> str:
+    """Return how many genes are called by chance, in words; nothing where there are enough cells for none."""
+    return f" ({expected:.0f} or more by chance: the cells are few)" if expected >= 1 else ""
 
 
 def _mean(values: Sequence[float]) -> float:

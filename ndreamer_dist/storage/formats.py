@@ -54,12 +54,12 @@ def of_bytes(head: bytes, name: str) -> str | None:
             f"an R object; write it from R: zellkonverter::writeH5AD(Seurat::as.SingleCellExperiment(x), '{stem}.h5ad'), "
             "or without as.SingleCellExperiment where it is one"
         )
+    if head.startswith(b"%%MatrixMarket") or name.endswith(".mtx.gz"):
+        return f"a MatrixMarket file; {_scanpy('read_10x_mtx', 'FOLDER', stem)} (FOLDER holds matrix, features and barcodes)"
     if head.startswith(b"\x1f\x8b"):
         return f"compressed by gzip; unpack it: gunzip -k {name}"
     if head.startswith(b"PK\x03\x04"):
         return f"a zip archive; unpack it: unzip {name} -d {stem}.zarr"
-    if head.startswith(b"%%MatrixMarket"):
-        return f"a MatrixMarket file; {_scanpy('read_10x_mtx', 'FOLDER', stem)} (FOLDER holds matrix, features and barcodes)"
     if head.startswith((b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")):
         return "compressed (bzip2, xz or zstd); unpack it first"
     return None
@@ -109,8 +109,13 @@ def of_groups(names: list[str], name: str, root: Any) -> str | None:
 
 
 def _scanpy(reader: str, name: str, stem: str) -> str:
-    unique = "" if reader == "read_loom" else "; a.var_names_make_unique()"
+    """Return the line that turns a file into an h5ad file by a reader of scanpy."""
+    needs, mended = {
+        "read_loom": ("pip install loompy && ", ""),
+        "read_10x_h5": ("", "; a.var_names_make_unique()"),
+        "read_10x_mtx": ("", "; a.var_names_make_unique(); a.X = a.X.tocsr()"),  # it is read by columns
+    }[reader]
     return (
-        f'turn it into an h5ad file: python -c "import scanpy as sc; a = sc.{reader}({name!r}){unique}; '
+        f'turn it into an h5ad file: {needs}python -c "import scanpy as sc; a = sc.{reader}({name!r}){mended}; '
         f"a.write_h5ad('{stem}.h5ad')\""
     )

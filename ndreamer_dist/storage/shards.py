@@ -316,7 +316,7 @@ class _Reading:
         async with room.take(size):
             try:
                 found = await self._read(shard, wanted)
-            except StoreError:
+            except (StoreError, AttributeError):  # the latter is of code, never of bytes
                 raise
             except Exception as cause:
                 raise self._damaged(shard, f"is damaged ({cause})") from cause
@@ -406,7 +406,8 @@ class _Reading:
 
 def _little(codec: BytesCodec) -> bool:
     """Return whether numbers are stored as this processor holds them, and that is by their last byte first."""
-    return sys.byteorder == "little" and (codec.endian is None or codec.endian.value == "little")
+    order = getattr(codec.endian, "value", codec.endian)  # a string since zarr 3.4, a member of an Enum before
+    return sys.byteorder == "little" and order in (None, "little")
 
 
 def crc32c(data: Any) -> bytes:

@@ -63,6 +63,23 @@ def test_noise_scores_lower_and_calls_genes_where_there_is_no_effect(truth):
     assert null[0].false_share == pytest.approx(expected / len(genes))
 
 
+def test_genes_that_are_called_by_chance_are_counted(truth):
+    """Cells without any effect: as many genes differ between conditions as the score expects of that many cells."""
+    obs, genes = truth.obs(), truth.genes[:300]
+    values = np.random.default_rng(4).normal(0, 2, (len(truth), 300))
+    control = obs["condition"] == "control"
+    means = {kind: values[control & (obs["cell_type"] == kind)].mean(0) for kind in truth.cell_types}
+    matched = np.stack([means[kind] for kind in obs["cell_type"]])
+
+    def read(layer: str, start: int, stop: int) -> np.ndarray:
+        return (values - matched if layer == "ite" else values)[start:stop]
+
+    scores = recovery(truth, read, genes=genes, **labels(truth))
+    assert scores.false_by_chance > 20
+    assert abs(scores.false_genes - scores.false_by_chance) < 3 * np.sqrt(scores.false_by_chance)
+    assert f"({scores.false_by_chance:.0f} or more by chance" in scores.table()
+
+
 def test_shrunken_effects_show_in_the_slope_not_in_the_correlation(truth):
     genes = truth.genes
     scores = score_effects(truth, {("type_1", "treated"): truth.mean_ite("type_1", "treated") / 2}, genes=genes)

@@ -1,5 +1,7 @@
 """Any rows and columns are what numpy makes of them, and each chunk that holds some is read once."""
 
+from enum import Enum
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,9 +11,9 @@ from scipy import sparse
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.results.read import read_dense, read_element, read_sparse
 from ndreamer_dist.stats.results import open_results
-from ndreamer_dist.storage.arrays import write_array
+from ndreamer_dist.storage.arrays import open_array, write_array
 from ndreamer_dist.storage.files import open_storage
-from ndreamer_dist.storage.shards import counting
+from ndreamer_dist.storage.shards import Place, counting, read_chunks
 
 VALUES = np.random.default_rng(0).normal(size=(50, 42)).astype(np.float32)
 SPARSE = sparse.csr_matrix(np.where(np.random.default_rng(1).random((60, 30)) < 0.8, 0, 1 + np.arange(30.0)))
@@ -62,3 +64,12 @@ def test_a_part_of_uns_is_read_alone(finished):
     assert reads.requests == reads.chunks == 1
     with pytest.raises(StoreError, match="has no 'uns/ndreamer/nothing'"):
         read_element(results.storage, "uns/ndreamer/nothing")
+
+
+@pytest.mark.parametrize("order", ["little", Enum("Endian", {"little": "little"}).little], ids=["zarr 3.4", "zarr 3.1"])
+def test_the_order_of_bytes_is_a_string_or_a_member_of_an_enum(stored, order):
+    array = open_array(stored, "x")
+    object.__setattr__(array.metadata.codecs[0].codecs[0], "endian", order)
+    read = {}
+    read_chunks(array, Place(stored.url, "x"), [(0, 0)], lambda position, chunk: read.update({position: chunk.copy()}))
+    np.testing.assert_array_equal(read[0, 0], VALUES[:7, :5])
