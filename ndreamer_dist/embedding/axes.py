@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from scipy import sparse
 
+STRIP = 128
+"""Rows of a strip of `ProductSum`."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -38,9 +41,9 @@ class Moments:
 
     @classmethod
     def none(cls, groups: int, genes: int) -> Moments:
-        """Return the sums over no cells."""
+        """Return the sums over no cells, without products."""
         cells, inner = np.zeros((2, groups), dtype=np.int64)
-        return cls(cells, np.zeros((groups, genes)), inner, np.zeros((genes, genes)), np.zeros(genes))
+        return cls(cells, np.zeros((groups, genes)), inner, np.zeros((1, 1)), np.zeros(genes))
 
     def plus(self, other: Moments) -> Moments:
         """Add the sums over other cells in place, and return all of them."""
@@ -62,7 +65,7 @@ class Moments:
 
 
 def moments_of(
-    x: sparse.csr_matrix, groups: np.ndarray, count: int, inner: np.ndarray, precision: type[np.floating] = np.float64
+    x: sparse.csr_matrix, groups: np.ndarray, count: int, inner: np.ndarray, *, products: bool = True
 ) -> Moments:
     """Return the sums of a row block.
 
@@ -74,16 +77,52 @@ def moments_of(
         (cells,) group of every cell, and how many groups there are.
     inner
         (groups,) whether a group's cells enter the outer product.
-    precision
-        Of the outer product. In float32 it takes half the time, and errs by about 1e-6 of itself; add it to float64.
+    products
+        Whether the outer products, by far the most work, are summed.
     """
     exact = x.astype(np.float64, copy=False)
     cells = np.bincount(groups, minlength=count)
     member = sparse.csr_matrix((np.ones(len(groups)), (groups, np.arange(len(groups)))), shape=(count, len(groups)))
-    inside = x[inner[groups]].astype(precision, copy=False).toarray()
+    inside = exact[inner[groups]].toarray() if products else np.zeros((1, 1))
     squared = sparse.csr_matrix((exact.data**2, x.indices, x.indptr), shape=x.shape)
     squares = squared.T @ np.ones(len(groups))
     return Moments(cells, (member @ exact).toarray(), np.where(inner, cells, 0), inside.T @ inside, squares)
+
+
+class ProductSum:
+    """Sum of the outer products of some cells' expression, added up in float64 from products of blocks in float32.
+
+    In float32 a product takes half the time and errs by about 1e-6 of itself. Only the upper triangle is held, in strips of
+    rows that are small enough to be worked on in a processor's cache.
+    """
+
+    def __init__(self, genes: int) -> None:
+        self._strips = {start: np.zeros((min(STRIP, genes - start), genes - start)) for start in range(0, genes, STRIP)}
+
+    def add(self, x: sparse.csr_matrix, product: np.ndarray) -> None:
+        """Add the products of a block.
+
+        Parameters
+        ----------
+        x
+            (cells, genes) float32.
+        product
+            (genes, genes) float32, to be written over.
+        """
+        values = x.toarray()
+        np.matmul(values.T, values, out=product)
+        for start, strip in self._strips.items():
+            strip += product[start : start + STRIP, start:].astype(np.float64)
+
+    def covariance(self, moments: Moments) -> np.ndarray:
+        """Return `within_covariance` of these products and other sums, rounded to float32: (genes, genes)."""
+        means, cells = _scaled_means(moments), max(int(moments.inner_cells.sum()), 1)
+        found = np.empty((means.shape[1], means.shape[1]), dtype=np.float32)
+        for start, strip in self._strips.items():
+            rows = slice(start, start + STRIP)
+            part = ((strip - means[:, rows].T @ means[:, start:]) / cells).astype(np.float32)
+            found[rows, start:], found[start:, rows] = part, part.T
+        return found
 
 
 def signed_axes(matrix: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,6 +157,11 @@ def principal_axes(
 
 def within_covariance(moments: Moments) -> np.ndarray:
     """Return the covariance inside groups, Sigma_w of METHOD section 10: (genes, genes), over the cells of `outer`."""
+    means = _scaled_means(moments)
+    return np.asarray((moments.outer - means.T @ means) / max(int(moments.inner_cells.sum()), 1))
+
+
+def _scaled_means(moments: Moments) -> np.ndarray:
+    """Return the means of the groups whose products are summed, times the root of their cells: (groups with cells, genes)."""
     cells = moments.inner_cells
-    means = moments.sums[cells > 0] / np.sqrt(cells[cells > 0])[:, None]
-    return np.asarray((moments.outer - means.T @ means) / max(int(cells.sum()), 1))
+    return np.asarray(moments.sums[cells > 0] / np.sqrt(cells[cells > 0])[:, None])

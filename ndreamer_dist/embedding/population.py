@@ -296,9 +296,9 @@ def _block_halves(
     return found
 
 
-def _coordinates(x: sparse.csr_matrix, rows: np.ndarray, mean: np.ndarray, axes: np.ndarray) -> np.ndarray:
+def _coordinates(x: sparse.csr_matrix | state.Half, rows: np.ndarray, mean: np.ndarray, axes: np.ndarray) -> np.ndarray:
     """Return W'(x - mean) of some rows: (rows, k) float64."""
-    return np.asarray(x[rows].astype(np.float64) @ axes - mean @ axes)
+    return state.scores(x, rows, axes) - mean @ axes
 
 
 @functools.lru_cache(maxsize=64)

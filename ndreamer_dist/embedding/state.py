@@ -7,7 +7,7 @@ so their covariance inside groups is that of the signal. Coordinates are then sh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -25,6 +25,8 @@ MOSTLY_SIGNAL = 0.5
 """A dimension is confirmed with at least this share of signal."""
 MOST_IN_A_TYPE = 4
 """Dimensions of one of several populations, unless another number is asked for: more absorb a strong effect."""
+PASS_ROWS, DRAWN_AT_ONCE = 2048, 2**18
+"""Rows, and numbers, worked on at a time: memory of this size is used again, larger pieces come from the system each time."""
 TRACY_WIDOM = 0.9793
 """95 % point of the Tracy-Widom law of order 1."""
 
@@ -43,41 +45,83 @@ def recovered_counts(x: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
     return np.rint(np.expm1(x.data.astype(np.float64)) * scale).astype(np.int64)
 
 
-def halves(
-    x: sparse.csr_matrix, totals: np.ndarray, generator: np.random.Generator
-) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Split every cell's counts in two by binomial thinning, and log-normalise each half by its own total.
+@dataclass(frozen=True)
+class Half:
+    """One half of the counts of some cells, log-normalised where rows of it are asked for.
+
+    Attributes
+    ----------
+    counts
+        (cells, genes) whole numbers; some of the entries are 0.
+    totals
+        (cells,) counts of every cell in this half, over all genes.
+    """
+
+    counts: sparse.csr_matrix
+    totals: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Return some rows, log-normalised by their own totals: (rows, genes) float64, without entries of 0."""
+        part = self.counts[rows]
+        part.eliminate_zeros()
+        scale = np.repeat(np.maximum(self.totals[rows], 1), np.diff(part.indptr))
+        values = np.log1p(part.data / scale * TARGET_SUM)
+        return sparse.csr_matrix((values, part.indices, part.indptr), shape=part.shape, copy=False)
+
+
+def halves(x: sparse.csr_matrix, totals: np.ndarray, generator: np.random.Generator) -> tuple[Half, Half]:
+    """Split every cell's counts in two by binomial thinning; each half is log-normalised by its own total.
 
     The counts of genes that are not modelled are known as a sum alone, and split as one.
-
-    Returns
-    -------
-    Two matrices like `x`, float64; they keep its entries, zeros among them.
     """
-    counts = recovered_counts(x, totals)
-    cells = np.repeat(np.arange(x.shape[0]), np.diff(x.indptr))
-    rest = np.maximum(np.rint(totals).astype(np.int64) - _sums(cells, counts, x.shape[0]).astype(np.int64), 0)
+    counts = np.empty(x.nnz, dtype=np.int32)
+    for rows in _stretches(x.shape[0], PASS_ROWS):
+        counts[x.indptr[rows.start] : x.indptr[rows.stop]] = recovered_counts(x[rows], totals[rows])
+    known = _sums(counts, x.indptr)
+    rest = np.maximum(np.rint(totals).astype(np.int64) - known, 0)
     first, first_rest = thinned(counts, generator), thinned(rest, generator)
-    parts = []
-    for part, others in ((first, first_rest), (counts - first, rest - first_rest)):
-        half_total = _sums(cells, part, x.shape[0]) + others
-        values = np.log1p(part / np.maximum(half_total, 1)[cells] * TARGET_SUM)
-        parts.append(sparse.csr_matrix((values, x.indices, x.indptr), shape=x.shape, copy=False))
-    return parts[0], parts[1]
+    counts -= first
+    own = _sums(first, x.indptr)
+    pairs = (first, own + first_rest), (counts, known - own + rest - first_rest)
+    one, other = (
+        Half(sparse.csr_matrix((part, x.indices, x.indptr), shape=x.shape, copy=False), part_totals)
+        for part, part_totals in pairs
+    )
+    return one, other
+
+
+def scores(x: sparse.csr_matrix | Half, rows: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Return some rows of expression, or of a half of it, on axes: (rows, k) float64; few rows are held at a time."""
+    found = np.empty((len(rows), axes.shape[1]))
+    for part in _stretches(len(rows), PASS_ROWS):
+        found[part] = x[rows[part]] @ axes
+    return found
 
 
 def thinned(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return draws from Binomial(counts, 1/2): the ones among that many random bits, ten times as fast as a sampler."""
-    bits = generator.integers(0, 2**64, size=len(counts), dtype=np.uint64)
-    drawn = np.bitwise_count(bits >> (64 - np.minimum(counts, 64)).astype(np.uint64)).astype(np.int64)
+    drawn = np.empty_like(counts)
+    for part in _stretches(len(counts), DRAWN_AT_ONCE):
+        few = counts[part]
+        bits = generator.integers(0, 2**64, size=len(few), dtype=np.uint64)
+        drawn[part] = np.bitwise_count(bits >> (64 - np.minimum(few, 64)).astype(np.uint64))
     drawn[counts == 0] = 0  # no shift by all 64 bits
     large = np.flatnonzero(counts > 64)
     drawn[large] = generator.binomial(counts[large], 0.5)
     return drawn
 
 
-def _sums(cells: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    return np.bincount(cells, weights=values, minlength=count)
+def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the sum of every cell's entries, those of cell i from `starts[i]` on: (cells,) int64."""
+    sums, filled = np.zeros(len(starts) - 1, dtype=np.int64), np.flatnonzero(np.diff(starts))
+    if len(filled):
+        sums[filled] = np.add.reduceat(values, starts[filled], dtype=np.int64)
+    return sums
+
+
+def _stretches(total: int, step: int) -> Iterator[slice]:
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
 
 
 def shuffled_inside(strata: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -191,7 +235,7 @@ def signal_shares(
     """
     cells, sums, products = 0, np.zeros((3, axes.shape[1])), np.zeros((2, axes.shape[1]))
     for x, totals in blocks:
-        e, a, b = (np.asarray(values @ axes) for values in (x, *halves(x, totals, generator)))
+        e, a, b = (scores(part, np.arange(x.shape[0]), axes) for part in (x, *halves(x, totals, generator)))
         cells += len(e)
         sums += [e.sum(axis=0), a.sum(axis=0), b.sum(axis=0)]
         products += [(e * e).sum(axis=0), (a * b).sum(axis=0)]

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.matching.exact import nearest
 from ndreamer_dist.matching.hubs import nearest_inside, pool
 from ndreamer_dist.matching.labels import Placed
+from ndreamer_dist.matching.partition import build_index
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class StateNeighbours:
     def __call__(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:  # noqa: ARG002
         """Return the nearest target of every query in its population, itself left out; -1 for none."""
         if not np.array_equal(targets, self._targets):
-            self._targets, self._found = targets, self._searched(targets)
+            with threadpool_limits(1):
+                self._targets, self._found = targets, self._searched(targets)
         return self._found[np.searchsorted(self._rows, queries)]
 
     def _searched(self, targets: np.ndarray) -> np.ndarray:
@@ -132,6 +135,6 @@ class StateNeighbours:
             k = self._space.dimensions[code]
             place = np.minimum(np.searchsorted(near, rows), len(near) - 1)
             own = np.where(near[place] == rows, place, -1)
-            places = nearest(points[rows, :k], points[near, :k], 1, exclude=own).rows[:, 0]
+            places = nearest(points[rows, :k], build_index(points[near, :k]), 1, exclude=own).rows[:, 0]
             found[asking] = np.where(places < 0, -1, near[places])
         return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -81,7 +82,7 @@ def nearest(
     given = targets.targets if isinstance(targets, Index) else targets
     if not len(queries) or not len(given):
         return Neighbours(*distances_of(*nothing_found(len(queries), k)), np.zeros(len(queries), dtype=bool))
-    with threadpool_limits(1):
+    with one_thread(targets):
         index = targets if isinstance(targets, Index) else build_index(targets)
 
         def search(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -90,6 +91,11 @@ def nearest(
         found = list(mapped(search, tiles(len(queries), threads), threads))
     rows, squared, widened = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return Neighbours(*distances_of(rows, squared), widened)
+
+
+def one_thread(points: np.ndarray | Index) -> AbstractContextManager[object]:
+    """Hold BLAS to one thread, which costs milliseconds, unless an index is there: whoever made it has done so."""
+    return nullcontext() if isinstance(points, Index) else threadpool_limits(1)
 
 
 def tiles(queries: int, threads: int) -> list[slice]:

@@ -12,11 +12,9 @@ decides. With h = r / 2 the score is t = d - h, halved. A target can be better t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from ndreamer_dist.matching.exact import (
     FAR,
@@ -37,6 +35,7 @@ from ndreamer_dist.matching.exact import (
     mapped,
     nearest,
     nothing_found,
+    one_thread,
     rounded_up,
     tabled,
     tiles,
@@ -68,7 +67,7 @@ def remoteness(targets: np.ndarray, queries: np.ndarray | Index, *, threads: int
     """
     if not len(targets):
         return np.empty(0, dtype=np.float32)
-    with _one_thread(queries):
+    with one_thread(queries):
         index = queries if isinstance(queries, Index) else build_index(queries)
 
         def search(part: slice) -> tuple[np.ndarray]:
@@ -76,11 +75,6 @@ def remoteness(targets: np.ndarray, queries: np.ndarray | Index, *, threads: int
 
         parts = list(mapped(search, tiles(len(targets), threads), threads))
     return np.concatenate([part for (part,) in parts])
-
-
-def _one_thread(points: np.ndarray | Index) -> AbstractContextManager[object]:
-    """Hold BLAS to one thread, which costs milliseconds, unless an index is there: whoever made it has done so."""
-    return nullcontext() if isinstance(points, Index) else threadpool_limits(1)
 
 
 def _mean_distance(tile: Tile) -> np.ndarray:
@@ -171,7 +165,7 @@ def nearest_corrected(
     coordinates = targets.targets if isinstance(targets, Index) else targets
     if not len(queries) or not len(coordinates):
         return Neighbours(*distances_of(*nothing_found(len(queries), k)), np.zeros(len(queries), dtype=bool))
-    with _one_thread(targets):
+    with one_thread(targets):
         index = targets if isinstance(targets, Index) else build_index(targets)
         frame = _Frame(index, remote)
 

@@ -19,7 +19,7 @@ from scipy.sparse.linalg import eigsh
 from threadpoolctl import threadpool_limits
 
 from ndreamer_dist.embedding import state
-from ndreamer_dist.embedding.axes import Moments, moments_of, within_covariance
+from ndreamer_dist.embedding.axes import Moments, ProductSum, moments_of
 from ndreamer_dist.matching.between import StateSpace
 from ndreamer_dist.results.on_demand import Expression
 from ndreamer_dist.stats.populations import Replicates
@@ -108,24 +108,27 @@ class _Making:
         self.reliability = np.full(number, np.nan)
 
     def make_axes(self) -> None:
-        """Sum every population's expression inside the control pieces; a few populations at a time."""
-        step = max(1, MATRIX_VALUES // self.axes.shape[1] ** 2)
+        """Sum every population's expression, and its products inside the control pieces; a few populations at a time."""
+        genes, count = len(self.source.columns), len(self.control)
+        step, product = max(1, MATRIX_VALUES // genes**2), np.empty((genes, genes), dtype=np.float32)
         present = np.unique(self.codes[self.codes >= 0])
         for start in range(0, len(present), step):
-            sums = {code: Moments.none(len(self.control), self.axes.shape[1]) for code in present[start : start + step]}
-            for rows, x in self._parts(np.isin(self.codes, present[start : start + step])):
+            several = present[start : start + step]
+            sums = {code: (Moments.none(count, genes), ProductSum(genes)) for code in several}
+            for rows, x in self._parts(np.isin(self.codes, several)):
                 for code, here in _by_population(self.codes[rows]):
-                    part = moments_of(x[here], self.strata[rows[here]], len(self.control), self.control, np.float32)
-                    sums[code].plus(part)
-            for code, moments in sums.items():
-                self._keep(code, moments)
+                    part, strata = x[here], self.strata[rows[here]]
+                    sums[code][0].plus(moments_of(part, strata, count, self.control, products=False))
+                    sums[code][1].add(part[self.control[strata]], product)
+            for code, (moments, products) in sums.items():
+                self._keep(code, moments, products.covariance(moments))
 
-    def _keep(self, code: int, moments: Moments) -> None:
+    def _keep(self, code: int, moments: Moments, covariance: np.ndarray) -> None:
         there = moments.cells > 0
         self.mean[code], self.variance[code] = moments.mean, moments.within_variance
         self.group_cells[code] = moments.cells
         self.group_means[code, there] = moments.sums[there] / moments.cells[there, None] - moments.mean
-        self.axes[code] = _leading(within_covariance(moments), self.keep)
+        self.axes[code] = _leading(covariance, self.keep)
 
     def make_coordinates(self) -> None:
         """Project every cell, choose dimensions, and regress to where the cell's piece stands."""
@@ -135,7 +138,7 @@ class _Making:
             pair = (x, x) if self.source.totals is None else state.halves(x, self.source.totals[rows], generator)
             moved = state.shuffled_inside(self.strata[rows] * len(self.dimensions) + self.codes[rows], generator)
             for code, here in _by_population(self.codes[rows]):
-                e, a, b = (np.asarray(half[here] @ self.axes[code]) for half in (x, *pair))
+                e, a, b = (state.scores(half, here, self.axes[code]) for half in (x, *pair))
                 centre = self.mean[code] @ self.axes[code]
                 strata, inside = self.strata[rows[here]], np.searchsorted(here, moved[here])
                 part = state.half_sums(e - centre, (a - centre, b - centre), strata, len(self.control), inside)
@@ -172,21 +175,18 @@ class _Making:
 
 
 def _stretches(rows: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), PASS_ROWS):
-        yield rows[start : start + PASS_ROWS]
+    return (rows[start : start + PASS_ROWS] for start in range(0, len(rows), PASS_ROWS))
 
 
 def _by_population(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    for code in np.unique(codes):
-        if code >= 0:
-            yield int(code), np.flatnonzero(codes == code)
+    for code in np.unique(codes[codes >= 0]):
+        yield int(code), np.flatnonzero(codes == code)
 
 
 def _leading(covariance: np.ndarray, keep: int) -> np.ndarray:
     """Return the leading eigenvectors of a covariance, (genes, keep), their largest loading positive."""
-    first = np.ones(len(covariance)) / np.sqrt(len(covariance))
-    single, spanning = covariance.astype(np.float32), min(LANCZOS, len(covariance))
-    values, vectors = eigsh(single, k=keep, v0=first, which="LA", tol=CONVERGED, ncv=spanning)
+    first, spanning = np.ones(len(covariance)) / np.sqrt(len(covariance)), min(LANCZOS, len(covariance))
+    values, vectors = eigsh(covariance, k=keep, v0=first, which="LA", tol=CONVERGED, ncv=spanning)
     axes = vectors[:, np.argsort(-values, kind="stable")].astype(np.float64)
     largest = axes[np.abs(axes).argmax(axis=0), np.arange(keep)]
     return np.asarray(axes * np.where(largest < 0, -1.0, 1.0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from ndreamer_dist.embedding.axes import Moments, moments_of, principal_axes, signed_axes, within_covariance
+from ndreamer_dist.embedding.axes import Moments, ProductSum, moments_of, principal_axes, signed_axes, within_covariance
 
 CELLS, GENES, GROUPS = 300, 12, 5
 
@@ -56,6 +56,24 @@ def test_covariance_inside_groups_is_that_of_the_groups_centred_one_by_one(cells
     centred = np.concatenate([exact[groups == g] - exact[groups == g].mean(axis=0) for g in np.flatnonzero(chosen)])
     found = within_covariance(summed(x, groups, chosen, 50))
     np.testing.assert_allclose(found, centred.T @ centred / len(centred), atol=1e-12)
+
+
+def test_products_in_float32_give_the_covariance_inside_groups_to_its_rounding():
+    """More genes than a strip holds, in two blocks; the second block's product is written over the first's."""
+    rng = np.random.default_rng(1)
+    x = sparse.random_array((200, 300), density=0.3, rng=rng, data_sampler=rng.uniform, dtype=np.float32).tocsr()
+    groups, inner = np.repeat([0, 1, 2], [80, 60, 60]), np.array([True, False, True])
+    without, products = Moments.none(3, 300), ProductSum(300)
+    buffer, exact = np.empty((300, 300), dtype=np.float32), []
+    for rows in (slice(0, 90), slice(90, 200)):
+        exact.append(moments_of(x[rows], groups[rows], 3, inner))
+        without.plus(moments_of(x[rows], groups[rows], 3, inner, products=False))
+        products.add(x[rows][inner[groups[rows]]], buffer)
+    every = functools.reduce(Moments.plus, exact)
+    np.testing.assert_array_equal(without.sums, every.sums)
+    found = products.covariance(without)
+    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(found, within_covariance(every), atol=2e-6)
 
 
 def test_variance_inside_groups_is_of_all_cells(cells):

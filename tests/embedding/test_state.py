@@ -37,6 +37,10 @@ def logged(counts: np.ndarray, totals: np.ndarray) -> sparse.csr_matrix:
     return normalised(sparse.csr_matrix(counts.astype(np.float32)), totals)
 
 
+def dense(half: state.Half) -> np.ndarray:
+    return half[np.arange(len(half.totals))].toarray()
+
+
 def donor_means(z: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.stack([z[d == j].mean(axis=0) for j in range(d.max() + 1)])
 
@@ -53,7 +57,7 @@ def test_halves_add_up_to_the_counts_and_are_normalised_by_their_own_totals(coun
     totals = counts.sum(axis=1).astype(np.float64)
     x = logged(counts, totals)
     halves = state.halves(x, totals, generator())
-    undone = [np.expm1(half.toarray()) for half in halves]
+    undone = [np.expm1(dense(half)) for half in halves]
     for half in undone:
         np.testing.assert_allclose(half.sum(axis=1), 1e4)
     drawn = state.thinned(counts[counts > 0], generator())
@@ -61,6 +65,20 @@ def test_halves_add_up_to_the_counts_and_are_normalised_by_their_own_totals(coun
     first[counts > 0] = drawn  # in the order of the entries
     for half, part in zip(undone, (first, counts - first), strict=True):
         np.testing.assert_allclose(half, part / part.sum(axis=1, keepdims=True) * 1e4, atol=1e-6)
+
+
+def test_halves_and_their_scores_are_the_same_however_many_rows_are_worked_on_at_a_time(counts, monkeypatch):
+    many = counts * np.where(np.arange(GENES) < 2, 40, 1)  # some counts are beyond 64
+    many[7] = 0
+    totals = many.sum(axis=1).astype(np.float64) + 5
+    x, rows, axes = logged(many, totals), generator().permutation(CELLS)[:400], generator().normal(size=(GENES, K))
+    whole = state.halves(x, totals, generator())
+    expected = [half[rows] @ axes for half in whole]
+    monkeypatch.setattr(state, "PASS_ROWS", 37)
+    monkeypatch.setattr(state, "DRAWN_AT_ONCE", 101)
+    for half, one, scores in zip(state.halves(x, totals, generator()), whole, expected, strict=True):
+        np.testing.assert_array_equal(dense(half), dense(one))
+        np.testing.assert_array_equal(state.scores(half, rows, axes), scores)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 64, 65, 1000])
@@ -91,7 +109,7 @@ def test_counts_of_other_genes_are_halved_as_one(counts):
     others = np.full(CELLS, 1000)
     totals = (counts.sum(axis=1) + others).astype(np.float64)
     halves = state.halves(logged(counts, totals), totals, generator())
-    shares = [np.expm1(half.toarray()).sum(axis=1) / 1e4 for half in halves]
+    shares = [np.expm1(dense(half)).sum(axis=1) / 1e4 for half in halves]
     expected = counts.sum(axis=1) / totals
     for share in shares:
         np.testing.assert_allclose(share.mean(), expected.mean(), rtol=0.01)
@@ -115,7 +133,7 @@ def test_shrunk_coordinates_are_the_prototypes(counts):
     z = x.toarray().astype(np.float64)
     axes = np.linalg.eigh(np.cov((z - donor_means(z, d)[d]).T))[1][:, ::-1][:, :K]
     e = (z - z.mean(axis=0)) @ axes
-    parts = [half.toarray() @ axes for half in halves]
+    parts = [dense(half) @ axes for half in halves]
 
     ew = e - donor_means(e, d)[d]
     a, b = (part - donor_means(part, d)[d] for part in parts)

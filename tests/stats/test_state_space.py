@@ -57,7 +57,8 @@ def test_coordinates_are_those_of_the_definition_at_once(made: Made) -> None:
     found = made.space()
     rows = np.flatnonzero(made.populations >= 0)
     generator = np.random.default_rng(np.random.SeedSequence((4, module.STATE_SEED, 0)))
-    halves = [half.toarray() for half in state.halves(made.x[rows].astype(float), made.totals[rows], generator)]
+    pair = state.halves(made.x[rows].astype(float), made.totals[rows], generator)
+    halves = [half[np.arange(len(rows))].toarray() for half in pair]
     z = made.x.toarray().astype(np.float64)
     for p in range(2):
         cells, here = np.flatnonzero(made.populations == p), made.populations[rows] == p
