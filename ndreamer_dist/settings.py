@@ -263,7 +263,7 @@ class TrainSettings(StageSettings):
     reset_every: int = result(30, "steps between resets of unused codes; 0: never", ge=0)
     reset_below: float = result(1.0, "codes used less than this multiple of 1/codes are re-initialised", ge=0)
     precision: Literal["float32", "bf16"] = result("float32", "of the products after the codebooks; bf16 is for GPUs")
-    workers: int = how(1, "data-parallel training workers", ge=1)
+    workers: int = how(1, "training workers: they share the cells, or on GPUs the codebooks", ge=1)
     threads: int = how(2, "threads of one training worker", ge=1)
     device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train; auto: on GPUs where they work")
     checkpoint_steps: int | None = how(None, "steps between checkpoints, if sooner; null: by time alone", ge=1)

@@ -279,7 +279,7 @@ def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
     return labels_of(everyone[:, 1:], mine, device.type).sent(lambda part: part.to(device, non_blocking=True))
 
 
-def labels_of(codes: Tensor, mine: slice, device: str) -> Labels:
+def labels_of(codes: Tensor, mine: slice, device: str, *, anchors: slice | None = None) -> Labels:
     """Return what follows from the codes of all cells, on the host.
 
     Parameters
@@ -290,19 +290,24 @@ def labels_of(codes: Tensor, mine: slice, device: str) -> Labels:
         The worker's own cells among them.
     device
         Type of the device that trains.
+    anchors
+        Of a worker that has all cells: those that are its anchors. By default its own cells are.
     """
     condition, packed_group, low, high = codes[:, :4].unbind(1)
     names, group, cells = torch.unique(packed_group, return_inverse=True, return_counts=True)
     # Any cell of a group tells the group's condition and batch, since a group is one (batch, condition) pair.
     cell_of_group = torch.zeros_like(names).scatter_(0, group, torch.arange(len(group)))
     conditions, batches = condition[cell_of_group], codes[cell_of_group, 4:].unbind(1)
+    compared = rows_of_groups(group, low, high, mine if anchors is None else anchors, device)
+    if anchors is not None:
+        compared = (replace(rows, anchors=rows.at) for rows in compared)  # all cells are at hand
     return Labels(
         group=group, low=low, high=high, group_cells=cells.double(),
         condition=Merge.by(conditions),
         batches=tuple(Merge.by(batch) for batch in batches),
         within=tuple(Nested.by(conditions, batch) for batch in batches),
         segments=find_segments(group, low, high, mine, ROWS_TO.get(device, 1)),
-        rows=tuple(rows_of_groups(group, low, high, mine, device)),
+        rows=tuple(compared),
         first=mine.start, own=mine.stop - mine.start,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch.nn import functional
 from ndreamer_dist.model import noise as noises
 from ndreamer_dist.model.batch import Segments
 from ndreamer_dist.model.batch_norm import BatchNorm
-from ndreamer_dist.model.collectives import Collective
+from ndreamer_dist.model.collectives import ByBooks, Collective, gradient_of
 from ndreamer_dist.model.noise import StepNoise
 from ndreamer_dist.settings import CodeChoice, ModelSettings
 
@@ -79,6 +79,8 @@ class Arrivals:
 @dataclass(frozen=True)
 class Quantised:
     """What the codebooks say about a worker's cells, and, summed over all workers, about the mini-batch.
+
+    Where workers share the codebooks, all but the projections is of the worker's own ones.
 
     Attributes
     ----------
@@ -136,19 +138,22 @@ class Quantiser(nn.Module):
 
     def forward(self, h: Tensor, segments: Segments, noise: StepNoise, collective: Collective) -> Quantised:
         """Quantise h, (cells, width), with noise, and sum up what the losses need."""
-        x = self.project(h, collective)
-        columns = code_columns(self.embedding)
+        projections = self.project(h, collective)
+        mine = collective.books(len(projections))
+        x, noise = collective.own_books(projections), noise.of_books(mine)
+        embedding = self.embedding if len(x) == len(projections) else self.embedding[mine]
+        columns = code_columns(embedding)
         at_once = self.at_once or books_at_once(x, columns)
         arrivals = in_time(noise.exponentials, noise.marks, self.temperature, keep_all=x.is_cuda)
         negentropy, group_probs, best, codes = CodeStatistics.apply(
             augment(x), columns, segments, arrivals, collective, at_once
         )
         if noise.marks.shape[-1]:
-            vectors, usage = race(x, self.embedding, arrivals, codes, self.temperature)
+            vectors, usage = race(x, embedding, arrivals, codes, self.temperature)
         else:
-            vectors, usage = gumbel_softmax(x, self.embedding, noise.exponentials, self.temperature)
-        nearest = look_up(self.embedding, best)
-        return Quantised(vectors, x, nearest, usage, negentropy, group_probs)
+            vectors, usage = gumbel_softmax(x, embedding, noise.exponentials, self.temperature)
+        nearest = look_up(embedding, best)
+        return Quantised(vectors, projections, nearest, usage, negentropy, group_probs)
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the most probable code of each x, (codebooks, cells); of equals the first (METHOD section 8)."""
@@ -170,6 +175,15 @@ class Quantiser(nn.Module):
     def probabilities(self, x: Tensor) -> Tensor:
         """Return p, (codebooks, cells, codes), of projections x: softmax of the negative squared distances."""
         return (augment(x) @ code_columns(self.embedding).mT).softmax(-1)
+
+    @torch.no_grad()
+    def join(self, quantised: Quantised, workers: ByBooks) -> Quantised:
+        """Bring together what workers that share the codebooks know alone: the gradient of the codes, and their use."""
+        own, gradient = workers.books(len(self.embedding)), gradient_of(self.embedding)
+        known = torch.cat([gradient[own], quantised.usage[..., None].to(gradient.dtype)], -1)
+        everyone = workers.joined(known, len(self.embedding))
+        self.embedding.grad = everyone[..., :-1].contiguous()
+        return replace(quantised, usage=everyone[..., -1])
 
     @torch.no_grad()
     def count_usage(self, used: Tensor, collective: Collective) -> None:

@@ -406,8 +406,9 @@ def total_loss(
         C, conditions of the cohort, whichever of them are in the mini-batch.
     """
     quantised, labels, cells = outputs.quantised, outputs.labels, batch.cells
+    all_means = collective.for_anchors(collective.all_gather_rows(outputs.mean))
     pairs = pair_losses(
-        outputs.mean, collective.all_gather_rows(outputs.mean),
+        outputs.mean if collective.world > 1 else all_means, all_means,
         batch.x, collective.all_gather_rows(batch.x), labels, noise.keys, loss,
     )  # fmt: skip
     sums = [
@@ -417,24 +418,37 @@ def total_loss(
         commitment(quantised) / quantised.vectors.shape[2],
     ]
     summed = collective.loss_sum(torch.cat([torch.stack(sums), pairs]))
-    error, cosine, kl, committed, triplets, triplet_pairs, near = summed.unbind()
+    error, cosine, kl, committed, *pair_sums = summed.unbind()
     correlation = correlation_penalty(outputs.mean, cells, collective)
     correlation = correlation + correlation_penalty(outputs.variance, cells, collective)
+    of_books = [
+        independence_condition(_learning(quantised, loss.condition_weight), labels),
+        independence_batch(_learning(quantised, loss.batch_weight), labels),
+        independence_batch_within(_learning(quantised, loss.independence_batch_within), labels),
+        dependence(quantised, labels),
+        committed / (cells * len(quantised.vectors)),
+    ]
+    of_books, (triplets, triplet_pairs, near) = _of_all(of_books, pair_sums, quantised, collective)
+    of_condition, of_batch, of_batch_within, of_clusters, committed = of_books
     unweighted = Terms(
-        reconstruction=error / cells,
-        cosine=cosine / cells,
-        kl=kl / cells + correlation,
-        independence_condition=independence_condition(_learning(quantised, loss.condition_weight), labels),
-        independence_batch=independence_batch(_learning(quantised, loss.batch_weight), labels),
-        independence_batch_within=independence_batch_within(
-            _learning(quantised, loss.independence_batch_within), labels
-        ),
-        dependence=dependence(quantised, labels),
-        triplet=triplets / triplet_pairs.clamp_min(1),
-        neighbourhood=near,
-        commitment=committed / (cells * len(quantised.vectors)),
-    )
+        reconstruction=error / cells, cosine=cosine / cells, kl=kl / cells + correlation,
+        independence_condition=of_condition, independence_batch=of_batch, independence_batch_within=of_batch_within,
+        dependence=of_clusters, triplet=triplets / triplet_pairs.clamp_min(1), neighbourhood=near,
+        commitment=committed,
+    )  # fmt: skip
     return weigh(unweighted, loss, conditions)
+
+
+def _of_all(
+    of_books: list[Tensor], pair_sums: list[Tensor], quantised: Quantised, collective: Collective
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return means over codebooks, and sums over anchors, of all workers, where each has those of its own."""
+    share = len(quantised.vectors) / len(quantised.projections)
+    if share == 1:
+        return of_books, pair_sums
+    parts = torch.cat([torch.stack(of_books) * share, torch.stack(pair_sums)])
+    summed = collective.parts_sum(parts).unbind()
+    return list(summed[: len(of_books)]), list(summed[len(of_books) :])
 
 
 def _learning(quantised: Quantised, weight: float) -> Quantised:

@@ -91,8 +91,9 @@ class NDreamerNetwork(nn.Module):
         """Run a training step's forward pass on a worker's share of the mini-batch."""
         labels, dtype = gather_labels(batch, collective), batch.x.dtype
         quantised: Quantised = self.quantiser(self.encoder(batch.x, collective), labels.segments, noise, collective)
+        vectors = collective.all_books(quantised.vectors, len(quantised.projections))
         with self._products(batch.x.device):
-            mean, variance = self.head(_side_by_side(quantised.vectors), collective)
+            mean, variance = self.head(_side_by_side(vectors), collective)
         epsilon, eta = noise.latent
         sample = mean + variance.sqrt() * epsilon + self.settings.latent_noise * eta
         with self._products(batch.x.device):

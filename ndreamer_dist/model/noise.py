@@ -14,7 +14,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class StepNoise:
     marks: Tensor
     latent: Tensor
     keys: Tensor
+
+    def of_books(self, books: slice) -> StepNoise:
+        """Return the same for some of the codebooks."""
+        return replace(self, exponentials=self.exponentials[books], marks=self.marks[books])
 
 
 def block_generator(seed: int, stage: str, step: int, block: int = 0) -> np.random.Generator:

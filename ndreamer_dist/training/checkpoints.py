@@ -18,7 +18,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.model.collectives import Collective
 from ndreamer_dist.settings import TrainSettings
 from ndreamer_dist.storage.files import Storage
-from ndreamer_dist.training.loop import STATE_FILE
+from ndreamer_dist.training.loop import STATE_FILE, Copied
 
 ASK_EVERY = 8
 """Steps between looks at the clock: each costs several workers one small sum."""
@@ -48,6 +48,7 @@ class Schedule:
         self._stop = stop
         self._last = clock()
         self._cost = 0.0
+        self._unheard: Copied | None = None
         self.stopping = False
 
     def due(self, step: int) -> bool:
@@ -66,7 +67,11 @@ class Schedule:
         if step % ASK_EVERY:
             return False, False
         asked = [float(self._collective.rank == 0 and flag) for flag in (self._overdue(step), self._stop())]
-        late, stopping = (self._collective.all_sum(torch.tensor(asked, device=self._device)) > 0).tolist()
+        sums = self._collective.all_sum(torch.tensor(asked).to(self._device, non_blocking=True))
+        heard: Copied | None = Copied.of(sums)
+        if sums.is_cuda:  # which is not waited for: heard now is the answer to what was asked before
+            heard, self._unheard = self._unheard, heard
+        late, stopping = (value > 0 for value in (heard.tolist() if heard is not None else (0.0, 0.0)))
         return late, stopping
 
     def _overdue(self, step: int) -> bool:

@@ -82,25 +82,23 @@ def _sent(
 ) -> MiniBatch:
     """Do the same for a GPU, with the labels found ahead; all that travels makes one copy.
 
-    Labels are those of all cells of the mini-batch, which each worker knows by their rows.
+    Workers on GPUs have all cells each, and share codebooks and anchors: `place` says which anchors are this worker's.
     """
-    codes = torch.from_numpy(labels.codes(plan.share_rows(share.step, 0, 1)))
-    first = plan.share(share.step, *place).start
-    start = first * NOISE_ROWS if len(share.rows) else 0
-    mine = slice(start, start + len(share.rows))
-    condition, group, low, high, *_ = codes[mine].unbind(1)
-    found = labels_of(codes, mine, device.type)
+    codes = torch.from_numpy(labels.codes(share.rows))
+    anchors = plan.share(share.step, *place)
+    own = slice(anchors.start * NOISE_ROWS, anchors.stop * NOISE_ROWS) if place[1] > 1 else None
+    found = labels_of(codes, slice(0, len(codes)), device.type, anchors=own)
     matrix = [torch.tensor(part) for part in (np.diff(share.x.indptr), share.x.indices, share.x.data)]
-    sent = sent_together([*matrix, condition, codes[mine, 4:], *tensors_of(found)], device)
+    sent = sent_together([*matrix, codes[:, 0], codes[:, 4:], *tensors_of(found)], device)
     there = dict(zip(map(id, tensors_of(found)), sent[5:], strict=True))
     return MiniBatch(
         x=spread(sent[0], sent[1], sent[2], share.x.shape),
         condition=sent[3],
         batch=sent[4],
-        group=group,
-        low=low,
-        high=high,
-        first_block=first,
+        group=codes[:, 1],
+        low=codes[:, 2],
+        high=codes[:, 3],
+        first_block=0,
         step=share.step + 1,
         cells=plan.cells(share.step),
         labels=found.sent(lambda part: there[id(part)]),

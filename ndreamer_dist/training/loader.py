@@ -33,7 +33,10 @@ LATE = (
 def mini_batches(
     packed: Packed, plan: SamplingPlan, place: tuple[int, int], first_step: int, device: Any
 ) -> Iterator[MiniBatch]:
-    """Yield the shares of the worker `place` (rank, workers) from `first_step` on, read ahead by Ray Data."""
+    """Yield the shares of the worker `place` (rank, workers) from `first_step` on, read ahead by Ray Data.
+
+    Workers on GPUs read all cells each (`densify`).
+    """
     made = _read(packed, plan, place, first_step, device)
     return made_ahead(made) if torch.device(device).type == "cuda" else made
 
@@ -49,7 +52,8 @@ def _read(
     data_context.execution_options.preserve_order = True
     data_context.enable_progress_bars = False
     data_context.custom_execution_callback_classes = [_rest_between_rounds()]
-    source = PlanSource(packed, plan, rank=place[0], world=place[1], first_step=first_step)
+    rank, world = (0, 1) if torch.device(device).type == "cuda" else place
+    source = PlanSource(packed, plan, rank=rank, world=world, first_step=first_step)
     # As many blocks as there are windows: asked for more, Ray Data would cut each window's output again.
     dataset = ray.data.read_datasource(source, num_cpus=READER_CPUS, override_num_blocks=len(windows(plan, first_step)))
     dataset.set_name(f"mini_batches_of_{packed.run.name}_worker_{place[0]}")

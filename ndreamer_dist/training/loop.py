@@ -25,7 +25,7 @@ from ndreamer_dist.errors import NDreamerError
 from ndreamer_dist.model import noise
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.codebooks import Quantised
-from ndreamer_dist.model.collectives import Collective, average_gradients
+from ndreamer_dist.model.collectives import ByBooks, Collective, average_gradients
 from ndreamer_dist.model.losses import LossTerms, total_loss
 from ndreamer_dist.model.network import NDreamerNetwork
 from ndreamer_dist.settings import Settings
@@ -164,7 +164,7 @@ def train(
     state.network.train()
     for batch, waited, started in _timed(batches):
         terms, quantised = training_step(state, batch, settings, collective)
-        state.unread.append(Measured.of(batch, terms, quantised, started=started, waited=waited))
+        state.unread.append(Measured.of(batch, terms, quantised, collective, started=started, waited=waited))
         state.catch_up(but=1 if batch.x.is_cuda else 0)  # a GPU always has a step to do while the host reads
         after_step(state)
     state.catch_up()
@@ -180,9 +180,12 @@ def training_step(
     terms = total_loss(outputs, batch, draws, settings.loss, conditions=network.conditions, collective=collective)
     state.optimiser.zero_grad(set_to_none=True)
     terms.total.backward()
-    average_gradients(network.parameters(), collective)
-    state.optimiser.step()
     quantised, quantiser = outputs.quantised, network.quantiser
+    if isinstance(collective, ByBooks):
+        quantised = quantiser.join(quantised, collective)
+    else:
+        average_gradients(network.parameters(), collective)
+    state.optimiser.step()
     quantiser.count_usage(quantised.usage, collective)
     if schedule.reset_every and batch.step % schedule.reset_every == 0:
         quantiser.reset(
@@ -213,37 +216,63 @@ def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, flo
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a step has measured and nobody has read yet: the names of `values`, which end with the codebooks' perplexities.
+class Copied:
+    """A tensor on its way to the host, which waits for it only when it is read."""
 
-    A GPU copies `values` to the host while it works on; `copied`, where there is such a copy, says when they are there.
+    values: torch.Tensor
+    there: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Copied:
+        """Send a tensor on its way."""
+        values, there = tensor.to("cpu", non_blocking=True), None
+        if tensor.is_cuda and torch.cuda.is_available():
+            there = torch.cuda.current_stream().record_event()
+        return cls(values, there)
+
+    def tolist(self) -> list[float]:
+        """Return the numbers, (n,), when they have come."""
+        if self.there is not None:
+            self.there.synchronize()
+        numbers: list[float] = self.values.tolist()
+        return numbers
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step has measured and nobody has read yet: the names of `values`, and the perplexities of `books` codebooks.
+
+    Where workers share the codebooks, the total that the worker of each codebook has comes behind.
     """
 
     step: int
     cells: int
     names: tuple[str, ...]
-    values: torch.Tensor
-    copied: torch.cuda.Event | None
+    books: int
+    values: Copied
     started: float
     waited: float
 
     @classmethod
-    def of(cls, batch: MiniBatch, terms: LossTerms, quantised: Quantised, *, started: float, waited: float) -> Measured:
+    def of(
+        cls, batch: MiniBatch, terms: LossTerms, quantised: Quantised, collective: Collective, *, started: float,
+        waited: float,
+    ) -> Measured:  # fmt: skip
         """Note what a step measures, without waiting for it."""
-        named = terms.as_tensors()
-        values = torch.cat([torch.stack(list(named.values())).detach().double(), perplexities(quantised)])
-        values = values.to("cpu", non_blocking=True)
-        copied = None
-        if batch.x.is_cuda and torch.cuda.is_available():
-            copied = torch.cuda.current_stream().record_event()
-        return cls(batch.step, batch.cells, tuple(named), values, copied, started, waited)
+        named, books = terms.as_tensors(), len(quantised.projections)
+        values = torch.stack(list(named.values())).detach().double()
+        of_books = perplexities(quantised)
+        if isinstance(collective, ByBooks):
+            own = torch.stack([of_books, values[0].expand_as(of_books)], 1)
+            of_books = collective.joined(own, books).T.flatten()
+        copied = Copied.of(torch.cat([values, of_books]))
+        return cls(batch.step, batch.cells, tuple(named), books, copied, started, waited)
 
     def read(self) -> tuple[dict[str, float], list[float]]:
-        """Return losses by name and perplexities; `TrainingError` where a loss is not finite."""
-        if self.copied is not None:
-            self.copied.synchronize()
+        """Return losses by name and perplexities; `TrainingError` where a loss is not finite, or not one on all workers."""
         numbers = self.values.tolist()
         losses = dict(zip(self.names, numbers, strict=False))
+        perplexity, totals = numbers[len(losses) :][: self.books], numbers[len(losses) + self.books :]
         unfit = [name for name, value in losses.items() if not math.isfinite(value)]
         if unfit:
             msg = (
@@ -251,7 +280,13 @@ class Measured:
                 "for extreme values in the input"
             )
             raise TrainingError(msg)
-        return losses, [round(used, 2) for used in numbers[len(losses) :]]
+        if any(total != losses["total"] for total in totals):
+            msg = (
+                f"the workers' GPUs do not compute alike: at step {self.step} their losses are "
+                f"{min(totals):.9g} to {max(totals):.9g}; use GPUs of one kind, or --workers 1"
+            )
+            raise TrainingError(msg)
+        return losses, [round(used, 2) for used in perplexity]
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.compute.engines import chosen_device, torch_finding
 from ndreamer_dist.compute.executor import WORKER_CPUS, Runtime, check_layout, own_cause
 from ndreamer_dist.compute.signals import StopRequest, deferred_stop
-from ndreamer_dist.errors import DamagedError
+from ndreamer_dist.errors import DamagedError, ResourceError
 from ndreamer_dist.model.batch import MiniBatch
-from ndreamer_dist.model.collectives import Distributed, Single
+from ndreamer_dist.model.collectives import ByBooks, Collective, Distributed, Single
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
@@ -141,7 +141,7 @@ class Reporter:
         if display is not None:
             display.reached(state.step)
 
-    def train(self, batches: Iterator[MiniBatch], packed: Packed, collective: Single | Distributed) -> None:
+    def train(self, batches: Iterator[MiniBatch], packed: Packed, collective: Collective) -> None:
         """Train to the end of the plan; the first worker writes the model and the logs."""
         try:
             train(self._state, batches, self._settings, collective, after_step=lambda _: self.after_step())
@@ -197,10 +197,12 @@ def _train_on_ray(
     check_layout(settings.train, runtime.cpus, lambda: runtime.gpus)
     device = chosen_device(settings.train.device, "train.device", runtime, torch_finding, least=settings.train.workers)
     use_gpu = device == "cuda"
-    if use_gpu and settings.train.workers > 1:
-        logger.warning(
-            "train: %d workers on GPUs exchange much in each step; one may be faster", settings.train.workers
+    if use_gpu and settings.train.workers > settings.model.codebooks:
+        msg = (
+            f"{settings.train.workers} training workers on GPUs cannot share {settings.model.codebooks} codebooks; "
+            f"use at most --workers {settings.model.codebooks}"
         )
+        raise ResourceError(msg)
     with remote_screen(plan, runtime, run.name, stop) as display, _failures_told(run):
         trainer = TorchTrainer(
             _worker,
@@ -303,12 +305,13 @@ def _worker(config: dict[str, Any]) -> str | None:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         add_in_order()
-    collective = Distributed() if place[1] > 1 else Single()
+    together = Distributed() if place[1] > 1 else Single()
+    collective = ByBooks() if place[1] > 1 and device.type == "cuda" else together
     state = _fresh(settings, packed, device)
     checkpoint = _ray_checkpoint(run) or latest_serial(run.storage)
     if checkpoint is not None:
         state.load_bytes(checkpoint.files, checkpoint.url)
-    schedule = Schedule(settings.train, collective, device, stop=display.stop_asked)
+    schedule = Schedule(settings.train, together, device, stop=display.stop_asked)
     reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
     batches = mini_batches(packed, plan, place, state.step, device)
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ndreamer_dist.model import noise as noises
-from ndreamer_dist.model.collectives import Collective, Distributed, Single, average_gradients
+from ndreamer_dist.model.batch import MiniBatch, labels_of
+from ndreamer_dist.model.collectives import ByBooks, Collective, Distributed, Single, average_gradients
 from ndreamer_dist.model.losses import total_loss
-from ndreamer_dist.settings import LossSettings
+from ndreamer_dist.settings import NOISE_ROWS, LossSettings, ModelSettings
 from tests.model.helpers import CONDITIONS, TINY, random_batch, share_of, tiny_network
 
 CELLS, STEPS, RESET_AT = 300, 2, 1
@@ -24,27 +28,70 @@ SHARES = {
 Record = dict[str, torch.Tensor]
 
 
-def train(blocks: tuple[int, ...], collective: Collective) -> Record:
+def train(blocks: tuple[int, ...], collective: Collective, model: ModelSettings = TINY) -> Record:
     """Take some steps, a code reset among them, and return all that must not depend on the number of workers."""
-    network, record = tiny_network(), {}
+    network, record = tiny_network(model), {}
     # Not AdamW: it would scale the rounding of gradients that are 0 up to whole steps.
     optimiser = torch.optim.SGD(network.parameters(), lr=1e-3)
     for step in range(1, STEPS + 1):
-        batch = share_of(random_batch(CELLS, seed=step), blocks, collective.rank, step)
-        noise = noises.draw(batch, TINY, 0)
+        batch = random_batch(CELLS, seed=step)
+        if isinstance(collective, ByBooks):
+            batch = replace(with_anchors(batch, blocks, collective.place[0]), step=step)
+        else:
+            batch = share_of(batch, blocks, collective.rank, step)
+        noise = noises.draw(batch, model, 0)
         outputs = network(batch, noise, collective)
         terms = total_loss(outputs, batch, noise, LossSettings(), conditions=CONDITIONS, collective=collective)
         optimiser.zero_grad()
         terms.total.backward()
-        average_gradients(network.parameters(), collective)
+        quantised = outputs.quantised
+        if isinstance(collective, ByBooks):
+            quantised = network.quantiser.join(quantised, collective)
+        else:
+            average_gradients(network.parameters(), collective)
         record[f"{step} loss"] = terms.total.detach()
         record |= {f"{step} grad {name}": value.grad.clone() for name, value in network.named_parameters()}
         optimiser.step()
-        network.quantiser.count_usage(outputs.quantised.usage, collective)
+        network.quantiser.count_usage(quantised.usage, collective)
         if step == RESET_AT:
-            reset = network.quantiser.reset(outputs.quantised.projections, collective, seed=0, step=step, below=0.5)
+            reset = network.quantiser.reset(quantised.projections, collective, seed=0, step=step, below=0.5)
             record["reset"] = reset
     return record | {f"state {name}": value.clone() for name, value in network.state_dict().items()}
+
+
+def with_anchors(batch: MiniBatch, blocks: tuple[int, ...], rank: int) -> MiniBatch:
+    """Return the whole mini-batch for a worker whose anchors are `blocks[rank]` of its blocks."""
+    first = sum(blocks[:rank]) * NOISE_ROWS
+    anchors = slice(first, min(first + blocks[rank] * NOISE_ROWS, batch.cells))
+    codes = torch.cat([torch.stack([batch.condition, batch.group, batch.low, batch.high], 1), batch.batch], 1)
+    return replace(batch, labels=labels_of(codes, slice(0, batch.cells), "cpu", anchors=anchors))
+
+
+class InThreads(ByBooks):
+    """Workers that share the codebooks, in threads of this process."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, shown: dict[int, torch.Tensor]) -> None:
+        self.place = (rank, barrier.parties)
+        self._barrier, self._shown = barrier, shown
+
+    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self._everyones(tensor))
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._everyones(tensor)).sum(0)
+
+    def _everyones(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self._barrier.wait(10)
+        self._shown[self.place[0]] = tensor.detach().clone()
+        self._barrier.wait(10)
+        return [self._shown[rank] for rank in range(self.place[1])]
+
+
+def train_in_threads(blocks: tuple[int, ...], model: ModelSettings) -> list[Record]:
+    """Train with workers that share the codebooks, each in a thread; return what each recorded."""
+    barrier, shown = threading.Barrier(len(blocks)), dict[int, torch.Tensor]()
+    with ThreadPoolExecutor(len(blocks)) as threads:
+        return list(threads.map(lambda rank: train(blocks, InThreads(rank, barrier, shown), model), range(len(blocks))))
 
 
 def gather_uneven(collective: Collective, rows: list[int]) -> Record:
@@ -67,10 +114,12 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=max(SHARES))
     try:
         for world, cases in SHARES.items():
+            books = {name: blocks for name, blocks in cases.items() if world <= TINY.codebooks}
             group = dist.new_group(list(range(world)))
             if rank < world:
                 collective = Distributed(group)
                 records: dict[str, Any] = {name: train(blocks, collective) for name, blocks in cases.items()}
+                records |= {f"{name}_by_books": train(blocks, ByBooks(group)) for name, blocks in books.items()}
                 records["gather"] = gather_uneven(collective, [3, 0, 1, 2][:world])
                 torch.save(records, f"{folder}/{world}-{rank}.pt")
     finally:
@@ -101,13 +150,31 @@ def alone() -> Record:
 def test_any_number_of_workers_trains_as_one(records: list[dict[str, Record]], alone: Record, case: int) -> None:
     name = list(SHARES[len(records)])[case]
     assert 0 < alone["reset"] < alone["state quantiser.usage"].numel()
-    scale = {step: max(v.abs().max() for k, v in alone.items() if k.startswith(f"{step} grad")) for step in "12"}
     for record in records:
-        assert record[name].keys() == alone.keys()
-        for key, expected in alone.items():
-            # Gradients that are 0 but for rounding are compared with the step's largest.
-            atol = 1e-10 * float(scale[key[0]]) if "grad" in key else 1e-12
-            torch.testing.assert_close(record[name][key], expected, rtol=1e-10, atol=atol, msg=lambda m: f"{key}: {m}")  # noqa: B023
+        for layout in (name, f"{name}_by_books"):
+            if layout in record:
+                assert_alike(record[layout], alone)
+
+
+def assert_alike(record: Record, alone: Record) -> None:
+    """Compare what a worker recorded with what one worker alone did, to rounding."""
+    scale = {step: max(v.abs().max() for k, v in alone.items() if k.startswith(f"{step} grad")) for step in "12"}
+    assert record.keys() == alone.keys()
+    for key, expected in alone.items():
+        # Gradients that are 0 but for rounding are compared with the step's largest.
+        atol = 1e-10 * float(scale[key[0]]) if "grad" in key else 1e-12
+        torch.testing.assert_close(record[key], expected, rtol=1e-10, atol=atol, msg=lambda m: f"{key}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize(("blocks", "codebooks"), [((3, 2), 3), ((1, 0, 2, 2), 5)], ids=str)
+def test_workers_that_share_the_codebooks_train_as_one_and_with_the_same_bits(
+    blocks: tuple[int, ...], codebooks: int
+) -> None:
+    model = TINY.model_copy(update={"codebooks": codebooks})
+    alone, records = train((5,), Single(), model), train_in_threads(blocks, model)
+    for record in records:
+        assert_alike(record, alone)
+        assert all(torch.equal(value, records[0][key]) for key, value in record.items())
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ndreamer_dist.model import noise
 from ndreamer_dist.model.batch import MiniBatch, gather_labels
-from ndreamer_dist.model.collectives import Single
+from ndreamer_dist.model.collectives import ByBooks, Collective, Single
+from ndreamer_dist.settings import ModelSettings, Settings
 from ndreamer_dist.training import loop
 from ndreamer_dist.training.densify import densify
 from ndreamer_dist.training.loop import Measured, TrainState, training_step
@@ -27,6 +28,13 @@ MOST_OPERATIONS = 1001
 """Operations of a step on the device, whatever its sizes; lower it with every fusion."""
 MOST_OF_A_TILE = 60
 """Operations that embed a tile of cells."""
+MOST_COLLECTIVES = 6
+"""Of a step of several workers."""
+MOST_EXCHANGED = 10e6
+"""Bytes that they bring together in a step, of the paper's sizes."""
+
+
+ALONE = Single()
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +54,21 @@ def shares(cohort: Cohort, place: tuple[int, int] = (0, 1)) -> Iterator[Share]:
         yield from read_window(cohort.packed, cohort.plan, steps, *place)
 
 
-def stepped(cohort: Cohort, steps: int) -> tuple[list[Device], TrainState]:
+def stepped(
+    cohort: Cohort, steps: int, collective: Collective = ALONE, place: tuple[int, int] = (0, 1)
+) -> tuple[list[Device], TrainState]:
     """Return what was seen of each step of a training on the double."""
     state, seen = fresh(), list[Device]()
     state.network, state.optimiser = on_double(state)
     state.network.train()
     for share, _ in zip(shares(cohort), range(steps), strict=False):
         with Device() as device:
-            batch = densify(share, cohort.labels, cohort.plan, (0, 1), CUDA)
+            batch = densify(share, cohort.labels, cohort.plan, place, CUDA)
             device.began, device.sizes = len(device.order), sizes_of(batch)
-            terms, quantised = training_step(state, batch, SETTINGS, Single())
-            state.unread.append(Measured.of(batch, terms, quantised, started=time.perf_counter(), waited=0.0))
+            terms, quantised = training_step(state, batch, SETTINGS, collective)
+            state.unread.append(
+                Measured.of(batch, terms, quantised, collective, started=time.perf_counter(), waited=0.0)
+            )
             state.catch_up(but=1)
         seen.append(device)
     state.catch_up()
@@ -67,7 +79,8 @@ def sizes_of(batch: MiniBatch) -> tuple[int, ...]:
     labels = batch.labels
     assert labels is not None
     sums = [merge.sums for merge in (labels.condition, *labels.batches, *(nested.pairs for nested in labels.within))]
-    return (batch.cells, len(labels.group_cells), *labels.rows[0].members.shape, *sums, batch.step % 5 == 0)
+    members = [size for rows in labels.rows for size in rows.members.shape]
+    return (batch.cells, len(labels.group_cells), *members, *sums, batch.step % 5 == 0)
 
 
 def on_double(state: TrainState) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -112,21 +125,59 @@ def test_a_training_on_a_gpu_measures_what_one_on_the_processor_does(
         )
 
 
+class Twins(ByBooks):
+    """A worker whose fellows do what it does; what is exchanged is noted."""
+
+    def __init__(self, workers: int) -> None:
+        self.place, self.exchanged = (0, workers), list[int]()
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        everyone = torch.cat([tensor] * self.place[1])
+        self.exchanged.append(everyone.nbytes)
+        return everyone
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        self.exchanged.append(tensor.nbytes)
+        return tensor * self.place[1]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_on_gpus_wait_for_nothing_and_exchange_little(cohort: Cohort, workers: int) -> None:
+    twins = Twins(workers)
+    seen, _ = stepped(cohort, 2, twins, (0, workers))
+    assert [device.waits for device in seen] == [[], []]
+    assert [device.mixed for device in seen] == [[], []]
+    assert len(twins.exchanged) == 2 * MOST_COLLECTIVES
+    cells, (model, paper) = cohort.plan.cells(0), (SETTINGS.model, Settings.build(preset="paper"))
+    # Vectors of the cells out and back, their means' gradient, the codes' gradient and use, and a few numbers.
+    assert sum(twins.exchanged) / 2 <= exchanged(cells, model) + 1000
+    assert exchanged(2 * paper.train.batch_size, paper.model) + 1000 <= MOST_EXCHANGED
+
+
+def exchanged(cells: int, model: ModelSettings) -> int:
+    """Return the bytes of the large collectives of a step."""
+    vectors = model.codebooks * model.code_dim
+    return 4 * (cells * (2 * vectors + model.latent) + model.codebooks * model.codes * (model.code_dim + 1))
+
+
 @pytest.mark.parametrize("place", [(0, 1), (0, 2), (1, 2)], ids=str)
 def test_labels_that_are_found_ahead_are_those_that_workers_would_gather(
     cohort: Cohort, place: tuple[int, int]
 ) -> None:
-    share = next(shares(cohort, place))
+    share = next(shares(cohort))
     with Device():
         ahead = densify(share, cohort.labels, cohort.plan, place, CUDA)
-    whole = densify(next(shares(cohort)), cohort.labels, cohort.plan, (0, 1), "cpu")
+    whole = densify(share, cohort.labels, cohort.plan, (0, 1), "cpu")
     gathered = gather_labels(whole, Single())
     assert ahead.labels is not None
     assert torch.equal(ahead.labels.group, gathered.group)
-    assert torch.equal(ahead.x.inner, torch.from_numpy(share.x.toarray()))
-    assert ahead.labels.mine == slice(place[0] * len(whole.x) // 2, place[0] * len(whole.x) // 2 + len(share.rows))
+    assert torch.equal(ahead.x.inner, whole.x)
+    assert ahead.labels.mine == slice(0, len(whole.x))
     cells = ahead.labels.segments.row_cells.inner
     assert torch.equal(cells[cells > 0], gathered.segments.row_cells)
+    anchors = torch.cat([rows.anchors.inner[rows.is_anchor.inner] for rows in ahead.labels.rows])
+    half = len(whole.x) // place[1]
+    assert torch.equal(anchors.sort().values, torch.arange(place[0] * half, (place[0] + 1) * half))
 
 
 def test_padding_changes_no_loss(cohort: Cohort) -> None:
