@@ -31,7 +31,7 @@ from ndreamer_dist.effects.onto import Onto
 from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.effects.tables import ROOT, check_tables
 from ndreamer_dist.errors import RunError, SettingsError
-from ndreamer_dist.mapping.cohort import Genes, genes_of, refuse_known_cells, run_mapped_cohort, values_of
+from ndreamer_dist.mapping.cohort import Genes, NewCells, genes_of, refuse_known_cells, run_mapped_cohort, values_of
 from ndreamer_dist.mapping.place import placer_of, run_place
 from ndreamer_dist.mapping.reference import Reference
 from ndreamer_dist.matching.stage import run_match
@@ -213,9 +213,8 @@ class Mapped:
         reference, settings, cells = self.reference, self.settings, self.source.n_cells
         with metered(run.storage, keys.STAGE_COHORT, cells, place="1/5"):
             stage = StageRun(run, keys.STAGE_COHORT, key[keys.STAGE_COHORT])
-            design = run_mapped_cohort(
-                stage, settings.cohort, self.source, reference, runtime, self.genes, controls_first=self.controls_first
-            )
+            new = NewCells(self.source, self.genes, self.controls_first)
+            design = run_mapped_cohort(stage, settings.cohort, new, reference, runtime)
         packed = Packed(run, design, reference.genes, settings.pack.block_rows, before=reference.parts)
         with metered(run.storage, keys.STAGE_PACK, cells, place="2/5"):
             run_pack(run, settings, self.source, runtime, key[keys.STAGE_PACK], packed)

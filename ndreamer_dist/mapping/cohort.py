@@ -50,6 +50,15 @@ class Genes:
     missing: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class NewCells:
+    """A cohort that is mapped: its input, which of the run's genes it has, and whether its controls come first."""
+
+    source: Source
+    genes: Genes
+    controls_first: bool
+
+
 def genes_of(source: Source, modelled: tuple[str, ...], fill: float) -> Genes:
     """Return the run's genes in a cohort, found by name, id or symbol.
 
@@ -106,17 +115,10 @@ def refuse_known_cells(source: Source, reference: Reference) -> None:
 
 
 def run_mapped_cohort(
-    stage: StageRun,
-    cohort: CohortSettings,
-    source: Source,
-    reference: Reference,
-    runtime: Runtime,
-    genes: Genes,
-    *,
-    controls_first: bool,
+    stage: StageRun, cohort: CohortSettings, new: NewCells, reference: Reference, runtime: Runtime
 ) -> Design:
     """Check the new cells, give them their groups and write the tables; nothing is redone that is there."""
-    run, shard = stage.run, Shard("all", FILES)
+    run, shard, source, genes = stage.run, Shard("all", FILES), new.source, new.genes
     if not stage.begin([shard]):
         return Design.from_json(run.read_json(keys.DESIGN_JSON))
     decision = values_of(source, reference, cohort)
@@ -127,7 +129,7 @@ def run_mapped_cohort(
         source, source.task_matrix(runtime), one, recipe, runtime, integers=decision.integers, title="cohort: values"
     )
     keep, dropped_for = kept_cells(found, cohort)
-    made = mapped_design(source.cells, reference.design, cohort, keep, controls_first=controls_first)
+    made = mapped_design(source.cells, reference.design, cohort, keep, controls_first=new.controls_first)
     reasons = first_reason(dropped_for, made.reasons)
     selected = np.array([name is not None for name in genes.names])
     named = np.where(selected, genes.names, source.gene_names.to_numpy(dtype=object))
