@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import anndata as ad
@@ -249,8 +249,12 @@ def _texts(values: pd.Series[Any]) -> Iterator[pd.Series[Any]]:
         yield values.iloc[start : start + TEXT_BLOCK].astype(str)
 
 
-def _chosen(read: Callable[[str | None], Source], *, has_x: bool, has_raw: bool) -> Source:
-    """Return X, or the counts in `.raw` where X is none or holds something else."""
+def _chosen(
+    read: Callable[[str | None], Source], layer: str | None, *, prefer_counts: bool, has_x: bool, has_raw: bool
+) -> Source:
+    """Return the layer asked for; without one X, or if counts are preferred those in `.raw` where X holds none."""
+    if layer is not None or not prefer_counts:
+        return read(layer)
     plain = read(MATRIX) if has_x else None
     if not has_raw or (plain is not None and plain.looks_like_counts):
         return plain or read(None)
@@ -269,13 +273,8 @@ def _open_memory(adata: Any, layer: str | None, prefer_counts: bool) -> Source:
     adata = _modality(adata)
     if adata.isbacked and (layer in (None, MATRIX, *RAW_NAMES)):
         return _open_backed(adata, layer, prefer_counts)
-
-    def read(place: str | None) -> Source:
-        return _read_memory(adata, place)
-
-    if layer is None and prefer_counts:
-        return _chosen(read, has_x=adata.X is not None, has_raw=adata.raw is not None)
-    return read(layer)
+    held = {"has_x": adata.X is not None, "has_raw": adata.raw is not None}
+    return _chosen(partial(_read_memory, adata), layer, prefer_counts=prefer_counts, **held)
 
 
 def _read_memory(adata: ad.AnnData, layer: str | None) -> Source:
@@ -289,16 +288,9 @@ def _read_memory(adata: ad.AnnData, layer: str | None) -> Source:
         values = adata.layers[layer] if layer is not None and layer in adata.layers else adata.X
         var = adata.var
     base = None if raw else _base_of(lambda: adata.uns["log1p"]["base"])
+    cells, matrix = HeldCells(in_memory(adata.obs)), memory_matrix(values)
     has_raw = adata.raw is not None and not raw
-    return Source(
-        "the AnnData",
-        HeldCells(in_memory(adata.obs)),
-        in_memory(var),
-        memory_matrix(values),
-        adata.obsm,
-        log_base=base,
-        raw=has_raw,
-    )
+    return Source("the AnnData", cells, in_memory(var), matrix, adata.obsm, log_base=base, raw=has_raw)
 
 
 def _open_backed(adata: ad.AnnData, layer: str | None, prefer_counts: bool) -> Source:
@@ -350,13 +342,9 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None, prefer_coun
     container = container_of(storage)
     group = open_group(storage, container)
     inside = f"mod/{MODALITY}/" if group.name.endswith(f"mod/{MODALITY}") else ""
-
-    def read(place: str | None) -> Source:
-        return _read_stored(group, storage.url, container, place, inside)
-
-    if layer is None and prefer_counts:
-        return _chosen(read, has_x=MATRIX in group, has_raw=raw_place(group) is not None)
-    return read(layer)
+    held = {"has_x": MATRIX in group, "has_raw": raw_place(group) is not None}
+    read = partial(_read_stored, group, storage.url, container, inside)
+    return _chosen(read, layer, prefer_counts=prefer_counts, **held)
 
 
 def open_group(storage: Storage, container: Container) -> Any:
@@ -373,7 +361,7 @@ def open_group(storage: Storage, container: Container) -> Any:
     return group
 
 
-def _read_stored(group: Any, url: str, container: Container, layer: str | None, inside: str) -> Source:
+def _read_stored(group: Any, url: str, container: Container, inside: str, layer: str | None) -> Source:
     raw = raw_place(group)
     with refusing_damage(f"{url}: the matrix"):
         place = place_of(group, url, layer)

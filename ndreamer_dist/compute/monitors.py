@@ -1,4 +1,4 @@
-"""What a stage costs: seconds, peak memory, and bytes read and written, of this process and its children.
+"""Measure what a stage costs: seconds, peak memory, and bytes read and written, of this process and its children.
 
 Private pages are added over the process tree. Shared pages (libraries, Ray's object store) are counted once, as those of
 the process that has the most. Bytes are those that passed read and write calls, including pipes and sockets. On a

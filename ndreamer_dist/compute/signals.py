@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: how they end a program, and how a training step is finished first.
+"""Handle Ctrl-C and SIGTERM: end the program, or finish a training step first.
 
 `stop_signals` is for the command line; `deferred_stop` is for work that must not be interrupted in the middle. Both
 change nothing outside the main thread, where Python allows no handlers, and where a signal is ignored (`nohup`).

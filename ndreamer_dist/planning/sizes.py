@@ -1,4 +1,4 @@
-"""The sizes of a cohort and of the network, which determine memory, disk and numbers of tasks. Pure."""
+"""Count the sizes of a cohort and of the network that determine memory, disk and numbers of tasks. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIVEN_DIMENSIONS = 100
 
 @dataclass(frozen=True)
 class CohortSize:
-    """The sizes a promise is made from; `fewest_groups` is how many groups the condition with the fewest has."""
+    """The sizes that a plan is computed from; `fewest_groups` is the number of groups of the condition with the fewest."""
 
     cells: int
     genes: int

@@ -45,11 +45,11 @@ class GivenExpression:
 
     @property
     def density(self) -> float:
-        """See `virtual.Expression.density`."""
+        """See `Expression.density`."""
         return self.source.nnz / (self.source.n_cells * self.source.n_genes)
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        """See `virtual.Expression.read`; the cohort is read in its own order."""
+        """See `Expression.read`; the cohort is read in its own order."""
         order = np.argsort(self.input_row[rows], kind="stable")
         parts = _by_rows(self.source, self.input_row[rows][order], columns)
         found = sparse.vstack(list(parts), format="csr")[np.argsort(order, kind="stable")]

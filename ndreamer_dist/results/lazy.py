@@ -15,6 +15,7 @@ import anndata
 import dask.array as da
 import numpy as np
 import pandas as pd
+from dask.base import tokenize
 from scipy import sparse
 
 from ndreamer_dist import keys
@@ -178,3 +179,8 @@ def conditional_questions(
     """Return the questions for effects of conditions and for expression under them, by the names of their layers."""
     questions = {f"effect_{name}": effect_question(code(name), 0) for name in effects}
     return questions | {f"counterfactual_{name}": counterfactual_question(code(name)) for name in counterfactuals}
+
+
+def token_of(*what: Any) -> str:
+    """Return a text that is the same for the same results, cells and genes."""
+    return str(tokenize(*what))

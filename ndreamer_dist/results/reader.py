@@ -415,14 +415,12 @@ class ResultsReader:
         Layers `denoised`, `batch_effect` and `ite` (NaN on control cells) besides, stored or not. A block that cannot be
         computed, for want of its matches, raises `StoreError` when it is wanted.
         """
-        from dask.base import tokenize
-
         from ndreamer_dist.results import lazy
 
         rows = self._rows(cells, order)
         expression, table = self._expression(cohort)
         columns = self._columns(genes, table)
-        token = tokenize(self.url, str(self._fact("key")), rows, columns, cohort is None)
+        token = lazy.token_of(self.url, str(self._fact("key")), rows, columns, cohort is None)
         block_rows = int(open_array(self.storage, f"obsm/{self.embedding_key}").chunks[0])
         asked = lazy.conditional_questions(effects, counterfactuals, self.design.condition_code)
         return lazy.lazy_anndata(

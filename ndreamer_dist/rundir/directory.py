@@ -1,4 +1,4 @@
-"""The run directory: the finished shards, and the stage key of each.
+"""Read and write a run directory: the finished shards, and the stage key of each.
 
 A stage is cut into shards, the units of work, retry and resume. The driver writes the array metadata of a stage. A task
 writes the files of its shard and then its marker `done/<stage>/<shard>.json`. A marker counts only if it has the key of

@@ -1,4 +1,4 @@
-"""The one lock of a run directory: `flock` on a local disk, a renewed lease on object storage."""
+"""Hold the one lock of a run directory: `flock` on a local disk, a renewed lease on object storage."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def _encoded(chunk: np.ndarray[Any, Any]) -> tuple[bytes, bytes]:
 
 @contextmanager
 def _writing(storage: Storage, name: str) -> Iterator[None]:
-    """Say of an error of the system which array was being written."""
+    """Name the array that was being written in an error of the system."""
     try:
         yield
     except OSError as error:

@@ -332,7 +332,7 @@ def _write_whole(target: Path, pieces: Iterable[bytes]) -> None:
 
 
 def _files_below(top: str) -> Iterator[tuple[str, int]]:
-    """Give the local files below a folder, or the one that it is, with their sizes; a folder that may not be read raises."""
+    """Yield the local files below a folder, or the file itself, with their sizes; a folder that may not be read raises."""
     with suppress(*ABSENT):
         if not Path(top).is_dir():
             yield top, Path(top).stat().st_size

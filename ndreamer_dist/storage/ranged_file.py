@@ -1,4 +1,4 @@
-"""A file on a server, read as HDF5 reads files: a few bytes in many places, then long stretches.
+"""Read a file on a server as HDF5 reads files: a few bytes in many places, then long stretches.
 
 Whole blocks are fetched, and the last used ones are kept. Adjacent missing blocks are one request.
 """

@@ -1,4 +1,4 @@
-"""Timeouts, retries and error messages of requests to object storage and web servers.
+"""Make requests to object storage and web servers: timeouts, retries and error messages.
 
 One number sets them all, the timeout (`NDREAMER_STORAGE_TIMEOUT`, in seconds). A request is retried if no byte arrives
 for so long, if the server refuses it for the moment (500, 503 and the like), or if its connection breaks. After the fifth

@@ -31,7 +31,7 @@ def joined(blocks: list[pa.Array]) -> pa.LargeStringArray:
 
 
 def text_blocks(element: Any) -> Iterator[pa.LargeStringArray]:
-    """Give the text of an array, block by block."""
+    """Yield the text of an array, block by block."""
     (rows,) = element.shape
     if not isinstance(element, zarr.Array):
         texts = element.asstr()
@@ -76,7 +76,7 @@ def _is_plain(array: zarr.Array[Any]) -> bool:
 
 
 def parse_texts(data: np.ndarray) -> Iterator[pa.LargeStringArray]:
-    """Give what a chunk of text holds, a number of texts and then each with its length before it, by blocks.
+    """Yield the texts of a chunk by blocks; it holds their number, then each behind its length.
 
     Raises
     ------

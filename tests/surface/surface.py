@@ -55,9 +55,7 @@ def names() -> str:
 
 def figures() -> str:
     """Return the figures of `nd.pl` with their signatures."""
-    return "".join(
-        f"{name}{_signature(getattr(nd.pl, name))}\n" for name in sorted(vars(nd.pl)) if _is_own(getattr(nd.pl, name))
-    )
+    return "".join(f"{name}{_signature(getattr(nd.pl, name))}\n" for name in sorted(nd.pl.__all__))
 
 
 def settings() -> str:
@@ -90,11 +88,6 @@ def texts(run: Path) -> dict[str, str]:
         "commands.txt": commands(), "names.txt": names(), "figures.txt": figures(), "settings.yaml": settings(),
         "run_files.txt": run_files(run), "results_tree.txt": results_tree(run),
     }  # fmt: skip
-
-
-def _is_own(thing: Any) -> bool:
-    public = inspect.isfunction(thing) and not thing.__name__.startswith("_")
-    return public and thing.__module__ == nd.pl.__name__
 
 
 def _plain(value: Any) -> str:
