@@ -12,6 +12,7 @@ decides. With h = r / 2 the score is t = d - h, halved. A target can be better t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -49,6 +50,8 @@ MOST_QUERIES = 4096
 """Cells of a query group that remoteness is measured from: the first in packed order, which is random."""
 KEPT_INDEXES = 32
 """Indexes of query groups that a task keeps, at some megabytes each."""
+MOST_KEPT = 2**23
+"""Numbers that a task keeps of target groups that are measured together, a label at a time."""
 
 
 def remoteness(targets: np.ndarray, queries: np.ndarray | Index, *, threads: int = 1) -> np.ndarray:
@@ -103,7 +106,9 @@ def pool(starts: np.ndarray, target: int) -> np.ndarray:
 
 
 class Remoteness:
-    """Measures how remote a group's cells are from a query group, from a bounded number of that group's cells.
+    """Measures how remote groups' cells are from a query group, from a bounded number of that group's cells.
+
+    Target groups that are asked for one after the other are measured together, since small searches have their price.
 
     Parameters
     ----------
@@ -113,23 +118,45 @@ class Remoteness:
         (groups + 1,) first row of every group, and the number of cells.
     labels
         (cells,) codes of labels, where cells are matched inside them.
+    edges
+        (target group, query group) that will be asked for, by target group.
     pooled
         Whether all other groups stand for a query group, so that a target group is measured once and not once a query group.
     """
 
     def __init__(
-        self, points: np.ndarray, starts: np.ndarray, labels: np.ndarray | None = None, *, pooled: bool = False,
-        threads: int = 1,
+        self, points: np.ndarray, starts: np.ndarray, labels: np.ndarray | None = None, *,
+        edges: Sequence[tuple[int, int]], pooled: bool = False, threads: int = 1,
     ) -> None:  # fmt: skip
         self._points, self._starts, self._labels, self._threads = points, starts, labels, threads
-        self._pooled = pooled
+        self._edges, self._pooled = edges, pooled
         self._index = lru_cache(maxsize=KEPT_INDEXES)(self._built)
-        # The tiles of an edge follow each other, and each goes through the labels.
-        self._kept = lru_cache(maxsize=1 if labels is None else int(labels.max()) + 2)(self._measured)
+        self._kept: dict[tuple[int, int, int], np.ndarray] = {}
+        self._together: set[int] = set()
 
     def of(self, target: int, query: int, label: int = WHOLE) -> np.ndarray:
         """Return the remoteness of a target group's cells of a label, or of all, from those of the query group."""
-        return self._kept(target, target if self._pooled else query, label)
+        if target not in self._together:
+            self._kept, self._together = {}, self._from(target)
+        place = target, target if self._pooled else query, label
+        if place not in self._kept:
+            self._measure(*place)
+        return self._kept[place]
+
+    def _from(self, target: int) -> set[int]:
+        """Return the target groups that are measured together, from one on: as many as are not too many numbers."""
+        following = list(dict.fromkeys(other for other, _ in self._edges))
+        following = following[following.index(target) :]
+        cells = np.cumsum([self._starts[group + 1] - self._starts[group] for group in following])
+        return {target, *following[: int((cells * len(self._starts) <= MOST_KEPT).sum())]}
+
+    def _measure(self, target: int, query: int, label: int) -> None:
+        wanted = [(target, query)] if self._pooled else self._edges
+        groups = sorted({group for group, other in wanted if group in self._together and other == query})
+        rows = [self._of_label(np.arange(*self._starts[group : group + 2]), label) for group in groups]
+        found = remoteness(self._points[np.concatenate(rows)], self._index(query, label), threads=self._threads)
+        for group, part in zip(groups, np.split(found, np.cumsum([len(part) for part in rows])[:-1]), strict=True):
+            self._kept[group, query, label] = part
 
     def _of_label(self, rows: np.ndarray, label: int) -> np.ndarray:
         return rows if label == WHOLE or self._labels is None else rows[self._labels[rows] == label]
@@ -138,10 +165,6 @@ class Remoteness:
         rows = pool(self._starts, query) if self._pooled else np.arange(*self._starts[query : query + 2])
         labelled = self._of_label(rows, label)
         return build_index(self._points[(labelled if len(labelled) else rows)[:MOST_QUERIES]])
-
-    def _measured(self, target: int, query: int, label: int) -> np.ndarray:
-        rows = self._of_label(np.arange(*self._starts[target : target + 2]), label)
-        return remoteness(self._points[rows], self._index(query, label), threads=self._threads)
 
 
 def nearest_corrected(
