@@ -12,6 +12,7 @@ decides. With h = r / 2 the score is t = d - h, halved. A target can be better t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -50,6 +51,8 @@ MOST_QUERIES = 4096
 """Cells of a query group that remoteness is measured from: the first in packed order, which is random."""
 KEPT_INDEXES = 32
 """Indexes of query groups that a task keeps, at some megabytes each."""
+SETTLED_PAIRS = 2**22
+"""Query-target pairs of own partitions whose scores are held until bounds are set."""
 MOST_KEPT = 2**23
 """Numbers that a task keeps of target groups that are measured together, a label at a time."""
 
@@ -278,8 +281,7 @@ class _CorrectedTile(Tile):
     def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows, squared distances, both (q, k), and which queries were widened."""
         begins, own = self.beginnings()
-        for part in range(self.index.cells):  # the own ones first: they set bounds that rule out most of the others
-            self._scan(part, np.flatnonzero(own == part))
+        self._look_at_own(own)  # the own ones first: they set bounds that rule out most of the others
         begins[own, np.arange(len(own))] = np.inf
         for part in range(self.index.cells):
             self._scan(part, np.flatnonzero(begins[part] <= self._farthest(part)))
@@ -345,23 +347,46 @@ class _CorrectedTile(Tile):
             begins = np.flatnonzero(np.diff(query, prepend=-1))
             self._tighten_by(part[query[begins]], np.minimum.reduceat(score, begins))
 
+    def _look_at_own(self, own: np.ndarray) -> None:
+        """Look at each query's own partition; bounds are set for many queries at once, since a call has its price."""
+        looked: list[tuple[np.ndarray, int, np.ndarray]] = []
+        for cell, (start, stop) in enumerate(itertools.pairwise(self.index.starts.tolist())):
+            queries, step = np.flatnonzero(own == cell), max(1, SCAN_PAIRS // (stop - start))
+            for first in range(0, len(queries), step):
+                looked.append(self._scored(queries[first : first + step], start, stop))
+                if sum(score.size for _, _, score in looked) > SETTLED_PAIRS:
+                    self._settle(looked)
+                    looked = []
+        self._settle(looked)
+
     def _look(self, part: np.ndarray, start: int, stop: int) -> None:
         """Look at points for queries without a bound, or with many points within it: t of all pairs is computed."""
-        half = self.frame.half[start:stop]
+        self._settle([self._scored(part, start, stop)])
+
+    def _scored(self, part: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """Compute t of queries and points, note the best, and return the queries, the first point and t."""
         score = self.local[part] @ self.index.points[:, start:stop]
         score += self.squared[part].astype(np.float32)[:, None]
         np.maximum(score, 0, out=score)
         np.sqrt(score, out=score)
-        score -= half
+        score -= self.frame.half[start:stop]
         few = folded(score, FOLD * self.k) if self.k > 1 else score.min(axis=1, keepdims=True)
-        best = np.sort(np.concatenate([self.best[part], few], axis=1), axis=1)[:, : self.k]
-        self.best[part] = best
-        self._tighten_by(part, best[:, -1])
-        near = score <= self._within(part)[:, None]
-        if np.count_nonzero(near) > self.usual * len(part) + SPARE:
-            self._sift(part, near, start)
-        query, point = np.divmod(np.flatnonzero(near), stop - start)
-        self._keep(part[query], start + point, score[query, point].astype(np.float64))
+        self.best[part] = np.sort(np.concatenate([self.best[part], few], axis=1), axis=1)[:, : self.k]
+        return part, start, score
+
+    def _settle(self, looked: list[tuple[np.ndarray, int, np.ndarray]]) -> None:
+        """Lower the bounds of queries that were looked at, and keep the points within them; each query comes once."""
+        if not looked:
+            return
+        queries = np.concatenate([part for part, _, _ in looked])
+        self._tighten_by(queries, self.best[queries, -1])
+        limits = np.split(self._within(queries), np.cumsum([len(part) for part, _, _ in looked])[:-1])
+        for (part, start, score), limit in zip(looked, limits, strict=True):
+            near = score <= limit[:, None]
+            if np.count_nonzero(near) > self.usual * len(part) + SPARE:
+                self._sift(part, near, start)
+            query, point = np.divmod(np.flatnonzero(near), score.shape[1])
+            self._keep(part[query], start + point, score[query, point].astype(np.float64))
 
     def _within(self, part: np.ndarray) -> np.ndarray:
         """Return the computed t up to which a target may be within the bound: (queries,)."""
