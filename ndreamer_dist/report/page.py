@@ -387,7 +387,7 @@ def _steady(parts: Sequence[tuple[str, pd.DataFrame]], labels: Mapping[str, str]
     kept = rows[rows["total_loo_low"] * rows["total_loo_high"] > 0]
     if kept.empty:
         return ""
-    weaker = np.minimum(kept["total_loo_low"].abs(), kept["total_loo_high"].abs()).to_numpy()
+    weaker = kept[["total_loo_low", "total_loo_high"]].abs().min(axis=1).to_numpy()
     named = [
         f"{labels.get(row['gene'], row['gene'])} in {row['population']} ({row['total_loo_low']:+.2f} to {row['total_loo_high']:+.2f})"
         for _, row in kept.iloc[np.argsort(-weaker, kind="stable")[:3]].iterrows()
