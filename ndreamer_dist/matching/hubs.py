@@ -12,6 +12,8 @@ decides. With h = r / 2 the score is t = d - h, halved. A target can be better t
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -49,6 +51,10 @@ MOST_QUERIES = 4096
 """Cells of a query group that remoteness is measured from: the first in packed order, which is random."""
 KEPT_INDEXES = 32
 """Indexes of query groups that a task keeps, at some megabytes each."""
+SETTLED_PAIRS = 2**22
+"""Query-target pairs of own partitions whose scores are held until bounds are set."""
+MOST_KEPT = 2**23
+"""Numbers that a task keeps of target groups that are measured together, a label at a time."""
 
 
 def remoteness(targets: np.ndarray, queries: np.ndarray | Index, *, threads: int = 1) -> np.ndarray:
@@ -103,7 +109,9 @@ def pool(starts: np.ndarray, target: int) -> np.ndarray:
 
 
 class Remoteness:
-    """Measures how remote a group's cells are from a query group, from a bounded number of that group's cells.
+    """Measures how remote groups' cells are from a query group, from a bounded number of that group's cells.
+
+    Target groups that are asked for one after the other are measured together, since small searches have their price.
 
     Parameters
     ----------
@@ -113,23 +121,45 @@ class Remoteness:
         (groups + 1,) first row of every group, and the number of cells.
     labels
         (cells,) codes of labels, where cells are matched inside them.
+    edges
+        (target group, query group) that will be asked for, by target group.
     pooled
         Whether all other groups stand for a query group, so that a target group is measured once and not once a query group.
     """
 
     def __init__(
-        self, points: np.ndarray, starts: np.ndarray, labels: np.ndarray | None = None, *, pooled: bool = False,
-        threads: int = 1,
+        self, points: np.ndarray, starts: np.ndarray, labels: np.ndarray | None = None, *,
+        edges: Sequence[tuple[int, int]], pooled: bool = False, threads: int = 1,
     ) -> None:  # fmt: skip
         self._points, self._starts, self._labels, self._threads = points, starts, labels, threads
-        self._pooled = pooled
+        self._edges, self._pooled = edges, pooled
         self._index = lru_cache(maxsize=KEPT_INDEXES)(self._built)
-        # The tiles of an edge follow each other, and each goes through the labels.
-        self._kept = lru_cache(maxsize=1 if labels is None else int(labels.max()) + 2)(self._measured)
+        self._kept: dict[tuple[int, int, int], np.ndarray] = {}
+        self._together: set[int] = set()
 
     def of(self, target: int, query: int, label: int = WHOLE) -> np.ndarray:
         """Return the remoteness of a target group's cells of a label, or of all, from those of the query group."""
-        return self._kept(target, target if self._pooled else query, label)
+        if target not in self._together:
+            self._kept, self._together = {}, self._from(target)
+        place = target, target if self._pooled else query, label
+        if place not in self._kept:
+            self._measure(*place)
+        return self._kept[place]
+
+    def _from(self, target: int) -> set[int]:
+        """Return the target groups that are measured together, from one on: as many as are not too many numbers."""
+        following = list(dict.fromkeys(other for other, _ in self._edges))
+        following = following[following.index(target) :]
+        cells = np.cumsum([self._starts[group + 1] - self._starts[group] for group in following])
+        return {target, *following[: int((cells * len(self._starts) <= MOST_KEPT).sum())]}
+
+    def _measure(self, target: int, query: int, label: int) -> None:
+        wanted = [(target, query)] if self._pooled else self._edges
+        groups = sorted({group for group, other in wanted if group in self._together and other == query})
+        rows = [self._of_label(np.arange(*self._starts[group : group + 2]), label) for group in groups]
+        found = remoteness(self._points[np.concatenate(rows)], self._index(query, label), threads=self._threads)
+        for group, part in zip(groups, np.split(found, np.cumsum([len(part) for part in rows])[:-1]), strict=True):
+            self._kept[group, query, label] = part
 
     def _of_label(self, rows: np.ndarray, label: int) -> np.ndarray:
         return rows if label == WHOLE or self._labels is None else rows[self._labels[rows] == label]
@@ -138,10 +168,6 @@ class Remoteness:
         rows = pool(self._starts, query) if self._pooled else np.arange(*self._starts[query : query + 2])
         labelled = self._of_label(rows, label)
         return build_index(self._points[(labelled if len(labelled) else rows)[:MOST_QUERIES]])
-
-    def _measured(self, target: int, query: int, label: int) -> np.ndarray:
-        rows = self._of_label(np.arange(*self._starts[target : target + 2]), label)
-        return remoteness(self._points[rows], self._index(query, label), threads=self._threads)
 
 
 def nearest_corrected(
@@ -255,8 +281,7 @@ class _CorrectedTile(Tile):
     def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows, squared distances, both (q, k), and which queries were widened."""
         begins, own = self.beginnings()
-        for part in range(self.index.cells):  # the own ones first: they set bounds that rule out most of the others
-            self._scan(part, np.flatnonzero(own == part))
+        self._look_at_own(own)  # the own ones first: they set bounds that rule out most of the others
         begins[own, np.arange(len(own))] = np.inf
         for part in range(self.index.cells):
             self._scan(part, np.flatnonzero(begins[part] <= self._farthest(part)))
@@ -322,23 +347,46 @@ class _CorrectedTile(Tile):
             begins = np.flatnonzero(np.diff(query, prepend=-1))
             self._tighten_by(part[query[begins]], np.minimum.reduceat(score, begins))
 
+    def _look_at_own(self, own: np.ndarray) -> None:
+        """Look at each query's own partition; bounds are set for many queries at once, since a call has its price."""
+        looked: list[tuple[np.ndarray, int, np.ndarray]] = []
+        for cell, (start, stop) in enumerate(itertools.pairwise(self.index.starts.tolist())):
+            queries, step = np.flatnonzero(own == cell), max(1, SCAN_PAIRS // (stop - start))
+            for first in range(0, len(queries), step):
+                looked.append(self._scored(queries[first : first + step], start, stop))
+                if sum(score.size for _, _, score in looked) > SETTLED_PAIRS:
+                    self._settle(looked)
+                    looked = []
+        self._settle(looked)
+
     def _look(self, part: np.ndarray, start: int, stop: int) -> None:
         """Look at points for queries without a bound, or with many points within it: t of all pairs is computed."""
-        half = self.frame.half[start:stop]
+        self._settle([self._scored(part, start, stop)])
+
+    def _scored(self, part: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """Compute t of queries and points, note the best, and return the queries, the first point and t."""
         score = self.local[part] @ self.index.points[:, start:stop]
         score += self.squared[part].astype(np.float32)[:, None]
         np.maximum(score, 0, out=score)
         np.sqrt(score, out=score)
-        score -= half
+        score -= self.frame.half[start:stop]
         few = folded(score, FOLD * self.k) if self.k > 1 else score.min(axis=1, keepdims=True)
-        best = np.sort(np.concatenate([self.best[part], few], axis=1), axis=1)[:, : self.k]
-        self.best[part] = best
-        self._tighten_by(part, best[:, -1])
-        near = score <= self._within(part)[:, None]
-        if np.count_nonzero(near) > self.usual * len(part) + SPARE:
-            self._sift(part, near, start)
-        query, point = np.divmod(np.flatnonzero(near), stop - start)
-        self._keep(part[query], start + point, score[query, point].astype(np.float64))
+        self.best[part] = np.sort(np.concatenate([self.best[part], few], axis=1), axis=1)[:, : self.k]
+        return part, start, score
+
+    def _settle(self, looked: list[tuple[np.ndarray, int, np.ndarray]]) -> None:
+        """Lower the bounds of queries that were looked at, and keep the points within them; each query comes once."""
+        if not looked:
+            return
+        queries = np.concatenate([part for part, _, _ in looked])
+        self._tighten_by(queries, self.best[queries, -1])
+        limits = np.split(self._within(queries), np.cumsum([len(part) for part, _, _ in looked])[:-1])
+        for (part, start, score), limit in zip(looked, limits, strict=True):
+            near = score <= limit[:, None]
+            if np.count_nonzero(near) > self.usual * len(part) + SPARE:
+                self._sift(part, near, start)
+            query, point = np.divmod(np.flatnonzero(near), score.shape[1])
+            self._keep(part[query], start + point, score[query, point].astype(np.float64))
 
     def _within(self, part: np.ndarray) -> np.ndarray:
         """Return the computed t up to which a target may be within the bound: (queries,)."""

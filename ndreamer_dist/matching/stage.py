@@ -414,7 +414,10 @@ def search_unit(
     arrays: dict[str, zarr.Array[Any]] = {}
     pooled = design.sampled > 0
     starts = design.stored_starts() if pooled else design.starts
-    remote_from = Remoteness(cells.points, starts, cells.labels, pooled=pooled, threads=settings.run.task_threads)
+    edges = list(dict.fromkeys((s.task.target, s.task.query) for s in unit.shards if is_corrected(s.task, settings)))
+    remote_from = Remoteness(
+        cells.points, starts, cells.labels, edges=edges, pooled=pooled, threads=settings.run.task_threads
+    )
     there = _placed(cells, settings.match.device)
 
     def finish(shard: Shard, found: Found) -> None:

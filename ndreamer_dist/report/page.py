@@ -333,7 +333,8 @@ def _summary(data: PageData) -> Iterator[str]:
         effect = plots.effect_column(data.table)
         if not tested:
             reason = f", since {_why_untested(data)}" if condition == chosen[0] or data.tested else ""
-            yield f"{condition}: there are effects but no p-values{reason}. {_strongest(parts, effect, data.labels)}"
+            named = f"{_strongest(parts, effect, data.labels)} {_steady(parts, data.labels)}".strip()
+            yield f"{condition}: there are effects but no p-values{reason}. {named}"
             continue
         found = sorted((pair for pair in called if pair[0]), reverse=True)
         most = ", ".join(f"{name} ({number})" for number, name in found[:3])
@@ -377,6 +378,24 @@ def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str, labels: M
     if not names:
         return f"No population has {MIN_CELLS} cells on both sides, so no effect is named here."
     return f"Largest {'called ' if len(called) else ''}effects: {', '.join(names)}."
+
+
+def _steady(parts: Sequence[tuple[str, pd.DataFrame]], labels: Mapping[str, str]) -> str:
+    """Say which differences of donors' means keep their sign without any one donor: the most that two donors can show."""
+    rows = pd.concat([part for _, part in parts])
+    rows = rows[plots.well_founded(rows) & (rows[["treated_donors", "control_donors"]].min(axis=1) > 1)]
+    kept = rows[rows["total_loo_low"] * rows["total_loo_high"] > 0]
+    if kept.empty:
+        return ""
+    weaker = kept[["total_loo_low", "total_loo_high"]].abs().min(axis=1).to_numpy()
+    named = [
+        f"{labels.get(row['gene'], row['gene'])} in {row['population']} ({row['total_loo_low']:+.2f} to {row['total_loo_high']:+.2f})"
+        for _, row in kept.iloc[np.argsort(-weaker, kind="stable")[:3]].iterrows()
+    ]
+    return (
+        f"{whole(len(kept))} of {whole(len(rows))} differences of donors' means keep their sign whichever donor is left out, "
+        f"which is no test: noise alone keeps many; the surest are {', '.join(named)}."
+    )
 
 
 def _warnings(data: PageData) -> Iterator[str]:

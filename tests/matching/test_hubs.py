@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ndreamer_dist.matching import exact, hubs
-from ndreamer_dist.matching.hubs import nearest_corrected, remoteness
+from ndreamer_dist.matching.hubs import Remoteness, nearest_corrected, remoteness
 from ndreamer_dist.matching.partition import build_index
 from tests.matching.test_exact import POINTS, clusters, copies, gaussian
 from tests.results.brute_force import corrected_rows, mean_nearest
@@ -55,6 +55,25 @@ def test_remoteness_is_a_mean_over_the_ten_nearest_or_all_that_there_are(queries
     points = gaussian(np.random.default_rng(0), 200, 4)
     near = np.sort(np.linalg.norm(points[queries:, None].astype(float) - points[:queries], axis=2), axis=1)[:, :10]
     np.testing.assert_allclose(remoteness(points[queries:], points[:queries]), near.mean(axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 10**6], ids=["one_group_at_a_time", "all_groups_together"])
+@pytest.mark.parametrize("label", [hubs.WHOLE, 0, 2], ids=["all", "of_a_label", "that_the_query_group_lacks"])
+def test_groups_that_are_measured_together_are_as_remote_as_one_by_one(monkeypatch, kept, label):
+    monkeypatch.setattr(hubs, "MOST_KEPT", kept)
+    points, starts = clusters(np.random.default_rng(3), 90), np.array([0, 20, 50, 90])
+    labels = np.arange(90) % 2
+    labels[50:] = 2 * (np.arange(40) % 2)
+    edges = [
+        (target, query) for target in range(3) for query in range(3) if target != query and (target, query) != (2, 1)
+    ]
+    found = Remoteness(points, starts, labels, edges=edges)
+    for target, query in edges:
+        there, near = (np.arange(*starts[group : group + 2]) for group in (target, query))
+        if label != hubs.WHOLE:
+            there = there[labels[there] == label]
+            near = near[labels[near] == label] if (labels[near] == label).any() else near
+        np.testing.assert_array_equal(found.of(target, query, label), remoteness(points[there], points[near]))
 
 
 def test_a_hub_is_left_for_targets_that_are_less_near_to_all():

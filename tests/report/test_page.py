@@ -8,13 +8,14 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import ndreamer_dist as nd
 from ndreamer_dist import cli, keys
 from ndreamer_dist.errors import QueryError, StoreError
 from ndreamer_dist.matching.labels import Inside, remedy
-from ndreamer_dist.report.page import PageData, _named, _strongest, _warnings
+from ndreamer_dist.report.page import PageData, _named, _steady, _strongest, _warnings
 from ndreamer_dist.report.tables import signed, timings_table
 from ndreamer_dist.stats.results import Results
 from tests.report.browser import CHROMIUM, Page, browsing
@@ -151,6 +152,18 @@ def test_a_warning_of_impure_matches_names_the_remedy(results: Results) -> None:
 def test_many_conditions_are_counted_in_titles() -> None:
     assert _named(["a", "b"]) == "a, b"
     assert _named([str(number) for number in range(25)]) == "25 conditions"
+
+
+def test_of_two_donors_differences_are_named_that_hang_on_no_single_one() -> None:
+    ranges = {"total_loo_low": [-0.1, 0.2, -0.9, 0.3], "total_loo_high": [0.5, 0.8, -0.4, 0.4]}
+    part = pd.DataFrame({"population": "B", "gene": list("abcd"), **ranges}).assign(
+        treated_donors=2, control_donors=4, cells=100, effective_control_cells=50
+    )
+    told = _steady([("B", part)], {"c": "third"})
+    assert "3 of 4 differences" in told
+    assert "no test" in told
+    assert "third in B (-0.90 to -0.40), d in B (+0.30 to +0.40), b in B (+0.20 to +0.80)." in told
+    assert _steady([("B", part.assign(treated_donors=1))], {}) == ""  # the one donor of its side is in every range
 
 
 def test_without_donors_there_are_effects_and_no_p_values(without_donors: Results, tmp_path: Path) -> None:

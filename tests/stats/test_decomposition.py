@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 import ndreamer_dist as nd
-from ndreamer_dist.stats.decomposition import reading
-from ndreamer_dist.stats.donor_tests import left_out_differences, left_out_effects, linear_test, welch_test
+from ndreamer_dist.stats.decomposition import Decomposition, Part, decomposition_columns, reading
+from ndreamer_dist.stats.donor_tests import left_out_differences, left_out_effects, linear_test, untested, welch_test
 from ndreamer_dist.stats.null import rates
 from ndreamer_dist.stats.results import Results
 from tests.tiny import SETTINGS, as_memory, dense, tiny_cohort
@@ -94,6 +94,15 @@ def test_paired_donors_are_compared_pair_by_pair(tmp_path) -> None:
     np.testing.assert_allclose(parts["total"], parts["within_state"] + parts["state_shift"], atol=1e-12)
     assert (parts["total_loo_low"] <= parts["total"] + 1e-12).all()
     assert (parts["total_loo_high"] >= parts["total"] - 1e-12).all()
+
+
+@pytest.mark.parametrize(("cells", "few"), [(10.0, True), (19.5, True), (20.0, False), (50.0, False), (100.0, False)])
+def test_parts_of_few_cells_a_donor_are_marked(cells: float, few: bool) -> None:
+    """At 10 cells a tenth of the genes without effect falls below 0.05; at 20, 50 and 100 no more than should."""
+    part = Part(untested(np.zeros(2)), np.zeros(2), np.zeros(2))
+    columns = decomposition_columns(Decomposition(part, part, part, cells, 0.5), part, 2)
+    assert columns["few_cells"] is few
+    assert columns["cells_a_donor"] == cells
 
 
 def test_a_reading_says_which_parts_stand() -> None:
