@@ -201,7 +201,8 @@ def test_the_callers_anndata_is_not_modified(matrix: str) -> None:
     source = open_source(adata)
     assert source.sample.shape == (50, 12)
     source.read_rows(0, 50)
-    source.obs["mine"] = 1
+    obs = source.obs
+    obs["mine"] = 1
     fingerprint(source, "condition", ["donor"])
     assert_equal(adata, before)
     for now, then in zip(_parts(adata.X), parts, strict=True):
