@@ -29,6 +29,8 @@ ROWS_TO = {"cpu": 1, "cuda": 256}
 """Rows of the joint tables, of each half, are made a multiple of this."""
 MEMBERS_TO = {"cpu": 1, "cuda": 32}
 """Cells of a group that is compared, padding included, are made a multiple of this."""
+GROUPS_TO = {"cpu": 1, "cuda": 16}
+"""Groups, padding included, are made a multiple of this."""
 Thing = TypeVar("Thing")
 
 
@@ -53,6 +55,10 @@ class MiniBatch:
         Cells of the global mini-batch, all workers together.
     labels
         Of the global mini-batch, where they were found ahead.
+    key
+        Of the step's noise, (), int64, where it lies on the device already.
+    sent
+        What came to the device with this mini-batch, bytes in which the device's tensors but x lie.
     """
 
     x: Tensor
@@ -65,12 +71,46 @@ class MiniBatch:
     step: int
     cells: int
     labels: Labels | None = None
+    key: Tensor | None = None
+    sent: Tensor | None = None
 
     @property
     def blocks(self) -> range:
         """Global numbers of the blocks owned."""
         owned = -(-len(self.x) // NOISE_ROWS)
         return range(self.first_block, self.first_block + owned)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Least sizes of what is padded for a GPU, whose work is recorded for fixed sizes.
+
+    Attributes
+    ----------
+    groups, members
+        Groups of a mini-batch, and cells of the largest of them.
+    low, high
+        The (group, low) and (group, high) pairs that occur.
+    """
+
+    groups: int = 0
+    members: int = 0
+    low: int = 0
+    high: int = 0
+
+    @classmethod
+    def of(cls, labels: Labels) -> Sizes:
+        """Return the sizes that labels have."""
+        members = max((rows.members.shape[1] for rows in labels.rows), default=0)
+        low = labels.segments.low_rows
+        return cls(len(labels.group_cells), members, low, labels.segments.rows - low)
+
+    def at_least(self, other: Sizes) -> Sizes:
+        """Return the larger of both, each."""
+        return Sizes(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+UNPADDED = Sizes()
 
 
 @dataclass(frozen=True)
@@ -86,7 +126,9 @@ class Labels:
     low, high
         (global cells,), cluster labels as they came.
     group_cells
-        (groups,), cells of each group, float64.
+        (groups,), cells of each group, float64; 1 where a group is padding, which has no cells.
+    more
+        Where groups are padded: how many times as many they are with padding, (), float32.
     condition, batches
         Groups of one condition, and, for every batch covariate, those of one batch.
     within
@@ -103,6 +145,7 @@ class Labels:
     low: Tensor
     high: Tensor
     group_cells: Tensor
+    more: Tensor | None
     condition: Merge
     batches: tuple[Merge, ...]
     within: tuple[Nested, ...]
@@ -118,23 +161,24 @@ class Labels:
 
     def sent(self, send: Callable[[Tensor], Tensor]) -> Labels:
         """Return the same with what the step reads brought to its device by `send`."""
-        names = ("group_cells", "condition", "batches", "within", "segments", "rows")
+        names = ("group_cells", "more", "condition", "batches", "within", "segments", "rows")
         parts = with_tensors(tuple(getattr(self, name) for name in names), send)
         return replace(self, **dict(zip(names, parts, strict=True)))
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Groups that are added up: (groups,) where each goes, and how many sums there are."""
+    """Groups that are added up: (groups,) where each goes, how many sums there are, and `more` of padding as in `Labels`."""
 
     row: Tensor
     sums: int
+    more: Tensor | None = None
 
     @classmethod
-    def by(cls, label: Tensor) -> Merge:
-        """Return which groups have the same label, (groups,)."""
+    def by(cls, label: Tensor, sums: int = 0) -> Merge:
+        """Return which groups have the same label, (groups,), padded to so many sums."""
         names, row = torch.unique(label, return_inverse=True)
-        return cls(row, len(names))
+        return cls(row, sums or len(names), _more(sums, len(names)))
 
 
 @dataclass(frozen=True)
@@ -145,10 +189,15 @@ class Nested:
     outer: Merge
 
     @classmethod
-    def by(cls, outer: Tensor, inner: Tensor) -> Nested:
-        """Return which groups have the same labels, (groups,) each."""
+    def by(cls, outer: Tensor, inner: Tensor, sums: int = 0) -> Nested:
+        """Return which groups have the same labels, (groups,) each, padded to so many pairs and outer labels."""
         pairs, row = torch.unique(torch.stack([outer, inner]), dim=1, return_inverse=True)
-        return cls(Merge(row, pairs.shape[1]), Merge.by(pairs[0]))
+        of_pair = torch.cat([pairs[0], pairs[0, -1:].expand(max(sums - pairs.shape[1], 0))])
+        return cls(Merge(row, len(of_pair), _more(sums, pairs.shape[1])), Merge.by(of_pair, sums))
+
+
+def _more(padded: int, count: int) -> Tensor | None:
+    return torch.tensor(padded / count, dtype=torch.float32) if padded else None
 
 
 @dataclass(frozen=True)
@@ -279,7 +328,9 @@ def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
     return labels_of(everyone[:, 1:], mine, device.type).sent(lambda part: part.to(device, non_blocking=True))
 
 
-def labels_of(codes: Tensor, mine: slice, device: str, *, anchors: slice | None = None) -> Labels:
+def labels_of(
+    codes: Tensor, mine: slice, device: str, *, anchors: slice | None = None, least: Sizes = UNPADDED
+) -> Labels:
     """Return what follows from the codes of all cells, on the host.
 
     Parameters
@@ -292,35 +343,52 @@ def labels_of(codes: Tensor, mine: slice, device: str, *, anchors: slice | None 
         Type of the device that trains.
     anchors
         Of a worker that has all cells: those that are its anchors. By default its own cells are.
+    least
+        For a GPU: what is padded is padded to these sizes, where that is enough.
     """
     condition, packed_group, low, high = codes[:, :4].unbind(1)
     names, group, cells = torch.unique(packed_group, return_inverse=True, return_counts=True)
     # Any cell of a group tells the group's condition and batch, since a group is one (batch, condition) pair.
     cell_of_group = torch.zeros_like(names).scatter_(0, group, torch.arange(len(group)))
+    # Groups that are padding have no cells; whose condition and batch they have is all the same.
+    multiple = GROUPS_TO.get(device, 1)
+    padded = up_to(len(names), multiple, least.groups)
+    sums = padded if multiple > 1 else 0
+    cell_of_group = torch.cat([cell_of_group, cell_of_group[-1:].expand(padded - len(names))])
     conditions, batches = condition[cell_of_group], codes[cell_of_group, 4:].unbind(1)
-    compared = rows_of_groups(group, low, high, mine if anchors is None else anchors, device)
+    compared = rows_of_groups(group, low, high, mine if anchors is None else anchors, device, least=least)
     if anchors is not None:
         compared = (replace(rows, anchors=rows.at) for rows in compared)  # all cells are at hand
     return Labels(
-        group=group, low=low, high=high, group_cells=cells.double(),
-        condition=Merge.by(conditions),
-        batches=tuple(Merge.by(batch) for batch in batches),
-        within=tuple(Nested.by(conditions, batch) for batch in batches),
-        segments=find_segments(group, low, high, mine, ROWS_TO.get(device, 1)),
+        group=group, low=low, high=high, group_cells=functional.pad(cells, (0, padded - len(cells)), value=1).double(),
+        more=_more(sums, len(names)),
+        condition=Merge.by(conditions, sums),
+        batches=tuple(Merge.by(batch, sums) for batch in batches),
+        within=tuple(Nested.by(conditions, batch, sums) for batch in batches),
+        segments=find_segments(group, low, high, mine, ROWS_TO.get(device, 1), least, padded),
         rows=tuple(compared),
         first=mine.start, own=mine.stop - mine.start,
     )  # fmt: skip
 
 
-def find_segments(group: Tensor, low: Tensor, high: Tensor, mine: slice, multiple: int = 1) -> Segments:
+def up_to(count: int, multiple: int, least: int = 0) -> int:
+    """Return the next multiple, and at least so many."""
+    return max(-(-count // multiple) * multiple, least)
+
+
+def find_segments(
+    group: Tensor, low: Tensor, high: Tensor, mine: slice, multiple: int = 1, least: Sizes = UNPADDED, groups: int = 0
+) -> Segments:
     """Return the (group, low) and (group, high) pairs among all cells, and where the cells `mine` belong.
 
     Parameters
     ----------
     multiple
-        Of each half, rows without a cell are added to the last group until there are a multiple of this.
+        Of each half, rows without a cell are added to the last group until there are a multiple of this, and `least`.
+    groups
+        How many there are with those that are padding.
     """
-    pairs = [_pairs(group, low).padded(multiple), _pairs(group, high).padded(multiple)]
+    pairs = [_pairs(group, low).padded(multiple, least.low), _pairs(group, high).padded(multiple, least.high)]
     low_rows = len(pairs[0].cells)
     starts = [0, low_rows]
     own = [pair.row[mine] + start for pair, start in zip(pairs, starts, strict=True)]
@@ -334,13 +402,14 @@ def find_segments(group: Tensor, low: Tensor, high: Tensor, mine: slice, multipl
         order=torch.cat([rows_of_own.argsort(stable=True) for rows_of_own in own]),
         offsets=sizes.cumsum(0) - sizes,
         rows_of_cell=torch.stack([*own, group[mine] + rows], 1),
-        group_offsets=torch.searchsorted(pairs[0].group, torch.arange(int(group.max()) + 1, device=group.device)),
+        group_offsets=torch.searchsorted(pairs[0].group, torch.arange(groups or int(group.max()) + 1)),
     )
 
 
 def rows_of_groups(
-    group: Tensor, low: Tensor, high: Tensor, mine: slice, device: str, *, at_once: int | None = None
-) -> Iterator[GroupRows]:
+    group: Tensor, low: Tensor, high: Tensor, mine: slice, device: str, *, at_once: int | None = None,
+    least: Sizes = UNPADDED,
+) -> Iterator[GroupRows]:  # fmt: skip
     """Yield the groups of the mini-batch in which this worker has a cell, in runs of those that are compared together.
 
     Parameters
@@ -348,18 +417,19 @@ def rows_of_groups(
     at_once
         Pairs, padding included, that may be compared together; by default as many as suit the device.
     """
-    groups, multiple = int(group.max()) + 1, MEMBERS_TO.get(device, 1)
+    groups = int(group.max()) + 1
     everyone, anchoring = _ByGroup.of(group, groups), _ByGroup.of(group[mine], groups)
     own = anchoring.counts.tolist()
     present = [each for each in everyone.counts.argsort(descending=True, stable=True).tolist() if own[each]]
     for run in _alike(present, everyone.counts.tolist(), own, device, at_once):
-        members, is_member = everyone.padded(run, multiple)
+        multiples, more = MEMBERS_TO.get(device, 1), up_to(len(run), GROUPS_TO.get(device, 1), 0) - len(run)
+        members, is_member = everyone.padded(run, multiples, least.members, more)
         alone = mine == slice(0, len(group))
-        anchors, is_anchor = (members, is_member) if alone else anchoring.padded(run, multiple)
+        anchors, is_anchor = (members, is_member) if alone else anchoring.padded(run, multiples, 0, more)
         at = members if alone else anchors + mine.start
         yield GroupRows(
             anchors, members, at, is_anchor, is_member, low[at], high[at], low[members], high[members],
-            everyone.counts[run],
+            functional.pad(everyone.counts[run], (0, more), value=1),
         )  # fmt: skip
 
 
@@ -376,11 +446,12 @@ class _ByGroup:
         counts = torch.bincount(group, minlength=groups)
         return cls(group.argsort(stable=True), counts, counts.cumsum(0) - counts)
 
-    def padded(self, groups: list[int], multiple: int) -> tuple[Tensor, Tensor]:
-        """Return the rows of some groups, (groups, most rows), and which of them are no padding."""
-        column = torch.arange(-(-int(self.counts[groups].max()) // multiple) * multiple)
-        filled = column < self.counts[groups, None]
-        return torch.where(filled, self.order[(self.starts[groups, None] + column) * filled], 0), filled
+    def padded(self, groups: list[int], multiple: int, least: int, more: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of some groups, and of `more` empty ones, (groups, most rows), and which are no padding."""
+        column = torch.arange(up_to(int(self.counts[groups].max()), multiple, least))
+        counts, starts = (functional.pad(part[groups], (0, more))[:, None] for part in (self.counts, self.starts))
+        filled = column < counts
+        return torch.where(filled, self.order[(starts + column) * filled], 0), filled
 
 
 def _alike(
@@ -409,9 +480,9 @@ class _Pairs:
     group: Tensor
     cells: Tensor
 
-    def padded(self, multiple: int) -> _Pairs:
+    def padded(self, multiple: int, least: int) -> _Pairs:
         """Return the same with pairs without a cell behind, of the last group, a multiple of so many in all."""
-        more = -len(self.cells) % multiple
+        more = up_to(len(self.cells), multiple, least) - len(self.cells)
         return _Pairs(
             self.row, torch.cat([self.group, self.group[-1:].expand(more)]), functional.pad(self.cells, (0, more))
         )

@@ -140,7 +140,7 @@ def independence_batch_within(quantised: Quantised, labels: Labels) -> Tensor:
     Where donors have one condition each, this leaves alone what the donors of one condition share and those of another
     do not. A condition with one batch counts as 0.
     """
-    terms = [nmi_within(quantised.group_probs, batch).mean() for batch in labels.within]
+    terms = [_without(batch.outer.more, nmi_within(quantised.group_probs, batch).mean()) for batch in labels.within]
     return torch.stack([quantised.group_probs.new_zeros(()), *terms]).sum()
 
 
@@ -154,7 +154,7 @@ def nmi_within(group_probs: Tensor, labels: Nested) -> Tensor:
     """
     joint, outer_of_pair = _merge_groups(group_probs, labels.pairs), labels.outer.row
     of_outer = _merge_groups(joint, labels.outer)
-    cells = of_outer.sum(-1)  # (codebooks, outer labels)
+    cells = of_outer.sum(-1).clamp_min(LOG_FLOOR)  # (codebooks, outer labels); those that are padding have none
     probs = joint / cells[:, outer_of_pair, None]
     terms = torch.stack([entropy(probs.sum(-1, keepdim=True)), entropy(probs)])
     of_label, of_both = terms.new_zeros((2, *cells.shape)).index_add(2, outer_of_pair, terms)
@@ -177,7 +177,12 @@ def dependence(quantised: Quantised, labels: Labels) -> Tensor:
         sums = row_terms.new_zeros((len(row_terms), groups))
         entropies = -sums.index_add(1, segments.row_group[half], row_terms[:, half])
         total = total + nmi_from_entropies(entropies[0], of_code, entropies[1:]).mean()
-    return total
+    return _without(labels.more, total)
+
+
+def _without(more: Tensor | None, mean: Tensor) -> Tensor:
+    """Return a mean over what is padded as the mean without the padding, which is 0."""
+    return mean if more is None else mean * more
 
 
 def _merge_groups(group_probs: Tensor, merge: Merge) -> Tensor:
@@ -383,7 +388,7 @@ def pair_losses(
             neighbours=loss.neighbours, sigma=loss.sigma, across=loss.across,
         )  # fmt: skip
         means = near.sum(-1) / rows.sizes
-        total = total + torch.cat([pairs, means.sum()[None] / len(labels.group_cells)])
+        total = total + torch.cat([pairs, _without(labels.more, means.sum()[None] / len(labels.group_cells))])
     return total
 
 

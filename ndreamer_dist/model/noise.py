@@ -113,7 +113,9 @@ def draw_on_device(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: 
     width = sum(widths) + sum(widths) % 2
     start = batch.first_block * NOISE_ROWS if len(like) else 0
     places = torch.arange(start * width // 2, (start + len(like)) * width // 2, device=like.device)
-    uniform = uniforms(places, _step_key(seed, stage, batch.step)).view(len(like), width)
+    uniform = uniforms(places, step_key(seed, stage, batch.step) if batch.key is None else batch.key).view(
+        len(like), width
+    )
     latent, waits, marks, keys = (
         part.unflatten(1, shape)
         for part, shape in zip(
@@ -131,12 +133,12 @@ def draw_on_device(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: 
     )
 
 
-def uniforms(places: Tensor, key: int) -> Tensor:
+def uniforms(places: Tensor, key: int | Tensor) -> Tensor:
     """Return two uniform numbers in [0, 1), multiples of 2**-24, for each place: (2 places,) float32.
 
     SplitMix64 with the place as its counter: 64 bits of the key and the place, of which 48 are used.
     """
-    mixed = places * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    mixed = places * _signed(0x9E3779B97F4A7C15) + key
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
     mixed = mixed ^ _shifted(mixed, 31)
@@ -163,7 +165,8 @@ def _normals(uniform: Tensor) -> Tensor:
     return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1).float()
 
 
-def _step_key(seed: int, stage: str, step: int) -> int:
+def step_key(seed: int, stage: str, step: int) -> int:
+    """Return the key of a step's noise on a GPU, 63 bits."""
     sequence = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(stage.encode()), step))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 

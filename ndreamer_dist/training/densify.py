@@ -19,13 +19,16 @@ import torch
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.model.batch import Labels, MiniBatch, dense, labels_of, spread, with_tensors
+from ndreamer_dist.model.batch import UNPADDED, Labels, MiniBatch, Sizes, dense, labels_of, spread, with_tensors
+from ndreamer_dist.model.noise import step_key
 from ndreamer_dist.settings import NOISE_ROWS
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import Share
 
 ALIGNED = 64
 """Bytes at whose multiples tensors begin that travel together."""
+SIZED_STEPS = 64
+"""Steps whose mini-batches say to what all are padded."""
 AHEAD = 2
 """Mini-batches that are made before a GPU asks for them."""
 
@@ -59,10 +62,27 @@ class RowLabels:
         )
 
 
-def densify(share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: Any) -> MiniBatch:
-    """Turn a sparse share into a mini-batch on a device; what travels there is the sparse form."""
+def sizes_ahead(labels: RowLabels, plan: SamplingPlan) -> Sizes:
+    """Return to what a GPU's mini-batches are padded: what the first ones of the plan need, so that nearly all are alike."""
+    sizes = UNPADDED
+    for step in range(min(plan.steps, SIZED_STEPS)):
+        codes = torch.from_numpy(labels.codes(plan.share_rows(step, 0, 1)))
+        sizes = sizes.at_least(Sizes.of(labels_of(codes, slice(0, len(codes)), "cuda")))
+    return sizes
+
+
+def densify(
+    share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: Any, least: Sizes = UNPADDED
+) -> MiniBatch:
+    """Turn a sparse share into a mini-batch on a device; what travels there is the sparse form.
+
+    Parameters
+    ----------
+    least
+        To what labels are padded for a GPU (`sizes_ahead`).
+    """
     if torch.device(device).type != "cpu":
-        return _sent(share, labels, plan, place, torch.device(device))
+        return sent(share, labels, plan, place, torch.device(device), least)
     condition, group, low, high, *batch = torch.from_numpy(labels.codes(share.rows)).unbind(1)
     return MiniBatch(
         x=dense(share.x, device),
@@ -77,8 +97,8 @@ def densify(share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[in
     )
 
 
-def _sent(
-    share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: torch.device
+def sent(
+    share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: torch.device, least: Sizes
 ) -> MiniBatch:
     """Do the same for a GPU, with the labels found ahead; all that travels makes one copy.
 
@@ -87,22 +107,31 @@ def _sent(
     codes = torch.from_numpy(labels.codes(share.rows))
     anchors = plan.share(share.step, *place)
     own = slice(anchors.start * NOISE_ROWS, anchors.stop * NOISE_ROWS) if place[1] > 1 else None
-    found = labels_of(codes, slice(0, len(codes)), device.type, anchors=own)
+    found = labels_of(codes, slice(0, len(codes)), device.type, anchors=own, least=least)
+    key = torch.tensor(step_key(plan.seed, "train", share.step + 1))
     matrix = [torch.tensor(part) for part in (np.diff(share.x.indptr), share.x.indices, share.x.data)]
-    sent = sent_together([*matrix, codes[:, 0], codes[:, 4:], *tensors_of(found)], device)
-    there = dict(zip(map(id, tensors_of(found)), sent[5:], strict=True))
+    parts = [key, codes[:, 0], codes[:, 4:], *tensors_of(found), *matrix]  # the matrix, whose size varies, comes last
+    there, everything = sent_together(parts, device)
+    by_id = dict(zip(map(id, parts[3:-3]), there[3:-3], strict=True))
     return MiniBatch(
-        x=spread(sent[0], sent[1], sent[2], share.x.shape),
-        condition=sent[3],
-        batch=sent[4],
+        x=spread(there[-3], there[-2], there[-1], share.x.shape),
+        condition=there[1],
+        batch=there[2],
         group=codes[:, 1],
         low=codes[:, 2],
         high=codes[:, 3],
         first_block=0,
         step=share.step + 1,
         cells=plan.cells(share.step),
-        labels=found.sent(lambda part: there[id(part)]),
+        labels=found.sent(lambda part: by_id[id(part)]),
+        key=there[0],
+        sent=everything[: sum(map(room, parts[:-3]))],
     )
+
+
+def room(part: torch.Tensor) -> int:
+    """Return how many bytes a tensor takes among those that travel together."""
+    return -(-part.nbytes // ALIGNED) * ALIGNED
 
 
 def tensors_of(labels: Labels) -> list[torch.Tensor]:
@@ -117,18 +146,22 @@ def tensors_of(labels: Labels) -> list[torch.Tensor]:
     return found
 
 
-def sent_together(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Bring tensors to a GPU by one copy, from memory that it reads by itself while the host goes on."""
-    starts = np.cumsum([0, *(-(-part.nbytes // ALIGNED) * ALIGNED for part in parts)]).tolist()
+def sent_together(parts: Sequence[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Bring tensors to a GPU by one copy, from memory that it reads by itself while the host goes on.
+
+    Returns them, and the bytes in which they lie.
+    """
+    starts = np.cumsum([0, *map(room, parts)]).tolist()
     pinned = device.type == "cuda" and torch.cuda.is_available()
     host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
     for part, start in zip(parts, starts, strict=False):
         host[start : start + part.nbytes] = part.contiguous().flatten().view(torch.uint8)
     there = host.to(device, non_blocking=True)
-    return [
+    views = [
         there[start : start + part.nbytes].view(part.dtype).view(part.shape)
         for part, start in zip(parts, starts, strict=False)
     ]
+    return views, there
 
 
 def made_ahead(batches: Iterator[MiniBatch]) -> Iterator[MiniBatch]:

@@ -15,8 +15,8 @@ import torch
 
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.compute.executor import READER_CPUS
-from ndreamer_dist.model.batch import MiniBatch
-from ndreamer_dist.training.densify import RowLabels, densify, made_ahead
+from ndreamer_dist.model.batch import UNPADDED, MiniBatch
+from ndreamer_dist.training.densify import RowLabels, densify, made_ahead, sizes_ahead
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import PlanSource, from_arrow, windows
 
@@ -52,14 +52,16 @@ def _read(
     data_context.execution_options.preserve_order = True
     data_context.enable_progress_bars = False
     data_context.custom_execution_callback_classes = [_rest_between_rounds()]
-    rank, world = (0, 1) if torch.device(device).type == "cuda" else place
+    on_gpu = torch.device(device).type == "cuda"
+    rank, world = (0, 1) if on_gpu else place
     source = PlanSource(packed, plan, rank=rank, world=world, first_step=first_step)
     # As many blocks as there are windows: asked for more, Ray Data would cut each window's output again.
     dataset = ray.data.read_datasource(source, num_cpus=READER_CPUS, override_num_blocks=len(windows(plan, first_step)))
     dataset.set_name(f"mini_batches_of_{packed.run.name}_worker_{place[0]}")
     labels = RowLabels.of(packed)
+    least = sizes_ahead(labels, plan) if on_gpu else UNPADDED
     for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=READ_AHEAD):
-        yield densify(from_arrow(table, packed.n_genes), labels, plan, place, device)
+        yield densify(from_arrow(table, packed.n_genes), labels, plan, place, device, least)
 
 
 def watched(batches: Iterator[MiniBatch], late: Callable[[], object], seconds: float) -> Iterator[MiniBatch]:

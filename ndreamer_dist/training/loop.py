@@ -34,6 +34,7 @@ from ndreamer_dist.storage.checksums import check_digest, digest, seal, unseal
 logger = logging.getLogger(__name__)
 
 
+Step = Callable[["TrainState", MiniBatch, Settings, Collective], tuple[LossTerms, Quantised]]
 STATE_FILE = "state.json"
 """Of a checkpoint's files the one that holds the checksums of the others; written last: without it none counts."""
 
@@ -153,8 +154,9 @@ def train(
     settings: Settings,
     collective: Collective,
     after_step: Callable[[TrainState], object] = lambda _: None,
+    take: Step | None = None,
 ) -> None:
-    """Take one optimiser step per mini-batch, from `state.step` on.
+    """Take one optimiser step per mini-batch, from `state.step` on, as `take` does it; by default plainly.
 
     Raises
     ------
@@ -162,8 +164,9 @@ def train(
         The loss of a step is not finite.
     """
     state.network.train()
+    take = take or training_step
     for batch, waited, started in _timed(batches):
-        terms, quantised = training_step(state, batch, settings, collective)
+        terms, quantised = take(state, batch, settings, collective)
         state.unread.append(Measured.of(batch, terms, quantised, collective, started=started, waited=waited))
         state.catch_up(but=1 if batch.x.is_cuda else 0)  # a GPU always has a step to do while the host reads
         after_step(state)
@@ -174,7 +177,20 @@ def training_step(
     state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
 ) -> tuple[LossTerms, Quantised]:
     """Take one optimiser step; count the use of codes, and reset those that are hardly used when it is time to."""
-    network, schedule = state.network, settings.train
+    terms, quantised = optimise(state, batch, settings, collective)
+    finish_step(state, batch.step, quantised, settings, collective)
+    return terms, quantised
+
+
+def optimise(
+    state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
+) -> tuple[LossTerms, Quantised]:
+    """Take one optimiser step, and count the use of codes.
+
+    On a GPU this asks nothing of the host, and does the same operations on the same memory for all mini-batches of one
+    size: so it can be recorded once and done again (`graphs`).
+    """
+    network = state.network
     draws = noise.draw(batch, settings.model, settings.seed)
     outputs = network(batch, draws, collective)
     terms = total_loss(outputs, batch, draws, settings.loss, conditions=network.conditions, collective=collective)
@@ -187,12 +203,17 @@ def training_step(
         average_gradients(network.parameters(), collective)
     state.optimiser.step()
     quantiser.count_usage(quantised.usage, collective)
-    if schedule.reset_every and batch.step % schedule.reset_every == 0:
-        quantiser.reset(
-            quantised.projections, collective, seed=settings.seed, step=batch.step, below=schedule.reset_below
-        )  # fmt: skip
-    state.step = batch.step
     return terms, quantised
+
+
+def finish_step(state: TrainState, step: int, quantised: Quantised, settings: Settings, collective: Collective) -> None:
+    """Reset codes that are hardly used, when it is time to."""
+    schedule = settings.train
+    if schedule.reset_every and step % schedule.reset_every == 0:
+        state.network.quantiser.reset(
+            quantised.projections, collective, seed=settings.seed, step=step, below=schedule.reset_below
+        )
+    state.step = step
 
 
 def add_in_order() -> None:

@@ -32,10 +32,11 @@ from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.training.checkpoints import Checkpoint, Schedule, latest_serial, save_serial
 from ndreamer_dist.training.densify import RowLabels, densify
+from ndreamer_dist.training.graphs import GraphedSteps
 from ndreamer_dist.training.health import concerns
 from ndreamer_dist.training.loader import LATE, LATE_SECONDS, mini_batches, watched
 from ndreamer_dist.training.log import epoch_row, epoch_rows, write_logs
-from ndreamer_dist.training.loop import TrainingError, TrainingStopped, TrainState, add_in_order, train
+from ndreamer_dist.training.loop import Step, TrainingError, TrainingStopped, TrainState, add_in_order, train
 from ndreamer_dist.training.model_file import save_model
 from ndreamer_dist.training.progress import POLL_SECONDS, Display, own_screen, remote_screen
 from ndreamer_dist.training.sampling import SamplingPlan
@@ -141,10 +142,12 @@ class Reporter:
         if display is not None:
             display.reached(state.step)
 
-    def train(self, batches: Iterator[MiniBatch], packed: Packed, collective: Collective) -> None:
+    def train(
+        self, batches: Iterator[MiniBatch], packed: Packed, collective: Collective, take: Step | None = None
+    ) -> None:
         """Train to the end of the plan; the first worker writes the model and the logs."""
         try:
-            train(self._state, batches, self._settings, collective, after_step=lambda _: self.after_step())
+            train(self._state, batches, self._settings, collective, lambda _: self.after_step(), take)
         except TrainingError:
             self._write_logs()  # the steps before the one that failed
             raise
@@ -305,6 +308,7 @@ def _worker(config: dict[str, Any]) -> str | None:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         add_in_order()
+        torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default one
     together = Distributed() if place[1] > 1 else Single()
     collective = ByBooks() if place[1] > 1 and device.type == "cuda" else together
     state = _fresh(settings, packed, device)
@@ -314,8 +318,10 @@ def _worker(config: dict[str, Any]) -> str | None:
     schedule = Schedule(settings.train, together, device, stop=display.stop_asked)
     reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
     batches = mini_batches(packed, plan, place, state.step, device)
+    batches = watched(batches, lambda: display.warn("late", LATE), LATE_SECONDS)
+    alone_on_gpu = device.type == "cuda" and place[1] == 1
     try:
-        reporter.train(watched(batches, lambda: display.warn("late", LATE), LATE_SECONDS), packed, collective)
+        reporter.train(batches, packed, collective, GraphedSteps() if alone_on_gpu and settings.train.graphs else None)
     except TrainingError as error:
         # Every worker sees the same loss; a retry would see it again, so this ends the job as a finding, not a failure.
         return str(error)

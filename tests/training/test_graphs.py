@@ -1,0 +1,106 @@
+"""Steps that are recorded and done again, on the memory of the recorded one, are the steps that are taken plainly."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from ndreamer_dist.model import batch as batches
+from ndreamer_dist.model import noise
+from ndreamer_dist.model.batch import MiniBatch
+from ndreamer_dist.model.collectives import Single
+from ndreamer_dist.training import loop
+from ndreamer_dist.training.densify import sent, sizes_ahead
+from ndreamer_dist.training.graphs import GraphedSteps
+from ndreamer_dist.training.windows import read_window, windows
+from tests.training.helpers import SETTINGS, Cohort, fresh, weights
+
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return Cohort.write(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(autouse=True)
+def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pad mini-batches on the processor, and draw their noise, as for a GPU."""
+    for padded in (
+        batches.ROWS_TO, batches.MEMBERS_TO, batches.GROUPS_TO, batches.MOST_PADDING, batches.PAIRS_AT_ONCE,
+    ):  # fmt: skip
+        monkeypatch.setitem(padded, "cpu", padded["cuda"])
+    monkeypatch.setattr(noise, "draw", noise.draw_on_device)
+
+
+def made(cohort: Cohort) -> Iterator[MiniBatch]:
+    least = sizes_ahead(cohort.labels, cohort.plan)
+    shares = (
+        share for steps in windows(cohort.plan, 0) for share in read_window(cohort.packed, cohort.plan, steps, 0, 1)
+    )
+    for share in shares:
+        yield sent(share, cohort.labels, cohort.plan, (0, 1), torch.device("cpu"), least)
+
+
+@dataclass
+class Recorder:
+    """Stands for CUDA's recording: a replay does the recorded step again, on the mini-batch that it was recorded with."""
+
+    recorded: int = 0
+    replayed: int = 0
+    fails: bool = False
+
+    def __call__(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        if self.fails:
+            msg = "operation not permitted when stream is capturing\nand more"
+            raise RuntimeError(msg)
+        self.recorded += 1
+
+        def replay() -> Any:
+            self.replayed += 1
+            return step()
+
+        return replay
+
+
+def trained(cohort: Cohort, take: Any = None, steps: int = STEPS) -> tuple[list[torch.Tensor], list[float]]:
+    state = fresh()
+    mini_batches = itertools.islice(made(cohort), steps)
+    loop.train(state, mini_batches if take is None else map(spoilt, mini_batches), SETTINGS, Single(), take=take)
+    return weights(state), [row["total"] for row in state.measures]
+
+
+def spoilt(batch: MiniBatch) -> MiniBatch:
+    """Spoil all but what is copied to a graph: it is gone when a graph is started."""
+    if batch.step <= 4:
+        return batch
+    nothing = torch.full_like(batch.condition, -1)
+    return replace(batch, condition=nothing, group=nothing, low=nothing, high=nothing, batch=batch.batch * 0 - 1)
+
+
+def test_recorded_steps_have_the_bits_of_plain_ones_and_read_nothing_but_what_is_copied_to_them(
+    cohort: Cohort,
+) -> None:
+    recorder = Recorder()
+    (ours, losses), (plain, known) = trained(cohort, GraphedSteps(recorder)), trained(cohort)
+    assert losses == known
+    assert all(map(torch.equal, ours, plain))
+    # An epoch has two steps, the second half as long: the first of each length is taken plainly, the others again.
+    assert (recorder.recorded, recorder.replayed) == (2, STEPS - 2)
+
+
+def test_what_cannot_be_recorded_is_said_once_and_steps_are_plain(
+    cohort: Cohort, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "ndreamer_dist"):
+        _, losses = trained(cohort, GraphedSteps(Recorder(fails=True)), steps=4)
+    assert len(losses) == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "train: steps are taken without a CUDA graph: operation not permitted when stream is capturing"
+    ]
