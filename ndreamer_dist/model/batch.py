@@ -356,7 +356,7 @@ def labels_of(
     sums = padded if multiple > 1 else 0
     cell_of_group = torch.cat([cell_of_group, cell_of_group[-1:].expand(padded - len(names))])
     conditions, batches = condition[cell_of_group], codes[cell_of_group, 4:].unbind(1)
-    compared = rows_of_groups(group, low, high, mine if anchors is None else anchors, device, least=least)
+    compared = rows_of_groups((group, low, high), mine if anchors is None else anchors, device, least=least)
     if anchors is not None:
         compared = (replace(rows, anchors=rows.at) for rows in compared)  # all cells are at hand
     return Labels(
@@ -365,7 +365,7 @@ def labels_of(
         condition=Merge.by(conditions, sums),
         batches=tuple(Merge.by(batch, sums) for batch in batches),
         within=tuple(Nested.by(conditions, batch, sums) for batch in batches),
-        segments=find_segments(group, low, high, mine, ROWS_TO.get(device, 1), least, padded),
+        segments=find_segments(group, low, high, mine, ROWS_TO.get(device, 1), replace(least, groups=padded)),
         rows=tuple(compared),
         first=mine.start, own=mine.stop - mine.start,
     )  # fmt: skip
@@ -377,7 +377,7 @@ def up_to(count: int, multiple: int, least: int = 0) -> int:
 
 
 def find_segments(
-    group: Tensor, low: Tensor, high: Tensor, mine: slice, multiple: int = 1, least: Sizes = UNPADDED, groups: int = 0
+    group: Tensor, low: Tensor, high: Tensor, mine: slice, multiple: int = 1, least: Sizes = UNPADDED
 ) -> Segments:
     """Return the (group, low) and (group, high) pairs among all cells, and where the cells `mine` belong.
 
@@ -385,8 +385,6 @@ def find_segments(
     ----------
     multiple
         Of each half, rows without a cell are added to the last group until there are a multiple of this, and `least`.
-    groups
-        How many there are with those that are padding.
     """
     pairs = [_pairs(group, low).padded(multiple, least.low), _pairs(group, high).padded(multiple, least.high)]
     low_rows = len(pairs[0].cells)
@@ -402,21 +400,30 @@ def find_segments(
         order=torch.cat([rows_of_own.argsort(stable=True) for rows_of_own in own]),
         offsets=sizes.cumsum(0) - sizes,
         rows_of_cell=torch.stack([*own, group[mine] + rows], 1),
-        group_offsets=torch.searchsorted(pairs[0].group, torch.arange(groups or int(group.max()) + 1)),
+        group_offsets=torch.searchsorted(pairs[0].group, torch.arange(max(least.groups, int(group.max()) + 1))),
     )
 
 
 def rows_of_groups(
-    group: Tensor, low: Tensor, high: Tensor, mine: slice, device: str, *, at_once: int | None = None,
+    cells: tuple[Tensor, Tensor, Tensor],
+    mine: slice,
+    device: str,
+    *,
+    at_once: int | None = None,
     least: Sizes = UNPADDED,
-) -> Iterator[GroupRows]:  # fmt: skip
+) -> Iterator[GroupRows]:
     """Yield the groups of the mini-batch in which this worker has a cell, in runs of those that are compared together.
 
     Parameters
     ----------
+    cells
+        Group, low and high cluster of all cells, (global cells,) each.
     at_once
         Pairs, padding included, that may be compared together; by default as many as suit the device.
+    least
+        To what cells of a group are padded.
     """
+    group, low, high = cells
     groups = int(group.max()) + 1
     everyone, anchoring = _ByGroup.of(group, groups), _ByGroup.of(group[mine], groups)
     own = anchoring.counts.tolist()

@@ -374,7 +374,7 @@ def pair_losses(
     # An empty slice ties the result to everyone's means on every worker, so that all take part in its backward sum.
     total = torch.stack([all_means[:0].sum()] * 3)
     everyone = labels.group, labels.low, labels.high
-    cut = labels.rows if at_once is None else rows_of_groups(*everyone, labels.mine, "cpu", at_once=at_once)
+    cut = labels.rows if at_once is None else rows_of_groups(everyone, labels.mine, "cpu", at_once=at_once)
     for rows in cut:
         group = GroupCells.of(rows, loss.cross_cluster)
         apart = _apart(group, mean, all_means)
