@@ -67,9 +67,9 @@ def main() -> None:
             lines += trained(Path(folder), given, workers=2)[:1]
     lines += matched(*given.match)
     width = max(len(line.what) for line in lines)
-    print(f"\n{'':<{width}}  {'counted (H200)':<24}measured")
+    print(f"\n{'':<{width}}  {'counted (H200)':<28}measured")
     for line in lines:
-        print(f"{line.what:<{width}}  {line.counted:<24}{line.measured}")
+        print(f"{line.what:<{width}}  {line.counted:<28}{line.measured}")
 
 
 TRIALS = {"torch": by_torch, "FAISS": by_faiss}
