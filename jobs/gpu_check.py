@@ -67,9 +67,9 @@ def main() -> None:
             lines += trained(Path(folder), given, workers=2)[:1]
     lines += matched(*given.match)
     width = max(len(line.what) for line in lines)
-    print(f"\n{'':<{width}}  {'counted (H200)':<24}measured")
+    print(f"\n{'':<{width}}  {'counted (H200)':<28}measured")
     for line in lines:
-        print(f"{line.what:<{width}}  {line.counted:<24}{line.measured}")
+        print(f"{line.what:<{width}}  {line.counted:<28}{line.measured}")
 
 
 TRIALS = {"torch": by_torch, "FAISS": by_faiss}
@@ -124,7 +124,7 @@ def trained(folder: Path, given: argparse.Namespace, workers: int, *, graphs: bo
     costs = stage_costs(Storage(str(out))).set_index("stage")
     rate = f"{steps.cells_per_second.median():,.0f} cells/s, {1000 * steps.seconds.median():.1f} ms a step"
     waiting = f"{100 * np.average(steps.waiting, weights=steps.seconds):.0f} % of it for data"
-    how = "" if workers > 1 else ", CUDA graph" if graphs else ", no graph"
+    how = "" if workers > 1 or not gpus() else ", CUDA graph" if graphs else ", no graph"
     name = f"training, {workers} worker{'s' if workers > 1 else ''}, {given.preset}{how}"
     counted = "8 to 9 ms of work" if workers == 1 else "6 to 7 ms of work"
     lines = [Line(name, counted, f"{rate}, {waiting}, on {costs.engine['train']}")]

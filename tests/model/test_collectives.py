@@ -26,11 +26,15 @@ SHARES = {
     4: {"uneven": (2, 1, 1, 1), "two_without_cells": (3, 0, 2, 0)},
 }
 Record = dict[str, torch.Tensor]
+ONE_AT_A_TIME = threading.Lock()
+"""For what draws from torch's own generator, which threads share."""
 
 
 def train(blocks: tuple[int, ...], collective: Collective, model: ModelSettings = TINY) -> Record:
     """Take some steps, a code reset among them, and return all that must not depend on the number of workers."""
-    network, record = tiny_network(model), {}
+    with ONE_AT_A_TIME:
+        network = tiny_network(model)
+    record: Record = {}
     # Not AdamW: it would scale the rounding of gradients that are 0 up to whole steps.
     optimiser = torch.optim.SGD(network.parameters(), lr=1e-3)
     for step in range(1, STEPS + 1):
@@ -81,9 +85,9 @@ class InThreads(ByBooks):
         return torch.stack(self._everyones(tensor)).sum(0)
 
     def _everyones(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         self._shown[self.place[0]] = tensor.detach().clone()
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         return [self._shown[rank] for rank in range(self.place[1])]
 
 
