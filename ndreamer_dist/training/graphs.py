@@ -3,12 +3,13 @@
 A graph does what was recorded on the memory that was recorded, so the inputs of each step are copied to where those of the
 recorded one lay: one copy of the labels, and one of expression. It needs shapes that do not change. Mini-batches are
 padded (`model.batch.Sizes`), so that nearly all have the same; those of a size that was not seen before take their step
-plainly, which also warms up what a recording needs to be warm. What cannot be recorded is said in one line, and all steps
-are plain from then on.
+plainly, which also warms up what a recording needs to be warm. A recording is trusted after it has left the bits of a plain
+step. What cannot be recorded, or does not, is said in one line, and all steps are plain from then on.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,9 @@ class GraphedSteps:
             try:
                 with capturable(state.optimiser):
                     replay = self._record(lambda: detached(optimise(state, inputs, settings, collective)))
+                if not leaves_the_same(state, replay, lambda: optimise(state, inputs, settings, collective)):
+                    msg = "a recorded step had other bits than a plain one"
+                    raise RuntimeError(msg)  # noqa: TRY301 - as where it cannot be recorded
             except RuntimeError as error:
                 logger.warning("train: steps are taken without a CUDA graph: %s", str(error).partition("\n")[0])
                 self._plain = True
@@ -131,6 +135,20 @@ def capturable(optimiser: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for group, known in zip(optimiser.param_groups, before, strict=True):
             group["capturable"] = known
+
+
+def leaves_the_same(state: TrainState, one: Callable[[], Outcome], other: Callable[[], Outcome]) -> bool:
+    """Return whether two ways of a step give the same loss, weights and moments, bit for bit; these are put back."""
+    moments = itertools.chain(*(known.values() for known in state.optimiser.state.values()))
+    held = [*state.network.parameters(), *state.network.buffers(), *filter(torch.is_tensor, moments)]
+    before, ends = [tensor.detach().clone() for tensor in held], []
+    for step in (one, other):
+        loss = step()[0].total
+        ends.append([tensor.detach().clone() for tensor in (*held, loss)])
+        with torch.no_grad():
+            for tensor, known in zip(held, before, strict=True):
+                tensor.copy_(known)
+    return all(map(torch.equal, *ends))
 
 
 def detached(outcome: Outcome) -> Outcome:

@@ -92,7 +92,21 @@ def test_recorded_steps_have_the_bits_of_plain_ones_and_read_nothing_but_what_is
     assert losses == known
     assert all(map(torch.equal, ours, plain))
     # An epoch has two steps, the second half as long: the first of each length is taken plainly, the others again.
-    assert (recorder.recorded, recorder.replayed) == (2, STEPS - 2)
+    assert (recorder.recorded, recorder.replayed) == (2, STEPS - 2 + 2)  # one of each length to compare
+
+
+def test_a_recording_that_does_something_else_is_noticed_and_not_used(
+    cohort: Cohort, caplog: pytest.LogCaptureFixture
+) -> None:
+    def twice(step: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: (step(), step())[1]
+
+    with caplog.at_level(logging.WARNING, "ndreamer_dist"):
+        (ours, losses), (plain, known) = trained(cohort, GraphedSteps(twice), steps=4), trained(cohort, steps=4)
+    assert losses == known
+    assert all(map(torch.equal, ours, plain))
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.endswith("a recorded step had other bits than a plain one")
 
 
 def test_what_cannot_be_recorded_is_said_once_and_steps_are_plain(
