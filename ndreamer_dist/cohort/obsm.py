@@ -108,7 +108,9 @@ def _obsm(source: Source) -> Any:
 def _array(element: Any, where: str) -> np.ndarray:
     """Return what lies under a key as a dense array of floats; refuse all else by its type."""
     values = element
-    if isinstance(element, h5py.Dataset | h5py.Group | zarr.Array | zarr.Group):
+    if isinstance(element, h5py.Dataset | zarr.Array):  # other programs write arrays without anndata's attributes
+        values = np.asarray(element[...])
+    elif isinstance(element, h5py.Group | zarr.Group):
         values = read_elem(element)
     elif is_dask(element):
         values = element.compute()
