@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.cohort.packed import Packed, cell_totals
-from ndreamer_dist.compute.executor import Deferred, Runtime, fetch
+from ndreamer_dist.compute.executor import Runtime, fetch
 from ndreamer_dist.effects import tables
 from ndreamer_dist.effects.averages import (
     Average,
@@ -180,6 +181,30 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class SharedBlocks:
+    """Packed blocks of a span of genes that all tasks read: a handle of each, and a name that no others have.
+
+    A process fetches each once, and lets all go when it is asked for those of another span: fetching takes longer than adding.
+    """
+
+    handles: Mapping[int, Any]
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __getitem__(self, block: int) -> sparse.csr_matrix:
+        fetched = _fetched(self.name)
+        if block not in fetched:
+            fetched[block] = fetch(self.handles[block])
+        return fetched[block]
+
+
+@lru_cache(maxsize=1)
+def _fetched(name: str) -> dict[int, sparse.csr_matrix]:
+    """Return what this process has fetched of the shared blocks of a name."""
+    del name
+    return {}
+
+
+@dataclass(frozen=True)
 class Target:
     """A results.zarr that is written, and what it is written from."""
 
@@ -200,11 +225,12 @@ def write_shards(stage: StageRun, target: Target, runtime: Runtime, todo: Sequen
         if rows or others:
             blocks = _target_blocks(runtime, packed, [shard.task.block for shard in rows], layout, span)
             title = "effects" if span[1] - span[0] == layout.genes else f"effects: genes {span[0]} to {span[1]}"
-            stage.map(runtime, _write_part, [*rows, *others], target, blocks, title=title)
+            stage.map(runtime, _write_part, [*rows, *others], target, SharedBlocks(blocks), title=title)
+            _fetched.cache_clear()
             others = []
 
 
-def _write_part(part: RowPart | tuple[int, int], target: Target, blocks: Mapping[int, Any]) -> None:
+def _write_part(part: RowPart | tuple[int, int], target: Target, blocks: SharedBlocks) -> None:
     """Write one shard of rows or of expression; a task."""
     if isinstance(part, RowPart):
         write_rows(part, target, blocks)
@@ -212,13 +238,13 @@ def _write_part(part: RowPart | tuple[int, int], target: Target, blocks: Mapping
         tables.write_expression(part, target.run, target.packed, target.layout)
 
 
-def write_rows(part: RowPart, target: Target, blocks: Mapping[int, Any]) -> None:
+def write_rows(part: RowPart, target: Target, blocks: SharedBlocks) -> None:
     """Write what results.zarr holds of one row block and span of genes: layers, and with the first span `obsm`.
 
     Parameters
     ----------
     blocks
-        Handles of the packed blocks that hold the cells' counterparts.
+        The packed blocks that hold the cells' counterparts.
     """
     run, packed, layout, origin = target.run, target.packed, target.layout, target.origin
     design, settings = packed.design, target.settings
@@ -300,18 +326,13 @@ def load_block(packed: Packed, block: int, genes: tuple[int, int]) -> sparse.csr
 def _target_blocks(
     runtime: Runtime, packed: Packed, blocks: Sequence[int], layout: Layout, genes: tuple[int, int]
 ) -> dict[int, Any]:
-    """Start loading every packed block that holds a counterpart of the blocks' cells: a handle per block.
-
-    In one process blocks are kept once they are read, as Ray's object store keeps them.
-    """
+    """Start loading every packed block that holds a counterpart of the blocks' cells: a handle per block."""
     if not layout.layers:
         return {}
     design = packed.design
     queries = {group.code for block in blocks for group, _ in segments(design, packed.rows_of(block))}
     groups = {target for query, target in design.needed_edges("needed") if query in queries}
     wanted = {block for code in groups for block in range(*_blocks_of(packed, design.groups[code]))}
-    if runtime.serial:
-        return {block: Deferred(cache(partial(load_block, packed, block, genes))) for block in sorted(wanted)}
     return {block: runtime.submit(load_block, packed, block, genes)[0] for block in sorted(wanted)}
 
 
@@ -322,7 +343,7 @@ def _blocks_of(packed: Packed, group: Group) -> tuple[int, int]:
 
 
 def _needed(
-    targets: Mapping[int, Any], packed: Packed, averages: Sequence[Average]
+    blocks: SharedBlocks, packed: Packed, averages: Sequence[Average]
 ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
     """Fetch, one at a time, the blocks that hold a row to be averaged."""
     starts = packed.all_starts
@@ -330,7 +351,7 @@ def _needed(
     for average in averages:
         wanted[np.searchsorted(starts, average.row, side="right") - 1] = True
     for block in np.flatnonzero(wanted).tolist():
-        yield np.arange(starts[block], starts[block + 1]), fetch(targets[block])
+        yield np.arange(starts[block], starts[block + 1]), blocks[block]
 
 
 # --- what obs says of the matches -------------------------------------------------------------------------------------
