@@ -18,7 +18,6 @@ import numpy as np
 from anndata import AnnData
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.design import named_column
 from ndreamer_dist.cohort.obsm import CellLabels, checksum, column_labels
 from ndreamer_dist.cohort.pack import run_pack
 from ndreamer_dist.cohort.packed import Packed
@@ -32,6 +31,7 @@ from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.effects.tables import ROOT, check_tables
 from ndreamer_dist.errors import RunError, SettingsError
 from ndreamer_dist.mapping.cohort import Genes, NewCells, genes_of, refuse_known_cells, run_mapped_cohort, values_of
+from ndreamer_dist.mapping.design import names_in
 from ndreamer_dist.mapping.place import placer_of, run_place
 from ndreamer_dist.mapping.reference import Reference
 from ndreamer_dist.matching.stage import run_match
@@ -161,8 +161,11 @@ class Mapped:
     @property
     def controls_first(self) -> bool:
         """Whether cells of other conditions are matched with new controls as well: where both come, with `extend`."""
-        conditions = named_column(self.source.cells, self.reference.design.condition_key).levels
-        return self.extend and self.reference.design.control in conditions and len(conditions) > 1
+        if not self.extend:
+            return False
+        design = self.reference.design
+        is_control = names_in(self.source.cells, design.condition_key) == design.control
+        return bool(is_control.any() and not is_control.all())
 
     @property
     def told(self) -> dict[str, Any]:

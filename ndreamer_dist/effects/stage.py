@@ -225,8 +225,10 @@ def write_shards(stage: StageRun, target: Target, runtime: Runtime, todo: Sequen
         if rows or others:
             blocks = _target_blocks(runtime, packed, [shard.task.block for shard in rows], layout, span)
             title = "effects" if span[1] - span[0] == layout.genes else f"effects: genes {span[0]} to {span[1]}"
-            stage.map(runtime, _write_part, [*rows, *others], target, SharedBlocks(blocks), title=title)
-            _fetched.cache_clear()
+            try:
+                stage.map(runtime, _write_part, [*rows, *others], target, SharedBlocks(blocks), title=title)
+            finally:
+                _fetched.cache_clear()  # this process may have fetched them
             others = []
 
 

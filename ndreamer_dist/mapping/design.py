@@ -54,7 +54,7 @@ def mapped_design(
     CohortError
         A column is missing or has missing values; a group is in the run; or no group is large enough.
     """
-    columns = {name: _names(obs, name) for name in (*stored.batch_keys, stored.condition_key)}
+    columns = {name: names_in(obs, name) for name in (*stored.batch_keys, stored.condition_key)}
     if not stored.batch_keys:  # one batch in the run: these are another
         columns = {"": np.full(len(obs), f"mapped_{len(stored.batches)}", dtype=object), **columns}
     table = pd.DataFrame(dict(enumerate(columns.values())))
@@ -94,8 +94,8 @@ def mapped_design(
     return MappedDesign(made, codes, why_left_out(reasons))
 
 
-def _names(obs: ColumnTable, name: str) -> np.ndarray:
-    """Return a column of names: (cells,) text."""
+def names_in(obs: ColumnTable, name: str) -> np.ndarray:
+    """Return a column of names: (cells,) text; `CohortError` where it is missing or has missing values."""
     if name not in obs:
         msg = (
             f"the run's column {quoted(name)} is not in obs; there are {columns_of(obs)}.{suggest(name, obs.columns)} "

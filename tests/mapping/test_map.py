@@ -284,6 +284,7 @@ def logarithms(cohort: anndata.AnnData) -> anndata.AnnData:
         pytest.param(lambda c: c[:, ::-1][:8].copy(), "groups of fewer than 20 cells", id="few_cells"),
         pytest.param(logarithms, "look log-normalised", id="values"),
         pytest.param(lambda c: anndata.AnnData(c.X, c.obs.drop(columns="donor"), c.var), "column 'donor' is not in", id="column"),
+        pytest.param(lambda c: anndata.AnnData(c.X, c.obs.drop(columns="condition"), c.var), "column 'condition' is not in", id="condition"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_mapped_is_refused(
@@ -291,7 +292,7 @@ def test_what_cannot_be_mapped_is_refused(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     with pytest.raises(CohortError, match=message):
-        nd.map(change(cohort), onto=runs["pca"], out=tmp_path / "out", settings=HOW)
+        nd.map(change(cohort), onto=runs["pca"], out=tmp_path / "out", extend=True, settings=HOW)
 
 
 @pytest.mark.parametrize(

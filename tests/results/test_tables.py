@@ -299,8 +299,8 @@ def test_shards_of_expression_span_blocks(copied, monkeypatch, finished):
     np.testing.assert_array_equal(open_results(copied.folder).expression(order="packed").X.toarray(), copied.dense)
 
 
-def test_spans_of_genes_are_shards_of_their_own_and_change_no_bit(copied, monkeypatch, finished):
-    monkeypatch.setattr(tables, "SHARD_GENES", 20)
+def written_by_spans(copied, finished):
+    """Write the results by spans of 16 genes, look at every bit, and return the settings."""
     effects = copied.settings.effects.model_copy(update={"chunk_genes": 8})
     settings = copied.settings.model_copy(update={"effects": effects})
     run_effects(copied.run, settings, copied.packed, copied.source, SerialRuntime(settings.run), "another key")
@@ -308,6 +308,12 @@ def test_spans_of_genes_are_shards_of_their_own_and_change_no_bit(copied, monkey
     assert zarr.open_array(copied.folder / keys.RESULTS / "layers/ite", mode="r").shards == (64, 16)
     for name in layer_names(stored):
         np.testing.assert_array_equal(stored.layers[name], before.layers[name])
+    return settings
+
+
+def test_spans_of_genes_are_shards_of_their_own_and_change_no_bit(copied, monkeypatch, finished):
+    monkeypatch.setattr(tables, "SHARD_GENES", 20)
+    settings = written_by_spans(copied, finished)
     lost = copied.folder / keys.RESULTS / "layers/ite/c/1/2"
     times = {path: path.stat().st_mtime_ns for path in lost.parents[1].rglob("*/*")}
     assert len(times) == 4 * 3
@@ -322,13 +328,7 @@ def test_much_expression_is_read_by_spans_of_genes_and_once_each(copied, monkeyp
     read = []
     load = stage.load_block
     monkeypatch.setattr(stage, "load_block", lambda *asked: read.append(asked[1:]) or load(*asked))
-    effects = copied.settings.effects.model_copy(update={"chunk_genes": 8})
-    settings = copied.settings.model_copy(update={"effects": effects})
-    run_effects(copied.run, settings, copied.packed, copied.source, SerialRuntime(settings.run), "another key")
-    stored, before = check(copied.folder / keys.RESULTS), anndata.read_zarr(f"{finished.run.url}/{keys.RESULTS}")
-    assert zarr.open_array(copied.folder / keys.RESULTS / "layers/ite", mode="r").shards == (64, 16)
-    for name in layer_names(stored):
-        np.testing.assert_array_equal(stored.layers[name], before.layers[name])
+    written_by_spans(copied, finished)
     assert len({genes for _, genes in read}) == 3
     assert max(Counter(read).values()) <= 2  # as a counterpart's block, and as the cells' own
 
