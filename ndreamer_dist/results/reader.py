@@ -43,7 +43,7 @@ from ndreamer_dist.results.on_demand import (
     layer_question,
 )
 from ndreamer_dist.results.provenance import matches_table
-from ndreamer_dist.results.read import read_cells, read_dense, read_element, read_sparse
+from ndreamer_dist.results.read import read_cells, read_dense, read_element
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.storage.arrays import open_array, read_array
 from ndreamer_dist.storage.counted import counted
@@ -382,11 +382,7 @@ class ResultsReader:
     ) -> anndata.AnnData:
         """Return the log-normalised expression that went in: `X` (cells, genes) CSR float32."""
         rows = self._rows(cells, order)
-        if cohort is None:
-            columns = self._columns(genes)
-            values = read_sparse(self.storage, rows, self._pointers, len(self._genes))[:, columns]
-            return self._part(values, rows, self._genes.iloc[columns])
-        expression, table = self._expression(cohort)
+        expression, table = (self._own_expression, self._genes) if cohort is None else self._expression(cohort)
         columns = self._columns(genes, table)
         wanted, back = np.unique(rows, return_inverse=True)
         return self._part(expression.read(wanted, columns)[back], rows, table.iloc[columns])
@@ -621,13 +617,17 @@ class ResultsReader:
         """`obs` of all cells that statistics are of, those of a run that these are mapped onto first."""
         return self._cells if self.stored is None else pd.concat([self.stored._all_cells, self._cells])
 
+    @property
+    def _own_expression(self) -> StoredExpression:
+        return StoredExpression(self.storage, self._pointers, len(self._genes))
+
     def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
         """Return the expression to compute with, and the table of its genes."""
         if cohort is None:
-            own = StoredExpression(self.storage, self._pointers, len(self._genes))
             if self.stored is None:
-                return own, self._genes
-            return JoinedExpression(self.stored._expression(None)[0], own, self.design.first_row), self._genes
+                return self._own_expression, self._genes
+            before, _ = self.stored._expression(None)
+            return JoinedExpression(before, self._own_expression, self.design.first_row), self._genes
         if self.stored is not None:
             msg = f"{self.url}: cells mapped onto a run are answered for the modelled genes alone; leave out the cohort"
             raise QueryError(msg)

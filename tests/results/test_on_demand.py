@@ -105,6 +105,23 @@ def test_parts_of_cells_and_spans_of_genes_change_no_bit(every_edge, monkeypatch
     np.testing.assert_array_equal(results.layer("batch_effect").X, whole["batch_effect"])
 
 
+def test_one_gene_of_all_cells_holds_a_bounded_number_of_stored_values(every_edge, monkeypatch):
+    results, held, read = open_results(every_edge.run.url), [], on_demand.read_sparse
+    gene = every_edge.packed.genes[3]
+
+    def watched(*arguments):
+        rows = read(*arguments)
+        held.append(rows.nnz)
+        return rows
+
+    monkeypatch.setattr(on_demand, "read_sparse", watched)
+    monkeypatch.setattr(on_demand, "BATCH_ENTRIES", 300)
+    one = results.expression(genes=[gene]).X
+    assert sum(held) == results.expression().X.nnz
+    assert max(held) <= 300 + every_edge.packed.n_genes
+    np.testing.assert_array_equal(one.toarray()[:, 0], results.expression().to_df()[gene])
+
+
 def test_what_is_held_at_a_time_is_bounded(every_edge, monkeypatch):
     results, held, summed = as_if_not_stored(every_edge.run.url), [], []
     whole = on_demand.average_through
