@@ -18,6 +18,8 @@ EXTRAS = TOLD["project"]["optional-dependencies"]
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 IN_EVERY_TEST = ("cpu", "s3", "cluster", "test", "dev")
 """What README's test command installs; `bench` is looked at as far as it is there."""
+OF_CUDA = ("cuda-", "nvidia-", "triton")
+"""How names of packages begin that a torch for GPUs brings; it pins each of them itself."""
 
 
 def found(name: str) -> Distribution | None:
@@ -65,7 +67,9 @@ def test_what_is_installed_is_what_is_pinned(extra: str | None) -> None:
     versions, absent = closure(EXTRAS[extra] if extra else TOLD["project"]["dependencies"])
     if extra != "bench":
         assert absent == set()
-    assert {name: pins().get(name) for name in versions} == versions
+    ours = {name: version for name, version in versions.items() if not name.startswith(OF_CUDA)}
+    differ = {name: (version, pins().get(name)) for name, version in ours.items() if pins().get(name) != version}
+    assert differ == {}
 
 
 def test_the_build_backend_is_pinned_with_what_it_needs() -> None:
