@@ -165,19 +165,10 @@ def run_effects(
     tables.finish_store(stage, settings, packed, layout, cells, genes, facts)
 
 
-@dataclass
-class Sums:
-    """Memory of a row part's sums, which the next part in this process uses again: new memory costs as much as adding."""
-
-    held: np.ndarray = field(default_factory=lambda: np.empty(0))
-
-    def room(self, averages: int, cells: int, genes: int) -> np.ndarray:
-        """Return room for (cells, genes) float64 of each average, where that of the last call was."""
-        size = averages * cells * genes
-        if len(self.held) < size:
-            self.held = np.empty(0)
-            self.held = np.empty(size)
-        return self.held[:size].reshape(averages, cells, genes)
+@lru_cache(maxsize=1)
+def _sums(averages: int, cells: int, genes: int) -> np.ndarray:
+    """Return room for a row part's sums, which this process keeps for the next: new memory costs as much as adding."""
+    return np.empty((averages, cells, genes))
 
 
 @dataclass(frozen=True)
@@ -213,7 +204,6 @@ class Target:
     layout: Layout
     settings: Settings
     origin: Origin
-    sums: Sums = field(default_factory=Sums)
 
 
 def write_shards(stage: StageRun, target: Target, runtime: Runtime, todo: Sequence[Shard]) -> None:
@@ -228,7 +218,8 @@ def write_shards(stage: StageRun, target: Target, runtime: Runtime, todo: Sequen
             try:
                 stage.map(runtime, _write_part, [*rows, *others], target, SharedBlocks(blocks), title=title)
             finally:
-                _fetched.cache_clear()  # this process may have fetched them
+                _fetched.cache_clear()  # this process may have fetched them,
+                _sums.cache_clear()  # and summed
             others = []
 
 
@@ -268,7 +259,7 @@ def write_rows(part: RowPart, target: Target, blocks: SharedBlocks) -> None:
         for term in terms
     ]  # fmt: skip
     genes = part.genes[1] - part.genes[0]
-    room = list(target.sums.room(len(terms), len(rows), genes))
+    room = list(_sums(len(terms), layout.block_rows, genes)[:, : len(rows)])
     sums = dict(zip(terms, average_through(averages, _needed(blocks, packed, averages), genes, room), strict=True))
     values = load_block(packed, packed.place(part.block), part.genes).toarray()
     for name in layout.layers:

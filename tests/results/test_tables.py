@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -331,6 +332,24 @@ def test_much_expression_is_read_by_spans_of_genes_and_once_each(copied, monkeyp
     written_by_spans(copied, finished)
     assert len({genes for _, genes in read}) == 3
     assert max(Counter(read).values()) <= 2  # as a counterpart's block, and as the cells' own
+
+
+def test_a_task_sums_where_the_last_one_of_its_process_did(copied, monkeypatch):
+    write, average, sums = stage._write_part, stage.average_through, []
+
+    def written(part, target, blocks):
+        write(part, pickle.loads(pickle.dumps(target)), blocks)  # as a worker gets it
+
+    def averaged(*asked):
+        sums.append(average(*asked)[0])  # what is kept here, new memory cannot lie on
+        return sums[-1:] + list(asked[3][1:])
+
+    monkeypatch.setattr(stage, "_write_part", written)
+    monkeypatch.setattr(stage, "average_through", averaged)
+    run_effects(copied.run, copied.settings, copied.packed, copied.source, SerialRuntime(copied.settings.run), "other")
+    assert len(sums) == copied.packed.n_blocks > 2
+    assert len({values.__array_interface__["data"] for values in sums}) == 1
+    assert not stage._sums.cache_info().currsize
 
 
 def test_matches_are_left_out_where_they_would_be_too_many(copied, monkeypatch):
