@@ -27,6 +27,7 @@ from zarr.abc.codec import Codec
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import cpu, default_buffer_prototype
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.core.array_spec import ArraySpec  # what zarr's codecs take has no public name
 from zarr.core.sync import sync  # zarr has no public way to wait for its event loop
 from zarr.dtype import UInt64
 
@@ -448,7 +449,7 @@ def uncompressed(array: zarr.Array[Any], data: bytes) -> np.ndarray:
 def _chunk_spec(array: zarr.Array[Any] | zarr.AsyncArray[Any]) -> Any:
     """Return the description of a chunk that zarr's codecs take; zarr's own is of a whole shard."""
     metadata: Any = array.metadata
-    return replace(metadata.get_chunk_spec((), array.config, default_buffer_prototype()), shape=array.chunks)
+    return ArraySpec(array.chunks, metadata.dtype, metadata.fill_value, array.config, default_buffer_prototype())
 
 
 def _within(runs: Sequence[ByteRange], bodies: Sequence[Buffer], span: ByteRange) -> Buffer:
