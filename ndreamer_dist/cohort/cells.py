@@ -65,7 +65,7 @@ class HeldCells:
     def names(self) -> Iterator[np.ndarray]:
         """See `StoredCells.names`."""
         for start in range(0, len(self.held), TEXT_BLOCK):
-            yield self.held.index[start : start + TEXT_BLOCK].astype(str).to_numpy(dtype=object)
+            yield np.array(list(map(str, self.held.index[start : start + TEXT_BLOCK])), dtype=object)
 
     def text(self, name: str | None) -> pa.LargeStringArray | None:
         """Return the names of the cells where no column is named; what a column of objects holds is not known here."""
@@ -237,9 +237,22 @@ def stored_cells(group: Any, matrix: StoredMatrix) -> ObsTable:
         if hasattr(group, "filename"):
             refuse_missing_filter(element, f"{url}: obs")
         if (told["encoding-type"], told["encoding-version"]) == ("dataframe", "0.2.0") and is_group(element):
-            index = element[told["_index"]]
-            if not is_group(index) and text_of(index.attrs.get("encoding-type", "")) == TEXT:
-                cells = StoredCells(url, matrix.container, f"{matrix.folder}obs", index.shape[0])
+            rows = _named_rows(element[told["_index"]])
+            if rows is not None:
+                cells = StoredCells(url, matrix.container, f"{matrix.folder}obs", rows)
                 cells.sample()
                 return cells
     return HeldCells(read_frame(group, "obs", url))
+
+
+def _named_rows(index: Any) -> int | None:
+    """Return how many names an index of text holds; none where it is of another kind, or a name is missing.
+
+    anndata writes it as an array of text; from 0.13 on, beside pandas 3, as one that may hold missing values.
+    """
+    kind = text_of(index.attrs.get("encoding-type", ""))
+    if not is_group(index):
+        return int(index.shape[0]) if kind == TEXT else None
+    if kind != NULLABLE_TEXT or np.asarray(index["mask"][...], dtype=bool).any():
+        return None
+    return int(index["values"].shape[0])

