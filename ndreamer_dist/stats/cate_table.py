@@ -320,7 +320,7 @@ def means_of(
     number = int(codes.max()) + 1
     asking = np.sort(np.concatenate(first_cells(replicates.pieces, codes, number)))
     return population_means(
-        codes, number, replicates, Neighbours(given, asking), given.expression, given.columns, conditions=conditions,
+        codes, number, replicates, MatchedNeighbours(given, asking), given.expression, given.columns, conditions=conditions,
         min_cells=min_cells, within=None if space is None else StateNeighbours(space, asking), baseline=given.baseline,
     )  # fmt: skip
 
@@ -351,7 +351,7 @@ def _say_that_matches_are_searched(_results: str, *, kept: bool) -> None:
     logger.info("some matches are not in the run and are searched now%s", remedy)
 
 
-class Neighbours:
+class MatchedNeighbours:
     """Nearest neighbours between sets of packed rows: read where they are kept, else searched here.
 
     Parameters
@@ -493,7 +493,7 @@ def _tested(given: StatisticsInput, compared: Compared, number: int, asked: Cate
     total = Part.of(test(own), left_out_of(own))
     if asked.population == "treated" and len(kept):
         ask = _Asking(given, (compared.populations == number) & (replicates.of_cell >= 0), replicates, kept)
-        matched = ask(Neighbours(given))
+        matched = ask(MatchedNeighbours(given))
     else:
         ask, matched = None, test(means.matched[code][number, kept])
     parts = None

@@ -22,7 +22,7 @@ from scipy import sparse, special
 from ndreamer_dist.effects.expression import HELD_VALUES, Expression
 from ndreamer_dist.errors import QueryError
 from ndreamer_dist.stats.cate_table import (
-    Neighbours,
+    MatchedNeighbours,
     StatisticsInput,
     conditions_of,
     kept_replicates,
@@ -72,7 +72,7 @@ def null_table(
         if not _testable(replicates, replicates.counts(codes, len(names)) >= min_cells, code):
             continue
         means = means_of(given, codes, replicates, [code], min_cells, space)
-        sample = sampled(codes, len(names), replicates, Neighbours(given))
+        sample = sampled(codes, len(names), replicates, MatchedNeighbours(given))
         for number, name in enumerate(names):
             kept, paired = kept_replicates(replicates, means.included[number], code)
             pairs = pairs_of(replicates, kept) if paired else None

@@ -15,7 +15,7 @@ from scipy import stats
 
 from ndreamer_dist.cli import main
 from ndreamer_dist.errors import QueryError
-from ndreamer_dist.stats.cate_table import Neighbours, means_of, replicates_of
+from ndreamer_dist.stats.cate_table import MatchedNeighbours, means_of, replicates_of
 from ndreamer_dist.stats.donor_tests import paired_test, welch_test, welch_tests
 from ndreamer_dist.stats.null import LEVELS, donor_p, permuted_labels, rates, sampled, sign_p
 from ndreamer_dist.stats.results import Results
@@ -174,7 +174,7 @@ def test_under_the_true_labels_the_tests_are_those_of_the_cate_table(results: Re
     table, given = results.cate("cell_type", min_cells=1), results._statistics_input(None, None)
     name = table["population"].iloc[0]
     codes = np.where(results.packed_obs["cell_type"].astype(str) == name, 0, -1)
-    replicates, nearest = replicates_of(given, None), Neighbours(given)
+    replicates, nearest = replicates_of(given, None), MatchedNeighbours(given)
     means = means_of(given, codes, replicates, [1], 1)
     assert means.included.all()
     labels, every = (replicates.conditions != 0)[None], np.arange(len(replicates))
