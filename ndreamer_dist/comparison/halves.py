@@ -8,6 +8,7 @@ treated and control, of its own donors alone. So two halves have no cell in comm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import sparse
@@ -16,6 +17,7 @@ from ndreamer_dist.cohort.design import Group
 from ndreamer_dist.effects.averages import kernel_weights
 from ndreamer_dist.stats.cate_table import StatisticsInput
 from ndreamer_dist.stats.populations import READ_ROWS, Replicates
+from ndreamer_dist.summaries.cells import population_count
 
 SPLITS = 5
 """Splits of the donors; their correlations are averaged."""
@@ -61,17 +63,17 @@ def donor_halves(replicates: Replicates, seed: int) -> Halves | None:
     return Halves(splits)
 
 
-def half_effects(run: StatisticsInput, codes: np.ndarray, number: int, halves: Halves, condition: int) -> np.ndarray:
+def half_effects(run: StatisticsInput, codes: np.ndarray, halves: Halves, condition: int) -> np.ndarray:
     """Return the mean effect of a condition in every population: (splits, 2, populations, genes).
 
     NaN where a half has fewer than 10 of its treated cells, or no donor on one of the sides.
 
     Parameters
     ----------
-    codes, number
-        (cells,) population of every packed row, -1 for none, and how many there are.
+    codes
+        (cells,) population of every packed row, -1 for none.
     """
-    asked = _Asked(run, codes, number, halves, condition)
+    asked = _Asked(run, codes, halves, condition)
     cells = asked.cells()
     effects = (asked.means(condition) - asked.means(0)).reshape(*cells.shape, -1)
     effects[cells < LEAST_IN_HALF] = np.nan
@@ -84,9 +86,13 @@ class _Asked:
 
     run: StatisticsInput
     codes: np.ndarray
-    number: int
     halves: Halves
     condition: int
+
+    @cached_property
+    def number(self) -> int:
+        """How many populations there are."""
+        return population_count(self.codes)
 
     def cells(self) -> np.ndarray:
         """Return the treated cells: (splits, 2, populations)."""

@@ -76,7 +76,7 @@ def crowding(given: StatisticsInput, names: list[str], codes: np.ndarray, donor_
     column_given = donor_key is not None or bool(given.design.batch_keys)
     if not column_given:
         return
-    counts = replicates_of(given, donor_key).counts(codes, len(names))
+    counts = replicates_of(given, donor_key).counts(codes)
     for setting, k, what in (
         ("match.neighbours", given.counterparts.neighbours, "a shift of state comes back as an effect"),
         ("denoise.neighbours", given.counterparts.denoise_neighbours, "denoised follows the state less closely there"),

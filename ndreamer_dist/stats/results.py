@@ -223,8 +223,8 @@ class Results(ResultsReader):
         several conditions, the control donors are there once for each contrast.
         """
         results, name = self.labelled(by)
-        sample = results._statistics_input(genes, cohort, baseline)
-        return donor_means(sample, by=str(name), condition=condition, donor_key=donor_key, min_cells=min_cells)
+        asked = CateQuestion(name, condition, donor_key, min_cells)
+        return donor_means(results._statistics_input(genes, cohort, baseline), asked)
 
     @counted
     def null(
@@ -266,10 +266,8 @@ class Results(ResultsReader):
             A name is unknown, or no population has three donors a condition with enough cells each.
         """
         results, by = self.labelled(by)
-        return null_table(
-            results._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
-            count=labellings, seed=seed,
-        )  # fmt: skip
+        asked = CateQuestion(by, condition, donor_key, min_cells)
+        return null_table(results._statistics_input(genes, cohort), asked, count=labellings, seed=seed)
 
     @counted
     def response(

@@ -163,7 +163,7 @@ def test_halves_of_the_donors_see_no_effect_on_what_all_cells_express_alike(runs
     halves = donor_halves(replicates_of(given, None), given.seed)
     assert halves is not None
     codes = np.zeros(given.design.n_cells, dtype=np.int64)
-    effects = half_effects(replace(given, expression=Alike()), codes, 1, halves, 1)
+    effects = half_effects(replace(given, expression=Alike()), codes, halves, 1)
     np.testing.assert_allclose(effects, 0, atol=1e-12)
 
 
