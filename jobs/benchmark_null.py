@@ -138,11 +138,11 @@ def simulate(law: Law, seed: int) -> Cohort:
         }
     )  # fmt: skip
     kept = counts.any(axis=1)
-    design, groups, _ = build_design(
+    made = build_design(
         obs[kept], CohortSettings(condition_key="condition", control="control", batch_key=("donor",), min_group_cells=1)
     )
-    order = np.flatnonzero(kept)[np.argsort(groups, kind="stable")]
-    return Cohort(law, design, obs.iloc[order].reset_index(drop=True), counts[order], state[order], types[order])
+    order = np.flatnonzero(kept)[np.argsort(made.groups, kind="stable")]
+    return Cohort(law, made.design, obs.iloc[order].reset_index(drop=True), counts[order], state[order], types[order])
 
 
 class Nearest:
