@@ -20,7 +20,7 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.sketch import sketch_spans
 from ndreamer_dist.comparison.advice import MEASURES, Advice, advise
-from ndreamer_dist.comparison.halves import Halves, donor_halves, half_effects
+from ndreamer_dist.comparison.halves import donor_halves, half_effects
 from ndreamer_dist.comparison.labels import CellPopulations
 from ndreamer_dist.comparison.measures import agreement, scaled_lisi, silhouette
 from ndreamer_dist.comparison.state import StateQuestion
@@ -143,14 +143,8 @@ def compare_spaces(
     now = _effects_keys(run)
     made_from = {name: now[name] for name in spaces}
     kind, layout = told_of_donors(first._statistics_input(None, None), donor_key)
-    return Comparison(
-        table,
-        populations.source,
-        layout,
-        missing,
-        advise(table, nested=kind == "nested", clustered=populations.clustered),
-        made_from,
-    )
+    advice = advise(table, nested=kind == "nested", clustered=populations.clustered)
+    return Comparison(table, populations.source, layout, missing, advice, made_from)
 
 
 def kept_comparison(run: RunDirectory, results: Results) -> Comparison | None:
@@ -265,7 +259,7 @@ class _Question:
     populations: CellPopulations
     rows: np.ndarray
     means: TypeMeans
-    halves: Halves | None
+    halves: np.ndarray | None
     state: StateQuestion | None
     missing: dict[str, str]
 
@@ -322,7 +316,7 @@ class _Question:
         return agreement(first, second)[0]
 
 
-def _halves_of(source: StatisticsInput, donor_key: str | None) -> tuple[Halves | None, str]:
+def _halves_of(source: StatisticsInput, donor_key: str | None) -> tuple[np.ndarray | None, str]:
     if donor_key is None and not source.design.batch_keys:
         return None, "nothing says who the donors are; name their column with --donor-key"
     halves = donor_halves(replicates_of(source, donor_key), source.seed)

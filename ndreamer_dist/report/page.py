@@ -58,7 +58,7 @@ from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
 from ndreamer_dist.stats.null import rates
-from ndreamer_dist.stats.results import MIN_CELLS, Results
+from ndreamer_dist.stats.results import MIN_CELLS, Results, open_results
 from ndreamer_dist.storage.shards import counting
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def report(
     StoreError
         There are no results, or `out` is needed: they lie apart from a run directory.
     """
-    opened = results if isinstance(results, Results) else _opened(results)
+    opened = results if isinstance(results, Results) else open_results(results)
     address = out if out is not None else _default(opened)
     chosen = by is None
     opened, by = opened.labelled(by)
@@ -204,12 +204,6 @@ def page(data: PageData) -> str:
     engine = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = engine.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
     return template.render(**_content(data), script=Markup(script), script_hash=f"sha256-{digest}")  # noqa: S704 - ours
-
-
-def _opened(address: str | os.PathLike[str]) -> Results:
-    from ndreamer_dist.stats.results import open_results
-
-    return open_results(address)
 
 
 def _default(results: Results) -> str:

@@ -301,10 +301,7 @@ class Results(ResultsReader):
         known = donor_key is not None or bool(self.design.batch_keys)
         everyone = pd.Series("one", index=sample.cells.index)
         replicates = replicates_of(sample, donor_key) if known else Replicates.of(everyone, self.design)
-        given = ResponseInput(
-            sample.counterparts, sample.expression, sample.columns, replicates, codes, names, sample.cells.index
-        )
-        return response_table(given, conditions_of(self.design, condition))
+        return response_table(ResponseInput(sample, replicates, codes, names), conditions_of(self.design, condition))
 
     @counted
     def diagnostics(
