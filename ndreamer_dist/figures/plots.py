@@ -52,7 +52,7 @@ from ndreamer_dist.figures.style import (
     shortened,
     styled,
 )
-from ndreamer_dist.results.reader import Labels
+from ndreamer_dist.results.reader import PopulationLabels
 from ndreamer_dist.stats.cate_table import column
 from ndreamer_dist.stats.donor_tests import LEAST_DONORS
 from ndreamer_dist.stats.results import MIN_CELLS, Results
@@ -179,7 +179,7 @@ def ite_embedding(
 def ite_distribution(
     results: Results,
     genes: str | Sequence[str],
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     cells: int = VIOLIN_CELLS,
@@ -383,7 +383,7 @@ def _violins(
 @styled
 def response(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -437,7 +437,7 @@ def response(
 def volcano(
     results: Results,
     population: str,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -495,7 +495,7 @@ def volcano(
 def effect_sizes(
     results: Results,
     population: str,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -552,7 +552,7 @@ READINGS = {
 def decomposition(
     results: Results,
     population: str,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -616,7 +616,7 @@ def _draw_readings(ax: Axes, part: pd.DataFrame) -> None:
 def ma(
     results: Results,
     population: str,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -664,7 +664,7 @@ def ma(
 @styled
 def heatmap(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | Sequence[str] | None = None,
     genes: Sequence[str] | None = None,
@@ -725,7 +725,7 @@ def heatmap(
 @styled
 def conditions(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     screen: Screen | None = None,
     genes: Sequence[str] | None = None,
@@ -826,7 +826,7 @@ TESTS = {
 @styled
 def null_calibration(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     donor_key: str | None = None,
@@ -884,7 +884,7 @@ def null_calibration(
 @styled
 def overlap(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     ax: Axes | None = None,
     show: bool = False,
@@ -1002,7 +1002,7 @@ def relied_on(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_condition(
-    results: Results, by: Labels, condition: str | None, table: pd.DataFrame | None
+    results: Results, by: PopulationLabels, condition: str | None, table: pd.DataFrame | None
 ) -> tuple[str, pd.DataFrame]:
     """Return a condition, by default the first after the control, and its rows of the CATE table."""
     condition = condition or results.conditions[1]

@@ -53,7 +53,7 @@ from ndreamer_dist.report.tables import (
     timings_table,
     whole,
 )
-from ndreamer_dist.results.reader import Labels
+from ndreamer_dist.results.reader import PopulationLabels
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
@@ -144,7 +144,7 @@ def report(
     results: Results | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    by: Labels = None,
+    by: PopulationLabels = None,
     condition: str | None = None,
     donor_key: str | None = None,
     cells: int = plots.CELLS,

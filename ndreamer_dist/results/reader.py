@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 Order = Literal["input", "packed"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
-Labels = str | pd.Series | pd.DataFrame | None
+PopulationLabels = str | pd.Series | pd.DataFrame | None
 """Populations: the name of a column of `obs`, a label per cell by name (a Series, or a table of one column), or none for all
 cells together."""
 Room = Callable[[tuple[int, int]], np.ndarray]
@@ -493,7 +493,7 @@ class ResultsReader:
         """Add the coordinates cells were matched in to a part of these results, as `obsm[results.embedding_key]`."""
         adata.obsm[self.embedding_key] = self.embedding(list(adata.obs_names), pca=True).to_numpy()
 
-    def labelled(self, by: Labels) -> tuple[Self, str | None]:
+    def labelled(self, by: PopulationLabels) -> tuple[Self, str | None]:
         """Return the results with a Series of labels among the columns of `obs`, and the column's name.
 
         Nothing is stored. The name of a column, or none, comes back with these results themselves.

@@ -16,7 +16,7 @@ from ndreamer_dist.matching.between import StateSpace
 from ndreamer_dist.results.annotations import Annotation, annotation_of, beside, read_annotations, write_annotations
 from ndreamer_dist.results.cohort import Cohort
 from ndreamer_dist.results.read import read_element
-from ndreamer_dist.results.reader import Labels, ResultsReader, results_storage
+from ndreamer_dist.results.reader import PopulationLabels, ResultsReader, results_storage
 from ndreamer_dist.stats.cate_table import (
     MIN_CELLS,
     CateQuestion,
@@ -118,7 +118,7 @@ class Results(ResultsReader):
     @counted
     def cate(
         self,
-        by: Labels = None,
+        by: PopulationLabels = None,
         *,
         condition: str | None = None,
         baseline: str | None = None,
@@ -187,7 +187,7 @@ class Results(ResultsReader):
 
     def cate_parts(
         self,
-        by: Labels = None,
+        by: PopulationLabels = None,
         *,
         baseline: str | None = None,
         genes: Sequence[str] | None = None,
@@ -229,7 +229,7 @@ class Results(ResultsReader):
     @counted
     def null(
         self,
-        by: Labels = None,
+        by: PopulationLabels = None,
         *,
         condition: str | None = None,
         genes: Sequence[str] | None = None,
@@ -271,7 +271,7 @@ class Results(ResultsReader):
 
     @counted
     def response(
-        self, by: Labels = None, *, condition: str | None = None, donor_key: str | None = None
+        self, by: PopulationLabels = None, *, condition: str | None = None, donor_key: str | None = None
     ) -> pd.DataFrame:
         """Return how far every treated cell goes along the effect on its population: which cells responded.
 
@@ -305,7 +305,7 @@ class Results(ResultsReader):
 
     @counted
     def diagnostics(
-        self, by: Labels = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
+        self, by: PopulationLabels = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
     ) -> Diagnostics:
         """Return how far the results can be trusted: small tables, none of which is a test.
 
