@@ -128,8 +128,7 @@ def run(
         The settings, the cohort, the directory or the machine will not do, or a stage before `stage` is not finished.
     """
     use_writable_caches()
-    names = _names(condition_key, control, batch_key, embedding)
-    asked = _settings(preset, config, settings, names)
+    asked = _settings(preset, config, settings, _names(condition_key, control, batch_key, embedding))
     _check_stage(stage, asked)
     choose_format(asked.run.log_format)
     directory = RunDirectory.at(out)
@@ -190,8 +189,7 @@ def plan(
     NDreamerError
         The settings or the cohort will not do.
     """
-    names = _names(condition_key, control, batch_key, embedding)
-    asked = _settings(preset, config, settings, names)
+    asked = _settings(preset, config, settings, _names(condition_key, control, batch_key, embedding))
     directory = None if out is None else RunDirectory.at(out)
     if directory is not None:
         directory.refuse_read_only()

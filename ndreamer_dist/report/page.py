@@ -473,12 +473,9 @@ def _gene_tables(data: PageData, *, several: bool) -> Iterator[tuple[str, str, T
         for name, part in data.populations(condition):
             row = part.iloc[0]
             donors = f", {row['treated_donors']} v {row['control_donors']} donors" if data.tested else ""
-            words = f"{whole(row['cells'])} cells{donors}, {_method(str(row['p_method']))}"
+            method = "not tested" if row["p_method"] == "none" else row["p_method"]
+            words = f"{whole(row['cells'])} cells{donors}, {method}"
             yield f"{name}: {condition}" if several else name, words, genes_table(part, TOP_GENES, data.labels)
-
-
-def _method(method: str) -> str:
-    return "not tested" if method == "none" else method
 
 
 def _trust(data: PageData) -> Iterator[str]:

@@ -659,7 +659,7 @@ class ResultsReader:
         if cells is None:
             chosen = self._input_order
         elif isinstance(cells, str):
-            chosen = self._queried(cells)
+            chosen = self._input_order[cells_of_query(self._cells, cells)[self._input_order]]
         else:
             chosen = self._listed(cells)
         if not len(chosen):
@@ -668,10 +668,6 @@ class ResultsReader:
                 msg += f" by {cells!r}.{self._near_value(cells)}"
             raise QueryError(msg)
         return np.sort(chosen) if order == "packed" else chosen
-
-    def _queried(self, query: str) -> np.ndarray:
-        kept = cells_of_query(self._cells, query)
-        return self._input_order[kept[self._input_order]]
 
     def _near_value(self, query: str) -> str:
         """Return what value of a column was meant by a query that selects nothing; empty where none is near."""
