@@ -140,10 +140,7 @@ def in_memory(run: RunDirectory, packed: Packed) -> float:
     counted = {True: settings.denoise.counted(design.fewest_groups), False: settings.match.neighbours}
     weights = []
     for term in (*averages.layer_terms(keys.LAYER_DENOISED), *averages.layer_terms(keys.LAYER_ITE)):
-        average = averages.average_over(
-            design, edges, rows, settings.match.bandwidth, condition=term.condition, without=term.without,
-            neighbours=counted[term.denoised],
-        )  # fmt: skip
+        average = averages.average_over(design, edges, rows, term, settings.match.bandwidth, counted[term.denoised])
         each = average.weight / average.groups[average.cell]
         weights.append(sparse.csr_matrix((each, (average.cell, average.row)), shape=(packed.n_rows,) * 2))
     started = time.process_time()

@@ -138,11 +138,11 @@ def simulate(law: Law, seed: int) -> Cohort:
         }
     )  # fmt: skip
     kept = counts.any(axis=1)
-    design, groups, _ = build_design(
+    made = build_design(
         obs[kept], CohortSettings(condition_key="condition", control="control", batch_key=("donor",), min_group_cells=1)
     )
-    order = np.flatnonzero(kept)[np.argsort(groups, kind="stable")]
-    return Cohort(law, design, obs.iloc[order].reset_index(drop=True), counts[order], state[order], types[order])
+    order = np.flatnonzero(kept)[np.argsort(made.groups, kind="stable")]
+    return Cohort(law, made.design, obs.iloc[order].reset_index(drop=True), counts[order], state[order], types[order])
 
 
 class Nearest:
@@ -177,9 +177,7 @@ def embeddings(cohort: Cohort, seed: int) -> dict[str, np.ndarray]:
 
 def means(cohort: Cohort, points: np.ndarray) -> PopulationMeans:
     """Return the donors' means through an embedding's matches, and plain ones."""
-    return population_means(
-        cohort.types, TYPES, cohort.replicates, Nearest(points), cohort, cohort.columns, conditions=[1], min_cells=5
-    )
+    return population_means(cohort.types, cohort.replicates, [Nearest(points)], cohort, cohort.columns, min_cells=5)
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -191,12 +189,12 @@ def null(law: Law, cohorts: int, labellings: int) -> pd.DataFrame:
     for seed in range(cohorts):
         cohort = simulate(law, seed)
         replicates, points = cohort.replicates, embeddings(cohort, seed)["true state"]
-        made, sample = means(cohort, points), sampled(cohort.types, TYPES, replicates, Nearest(points))
+        made, sample = means(cohort, points), sampled(cohort.types, replicates, Nearest(points))
         for number in range(TYPES):
             kept = np.flatnonzero(made.included[number])
             truth = replicates.conditions[kept] != 0
             labels = permuted_labels(truth, labellings, np.random.default_rng((seed, number)))
-            found = donor_p(made.matched[1][number, kept], made.own[number, kept], labels, seed=seed)
+            found = donor_p(made.matched[number, kept], made.own[number, kept], labels, seed=seed)
             found["sign"] = sign_p(sample.of(number, kept, replicates), labels, cohort, cohort.columns)
             parts.append(counted_below(found).assign(cohort=seed, type=number))
     return pd.concat(parts, ignore_index=True)
@@ -208,7 +206,7 @@ def under_truth(cohort: Cohort, points: np.ndarray) -> Iterator[tuple[int, dict[
     for number in range(TYPES):
         kept = np.flatnonzero(made.included[number])
         labels = (cohort.replicates.conditions[kept] != 0)[None]
-        found = donor_p(made.matched[1][number, kept], made.own[number, kept], labels)
+        found = donor_p(made.matched[number, kept], made.own[number, kept], labels)
         yield number, {name: p[0] for name, p in found.items()}
 
 

@@ -199,7 +199,8 @@ def make(folder: Path, cells: int, genes: int, settings: Settings) -> None:
     print(file=sys.stderr)
     source = source_of(rng, packed)
     table = cell_table(source, packed, {keys.OBS_MATCH_DISTANCE: rng.random(cells, dtype=np.float32)})
-    tables.finish_store(stage, settings, packed, layout, table.files(), tables.gene_table(source, packed), {})
+    told = tables.facts(settings, packed, layout, stage.key, {})
+    tables.finish_store(stage, packed, layout, table.files(), tables.gene_table(source, packed), told)
 
 
 def expression(rng: np.random.Generator, cells: int, genes: int) -> np.ndarray:

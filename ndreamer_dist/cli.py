@@ -167,6 +167,11 @@ StateEffects = Annotated[
     ),
 ]
 DonorKey = Annotated[str | None, typer.Option(help="Column of obs that names the donor (default: the batch).")]
+PopulationColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of obs that names populations, e.g. cell_type (default: one population of all cells)."),
+]
+OneSpace = Annotated[str | None, typer.Option(help="Matching space, if the run has several (default: the first).")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -247,9 +252,7 @@ def map_cells(
     cohort: Input,
     onto: Annotated[str, typer.Option(help="Directory of the finished run; it is not changed.")],
     out: Annotated[str, typer.Option(help="Directory for the mapped cells, local or on object storage.")],
-    embedding: Annotated[
-        str | None, typer.Option(help="Matching space, if the run has several (default: the first).")
-    ] = None,
+    embedding: OneSpace = None,
     fill_missing_genes: Annotated[
         float,
         typer.Option(
@@ -386,9 +389,7 @@ def match(
             help="all: match every pair of groups. NAME of a condition: match every group to the groups of that condition."
         ),
     ] = "all",
-    embedding: Annotated[
-        str | None, typer.Option(help="Matching space, if the run has several (default: the first).")
-    ] = None,
+    embedding: OneSpace = None,
     assignments: Set = None,
     address: Address = None,
 ) -> None:
@@ -561,12 +562,7 @@ def annotate(
 def cate(
     run_directory: ResultsAddress,
     out: Annotated[Path, typer.Option(help="File to write: .csv, .tsv or .parquet.")],
-    by: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of obs that names populations, e.g. cell_type (default: one population of all cells)."
-        ),
-    ] = None,
+    by: PopulationColumn = None,
     condition: Compared = None,
     baseline: Annotated[str | None, typer.Option(help="Condition to compare with (default: the control).")] = None,
     genes: Genes = None,
@@ -603,12 +599,7 @@ def cate(
 def null(
     run_directory: ResultsAddress,
     out: Annotated[Path, typer.Option(help="File to write: .csv, .tsv or .parquet.")],
-    by: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of obs that names populations, e.g. cell_type (default: one population of all cells)."
-        ),
-    ] = None,
+    by: PopulationColumn = None,
     condition: Compared = None,
     donor_key: DonorKey = None,
     labellings: Annotated[int, typer.Option(min=1, help="Number of permutations of the donor labels.")] = 10,

@@ -26,7 +26,7 @@ from ndreamer_dist.cohort.source import Source, fingerprint, open_cohort
 from ndreamer_dist.cohort.values import decide_values
 from ndreamer_dist.compute.engines import engines_here, require_faiss
 from ndreamer_dist.compute.events import choose_format
-from ndreamer_dist.compute.executor import Runtime, check_layout, choose_runtime, ray_failures, runtime_choice
+from ndreamer_dist.compute.executor import check_layout, choose_runtime, ray_failures, runtime_choice
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
 from ndreamer_dist.compute.machine import (
     Allowance,
@@ -128,8 +128,7 @@ def run(
         The settings, the cohort, the directory or the machine will not do, or a stage before `stage` is not finished.
     """
     use_writable_caches()
-    names = _names(condition_key, control, batch_key, embedding)
-    asked = _settings(preset, config, settings, names)
+    asked = _settings(preset, config, settings, _names(condition_key, control, batch_key, embedding))
     _check_stage(stage, asked)
     choose_format(asked.run.log_format)
     directory = RunDirectory.at(out)
@@ -147,11 +146,8 @@ def run(
         claimed = _claim(directory, asked, told, from_input.checksums(), redo=redo, fresh=fresh)
         logger.info("works in %s", choice)
         with ray_failures(), choose_runtime(made.run, memory.largest_task(size, made)) as runtime:
-            promised = None if on_a_cluster(made.run) else _promised(made, size)
-            run_stages(
-                claimed.space, made, source, runtime, claimed.stage_key, only=stage, promised=promised,
-                from_input=from_input,
-            )  # fmt: skip
+            promised = None if on_a_cluster(made.run) else memory.stage_memory(size, made, **_machine(made))
+            run_stages(Job(directory, made, source, runtime, from_input), claimed, only=stage, promised=promised)
         annotation = _take_over(directory, source) if finished and stage is None else None
     return Run(claimed.space.url, annotation)
 
@@ -193,8 +189,7 @@ def plan(
     NDreamerError
         The settings or the cohort will not do.
     """
-    names = _names(condition_key, control, batch_key, embedding)
-    asked = _settings(preset, config, settings, names)
+    asked = _settings(preset, config, settings, _names(condition_key, control, batch_key, embedding))
     directory = None if out is None else RunDirectory.at(out)
     if directory is not None:
         directory.refuse_read_only()
@@ -203,22 +198,15 @@ def plan(
     made = choice.applied(asked)
     seen = decide_values(source, made.cohort.normalise, made.cohort.log_base).seen
     limit, groups = _memory(made), input_groups(source, made.cohort)
-    planned = plan_of(
-        design,
-        made,
-        size,
-        input_groups=groups.sizes,
-        runtime=str(choice),
-        took=_times(directory) if directory is not None else {},
-        **_machine(made),
-        memory_free=limit.amount,
-        disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
-    )
+    planned = plan_of(design, made, size, input_groups=groups.sizes, **_machine(made))
     by_condition = groups.notes() if groups.rule == "merge" else []  # else the plan names the groups that are left out
     notes = tuple(note for note in (seen, *source.notes, *by_condition) if note)
     return replace(
-        planned, notes=notes, engines=engines_here(), cpus_source=_processors(made).source, memory_source=limit.source
-    )
+        planned, notes=notes, engines=engines_here(), runtime=str(choice), cpus_source=_processors(made).source,
+        memory_free=limit.amount, memory_source=limit.source,
+        disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
+        took=tuple(_times(directory).items()) if directory is not None else (),
+    )  # fmt: skip
 
 
 def _times(run: RunDirectory) -> dict[str, float]:
@@ -247,10 +235,7 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
     _check_labels(source, settings.match.within)
     if settings.match.edges == "all":
         design.refuse_all_edges()
-    size = CohortSize.of(
-        design, settings, genes=source.n_genes, stored_values=source.nnz
-    )  # fmt: skip
-    return source, design, size
+    return source, design, CohortSize.of(design, settings, genes=source.n_genes, stored_values=source.nnz)
 
 
 def _check_populations(settings: Settings, design: Design) -> None:
@@ -330,26 +315,11 @@ def add_matches(
     with directory.locked():
         design = Design.from_json(directory.read_json(keys.DESIGN_JSON)).sampling(made.match.groups)
         made = runtime_choice(made, design.n_cells).applied(made)
-        return _searched(space, made, design, before["keys"][keys.STAGE_MATCH], edges)
+        with choose_runtime(made.run) as runtime, metered(space.storage, keys.STAGE_MATCH, design.n_cells):
+            return add_edges(space, made, design, runtime, before["keys"][keys.STAGE_MATCH], edges)
 
 
-def _searched(run: RunDirectory, settings: Settings, design: Design, key: str, edges: str) -> int:
-    """Search edges; return how many were searched now."""
-    with choose_runtime(settings.run) as runtime, metered(run.storage, keys.STAGE_MATCH, design.n_cells):
-        return add_edges(run, settings, design, runtime, key, edges)
-
-
-def run_stages(
-    run: RunDirectory,
-    settings: Settings,
-    source: Source,
-    runtime: Runtime,
-    stage_key: Mapping[str, str],
-    *,
-    only: str | None = None,
-    promised: Mapping[str, int] | None = None,
-    from_input: SpaceInput | None = None,
-) -> None:
+def run_stages(job: Job, claimed: Claim, *, only: str | None = None, promised: Mapping[str, int] | None = None) -> None:
     """Run all stages that the matching space needs, each with its key; every one skips what it has already done.
 
     With `only`, the stages before that one must be finished, and the later ones are left alone. What spaces share is
@@ -360,18 +330,16 @@ def run_stages(
     # that is gone MKL cannot be loaded.
     import torch  # noqa: F401
 
-    home = RunDirectory(run.home or run.storage)
-    job = Job(home, settings, source, runtime, from_input or SpaceInput())
-    stages = stages_of(settings)
+    stages = stages_of(job.settings)
     for number, (name, stage) in enumerate(stages.items(), start=1):
-        where = home if stage.shared else run
+        where, key = job.home if stage.shared else claimed.space, claimed.stage_key[name]
         if only not in (None, name):
-            stage.run(job, replace(where, before=only), stage_key[name])
+            stage.run(job, replace(where, before=only), key)
             continue
         bytes_, place = (promised or {}).get(name), f"{number}/{len(stages)}"
-        with metered(where.storage, name, source.n_cells, bytes_, place) as facts:
-            facts["input"] = source.name
-            stage.run(job, where, stage_key[name])
+        with metered(where.storage, name, job.source.n_cells, bytes_, place) as facts:
+            facts["input"] = job.source.name
+            stage.run(job, where, key)
         if name == only:
             return
 
@@ -432,11 +400,6 @@ def _gpu_count() -> int:
     import torch
 
     return int(torch.cuda.device_count())
-
-
-def _promised(settings: Settings, size: CohortSize) -> dict[str, int]:
-    """Return the peak memory of every stage on this machine, in bytes."""
-    return memory.stage_memory(size, settings, **_machine(settings))
 
 
 def _machine(settings: Settings) -> dict[str, int]:

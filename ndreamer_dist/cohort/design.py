@@ -374,6 +374,23 @@ class Design:
 _DESIGNS = TypeAdapter(Design)
 
 
+@dataclass(frozen=True)
+class GroupedCells:
+    """A design, and what became of every input cell by it.
+
+    Attributes
+    ----------
+    groups
+        (cells,) int32 group codes; -1 for cells left out.
+    reasons
+        (cells,) why a cell was left out, texts as categories, the first of them empty.
+    """
+
+    design: Design
+    groups: np.ndarray
+    reasons: pd.Categorical[Any]
+
+
 def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[Any]:
     r"""Return a condition per cell: its values in several columns, joined by `:`; `\` and `:` inside values are escaped.
 
@@ -406,9 +423,7 @@ def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[A
     return found
 
 
-def build_design(
-    obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray | None = None
-) -> tuple[Design, np.ndarray, pd.Categorical[Any]]:
+def build_design(obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray | None = None) -> GroupedCells:
     """Return the design of a cohort, the group of every input cell, and why a cell was left out here.
 
     Parameters
@@ -425,12 +440,7 @@ def build_design(
 
     Returns
     -------
-    design
-        METHOD's notation: control first, the rest by appearance among the kept cells.
-    groups
-        (cells,) int32 group codes; -1 for cells left out, by `keep` or here.
-    reasons
-        (cells,) texts as categories, the first of them empty: for kept cells and for those left out by `keep`.
+    METHOD's notation: control first, the rest by appearance among the kept cells. Cells left out by `keep` have no reason.
 
     Raises
     ------
@@ -457,7 +467,7 @@ def build_design(
     keep = keep & ~cut
     design, codes = _coded(condition_key, control, cohort.batch_key, columns, keep)
     _check_edges(design)
-    return design, codes, reasons
+    return GroupedCells(design, codes, reasons)
 
 
 def report_design(design: Design, small: SmallGroupsReport) -> list[str]:

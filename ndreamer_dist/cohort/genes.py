@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import (
     EXCLUDED,
     Design,
+    GroupedCells,
     build_design,
     excluded,
     pair_codes,
@@ -64,24 +66,23 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     for note in (decision.seen, *source.notes):
         logger.info(note)
     pairs = pair_codes(source.cells, str(cohort.condition_column), cohort.batch_key)
-    found, genes_left = _scanned(source, cohort, runtime, pairs, decision, kept_genes)
+    found = _scanned(source, cohort, runtime, pairs, decision, kept_genes)
     keep, dropped_for = kept_cells(found, cohort)
-    design, groups, reasons = build_design(source.cells, cohort, keep)
-    reasons = first_reason(dropped_for, reasons)
-    genes = _selected(source, found, design, groups, pairs, genes_left, kept_genes, settings.hvg)
-    notes = [decision.seen, *source.notes, *_report(source, cohort, design, keep & (reasons != EXCLUDED), reasons)]
+    made = build_design(source.cells, cohort, keep)
+    made = replace(made, reasons=first_reason(dropped_for, made.reasons))
+    genes = _selected(source, found, made, kept_genes, settings)
+    notes = [decision.seen, *source.notes, *_report(source, cohort, made, keep & (made.reasons != EXCLUDED))]
     if found.repeated:
         notes.append(f"{found.repeated} values stood beside another of the same cell and gene; they were added up")
         logger.warning(notes[-1])
-    summary = summary_of(cohort, decision, design, reasons, genes, notes)
-    digests = write_cohort(run, source, design, groups, found, genes, reasons, summary)
-    stage.mark(shard, digests)
-    return design
+    summary = summary_of(cohort, decision, made, genes, notes)
+    stage.mark(shard, write_cohort(run, source, made, found, genes, summary))
+    return made.design
 
 
 def check_cohort(source: Source, cohort: CohortSettings) -> Design:
     """Refuse what the names in obs tell, before the matrix is read; return the design if every cell were kept."""
-    return build_design(source.cells, cohort)[0]
+    return build_design(source.cells, cohort).design
 
 
 def input_groups(source: Source, cohort: CohortSettings) -> SmallGroupsReport:
@@ -112,9 +113,7 @@ def check_genes(source: Source, hvg: HvgSettings) -> np.ndarray:
 
 
 def seurat_hvg(
-    sums: Iterable[np.ndarray],
-    squares: Iterable[np.ndarray],
-    cells: np.ndarray,
+    groups: Iterable[tuple[np.ndarray, np.ndarray, int]],
     names: np.ndarray,
     num_hvg: int,
     *,
@@ -125,10 +124,9 @@ def seurat_hvg(
 
     Parameters
     ----------
-    sums, squares
-        For each group (genes,) float64: sums over a group's cells of the expression, and of its square, without the log.
-    cells
-        (groups,) number of cells.
+    groups
+        For each the sums over its cells of the expression, and of its square, without the log, (genes,) float64, and the number
+        of cells.
     names
         (genes,) gene names; they break ties, as in scanpy.
     num_hvg
@@ -146,8 +144,8 @@ def seurat_hvg(
     """
     averages = {name: _Average(len(names)) for name in ("mean", "dispersion", "norm")}
     times = np.zeros(len(names), dtype=np.int64)
-    for group_sums, group_squares, group_cells in zip(sums, squares, cells, strict=True):
-        statistics, variable = _group_statistics(group_sums, group_squares, int(group_cells), num_hvg, unexpressed)
+    for sums, squares, cells in groups:
+        statistics, variable = _group_statistics(sums, squares, cells, num_hvg, unexpressed)
         times += variable
         for name, average in averages.items():
             average.add(statistics[name])
@@ -238,19 +236,22 @@ def _scanned(
     pairs: np.ndarray,
     decision: Decision,
     kept_genes: np.ndarray,
-) -> tuple[Scan, np.ndarray]:
-    """Pass over the matrix, twice where genes are filtered first; return the sums and the genes left."""
+) -> Scan:
+    """Pass over the matrix, twice where genes are filtered first; return the sums over the genes left."""
     matrix = source.task_matrix(runtime)
-    recipe = Recipe(decision.normalise, None, cohort.min_genes, cohort.chunk_rows)
-    found = scan(source, matrix, pairs, recipe, runtime, integers=decision.integers, title="cohort: values")
-    left = (found.expressed >= cohort.min_cells) | kept_genes
+    found = scan(source, matrix, pairs, Recipe.of(decision, cohort), runtime, title="cohort: values")
+    left = _genes_left(found, cohort, kept_genes)
     if left.all():
-        return found, left
+        return found
     if not left.any():
         msg = f"no gene is expressed in {cohort.min_cells} cells (min_cells); lower it"
         raise CohortError(msg)
-    recipe = Recipe(decision.normalise, left, cohort.min_genes, cohort.chunk_rows)
-    return scan(source, matrix, pairs, recipe, runtime, integers=decision.integers, title="cohort: genes left"), left
+    return scan(source, matrix, pairs, Recipe.of(decision, cohort, left), runtime, title="cohort: genes left")
+
+
+def _genes_left(found: Scan, cohort: CohortSettings, kept_genes: np.ndarray) -> np.ndarray:
+    """Return which genes enough cells express, and those that are always kept: (genes,) bool."""
+    return np.asarray((found.expressed >= cohort.min_cells) | kept_genes)
 
 
 def kept_cells(found: Scan, cohort: CohortSettings) -> tuple[np.ndarray, pd.Categorical[Any]]:
@@ -265,25 +266,17 @@ def kept_cells(found: Scan, cohort: CohortSettings) -> tuple[np.ndarray, pd.Cate
     return reasons.codes == 0, reasons
 
 
-def _selected(
-    source: Source,
-    found: Scan,
-    design: Design,
-    groups: np.ndarray,
-    pairs: np.ndarray,
-    left: np.ndarray,
-    keep: np.ndarray,
-    hvg: HvgSettings,
-) -> pd.DataFrame:
+def _selected(source: Source, found: Scan, made: GroupedCells, keep: np.ndarray, settings: Settings) -> pd.DataFrame:
     """Return the table of all input genes, in input order, with those selected among the genes left."""
-    rows = _rows_looked_at(design, groups, pairs, hvg)
-    sizes = np.array([group.cells for group in design.groups])
-    cells = np.array([sizes[members].sum() for members, _ in rows])
+    hvg, left = settings.hvg, _genes_left(found, settings.cohort, keep)
+    sizes = np.array([group.cells for group in made.design.groups])
     names = source.gene_names.to_numpy(dtype=object)
     # Columns are cut group by group: these tables are the largest thing that the driver holds here.
-    sums = (found.sums[row].sum(axis=0)[left] for _, row in rows)
-    squares = (found.squares[row].sum(axis=0)[left] for _, row in rows)
-    table = seurat_hvg(sums, squares, cells, names[left], hvg.num_hvg, keep=keep[left], unexpressed=hvg.by == "none")
+    groups = (
+        (found.sums[rows].sum(axis=0)[left], found.squares[rows].sum(axis=0)[left], int(sizes[members].sum()))
+        for members, rows in _rows_looked_at(made, found.pairs, hvg)
+    )
+    table = seurat_hvg(groups, names[left], hvg.num_hvg, keep=keep[left], unexpressed=hvg.by == "none")
     full = table.set_index(np.flatnonzero(left)).reindex(np.arange(len(names)))
     full["name"] = names
     full["selected"] = full["selected"].eq(True)  # a gene filtered out holds NaN here
@@ -292,14 +285,12 @@ def _selected(
     return full
 
 
-def _rows_looked_at(
-    design: Design, groups: np.ndarray, pairs: np.ndarray, hvg: HvgSettings
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _rows_looked_at(made: GroupedCells, pairs: np.ndarray, hvg: HvgSettings) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the sets of cells inside which variability is looked at: codes of their groups, and rows of their sums."""
-    kept, rows = groups >= 0, int(pairs.max()) + 1
+    groups, kept, rows = made.groups, made.groups >= 0, int(pairs.max()) + 1
     together = pd.unique(groups[kept].astype(np.int64) * rows + pairs[kept])
     found = np.stack(np.divmod(np.sort(together), rows))  # a group of merged batches has several rows
-    batches = np.array([group.batch for group in design.groups])
+    batches = np.array([group.batch for group in made.design.groups])
     labels = {"group": np.arange(len(batches)), "batch": batches, "none": np.zeros(len(batches), np.int64)}[hvg.by]
     order = np.argsort(labels[found[0]], kind="stable")
     starts = np.searchsorted(labels[found[0]][order], np.unique(labels))
@@ -307,11 +298,9 @@ def _rows_looked_at(
     return list(zip(members, np.split(found[1][order], starts[1:]), strict=True))
 
 
-def _report(
-    source: Source, cohort: CohortSettings, design: Design, keep: np.ndarray, reasons: pd.Categorical[Any]
-) -> list[str]:
-    notes = report_design(design, report_small_groups(source.cells, cohort, keep))
-    empty = reasons == NO_COUNTS
+def _report(source: Source, cohort: CohortSettings, made: GroupedCells, keep: np.ndarray) -> list[str]:
+    notes = report_design(made.design, report_small_groups(source.cells, cohort, keep))
+    empty = made.reasons == NO_COUNTS
     if empty.any():
         first = source.cell_name(int(empty.argmax()))
         notes.append(f"{int(empty.sum())} cells without a single count left out, {first!r} first")
@@ -320,27 +309,20 @@ def _report(
 
 
 def summary_of(
-    cohort: CohortSettings,
-    decision: Decision,
-    design: Design,
-    reasons: pd.Categorical[Any],
-    genes: pd.DataFrame,
-    notes: list[str],
+    cohort: CohortSettings, decision: Decision, made: GroupedCells, genes: pd.DataFrame, notes: list[str]
 ) -> dict[str, Any]:
     """Return what the cohort stage has decided, for cohort/summary.json."""
-    counts = dict(
-        zip(reasons.categories[1:], np.bincount(reasons.codes, minlength=len(reasons.categories))[1:], strict=True)
-    )
+    counts = made.reasons[made.reasons.codes > 0].value_counts()
     return {
         "normalise": decision.normalise,
         "normalise_asked": cohort.normalise,
         "values": decision.seen,
         **({"log_base": decision.base} if decision.base else {}),
-        "input_cells": len(reasons),
-        "cells": design.n_cells,
+        "input_cells": len(made.reasons),
+        "cells": made.design.n_cells,
         "input_genes": len(genes),
         "genes": int(genes["selected"].sum()),
-        "dropped": {name: int(counts[name]) for name in sorted(counts) if counts[name]},
+        "dropped": {name: int(counts[name]) for name in sorted(counts.index) if counts[name]},
         "notes": notes,
     }
 
@@ -348,20 +330,17 @@ def summary_of(
 def write_cohort(
     run: RunDirectory,
     source: Source,
-    design: Design,
-    groups: np.ndarray,
+    made: GroupedCells,
     found: Scan,
     genes: pd.DataFrame,
-    reasons: pd.Categorical[Any],
     summary: dict[str, Any],
 ) -> dict[str, str]:
     """Write what the stage has found; return the checksums of its tables."""
-    rows = np.flatnonzero(groups >= 0)
-    gone = np.flatnonzero(groups < 0)
-    cells = frame_of_cells(rows, groups[rows], found.totals[rows])
-    dropped = pd.DataFrame({"input_row": gone, "name": source.names_of(gone), "reason": reasons[gone]}).astype(
+    rows, gone = np.flatnonzero(made.groups >= 0), np.flatnonzero(made.groups < 0)
+    cells = frame_of_cells(rows, made.groups[rows], found.totals[rows])
+    dropped = pd.DataFrame({"input_row": gone, "name": source.names_of(gone), "reason": made.reasons[gone]}).astype(
         {"input_row": "int64", "name": "string", "reason": "string"}
     )
-    run.write_json(keys.DESIGN_JSON, design.to_json())
+    run.write_json(keys.DESIGN_JSON, made.design.to_json())
     run.write_json(keys.COHORT_SUMMARY, summary)
     return write_tables(run, {keys.GENES_TABLE: genes, keys.CELLS_TABLE: cells, keys.DROPPED: dropped})

@@ -99,7 +99,8 @@ def run_pack(
         stage.mark(head)
     missing = [shard for shard in todo if shard != head]
     if missing:
-        tasks = _start_dealing(run, settings, source, runtime, packed, cells, order, missing)
+        parts = _span_parts(source.n_cells, cells, order)
+        tasks = _start_dealing(settings, source, runtime, packed, parts, missing)
         for _ in runtime.map(write_partition, tasks, stage, packed, title="pack"):
             pass
     return packed
@@ -142,49 +143,41 @@ def partition_count(n_blocks: int, nnz: int, n_spans: int) -> int:
 
 
 def _start_dealing(
-    run: RunDirectory,
     settings: Settings,
     source: Source,
     runtime: Runtime,
     packed: Packed,
-    cells: pd.DataFrame,
-    order: np.ndarray,
+    parts: Sequence[tuple[Span, np.ndarray, np.ndarray]],
     missing: Sequence[Shard],
 ) -> list[PartitionTask]:
-    """Start a task per span and return a task per partition that waits for the spans' pieces."""
-    spans = spans_of(source.n_cells)
+    """Start a task per span and return a task per partition that waits for the spans' pieces; see `_span_parts`."""
     lost = {shard.task for shard in missing}
-    partitions = [p for p in partitions_of(packed.n_blocks, source.nnz, len(spans)) if lost.intersection(p)]
-    table = read_table(run, keys.GENES_TABLE)
+    partitions = [p for p in partitions_of(packed.n_blocks, source.nnz, len(parts)) if lost.intersection(p)]
+    table, summary = read_table(packed.run, keys.GENES_TABLE), packed.run.read_json(keys.COHORT_SUMMARY)
     dealing = Dealing(
         columns=pd.Index(packed.genes).get_indexer(pd.Index(table["name"].where(table["selected"]))).astype(np.int32),
         n_columns=packed.n_genes,
-        normalise=run.read_json(keys.COHORT_SUMMARY)["normalise"],
+        normalise=summary["normalise"],
         edges=tuple((packed.block_range(p[0])[0], packed.block_range(p[-1])[1]) for p in partitions),
         chunk_rows=settings.cohort.chunk_rows,
     )
-    source = source.in_natural_logs(run.read_json(keys.COHORT_SUMMARY).get("log_base"))
+    source = source.in_natural_logs(summary.get("log_base"))
     shared = runtime.put(dealing), runtime.put(source.task_matrix(runtime))
-    handles = [
-        runtime.submit(deal_span, SpanTask(*parts, *shared), returns=len(partitions))
-        for parts in _span_parts(spans, source.n_cells, cells, order)
-    ]
+    handles = [runtime.submit(deal_span, SpanTask(*part, *shared), returns=len(partitions)) for part in parts]
     return [
         PartitionTask(tuple(s for s in missing if s.task in partition), tuple(span[i] for span in handles))
         for i, partition in enumerate(partitions)
     ]
 
 
-def _span_parts(
-    spans: Sequence[Span], n_cells: int, cells: pd.DataFrame, order: np.ndarray
-) -> list[tuple[Span, np.ndarray, np.ndarray]]:
-    """Return each span with the packed rows and the totals of its cells."""
+def _span_parts(n_cells: int, cells: pd.DataFrame, order: np.ndarray) -> list[tuple[Span, np.ndarray, np.ndarray]]:
+    """Return each span of input rows with the packed rows and the totals of its cells."""
     rows = cells["input_row"].to_numpy()
     position, totals = np.full(n_cells, -1, dtype=np.int64), np.zeros(n_cells)
     position[rows[order]] = np.arange(len(order))
     totals[rows] = cells["total"].to_numpy()
     # Copies: a view would take the whole array along to the task.
-    return [(s, position[s.start : s.stop].copy(), totals[s.start : s.stop].copy()) for s in spans]
+    return [(s, position[s.start : s.stop].copy(), totals[s.start : s.stop].copy()) for s in spans_of(n_cells)]
 
 
 def deal_span(task: SpanTask) -> Any:

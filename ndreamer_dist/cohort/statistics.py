@@ -18,9 +18,10 @@ from scipy import sparse
 
 from ndreamer_dist.cohort.matrix import Matrix, rows_and_repeats
 from ndreamer_dist.cohort.source import Source
-from ndreamer_dist.cohort.values import Values, named_value, refuse_value
+from ndreamer_dist.cohort.values import Decision, Values, named_value, refuse_value
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError
+from ndreamer_dist.settings import CohortSettings
 
 TARGET_SUM = 1e4
 """Counts per cell after scaling (METHOD section 1.1)."""
@@ -45,6 +46,12 @@ class Recipe:
     genes: np.ndarray | None  # (genes,) bool of the genes left; none: all
     min_genes: int
     chunk_rows: int
+    integers: bool  # whether a value that is no integer is refused: the sample looked like counts
+
+    @classmethod
+    def of(cls, decision: Decision, cohort: CohortSettings, genes: np.ndarray | None = None) -> Recipe:
+        """Return the recipe that the settings and a look at the values make, for some of the genes or all."""
+        return cls(decision.normalise, genes, cohort.min_genes, cohort.chunk_rows, decision.integers)
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,9 @@ def scan_span(span: Span, matrix: Matrix, pairs: np.ndarray, recipe: Recipe) -> 
 
 @dataclass
 class Scan:
-    """The sums of all spans."""
+    """The sums of all spans; the (batch, condition) pairs of `pairs` are the rows of its tables."""
 
+    pairs: np.ndarray  # (cells,) codes
     totals: np.ndarray  # (cells,) float64
     detected: np.ndarray  # (cells,) int64
     sums: np.ndarray  # (pairs, genes) float64
@@ -143,28 +151,22 @@ class Scan:
         self.repeated += part.repeated
 
 
-def scan(
-    source: Source, matrix: Matrix, pairs: np.ndarray, recipe: Recipe, runtime: Runtime, *, integers: bool, title: str
-) -> Scan:
+def scan(source: Source, matrix: Matrix, pairs: np.ndarray, recipe: Recipe, runtime: Runtime, *, title: str) -> Scan:
     """Run the pass and return its sums.
 
     Parameters
     ----------
     pairs
         (cells,) codes of the (batch, condition) pairs.
-    integers
-        Whether a value that is no integer is refused: the sample looked like counts.
 
     Raises
     ------
     CohortError
         A value is negative, NaN or infinite; the message names the first cell and gene.
     """
-    n_pairs = int(pairs.max()) + 1
-    tables = np.zeros((n_pairs, source.n_genes)), np.zeros((n_pairs, source.n_genes))
-    whole = Scan(
-        np.zeros(source.n_cells), np.zeros(source.n_cells, np.int64), *tables, np.zeros(source.n_genes, np.int64)
-    )
+    cells, genes, n_pairs = source.n_cells, source.n_genes, int(pairs.max()) + 1
+    tables = np.zeros((n_pairs, genes)), np.zeros((n_pairs, genes))
+    whole = Scan(pairs, np.zeros(cells), np.zeros(cells, np.int64), *tables, np.zeros(genes, np.int64))
     spans = spans_of(source.n_cells)
     waiting: dict[int, SpanSums] = {}
     following = 0
@@ -172,7 +174,7 @@ def scan(
         waiting[part.index] = part
         while following in waiting:  # sums are taken in the order of the spans, whichever ends first
             found = waiting.pop(following)
-            _check_values(source, found, integers)
+            _check_values(source, found, recipe.integers)
             whole.add(spans[following], found)
             following += 1
     return whole

@@ -98,7 +98,7 @@ def all_genes(
         if not np.array_equal(packed.input_row, given.input_row):
             msg = f"{origin.url} was packed by another version; run it again to make effects of all genes from it"
             raise StoreError(msg)
-        _write(directory, key, packed, origin, given, made, runtime)
+        _write(StageRun(directory, keys.STAGE_EFFECTS, key), packed, origin, given, made, runtime)
         directory.storage.delete(keys.PACKED)
     return open_results(out)
 
@@ -204,8 +204,7 @@ def _prepare_cohort(directory: RunDirectory, origin: Results, given: GivenExpres
 
 
 def _write(
-    directory: RunDirectory,
-    key: str,
+    stage: StageRun,
     packed: Packed,
     origin: Results,
     given: GivenExpression,
@@ -218,17 +217,17 @@ def _write(
     layout = tables.layout_with(
         made, packed, {name: int(open_array(origin.storage, f"obsm/{name}").shape[1]) for name in obsm}
     )
-    stage = StageRun(directory, keys.STAGE_EFFECTS, key)
     todo = tables.begin(stage, layout)
     denoised = made.denoise.counted(packed.design.fewest_groups)
     counted = [made.match.neighbours if name == keys.LAYER_ITE else denoised for name in layout.layers]
     from_results = ResultsOrigin(origin.storage, origin.counterparts, max(counted, default=1))
-    write_shards(stage, Target(directory, packed, layout, made, from_results), runtime, todo)
-    ours = tables.facts(made, packed, layout, key, {})
+    write_shards(stage, Target(stage.run, packed, layout, made, from_results), runtime, todo)
+    ours = tables.facts(made, packed, layout, stage.key, {})
     rest = {name: _plain(value) for name, value in origin.uns.items() if name not in ours}
     genes = tables.gene_table(given.source, packed)
     genes[keys.VAR_MODELLED] = genes.index.isin(origin.var_names)
-    tables.finish_store(stage, made, packed, layout, cells.files(), genes, rest)
+    told = tables.facts(made, packed, layout, stage.key, rest)
+    tables.finish_store(stage, packed, layout, cells.files(), genes, told)
 
 
 def _plain(value: Any) -> Any:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import zarr
 from anndata.io import read_elem, sparse_dataset, write_elem
 from scipy import sparse
 from tqdm.auto import tqdm
-from zarr.errors import ZarrUserWarning
 
 from ndreamer_dist.cohort.matrix import csr_rows, tidied
 from ndreamer_dist.cohort.source import container_of, open_group
@@ -34,6 +32,7 @@ from ndreamer_dist.cohort.stored import (
 )
 from ndreamer_dist.cohort.tables import read_frame
 from ndreamer_dist.errors import StoreError
+from ndreamer_dist.results.export import plain_zarr
 from ndreamer_dist.storage.files import open_storage
 
 MOST_PIECES = 20_000
@@ -75,7 +74,7 @@ def convert(
     obs, var = (read_frame(group, name, address.url) for name in ("obs", "var"))
     path = Path(target.root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder, _as_zarr():
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder, plain_zarr():
         made = zarr.open_group(Path(folder) / "made.zarr", mode="w")
         write_elem(made, "/", anndata.AnnData(obs=obs, var=var))
         if raw_place(group) is not None:
@@ -87,15 +86,6 @@ def convert(
         zarr.consolidate_metadata(made.store)
         (Path(folder) / "made.zarr").rename(path)
     return len(obs), len(var)
-
-
-@contextmanager
-def _as_zarr() -> Iterator[None]:
-    """Let anndata write zarr format 3 with nullable strings, and without announcing its next defaults."""
-    settings = {"allow_write_nullable_strings": True, "zarr_write_format": 3, "auto_shard_zarr_v3": False}
-    with anndata.settings.override(**settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZarrUserWarning)  # that consolidation is not in the specification yet
-        yield
 
 
 def _matrices(group: Any) -> Iterator[tuple[str, str]]:

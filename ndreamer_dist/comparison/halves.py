@@ -8,6 +8,7 @@ treated and control, of its own donors alone. So two halves have no cell in comm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import sparse
@@ -16,6 +17,7 @@ from ndreamer_dist.cohort.design import Group
 from ndreamer_dist.effects.averages import kernel_weights
 from ndreamer_dist.stats.cate_table import StatisticsInput
 from ndreamer_dist.stats.populations import READ_ROWS, Replicates
+from ndreamer_dist.summaries.cells import population_count
 
 SPLITS = 5
 """Splits of the donors; their correlations are averaged."""
@@ -25,19 +27,13 @@ SPLIT_SEED = 0x5B117
 """Tells these draws from others of the same seed."""
 
 
-@dataclass(frozen=True)
-class Halves:
-    """Which half of every split the groups are in: (splits, groups), 0 or 1."""
-
-    of_group: np.ndarray
-
-
-def donor_halves(replicates: Replicates, seed: int) -> Halves | None:
+def donor_halves(replicates: Replicates, seed: int) -> np.ndarray | None:
     """Split the donors at random, as equally as can be among those seen under the same conditions.
 
     Returns
     -------
-    Nothing where a group holds cells of several donors: their matches are not apart.
+    Which half of every split the groups are in, (splits, groups), 0 or 1; nothing where a group holds cells of several donors:
+    their matches are not apart.
     """
     design = replicates.design
     if len(replicates.pieces) != len(design.groups):
@@ -58,20 +54,22 @@ def donor_halves(replicates: Replicates, seed: int) -> Halves | None:
             for place, donor in enumerate(generator.permutation(donors))
         }
         split[:] = [half[donor] for donor in donor_of_group]
-    return Halves(splits)
+    return splits
 
 
-def half_effects(run: StatisticsInput, codes: np.ndarray, number: int, halves: Halves, condition: int) -> np.ndarray:
+def half_effects(run: StatisticsInput, codes: np.ndarray, halves: np.ndarray, condition: int) -> np.ndarray:
     """Return the mean effect of a condition in every population: (splits, 2, populations, genes).
 
     NaN where a half has fewer than 10 of its treated cells, or no donor on one of the sides.
 
     Parameters
     ----------
-    codes, number
-        (cells,) population of every packed row, -1 for none, and how many there are.
+    codes
+        (cells,) population of every packed row, -1 for none.
+    halves
+        What `donor_halves` returned.
     """
-    asked = _Asked(run, codes, number, halves, condition)
+    asked = _Asked(run, codes, halves, condition)
     cells = asked.cells()
     effects = (asked.means(condition) - asked.means(0)).reshape(*cells.shape, -1)
     effects[cells < LEAST_IN_HALF] = np.nan
@@ -84,17 +82,21 @@ class _Asked:
 
     run: StatisticsInput
     codes: np.ndarray
-    number: int
-    halves: Halves
+    halves: np.ndarray
     condition: int
+
+    @cached_property
+    def number(self) -> int:
+        """How many populations there are."""
+        return population_count(self.codes)
 
     def cells(self) -> np.ndarray:
         """Return the treated cells: (splits, 2, populations)."""
-        cells = np.zeros((len(self.halves.of_group), 2, self.number), dtype=np.int64)
+        cells = np.zeros((len(self.halves), 2, self.number), dtype=np.int64)
         for group in self.run.design.with_condition(self.condition):
             own = self.codes[group.start : group.stop]
             counts = np.bincount(own[own >= 0], minlength=self.number)
-            for split, half in enumerate(self.halves.of_group[:, group.code]):
+            for split, half in enumerate(self.halves[:, group.code]):
                 cells[split, half] += counts
         return cells
 
@@ -103,7 +105,7 @@ class _Asked:
 
         It is of the groups of their half; NaN where no cell has a match there.
         """
-        count = len(self.halves.of_group) * 2 * self.number
+        count = len(self.halves) * 2 * self.number
         total, weight = np.zeros((count, len(self.run.columns))), np.zeros((count, 1))
         for target in self.run.design.with_condition(side):
             weights = self.weights(target)
@@ -115,17 +117,17 @@ class _Asked:
 
     def weights(self, target: Group) -> sparse.csr_matrix:
         """Return how often a target group's cells are matched with: (splits * 2 * populations, cells of the target)."""
-        shape = (len(self.halves.of_group) * 2 * self.number, target.cells)
+        shape = (len(self.halves) * 2 * self.number, target.cells)
         total = sparse.csr_matrix(shape)
         for query in self.run.design.with_condition(self.condition):
-            together = self.halves.of_group[:, query.code] == self.halves.of_group[:, target.code]
+            together = self.halves[:, query.code] == self.halves[:, target.code]
             rows = query.start + np.flatnonzero(self.codes[query.start : query.stop] >= 0)
             if not (together.any() and len(rows) and target in self.run.design.counted(target.condition, query)):
                 continue
             near, weight = self._matches(rows, query, target)
             cell, place = np.nonzero(near >= 0)
             splits = np.flatnonzero(together)
-            first = (splits * 2 + self.halves.of_group[splits, query.code]) * self.number
+            first = (splits * 2 + self.halves[splits, query.code]) * self.number
             asking = (first[:, None] + self.codes[rows[cell]]).ravel()
             matched = np.tile(near[cell, place] - target.start, len(splits))
             each = np.tile(weight[cell, place], len(splits))

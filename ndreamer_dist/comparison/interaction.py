@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ndreamer_dist.results.reader import Labels
+from ndreamer_dist.results.reader import PopulationLabels
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
@@ -19,7 +19,12 @@ SIGNS = (1, -1, -1, 1)
 
 
 def interaction(
-    results: Results, by: Labels, first: tuple[str, str], second: tuple[str, str], *, donor_key: str | None = None
+    results: Results,
+    by: PopulationLabels,
+    first: tuple[str, str],
+    second: tuple[str, str],
+    *,
+    donor_key: str | None = None,
 ) -> pd.DataFrame:
     """Return how much the effect of `first` differs from that of `second`: an interaction of two factors.
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.cluster import hierarchy
 
-from ndreamer_dist.results.reader import Labels
+from ndreamer_dist.results.reader import PopulationLabels
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
@@ -52,7 +52,7 @@ class Screen:
     detailed: pd.DataFrame
 
 
-def screen(results: Results, by: Labels = None, *, donor_key: str | None = None, detailed: int = 6) -> Screen:
+def screen(results: Results, by: PopulationLabels = None, *, donor_key: str | None = None, detailed: int = 6) -> Screen:
     """Summarise all conditions of a run, each against the control; see `Screen`.
 
     Parameters

@@ -20,7 +20,7 @@ from scipy import sparse
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.sketch import sketch_spans
 from ndreamer_dist.comparison.advice import MEASURES, Advice, advise
-from ndreamer_dist.comparison.halves import Halves, donor_halves, half_effects
+from ndreamer_dist.comparison.halves import donor_halves, half_effects
 from ndreamer_dist.comparison.labels import CellPopulations
 from ndreamer_dist.comparison.measures import agreement, scaled_lisi, silhouette
 from ndreamer_dist.comparison.state import StateQuestion
@@ -34,7 +34,7 @@ from ndreamer_dist.stats.diagnostics import told_of_donors
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.checksums import unseal
-from ndreamer_dist.summaries.cells import match_quality, parts
+from ndreamer_dist.summaries.cells import match_quality, parts, population_count
 
 logger = logging.getLogger(__name__)
 
@@ -143,14 +143,8 @@ def compare_spaces(
     now = _effects_keys(run)
     made_from = {name: now[name] for name in spaces}
     kind, layout = told_of_donors(first._statistics_input(None, None), donor_key)
-    return Comparison(
-        table,
-        populations.source,
-        layout,
-        missing,
-        advise(table, nested=kind == "nested", clustered=populations.clustered),
-        made_from,
-    )
+    advice = advise(table, nested=kind == "nested", clustered=populations.clustered)
+    return Comparison(table, populations.source, layout, missing, advice, made_from)
 
 
 def kept_comparison(run: RunDirectory, results: Results) -> Comparison | None:
@@ -194,10 +188,10 @@ def match_purity(results: Results, populations: np.ndarray) -> float:
     populations
         (cells,) code of every packed row, -1 for none.
     """
-    design, number = results.design, int(populations.max()) + 1
+    design = results.design
     near = np.ones(len(populations), dtype=bool)
     conditions = range(1, len(design.conditions))
-    purity = match_quality(populations, number, near, results.counterparts, conditions).purity
+    purity = match_quality(populations, near, results.counterparts, conditions).purity
     codes = design.group_conditions[design.group_of(np.arange(design.n_cells))]
     inside = populations >= 0
     flat = populations[inside] * len(design.conditions) + codes[inside]
@@ -214,9 +208,9 @@ class TypeMeans:
     cells: np.ndarray
 
     @classmethod
-    def of(cls, source: StatisticsInput, codes: np.ndarray, number: int) -> TypeMeans:
+    def of(cls, source: StatisticsInput, codes: np.ndarray) -> TypeMeans:
         """Sum the cells as they were measured."""
-        design, conditions = source.design, len(source.design.conditions)
+        design, conditions, number = source.design, len(source.design.conditions), population_count(codes)
         place = codes * conditions + design.group_conditions[design.group_of(np.arange(design.n_cells))]
         inside = np.flatnonzero(codes >= 0)
         cells = np.bincount(place[inside], minlength=number * conditions)
@@ -243,7 +237,7 @@ def agreement_with_means(results: Results, codes: np.ndarray, means: TypeMeans |
         Those of the populations, where they are there already.
     """
     source = results._statistics_input(None, None)
-    means = means or TypeMeans.of(source, codes, int(codes.max()) + 1)
+    means = means or TypeMeans.of(source, codes)
     conditions = means.cells.shape[1]
     total, cells = np.zeros_like(means.mean), np.zeros(means.cells.shape)
     for rows, values in individual_effects(source, codes, list(range(1, conditions))):
@@ -265,7 +259,7 @@ class _Question:
     populations: CellPopulations
     rows: np.ndarray
     means: TypeMeans
-    halves: Halves | None
+    halves: np.ndarray | None
     state: StateQuestion | None
     missing: dict[str, str]
 
@@ -279,7 +273,7 @@ class _Question:
         if len(populations.names) < 2:
             missing |= dict.fromkeys(("separation", "silhouette"), "there is one population alone")
         rows = np.concatenate([np.arange(*span) for span in sketch_spans(design, SAMPLED_CELLS)])
-        means = TypeMeans.of(source, populations.codes, len(populations.names))
+        means = TypeMeans.of(source, populations.codes)
         few = f"no population has {LEAST_ON_SIDES} cells on both sides"
         missing |= dict.fromkeys(("agreement", "slope"), few)
         missing |= dict.fromkeys(("seconds", "peak_gb"), "logs/stages.jsonl does not say it")
@@ -312,9 +306,8 @@ class _Question:
         """Return the correlation of the effects of two halves of donors, mean over populations, conditions and splits."""
         if self.halves is None:
             return float("nan")
-        number = len(self.populations.names)
         pairs = [
-            half_effects(source, self.populations.codes, number, self.halves, condition)
+            half_effects(source, self.populations.codes, self.halves, condition)
             for condition in range(1, len(source.design.conditions))
         ]
         first, second = (
@@ -323,7 +316,7 @@ class _Question:
         return agreement(first, second)[0]
 
 
-def _halves_of(source: StatisticsInput, donor_key: str | None) -> tuple[Halves | None, str]:
+def _halves_of(source: StatisticsInput, donor_key: str | None) -> tuple[np.ndarray | None, str]:
     if donor_key is None and not source.design.batch_keys:
         return None, "nothing says who the donors are; name their column with --donor-key"
     halves = donor_halves(replicates_of(source, donor_key), source.seed)

@@ -1,4 +1,4 @@
-"""Record the progress of a job and report it: log lines, logs/progress.json, and Prometheus metrics through Ray.
+"""Record the progress of the stage under way, and put it into words: log lines, and metrics for Prometheus through Ray.
 
 The runtime and the training progress report their work here; tasks write nothing. The answer of a task includes the peak
 memory of its process. Every few seconds a thread of the driver (`monitors`) collects these and writes them where

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -141,16 +141,11 @@ class SerialRuntime:
 
     def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
         """See `Runtime.submit`; nothing is kept, so that memory is what one task needs."""
+        call = partial(function, *args)
         if returns == 1:
-            return [Deferred(lambda: function(*args))]
-        memo: list[Any] = []
-
-        def call() -> Any:
-            if not memo:
-                memo.append(function(*args))
-            return memo[0]
-
-        return [Deferred(call, index) for index in range(returns)]
+            return [Deferred(call)]
+        once = cache(call)
+        return [Deferred(once, index) for index in range(returns)]
 
 
 class RayRuntime:

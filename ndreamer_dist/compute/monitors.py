@@ -1,9 +1,9 @@
-"""Measure what a stage costs: seconds, peak memory, and bytes read and written, of this process and its children.
+"""Watch a stage from a thread: measure what it costs, and write logs/progress.json and logs/stages.jsonl.
 
-Private pages are added over the process tree. Shared pages (libraries, Ray's object store) are counted once, as those of
-the process that has the most. Bytes are those that passed read and write calls, including pipes and sockets. On a
-cluster these are the share of the driver; the largest memory of a worker is reported beside them. The sampling thread
-also writes the progress of the stage every few seconds (see `events`).
+What it costs is seconds, peak memory, and bytes read and written, of this process and its children. Private pages are
+added over the process tree. Shared pages (libraries, Ray's object store) are counted once, as those of the process that
+has the most. Bytes are those that passed read and write calls, including pipes and sockets. On a cluster these are the
+share of the driver; the largest memory of a worker is reported beside them. `events` has the progress itself.
 """
 
 from __future__ import annotations

@@ -96,32 +96,36 @@ class SimulatedCells:
         return len(self.cell_type)
 
 
-def draw_parameters(
-    rng: np.random.Generator,
-    *,
-    genes: int,
-    donors: int,
-    conditions: int,
-    cell_types: int,
-    nested: bool,
-    pathways: int = 0,
-) -> Parameters:
+@dataclass(frozen=True)
+class CohortShape:
+    """What a simulated cohort is made of; see `simulate`."""
+
+    genes: int
+    donors: int
+    conditions: int
+    cell_types: int
+    nested: bool
+    pathways: int = 0
+
+
+def draw_parameters(rng: np.random.Generator, shape: CohortShape) -> Parameters:
     """Draw a cohort's parameters; the last third of the cell types does not respond to any condition."""
+    genes, donors, conditions, cell_types = shape.genes, shape.donors, shape.conditions, shape.cell_types
     responding = responding_types(cell_types)
-    raised, lowered = _effect_sets(rng, genes, 2 * responding if pathways else responding)
+    raised, lowered = _effect_sets(rng, genes, 2 * responding if shape.pathways else responding)
     effect = np.unique(np.concatenate([raised, lowered], axis=None))
     log_share = _log_shares(rng, genes, cell_types, np.unique(raised), np.unique(lowered))
     quiet = np.setdiff1d(np.flatnonzero(log_share[:, :-1].max(0) < math.log(3e-3)), effect)
     state_load = np.zeros((cell_types, genes))
     moved = rng.choice(quiet, min(genes // 10, len(quiet)), replace=False)
     state_load[:, moved] = rng.normal(0, 0.5, (cell_types, len(moved)))
-    folds = _pathway_folds if pathways else _type_folds
-    fold = folds(rng, log_share, (raised, lowered), responding, pathway := _pathways(conditions, pathways))
+    folds = _pathway_folds if shape.pathways else _type_folds
+    fold = folds(rng, log_share, (raised, lowered), responding, pathway := _pathways(conditions, shape.pathways))
     donor_shape = np.tanh(rng.normal(0, 1.5, (2, donors, genes))) * np.array([0.4, 0.09])[:, None, None]
     type_shape = rng.uniform([[[0.4]], [[-1.0]]], 1.0, (2, cell_types, genes))
     dispersion = rng.integers(0, len(DISPERSIONS) - 1, genes, dtype=np.int8)
     dispersion[-1] = len(DISPERSIONS) - 1
-    present = np.arange(conditions) == np.arange(donors)[:, None] % conditions if nested else True
+    present = np.arange(conditions) == np.arange(donors)[:, None] % conditions if shape.nested else True
     group_weight = rng.gamma(20, size=(donors, conditions)) * present
     type_weight = rng.dirichlet(30 * rng.dirichlet(np.full(cell_types, 8.0)), donors) + 0.01
     return Parameters(

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from ndreamer_dist.datasets.model import BLOCK_ROWS, Model
-from ndreamer_dist.datasets.parameters import STATE_LIMIT, Names, StateLaw, draw_parameters
+from ndreamer_dist.datasets.parameters import STATE_LIMIT, CohortShape, Names, StateLaw, draw_parameters
 from ndreamer_dist.datasets.sampling import draw_chunk, generator
 from ndreamer_dist.datasets.truth import Truth, truth_path
 from ndreamer_dist.datasets.writing import Writer
@@ -71,7 +71,8 @@ def simulate(
         The sizes make no cohort, or there is one at `path` already.
     """
     law = _state_law(state_effects, state_shift)
-    _check_sizes(cells, genes, batches, conditions, cell_types, design, chunk_rows, threads)
+    shape = CohortShape(genes, batches, conditions, cell_types, design == "nested", pathways)
+    _check_sizes(shape, design, cells=cells, chunk_rows=chunk_rows, threads=threads)
     if not 0 <= pathways < conditions:
         msg = f"pathways is {pathways}; {conditions - 1} knock-outs can be of at most as many, and of 0 where they are none"
         raise CohortError(msg)
@@ -80,10 +81,7 @@ def simulate(
         msg = f"{cohort.url} exists already; delete it or choose another path"
         raise CohortError(msg)
     truth.delete()
-    parameters = draw_parameters(
-        generator(seed, 0), genes=genes, donors=batches, conditions=conditions, cell_types=cell_types,
-        nested=design == "nested", pathways=pathways,
-    )  # fmt: skip
+    parameters = draw_parameters(generator(seed, 0), shape)
     model, writer = Model(parameters, law), Writer(cohort, truth, Names.of(parameters))
     step = -(-chunk_rows // BLOCK_ROWS) * BLOCK_ROWS
     ranges = ((start, min(start + step, cells)) for start in range(0, cells, step))
@@ -119,11 +117,9 @@ def _state_law(effects: float, shift: float) -> StateLaw:
     return StateLaw(effects, shift)
 
 
-def _check_sizes(
-    cells: int, genes: int, batches: int, conditions: int, cell_types: int, design: str, chunk_rows: int, threads: int
-) -> None:
-    least = {"cells": (cells, 1), "genes": (genes, 50), "batches": (batches, 1), "conditions": (conditions, 2),
-             "cell_types": (cell_types, 1), "chunk_rows": (chunk_rows, 1), "threads": (threads, 1)}  # fmt: skip
+def _check_sizes(shape: CohortShape, design: str, *, cells: int, chunk_rows: int, threads: int) -> None:
+    least = {"cells": (cells, 1), "genes": (shape.genes, 50), "batches": (shape.donors, 1), "conditions": (shape.conditions, 2),
+             "cell_types": (shape.cell_types, 1), "chunk_rows": (chunk_rows, 1), "threads": (threads, 1)}  # fmt: skip
     for name, (found, smallest) in least.items():
         if found < smallest:
             msg = f"{name} is {found}; a simulated cohort needs at least {smallest}"
@@ -131,6 +127,6 @@ def _check_sizes(
     if design not in ("crossed", "nested"):
         msg = f"design is {design!r}; it can be 'crossed' or 'nested'.{suggest(design, ('crossed', 'nested'))}"
         raise CohortError(msg)
-    if design == "nested" and batches < conditions:
-        msg = f"a nested design of {conditions} conditions needs at least as many batches, found {batches}"
+    if shape.nested and shape.donors < shape.conditions:
+        msg = f"a nested design of {shape.conditions} conditions needs at least as many batches, found {shape.donors}"
         raise CohortError(msg)

@@ -88,34 +88,25 @@ def kernel_weights(distances: np.ndarray, bandwidth: float) -> np.ndarray:
 
 
 def average_over(
-    design: Design,
-    edges: Edges,
-    rows: np.ndarray,
-    bandwidth: float,
-    *,
-    condition: int | None,
-    without: int | None = None,
-    neighbours: int | None = None,
+    design: Design, edges: Edges, rows: np.ndarray, term: Term, bandwidth: float, neighbours: int | None = None
 ) -> Average:
     """Return what F is an average of: the counterparts of some cells in a condition's groups.
+
+    In its own group a cell is its own counterpart. Cells of the condition that a term leaves out get no groups.
 
     Parameters
     ----------
     rows
         Packed rows of the cells, ascending; `edges` has those of each query group in this order.
-    condition
-        Its code; by default each cell's own condition. In its own group a cell is its own counterpart.
-    without
-        Condition whose cells are not asked, if any: they get no groups.
     neighbours
         How many of the best neighbours of each group count; by default all that `edges` has.
     """
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     groups = np.zeros(len(rows), dtype=np.int64)
     for group, here in segments(design, rows):
-        if group.condition == without:
+        if group.condition == term.without:
             continue
-        code = group.condition if condition is None else condition
+        code = group.condition if term.condition is None else term.condition
         targets = design.counted(code, group)
         groups[here] = design.number(code, group)
         stands_for, cells = design.stands_for(code, group), rows[here] - group.start

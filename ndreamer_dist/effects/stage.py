@@ -162,7 +162,7 @@ def run_effects(
     clustered = clustered and not packed.before  # cells that are mapped onto others are of no cluster
     cells = cell_table(source, packed, told, clustered=clustered).files()
     genes = tables.gene_table(source, packed)
-    tables.finish_store(stage, settings, packed, layout, cells, genes, facts)
+    tables.finish_store(stage, packed, layout, cells, genes, tables.facts(settings, packed, layout, key, facts))
 
 
 @lru_cache(maxsize=1)
@@ -241,7 +241,7 @@ def write_rows(part: RowPart, target: Target, blocks: SharedBlocks) -> None:
     """
     run, packed, layout, origin = target.run, target.packed, target.layout, target.origin
     design, settings = packed.design, target.settings
-    denoised = settings.denoise.counted(design.fewest_groups)
+    effects, denoised = settings.match.neighbours, settings.denoise.counted(design.fewest_groups)
     rows, start = packed.rows_of(part.block), packed.block_range(part.block)[0]
     first = part.genes[0] == 0
     edges = origin.edges(rows, {*_pairs(design, rows), *(origin.stored if first else ())})
@@ -252,12 +252,9 @@ def write_rows(part: RowPart, target: Target, blocks: SharedBlocks) -> None:
         return
     terms = list(dict.fromkeys(term for name in layout.layers for term in layer_terms(name)))
     averages = [
-        average_over(
-            design, edges, rows, settings.match.bandwidth, condition=term.condition, without=term.without,
-            neighbours=denoised if term.denoised else settings.match.neighbours,
-        )
+        average_over(design, edges, rows, term, settings.match.bandwidth, denoised if term.denoised else effects)
         for term in terms
-    ]  # fmt: skip
+    ]
     genes = part.genes[1] - part.genes[0]
     room = list(_sums(len(terms), layout.block_rows, genes)[:, : len(rows)])
     sums = dict(zip(terms, average_through(averages, _needed(blocks, packed, averages), genes, room), strict=True))

@@ -290,12 +290,11 @@ def write_layer(
 
 def finish_store(
     stage: StageRun,
-    settings: Settings,
     packed: Packed,
     layout: Layout,
     cells: Iterable[tuple[str, bytes]],
     genes: pd.DataFrame,
-    summary: Mapping[str, Any],
+    told: Mapping[str, Any],
 ) -> None:
     """Write what the driver writes: the tables `obs`, `var` and `uns`, group metadata, and then the root.
 
@@ -303,9 +302,11 @@ def finish_store(
     ----------
     cells
         The files of `obs`, by name (`cells.CellTable.files`).
+    told
+        `uns["ndreamer"]`; see `facts`.
     """
     storage = stage.run.storage / keys.RESULTS
-    tables = {"var": genes, "uns": {keys.UNS: facts(settings, packed, layout, stage.key, summary)}}
+    tables = {"var": genes, "uns": {keys.UNS: told}}
     for name in ("obs", *tables):
         storage.delete(name)
     sizes, metadata = {}, {}

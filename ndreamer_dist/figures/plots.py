@@ -11,7 +11,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ from ndreamer_dist.figures.style import (
     shortened,
     styled,
 )
-from ndreamer_dist.results.reader import Labels
+from ndreamer_dist.results.reader import PopulationLabels
 from ndreamer_dist.stats.cate_table import column
 from ndreamer_dist.stats.donor_tests import LEAST_DONORS
 from ndreamer_dist.stats.results import MIN_CELLS, Results
@@ -129,11 +129,8 @@ def embedding(
     rows = sampled_rows(results.design, cells)
     table = results.packed_obs.iloc[rows]
     points = umap(results.embedding(list(table.index), pca=True).to_numpy(), seed)
-    axes = _scatter(
-        points, _shading(results, table, color or _grouping(results)), "UMAP", ax, Dots(palette, size, legend)
-    )
-    finish(axes, show=show, save=save)
-    return axes
+    shading = _shading(results, table, color or _grouping(results))
+    return finish(_scatter(points, shading, "UMAP", ax, Dots(palette, size, legend)), show=show, save=save)
 
 
 @styled
@@ -174,22 +171,15 @@ def ite_embedding(
     table = results.packed_obs.iloc[rows]
     effects = results.ite(list(table.index)).X
     points = umap(scanpy_pca(effects, ITE_COMPONENTS, seed)[0], seed)
-    axes = _scatter(
-        points,
-        _shading(results, table, color or _grouping(results)),
-        "UMAP of effects",
-        ax,
-        Dots(palette, size, legend),
-    )
-    finish(axes, show=show, save=save)
-    return axes
+    shading = _shading(results, table, color or _grouping(results))
+    return finish(_scatter(points, shading, "UMAP of effects", ax, Dots(palette, size, legend)), show=show, save=save)
 
 
 @styled
 def ite_distribution(
     results: Results,
     genes: str | Sequence[str],
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     cells: int = VIOLIN_CELLS,
@@ -217,16 +207,15 @@ def ite_distribution(
     rows = sampled_rows(results.design, cells, conditions=[results.design.condition_code(condition)])
     part = results.ite(list(results.packed_obs.index[rows]), genes)
     names = categories(column(part.obs, by) if by else pd.Series(condition, index=part.obs.index))
-    kinds, labels = list(names.categories), gene_labels(results.var)
+    kinds = list(names.categories)
     axes = panels(len(genes), ax, size=(3.6, 0.9 + 0.34 * len(kinds)))
-    for place, (gene, panel) in enumerate(zip(genes, axes, strict=True)):
+    for place, (gene, panel) in enumerate(zip(_symbols(results, genes), axes, strict=True)):
         values = np.asarray(part.X[:, place], dtype=np.float64)
         _violins(panel, [values[names == kind] for kind in kinds], colours(kinds))
-        panel.set_title(shortened(labels.get(gene, gene)), style="italic")
+        panel.set_title(shortened(gene), style="italic")
         panel.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds] if place % 3 == 0 else [])
         panel.set_xlabel(f"effect of {shortened(condition, 20)}\n{effect_units(results)}")
-    finish(axes, show=show, save=save)
-    return axes
+    return finish(axes, show=show, save=save)
 
 
 def sampled_rows(
@@ -394,7 +383,7 @@ def _violins(
 @styled
 def response(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -438,8 +427,7 @@ def response(
     shares = treated.groupby("population")["within_placebo"].mean()
     ax.set_yticks(range(len(kinds)), [f"{shortened(kind)} ({shares[kind]:.0%} within)" for kind in kinds])
     ax.set_xlabel(f"response to {shortened(condition, 24)}, in spreads of the placebo (grey: control cells)")
-    finish([ax], show=show, save=save)
-    return ax
+    return finish(ax, show=show, save=save)
 
 
 # --- effects ---------------------------------------------------------------------------------------------------------
@@ -449,7 +437,7 @@ def response(
 def volcano(
     results: Results,
     population: str,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -479,9 +467,7 @@ def volcano(
     QueryError
         There is no such population, or it has no p-values: fewer than three donors a condition.
     """
-    results, by = results.labelled(by)
-    condition = condition or results.conditions[1]
-    part = _of_condition(results, by, condition, table)
+    condition, part = _of_condition(results, by, condition, table)
     part = _population(part, population, condition)
     if part["p"].isna().all():
         msg = f"population {population!r} has no p-values under {condition!r}: too few donors"
@@ -501,18 +487,15 @@ def volcano(
     ax.set_title(shortened(population, 40), pad=22)
     ax.text(0, 1.025, _counted(part.iloc[0], int(called.sum())), transform=ax.transAxes, fontsize=8.5, color="#5B616A")
     named = np.flatnonzero(called) if called.any() else np.arange(min(5, len(x)))
-    labels = gene_labels(results.var)
-    called_genes = [labels.get(gene, gene) for gene in part["gene"].iloc[named].astype(str)]
-    label_points(ax, x[named], y[named], called_genes, names)
-    finish([ax], show=show, save=save)
-    return ax
+    label_points(ax, x[named], y[named], _symbols(results, part["gene"].iloc[named].astype(str)), names)
+    return finish(ax, show=show, save=save)
 
 
 @styled
 def effect_sizes(
     results: Results,
     population: str,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -541,9 +524,8 @@ def effect_sizes(
     QueryError
         There is no such population.
     """
-    results, by = results.labelled(by)
-    condition = condition or results.conditions[1]
-    part = _population(_of_condition(results, by, condition, table), population, condition)
+    condition, part = _of_condition(results, by, condition, table)
+    part = _population(part, population, condition)
     part = part.sort_values("mean_ite", key=lambda effect: -effect.abs(), kind="stable")
     x = part[["expressing", "expressing_control"]].max(axis=1).to_numpy(dtype=np.float64)
     y = part["mean_ite"].to_numpy(dtype=np.float64)
@@ -554,10 +536,9 @@ def effect_sizes(
     ax.set_xlabel("share of cells that express the gene, the larger of both sides")
     ax.set_ylabel(f"mean effect of {shortened(condition, 24)} over cells\n{effect_units(results)}")
     ax.set_title(f"{shortened(population, 40)}: not tested")
-    labels, largest = gene_labels(results.var), list(part["gene"].astype(str))[: 3 * names]
-    label_points(ax, x[: 3 * names], y[: 3 * names], [labels.get(gene, gene) for gene in largest], names)
-    finish([ax], show=show, save=save)
-    return ax
+    largest = _symbols(results, part["gene"].astype(str)[: 3 * names])
+    label_points(ax, x[: 3 * names], y[: 3 * names], largest, names)
+    return finish(ax, show=show, save=save)
 
 
 READINGS = {
@@ -571,7 +552,7 @@ READINGS = {
 def decomposition(
     results: Results,
     population: str,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -595,9 +576,7 @@ def decomposition(
     QueryError
         There is no such population, or its cells have no coordinates of state.
     """
-    results, by = results.labelled(by)
-    condition = condition or results.conditions[1]
-    part = _of_condition(results, by, condition, table)
+    condition, part = _of_condition(results, by, condition, table)
     part = part[(part["population"] == population) & part["within_state"].notna()]
     if part.empty:
         msg = f"population {population!r} has no effects within states under {condition!r}: no such one, or too few control cells"
@@ -618,8 +597,7 @@ def decomposition(
     ax.legend(loc="upper left", frameon=False, fontsize=8.5)
     named = np.flatnonzero(part["reading"].isin(["within", "state", "both"]).to_numpy())
     label_points(ax, x[named], y[named], list(part["gene"].iloc[named].astype(str)), names)
-    finish([ax], show=show, save=save)
-    return ax
+    return finish(ax, show=show, save=save)
 
 
 def _draw_readings(ax: Axes, part: pd.DataFrame) -> None:
@@ -638,7 +616,7 @@ def _draw_readings(ax: Axes, part: pd.DataFrame) -> None:
 def ma(
     results: Results,
     population: str,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     table: pd.DataFrame | None = None,
@@ -661,9 +639,7 @@ def ma(
     QueryError
         There is no such population.
     """
-    results, by = results.labelled(by)
-    condition = condition or results.conditions[1]
-    part = _of_condition(results, by, condition, table)
+    condition, part = _of_condition(results, by, condition, table)
     part = part[(part["population"] == population) & (part["mean_counts"] > 0)]
     if part.empty:
         msg = f"population {population!r} has no gene that is expressed under {condition!r}, or there is no such population"
@@ -682,14 +658,13 @@ def ma(
     ax.set_title(shortened(population, 40))
     named = np.flatnonzero(called)
     label_points(ax, x[named], y[named], list(part["gene"].iloc[named].astype(str)), names)
-    finish([ax], show=show, save=save)
-    return ax
+    return finish(ax, show=show, save=save)
 
 
 @styled
 def heatmap(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | Sequence[str] | None = None,
     genes: Sequence[str] | None = None,
@@ -719,9 +694,8 @@ def heatmap(
         Draw at most so many genes of none given.
     """
     results, by = results.labelled(by)
-    conditions = (
-        [condition or results.conditions[1]] if condition is None or isinstance(condition, str) else list(condition)
-    )
+    condition = condition or results.conditions[1]
+    conditions = [condition] if isinstance(condition, str) else list(condition)
     part = results.cate(by) if table is None else table
     part = _in_rows(part[part["condition"].isin(conditions)])
     value = effect_column(part)
@@ -735,11 +709,8 @@ def heatmap(
     adjusted = adjusted.reindex(index=wide.index, columns=wide.columns)
     (ax,) = panels(1, ax, size=(2.6 + 0.23 * wide.shape[1], 1.9 + 0.29 * len(wide)))
     drawn = _tiles(ax, wide, adjusted)
-    labels = gene_labels(results.var)
-    ax.set_xticks(
-        range(wide.shape[1]), [shortened(labels.get(g, g), 16) for g in wide.columns], rotation=90, style="italic",
-        fontsize=8.5,
-    )  # fmt: skip
+    names = [shortened(gene, 16) for gene in _symbols(results, wide.columns)]
+    ax.set_xticks(range(len(names)), names, rotation=90, style="italic", fontsize=8.5)
     ax.set_yticks(range(len(wide)), [shortened(name, 40) for name in wide.index])
     weak = set(part.loc[~well_founded(part), "row"])
     for text, name in zip(ax.get_yticklabels(), wide.index, strict=True):
@@ -748,14 +719,13 @@ def heatmap(
     what = shortened(conditions[0], 30) if len(conditions) == 1 else f"{len(conditions)} conditions"
     ax.set_title(f"Effect of {what} against {shortened(results.control, 30)}")
     _colour_bar(ax, drawn, f"{'effect' if value == 'effect' else 'mean effect over cells'}\n{effect_units(results)}")
-    finish([ax], show=show, save=save)
-    return ax
+    return finish(ax, show=show, save=save)
 
 
 @styled
 def conditions(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     screen: Screen | None = None,
     genes: Sequence[str] | None = None,
@@ -792,8 +762,7 @@ def conditions(
     drawn = ax.imshow(
         wide.to_numpy(), aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-limit, vmax=limit, rasterized=True
     )
-    labels = gene_labels(results.var)
-    names = [shortened(labels.get(gene, gene), 16) for gene in wide.columns]
+    names = [shortened(gene, 16) for gene in _symbols(results, wide.columns)]
     ax.set_xticks(range(len(names)), names, rotation=90, style="italic", fontsize=7.5)
     step = max(1, round(len(wide) / (height * NAMES_AN_INCH)))
     ax.set_yticks(range(0, len(wide), step), [shortened(str(name), 24) for name in wide.index[::step]], fontsize=7)
@@ -801,8 +770,7 @@ def conditions(
     ax.set_ylabel(f"{len(wide)} conditions" + (f"; every {step}th is named" if step > 1 else ""))
     ax.set_title(f"Effect of each condition against {shortened(results.control, 30)}, less the mean of all conditions")
     _colour_bar(ax, drawn, f"mean effect over cells, less that of all conditions\n{effect_units(results)}")
-    finish([ax], show=show, save=save)
-    return ax
+    return finish(ax, show=show, save=save)
 
 
 MAP_INCHES = 14.0
@@ -858,7 +826,7 @@ TESTS = {
 @styled
 def null_calibration(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     condition: str | None = None,
     donor_key: str | None = None,
@@ -910,14 +878,13 @@ def null_calibration(
     ax.set_xlabel("level")
     ax.set_ylabel("share of genes below it, donors' labels permuted")
     ax.legend(loc="lower right")
-    finish([ax], show=show, save=save)
-    return ax
+    return finish(ax, show=show, save=save)
 
 
 @styled
 def overlap(
     results: Results,
-    by: Labels = None,
+    by: PopulationLabels = None,
     *,
     ax: Axes | None = None,
     show: bool = False,
@@ -968,8 +935,7 @@ def overlap(
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("distance to the control matches in the embedding")
-    finish([ax], show=show, save=save)
-    return ax
+    return finish(ax, show=show, save=save)
 
 
 @styled
@@ -1005,8 +971,7 @@ def spaces(comparison: Comparison, *, show: bool = False, save: Save = None) -> 
         panel.tick_params(axis="y", length=0)
         panel.tick_params(axis="x", labelsize=8)
         panel.xaxis.set_major_locator(ticker.MaxNLocator(3))
-    finish(axes, show=show, save=save)
-    return axes
+    return finish(axes, show=show, save=save)
 
 
 def _population(part: pd.DataFrame, population: str, condition: str) -> pd.DataFrame:
@@ -1036,9 +1001,19 @@ def relied_on(table: pd.DataFrame) -> pd.DataFrame:
     return kept if len(kept) else table
 
 
-def _of_condition(results: Results, by: str | None, condition: str, table: pd.DataFrame | None) -> pd.DataFrame:
+def _of_condition(
+    results: Results, by: PopulationLabels, condition: str | None, table: pd.DataFrame | None
+) -> tuple[str, pd.DataFrame]:
+    """Return a condition, by default the first after the control, and its rows of the CATE table."""
+    condition = condition or results.conditions[1]
     table = results.cate(by, condition=condition) if table is None else table
-    return table[table["condition"] == condition]
+    return condition, table[table["condition"] == condition]
+
+
+def _symbols(results: Results, genes: Iterable[str]) -> list[str]:
+    """Return what genes are called: their symbols, where their names are Ensembl's numbers."""
+    labels = gene_labels(results.var)
+    return [labels.get(gene, gene) for gene in genes]
 
 
 def effect_column(table: pd.DataFrame) -> str:
@@ -1160,8 +1135,7 @@ def losses(
         _scaled(panel, steps[name].to_numpy())
         panel.set_title(LOSSES[name], fontsize=10)
         panel.set_xlabel("step", fontsize=9)
-    finish(axes, show=show, save=save)
-    return axes
+    return finish(axes, show=show, save=save)
 
 
 def training_log(results: Results | str | os.PathLike[str]) -> tuple[pd.DataFrame, pd.DataFrame]:

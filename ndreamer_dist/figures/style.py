@@ -29,6 +29,7 @@ from ndreamer_dist.storage.files import Storage, open_storage
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
+Drawn = TypeVar("Drawn", Axes, list[Axes])
 Save = str | os.PathLike[str] | None
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#5A5A5A")
@@ -90,14 +91,15 @@ def panels(number: int, ax: Axes | None, *, size: tuple[float, float], columns: 
     return axes[:number]
 
 
-def finish(axes: Sequence[Axes], *, show: bool, save: Save) -> None:
-    """Save and show the figure of some axes, where that is asked for."""
-    figure = axes[0].get_figure(root=True)
+def finish(drawn: Drawn, *, show: bool, save: Save) -> Drawn:
+    """Save and show the figure of some axes, where that is asked for; return them."""
+    figure = (drawn if isinstance(drawn, Axes) else drawn[0]).get_figure(root=True)
     if save is not None and figure is not None:
         name = os.fspath(save)
         write_file(name, figure_bytes(figure, name.rpartition(".")[2]))
     if show:
         plt.show()
+    return drawn
 
 
 def figure_bytes(figure: Figure, form: str = "png") -> bytes:

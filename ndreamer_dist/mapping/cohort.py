@@ -6,7 +6,7 @@ Input: a source and the run. Output: the same files as the cohort stage of a run
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -123,25 +123,23 @@ def run_mapped_cohort(
         return Design.from_json(run.read_json(keys.DESIGN_JSON))
     decision = values_of(source, reference, cohort)
     source = source.in_natural_logs(decision.base)
-    recipe = Recipe(decision.normalise, _left(reference, source, cohort), cohort.min_genes, cohort.chunk_rows)
+    recipe = Recipe.of(decision, cohort, _left(reference, source, cohort))
     one = np.zeros(source.n_cells, dtype=np.int64)
-    found = scan(
-        source, source.task_matrix(runtime), one, recipe, runtime, integers=decision.integers, title="cohort: values"
-    )
+    found = scan(source, source.task_matrix(runtime), one, recipe, runtime, title="cohort: values")
     keep, dropped_for = kept_cells(found, cohort)
     made = mapped_design(source.cells, reference.design, cohort, keep, controls_first=new.controls_first)
-    reasons = first_reason(dropped_for, made.reasons)
+    made = replace(made, reasons=first_reason(dropped_for, made.reasons))
     selected = np.array([name is not None for name in genes.names])
     named = np.where(selected, genes.names, source.gene_names.to_numpy(dtype=object))
     table = pd.DataFrame({"name": named, "selected": selected, "cells": found.expressed})
     notes = [decision.seen, *source.notes]
     if genes.missing:
         notes.append(f"{len(genes.missing)} genes of the run are missing and count as zeros: {listing(genes.missing)}")
-    for reason in sorted(set(reasons[reasons != ""])):
-        notes.append(f"{int((reasons == reason).sum())} cells left out: {reason}")
+    for reason in sorted(set(made.reasons[made.reasons != ""])):
+        notes.append(f"{int((made.reasons == reason).sum())} cells left out: {reason}")
         logger.warning("map: %s", notes[-1]) if reason != NO_COUNTS else logger.info("map: %s", notes[-1])
-    summary = summary_of(cohort, decision, made.design, reasons, table, notes) | {"cells": made.design.own_cells}
-    stage.mark(shard, write_cohort(run, source, made.design, made.groups, found, table, reasons, summary))
+    summary = summary_of(cohort, decision, made, table, notes) | {"cells": made.design.own_cells}
+    stage.mark(shard, write_cohort(run, source, made, found, table, summary))
     return made.design
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from ndreamer_dist.cohort.design import (
     EXCLUDED,
     Design,
     Group,
+    GroupedCells,
     batch_name,
     columns_of,
     group_name,
@@ -23,18 +23,9 @@ from ndreamer_dist.grouping.small_groups import ColumnTable, why_left_out
 from ndreamer_dist.settings import CohortSettings
 
 
-@dataclass(frozen=True)
-class MappedDesign:
-    """The design, and of every new cell its group, -1 where it is left out, and why."""
-
-    design: Design
-    groups: np.ndarray
-    reasons: pd.Categorical[Any]
-
-
 def mapped_design(
     obs: ColumnTable, stored: Design, cohort: CohortSettings, keep: np.ndarray, *, controls_first: bool = False
-) -> MappedDesign:
+) -> GroupedCells:
     """Return the design of a run's groups and those of new cells.
 
     New groups come in the order of their names, so that nothing depends on the order of the cells. Their conditions and
@@ -91,7 +82,7 @@ def mapped_design(
     if controls_first and 0 < controls < len(made.own_groups):
         made = replace(made, new_controls=(*made.new_controls, before + controls))
     reasons = {EXCLUDED: keep & left_out, f"group of fewer than {cohort.min_group_cells} cells": few}
-    return MappedDesign(made, codes, why_left_out(reasons))
+    return GroupedCells(made, codes, why_left_out(reasons))
 
 
 def names_in(obs: ColumnTable, name: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from ndreamer_dist.matching.exact import nearest as nearest_by_cells
 from ndreamer_dist.matching.labels import Placed
 from ndreamer_dist.matching.partition import Index, build_index, distinct_rows
 
-QUERY_TILE = 16_384
+SETTLED_QUERIES = 16_384
 """Queries whose proposals are settled together."""
 DOUBLE_PAIRS = 2**27
 """Query-target pairs whose float64 products are held at once: a GiB."""
@@ -72,16 +72,6 @@ ENGINES = {"cuda": Engine("cuda", _flat_on_gpu), "cpu": Engine("cpu", _flat_on_h
 def resident(cells: Placed, device: str) -> Placed:
     """Return the cells with their coordinates on a device, where they stay while this process asks for the same ones."""
     return Placed(torch.tensor(cells.points, device=ENGINES[device].device), cells.labels)
-
-
-def nearest(
-    queries: np.ndarray, targets: np.ndarray, k: int, *, exclude: np.ndarray | None = None, device: str = "cpu"
-) -> Neighbours:
-    """Return the k nearest targets of every query, exactly; see `exact.nearest`."""
-    if not len(targets):
-        return nearest_by_cells(queries, targets, k)
-    group = GpuIndex(torch.tensor(targets, device=device), ENGINES[device])
-    return group.nearest(torch.tensor(queries, device=device), k, exclude=exclude)
 
 
 class Proposals(NamedTuple):
@@ -144,7 +134,7 @@ class GpuIndex:
         """
         skipped = np.full(len(queries), -1, dtype=np.int64) if exclude is None else np.asarray(exclude, dtype=np.int64)
         sent = torch.tensor(skipped, device=queries.device)
-        tiles = [slice(start, start + QUERY_TILE) for start in range(0, len(queries), QUERY_TILE)]
+        tiles = [slice(start, start + SETTLED_QUERIES) for start in range(0, len(queries), SETTLED_QUERIES)]
         parts = [self._search(queries[tile], sent[tile], k) for tile in tiles]
         if not parts:
             return Neighbours(*distances_of(*nothing_found(0, k)), np.zeros(0, dtype=bool))

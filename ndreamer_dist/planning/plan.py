@@ -212,12 +212,8 @@ def plan_of(
     input_groups: Mapping[str, int],
     cpus: int,
     object_store: int,
-    memory_free: int | None = None,
-    disk_free: int | None = None,
-    runtime: str = "",
-    took: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Return the plan of a cohort.
+    """Return the plan of a cohort; the caller adds what there is on the machine, and in the run directory.
 
     Parameters
     ----------
@@ -250,13 +246,9 @@ def plan_of(
         stages=tuple(_stage_plan(stage, designed, stage_memory[name], cpus) for name, stage in stages.items()),
         memory=needs.memory,
         disk=needs.disk,
-        memory_free=memory_free,
-        disk_free=disk_free,
         embedding=settings.embed.method,
         left_out=tuple(stage for stage in keys.STAGES if stage not in stages),
         cpus=cpus,
-        runtime=runtime,
-        took=tuple((took or {}).items()),
         within=settings.match.within,
         sampled=speeds.sampled_match_seconds(design, settings) / cpus,
     )

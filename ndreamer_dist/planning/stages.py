@@ -7,7 +7,7 @@ common.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -53,7 +53,7 @@ class Job:
     settings: Settings
     source: Source
     runtime: Runtime
-    from_input: SpaceInput
+    from_input: SpaceInput = field(default_factory=SpaceInput)
 
     @cached_property
     def packed(self) -> Packed:

@@ -53,12 +53,12 @@ from ndreamer_dist.report.tables import (
     timings_table,
     whole,
 )
-from ndreamer_dist.results.reader import Labels
+from ndreamer_dist.results.reader import PopulationLabels
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
 from ndreamer_dist.stats.null import rates
-from ndreamer_dist.stats.results import MIN_CELLS, Results
+from ndreamer_dist.stats.results import MIN_CELLS, Results, open_results
 from ndreamer_dist.storage.shards import counting
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def report(
     results: Results | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    by: Labels = None,
+    by: PopulationLabels = None,
     condition: str | None = None,
     donor_key: str | None = None,
     cells: int = plots.CELLS,
@@ -173,7 +173,7 @@ def report(
     StoreError
         There are no results, or `out` is needed: they lie apart from a run directory.
     """
-    opened = results if isinstance(results, Results) else _opened(results)
+    opened = results if isinstance(results, Results) else open_results(results)
     address = out if out is not None else _default(opened)
     chosen = by is None
     opened, by = opened.labelled(by)
@@ -204,12 +204,6 @@ def page(data: PageData) -> str:
     engine = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = engine.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
     return template.render(**_content(data), script=Markup(script), script_hash=f"sha256-{digest}")  # noqa: S704 - ours
-
-
-def _opened(address: str | os.PathLike[str]) -> Results:
-    from ndreamer_dist.stats.results import open_results
-
-    return open_results(address)
 
 
 def _default(results: Results) -> str:
@@ -479,12 +473,9 @@ def _gene_tables(data: PageData, *, several: bool) -> Iterator[tuple[str, str, T
         for name, part in data.populations(condition):
             row = part.iloc[0]
             donors = f", {row['treated_donors']} v {row['control_donors']} donors" if data.tested else ""
-            words = f"{whole(row['cells'])} cells{donors}, {_method(str(row['p_method']))}"
+            method = "not tested" if row["p_method"] == "none" else row["p_method"]
+            words = f"{whole(row['cells'])} cells{donors}, {method}"
             yield f"{name}: {condition}" if several else name, words, genes_table(part, TOP_GENES, data.labels)
-
-
-def _method(method: str) -> str:
-    return "not tested" if method == "none" else method
 
 
 def _trust(data: PageData) -> Iterator[str]:

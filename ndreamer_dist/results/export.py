@@ -161,10 +161,17 @@ def _write_h5ad(adata: anndata.AnnData, path: Path) -> None:
         adata.write_h5ad(path, compression="gzip", convert_strings_to_categoricals=False)
 
 
-def _write_zarr(adata: anndata.AnnData, path: Path) -> None:
+@contextmanager
+def plain_zarr() -> Iterator[None]:
+    """Let anndata write zarr format 3 with nullable strings, and without announcing its next defaults."""
     settings = {"allow_write_nullable_strings": True, "zarr_write_format": 3, "auto_shard_zarr_v3": False}
     with anndata.settings.override(**settings), warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)  # that consolidation is not in the specification yet
+        yield
+
+
+def _write_zarr(adata: anndata.AnnData, path: Path) -> None:
+    with plain_zarr():
         adata.write_zarr(path, convert_strings_to_categoricals=False)
 
 

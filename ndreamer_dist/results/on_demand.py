@@ -203,13 +203,7 @@ class Counterparts:
         pairs = {pair for term in terms for pair in self._pairs(rows, term)}
         most = max((self._counted(term) for term in terms), default=1)
         edges = self.edges(rows, pairs, distances=most > 1, neighbours=most)
-        return [
-            average_over(
-                self.design, edges, rows, self.bandwidth, condition=term.condition, without=term.without,
-                neighbours=self._counted(term),
-            )
-            for term in terms
-        ]  # fmt: skip
+        return [average_over(self.design, edges, rows, term, self.bandwidth, self._counted(term)) for term in terms]
 
     def _counted(self, term: Term) -> int:
         return self.denoise_neighbours if term.denoised else self.neighbours

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 Order = Literal["input", "packed"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
-Labels = str | pd.Series | pd.DataFrame | None
+PopulationLabels = str | pd.Series | pd.DataFrame | None
 """Populations: the name of a column of `obs`, a label per cell by name (a Series, or a table of one column), or none for all
 cells together."""
 Room = Callable[[tuple[int, int]], np.ndarray]
@@ -489,7 +489,7 @@ class ResultsReader:
         """Add the coordinates cells were matched in to a part of these results, as `obsm[results.embedding_key]`."""
         adata.obsm[self.embedding_key] = self.embedding(list(adata.obs_names), pca=True).to_numpy()
 
-    def labelled(self, by: Labels) -> tuple[Self, str | None]:
+    def labelled(self, by: PopulationLabels) -> tuple[Self, str | None]:
         """Return the results with a Series of labels among the columns of `obs`, and the column's name.
 
         Nothing is stored. The name of a column, or none, comes back with these results themselves.
@@ -659,7 +659,7 @@ class ResultsReader:
         if cells is None:
             chosen = self._input_order
         elif isinstance(cells, str):
-            chosen = self._queried(cells)
+            chosen = self._input_order[cells_of_query(self._cells, cells)[self._input_order]]
         else:
             chosen = self._listed(cells)
         if not len(chosen):
@@ -668,10 +668,6 @@ class ResultsReader:
                 msg += f" by {cells!r}.{self._near_value(cells)}"
             raise QueryError(msg)
         return np.sort(chosen) if order == "packed" else chosen
-
-    def _queried(self, query: str) -> np.ndarray:
-        kept = cells_of_query(self._cells, query)
-        return self._input_order[kept[self._input_order]]
 
     def _near_value(self, query: str) -> str:
         """Return what value of a column was meant by a query that selects nothing; empty where none is near."""

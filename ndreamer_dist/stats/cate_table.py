@@ -141,16 +141,16 @@ def cate_parts(given: StatisticsInput, asked: CateQuestion) -> Iterator[tuple[in
     conditions = conditions_of(given.design, asked.condition, given.baseline)
     names, codes = populations_of(given.cells, asked.by)
     everyone = replicates_of(given, asked.donor_key)
-    space = space_of(given, asked.by, asked.donor_key, codes, everyone, asked.min_cells)
+    space = space_of(given, asked, codes, everyone)
     rows = rows_of_condition(given.design, given.baseline)
     given = replace(given, expression=held(given.expression, rows, given.columns))
     if given.baseline:
         search = given.counterparts.between(given.embedding)
         given = replace(given, counterparts=replace(given.counterparts, search=search))
-    control = _control(given, codes, len(names))
+    control = _control(given, codes)
     for code, effects in effects_by_condition(given, codes, conditions):
         replicates = everyone.against(given.baseline, code)
-        means = means_of(given, codes, replicates, [code], asked.min_cells, space)
+        means = means_of(given, codes, replicates, asked.min_cells, space)
         compared = Compared(code, codes, replicates, means, space)
         described = _described(given, codes, code, effects, control)
         for number, name in enumerate(names):
@@ -159,19 +159,17 @@ def cate_parts(given: StatisticsInput, asked: CateQuestion) -> Iterator[tuple[in
                 yield number, _rows(given, name, number, code, described, tested)
 
 
-def donor_means(
-    given: StatisticsInput, *, by: str, condition: str | None, donor_key: str | None, min_cells: int
-) -> anndata.AnnData:
+def donor_means(given: StatisticsInput, asked: CateQuestion) -> anndata.AnnData:
     """Return one row per population and donor, for a model of your own; see `Results.donor_means`."""
-    conditions = conditions_of(given.design, condition, given.baseline)
-    names, codes = populations_of(given.cells, by)
-    everyone = replicates_of(given, donor_key)
+    conditions, by = conditions_of(given.design, asked.condition, given.baseline), str(asked.by)
+    names, codes = populations_of(given.cells, asked.by)
+    everyone = replicates_of(given, asked.donor_key)
     covariates = covariate_table(given.cells, everyone)
     rows, matched, plain = [], [], []
     for code in conditions:
         replicates = everyone.against(given.baseline, code)
         own = covariates[np.isin(everyone.conditions, (given.baseline, code))]
-        means = means_of(given, codes, replicates, [code], min_cells)
+        means = means_of(given, codes, replicates, asked.min_cells)
         for number, r in np.argwhere(means.included):
             rows.append(
                 {
@@ -180,7 +178,7 @@ def donor_means(
                     "cells": int(means.cells[number, r]), **own.iloc[r].to_dict(),
                 }
             )  # fmt: skip
-            matched.append(means.matched[code][number, r])
+            matched.append(means.matched[number, r])
             plain.append(means.own[number, r])
     obs = pd.DataFrame(rows)
     obs.index = pd.Index([f"{row[by]}|{row['donor']}|{row['condition']}|{row['contrast']}" for row in rows])
@@ -309,38 +307,27 @@ def conditions_of(design: Design, condition: str | None, baseline: int = 0) -> l
 
 
 def means_of(
-    given: StatisticsInput,
-    codes: np.ndarray,
-    replicates: Replicates,
-    conditions: list[int],
-    min_cells: int,
-    space: StateSpace | None = None,
+    given: StatisticsInput, codes: np.ndarray, replicates: Replicates, min_cells: int, space: StateSpace | None = None
 ) -> PopulationMeans:
     """Return the donors' means in every population, and those through state where there is a space; see `population_means`."""
-    number = int(codes.max()) + 1
-    asking = np.sort(np.concatenate(first_cells(replicates.pieces, codes, number)))
-    return population_means(
-        codes, number, replicates, Neighbours(given, asking), given.expression, given.columns, conditions=conditions,
-        min_cells=min_cells, within=None if space is None else StateNeighbours(space, asking), baseline=given.baseline,
-    )  # fmt: skip
+    asking = np.sort(np.concatenate(first_cells(replicates.pieces, codes)))
+    ways: list[Nearest] = [MatchedNeighbours(given, asking)]
+    if space is not None:
+        ways.append(StateNeighbours(space, asking))
+    return population_means(codes, replicates, ways, given.expression, given.columns, min_cells)
 
 
 def space_of(
-    given: StatisticsInput,
-    by: str | None,
-    donor_key: str | None,
-    codes: np.ndarray,
-    replicates: Replicates,
-    min_cells: int,
+    given: StatisticsInput, asked: CateQuestion, codes: np.ndarray, replicates: Replicates
 ) -> StateSpace | None:
     """Return the coordinates of state of the cells that tests are of, made once; none where they cannot be had."""
     if given.state is None:
         return None
-    key, number = (by, donor_key, min_cells), int(codes.max()) + 1  # every population has cells
+    key = asked.by, asked.donor_key, asked.min_cells
     if key not in given.spaces:
-        included = replicates.counts(codes, number) >= min_cells
+        included = replicates.counts(codes) >= asked.min_cells
         inside = np.where((codes >= 0) & included[codes, replicates.of_cell], codes, -1)
-        given.spaces[key] = state_space(given.state, inside, number, replicates, typed=by is not None)
+        given.spaces[key] = state_space(given.state, inside, len(included), replicates, typed=asked.by is not None)
     return given.spaces[key]
 
 
@@ -351,7 +338,7 @@ def _say_that_matches_are_searched(_results: str, *, kept: bool) -> None:
     logger.info("some matches are not in the run and are searched now%s", remedy)
 
 
-class Neighbours:
+class MatchedNeighbours:
     """Nearest neighbours between sets of packed rows: read where they are kept, else searched here.
 
     Parameters
@@ -403,10 +390,10 @@ class Neighbours:
         return self._given.counterparts.between(self._given.embedding)(queries, targets, asking)[0][:, 0]
 
 
-def _control(given: StatisticsInput, codes: np.ndarray, number: int) -> Control:
-    baseline = given.baseline
-    placebo = placebo_moments(codes, number, given.counterparts, given.expression, given.columns, baseline)
-    plain = plain_expression(codes, number, rows_of_condition(given.design, baseline), given.expression, given.columns)
+def _control(given: StatisticsInput, codes: np.ndarray) -> Control:
+    placebo = placebo_moments(codes, given.counterparts, given.expression, given.columns, given.baseline)
+    rows = rows_of_condition(given.design, given.baseline)
+    plain = plain_expression(codes, rows, given.expression, given.columns)
     return Control(plain, None if placebo is None else placebo.spread)
 
 
@@ -423,8 +410,8 @@ def _described(
         effects.add(values, codes[rows])
         near_effects.add(values, np.where(near[rows], codes[rows], -1))
     rows = rows_of_condition(given.design, code)
-    plain = plain_expression(codes, number, rows, given.expression, given.columns)
-    quality = match_quality(codes, number, near, given.counterparts, [code], given.baseline)
+    plain = plain_expression(codes, rows, given.expression, given.columns)
+    quality = match_quality(codes, near, given.counterparts, [code], given.baseline)
     purity, effective, without = (
         values[:, code] for values in (quality.purity, quality.effective_cells, quality.without_overlap)
     )
@@ -449,7 +436,7 @@ def effects_by_condition(
             continue
         rows = np.sort(np.concatenate([rows_of_condition(given.design, code) for code in run]))
         rows = rows[codes[rows] >= 0]
-        values, of = _effects(given, rows), given.design.group_conditions[given.design.group_of(rows)]
+        values, of = _effects(given, rows, 0), given.design.group_conditions[given.design.group_of(rows)]
         for code in run.tolist():
             yield code, [(rows[of == code], values[of == code])]
 
@@ -459,23 +446,21 @@ def individual_effects(
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     """Give packed rows and the individual effects of their cells, part by part."""
     for code in conditions:
-        if given.baseline:
-            question = effect_question(code, given.baseline)
         for group in given.design.with_condition(code):
             rows = np.arange(group.start, group.stop)
             for part in parts(rows[codes[rows] >= 0], len(given.columns)):
-                if given.baseline:
-                    question = effect_question(code, given.baseline)
-                    yield part, compute(question, given.counterparts, given.expression, part, given.columns)
-                else:
-                    yield part, _effects(given, part)
+                yield part, _effects(given, part, code)
 
 
-def _effects(given: StatisticsInput, rows: np.ndarray) -> np.ndarray:
-    """Return the individual effects of cells, (rows, genes), as they are stored or else computed."""
-    if given.stored_ite:
+def _effects(given: StatisticsInput, rows: np.ndarray, condition: int) -> np.ndarray:
+    """Return the individual effects of cells, (rows, genes), as they are stored or else computed.
+
+    Against the control they are of every cell's own condition, whatever it is; against another baseline of this one.
+    """
+    if not given.baseline and given.stored_ite:
         return given.counterparts.dense(f"layers/{keys.LAYER_ITE}", rows, given.columns)
-    return compute(layer_question(keys.LAYER_ITE), given.counterparts, given.expression, rows, given.columns)
+    against = effect_question(condition, given.baseline) if given.baseline else layer_question(keys.LAYER_ITE)
+    return compute(against, given.counterparts, given.expression, rows, given.columns)
 
 
 def _tested(given: StatisticsInput, compared: Compared, number: int, asked: CateQuestion) -> Tested:
@@ -493,12 +478,12 @@ def _tested(given: StatisticsInput, compared: Compared, number: int, asked: Cate
     total = Part.of(test(own), left_out_of(own))
     if asked.population == "treated" and len(kept):
         ask = _Asking(given, (compared.populations == number) & (replicates.of_cell >= 0), replicates, kept)
-        matched = ask(Neighbours(given))
+        matched = ask(MatchedNeighbours(given))
     else:
-        ask, matched = None, test(means.matched[code][number, kept])
+        ask, matched = None, test(means.matched[number, kept])
     parts = None
     if space is not None and space.dimensions[number] and len(kept):
-        within = means.within[code][number, kept]
+        within = means.within[number, kept]
         found = decomposed(own, within, test, left_out_of) if ask is None else ask.decomposed(space, own, total)
         size = float(np.median(means.cells[number, kept]))
         parts = Decomposition(*found, size, float(space.reliability[number]))

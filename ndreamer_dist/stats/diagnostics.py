@@ -19,6 +19,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Group
 from ndreamer_dist.effects.averages import effective_number
 from ndreamer_dist.matching.exact import nearest
+from ndreamer_dist.matching.stage import CROWDED
 from ndreamer_dist.results.on_demand import compute, layer_question
 from ndreamer_dist.stats.cate_table import StatisticsInput, column, populations_of, replicates_of
 from ndreamer_dist.stats.populations import Replicates
@@ -26,8 +27,6 @@ from ndreamer_dist.storage.arrays import open_array
 
 DonorLayout = Literal["nested", "crossed", "partly crossed", "no donors"]
 
-CROWDED = 0.04
-"""More neighbours than this share of a donor's cells in a population are said to be many."""
 NEIGHBOURS = 15
 """Nearest cells that are looked at for mixing."""
 DIMENSIONS = 50
@@ -77,7 +76,7 @@ def crowding(given: StatisticsInput, names: list[str], codes: np.ndarray, donor_
     column_given = donor_key is not None or bool(given.design.batch_keys)
     if not column_given:
         return
-    counts = replicates_of(given, donor_key).counts(codes, len(names))
+    counts = replicates_of(given, donor_key).counts(codes)
     for setting, k, what in (
         ("match.neighbours", given.counterparts.neighbours, "a shift of state comes back as an effect"),
         ("denoise.neighbours", given.counterparts.denoise_neighbours, "denoised follows the state less closely there"),
@@ -133,7 +132,7 @@ def told_of_group(
         "batch": given.design.batches[group.batch],
         "condition": given.design.conditions[group.condition],
         "cells": group.cells,
-        **overlap(cells),
+        **_overlap(cells),
         "own_distance": float(np.nanmedian(own)) if np.isfinite(own).any() else np.nan,
         "times_matched_mean": times.mean(),
         "times_matched_max": int(times.max()),
@@ -157,7 +156,7 @@ def effective_controls(group: Group, given: StatisticsInput) -> float:
     return effective_number(np.bincount(near[near >= 0]))
 
 
-def overlap(cells: pd.DataFrame) -> dict[str, float]:
+def _overlap(cells: pd.DataFrame) -> dict[str, float]:
     """Return the share of cells with a near control match and their median distance to the control; NaN without one."""
     known = cells[cells[keys.OBS_MATCH_DISTANCE].notna()]
     return {
@@ -191,7 +190,7 @@ def told_of_populations(given: StatisticsInput, names: list[str], codes: np.ndar
     for pair, cells in table[codes >= 0].groupby(pairs[codes >= 0]):
         number, code = divmod(int(str(pair)), len(given.design.conditions))
         of = {"population": names[number], "condition": given.design.conditions[code]}
-        told.append({**of, "cells": len(cells), **overlap(cells)})
+        told.append({**of, "cells": len(cells), **_overlap(cells)})
     return pd.DataFrame(told)
 
 

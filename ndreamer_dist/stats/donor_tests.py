@@ -128,9 +128,8 @@ def welch_tests(means: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Dono
     permuted = labellings(len(means), counts[0], genes=means.shape[1], seed=seed)
     p = _permutation_p(_welch_reaching(_centred(means), t, permuted), t, len(permuted), observed_among=complete)
     floor = (2 if counts[0] == counts[1] else 1) / possible if complete else 1 / (len(permuted) + 1)
-    return _chosen(
-        effect, t, p, parametric, ("permutation", "welch"), possible, floor, few=min(counts) <= FEW_DONORS
-    )  # fmt: skip
+    permutation = DonorTest(effect, t, p, p, parametric, "permutation", floor, min(counts) <= FEW_DONORS)
+    return _with_enough(permutation, possible, "welch")
 
 
 def asked_by_treated_test(asking: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> DonorTest:
@@ -190,7 +189,7 @@ def paired_test(differences: np.ndarray, *, seed: int = 0) -> DonorTest:
     signs = sign_flips(pairs, genes=genes, seed=seed)
     p = _permutation_p(_paired_reaching(differences, t, signs), t, len(signs), observed_among=complete)
     floor = 2 / possible if complete else 1 / (len(signs) + 1)
-    return _chosen(effect, t, p, parametric, ("sign flips", "paired t"), possible, floor, few=few)
+    return _with_enough(DonorTest(effect, t, p, p, parametric, "sign flips", floor, few), possible, "paired t")
 
 
 def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) -> DonorTest:
@@ -375,23 +374,13 @@ def _centred(means: np.ndarray) -> np.ndarray:
     return means - means.mean(axis=0)
 
 
-def _chosen(
-    effect: np.ndarray,
-    t: np.ndarray,
-    permutation: np.ndarray,
-    parametric: np.ndarray,
-    methods: tuple[Method, Method],
-    possible: int,
-    floor: float,
-    *,
-    few: bool,
-) -> DonorTest:
-    """Take the permutation's p-value as the main one where there are labellings enough. No spread: no p-value."""
-    nothing = ~np.isfinite(t)
-    permutation, parametric = (np.where(nothing, np.nan, p) for p in (permutation, parametric))
-    if possible >= ENOUGH_LABELLINGS:
-        return DonorTest(effect, t, permutation, permutation, parametric, methods[0], floor, few)
-    return DonorTest(effect, t, parametric, permutation, parametric, methods[1], 0.0, few)
+def _with_enough(test: DonorTest, possible: int, otherwise: Method) -> DonorTest:
+    """Return a permutation test; with few labellings, with the parametric p-value as the main one. No spread: no p-value."""
+    permutation, parametric = (
+        np.where(np.isfinite(test.statistic), p, np.nan) for p in (test.p_permutation, test.p_parametric)
+    )
+    test = replace(test, p=permutation, p_permutation=permutation, p_parametric=parametric)
+    return test if possible >= ENOUGH_LABELLINGS else replace(test, p=parametric, method=otherwise, p_floor=0.0)
 
 
 def with_arrays(test: DonorTest, array: Callable[[str], np.ndarray]) -> DonorTest:

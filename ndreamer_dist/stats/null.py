@@ -22,7 +22,8 @@ from scipy import sparse, special
 from ndreamer_dist.effects.expression import HELD_VALUES, Expression
 from ndreamer_dist.errors import QueryError
 from ndreamer_dist.stats.cate_table import (
-    Neighbours,
+    CateQuestion,
+    MatchedNeighbours,
     StatisticsInput,
     conditions_of,
     kept_replicates,
@@ -52,27 +53,18 @@ NO_EFFECT = 1e-9
 """Size below which a cell's effect is rounding."""
 
 
-def null_table(
-    given: StatisticsInput,
-    *,
-    by: str | None,
-    condition: str | None,
-    donor_key: str | None,
-    min_cells: int,
-    count: int,
-    seed: int,
-) -> pd.DataFrame:
+def null_table(given: StatisticsInput, asked: CateQuestion, *, count: int, seed: int) -> pd.DataFrame:
     """Return the table; see `Results.null`, whose arguments these are."""
-    conditions, (names, codes) = conditions_of(given.design, condition), populations_of(given.cells, by)
-    everyone = replicates_of(given, donor_key)
-    space = space_of(given, by, donor_key, codes, everyone, min_cells)
+    conditions, (names, codes) = conditions_of(given.design, asked.condition), populations_of(given.cells, asked.by)
+    everyone = replicates_of(given, asked.donor_key)
+    space = space_of(given, asked, codes, everyone)
     tables = []
     for code in conditions:
         replicates = everyone.against(0, code)
-        if not _testable(replicates, replicates.counts(codes, len(names)) >= min_cells, code):
+        if not _testable(replicates, replicates.counts(codes) >= asked.min_cells, code):
             continue
-        means = means_of(given, codes, replicates, [code], min_cells, space)
-        sample = sampled(codes, len(names), replicates, Neighbours(given))
+        means = means_of(given, codes, replicates, asked.min_cells, space)
+        sample = sampled(codes, replicates, MatchedNeighbours(given))
         for number, name in enumerate(names):
             kept, paired = kept_replicates(replicates, means.included[number], code)
             pairs = pairs_of(replicates, kept) if paired else None
@@ -82,10 +74,10 @@ def null_table(
             labels = permuted_labels(truth, count, np.random.default_rng((seed, number, code)), pairs)
             if not len(labels):
                 continue
-            matched, own = means.matched[code][number, kept], means.own[number, kept]
+            matched, own = means.matched[number, kept], means.own[number, kept]
             found = donor_p(matched, own, labels, pairs, seed=given.seed)
             if space is not None and space.dimensions[number]:
-                within = means.within[code][number, kept]
+                within = means.within[number, kept]
                 for test, values in (("within_state", within), ("state_shift", own - within)):
                     found[test] = tests_of_labellings(values, labels, pairs, given.seed).p
             found["sign"] = sign_p(sample.of(number, kept, replicates), labels, given.expression, given.columns)
@@ -239,11 +231,9 @@ class Sample:
         return Asked(owner[chosen], self.near[chosen][:, donor >= 0], donor[donor >= 0])
 
 
-def sampled(
-    populations: np.ndarray, number: int, replicates: Replicates, nearest: Nearest, most: int = SIGN_CELLS
-) -> Sample:
+def sampled(populations: np.ndarray, replicates: Replicates, nearest: Nearest, most: int = SIGN_CELLS) -> Sample:
     """Return at most about `most` cells of every population, the first of each piece: packed rows are in random order."""
-    rows = first_cells(replicates.pieces, populations, number, most)
+    rows = first_cells(replicates.pieces, populations, most)
     near = [
         np.stack([part if one is other else nearest(part, other.rows, one.rows) for other in replicates.pieces], axis=1)
         for one, part in zip(replicates.pieces, rows, strict=True)

@@ -22,6 +22,7 @@ from scipy import sparse
 
 from ndreamer_dist.cohort.design import Design
 from ndreamer_dist.results.on_demand import Expression
+from ndreamer_dist.summaries.cells import population_count
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ class Piece:
     replicate: int
     group: int
     rows: np.ndarray
+
+
+Lookup = tuple[Piece, np.ndarray, np.ndarray]
+"""A piece, its cells that ask, and the places of their nearest neighbours in a target."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,12 @@ class Replicates:
             found[int(self.conditions[piece.replicate])].append(piece)
         return found
 
-    def counts(self, populations: np.ndarray, number: int) -> np.ndarray:
+    def counts(self, populations: np.ndarray) -> np.ndarray:
         """Return the cells of every population and replicate: (populations, replicates); -1 is no population."""
-        found = np.zeros((number, len(self)), dtype=np.int64)
+        found = np.zeros((population_count(populations), len(self)), dtype=np.int64)
         for piece in self.pieces:
             codes = populations[piece.rows]
-            found[:, piece.replicate] += np.bincount(codes[codes >= 0], minlength=number)
+            found[:, piece.replicate] += np.bincount(codes[codes >= 0], minlength=len(found))
         return found
 
 
@@ -129,73 +134,62 @@ class PopulationMeans:
     own
         (populations, replicates, genes) plain means, pseudobulk.
     matched
-        By condition code: m of the replicates of that condition and the baseline, (populations, replicates, genes).
+        (populations, replicates, genes) m: means through the matches.
     within
-        The same through the neighbours in state, if they were asked for.
+        The same through the neighbours in state; empty if they were not asked for.
     """
 
     cells: np.ndarray
     included: np.ndarray
     own: np.ndarray
-    matched: dict[int, np.ndarray]
-    within: dict[int, np.ndarray] = field(default_factory=dict)
+    matched: np.ndarray
+    within: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 def population_means(
     populations: np.ndarray,
-    number: int,
     replicates: Replicates,
-    nearest: Nearest,
+    ways: Sequence[Nearest],
     expression: Expression,
     columns: np.ndarray,
-    *,
-    conditions: Sequence[int],
     min_cells: int,
-    within: Nearest | None = None,
-    baseline: int = 0,
 ) -> PopulationMeans:
-    """Return each replicate's mean expression in every population, plain and through the matches.
+    """Return each replicate's mean expression in every population, plain and through its neighbours.
 
     Parameters
     ----------
     populations
-        (cells,) population of every packed row, -1 for none; there are `number` of them.
-    conditions
-        Codes to compare with the baseline.
+        (cells,) population of every packed row, -1 for none.
+    replicates
+        Those that are compared: of two conditions.
+    ways
+        The neighbours to look through: the matches, and those in state, if asked for. A population without a neighbour in state
+        is NaN there.
     min_cells
         Own cells that a replicate needs in a population.
-    within
-        Other neighbours, in state, to be looked through as well; populations without a neighbour are NaN.
-    baseline
-        Code of the condition to compare with; the control's by default.
     """
-    cells = replicates.counts(populations, number)
+    cells = replicates.counts(populations)
     included = cells >= min_cells
-    questions = {c: included & np.isin(replicates.conditions, (baseline, c)) for c in conditions}
-    own = np.zeros((number, len(replicates), len(columns)))
-    ways = [nearest] if within is None else [nearest, within]
-    through = {(w, c): np.zeros_like(own) for w in range(len(ways)) for c in conditions}
-    looked_up = np.zeros((number, len(replicates)), dtype=bool)
-    asking = first_cells(replicates.pieces, populations, number)
+    own, *through = (np.zeros((*cells.shape, len(columns))) for _ in range(1 + len(ways)))
+    looked_up = np.zeros(cells.shape, dtype=bool)
+    asking = first_cells(replicates.pieces, populations)
     for target in replicates.pieces:
-        shares = [_shares(target, replicates, populations, number, inside=inside) for inside in (False, True)]
-        weights = [_own_weights(target, populations, number, replicates)]
-        asked = [(w, c) for w, c in through if questions[c][:, target.replicate].any()]
-        found = [_counterparts(target, replicates, way, asking) if asked else [] for way in ways]
-        weights += [shares[w] @ _weights(target, found[w], populations, questions[c], replicates) for w, c in asked]
-        for _, rows_found, _ in found[-1] if found else []:
+        found: list[Lookup] = []
+        weights = [_own_weights(target, populations, len(cells), replicates)]
+        for way, nearest in enumerate(ways if included[:, target.replicate].any() else ()):
+            found = _counterparts(target, replicates, nearest, asking)
+            share = _shares(target, replicates, populations, len(cells), inside=way > 0)
+            weights.append(share @ _weights(target, found, populations, included, replicates))
+        for _, rows_found, _ in found:
             looked_up[np.unique(populations[rows_found]), target.replicate] = True
         for rows, part in _parts(target.rows):
             sums = sparse.vstack([w[:, part] for w in weights], format="csr") @ expression.read(rows, columns)
-            sums = sums.toarray().reshape(len(weights), number, len(columns))
-            own[:, target.replicate] += sums[0]
-            for place, total in zip(asked, sums[1:], strict=True):
-                through[place][:, target.replicate] += total
-    own[~included] = np.nan
-    for (w, c), values in through.items():
-        values[~questions[c] if w == 0 else ~(questions[c] & looked_up)] = np.nan
-    parts = [{c: through[w, c] for c in conditions} for w in range(len(ways))]
-    return PopulationMeans(cells, included, own, *parts)
+            sums = sums.toarray().reshape(len(weights), *own[:, target.replicate].shape)
+            for values, total in zip((own, *through), sums, strict=False):
+                values[:, target.replicate] += total
+    for values, known in zip((own, *through), (included, included, included & looked_up), strict=False):
+        values[~known] = np.nan
+    return PopulationMeans(cells, included, own, *through)
 
 
 def query_means(
@@ -217,7 +211,7 @@ def query_means(
     """
     place = np.cumsum(included) - 1
     codes = np.where(population & included[replicates.of_cell], place[replicates.of_cell], -1)
-    asking = first_cells(replicates.pieces, np.where(codes >= 0, 0, -1), 1)
+    asking = first_cells(replicates.pieces, np.where(codes >= 0, 0, -1))
     answer = np.zeros((int(included.sum()), int(included.sum()), len(columns)))
     for target in (piece for piece in replicates.pieces if included[piece.replicate]):
         share = 1 / sum(piece.replicate == target.replicate for piece in replicates.pieces)
@@ -231,14 +225,12 @@ def query_means(
     return answer
 
 
-def first_cells(
-    pieces: Sequence[Piece], populations: np.ndarray, number: int, most: int = ASKING_CELLS
-) -> list[np.ndarray]:
+def first_cells(pieces: Sequence[Piece], populations: np.ndarray, most: int = ASKING_CELLS) -> list[np.ndarray]:
     """Return about so many cells of every population at most, the same share of each piece: packed rows, ascending, by piece.
 
     They are the first of a piece, since packed rows are in random order inside a group.
     """
-    share = np.minimum(1.0, most / np.maximum(np.bincount(populations[populations >= 0], minlength=number), 1))
+    share = np.minimum(1.0, most / np.maximum(np.bincount(populations[populations >= 0]), 1))
     return [_first(piece.rows, populations, share) for piece in pieces]
 
 
@@ -250,7 +242,7 @@ def _first(rows: np.ndarray, populations: np.ndarray, share: np.ndarray) -> np.n
 
 def _counterparts(
     target: Piece, replicates: Replicates, nearest: Nearest, asking: Sequence[np.ndarray]
-) -> list[tuple[Piece, np.ndarray, np.ndarray]]:
+) -> list[Lookup]:
     """Return, for every piece, its cells that ask and their places of nearest neighbours in the target."""
     found = []
     for query, rows in zip(replicates.pieces, asking, strict=True):
@@ -263,11 +255,7 @@ def _counterparts(
 
 
 def _weights(
-    target: Piece,
-    found: list[tuple[Piece, np.ndarray, np.ndarray]],
-    populations: np.ndarray,
-    asked: np.ndarray,
-    replicates: Replicates,
+    target: Piece, found: Sequence[Lookup], populations: np.ndarray, asked: np.ndarray, replicates: Replicates
 ) -> sparse.csr_matrix:
     """Return how much each of the target's cells counts towards m: (populations, target's cells).
 
@@ -295,12 +283,18 @@ def _shares(
 
     Neighbours `inside` a population are found only in pieces that have cells of it.
     """
-    there = np.zeros(number)
-    for piece in replicates.pieces:
-        if piece.replicate == target.replicate:
-            codes = populations[piece.rows]
-            there[np.unique(codes[codes >= 0]) if inside else slice(None)] += 1
+    pieces = [piece for piece in replicates.pieces if piece.replicate == target.replicate]
+    there = _pieces_with(pieces, populations, number) if inside else np.full(number, float(len(pieces)))
     return sparse.diags(1 / np.maximum(there, 1))
+
+
+def _pieces_with(pieces: Sequence[Piece], populations: np.ndarray, number: int) -> np.ndarray:
+    """Return how many pieces have cells of each population: (populations,)."""
+    there = np.zeros(number)
+    for piece in pieces:
+        codes = populations[piece.rows]
+        there[np.unique(codes[codes >= 0])] += 1
+    return there
 
 
 def _own_weights(target: Piece, populations: np.ndarray, number: int, replicates: Replicates) -> sparse.csr_matrix:
@@ -308,13 +302,9 @@ def _own_weights(target: Piece, populations: np.ndarray, number: int, replicates
     code = populations[target.rows]
     inside = np.flatnonzero(code >= 0)
     cells = np.bincount(code[inside], minlength=number)
-    pieces = np.zeros(number)
-    for piece in replicates.pieces:
-        if piece.replicate == target.replicate:
-            there = populations[piece.rows]
-            pieces[np.unique(there[there >= 0])] += 1
+    own = [piece for piece in replicates.pieces if piece.replicate == target.replicate]
     with np.errstate(divide="ignore"):
-        each = 1 / (cells * pieces)
+        each = 1 / (cells * _pieces_with(own, populations, number))
     return sparse.csr_matrix((each[code[inside]], (code[inside], inside)), shape=(number, len(target.rows)))
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from ndreamer_dist.results.on_demand import Counterparts, Expression, Question, Term, compute
+from ndreamer_dist.results.on_demand import Question, Term, compute
+from ndreamer_dist.stats.cate_table import StatisticsInput
 from ndreamer_dist.stats.populations import Replicates
-from ndreamer_dist.summaries.cells import parts
+from ndreamer_dist.summaries.cells import parts, rows_of_condition
 
 ESCAPED = 0.95
 """A cell is within the placebo's spread up to this quantile of the placebo."""
@@ -49,19 +50,16 @@ class Means:
 class ResponseInput:
     """What responses are made from: populations are codes of packed rows, -1 for none, with names."""
 
-    counterparts: Counterparts
-    expression: Expression
-    columns: np.ndarray
+    sample: StatisticsInput
     replicates: Replicates
     populations: np.ndarray
     names: Sequence[str]
-    cells: pd.Index
 
 
 def response_table(given: ResponseInput, conditions: Sequence[int]) -> pd.DataFrame:
     """Return the table; see `Results.response`."""
     tables = []
-    design = given.counterparts.design
+    design = given.sample.design
     for code in range(len(given.names)):
         control = _control_rows(given, code)
         if len(control) < 2:
@@ -100,7 +98,7 @@ def _responses(given: ResponseInput, rows: np.ndarray, control: np.ndarray, spre
     limit = np.quantile(value[is_placebo], ESCAPED)
     return pd.DataFrame(
         {
-            "cell": given.cells[np.concatenate([rows, control])], "placebo": is_placebo, "response": value,
+            "cell": given.sample.cells.index[np.concatenate([rows, control])], "placebo": is_placebo, "response": value,
             "within_placebo": value <= limit,
         }
     )  # fmt: skip
@@ -121,15 +119,14 @@ def _size(given: ResponseInput, control: np.ndarray, weight: np.ndarray) -> floa
 
 def _spread(given: ResponseInput, control: np.ndarray) -> np.ndarray:
     """Return the standard deviation of the placebo, (genes,)."""
-    total, squares = np.zeros(len(given.columns)), np.zeros(len(given.columns))
+    total, squares = np.zeros((2, len(given.sample.columns)))
     for _, values in _own_effects(given, control):
         total, squares = total + values.sum(axis=0), squares + (values**2).sum(axis=0)
     return np.asarray(np.sqrt(np.maximum(squares / len(control) - (total / len(control)) ** 2, 0.0)))
 
 
 def _rows_of(given: ResponseInput, code: int, condition: int) -> np.ndarray:
-    groups = given.counterparts.design.with_condition(condition)
-    rows = np.concatenate([np.arange(group.start, group.stop) for group in groups])
+    rows = rows_of_condition(given.sample.design, condition)
     return rows[given.populations[rows] == code]
 
 
@@ -145,18 +142,16 @@ def _own_effects(given: ResponseInput, rows: np.ndarray) -> Iterator[tuple[slice
     For control cells these are their matches in the other control groups, or in their own where there is no other.
     """
     place = 0
-    for part in parts(rows, len(given.columns)):
-        yield slice(place, place + len(part)), _differences(given, part)
+    for part in parts(rows, len(given.sample.columns)):
+        yield slice(place, place + len(part)), _differences(given.sample, part)
         place += len(part)
 
 
-def _differences(given: ResponseInput, rows: np.ndarray) -> np.ndarray:
-    design = given.counterparts.design
+def _differences(given: StatisticsInput, rows: np.ndarray) -> np.ndarray:
+    design = given.design
     groups = design.group_of(rows)
-    group, controls = (
-        design.groups[int(groups[0])],
-        np.array([design.number(0, other) for other in design.groups])[groups],
-    )
+    group = design.groups[int(groups[0])]
+    controls = np.array([design.number(0, other) for other in design.groups])[groups]
     if group.condition == 0 and (controls == 1).all():
         code = group.code
         near = given.counterparts.edges(rows, [(code, code)], distances=False)[code, code][0][:, 0].astype(np.int64)

@@ -16,7 +16,7 @@ from ndreamer_dist.matching.between import StateSpace
 from ndreamer_dist.results.annotations import Annotation, annotation_of, beside, read_annotations, write_annotations
 from ndreamer_dist.results.cohort import Cohort
 from ndreamer_dist.results.read import read_element
-from ndreamer_dist.results.reader import Labels, ResultsReader, results_storage
+from ndreamer_dist.results.reader import PopulationLabels, ResultsReader, results_storage
 from ndreamer_dist.stats.cate_table import (
     MIN_CELLS,
     CateQuestion,
@@ -118,7 +118,7 @@ class Results(ResultsReader):
     @counted
     def cate(
         self,
-        by: Labels = None,
+        by: PopulationLabels = None,
         *,
         condition: str | None = None,
         baseline: str | None = None,
@@ -187,7 +187,7 @@ class Results(ResultsReader):
 
     def cate_parts(
         self,
-        by: Labels = None,
+        by: PopulationLabels = None,
         *,
         baseline: str | None = None,
         genes: Sequence[str] | None = None,
@@ -223,13 +223,13 @@ class Results(ResultsReader):
         several conditions, the control donors are there once for each contrast.
         """
         results, name = self.labelled(by)
-        sample = results._statistics_input(genes, cohort, baseline)
-        return donor_means(sample, by=str(name), condition=condition, donor_key=donor_key, min_cells=min_cells)
+        asked = CateQuestion(name, condition, donor_key, min_cells)
+        return donor_means(results._statistics_input(genes, cohort, baseline), asked)
 
     @counted
     def null(
         self,
-        by: Labels = None,
+        by: PopulationLabels = None,
         *,
         condition: str | None = None,
         genes: Sequence[str] | None = None,
@@ -266,14 +266,12 @@ class Results(ResultsReader):
             A name is unknown, or no population has three donors a condition with enough cells each.
         """
         results, by = self.labelled(by)
-        return null_table(
-            results._statistics_input(genes, cohort), by=by, condition=condition, donor_key=donor_key, min_cells=min_cells,
-            count=labellings, seed=seed,
-        )  # fmt: skip
+        asked = CateQuestion(by, condition, donor_key, min_cells)
+        return null_table(results._statistics_input(genes, cohort), asked, count=labellings, seed=seed)
 
     @counted
     def response(
-        self, by: Labels = None, *, condition: str | None = None, donor_key: str | None = None
+        self, by: PopulationLabels = None, *, condition: str | None = None, donor_key: str | None = None
     ) -> pd.DataFrame:
         """Return how far every treated cell goes along the effect on its population: which cells responded.
 
@@ -303,14 +301,11 @@ class Results(ResultsReader):
         known = donor_key is not None or bool(self.design.batch_keys)
         everyone = pd.Series("one", index=sample.cells.index)
         replicates = replicates_of(sample, donor_key) if known else Replicates.of(everyone, self.design)
-        given = ResponseInput(
-            sample.counterparts, sample.expression, sample.columns, replicates, codes, names, sample.cells.index
-        )
-        return response_table(given, conditions_of(self.design, condition))
+        return response_table(ResponseInput(sample, replicates, codes, names), conditions_of(self.design, condition))
 
     @counted
     def diagnostics(
-        self, by: Labels = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
+        self, by: PopulationLabels = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
     ) -> Diagnostics:
         """Return how far the results can be trusted: small tables, none of which is a test.
 

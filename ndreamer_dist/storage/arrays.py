@@ -24,7 +24,7 @@ from zarr.storage import MemoryStore, StorePath, WrapperStore
 from ndreamer_dist.errors import StoreError
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.storage.retries import ABSENT, reason
-from ndreamer_dist.storage.shards import NOT_WRITTEN, Place, Position, chunks_in, crc32c, read_chunks
+from ndreamer_dist.storage.shards import NOT_WRITTEN, Place, Position, chunks_in, chunks_of_shard, crc32c, read_chunks
 
 METADATA_SEAL = "ndreamer_sha256"
 """Attribute of arrays that are ours alone: the checksum of their metadata."""
@@ -165,8 +165,7 @@ def write_shard(storage: Storage, name: str, shard: Position, chunks: Iterable[n
         The chunks of the shard, in the order of the grid, less what of them lies outside the array.
     """
     array = open_array(storage, name, mode="w")
-    units = array.shards or array.chunks
-    index = np.full([*(u // c for u, c in zip(units, array.chunks, strict=True)), 2], NOT_WRITTEN, dtype="<u8")
+    index = np.full([*chunks_of_shard(array), 2], NOT_WRITTEN, dtype="<u8")
     pieces: list[bytes] = []
     offset = 0
     for position, values in zip(chunks_in(array, shard), chunks, strict=True):

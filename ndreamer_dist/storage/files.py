@@ -165,22 +165,16 @@ class Storage:
         counted
             Count it among what a query reads; not what is looked for beside a store, as metadata is not.
         """
-        data = self._fetched(name)
-        if not counted:
-            return data
-        count(Reads(requests=1, bytes=len(data or b"")))
+        data = None
+        with suppress(*ABSENT):
+            data = bytes(self._ask(name, "read", "cat_file", self.path(name)))
+        if counted:
+            count(Reads(requests=1, bytes=len(data or b"")))
         return data
-
-    def _fetched(self, name: str) -> bytes | None:
-        """Return a file's bytes, uncounted; none where there is no such file."""
-        try:
-            return bytes(self._ask(name, "read", "cat_file", self.path(name)))
-        except ABSENT:
-            return None
 
     def metadata(self, name: str) -> dict[str, Any]:
         """Return the metadata of an array, uncounted as when zarr asks for it; `FileNotFoundError` where there is none."""
-        return metadata_of(self._fetched(f"{name}/zarr.json"))
+        return metadata_of(self.read_if_there(f"{name}/zarr.json", counted=False))
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
         """Return the bytes of those of some files that are there, read side by side."""

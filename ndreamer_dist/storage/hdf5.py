@@ -105,9 +105,7 @@ def looks_damaged(path: str) -> bool:
 
     Other damage HDF5 answers with an error.
     """
-    if not Path(path).is_file():
-        return False
-    if not Path(path).stat().st_size:
+    if not Path(path).is_file() or not Path(path).stat().st_size:
         return False
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         size = len(data)

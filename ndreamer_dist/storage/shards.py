@@ -177,9 +177,13 @@ async def fetch_chunks(
 def chunks_in(array: zarr.Array[Any] | zarr.AsyncArray[Any], shard: Position) -> list[Position]:
     """Return the positions of the chunks of a shard that lie inside the array."""
     grid = [-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)]
-    per_shard = [u // c for u, c in zip(array.shards or array.chunks, array.chunks, strict=True)]
-    spans = (range(s * k, min((s + 1) * k, n)) for s, k, n in zip(shard, per_shard, grid, strict=True))
+    spans = (range(s * k, min((s + 1) * k, n)) for s, k, n in zip(shard, chunks_of_shard(array), grid, strict=True))
     return list(itertools.product(*spans))
+
+
+def chunks_of_shard(array: zarr.Array[Any] | zarr.AsyncArray[Any]) -> tuple[int, ...]:
+    """Return how many chunks a shard has along each axis; 1 where a chunk is a file of its own."""
+    return tuple(u // c for u, c in zip(array.shards or array.chunks, array.chunks, strict=True))
 
 
 def read_files(store: Store, where: str, names: Sequence[str]) -> list[bytes | None]:
@@ -282,8 +286,7 @@ class _Reading:
     @cached_property
     def per_shard(self) -> tuple[int, ...]:
         """Chunks of a shard along each axis."""
-        unit = self.array.shards or self.array.chunks
-        return tuple(u // c for u, c in zip(unit, self.array.chunks, strict=True))
+        return chunks_of_shard(self.array)
 
     @cached_property
     def _spec(self) -> Any:
@@ -326,7 +329,7 @@ class _Reading:
 
     async def _read(self, shard: Position, wanted: list[Position]) -> list[np.ndarray]:
         """Fetch and decode the wanted chunks of one shard."""
-        encoded = await (self._pieces(shard, wanted) if self.sharding else self._file(shard))
+        encoded = await self._pieces(shard, wanted) if self.sharding else [await self._get(shard)]
         self.reads.chunks += len(wanted)
         self.reads.touched += sum(len(data) for data in encoded if data is not None)
         return [self._empty() if data is None else await self._chunk(data) for data in encoded]
@@ -357,9 +360,6 @@ class _Reading:
     def _empty(self) -> np.ndarray:
         """Return a chunk that was not written, since it holds nothing but the fill value."""
         return np.full(self.array.chunks, self._metadata.fill_value, dtype=self.array.dtype)
-
-    async def _file(self, shard: Position) -> list[Buffer | None]:
-        return [await self._get(shard)]
 
     async def _pieces(self, shard: Position, wanted: list[Position]) -> list[Buffer | None]:
         """Return the encoded chunks of a shard; none for one that its index says is absent."""

@@ -79,6 +79,11 @@ class MatchQuality:
     without_overlap: np.ndarray
 
 
+def population_count(populations: np.ndarray) -> int:
+    """Return how many populations the codes of cells are of; -1 is of none, and every population has a cell."""
+    return int(populations.max()) + 1
+
+
 def parts(rows: np.ndarray, genes: int) -> Iterator[np.ndarray]:
     """Cut packed rows into parts of bounded work."""
     step = max(1, PART_VALUES // max(genes, 1))
@@ -129,14 +134,13 @@ def placebo_average(design: Design, counterparts: Counterparts, rows: np.ndarray
 
 
 def placebo_moments(
-    populations: np.ndarray, number: int, counterparts: Counterparts, expression: Expression, columns: np.ndarray,
-    baseline: int = 0,
-) -> EffectMoments | None:  # fmt: skip
+    populations: np.ndarray, counterparts: Counterparts, expression: Expression, columns: np.ndarray, baseline: int = 0
+) -> EffectMoments | None:
     """Return the moments of the placebo effect over each population's baseline cells; none below two groups of them."""
     design = counterparts.design
     if len(design.stored(baseline)) < 2:
         return None
-    moments = EffectMoments.empty(number, len(columns))
+    moments = EffectMoments.empty(population_count(populations), len(columns))
     control = rows_of_condition(design, baseline)
     for rows in parts(control[populations[control] >= 0], len(columns)):
         average = placebo_average(design, counterparts, rows, baseline)
@@ -163,10 +167,10 @@ class PlainExpression:
 
 
 def plain_expression(
-    populations: np.ndarray, number: int, rows: np.ndarray, expression: Expression, columns: np.ndarray
+    populations: np.ndarray, rows: np.ndarray, expression: Expression, columns: np.ndarray
 ) -> PlainExpression:
     """Return mean normalised counts and the share of expressing cells of some packed rows, per population."""
-    chosen = rows[populations[rows] >= 0]
+    chosen, number = rows[populations[rows] >= 0], population_count(populations)
     cells = np.bincount(populations[chosen], minlength=number).astype(np.float64)
     counts, expressing = (np.zeros((number, len(columns))) for _ in range(2))
     for part in parts(chosen, len(columns)):
@@ -181,9 +185,8 @@ def plain_expression(
 
 
 def match_quality(
-    populations: np.ndarray, number: int, near: np.ndarray, counterparts: Counterparts, conditions: Sequence[int],
-    baseline: int = 0,
-) -> MatchQuality:  # fmt: skip
+    populations: np.ndarray, near: np.ndarray, counterparts: Counterparts, conditions: Sequence[int], baseline: int = 0
+) -> MatchQuality:
     """Return how good the matches in the control, or another baseline, are.
 
     Parameters
@@ -193,7 +196,7 @@ def match_quality(
     conditions
         Codes of the conditions whose cells are looked at.
     """
-    design = counterparts.design
+    design, number = counterparts.design, population_count(populations)
     shape = (number, len(design.conditions))
     pure, matched, used, squares, cells, far = (np.zeros(shape) for _ in range(6))
     control_rows = rows_of_condition(design, baseline)

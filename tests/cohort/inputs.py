@@ -33,7 +33,8 @@ def designed(
     obs: pd.DataFrame, *, keep: np.ndarray | None = None, **names: Any
 ) -> tuple[Design, np.ndarray, pd.Categorical]:
     """Return what `build_design` does by such settings."""
-    return build_design(obs, cohort_settings(**names), keep)
+    made = build_design(obs, cohort_settings(**names), keep)
+    return made.design, made.groups, made.reasons
 
 
 def counts(

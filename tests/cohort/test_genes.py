@@ -244,7 +244,7 @@ def test_spans_depend_on_the_number_of_cells_alone_and_cover_them() -> None:
 
 def test_a_group_of_one_cell_selects_without_warning() -> None:
     sums = np.array([[1.0, 0.0, 3.0], [2.0, 5.0, 1.0]])
-    table = seurat_hvg(sums, sums**2, np.array([1, 1]), np.array(["a", "b", "c"], dtype=object), 2)
+    table = seurat_hvg(((group, group**2, 1) for group in sums), np.array(["a", "b", "c"], dtype=object), 2)
     assert table["selected"].sum() == 2
 
 

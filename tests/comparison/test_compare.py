@@ -107,18 +107,18 @@ def test_effects_of_two_halves_of_donors_have_no_cell_in_common(results: dict[st
     """By brute force: own donors' cells, through own donors' groups alone."""
     told = results["pca"]
     given, design = told._statistics_input(None, None), told.design
-    names, codes = populations_of(told.packed_obs, "cell_type")
+    _, codes = populations_of(told.packed_obs, "cell_type")
     halves = donor_halves(replicates_of(given, None), 0)
     assert halves is not None
-    assert halves.of_group.shape == (SPLITS, 6)
+    assert halves.shape == (SPLITS, 6)
     donors = told.packed_obs["donor"].to_numpy()[[group.start for group in design.groups]]
-    for split in halves.of_group:
+    for split in halves:
         assert pd.Series(split).groupby(donors).nunique().eq(1).all()  # a donor is in one half
         assert sorted(np.bincount(split)) == [2, 4]
-    effects = half_effects(given, codes, len(names), halves, 1)
+    effects = half_effects(given, codes, halves, 1)
     x = told.expression(order="packed").X.toarray().astype(float)
     for half in (0, 1):
-        own = [group for group in design.groups if halves.of_group[0, group.code] == half]
+        own = [group for group in design.groups if halves[0, group.code] == half]
         cells = np.concatenate([np.arange(g.start, g.stop) for g in own if g.condition == 1])
         cells = cells[codes[cells] == 1]
         sides = []
@@ -140,7 +140,7 @@ def test_split_half_is_the_mean_correlation_of_the_halves(found: Comparison, res
     names, codes = populations_of(told.packed_obs, "cell_type")
     halves = donor_halves(replicates_of(given, None), given.seed)
     assert halves is not None
-    effects = half_effects(given, codes, len(names), halves, 1)
+    effects = half_effects(given, codes, halves, 1)
     each = [np.corrcoef(*effects[s, :, p])[0, 1] for s in range(SPLITS) for p in range(len(names))]
     assert value(found, "pca", "split_half") == pytest.approx(np.mean(each))
 

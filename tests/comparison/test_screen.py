@@ -109,13 +109,13 @@ def test_pieces_compared_grow_with_conditions_and_not_with_their_square(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
-    searched = cate_table.Neighbours.__call__
+    searched = cate_table.MatchedNeighbours.__call__
 
-    def counted(self: cate_table.Neighbours, *rows: np.ndarray) -> np.ndarray:
+    def counted(self: cate_table.MatchedNeighbours, *rows: np.ndarray) -> np.ndarray:
         calls["pairs"] += 1
         return searched(self, *rows)
 
-    monkeypatch.setattr(cate_table.Neighbours, "__call__", counted)
+    monkeypatch.setattr(cate_table.MatchedNeighbours, "__call__", counted)
     next(results.cate_parts())
     one = calls.total()
     list(results.cate_parts())

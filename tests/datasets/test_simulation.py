@@ -20,7 +20,7 @@ from ndreamer_dist.datasets.expectation import (
     expected_log1p,
 )
 from ndreamer_dist.datasets.model import Model
-from ndreamer_dist.datasets.parameters import SimulatedCells, StateLaw, draw_parameters
+from ndreamer_dist.datasets.parameters import CohortShape, SimulatedCells, StateLaw, draw_parameters
 from ndreamer_dist.datasets.sampling import DIRECT_MEAN, _draw_counts, _positive_counts, generator
 from ndreamer_dist.errors import CohortError, QueryError
 
@@ -39,7 +39,7 @@ def log_normalised(counts) -> np.ndarray:
 
 def model_of(**kwargs) -> Model:
     sizes = {"genes": 400, "donors": 4, "conditions": 2, "cell_types": 6, "nested": False} | kwargs
-    return Model(draw_parameters(generator(0, 0), **sizes))
+    return Model(draw_parameters(generator(0, 0), CohortShape(**sizes)))
 
 
 def test_store_is_a_plain_anndata_with_names(cohort):

@@ -138,6 +138,17 @@ def test_the_tables_of_the_scaling_page_are_what_the_package_computes() -> None:
     assert scaling.hours() in page
 
 
+def test_the_walk_through_the_code_names_what_is_there() -> None:
+    design = (ROOT / "docs" / "explanation" / "design.md").read_text()
+    walk = design.partition("## One cell and one gene")[2].partition("\n## ")[0]
+    named = re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", walk)
+    assert len(named) > 30
+    for file, name in named:
+        source = (ROOT / "ndreamer_dist" / file).read_text()
+        for part in filter(None, name.split(".")):
+            assert re.search(rf"^\s*(def|class) {part}\b|^{part} = ", source, re.MULTILINE), f"{file}: {name}"
+
+
 def test_the_measured_seconds_of_the_scaling_page_are_those_of_the_benchmarks() -> None:
     measured = re.findall(r"^\| 1,000,000 \| (\w+) \| (\d+) \|", (ROOT / "docs/benchmarks-log.md").read_text(), re.M)
     assert {stage: int(seconds) for stage, seconds in measured} == scaling.MEASURED_SECONDS

@@ -8,6 +8,7 @@ from scipy import sparse
 
 from ndreamer_dist.effects.averages import (
     Average,
+    Term,
     average_over,
     average_through,
     kernel_weights,
@@ -54,8 +55,7 @@ def test_effects_equal_the_reference_values(k, bandwidth, rows):
     edges = edges_of(design, points, k)
     cells = np.arange(len(x))
     averages = [
-        average_over(design, edges, cells, bandwidth, condition=condition, without=condition)
-        for condition in (None, 0, 1)
+        average_over(design, edges, cells, Term(condition, without=condition), bandwidth) for condition in (None, 0, 1)
     ]
     own, control, first = average_through(averages, blocks_of(x, rows), x.shape[1])
     names = ("denoised", "batch_effect", "ite")
@@ -72,8 +72,8 @@ def test_effects_equal_the_reference_values(k, bandwidth, rows):
 def test_a_condition_s_own_cells_average_themselves_and_their_likes(k):
     _, design, points, x, _ = packed_golden()
     edges, cells = edges_of(design, points, k), np.arange(len(x))
-    own = average_over(design, edges, cells, 0.7, condition=None)
-    of = [average_over(design, edges, cells, 0.7, condition=code) for code in range(len(design.conditions))]
+    own = average_over(design, edges, cells, Term(None), 0.7)
+    of = [average_over(design, edges, cells, Term(code), 0.7) for code in range(len(design.conditions))]
     own, *of = average_through([own, *of], blocks_of(x, 1000), x.shape[1])
     condition = design.group_conditions[design.group_of(cells)]
     assert set(condition) == {0, 1, 2} & set(range(len(design.conditions)))
@@ -85,12 +85,10 @@ def test_a_condition_s_own_cells_average_themselves_and_their_likes(k):
 def test_blocks_and_pieces_change_no_bit():
     _, design, points, x, _ = packed_golden()
     edges, cells = edges_of(design, points, 5), np.arange(len(x))
-    (whole,) = average_through(
-        [average_over(design, edges, cells, 0.7, condition=None)], blocks_of(x, 1000), x.shape[1]
-    )
+    (whole,) = average_through([average_over(design, edges, cells, Term(None), 0.7)], blocks_of(x, 1000), x.shape[1])
 
     def some(rows, block):
-        average = average_over(design, cut(edges, design, rows), rows, 0.7, condition=None)
+        average = average_over(design, cut(edges, design, rows), rows, Term(None), 0.7)
         return average_through([average], blocks_of(x, block), x.shape[1])[0]
 
     np.testing.assert_array_equal(whole, some(cells, 33))

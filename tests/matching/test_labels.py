@@ -16,7 +16,7 @@ from ndreamer_dist.matching import stage as search
 from ndreamer_dist.matching.labels import inside_labels
 from ndreamer_dist.matching.stage import add_edges, run_match
 from ndreamer_dist.matching.store import Matches
-from ndreamer_dist.stats.cate_table import Neighbours
+from ndreamer_dist.stats.cate_table import MatchedNeighbours
 from ndreamer_dist.storage.arrays import read_array
 from tests.results.brute_force import matched_rows
 from tests.results.fabricate import fabricate
@@ -197,7 +197,7 @@ def test_statistics_search_inside_the_labels_as_the_run_does(finished, pair):
     results = nd.open_results(finished)
     given = results._statistics_input(None, None)
     one, other = (np.arange(g.start, g.stop) for g in (results.design.groups[code] for code in pair))
-    searched = Neighbours(given)._searched(one[::3], other, one)
+    searched = MatchedNeighbours(given)._searched(one[::3], other, one)
     nd.pipeline.add_matches(finished)
     stored = Matches(results.counterparts.searched.storage).rows(*pair)[::3, 0]
     np.testing.assert_array_equal(searched, stored)

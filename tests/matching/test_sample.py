@@ -18,7 +18,7 @@ from ndreamer_dist.grouping.sample import ARC, arc, takes
 from ndreamer_dist.matching.between import SearchBetween
 from ndreamer_dist.matching.hubs import pool
 from ndreamer_dist.matching.stage import asked_edges
-from ndreamer_dist.stats.cate_table import Neighbours, replicates_of
+from ndreamer_dist.stats.cate_table import MatchedNeighbours, replicates_of
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.arrays import read_array
 from tests.cohort.inputs import designed
@@ -138,7 +138,7 @@ def test_the_nearest_other_cell_is_found_where_donors_share_a_group(runs: tuple[
     given = nd.open_results(runs[0])._statistics_input(None, None)
     group = given.design.groups[2]
     every = np.arange(group.start, group.stop)
-    for neighbours in (Neighbours(given), Neighbours(given, np.arange(given.design.n_cells))):
+    for neighbours in (MatchedNeighbours(given), MatchedNeighbours(given, np.arange(given.design.n_cells))):
         donor = every[::2]
         assert (neighbours(donor, donor, donor) != donor).all()
     stored = given.counterparts.edges(every, [(group.code, group.code)])[group.code, group.code]
@@ -163,7 +163,7 @@ def test_halves_of_the_donors_see_no_effect_on_what_all_cells_express_alike(runs
     halves = donor_halves(replicates_of(given, None), given.seed)
     assert halves is not None
     codes = np.zeros(given.design.n_cells, dtype=np.int64)
-    effects = half_effects(replace(given, expression=Alike()), codes, 1, halves, 1)
+    effects = half_effects(replace(given, expression=Alike()), codes, halves, 1)
     np.testing.assert_allclose(effects, 0, atol=1e-12)
 
 

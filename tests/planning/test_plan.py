@@ -18,11 +18,11 @@ from ndreamer_dist.cohort.source import open_source
 from ndreamer_dist.compute.events import duration
 from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.errors import CohortError
-from ndreamer_dist.pipeline import run_stages
+from ndreamer_dist.pipeline import Claim, run_stages
 from ndreamer_dist.planning import memory, speeds
 from ndreamer_dist.planning.plan import Plan, plan_of
 from ndreamer_dist.planning.sizes import CohortSize
-from ndreamer_dist.planning.stages import stage_keys
+from ndreamer_dist.planning.stages import Job, stage_keys
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import Settings
 from tests.cohorts import design_of
@@ -82,7 +82,7 @@ def test_the_tasks_of_a_stage_are_those_that_it_is_seen_to_run(
     source, runtime = open_source(cohort), Counting(settings)
     run = RunDirectory.at(tmp_path)
     run.write_json(keys.RUN_JSON, {"input": {}, "settings": {}, "keys": {}})
-    run_stages(run, settings, source, runtime, stage_keys(settings, {}))
+    run_stages(Job(run, settings, source, runtime), Claim(run, stage_keys(settings, {})))
     plan = nd.plan(cohort, settings=settings)
     seen = {
         keys.STAGE_COHORT: (runtime.tasks["cohort: values"],),

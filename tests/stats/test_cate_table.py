@@ -16,7 +16,7 @@ from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.errors import QueryError
 from ndreamer_dist.matching.stage import add_edges
 from ndreamer_dist.matching.store import Matches
-from ndreamer_dist.stats.cate_table import Neighbours
+from ndreamer_dist.stats.cate_table import MatchedNeighbours
 from ndreamer_dist.stats.results import Results, open_results
 from tests.results.conftest import finish
 from tests.results.fabricate import fabricate
@@ -220,9 +220,10 @@ def test_matches_searched_now_are_those_that_would_be_stored(tmp_path: Path, hub
     made = finish(fabricate(tmp_path, {(0, 0): 90, (0, 1): 70, (1, 1): 50}, overrides={"match.hubs": hubs}))
     given = open_results(tmp_path)._statistics_input(None, None)
     rows = [np.arange(group.start, group.stop) for group in made.design.groups]
-    searched = Neighbours(given)(rows[0][::3], rows[1], rows[0])  # from controls to treated: not needed by effects
+    # From controls to treated: not needed by effects.
+    searched = MatchedNeighbours(given)(rows[0][::3], rows[1], rows[0])
     add_edges(made.run, made.settings, made.design, SerialRuntime(made.settings.run), "key of match", "all")
     stored = Matches(made.run.storage / keys.MATCHES).rows(0, 1)[::3, 0]
     np.testing.assert_array_equal(searched, stored)
-    own = Neighbours(given)(rows[1], rows[1], rows[1])
+    own = MatchedNeighbours(given)(rows[1], rows[1], rows[1])
     np.testing.assert_array_equal(own, Matches(made.run.storage / keys.MATCHES).rows(1, 1)[:, 0])

@@ -15,7 +15,7 @@ from scipy import stats
 
 from ndreamer_dist.cli import main
 from ndreamer_dist.errors import QueryError
-from ndreamer_dist.stats.cate_table import Neighbours, means_of, replicates_of
+from ndreamer_dist.stats.cate_table import MatchedNeighbours, means_of, replicates_of
 from ndreamer_dist.stats.donor_tests import paired_test, welch_test, welch_tests
 from ndreamer_dist.stats.null import LEVELS, donor_p, permuted_labels, rates, sampled, sign_p
 from ndreamer_dist.stats.results import Results
@@ -136,7 +136,7 @@ def test_the_sign_test_is_that_of_each_labellings_effects(job: ModuleType) -> No
     replicates, nearest = cohort.replicates, job.Nearest(job.embeddings(cohort, 3)["true state"])
     kept = np.array([0, 1, 3, 4, 6, 7, 8])
     labels = permuted_labels(replicates.conditions[kept] != 0, 3, np.random.default_rng(0))
-    asked = sampled(cohort.types, 2, replicates, nearest).of(1, kept, replicates)
+    asked = sampled(cohort.types, replicates, nearest).of(1, kept, replicates)
     found = sign_p(asked, labels, cohort, cohort.columns)
     x = cohort.x.toarray()
     rows = [np.flatnonzero(replicates.of_cell == r) for r in kept]
@@ -157,7 +157,7 @@ def test_the_sign_test_is_that_of_each_labellings_effects(job: ModuleType) -> No
 def test_a_sample_takes_the_same_share_of_every_donor(job: ModuleType) -> None:
     cohort = job.simulate(job.Law(4, 5, genes=12, cells=60), seed=3)
     nearest = job.Nearest(cohort.state)
-    part = sampled(cohort.types, 2, cohort.replicates, nearest, most=60)
+    part = sampled(cohort.types, cohort.replicates, nearest, most=60)
     assert (np.diff(part.rows) > 0).all()
     for kind in range(2):
         share = 60 / (cohort.types == kind).sum()
@@ -174,12 +174,12 @@ def test_under_the_true_labels_the_tests_are_those_of_the_cate_table(results: Re
     table, given = results.cate("cell_type", min_cells=1), results._statistics_input(None, None)
     name = table["population"].iloc[0]
     codes = np.where(results.packed_obs["cell_type"].astype(str) == name, 0, -1)
-    replicates, nearest = replicates_of(given, None), Neighbours(given)
-    means = means_of(given, codes, replicates, [1], 1)
+    replicates, nearest = replicates_of(given, None), MatchedNeighbours(given)
+    means = means_of(given, codes, replicates, 1)
     assert means.included.all()
     labels, every = (replicates.conditions != 0)[None], np.arange(len(replicates))
-    found = donor_p(means.matched[1][0], means.own[0], labels, seed=given.seed)
-    asked = sampled(codes, 1, replicates, nearest).of(0, every, replicates)
+    found = donor_p(means.matched[0], means.own[0], labels, seed=given.seed)
+    asked = sampled(codes, replicates, nearest).of(0, every, replicates)
     found["sign"] = sign_p(asked, labels, given.expression, given.columns)
     part = table[table["population"] == name]
     columns = {"main": "p", "permutation": "p_permutation", "welch": "p_parametric", "pseudobulk": "pseudobulk_p"}
