@@ -25,6 +25,8 @@ QUERY_TILE = 16_384
 """Queries that go through the cells together, at most; one thread works on a tile."""
 SCAN_PAIRS = 262_144
 """Query-target pairs of one product: what fits into a processor's cache."""
+SETTLED_PAIRS = 2**20
+"""Query-target pairs of own cells whose values are held until limits are set."""
 EXACT_PAIRS = 2048
 """Pairs whose exact distances are computed at once."""
 WIDEST = 4
@@ -195,6 +197,12 @@ def kth_by_query(query: np.ndarray, values: np.ndarray, k: int, count: int) -> t
     return enough, sorted_by_query(query, values)[np.append(0, ends)[enough] + k - 1]
 
 
+def smallest_by_query(query: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the queries of pairs that are in the order of their queries, each once, and their smallest values."""
+    begins = np.append(0, np.flatnonzero(query[1:] != query[:-1]) + 1)[: len(query)]
+    return query[begins], np.minimum.reduceat(values, begins) if len(query) else values
+
+
 def rounded_up(limit: np.ndarray) -> np.ndarray:
     """Return float32 numbers no smaller than these, `LARGEST` at most."""
     return np.nextafter(np.minimum(limit, LARGEST).astype(np.float32), LARGEST)
@@ -220,6 +228,7 @@ class Tile:
 
     def __init__(self, index: Index, queries: np.ndarray, skipped: np.ndarray, k: int) -> None:
         self.index, self.queries, self.skipped, self.k = index, queries, skipped, k
+        self.products = index.points
         self.usual = k if k == 1 else 3 * k  # candidates of a query in one scan that are no crowd
         local = index.local(queries)
         squared = np.einsum("qd,qd->q", local, local, dtype=np.float64)
@@ -231,10 +240,12 @@ class Tile:
         self.limit = np.full(len(queries), LARGEST, dtype=np.float32)
         self.reach = np.full(len(queries), LARGEST, dtype=np.float32)
         self.widened = np.zeros(len(queries), dtype=bool)
-        self.pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        none = np.empty(0, dtype=np.int64)
+        self.pairs = [(none, none, np.empty(0, dtype=np.float32))]
         itself = np.where(skipped >= 0, index.place[skipped], -1)
         # Where the excluded target has copies, its point stays and the row is left out at the end.
         self.excluded = np.where(index.copies[itself] == 1, itself, -1)
+        self.excludes = bool((self.excluded >= 0).any())
 
     def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows, squared distances, both (q, k), and which queries were widened."""
@@ -244,11 +255,10 @@ class Tile:
     def candidates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the pairs of query and target row among which the k nearest are, and their squared distances."""
         begins, own = self.beginnings()
-        for cell in range(self.index.cells):  # the own cells first: they set limits that rule out most of the others
-            self._scan(cell, np.flatnonzero((own == cell) & (begins[cell] <= self.reach)))
+        self._scan_own(own)  # the own cells first: they set limits that rule out most of the others
         begins[own, np.arange(len(own))] = np.inf
         for cell in range(self.index.cells):
-            self._scan(cell, np.flatnonzero(begins[cell] <= self.reach))
+            self._scan(cell, np.flatnonzero(begins[cell] <= self._reach(cell)))
         return self._decided()
 
     def beginnings(self) -> tuple[np.ndarray, np.ndarray]:
@@ -277,35 +287,104 @@ class Tile:
         bounds[own, tile] = -1
         return bounds
 
+    def _reach(self, cell: int) -> np.ndarray:
+        """Return the squared distance up to which a cell has to be looked at: (q,)."""
+        del cell
+        return self.reach
+
+    def _scan_own(self, own: np.ndarray) -> None:
+        """Look at each query's own cell; limits are set for many queries at once, since a call has its price."""
+        cuts = np.cumsum(np.bincount(own, minlength=self.index.cells))
+        looked: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]] = []
+        for cell, queries in enumerate(np.split(np.argsort(own, kind="stable"), cuts[:-1])):
+            for part in self._parts(cell, queries):
+                values = self._values(part, cell)
+                looked.append((part, cell, values, self._kth(part, values)))
+                if sum(values.size for _, _, values, _ in looked) > SETTLED_PAIRS:
+                    self._settle(looked, own)
+                    looked = []
+        self._settle(looked, own)
+
+    def _settle(self, looked: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]], own: np.ndarray) -> None:
+        """Set the limits of queries that were looked at, each once, and keep the points within them."""
+        if not looked:
+            return
+        queries = np.concatenate([part for part, _, _, _ in looked])
+        self._bound(queries, np.concatenate([kth for _, _, _, kth in looked]), own[queries])
+        limits = np.split(self._limits(queries, own[queries]), np.cumsum([len(part) for part, _, _, _ in looked])[:-1])
+        for (part, cell, values, _), limit in zip(looked, limits, strict=True):
+            self._choose(part, cell, values, values <= limit[:, None])
+
     def _scan(self, cell: int, queries: np.ndarray) -> None:
         """Look at a cell's points for some of the queries."""
+        for part in self._parts(cell, queries):
+            values = self._values(part, cell)
+            near = values <= self._limits(part, cell)[:, None]
+            count = np.count_nonzero(near)
+            if count > 2 * self.k * len(part):
+                self._bound(part, self._kth(part, values), cell)
+                near = values <= self._limits(part, cell)[:, None]
+            if count:
+                query, point, value = self._choose(part, cell, values, near)
+                if self.k == 1:
+                    self._lower(query, point, value)
+
+    def _parts(self, cell: int, queries: np.ndarray) -> Iterator[np.ndarray]:
+        """Give queries in parts whose products with a cell's points fit into a processor's cache."""
+        step = max(1, SCAN_PAIRS // int(self.index.starts[cell + 1] - self.index.starts[cell]))
+        return (queries[first : first + step] for first in range(0, len(queries), step))
+
+    def _values(self, part: np.ndarray, cell: int) -> np.ndarray:
+        """Return computed values of some queries and a cell's points: (queries, points)."""
         start, stop = self.index.starts[cell], self.index.starts[cell + 1]
-        step = max(1, SCAN_PAIRS // (stop - start))
-        for first in range(0, len(queries), step):
-            part = queries[first : first + step]
-            values = self.local[part] @ self.index.points[:, start:stop]
+        values = self.local[part] @ self.products[:, start:stop]
+        if self.excludes:
             excluded = self.excluded[part]
             hit = np.flatnonzero((excluded >= start) & (excluded < stop))
             values[hit, excluded[hit] - start] = np.inf
-            near = values <= self.limit[part, None]
-            if self.k == 1 or np.count_nonzero(near) > 2 * self.k * len(part):
-                self._tighten(part, values)
-                near = values <= self.limit[part, None]
-            if np.count_nonzero(near) > self.usual * len(part) + SPARE:
-                self._sift(part, near, start)
-            flat = np.flatnonzero(near)
-            query, point = np.divmod(flat, stop - start)
-            self.pairs.append((part[query], point + start, values.ravel()[flat]))
+        return values
 
-    def _tighten(self, part: np.ndarray, values: np.ndarray) -> None:
-        """Take new computed values into account: the k best, or values no smaller than these, and from them the limits."""
+    def _choose(
+        self, part: np.ndarray, cell: int, values: np.ndarray, near: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Keep the pairs that are within the limits, in the order of the queries, and return them."""
+        start = int(self.index.starts[cell])
+        if np.count_nonzero(near) > self.usual * len(part) + SPARE:
+            self._sift(part, near, start)
+        flat = np.flatnonzero(near)
+        query, point = np.divmod(flat, near.shape[1])
+        pairs = part[query], point + start, values.ravel()[flat]
+        self.pairs.append(pairs)
+        return pairs
+
+    def _kth(self, part: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Return the k-th smallest computed value so far of some queries, or one that is no smaller: (queries,)."""
         if self.k == 1:
             best = np.minimum(self.best[part], values.min(axis=1, keepdims=True))
         else:
             few = np.concatenate([self.best[part], folded(values, FOLD * self.k)], axis=1)
             best = np.sort(few, axis=1)[:, : self.k]
         self.best[part] = best
-        self._limit(part, best[:, -1])
+        return best[:, -1]
+
+    def _bound(self, part: np.ndarray, kth: np.ndarray, cell: int | np.ndarray) -> None:
+        """Set the limits of some queries by a computed value of a cell's points that is not below their k-th smallest."""
+        del cell
+        self._limit(part, kth)
+
+    def _limits(self, part: np.ndarray, cell: int | np.ndarray) -> np.ndarray:
+        """Return the limits of some queries for the computed values of a cell's points."""
+        del cell
+        return self.limit[part]
+
+    def _lower(self, query: np.ndarray, point: np.ndarray, value: np.ndarray) -> None:
+        """Lower the limits by pairs, in the order of their queries, where one neighbour is sought."""
+        del point
+        query, value = smallest_by_query(query, value)
+        lower = np.flatnonzero(value < self.best[query, 0])
+        if len(lower):
+            self.best[query[lower], 0] = value[lower]
+            self._limit(query[lower], value[lower])
 
     def _limit(self, part: np.ndarray, kth: np.ndarray) -> None:
         """Set the limits of some queries by a computed value that is not below their k-th smallest."""
@@ -346,12 +425,12 @@ class Tile:
         np.copyto(values, np.inf, where=~candidates[:, span])
         squared = np.einsum("qd,qd->q", queries, queries)
         points = slice(start + span.start, start + span.stop)
-        candidates[:, span] &= self._sifted(values, squared, points)
+        candidates[:, span] &= self._sifted(values, squared, part[crowded], points)
         near[crowded] = candidates
 
-    def _sifted(self, values: np.ndarray, squared: np.ndarray, points: slice) -> np.ndarray:
+    def _sifted(self, values: np.ndarray, squared: np.ndarray, part: np.ndarray, points: slice) -> np.ndarray:
         """Return which pairs may be among the k nearest by float64 products, less the squared norms of the queries."""
-        del points
+        del part, points
         kth = kth_smallest(values, self.k) + squared
         limit = certain_limit(kth, np.sqrt(squared), self.queries.shape[1], FLOAT64) - squared
         return values <= np.minimum(limit, np.finfo(np.float64).max)[:, None]
