@@ -263,7 +263,7 @@ class Tile:
 
     def beginnings(self) -> tuple[np.ndarray, np.ndarray]:
         """Return a lower bound of the squared distance to any point of a cell, (cells, q), and the own cell, (q,)."""
-        along = self.local[:, :-1] @ self.index.centroids.T
+        along = self.local[:, : self.index.centroids.shape[1]] @ self.index.centroids.T
         nearness = np.einsum("cd,cd->c", self.index.centroids, self.index.centroids) / 2 - along
         own = nearness.argmin(axis=1)
         return self._beginnings(np.ascontiguousarray(along.T), own), own

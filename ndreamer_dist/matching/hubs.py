@@ -144,6 +144,11 @@ class Remoteness:
             self._measure(*place)
         return self._kept[place]
 
+    def whole(self, group: int, label: int = WHOLE) -> Index | None:
+        """Return the index of all a group's cells of a label, where remoteness is measured from just these, or nothing."""
+        cells = len(self._of_label(np.arange(*self._starts[group : group + 2]), label))
+        return self._index(group, label) if not self._pooled and 0 < cells <= MOST_QUERIES else None
+
     def _from(self, target: int) -> set[int]:
         """Return the target groups that are measured together, from one on: as many as are not too many numbers."""
         following = list(dict.fromkeys(other for other, _ in self._edges))
