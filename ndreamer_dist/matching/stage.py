@@ -21,7 +21,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
@@ -45,7 +44,7 @@ from ndreamer_dist.matching.partition import Index, build_index
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage.arrays import ensure_array, open_array, read_array, shard_files, write_array, write_part
+from ndreamer_dist.storage.arrays import ensure_array, read_array, shard_files, write_array, write_chunk
 from ndreamer_dist.storage.files import Storage
 
 if TYPE_CHECKING:
@@ -414,7 +413,6 @@ def search_unit(
     """
     cells = fetch(cells.handle) if isinstance(cells, StoredPlaces) else cells
     counts: dict[str, dict[str, int]] = {}
-    arrays: dict[str, zarr.Array[Any]] = {}
     pooled = design.sampled > 0
     starts = design.stored_starts() if pooled else design.starts
     edges = list(dict.fromkeys((s.task.target, s.task.query) for s in unit.shards if is_corrected(s.task, settings)))
@@ -424,7 +422,7 @@ def search_unit(
     there = _placed(cells, settings.match.device)
 
     def finish(shard: Shard, found: Found) -> None:
-        _write(shard.task, found, run, settings, design, arrays)
+        _write(shard.task, found, run, settings, design)
         counts[shard.name] = found.counts
         run.mark(keys.STAGE_MATCH, key, shard, found.counts)
 
@@ -632,25 +630,15 @@ def _search_batch(
         yield Found(found.rows[part], found.distances[part], counts)
 
 
-def _write(
-    edge: EdgeTile,
-    found: Found,
-    run: RunDirectory,
-    settings: Settings,
-    design: Design,
-    arrays: dict[str, zarr.Array[Any]],
-) -> None:
-    """Write an edge tile; an array is opened once for all of its tiles that come here."""
-    start, stop = _tile_range(edge, settings, design)
-    storage, name = run.storage / keys.MATCHES, keys.block_name(edge.query)
-    part = (slice(start, stop), slice(edge.target, edge.target + 1), slice(None))
-    shape, asking = (stop - start, most_neighbours(settings, design)), _asking(edge, settings, design) - start
-    rows, distances = np.full(shape, -1, dtype=found.rows.dtype), np.full(shape, np.nan, dtype=np.float32)
-    k = found.rows.shape[1]
-    rows[asking, :k] = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
-    distances[asking, :k] = found.distances
+def _write(edge: EdgeTile, found: Found, run: RunDirectory, settings: Settings, design: Design) -> None:
+    """Write an edge tile: a chunk of rows and one of distances, of which what is beyond the group's end stays empty."""
+    start, _ = _tile_range(edge, settings, design)
+    chunk = (min(settings.match.query_rows, design.groups[edge.query].cells), 1, most_neighbours(settings, design))
+    rows = np.full(chunk, -1, dtype=row_dtype(design.n_cells))
+    distances = np.full(chunk, np.nan, dtype=np.float32)
+    asking, k = _asking(edge, settings, design) - start, found.rows.shape[1]
+    rows[asking, 0, :k] = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
+    distances[asking, 0, :k] = found.distances
     for array, values in ((keys.MATCH_ROW, rows), (keys.MATCH_DISTANCE, distances)):
-        path = f"{name}/{array}"
-        if path not in arrays:
-            arrays[path] = open_array(storage, path, mode="w")
-        write_part(storage, path, part, values[:, None, :], opened=arrays[path])
+        path = f"{keys.block_name(edge.query)}/{array}"
+        write_chunk(run.storage / keys.MATCHES, path, (edge.tile, edge.target, 0), values)

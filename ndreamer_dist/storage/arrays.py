@@ -151,6 +151,11 @@ def write_part(
         array[selection] = values
 
 
+def write_chunk(storage: Storage, name: str, position: Position, chunk: np.ndarray[Any, Any]) -> None:
+    """Write one whole chunk, in its full shape, of an array without shards; several times faster than `write_part`."""
+    storage.write_atomic(shard_files(name, *position), *_encoded(np.ascontiguousarray(chunk)))
+
+
 def write_shard(storage: Storage, name: str, shard: Position, chunks: Iterable[np.ndarray[Any, Any]]) -> None:
     """Write one whole shard, chunk by chunk, whatever stood there before.
 
