@@ -191,10 +191,21 @@ def sorted_by_query(query: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def kth_by_query(query: np.ndarray, values: np.ndarray, k: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of `count` queries have k values or more, and the k-th smallest of each of these."""
-    ends = np.cumsum(np.bincount(query, minlength=count))
-    enough = np.flatnonzero(np.diff(ends, prepend=0) >= k)
-    return enough, sorted_by_query(query, values)[np.append(0, ends)[enough] + k - 1]
+    """Return which of `count` queries have k values or more, and the k-th smallest of each; pairs are in their order."""
+    numbers = np.bincount(query, minlength=count)
+    enough = np.flatnonzero(numbers >= k)
+    table = tabled(count, query, values)
+    if table is None:
+        return enough, sorted_by_query(query, values)[(np.cumsum(numbers) - numbers)[enough] + k - 1]
+    return enough, np.partition(table, k - 1, axis=1)[enough, k - 1] if len(enough) else np.empty(0, values.dtype)
+
+
+def stable_order(values: np.ndarray) -> np.ndarray:
+    """Return the order of whole numbers from 0 on, equal ones as they come: 16 bits at a time, which is a radix sort."""
+    order = np.argsort(values.astype(np.uint16), kind="stable")
+    for shift in range(16, int(values.max(initial=0)).bit_length(), 16):
+        order = order[np.argsort((values[order] >> shift).astype(np.uint16), kind="stable")]
+    return order
 
 
 def smallest_by_query(query: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -438,7 +449,7 @@ class Tile:
     def _decided(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the pairs that are still within the limits, and their exact squared distances."""
         index = self.index
-        query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
+        query, point, value = self._ordered()
         if self.k > 1:
             self._limit_by(query, value)
         within = np.flatnonzero(value <= self.limit[query])
@@ -446,6 +457,12 @@ class Tile:
         other = row != self.skipped[query]
         query, row = query[other], row[other]
         return query, row, exact_squared(self.queries, index.targets, query, row)
+
+    def _ordered(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return query, point and value of all pairs so far, in the order of the queries."""
+        query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
+        order = stable_order(query)
+        return query[order], point[order], value[order]
 
     def _limit_by(self, query: np.ndarray, value: np.ndarray) -> None:
         """Set the limits by the k-th smallest computed value of all pairs, where the scans have not found it."""
@@ -472,25 +489,39 @@ def nothing_found(count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def k_best(count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each query's k smallest pairs, by distance and then by row: (count, k) rows and squared distances."""
+    """Return each query's k smallest pairs, by distance and then by row: (count, k) rows and squared distances.
+
+    Pairs come in the order of their queries.
+    """
+    if k == 1:
+        return _best(count, query, row, exact)
     rows, squared = nothing_found(count, k)
-    if k > 1 and len(query):
-        order = np.argsort(query * (int(row.max()) + 1) + row)
-        query, row, exact = query[order], row[order], exact[order]
-        table = tabled(count, query, exact)
-        if table is not None:  # ties stay in the order of their rows
-            rank = np.argsort(table, axis=1, kind="stable")[:, :k]
-            places = np.minimum((np.searchsorted(query, np.arange(count)))[:, None] + rank, len(row) - 1)
-            found = np.take_along_axis(table, rank, axis=1)
-            squared[:, : rank.shape[1]] = found
-            rows[:, : rank.shape[1]] = np.where(np.isfinite(found), row[places], -1)
-            return rows, squared
+    order = stable_order(row)
+    order = order[stable_order(query[order])]
+    query, row, exact = query[order], row[order], exact[order]
+    table = tabled(count, query, exact)
+    if table is not None and len(query):  # ties stay in the order of their rows
+        rank = np.argsort(table, axis=1, kind="stable")[:, :k]
+        places = np.minimum((np.searchsorted(query, np.arange(count)))[:, None] + rank, len(row) - 1)
+        found = np.take_along_axis(table, rank, axis=1)
+        squared[:, : rank.shape[1]] = found
+        rows[:, : rank.shape[1]] = np.where(np.isfinite(found), row[places], -1)
+        return rows, squared
     order = np.lexsort((row, exact, query))
     query = query[order]
     rank = np.arange(len(query)) - np.searchsorted(query, query)
     kept = rank < k
     rows[query[kept], rank[kept]] = row[order[kept]]
     squared[query[kept], rank[kept]] = exact[order[kept]]
+    return rows, squared
+
+
+def _best(count: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows, squared = nothing_found(count, 1)
+    asking, smallest = smallest_by_query(query, exact)
+    squared[asking, 0] = smallest
+    tied = np.flatnonzero(exact == squared[query, 0])
+    rows[asking, 0] = smallest_by_query(query[tied], row[tied])[1]
     return rows, squared
 
 

@@ -85,8 +85,7 @@ def _mean_distance(tile: Tile) -> np.ndarray:
     """Return the mean distance of a tile's cells to the k nearest, as float32; which these are is left open."""
     query, row, squared = tile.candidates()
     count, k = len(tile.queries), min(tile.k, len(tile.index.targets))
-    order = np.argsort(query)
-    table = tabled(count, query[order], squared[order])
+    table = tabled(count, query, squared)
     smallest = k_best(count, k, query, row, squared)[1] if table is None else np.sort(table, axis=1)[:, :k]
     return np.sqrt(smallest).mean(axis=1).astype(np.float32)
 
@@ -308,9 +307,7 @@ class _CorrectedTile(Tile):
     def _scan_own(self, own: np.ndarray) -> None:
         super()._scan_own(own)
         if self.k == 1:
-            query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
-            order = np.argsort(query, kind="stable")
-            self._lower(query[order], point[order], value[order])
+            self._lower(*self._ordered())
 
     def _reach(self, cell: int) -> np.ndarray:
         """Return the squared distance up to which a partition has to be looked at: (q,), -inf for not at all."""
@@ -379,7 +376,7 @@ class _CorrectedTile(Tile):
 
     def _decided(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the pairs that are still within the bounds, and their exact scores."""
-        query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
+        query, point, value = self._ordered()
         score = self._score(query, point, value)
         if self.k > 1:
             enough, kth = kth_by_query(query, rounded_up(score), self.k, len(self.queries))
