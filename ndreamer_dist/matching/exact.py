@@ -192,12 +192,19 @@ def sorted_by_query(query: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def kth_by_query(query: np.ndarray, values: np.ndarray, k: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return which of `count` queries have k values or more, and the k-th smallest of each; pairs are in their order."""
+    if k == 1:
+        return smallest_by_query(query, values)
     numbers = np.bincount(query, minlength=count)
     enough = np.flatnonzero(numbers >= k)
-    table = tabled(count, query, values)
-    if table is None:
-        return enough, sorted_by_query(query, values)[(np.cumsum(numbers) - numbers)[enough] + k - 1]
-    return enough, np.partition(table, k - 1, axis=1)[enough, k - 1] if len(enough) else np.empty(0, values.dtype)
+    kth = np.empty(count, dtype=values.dtype)
+    crowded = (numbers > WIDEST * max(k, len(query) // max(count, 1)))[query]
+    if len(enough):
+        few = tabled(count, query[~crowded], values[~crowded], k)
+        kth[:] = np.partition(few, k - 1, axis=1)[:, k - 1]
+        query, many = query[crowded], sorted_by_query(query[crowded], values[crowded])
+        starts = np.searchsorted(query, np.unique(query))
+        kth[query[starts]] = many[starts + k - 1]
+    return enough, kth[enough]
 
 
 def stable_order(values: np.ndarray) -> np.ndarray:
@@ -493,49 +500,51 @@ def k_best(count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.nda
 
     Pairs come in the order of their queries.
     """
-    if k == 1:
-        return _best(count, query, row, exact)
     rows, squared = nothing_found(count, k)
+    place, rank, pair = best_pairs(count, k, query, row, exact)
+    rows[place, rank], squared[place, rank] = row[pair], exact[pair]
+    return rows, squared
+
+
+def best_pairs(
+    count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the pairs of `k_best`: of each its query, its rank there, and its place among all pairs."""
+    if k == 1:
+        return _smallest_pairs(count, query, row, exact)
     order = stable_order(row)
     order = order[stable_order(query[order])]
-    query, row, exact = query[order], row[order], exact[order]
-    table = tabled(count, query, exact)
-    if table is not None and len(query):  # ties stay in the order of their rows
-        rank = np.argsort(table, axis=1, kind="stable")[:, :k]
-        places = np.minimum((np.searchsorted(query, np.arange(count)))[:, None] + rank, len(row) - 1)
-        found = np.take_along_axis(table, rank, axis=1)
-        squared[:, : rank.shape[1]] = found
-        rows[:, : rank.shape[1]] = np.where(np.isfinite(found), row[places], -1)
-        return rows, squared
-    order = np.lexsort((row, exact, query))
-    query = query[order]
-    rank = np.arange(len(query)) - np.searchsorted(query, query)
-    kept = rank < k
-    rows[query[kept], rank[kept]] = row[order[kept]]
-    squared[query[kept], rank[kept]] = exact[order[kept]]
-    return rows, squared
+    numbers = np.bincount(query, minlength=count)
+    starts, widest = np.cumsum(numbers) - numbers, int(numbers.max(initial=0))
+    if count * widest > WIDEST * len(query):  # a few queries have so many pairs that a table would be mostly empty
+        order = np.lexsort((row, exact, query))
+        place = query[order]
+        rank = np.arange(len(place)) - starts[place]
+        return place[rank < k], rank[rank < k], order[rank < k]
+    table = tabled(count, query[order], exact[order], k)  # ties stay in the order of their rows
+    column = np.argsort(table, axis=1, kind="stable")[:, :k]
+    place, rank = np.nonzero(np.arange(k) < numbers[:, None])
+    return place, rank, order[starts[place] + column[place, rank]]
 
 
-def _best(count: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows, squared = nothing_found(count, 1)
-    asking, smallest = smallest_by_query(query, exact)
-    squared[asking, 0] = smallest
-    tied = np.flatnonzero(exact == squared[query, 0])
-    rows[asking, 0] = smallest_by_query(query[tied], row[tied])[1]
-    return rows, squared
+def _smallest_pairs(
+    count: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    smallest, first = np.empty(count), np.empty(count, dtype=np.int64)
+    asking, values = smallest_by_query(query, exact)
+    smallest[asking] = values
+    tied = np.flatnonzero(exact == smallest[query])
+    asking, rows = smallest_by_query(query[tied], row[tied])
+    first[asking] = rows
+    pair = tied[row[tied] == first[query[tied]]]
+    return asking, np.zeros(len(pair), dtype=np.int64), pair
 
 
-def tabled(count: int, query: np.ndarray, values: np.ndarray) -> np.ndarray | None:
-    """Return the values of pairs, which are in the order of their queries, as a table: (count, widest), the rest infinite.
-
-    None where a few queries have so many pairs that the table would be mostly empty.
-    """
-    pairs = np.bincount(query, minlength=count)
-    widest = int(pairs.max(initial=0))
-    if count * widest > WIDEST * len(query):
-        return None
-    table = np.full((count, widest), np.inf, dtype=values.dtype)
-    table[query, np.arange(len(query)) - np.repeat(np.cumsum(pairs) - pairs, pairs)] = values
+def tabled(count: int, query: np.ndarray, values: np.ndarray, width: int) -> np.ndarray:
+    """Return the values of pairs, which are in the order of their queries, as a table: (count, `width` or more)."""
+    numbers = np.bincount(query, minlength=count)
+    table = np.full((count, max(int(numbers.max(initial=0)), width)), np.inf, dtype=values.dtype)
+    table[query, np.arange(len(query)) - np.repeat(np.cumsum(numbers) - numbers, numbers)] = values
     return table
 
 

@@ -23,8 +23,10 @@ from ndreamer_dist.matching.exact import (
     FLOAT64,
     FOLD,
     LARGEST,
+    WIDEST,
     Neighbours,
     Tile,
+    best_pairs,
     distances_of,
     exact_squared,
     folded,
@@ -36,7 +38,6 @@ from ndreamer_dist.matching.exact import (
     nothing_found,
     one_thread,
     rounded_up,
-    smallest_by_query,
     tabled,
     tiles,
 )
@@ -85,8 +86,10 @@ def _mean_distance(tile: Tile) -> np.ndarray:
     """Return the mean distance of a tile's cells to the k nearest, as float32; which these are is left open."""
     query, row, squared = tile.candidates()
     count, k = len(tile.queries), min(tile.k, len(tile.index.targets))
-    table = tabled(count, query, squared)
-    smallest = k_best(count, k, query, row, squared)[1] if table is None else np.sort(table, axis=1)[:, :k]
+    if count * np.bincount(query, minlength=count).max(initial=0) > WIDEST * len(query):
+        smallest = k_best(count, k, query, row, squared)[1]
+    else:
+        smallest = np.sort(tabled(count, query, squared, k), axis=1)[:, :k]
     return np.sqrt(smallest).mean(axis=1).astype(np.float32)
 
 
@@ -298,15 +301,16 @@ class _CorrectedTile(Tile):
 
     def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows, squared distances, both (q, k), and which queries were widened."""
-        rows, _ = k_best(len(self.queries), self.k, *self.candidates())
-        squared = np.full(rows.shape, np.inf)
-        place, rank = np.nonzero(rows >= 0)
-        squared[place, rank] = exact_squared(self.queries, self.index.targets, place, rows[place, rank])
+        query, row, exact = self.candidates()
+        remote = self.frame.remote[self.group[query], row].astype(np.float64)
+        rows, squared = nothing_found(len(self.queries), self.k)
+        place, rank, pair = best_pairs(len(self.queries), self.k, query, row, 2 * np.sqrt(exact) - remote)
+        rows[place, rank], squared[place, rank] = row[pair], exact[pair]
         return rows, squared, self.widened
 
     def _scan_own(self, own: np.ndarray) -> None:
         super()._scan_own(own)
-        if self.k == 1:
+        if self.k == 1:  # of more, the few pairs less elsewhere would not pay
             self._lower(*self._ordered())
 
     def _reach(self, cell: int) -> np.ndarray:
@@ -351,12 +355,13 @@ class _CorrectedTile(Tile):
         self._tighten(part, np.sqrt(np.maximum(value + half * (half + 2 * guess), 0)) - half)
 
     def _lower(self, query: np.ndarray, point: np.ndarray, value: np.ndarray) -> None:
-        self._tighten(*smallest_by_query(query, self._score(query, point, value)))
+        score = rounded_up(self._score(query, point, value))
+        self._tighten(*kth_by_query(query, score, self.k, len(self.queries)))
 
     def _tighten(self, part: np.ndarray, kth: np.ndarray) -> None:
         """Lower the bounds of queries to what a computed t implies that is not below their k-th smallest."""
         lower = np.flatnonzero((kth < self.bound[part]) & ~self.far[part])
-        part, kth = part[lower], kth[lower]
+        part, kth = part[lower], kth[lower].astype(np.float64)
         error = self._error_within(kth, self.norms[part])
         bound = kth + self._slack(kth, error)
         bound = np.where(bound < LARGEST, rounded_up(bound).astype(np.float64), np.inf)
@@ -370,22 +375,20 @@ class _CorrectedTile(Tile):
 
     def _score(self, query: np.ndarray, point: np.ndarray, value: np.ndarray) -> np.ndarray:
         """Return t of pairs by their computed values: (pairs,) float64."""
-        group = self.group[query]
-        distance = value + self.squared[query] + self.frame.taken[group, point]
-        return np.sqrt(np.maximum(distance, 0)) - self.frame.half[group, point]
+        place = self.group[query] * len(self.index.copies) + point
+        distance = value + self.squared[query] + self.frame.taken.take(place)
+        return np.sqrt(np.maximum(distance, 0)) - self.frame.half.take(place)
 
     def _decided(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the pairs that are still within the bounds, and their exact scores."""
+        """Return the pairs that are still within the bounds, and their exact squared distances."""
         query, point, value = self._ordered()
         score = self._score(query, point, value)
         if self.k > 1:
-            enough, kth = kth_by_query(query, rounded_up(score), self.k, len(self.queries))
-            self._tighten(enough, kth.astype(np.float64))
+            self._tighten(*kth_by_query(query, rounded_up(score), self.k, len(self.queries)))
         bound = self.bound + np.where(np.isfinite(self.bound), self._slack(self.bound, self.error), 0)
         kept = np.flatnonzero(score <= bound[query])
         query, row = self._members(query[kept], point[kept])
-        exact = exact_squared(self.queries, self.index.targets, query, row)
-        return query, row, 2 * np.sqrt(exact) - self.frame.remote[self.group[query], row].astype(np.float64)
+        return query, row, exact_squared(self.queries, self.index.targets, query, row)
 
     def _sifted(self, values: np.ndarray, squared: np.ndarray, part: np.ndarray, points: slice) -> np.ndarray:
         """Return which pairs may still be among the k best by float64 distances about the crowd: (queries, points)."""
