@@ -7,7 +7,10 @@ its distances count in full. A target that is near to few queries has a large r 
 
 The search is that of `exact`: float32 products propose, the partitions of the index rule targets out, and float64
 decides. With h = r / 2 the score is t = d - h, halved. A target can be better than a bound U on t only where
-`d^2 <= (U + h)^2`, that is `|p|^2 - h^2 - 2 p q - 2 h U <= U^2 - |q|^2`: one product with two more columns.
+`d^2 <= (U + h)^2`. For any D, and so for the mean h of a partition, that is
+`|p|^2 - h^2 - 2 h D - 2 p q <= U^2 + 2 h (U - D) - |q|^2`. On the left is a product as long as the plain one. On the right
+the largest or the smallest h of the partition makes it a limit of the query. Queries of several groups, each with its own
+h, are searched together: a row of norms per group.
 """
 
 from __future__ import annotations
