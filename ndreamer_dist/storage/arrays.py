@@ -131,22 +131,9 @@ class _Unseen(WrapperStore[Store]):
         return await super().get(key, prototype, byte_range) if key.endswith("zarr.json") else None
 
 
-def write_part(
-    storage: Storage,
-    name: str,
-    selection: Any,
-    values: np.ndarray[Any, Any],
-    *,
-    opened: zarr.Array[Any] | None = None,
-) -> None:
-    """Write the whole shards of a selection by slices, whatever, damaged or not, stood there before.
-
-    Parameters
-    ----------
-    opened
-        The array, where the caller has opened it before with mode `w`; opening takes a request.
-    """
-    array = open_array(storage, name, mode="w") if opened is None else opened
+def write_part(storage: Storage, name: str, selection: Any, values: np.ndarray[Any, Any]) -> None:
+    """Write the whole shards of a selection by slices, whatever, damaged or not, stood there before."""
+    array = open_array(storage, name, mode="w")
     with _writing(storage, name):
         array[selection] = values
 

@@ -143,7 +143,7 @@ def test_fewer_targets_than_neighbours_leave_gaps(targets):
 
 CUTS = [
     (exact, "QUERY_TILE", 50), (exact, "SCAN_PAIRS", 1000), (exact, "EXACT_PAIRS", 50),
-    (exact, "SPARE", 2), (exact, "WIDEST", 1), (hubs, "FOLD", 1),
+    (exact, "SPARE", 2), (exact, "WIDEST", 1), (hubs, "WIDEST", 1), (hubs, "FOLD", 1), (exact, "SETTLED_PAIRS", 1000),
 ]  # fmt: skip
 
 
