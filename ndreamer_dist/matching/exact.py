@@ -25,6 +25,8 @@ QUERY_TILE = 16_384
 """Queries that go through the cells together, at most; one thread works on a tile."""
 SCAN_PAIRS = 262_144
 """Query-target pairs of one product: what fits into a processor's cache."""
+SETTLED_PAIRS = 2**20
+"""Query-target pairs of own cells whose values are held until limits are set."""
 EXACT_PAIRS = 2048
 """Pairs whose exact distances are computed at once."""
 WIDEST = 4
@@ -189,10 +191,34 @@ def sorted_by_query(query: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def kth_by_query(query: np.ndarray, values: np.ndarray, k: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of `count` queries have k values or more, and the k-th smallest of each of these."""
-    ends = np.cumsum(np.bincount(query, minlength=count))
-    enough = np.flatnonzero(np.diff(ends, prepend=0) >= k)
-    return enough, sorted_by_query(query, values)[np.append(0, ends)[enough] + k - 1]
+    """Return which of `count` queries have k values or more, and the k-th smallest of each; pairs are in their order."""
+    if k == 1:
+        return smallest_by_query(query, values)
+    numbers = np.bincount(query, minlength=count)
+    enough = np.flatnonzero(numbers >= k)
+    kth = np.empty(count, dtype=values.dtype)
+    crowded = (numbers > WIDEST * max(k, len(query) // max(count, 1)))[query]
+    if len(enough):
+        few = tabled(count, query[~crowded], values[~crowded], k)
+        kth[:] = np.partition(few, k - 1, axis=1)[:, k - 1]
+        query, many = query[crowded], sorted_by_query(query[crowded], values[crowded])
+        starts = np.searchsorted(query, np.unique(query))
+        kth[query[starts]] = many[starts + k - 1]
+    return enough, kth[enough]
+
+
+def stable_order(values: np.ndarray) -> np.ndarray:
+    """Return the order of whole numbers from 0 on, equal ones as they come: 16 bits at a time, which is a radix sort."""
+    order = np.argsort(values.astype(np.uint16), kind="stable")
+    for shift in range(16, int(values.max(initial=0)).bit_length(), 16):
+        order = order[np.argsort((values[order] >> shift).astype(np.uint16), kind="stable")]
+    return order
+
+
+def smallest_by_query(query: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the queries of pairs that are in the order of their queries, each once, and their smallest values."""
+    begins = np.append(0, np.flatnonzero(query[1:] != query[:-1]) + 1)[: len(query)]
+    return query[begins], np.minimum.reduceat(values, begins) if len(query) else values
 
 
 def rounded_up(limit: np.ndarray) -> np.ndarray:
@@ -220,6 +246,7 @@ class Tile:
 
     def __init__(self, index: Index, queries: np.ndarray, skipped: np.ndarray, k: int) -> None:
         self.index, self.queries, self.skipped, self.k = index, queries, skipped, k
+        self.products = index.points
         self.usual = k if k == 1 else 3 * k  # candidates of a query in one scan that are no crowd
         local = index.local(queries)
         squared = np.einsum("qd,qd->q", local, local, dtype=np.float64)
@@ -231,10 +258,12 @@ class Tile:
         self.limit = np.full(len(queries), LARGEST, dtype=np.float32)
         self.reach = np.full(len(queries), LARGEST, dtype=np.float32)
         self.widened = np.zeros(len(queries), dtype=bool)
-        self.pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        none = np.empty(0, dtype=np.int64)
+        self.pairs = [(none, none, np.empty(0, dtype=np.float32))]
         itself = np.where(skipped >= 0, index.place[skipped], -1)
         # Where the excluded target has copies, its point stays and the row is left out at the end.
         self.excluded = np.where(index.copies[itself] == 1, itself, -1)
+        self.excludes = bool((self.excluded >= 0).any())
 
     def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows, squared distances, both (q, k), and which queries were widened."""
@@ -244,16 +273,15 @@ class Tile:
     def candidates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the pairs of query and target row among which the k nearest are, and their squared distances."""
         begins, own = self.beginnings()
-        for cell in range(self.index.cells):  # the own cells first: they set limits that rule out most of the others
-            self._scan(cell, np.flatnonzero((own == cell) & (begins[cell] <= self.reach)))
+        self._scan_own(own)  # the own cells first: they set limits that rule out most of the others
         begins[own, np.arange(len(own))] = np.inf
         for cell in range(self.index.cells):
-            self._scan(cell, np.flatnonzero(begins[cell] <= self.reach))
+            self._scan(cell, np.flatnonzero(begins[cell] <= self._reach(cell)))
         return self._decided()
 
     def beginnings(self) -> tuple[np.ndarray, np.ndarray]:
         """Return a lower bound of the squared distance to any point of a cell, (cells, q), and the own cell, (q,)."""
-        along = self.local[:, :-1] @ self.index.centroids.T
+        along = self.local[:, : self.index.centroids.shape[1]] @ self.index.centroids.T
         nearness = np.einsum("cd,cd->c", self.index.centroids, self.index.centroids) / 2 - along
         own = nearness.argmin(axis=1)
         return self._beginnings(np.ascontiguousarray(along.T), own), own
@@ -277,35 +305,104 @@ class Tile:
         bounds[own, tile] = -1
         return bounds
 
+    def _reach(self, cell: int) -> np.ndarray:
+        """Return the squared distance up to which a cell has to be looked at: (q,)."""
+        del cell
+        return self.reach
+
+    def _scan_own(self, own: np.ndarray) -> None:
+        """Look at each query's own cell; limits are set for many queries at once, since a call has its price."""
+        cuts = np.cumsum(np.bincount(own, minlength=self.index.cells))
+        looked: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]] = []
+        for cell, queries in enumerate(np.split(np.argsort(own, kind="stable"), cuts[:-1])):
+            for part in self._parts(cell, queries):
+                values = self._values(part, cell)
+                looked.append((part, cell, values, self._kth(part, values)))
+                if sum(values.size for _, _, values, _ in looked) > SETTLED_PAIRS:
+                    self._settle(looked, own)
+                    looked = []
+        self._settle(looked, own)
+
+    def _settle(self, looked: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]], own: np.ndarray) -> None:
+        """Set the limits of queries that were looked at, each once, and keep the points within them."""
+        if not looked:
+            return
+        queries = np.concatenate([part for part, _, _, _ in looked])
+        self._bound(queries, np.concatenate([kth for _, _, _, kth in looked]), own[queries])
+        limits = np.split(self._limits(queries, own[queries]), np.cumsum([len(part) for part, _, _, _ in looked])[:-1])
+        for (part, cell, values, _), limit in zip(looked, limits, strict=True):
+            self._choose(part, cell, values, values <= limit[:, None])
+
     def _scan(self, cell: int, queries: np.ndarray) -> None:
         """Look at a cell's points for some of the queries."""
+        for part in self._parts(cell, queries):
+            values = self._values(part, cell)
+            near = values <= self._limits(part, cell)[:, None]
+            count = np.count_nonzero(near)
+            if count > 2 * self.k * len(part):
+                self._bound(part, self._kth(part, values), cell)
+                near = values <= self._limits(part, cell)[:, None]
+            if count:
+                query, point, value = self._choose(part, cell, values, near)
+                if self.k == 1:
+                    self._lower(query, point, value)
+
+    def _parts(self, cell: int, queries: np.ndarray) -> Iterator[np.ndarray]:
+        """Give queries in parts whose products with a cell's points fit into a processor's cache."""
+        step = max(1, SCAN_PAIRS // int(self.index.starts[cell + 1] - self.index.starts[cell]))
+        return (queries[first : first + step] for first in range(0, len(queries), step))
+
+    def _values(self, part: np.ndarray, cell: int) -> np.ndarray:
+        """Return computed values of some queries and a cell's points: (queries, points)."""
         start, stop = self.index.starts[cell], self.index.starts[cell + 1]
-        step = max(1, SCAN_PAIRS // (stop - start))
-        for first in range(0, len(queries), step):
-            part = queries[first : first + step]
-            values = self.local[part] @ self.index.points[:, start:stop]
+        values = self.local[part] @ self.products[:, start:stop]
+        if self.excludes:
             excluded = self.excluded[part]
             hit = np.flatnonzero((excluded >= start) & (excluded < stop))
             values[hit, excluded[hit] - start] = np.inf
-            near = values <= self.limit[part, None]
-            if self.k == 1 or np.count_nonzero(near) > 2 * self.k * len(part):
-                self._tighten(part, values)
-                near = values <= self.limit[part, None]
-            if np.count_nonzero(near) > self.usual * len(part) + SPARE:
-                self._sift(part, near, start)
-            flat = np.flatnonzero(near)
-            query, point = np.divmod(flat, stop - start)
-            self.pairs.append((part[query], point + start, values.ravel()[flat]))
+        return values
 
-    def _tighten(self, part: np.ndarray, values: np.ndarray) -> None:
-        """Take new computed values into account: the k best, or values no smaller than these, and from them the limits."""
+    def _choose(
+        self, part: np.ndarray, cell: int, values: np.ndarray, near: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Keep the pairs that are within the limits, in the order of the queries, and return them."""
+        start = int(self.index.starts[cell])
+        if np.count_nonzero(near) > self.usual * len(part) + SPARE:
+            self._sift(part, near, start)
+        flat = np.flatnonzero(near)
+        query, point = np.divmod(flat, near.shape[1])
+        pairs = part[query], point + start, values.ravel()[flat]
+        self.pairs.append(pairs)
+        return pairs
+
+    def _kth(self, part: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Return the k-th smallest computed value so far of some queries, or one that is no smaller: (queries,)."""
         if self.k == 1:
             best = np.minimum(self.best[part], values.min(axis=1, keepdims=True))
         else:
             few = np.concatenate([self.best[part], folded(values, FOLD * self.k)], axis=1)
             best = np.sort(few, axis=1)[:, : self.k]
         self.best[part] = best
-        self._limit(part, best[:, -1])
+        return best[:, -1]
+
+    def _bound(self, part: np.ndarray, kth: np.ndarray, cell: int | np.ndarray) -> None:
+        """Set the limits of some queries by a computed value of a cell's points that is not below their k-th smallest."""
+        del cell
+        self._limit(part, kth)
+
+    def _limits(self, part: np.ndarray, cell: int | np.ndarray) -> np.ndarray:
+        """Return the limits of some queries for the computed values of a cell's points."""
+        del cell
+        return self.limit[part]
+
+    def _lower(self, query: np.ndarray, point: np.ndarray, value: np.ndarray) -> None:
+        """Lower the limits by pairs, in the order of their queries, where one neighbour is sought."""
+        del point
+        query, value = smallest_by_query(query, value)
+        lower = np.flatnonzero(value < self.best[query, 0])
+        if len(lower):
+            self.best[query[lower], 0] = value[lower]
+            self._limit(query[lower], value[lower])
 
     def _limit(self, part: np.ndarray, kth: np.ndarray) -> None:
         """Set the limits of some queries by a computed value that is not below their k-th smallest."""
@@ -346,12 +443,12 @@ class Tile:
         np.copyto(values, np.inf, where=~candidates[:, span])
         squared = np.einsum("qd,qd->q", queries, queries)
         points = slice(start + span.start, start + span.stop)
-        candidates[:, span] &= self._sifted(values, squared, points)
+        candidates[:, span] &= self._sifted(values, squared, part[crowded], points)
         near[crowded] = candidates
 
-    def _sifted(self, values: np.ndarray, squared: np.ndarray, points: slice) -> np.ndarray:
+    def _sifted(self, values: np.ndarray, squared: np.ndarray, part: np.ndarray, points: slice) -> np.ndarray:
         """Return which pairs may be among the k nearest by float64 products, less the squared norms of the queries."""
-        del points
+        del part, points
         kth = kth_smallest(values, self.k) + squared
         limit = certain_limit(kth, np.sqrt(squared), self.queries.shape[1], FLOAT64) - squared
         return values <= np.minimum(limit, np.finfo(np.float64).max)[:, None]
@@ -359,7 +456,7 @@ class Tile:
     def _decided(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the pairs that are still within the limits, and their exact squared distances."""
         index = self.index
-        query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
+        query, point, value = self._ordered()
         if self.k > 1:
             self._limit_by(query, value)
         within = np.flatnonzero(value <= self.limit[query])
@@ -367,6 +464,12 @@ class Tile:
         other = row != self.skipped[query]
         query, row = query[other], row[other]
         return query, row, exact_squared(self.queries, index.targets, query, row)
+
+    def _ordered(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return query, point and value of all pairs so far, in the order of the queries."""
+        query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
+        order = stable_order(query)
+        return query[order], point[order], value[order]
 
     def _limit_by(self, query: np.ndarray, value: np.ndarray) -> None:
         """Set the limits by the k-th smallest computed value of all pairs, where the scans have not found it."""
@@ -393,39 +496,55 @@ def nothing_found(count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def k_best(count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each query's k smallest pairs, by distance and then by row: (count, k) rows and squared distances."""
+    """Return each query's k smallest pairs, by distance and then by row: (count, k) rows and squared distances.
+
+    Pairs come in the order of their queries.
+    """
     rows, squared = nothing_found(count, k)
-    if k > 1 and len(query):
-        order = np.argsort(query * (int(row.max()) + 1) + row)
-        query, row, exact = query[order], row[order], exact[order]
-        table = tabled(count, query, exact)
-        if table is not None:  # ties stay in the order of their rows
-            rank = np.argsort(table, axis=1, kind="stable")[:, :k]
-            places = np.minimum((np.searchsorted(query, np.arange(count)))[:, None] + rank, len(row) - 1)
-            found = np.take_along_axis(table, rank, axis=1)
-            squared[:, : rank.shape[1]] = found
-            rows[:, : rank.shape[1]] = np.where(np.isfinite(found), row[places], -1)
-            return rows, squared
-    order = np.lexsort((row, exact, query))
-    query = query[order]
-    rank = np.arange(len(query)) - np.searchsorted(query, query)
-    kept = rank < k
-    rows[query[kept], rank[kept]] = row[order[kept]]
-    squared[query[kept], rank[kept]] = exact[order[kept]]
+    place, rank, pair = best_pairs(count, k, query, row, exact)
+    rows[place, rank], squared[place, rank] = row[pair], exact[pair]
     return rows, squared
 
 
-def tabled(count: int, query: np.ndarray, values: np.ndarray) -> np.ndarray | None:
-    """Return the values of pairs, which are in the order of their queries, as a table: (count, widest), the rest infinite.
+def best_pairs(
+    count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the pairs of `k_best`: of each its query, its rank there, and its place among all pairs."""
+    if k == 1:
+        return _smallest_pairs(count, query, row, exact)
+    order = stable_order(row)
+    order = order[stable_order(query[order])]
+    numbers = np.bincount(query, minlength=count)
+    starts, widest = np.cumsum(numbers) - numbers, int(numbers.max(initial=0))
+    if count * widest > WIDEST * len(query):  # a few queries have so many pairs that a table would be mostly empty
+        order = np.lexsort((row, exact, query))
+        place = query[order]
+        rank = np.arange(len(place)) - starts[place]
+        return place[rank < k], rank[rank < k], order[rank < k]
+    table = tabled(count, query[order], exact[order], k)  # ties stay in the order of their rows
+    column = np.argsort(table, axis=1, kind="stable")[:, :k]
+    place, rank = np.nonzero(np.arange(k) < numbers[:, None])
+    return place, rank, order[starts[place] + column[place, rank]]
 
-    None where a few queries have so many pairs that the table would be mostly empty.
-    """
-    pairs = np.bincount(query, minlength=count)
-    widest = int(pairs.max(initial=0))
-    if count * widest > WIDEST * len(query):
-        return None
-    table = np.full((count, widest), np.inf, dtype=values.dtype)
-    table[query, np.arange(len(query)) - np.repeat(np.cumsum(pairs) - pairs, pairs)] = values
+
+def _smallest_pairs(
+    count: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    smallest, first = np.empty(count), np.empty(count, dtype=np.int64)
+    asking, values = smallest_by_query(query, exact)
+    smallest[asking] = values
+    tied = np.flatnonzero(exact == smallest[query])
+    asking, rows = smallest_by_query(query[tied], row[tied])
+    first[asking] = rows
+    pair = tied[row[tied] == first[query[tied]]]
+    return asking, np.zeros(len(pair), dtype=np.int64), pair
+
+
+def tabled(count: int, query: np.ndarray, values: np.ndarray, width: int) -> np.ndarray:
+    """Return the values of pairs, which are in the order of their queries, as a table: (count, `width` or more)."""
+    numbers = np.bincount(query, minlength=count)
+    table = np.full((count, max(int(numbers.max(initial=0)), width)), np.inf, dtype=values.dtype)
+    table[query, np.arange(len(query)) - np.repeat(np.cumsum(numbers) - numbers, numbers)] = values
     return table
 
 

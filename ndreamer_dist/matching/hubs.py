@@ -7,12 +7,14 @@ its distances count in full. A target that is near to few queries has a large r 
 
 The search is that of `exact`: float32 products propose, the partitions of the index rule targets out, and float64
 decides. With h = r / 2 the score is t = d - h, halved. A target can be better than a bound U on t only where
-`d^2 <= (U + h)^2`, that is `|p|^2 - h^2 - 2 p q - 2 h U <= U^2 - |q|^2`: one product with two more columns.
+`d^2 <= (U + h)^2`. For any D, and so for the mean h of a partition, that is
+`|p|^2 - h^2 - 2 h D - 2 p q <= U^2 + 2 h (U - D) - |q|^2`. On the left is a product as long as the plain one. On the right
+the largest or the smallest h of the partition makes it a limit of the query. Queries of several groups, each with its own
+h, are searched together: a row of norms per group.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -24,10 +26,10 @@ from ndreamer_dist.matching.exact import (
     FLOAT64,
     FOLD,
     LARGEST,
-    SCAN_PAIRS,
-    SPARE,
+    WIDEST,
     Neighbours,
     Tile,
+    best_pairs,
     distances_of,
     exact_squared,
     folded,
@@ -51,8 +53,8 @@ MOST_QUERIES = 4096
 """Cells of a query group that remoteness is measured from: the first in packed order, which is random."""
 KEPT_INDEXES = 32
 """Indexes of query groups that a task keeps, at some megabytes each."""
-SETTLED_PAIRS = 2**22
-"""Query-target pairs of own partitions whose scores are held until bounds are set."""
+USUAL = 4
+"""Candidates per neighbour of a query in one scan that are no crowd."""
 MOST_KEPT = 2**23
 """Numbers that a task keeps of target groups that are measured together, a label at a time."""
 
@@ -87,9 +89,10 @@ def _mean_distance(tile: Tile) -> np.ndarray:
     """Return the mean distance of a tile's cells to the k nearest, as float32; which these are is left open."""
     query, row, squared = tile.candidates()
     count, k = len(tile.queries), min(tile.k, len(tile.index.targets))
-    order = np.argsort(query)
-    table = tabled(count, query[order], squared[order])
-    smallest = k_best(count, k, query, row, squared)[1] if table is None else np.sort(table, axis=1)[:, :k]
+    if count * np.bincount(query, minlength=count).max(initial=0) > WIDEST * len(query):
+        smallest = k_best(count, k, query, row, squared)[1]
+    else:
+        smallest = np.sort(tabled(count, query, squared, k), axis=1)[:, :k]
     return np.sqrt(smallest).mean(axis=1).astype(np.float32)
 
 
@@ -146,6 +149,11 @@ class Remoteness:
             self._measure(*place)
         return self._kept[place]
 
+    def whole(self, group: int, label: int = WHOLE) -> Index | None:
+        """Return the index of all a group's cells of a label, where remoteness is measured from just these, or nothing."""
+        cells = len(self._of_label(np.arange(*self._starts[group : group + 2]), label))
+        return self._index(group, label) if not self._pooled and 0 < cells <= MOST_QUERIES else None
+
     def _from(self, target: int) -> set[int]:
         """Return the target groups that are measured together, from one on: as many as are not too many numbers."""
         following = list(dict.fromkeys(other for other, _ in self._edges))
@@ -171,8 +179,9 @@ class Remoteness:
 
 
 def nearest_corrected(
-    queries: np.ndarray, targets: np.ndarray | Index, remote: np.ndarray, k: int, *, threads: int = 1
-) -> Neighbours:
+    queries: np.ndarray, targets: np.ndarray | Index, remote: np.ndarray, k: int, *,
+    groups: np.ndarray | None = None, threads: int = 1,
+) -> Neighbours:  # fmt: skip
     """Return the k targets of least `2 d - r` of every query, exactly; ties go to the smaller row.
 
     Parameters
@@ -182,7 +191,9 @@ def nearest_corrected(
     targets
         (t, d) float32 coordinates, or their index.
     remote
-        (t,) float32, r of every target; equal targets have equal ones.
+        (t,) float32, r of every target, or (groups, t), r from every query group; equal targets have equal ones.
+    groups
+        (q,) which row of `remote` is a query's; by default there is one.
 
     Returns
     -------
@@ -191,12 +202,13 @@ def nearest_corrected(
     coordinates = targets.targets if isinstance(targets, Index) else targets
     if not len(queries) or not len(coordinates):
         return Neighbours(*distances_of(*nothing_found(len(queries), k)), np.zeros(len(queries), dtype=bool))
+    group = np.zeros(len(queries), dtype=np.int64) if groups is None else groups
     with one_thread(targets):
         index = targets if isinstance(targets, Index) else build_index(targets)
-        frame = _Frame(index, remote)
+        frame = _Frame(index, np.atleast_2d(remote))
 
         def search(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return _CorrectedTile(frame, queries[part], k).search()
+            return _CorrectedTile(frame, queries[part], group[part], k).search()
 
         parts = list(mapped(search, tiles(len(queries), threads), threads))
     rows, squared, widened = (np.concatenate(values) for values in zip(*parts, strict=True))
@@ -232,31 +244,37 @@ def nearest_inside(
 
 
 class _Frame:
-    """An index with the remoteness of its points.
+    """An index with the remoteness of its points from every query group.
 
     Attributes
     ----------
-    half
-        (n,) float32, h of every point in the index's frame.
+    half, exact_half
+        (groups, n) h of every point in the index's frame: float32, which products are made of, and float64.
+    guess
+        (groups, partitions) float64, D: the mean h of a partition, of which the scores there are guessed to be.
+    taken
+        (groups, n) float64: `h^2 + 2 h D`.
     products
-        (d + 2, n) float32: `-2 p`, `|p|^2 - h^2` and `-2 h`.
-    most
-        (partitions,) largest h.
+        (d + groups, n) float32: `-2 p`, and below it `|p|^2 - h^2 - 2 h D`, a row per group.
+    most, least
+        (groups, partitions) largest and smallest h.
     overflows
         Whether some h is too large for float32 products.
     """
 
     def __init__(self, index: Index, remote: np.ndarray) -> None:
         self.index, self.remote = index, remote
-        half = remote[index.rows[index.first]].astype(np.float64) / 2 * index.scale
+        half = remote[:, index.rows[index.first]].astype(np.float64) / 2 * index.scale
         self.overflows = not bool((half < FAR).all())
         self.half = np.where(self.overflows, 0.0, half).astype(np.float32)
         self.exact_half = half
-        norms = index.points[-1].astype(np.float64) - self.half.astype(np.float64) ** 2
-        self.products = np.concatenate([index.points[:-1], norms.astype(np.float32)[None], -2 * self.half[None]])
-        self.most = np.maximum.reduceat(self.half, index.starts[:-1]).astype(np.float64)
-        self.least = float(self.half.min())
-        self.largest = float(self.half.max())
+        wide, starts, sizes = self.half.astype(np.float64), index.starts[:-1], np.diff(index.starts)
+        self.most, self.least = np.maximum.reduceat(wide, starts, axis=1), np.minimum.reduceat(wide, starts, axis=1)
+        self.guess = np.add.reduceat(wide, starts, axis=1) / sizes
+        self.taken = wide * (wide + 2 * np.repeat(self.guess, sizes, axis=1))
+        norms = index.points[-1].astype(np.float64) - self.taken
+        self.products = np.concatenate([index.points[:-1], norms.astype(np.float32)])
+        self.smallest, self.largest = float(self.least.min()), float(self.most.max())
 
 
 class _CorrectedTile(Tile):
@@ -264,166 +282,127 @@ class _CorrectedTile(Tile):
 
     Attributes
     ----------
+    group
+        (q,) query group, a row of the frame's tables.
     bound
-        (q,) float64, an upper bound of the k-th best t in the index's frame; a float32 number, or infinite.
+        (q,) float64, an upper bound U of the k-th best t in the index's frame; a float32 number, or infinite.
+    error
+        (q,) how wrong a computed squared distance can be that counts, or a product that it is compared by.
     """
 
-    def __init__(self, frame: _Frame, queries: np.ndarray, k: int) -> None:
+    def __init__(self, frame: _Frame, queries: np.ndarray, group: np.ndarray, k: int) -> None:
         super().__init__(frame.index, queries, np.full(len(queries), -1, dtype=np.int64), k)
-        self.frame = frame
+        self.frame, self.group, self.products = frame, group, frame.products
+        self.usual = USUAL * k
         if frame.overflows:
             self.far[:] = True
             self.local[:, :-1], self.squared[:] = 0, 0.0
         self.norms = np.sqrt(self.squared)
-        self.bound = np.full(len(queries), np.inf)
-        self.asking = np.concatenate([self.local, np.zeros((len(queries), 1), dtype=np.float32)], axis=1)
+        self.bound, self.error = np.full(len(queries), np.inf), np.full(len(queries), np.inf)
+        which = group[:, None] == np.arange(len(frame.remote))
+        self.local = np.concatenate([self.local[:, :-1], which.astype(np.float32)], axis=1)
 
     def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows, squared distances, both (q, k), and which queries were widened."""
-        begins, own = self.beginnings()
-        self._look_at_own(own)  # the own ones first: they set bounds that rule out most of the others
-        begins[own, np.arange(len(own))] = np.inf
-        for part in range(self.index.cells):
-            self._scan(part, np.flatnonzero(begins[part] <= self._farthest(part)))
-        return self._decide()
+        query, row, exact = self.candidates()
+        remote = self.frame.remote[self.group[query], row].astype(np.float64)
+        rows, squared = nothing_found(len(self.queries), self.k)
+        place, rank, pair = best_pairs(len(self.queries), self.k, query, row, 2 * np.sqrt(exact) - remote)
+        rows[place, rank], squared[place, rank] = row[pair], exact[pair]
+        return rows, squared, self.widened
 
-    def _farthest(self, part: int) -> np.ndarray:
+    def _scan_own(self, own: np.ndarray) -> None:
+        super()._scan_own(own)
+        if self.k == 1:  # of more, the few pairs less elsewhere would not pay
+            self._lower(*self._ordered())
+
+    def _reach(self, cell: int) -> np.ndarray:
         """Return the squared distance up to which a partition has to be looked at: (q,), -inf for not at all."""
-        far = self.bound + self.frame.most[part]
-        reach = np.minimum(np.maximum(far, 0) ** 2 + self._error(slice(None)), LARGEST)  # what is done is beyond it
-        return np.where(far < 0, -np.inf, reach)
+        far = self.bound + self.frame.most[self.group, cell]
+        return np.where(far < 0, -np.inf, np.minimum(far * far + self.error, LARGEST))  # what is done is beyond it
 
-    def _error(self, part: np.ndarray | slice, rounding: float = FLOAT32) -> np.ndarray:
-        """Return how wrong a computed squared distance can be that counts, or a product that it is compared by.
+    def _error_within(self, bound: np.ndarray, norms: np.ndarray) -> np.ndarray:
+        """Return how wrong a computed squared distance can be of what is within bounds.
 
         As in `exact.certain_limit`: a target that counts lies within U + h, so has a norm of at most |q| + U + h;
-        the two columns more add h^2 + 2 h U to what is summed, and rounding the square root adds two roundings.
+        the row below the coordinates adds h^2 + 2 h D to what is summed, and rounding the square root adds two roundings.
         """
-        bound, most = self.bound[part], self.frame.largest
-        dimensions = self.queries.shape[1]
-        reach = 2 * self.norms[part] + np.maximum(bound + most, 0)
-        return (2 * dimensions + 64) * rounding * (reach**2 + (most + np.abs(bound)) ** 2) + dimensions * 2.0**-120
+        most, dimensions = self.frame.largest, self.queries.shape[1]
+        reach, other = 2 * norms + np.maximum(bound + most, 0), 2 * most + np.abs(bound)
+        return (2 * dimensions + 64) * FLOAT32 * (reach * reach + other * other) + dimensions * 2.0**-120
 
-    def _tighten_by(self, part: np.ndarray, kth: np.ndarray) -> None:
-        """Lower the bounds of queries to what the k-th smallest computed t of each implies."""
-        kth = kth.astype(np.float64)
-        before = self.bound[part]
-        self.bound[part] = kth
-        error = self._error(part)
-        near = np.maximum(kth + self.frame.least, 0)  # the smaller the distance, the more of it is error
-        with np.errstate(invalid="ignore"):
-            slack = error / (near + np.sqrt(near**2 + error)) + 8 * FLOAT32 * (np.abs(kth) + self.frame.largest)
-            bound = np.where(np.isfinite(kth) & ~self.far[part], kth + slack, np.inf)
-        rounded = np.where(bound < LARGEST, rounded_up(bound).astype(np.float64), np.inf)
-        self.bound[part] = np.minimum(before, rounded)
-        self.asking[part, -1] = np.where(np.isfinite(self.bound[part]), self.bound[part], 0)
+    def _limits(self, part: np.ndarray, cell: int | np.ndarray) -> np.ndarray:
+        """Return the computed values up to which a partition's points may be within the bounds.
 
-    def _scan(self, cell: int, queries: np.ndarray) -> None:
-        """Look at a partition's points for some of the queries."""
-        start, stop = self.index.starts[cell], self.index.starts[cell + 1]
-        step = max(1, SCAN_PAIRS // (stop - start))
-        bounded = np.isfinite(self.bound[queries])
-        for chosen, look in ((queries[bounded], self._filter), (queries[~bounded], self._look)):
-            for first in range(0, len(chosen), step):
-                look(chosen[first : first + step], int(start), int(stop))
+        Where t is at most U, `d^2 - h^2 - 2 h D` is at most `U^2 + 2 h (U - D)`.
+        """
+        bound, group = self.bound[part], self.group[part]
+        beyond = bound - self.frame.guess[group, cell]
+        half = np.where(beyond > 0, self.frame.most[group, cell], self.frame.least[group, cell])
+        limit = bound * bound + 2 * half * beyond - self.squared[part] + self.error[part]
+        return rounded_up(np.where(np.isfinite(bound), limit, np.inf))
 
-    def _filter(self, part: np.ndarray, start: int, stop: int) -> None:
-        """Look at points for queries with a bound: a product tells which can be within it."""
-        bound, squared = self.bound[part], self.squared[part]
-        values = self.asking[part] @ self.frame.products[:, start:stop]
-        near = values <= rounded_up(bound**2 - squared + self._error(part))[:, None]
-        count = np.count_nonzero(near)
-        if not count:
-            return
-        if count > self.usual * len(part) + SPARE:
-            self._look(part, start, stop)
-            return
-        query, point = np.divmod(np.flatnonzero(near), stop - start)
-        half = self.frame.half[start + point].astype(np.float64)
-        distance = values[query, point] + squared[query] + half * (half + 2 * bound[query])
-        score = np.sqrt(np.maximum(distance, 0)) - half
-        self._keep(part[query], start + point, score)
-        if self.k == 1:
-            begins = np.flatnonzero(np.diff(query, prepend=-1))
-            self._tighten_by(part[query[begins]], np.minimum.reduceat(score, begins))
+    def _kth(self, part: np.ndarray, values: np.ndarray) -> np.ndarray:
+        del part
+        return kth_smallest(values if self.k == 1 else folded(values, FOLD * self.k), self.k)
 
-    def _look_at_own(self, own: np.ndarray) -> None:
-        """Look at each query's own partition; bounds are set for many queries at once, since a call has its price."""
-        looked: list[tuple[np.ndarray, int, np.ndarray]] = []
-        for cell, (start, stop) in enumerate(itertools.pairwise(self.index.starts.tolist())):
-            queries, step = np.flatnonzero(own == cell), max(1, SCAN_PAIRS // (stop - start))
-            for first in range(0, len(queries), step):
-                looked.append(self._scored(queries[first : first + step], start, stop))
-                if sum(score.size for _, _, score in looked) > SETTLED_PAIRS:
-                    self._settle(looked)
-                    looked = []
-        self._settle(looked)
+    def _bound(self, part: np.ndarray, kth: np.ndarray, cell: int | np.ndarray) -> None:
+        """Lower the bounds by a computed value of a partition's points that is not below the k-th smallest.
 
-    def _look(self, part: np.ndarray, start: int, stop: int) -> None:
-        """Look at points for queries without a bound, or with many points within it: t of all pairs is computed."""
-        self._settle([self._scored(part, start, stop)])
+        What h its point has is left open: of those in the partition, the one by which t is largest. At a computed value
+        below D^2, t grows with h, and above it falls.
+        """
+        group, value = self.group[part], kth + self.squared[part]
+        guess = self.frame.guess[group, cell]
+        half = np.where(value < guess * guess, self.frame.most[group, cell], self.frame.least[group, cell])
+        self._tighten(part, np.sqrt(np.maximum(value + half * (half + 2 * guess), 0)) - half)
 
-    def _scored(self, part: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int, np.ndarray]:
-        """Compute t of queries and points, note the best, and return the queries, the first point and t."""
-        score = self.local[part] @ self.index.points[:, start:stop]
-        score += self.squared[part].astype(np.float32)[:, None]
-        np.maximum(score, 0, out=score)
-        np.sqrt(score, out=score)
-        score -= self.frame.half[start:stop]
-        few = folded(score, FOLD * self.k) if self.k > 1 else score.min(axis=1, keepdims=True)
-        self.best[part] = np.sort(np.concatenate([self.best[part], few], axis=1), axis=1)[:, : self.k]
-        return part, start, score
+    def _lower(self, query: np.ndarray, point: np.ndarray, value: np.ndarray) -> None:
+        score = rounded_up(self._score(query, point, value))
+        self._tighten(*kth_by_query(query, score, self.k, len(self.queries)))
 
-    def _settle(self, looked: list[tuple[np.ndarray, int, np.ndarray]]) -> None:
-        """Lower the bounds of queries that were looked at, and keep the points within them; each query comes once."""
-        if not looked:
-            return
-        queries = np.concatenate([part for part, _, _ in looked])
-        self._tighten_by(queries, self.best[queries, -1])
-        limits = np.split(self._within(queries), np.cumsum([len(part) for part, _, _ in looked])[:-1])
-        for (part, start, score), limit in zip(looked, limits, strict=True):
-            near = score <= limit[:, None]
-            if np.count_nonzero(near) > self.usual * len(part) + SPARE:
-                self._sift(part, near, start)
-            query, point = np.divmod(np.flatnonzero(near), score.shape[1])
-            self._keep(part[query], start + point, score[query, point].astype(np.float64))
+    def _tighten(self, part: np.ndarray, kth: np.ndarray) -> None:
+        """Lower the bounds of queries to what a computed t implies that is not below their k-th smallest."""
+        lower = np.flatnonzero((kth < self.bound[part]) & ~self.far[part])
+        part, kth = part[lower], kth[lower].astype(np.float64)
+        error = self._error_within(kth, self.norms[part])
+        bound = kth + self._slack(kth, error)
+        bound = np.where(bound < LARGEST, rounded_up(bound).astype(np.float64), np.inf)
+        self.bound[part] = np.minimum(self.bound[part], bound)
+        self.error[part] = self._error_within(self.bound[part], self.norms[part])
 
-    def _within(self, part: np.ndarray) -> np.ndarray:
-        """Return the computed t up to which a target may be within the bound: (queries,)."""
-        bound, error = self.bound[part], self._error(part)
-        near = np.maximum(bound + self.frame.least, 0)
-        with np.errstate(invalid="ignore"):
-            slack = error / (near + np.sqrt(near**2 + error)) + 8 * FLOAT32 * (np.abs(bound) + self.frame.largest)
-        return np.where(np.isfinite(bound), bound + slack, np.inf)
+    def _slack(self, score: np.ndarray, error: np.ndarray) -> np.ndarray:
+        """Return how wrong a computed t can be; the smaller the distance, the more of it is error."""
+        near = np.maximum(score + self.frame.smallest, 0)
+        return error / (near + np.sqrt(near * near + error)) + 8 * FLOAT32 * (np.abs(score) + self.frame.largest)
 
-    def _keep(self, query: np.ndarray, point: np.ndarray, score: np.ndarray) -> None:
-        self.pairs.append((query, point, score.astype(np.float32)))
+    def _score(self, query: np.ndarray, point: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """Return t of pairs by their computed values: (pairs,) float64."""
+        place = self.group[query] * len(self.index.copies) + point
+        distance = value + self.squared[query] + self.frame.taken.take(place)
+        return np.sqrt(np.maximum(distance, 0)) - self.frame.half.take(place)
 
-    def _sifted(self, values: np.ndarray, squared: np.ndarray, points: slice) -> np.ndarray:
+    def _decided(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the pairs that are still within the bounds, and their exact squared distances."""
+        query, point, value = self._ordered()
+        score = self._score(query, point, value)
+        if self.k > 1:
+            self._tighten(*kth_by_query(query, rounded_up(score), self.k, len(self.queries)))
+        bound = self.bound + np.where(np.isfinite(self.bound), self._slack(self.bound, self.error), 0)
+        kept = np.flatnonzero(score <= bound[query])
+        query, row = self._members(query[kept], point[kept])
+        return query, row, exact_squared(self.queries, self.index.targets, query, row)
+
+    def _sifted(self, values: np.ndarray, squared: np.ndarray, part: np.ndarray, points: slice) -> np.ndarray:
         """Return which pairs may still be among the k best by float64 distances about the crowd: (queries, points)."""
-        half = self.frame.exact_half[points]
+        half = self.frame.exact_half[self.group[part], points]
         distance = np.maximum(values + squared[:, None], 0)
         score = np.sqrt(distance) - half
-        kth = kth_smallest(score, self.k)
+        kth, most = kth_smallest(score, self.k), half.max(axis=1)
         with np.errstate(invalid="ignore"):
-            farthest = np.where(np.isfinite(kth), kth + half.max(), 0)
+            farthest = np.where(np.isfinite(kth), kth + most, 0)
             norm = 2 * np.sqrt(squared) + np.maximum(farthest, 0)
             factor = (2 * self.queries.shape[1] + 64) * FLOAT64
-            error = factor * (norm**2 + (half.max() + np.abs(kth)) ** 2)
+            error = factor * (norm**2 + (most + np.abs(kth)) ** 2)
             slack = 2 * np.sqrt(error)
         return score <= np.where(np.isfinite(kth), kth + slack, np.finfo(np.float64).max)[:, None]
-
-    def _decide(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Let exact scores decide among the candidates that are still within the bounds."""
-        query, point, score = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
-        if self.k > 1:
-            self._tighten_by(*kth_by_query(query, score, self.k, len(self.queries)))
-        kept = np.flatnonzero(score <= self._within(np.arange(len(self.queries)))[query])
-        query, row = self._members(query[kept], point[kept])
-        targets, remote = self.index.targets, self.frame.remote.astype(np.float64)
-        scores = 2 * np.sqrt(exact_squared(self.queries, targets, query, row)) - remote[row]
-        rows, _ = k_best(len(self.queries), self.k, query, row, scores)
-        squared = np.full(rows.shape, np.inf)
-        place, rank = np.nonzero(rows >= 0)
-        squared[place, rank] = exact_squared(self.queries, targets, place, rows[place, rank])
-        return rows, squared, self.widened

@@ -21,7 +21,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
@@ -45,7 +44,7 @@ from ndreamer_dist.matching.partition import Index, build_index
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.storage.arrays import ensure_array, open_array, read_array, shard_files, write_array, write_part
+from ndreamer_dist.storage.arrays import ensure_array, read_array, shard_files, write_array, write_chunk
 from ndreamer_dist.storage.files import Storage
 
 if TYPE_CHECKING:
@@ -68,6 +67,8 @@ WRITING_THREADS = 8
 """Threads that write what a GPU finds; on object storage each waits for several answers a file."""
 BATCH_QUERIES = 65_536
 """Queries of a target group that are searched together."""
+BATCH_CORRECTED, BATCH_GROUPS = 16_384, 8
+"""The same where distances are corrected for hubs, and queries of several groups; and how many groups at most."""
 FEW_INSIDE = 0.8
 """A smaller share of control matches inside the cells' labels is worth a warning."""
 
@@ -274,7 +275,8 @@ def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: in
     """
     ordered = sorted(todo, key=lambda shard: (shard.task.target, shard.task.query, shard.task.tile))
     costs = [_cost(shard.task, settings, design) for shard in ordered]
-    limit = min(UNIT_DISTANCES, max(LEAST_DISTANCES, sum(costs) // (4 * workers)))
+    even = sum(costs) // (4 * workers) if workers > 1 else UNIT_DISTANCES  # one worker has nothing to balance
+    limit = min(UNIT_DISTANCES, max(LEAST_DISTANCES, even))
     made: list[Unit] = []
     gathered: list[Shard] = []
     total = 0
@@ -411,7 +413,6 @@ def search_unit(
     """
     cells = fetch(cells.handle) if isinstance(cells, StoredPlaces) else cells
     counts: dict[str, dict[str, int]] = {}
-    arrays: dict[str, zarr.Array[Any]] = {}
     pooled = design.sampled > 0
     starts = design.stored_starts() if pooled else design.starts
     edges = list(dict.fromkeys((s.task.target, s.task.query) for s in unit.shards if is_corrected(s.task, settings)))
@@ -421,7 +422,7 @@ def search_unit(
     there = _placed(cells, settings.match.device)
 
     def finish(shard: Shard, found: Found) -> None:
-        _write(shard.task, found, run, settings, design, arrays)
+        _write(shard.task, found, run, settings, design)
         counts[shard.name] = found.counts
         run.mark(keys.STAGE_MATCH, key, shard, found.counts)
 
@@ -429,11 +430,11 @@ def search_unit(
     with threadpool_limits(1), _written_by(WRITING_THREADS if settings.match.device == "cuda" else 0) as write:
         for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
             group = design.groups[target]
-            search = Searcher(there.of(slice(group.start, group.stop)), settings)
+            corrected = edges and settings.match.device != "cuda"
+            whole = partial(remote_from.whole, target) if corrected else None
+            search = Searcher(there.of(slice(group.start, group.stop)), settings, whole)
             for batch in alike(list(shards), settings, design):
-                edge = batch[0].task
-                remote = partial(remote_from.of, edge.target, edge.query) if is_corrected(edge, settings) else None
-                searched = _search_batch(batch, search, there, settings, design, remote)
+                searched = _search_batch(batch, search, there, settings, design, remote_from)
                 for shard, found in zip(batch, searched, strict=True):
                     write(finish, shard, found)
     return counts
@@ -479,54 +480,79 @@ class Found:
     counts: dict[str, int]
 
 
-RemoteFrom = Callable[[int], np.ndarray]
-"""Gives the remoteness of the targets of a label from the query group's cells of it, or of all targets from all its cells."""
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What corrects the distances of queries for hubs.
+
+    Attributes
+    ----------
+    groups
+        (q,) place of each query's group among the query groups.
+    of
+        Gives, for a label or all cells, the remoteness of the targets from the cells of each query group: (groups, t).
+    """
+
+    groups: np.ndarray
+    of: Callable[[int], np.ndarray]
 
 
 class Searcher:
-    """Searches one target group as the settings ask; the index of a label's cells, or of all, is made once."""
+    """Searches one target group as the settings ask; the index of a label's cells, or of all, is made once.
 
-    def __init__(self, targets: Placed, settings: Settings) -> None:
-        self._targets, self._settings = targets, settings
+    Parameters
+    ----------
+    whole
+        Gives the index of a label's cells, or of all, where it is there already, or nothing.
+    """
+
+    def __init__(self, targets: Placed, settings: Settings, whole: Callable[[int], Index | None] | None = None) -> None:
+        self._targets, self._settings, self._whole = targets, settings, whole
         self._indexes: dict[int, Index] = {}
         self._on_gpu: dict[int, GpuIndex] = {}
 
-    def search(self, queries: Placed, k: int, *, exclude: np.ndarray, remote: RemoteFrom | None = None) -> Neighbours:
+    def search(
+        self, queries: Placed, k: int, *, exclude: np.ndarray, corrected: Correction | None = None
+    ) -> Neighbours:
         """Return the neighbours of queries.
 
         Parameters
         ----------
         exclude
             (q,) the target row that is no candidate, or -1.
-        remote
-            The targets' remoteness from the query group, where distances are corrected for hubs.
+        corrected
+            Where distances are corrected for hubs.
         """
 
         def inside(stratum: Stratum) -> Neighbours:
             asking = queries.points[stratum.queries]
-            return self._search(stratum, asking, k, places_among(stratum.targets, exclude[stratum.queries]), remote)
+            return self._search(stratum, asking, k, places_among(stratum.targets, exclude[stratum.queries]), corrected)
 
         if queries.labels is None or self._targets.labels is None:
             return self._search(
-                Stratum(WHOLE, np.arange(len(queries.points)), None), queries.points, k, exclude, remote
+                Stratum(WHOLE, np.arange(len(queries.points)), None), queries.points, k, exclude, corrected
             )
         least = self._settings.match.within_cells
         strata = strata_of(queries.labels, self._targets.labels, exclude >= 0, least)
         return nearest_by_stratum(strata, len(queries.points), k, inside)
 
     def _search(
-        self, stratum: Stratum, queries: Any, k: int, exclude: np.ndarray, remote: RemoteFrom | None
+        self, stratum: Stratum, queries: Any, k: int, exclude: np.ndarray, corrected: Correction | None
     ) -> Neighbours:
         """Return the neighbours of a stratum's queries among its targets; rows are counted among these."""
         threads = self._settings.run.task_threads
         if self._settings.match.device == "cuda":
             return self._group_on_gpu(stratum).nearest(queries, k, exclude=exclude)
+        index = self._index(stratum)
+        if corrected is None:
+            return nearest(queries, index, k, exclude=exclude, threads=threads)
+        groups = corrected.groups[stratum.queries]
+        return nearest_corrected(queries, index, corrected.of(stratum.label), k, groups=groups, threads=threads)
+
+    def _index(self, stratum: Stratum) -> Index:
         if stratum.label not in self._indexes:
-            self._indexes[stratum.label] = build_index(self._points(stratum))
-        index = self._indexes[stratum.label]
-        if remote is not None:
-            return nearest_corrected(queries, index, remote(stratum.label), k, threads=threads)
-        return nearest(queries, index, k, exclude=exclude, threads=threads)
+            there = self._whole(stratum.label) if self._whole is not None else None
+            self._indexes[stratum.label] = build_index(self._points(stratum)) if there is None else there
+        return self._indexes[stratum.label]
 
     def _group_on_gpu(self, stratum: Stratum) -> GpuIndex:
         from ndreamer_dist.matching.gpu import ENGINES, GpuIndex
@@ -540,28 +566,43 @@ class Searcher:
 
 
 def batches(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
-    """Give the edge tiles of one target group in runs of bounded numbers of queries."""
+    """Give the edge tiles of one target group in runs of bounded numbers of queries, and of query groups if corrected."""
+    corrected = is_corrected(shards[0].task, settings) and not design.sampled
     batch: list[Shard] = []
-    total = 0
+    total, groups = 0, set[int]()
     for shard in shards:
         start, stop = _tile_range(shard.task, settings, design)
-        if batch and total + stop - start > BATCH_QUERIES:
+        groups.add(shard.task.query)
+        several = corrected and len(groups) > 1
+        most = BATCH_CORRECTED if several else BATCH_QUERIES
+        if batch and (total + stop - start > most or (several and len(groups) > BATCH_GROUPS)):
             yield batch
-            batch, total = [], 0
+            batch, total, groups = [], 0, {shard.task.query}
         batch.append(shard)
         total += stop - start
     yield batch
 
 
 def alike(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
-    """Give the edge tiles of one target group in batches that one search serves: as many neighbours, the same remoteness."""
+    """Give the edge tiles of one target group in batches that one search serves: as many neighbours, corrected or not."""
 
-    def way(shard: Shard) -> tuple[int, int]:
-        apart = is_corrected(shard.task, settings) * (1 if design.sampled else 2 + shard.task.query)
-        return edge_neighbours(shard.task, settings, design), apart
+    def way(shard: Shard) -> tuple[int, bool]:
+        return edge_neighbours(shard.task, settings, design), is_corrected(shard.task, settings)
 
-    for _, same in itertools.groupby(shards, key=way):
+    for _, same in itertools.groupby(sorted(shards, key=way), key=way):
         yield from batches(list(same), settings, design)
+
+
+def correction(batch: Sequence[Shard], sizes: Sequence[int], remote_from: Remoteness, *, pooled: bool) -> Correction:
+    """Return what corrects the distances of a batch's queries, of which each edge tile has some number."""
+    target, asking = batch[0].task.target, [shard.task.query for shard in batch]
+    queries = asking[:1] if pooled else list(dict.fromkeys(asking))
+    places = np.zeros(len(batch), dtype=np.int64) if pooled else np.searchsorted(queries, asking)
+
+    def of(label: int) -> np.ndarray:
+        return np.stack([remote_from.of(target, query, label) for query in queries])
+
+    return Correction(np.repeat(places, sizes), of)
 
 
 def _rows_of(batch: Sequence[Shard], settings: Settings, design: Design) -> tuple[np.ndarray, list[slice]]:
@@ -573,38 +614,31 @@ def _rows_of(batch: Sequence[Shard], settings: Settings, design: Design) -> tupl
 
 def _search_batch(
     batch: Sequence[Shard], search: Searcher, cells: Placed, settings: Settings, design: Design,
-    remote: RemoteFrom | None,
+    remote_from: Remoteness,
 ) -> Iterator[Found]:  # fmt: skip
     """Search edge tiles of one target group together and give what was found for each."""
     rows, parts = _rows_of(batch, settings, design)
     target = design.groups[batch[0].task.target]
     exclude = np.where((rows >= target.start) & (rows < target.stop), rows - target.start, -1)
-    k = edge_neighbours(batch[0].task, settings, design)
-    found = search.search(cells.of(rows), k, exclude=exclude, remote=remote)
+    k, corrected = edge_neighbours(batch[0].task, settings, design), None
+    if is_corrected(batch[0].task, settings):
+        sizes = [part.stop - part.start for part in parts]
+        corrected = correction(batch, sizes, remote_from, pooled=design.sampled > 0)
+    found = search.search(cells.of(rows), k, exclude=exclude, corrected=corrected)
     for part in parts:
         counts = {"queries": part.stop - part.start, "widened": int(found.widened[part].sum())}
         yield Found(found.rows[part], found.distances[part], counts)
 
 
-def _write(
-    edge: EdgeTile,
-    found: Found,
-    run: RunDirectory,
-    settings: Settings,
-    design: Design,
-    arrays: dict[str, zarr.Array[Any]],
-) -> None:
-    """Write an edge tile; an array is opened once for all of its tiles that come here."""
-    start, stop = _tile_range(edge, settings, design)
-    storage, name = run.storage / keys.MATCHES, keys.block_name(edge.query)
-    part = (slice(start, stop), slice(edge.target, edge.target + 1), slice(None))
-    shape, asking = (stop - start, most_neighbours(settings, design)), _asking(edge, settings, design) - start
-    rows, distances = np.full(shape, -1, dtype=found.rows.dtype), np.full(shape, np.nan, dtype=np.float32)
-    k = found.rows.shape[1]
-    rows[asking, :k] = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
-    distances[asking, :k] = found.distances
+def _write(edge: EdgeTile, found: Found, run: RunDirectory, settings: Settings, design: Design) -> None:
+    """Write an edge tile: a chunk of rows and one of distances, of which what is beyond the group's end stays empty."""
+    start, _ = _tile_range(edge, settings, design)
+    chunk = (min(settings.match.query_rows, design.groups[edge.query].cells), 1, most_neighbours(settings, design))
+    rows = np.full(chunk, -1, dtype=row_dtype(design.n_cells))
+    distances = np.full(chunk, np.nan, dtype=np.float32)
+    asking, k = _asking(edge, settings, design) - start, found.rows.shape[1]
+    rows[asking, 0, :k] = np.where(found.rows < 0, -1, found.rows + design.groups[edge.target].start)
+    distances[asking, 0, :k] = found.distances
     for array, values in ((keys.MATCH_ROW, rows), (keys.MATCH_DISTANCE, distances)):
-        path = f"{name}/{array}"
-        if path not in arrays:
-            arrays[path] = open_array(storage, path, mode="w")
-        write_part(storage, path, part, values[:, None, :], opened=arrays[path])
+        path = f"{keys.block_name(edge.query)}/{array}"
+        write_chunk(run.storage / keys.MATCHES, path, (edge.tile, edge.target, 0), values)

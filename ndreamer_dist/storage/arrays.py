@@ -131,24 +131,16 @@ class _Unseen(WrapperStore[Store]):
         return await super().get(key, prototype, byte_range) if key.endswith("zarr.json") else None
 
 
-def write_part(
-    storage: Storage,
-    name: str,
-    selection: Any,
-    values: np.ndarray[Any, Any],
-    *,
-    opened: zarr.Array[Any] | None = None,
-) -> None:
-    """Write the whole shards of a selection by slices, whatever, damaged or not, stood there before.
-
-    Parameters
-    ----------
-    opened
-        The array, where the caller has opened it before with mode `w`; opening takes a request.
-    """
-    array = open_array(storage, name, mode="w") if opened is None else opened
+def write_part(storage: Storage, name: str, selection: Any, values: np.ndarray[Any, Any]) -> None:
+    """Write the whole shards of a selection by slices, whatever, damaged or not, stood there before."""
+    array = open_array(storage, name, mode="w")
     with _writing(storage, name):
         array[selection] = values
+
+
+def write_chunk(storage: Storage, name: str, position: Position, chunk: np.ndarray[Any, Any]) -> None:
+    """Write one whole chunk, in its full shape, of an array without shards; several times faster than `write_part`."""
+    storage.write_atomic(shard_files(name, *position), *_encoded(np.ascontiguousarray(chunk)))
 
 
 def write_shard(storage: Storage, name: str, shard: Position, chunks: Iterable[np.ndarray[Any, Any]]) -> None:

@@ -211,9 +211,9 @@ def test_cells_that_hold_no_neighbour_are_not_looked_at():
     looked_at = []
 
     class Watched(exact.Tile):
-        def _scan(self, cell, queries):
+        def _scan(self, cell, queries, **how):
             looked_at.append(len(queries) * (self.index.starts[cell + 1] - self.index.starts[cell]))
-            super()._scan(cell, queries)
+            super()._scan(cell, queries, **how)
 
     rows, _, _ = Watched(index, targets[::5], np.full(300, -1), 1).search()
     assert (rows[:, 0] == np.arange(0, 1500, 5)).all()

@@ -111,6 +111,20 @@ def test_a_target_of_any_remoteness_is_found_in_whatever_partition(spread, k):
     np.testing.assert_array_equal(found.distances, distances.astype(np.float32))
 
 
+@pytest.mark.parametrize("points", [gaussian, clusters, lambda rng, rows: copies(rng, 1e-6)[:rows]])
+@pytest.mark.parametrize("k", [1, 6])
+def test_queries_of_several_groups_are_searched_together_as_each_by_itself(points, k):
+    rng = np.random.default_rng(0)
+    cloud = rng.permutation(points(rng, 1500))
+    groups, index = np.repeat([2, 0, 1], [70, 50, 30]), build_index(cloud[150:], cells=20)
+    remote = np.stack([remoteness(cloud[150:], cloud[:150][groups == group]) for group in range(3)])
+    found = nearest_corrected(cloud[:150], index, remote, k, groups=groups)
+    for group in range(3):
+        rows, distances = corrected_rows(cloud[:150][groups == group], cloud[150:], remote[group], k)
+        np.testing.assert_array_equal(found.rows[groups == group], rows)
+        np.testing.assert_array_equal(found.distances[groups == group], distances.astype(np.float32))
+
+
 def test_queries_far_beyond_the_targets_are_matched_exactly():
     rng = np.random.default_rng(0)
     queries = gaussian(rng, 30) * np.array([1e3, 1e12, 1e14, 1e17, 1e18] * 6, dtype=np.float32)[:, None]
@@ -128,8 +142,8 @@ def test_fewer_targets_than_neighbours_leave_gaps(targets):
 
 
 CUTS = [
-    (exact, "QUERY_TILE", 50), (exact, "SCAN_PAIRS", 1000), (hubs, "SCAN_PAIRS", 1000), (exact, "EXACT_PAIRS", 50),
-    (exact, "SPARE", 2), (hubs, "SPARE", 2), (exact, "WIDEST", 1), (hubs, "FOLD", 1),
+    (exact, "QUERY_TILE", 50), (exact, "SCAN_PAIRS", 1000), (exact, "EXACT_PAIRS", 50),
+    (exact, "SPARE", 2), (exact, "WIDEST", 1), (hubs, "WIDEST", 1), (hubs, "FOLD", 1), (exact, "SETTLED_PAIRS", 1000),
 ]  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def test_work_is_cut_evenly_tiny_edges_share_a_unit_and_target_groups_stay_toget
     made = fabricate(tmp_path, {(batch, c): 40 + 60 * batch for batch in range(2) for c in range(3)})
     settings = made.settings.model_copy(update={"match": made.settings.match.model_copy(update={"query_rows": 16})})
     shards = search.edge_shards(settings, made.design, made.design.needed_edges("all"))
-    for workers in (1, 3, 1000):
+    for workers in (2, 3, 1000):
         units = search.units(shards, settings, made.design, workers)
         assert sorted(shard.name for unit in units for shard in unit.shards) == sorted(shard.name for shard in shards)
         work = [unit.distances for unit in units]
@@ -144,7 +144,7 @@ def test_work_is_cut_evenly_tiny_edges_share_a_unit_and_target_groups_stay_toget
         for unit in units:
             targets = [shard.task.target for shard in unit.shards]
             assert targets == sorted(targets)
-    assert len(search.units(shards, settings, made.design, 1)) < len(shards) / 10
+    assert len(search.units(shards, settings, made.design, 1)) == 1  # there is nothing to balance
 
 
 def test_an_embedding_that_is_not_finite_is_refused(tmp_path):
