@@ -44,10 +44,10 @@ from ndreamer_dist.cohort.design import Design, Group, group_name
 from ndreamer_dist.cohort.packed import Packed, table_bytes, write_csr
 from ndreamer_dist.compute.executor import choose_runtime
 from ndreamer_dist.compute.monitors import PeakMemory
+from ndreamer_dist.model.transfer import dense
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import RunSettings
 from ndreamer_dist.storage.arrays import write_array
-from ndreamer_dist.training.densify import dense
 from ndreamer_dist.training.loader import mini_batches
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import read_window, windows

@@ -267,6 +267,9 @@ class TrainSettings(StageSettings):
     threads: int = how(2, "threads of one training worker", ge=1)
     device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train; auto: on GPUs where they work")
     graphs: bool = how(True, "one worker on a GPU takes its steps as CUDA graphs, recorded once")
+    resident: bool = how(
+        True, "a GPU keeps the packed matrix where half of its free memory holds it; else it is streamed"
+    )
     checkpoint_steps: int | None = how(None, "steps between checkpoints, if sooner; null: by time alone", ge=1)
     checkpoint_minutes: float | None = how(5.0, "minutes between checkpoints; null: by steps alone", gt=0)
     max_failures: int = how(3, "worker failures survived before giving up", ge=0)

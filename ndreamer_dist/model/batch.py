@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
@@ -289,21 +288,16 @@ def with_tensors(thing: Thing, change: Callable[[Tensor], Tensor]) -> Thing:
     return result
 
 
-def dense(x: sparse.csr_matrix, device: Any) -> Tensor:
-    """Return a CSR as a dense tensor on a device, (cells, genes) float32."""
-    if torch.device(device).type == "cpu":
-        return torch.from_numpy(x.toarray())
-    counts, indices, data = (
-        torch.tensor(part).to(device, non_blocking=True) for part in (x.indptr[1:] - x.indptr[:-1], x.indices, x.data)
-    )
-    return spread(counts, indices, data, x.shape)
+def tensors_of(labels: Labels) -> list[torch.Tensor]:
+    """Return the tensors of labels that the step reads, each once."""
+    found: list[torch.Tensor] = []
 
+    def note(part: torch.Tensor) -> torch.Tensor:
+        found.append(part)
+        return part
 
-def spread(counts: Tensor, indices: Tensor, data: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return a CSR, given by the values of each row, as a dense tensor where its parts are."""
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=data.device), counts, output_size=len(data))
-    flat = torch.zeros(shape[0] * shape[1], dtype=torch.float32, device=data.device)
-    return flat.index_put_((rows * shape[1] + indices,), data).view(shape)
+    labels.sent(note)
+    return found
 
 
 def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:

@@ -107,6 +107,14 @@ class Quantised:
     group_probs: Tensor
 
 
+@torch.no_grad()
+def perplexities(quantised: Quantised) -> Tensor:
+    """Return how many codes of each codebook a mini-batch uses, (codebooks,): exp of the entropy of their mean."""
+    probs = quantised.group_probs.double().sum(1)  # (codebooks, codes), over all cells
+    probs = probs / probs.sum(-1, keepdim=True)
+    return torch.special.entr(probs).sum(-1).exp()
+
+
 class Quantiser(nn.Module):
     """The K codebooks (METHOD section 2): `x_k = BN(W_k h)`, assignment by distance to the codes.
 

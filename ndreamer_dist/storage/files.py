@@ -1,7 +1,7 @@
 """Read, write, list and delete files at an address: a path, `s3://`, `gs://`, `az://` or `https://` (read-only).
 
-`Storage` is a root address with five verbs (exists, read, write_atomic, list, delete). It has no rename and no append, so
-a local disk and an object store share one code path.
+`Storage` is a root address with five verbs (exists, read, write_atomic, list, delete), so that a local disk and an object
+store share one code path. It has no rename. A log grows by `append_at`, which an object store has to do by writing anew.
 """
 
 from __future__ import annotations
@@ -323,6 +323,27 @@ def _write_whole(target: Path, pieces: Iterable[bytes]) -> None:
     except BaseException:
         Path(neighbour).unlink(missing_ok=True)
         raise
+
+
+def append_at(storage: Storage, name: str, start: int, data: bytes) -> None:
+    """Write `data` behind a file's first `start` bytes; what was behind these, as a killed process's half a line, is gone.
+
+    A local file is written in place, at the cost of what is new. An object cannot grow: its first bytes are read, and all
+    is written anew.
+    """
+    if not storage.is_local:
+        storage.write_atomic(name, storage.read(name)[:start] if start else b"", data)
+        return
+    path = Path(storage.path(name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("r+b" if start else "wb") as file:
+            file.truncate(start)
+            file.seek(start)
+            file.write(data)
+    except OSError as error:
+        msg = f"{storage.url}/{name} cannot be written ({reason(error)})"
+        raise StoreError(msg) from error
 
 
 def _files_below(top: str) -> Iterator[tuple[str, int]]:

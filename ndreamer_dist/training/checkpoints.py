@@ -16,9 +16,10 @@ import torch
 
 from ndreamer_dist import keys
 from ndreamer_dist.model.collectives import Collective
+from ndreamer_dist.model.transfer import Copied
 from ndreamer_dist.settings import TrainSettings
 from ndreamer_dist.storage.files import Storage
-from ndreamer_dist.training.loop import STATE_FILE, Copied
+from ndreamer_dist.training.loop import STATE_FILE
 
 ASK_EVERY = 8
 """Steps between looks at the clock: each costs several workers one small sum."""

@@ -1,7 +1,8 @@
 """Turn sparse shares into dense mini-batches on the training device.
 
-Input: a worker's share of a step, and the labels of all packed rows. Output: a `MiniBatch`. This is a separate module so
-that processes that only read need not import torch.
+Input: a worker's share of a step, and the labels of all packed rows. Output: a `MiniBatch`. A GPU whose memory holds the
+packed matrix keeps it there (`Resident`): nothing is streamed then, and of expression only row numbers travel. This is a
+separate module so that processes that only read need not import torch.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ import torch
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.model.batch import UNPADDED, Labels, MiniBatch, Sizes, dense, labels_of, spread, with_tensors
+from ndreamer_dist.model.batch import UNPADDED, MiniBatch, Sizes, labels_of, tensors_of, with_tensors
 from ndreamer_dist.model.noise import step_key
+from ndreamer_dist.model.transfer import dense, of_csr, room, sent_together, spread
 from ndreamer_dist.settings import NOISE_ROWS
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import Share
 
-ALIGNED = 64
-"""Bytes at whose multiples tensors begin that travel together."""
 SIZED_STEPS = 64
 """Steps whose mini-batches say to what all are padded."""
 AHEAD = 2
@@ -60,6 +60,68 @@ class RowLabels:
             packed.clusters(keys.PACKED_LOW),
             packed.clusters(keys.PACKED_HIGH),
         )
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The packed matrix on the training device, as one CSR.
+
+    Attributes
+    ----------
+    starts
+        (rows + 1,) int64 on the host: where each row's values begin.
+    indices, data
+        (values,) on the device, int16 where that numbers all genes, and float32.
+    genes
+        Columns.
+    """
+
+    starts: np.ndarray
+    indices: torch.Tensor
+    data: torch.Tensor
+    genes: int
+
+    @classmethod
+    def of(cls, packed: Packed, device: Any, room: int) -> Resident | None:
+        """Bring a packed matrix to a device, block by block; none where it takes more than `room` bytes."""
+        names = [f"{keys.PACKED_X}/{keys.block_name(block)}/{keys.DATA}" for block in range(packed.n_blocks)]
+        most = sum(int(packed.storage.metadata(name)["shape"][0]) for name in names)
+        kind = torch.int16 if packed.n_genes <= torch.iinfo(torch.int16).max else torch.int32
+        if most * (4 + kind.itemsize) > room:
+            return None
+        indices, data = (torch.empty(most, dtype=dtype, device=device) for dtype in (kind, torch.float32))
+        starts = [np.zeros(1, dtype=np.int64)]
+        for block in range(packed.n_blocks):
+            x, first = packed.block(block), int(starts[-1][-1])
+            indices[first : first + x.nnz] = torch.from_numpy(x.indices).to(kind).to(device)
+            data[first : first + x.nnz] = torch.from_numpy(x.data).to(device)
+            starts.append(first + x.indptr[1:].astype(np.int64))
+        return cls(np.concatenate(starts), indices, data, packed.n_genes)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes on the device."""
+        return self.indices.nbytes + self.data.nbytes
+
+    def places(self, rows: np.ndarray) -> list[torch.Tensor]:
+        """Return what travels in place of some rows: how many values each has and where they begin, (rows,) int64."""
+        return [torch.from_numpy(part) for part in (self.starts[rows + 1] - self.starts[rows], self.starts[rows])]
+
+    def rows(self, places: Sequence[torch.Tensor], values: int) -> torch.Tensor:
+        """Return the rows at these places, which have so many values in all, dense: (rows, genes)."""
+        counts, starts = places
+        shift = torch.repeat_interleave(starts - counts.cumsum(0) + counts, counts, output_size=values)
+        place = shift + torch.arange(values, device=self.data.device)
+        return spread([counts, self.indices[place], self.data[place]], (len(counts), self.genes))
+
+
+def resident_batches(
+    kept: Resident, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], first_step: int
+) -> Iterator[MiniBatch]:
+    """Yield a worker's mini-batches from `first_step` on, of a matrix that is on its device."""
+    least = sizes_ahead(labels, plan)
+    for step in range(first_step, plan.steps):
+        yield densify(Share(step, plan.share_rows(step, 0, 1), kept), labels, plan, place, kept.data.device, least)
 
 
 def sizes_ahead(labels: RowLabels, plan: SamplingPlan) -> Sizes:
@@ -109,12 +171,14 @@ def sent(
     own = slice(anchors.start * NOISE_ROWS, anchors.stop * NOISE_ROWS) if place[1] > 1 else None
     found = labels_of(codes, slice(0, len(codes)), device.type, anchors=own, least=least)
     key = torch.tensor(step_key(plan.seed, "train", share.step + 1))
-    matrix = [torch.tensor(part) for part in (np.diff(share.x.indptr), share.x.indices, share.x.data)]
+    kept = share.x if isinstance(share.x, Resident) else None
+    matrix = kept.places(share.rows) if kept else of_csr(share.x)
     parts = [key, codes[:, 0], codes[:, 4:], *tensors_of(found), *matrix]  # the matrix, whose size varies, comes last
     there, everything = sent_together(parts, device)
-    by_id = dict(zip(map(id, parts[3:-3]), there[3:-3], strict=True))
+    known, arrived = len(parts) - len(matrix), there[-len(matrix) :]
+    by_id = dict(zip(map(id, parts[3:known]), there[3:known], strict=True))
     return MiniBatch(
-        x=spread(there[-3], there[-2], there[-1], share.x.shape),
+        x=kept.rows(arrived, int(matrix[0].sum())) if kept else spread(arrived, share.x.shape),
         condition=there[1],
         batch=there[2],
         group=codes[:, 1],
@@ -125,43 +189,8 @@ def sent(
         cells=plan.cells(share.step),
         labels=found.sent(lambda part: by_id[id(part)]),
         key=there[0],
-        sent=everything[: sum(map(room, parts[:-3]))],
+        sent=everything[: sum(map(room, parts[:known]))],
     )
-
-
-def room(part: torch.Tensor) -> int:
-    """Return how many bytes a tensor takes among those that travel together."""
-    return -(-part.nbytes // ALIGNED) * ALIGNED
-
-
-def tensors_of(labels: Labels) -> list[torch.Tensor]:
-    """Return the tensors of labels that the step reads, each once."""
-    found: list[torch.Tensor] = []
-
-    def note(part: torch.Tensor) -> torch.Tensor:
-        found.append(part)
-        return part
-
-    labels.sent(note)
-    return found
-
-
-def sent_together(parts: Sequence[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Bring tensors to a GPU by one copy, from memory that it reads by itself while the host goes on.
-
-    Returns them, and the bytes in which they lie.
-    """
-    starts = np.cumsum([0, *map(room, parts)]).tolist()
-    pinned = device.type == "cuda" and torch.cuda.is_available()
-    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
-    for part, start in zip(parts, starts, strict=False):
-        host[start : start + part.nbytes] = part.contiguous().flatten().view(torch.uint8)
-    there = host.to(device, non_blocking=True)
-    views = [
-        there[start : start + part.nbytes].view(part.dtype).view(part.shape)
-        for part, start in zip(parts, starts, strict=False)
-    ]
-    return views, there
 
 
 def made_ahead(batches: Iterator[MiniBatch]) -> Iterator[MiniBatch]:

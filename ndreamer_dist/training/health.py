@@ -29,7 +29,7 @@ def concerns(epochs: Sequence[Row], settings: Settings, planned: int) -> dict[st
     Parameters
     ----------
     epochs
-        One row per finished epoch (`measures.epoch_rows`).
+        One row per finished epoch (`log.epoch_row`).
     planned
         Epochs that will be trained in all.
     """

@@ -1,34 +1,47 @@
 """The logs of training: a row per step and a row per epoch.
 
-Input: the rows that the loop measured since the first step (a checkpoint holds them, so a resumed run has them all).
-Output: `logs/metrics.csv` and `logs/epochs.csv`. Each file is written whole and never appended to, so a local disk and an
-object store share one code path.
+Input: the rows that the loop measured since they were last written. Output: `logs/metrics.csv` and `logs/epochs.csv`, which
+grow: what a write costs does not depend on the steps before it, but at an object store, where both files are
+written anew. A checkpoint holds how long the files were. A resumed run cuts them there and goes on, so that neither half a
+line nor steps that are done again remain.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ndreamer_dist import keys
-from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.storage.files import Storage, append_at
 
 Row = dict[str, float]
+logger = logging.getLogger(__name__)
 
+COUNTS = ("epoch", "step")
 RATES = ("cells_per_second", "waiting")
 """Measures that are shares of a step's seconds: their mean over an epoch is weighted by these."""
 
 
-def epoch_rows(steps: Sequence[Row], perplexities: Sequence[Sequence[float]], steps_per_epoch: int) -> list[Row]:
-    """Return one row per finished epoch.
+@dataclass
+class Logged:
+    """What the files hold: the number of steps, and the bytes of each file."""
+
+    steps: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def epoch_row(steps: Sequence[Row], perplexities: Sequence[Sequence[float]]) -> Row:
+    """Return the row of one epoch.
 
     Parameters
     ----------
     steps
-        One row per step, from the first on, as the loop measured it.
+        Its steps' rows, as the loop measured them.
     perplexities
         Of each step, how many codes of each codebook were in use: (steps, codebooks).
 
@@ -37,38 +50,45 @@ def epoch_rows(steps: Sequence[Row], perplexities: Sequence[Sequence[float]], st
     `epoch` (from 1), its last `step`, its `seconds`, the mean over its steps of everything else that a step's row
     holds, and `perplexity_00`, `perplexity_01`, ... of each codebook.
     """
-    starts = range(0, len(steps) - steps_per_epoch + 1, steps_per_epoch)
-    parts = [slice(start, start + steps_per_epoch) for start in starts]
-    return [epoch_row(steps[part], perplexities[part]) for part in parts]
-
-
-def epoch_row(steps: Sequence[Row], perplexities: Sequence[Sequence[float]]) -> Row:
-    """Return the row of one epoch, of which these are all steps (see `epoch_rows`)."""
-    values = {name: np.array([row[name] for row in steps]) for name in steps[0]}
-    seconds = values.pop("seconds")
-    last = values.pop("step")[-1]
-    means = {
-        name: float(np.average(value, weights=seconds if name in RATES else None)) for name, value in values.items()
-    }
+    values = dict(zip(steps[0], np.array([list(row.values()) for row in steps]).T, strict=True))
+    seconds, last = values.pop("seconds"), values.pop("step")[-1]
+    weighted = {name: float(values.pop(name) @ seconds / seconds.sum()) for name in RATES}
+    means = {name: float(value.mean()) for name, value in values.items()} | weighted
     books = {f"perplexity_{book:02d}": float(value) for book, value in enumerate(np.mean(perplexities, axis=0))}
     return {"epoch": last // len(steps), "step": last, "seconds": float(seconds.sum()), **means, **books}
 
 
-def write_logs(storage: Storage, steps: Sequence[Row], epochs: Sequence[Row], steps_per_epoch: int) -> None:
-    """Write metrics.csv and epochs.csv."""
+def append_logs(storage: Storage, logged: Logged, steps: Sequence[Row], epochs: Sequence[Row], length: int) -> None:
+    """Add to metrics.csv and epochs.csv the rows that they lack, and note it; an epoch has `length` steps."""
+    numbered = [{"epoch": (int(row["step"]) - 1) // length + 1, **row} for row in steps]
+    for name, rows in ((keys.METRICS, numbered), (keys.EPOCHS, epochs)):
+        new = [row for row in rows if row["step"] > logged.steps]
+        start = logged.sizes.get(name, 0)
+        if new:
+            data = csv_bytes(new, header=not start)
+            append_at(storage, name, start, data)
+            logged.sizes[name] = start + len(data)
     if steps:
-        numbered = [{"epoch": (int(row["step"]) - 1) // steps_per_epoch + 1, **row} for row in steps]
-        storage.write_atomic(keys.METRICS, csv_bytes(numbered))
-    if epochs:
-        storage.write_atomic(keys.EPOCHS, csv_bytes(epochs))
+        logged.steps = int(steps[-1]["step"])
 
 
-def csv_bytes(rows: Sequence[Row]) -> bytes:
-    """Return rows as a table, numbers in six digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {name: value if float(value).is_integer() else f"{value:.6g}" for name, value in row.items()} for row in rows
-    )
-    return text.getvalue().encode()
+def logged_epochs(storage: Storage, logged: Logged) -> list[Row]:
+    """Return the rows of epochs.csv as far as a checkpoint knows of them; files that are shorter than it says begin anew."""
+    there = storage.list(keys.LOGS)
+    for name, size in list(logged.sizes.items()):
+        if there.get(name, 0) < size:
+            logger.warning(
+                "%s/%s was cut since the last checkpoint; its steps to %d are lost", storage.url, name, logged.steps
+            )
+            del logged.sizes[name]
+    if keys.EPOCHS not in logged.sizes:
+        return []
+    text = storage.read(keys.EPOCHS)[: logged.sizes[keys.EPOCHS]].decode()
+    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+
+def csv_bytes(rows: Sequence[Row], *, header: bool) -> bytes:
+    """Return rows as lines of a table, numbers in six digits; one pattern for all, since every step has its line."""
+    pattern = ",".join("%d" if name in COUNTS else "%.6g" for name in rows[0])
+    lines = [",".join(rows[0])] * header + [pattern % tuple(row.values()) for row in rows]
+    return "".join(f"{line}\n" for line in lines).encode()

@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -24,12 +24,14 @@ from safetensors.torch import save as save_tensors
 from ndreamer_dist.errors import NDreamerError
 from ndreamer_dist.model import noise
 from ndreamer_dist.model.batch import MiniBatch
-from ndreamer_dist.model.codebooks import Quantised
+from ndreamer_dist.model.codebooks import Quantised, perplexities
 from ndreamer_dist.model.collectives import ByBooks, Collective, average_gradients
 from ndreamer_dist.model.losses import LossTerms, total_loss
 from ndreamer_dist.model.network import NDreamerNetwork
+from ndreamer_dist.model.transfer import Copied
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.checksums import check_digest, digest, seal, unseal
+from ndreamer_dist.training.log import Logged, Row
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +51,22 @@ class TrainingStopped(Exception):  # noqa: N818 - not an error
 
 @dataclass
 class TrainState:
-    """All that a checkpoint holds."""
+    """All that a checkpoint holds.
+
+    Attributes
+    ----------
+    measures, perplexities
+        A row, and the codes in use of each codebook, for each step since the first that the logs still need.
+    logged
+        What the logs hold.
+    """
 
     network: NDreamerNetwork
     optimiser: torch.optim.AdamW
     step: int = 0
-    measures: list[dict[str, float]] = field(default_factory=list)  # one row per step
-    perplexities: list[list[float]] = field(default_factory=list)  # (steps, codebooks)
+    measures: list[Row] = field(default_factory=list)
+    perplexities: list[list[float]] = field(default_factory=list)
+    logged: Logged = field(default_factory=Logged)
     unread: deque[Measured] = field(default_factory=deque)  # of the last steps
     read_at: float = 0.0
 
@@ -101,6 +112,12 @@ class TrainState:
             })  # fmt: skip
             self.perplexities.append(books)
 
+    def forget(self, steps_per_epoch: int) -> None:
+        """Drop what was measured in epochs that have ended; the logs have it."""
+        if self.measures:
+            ended = len(self.measures) - int(self.measures[-1]["step"]) % steps_per_epoch
+            del self.measures[:ended], self.perplexities[:ended]
+
     def to_bytes(self) -> dict[str, bytes]:
         """Return the files of a checkpoint: two of tensors, one of text; nothing is pickled."""
         self.catch_up()
@@ -112,6 +129,7 @@ class TrainState:
         weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         files = {"weights.safetensors": save_tensors(weights), "optimiser.safetensors": save_tensors(moments)}
         told = {"step": self.step, "measures": self.measures, "perplexities": self.perplexities, "device": self.device}
+        told["logged"] = asdict(self.logged)
         told["files"] = {name: digest(data) for name, data in files.items()}
         return files | {STATE_FILE: seal(told, indent=None)}
 
@@ -139,13 +157,10 @@ class TrainState:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         self.step, self.measures, self.perplexities = told["step"], told["measures"], told["perplexities"]
+        self.logged = Logged(**told.get("logged", {}))
         if (before := told.get("device", self.device)) != self.device:
-            logger.warning(
-                "%s was made on %s and training goes on on %s: noise and sums have other bits there",
-                where,
-                before,
-                self.device,
-            )
+            text = f"{where} was made on {before} and training goes on on {self.device}"
+            logger.warning("%s: noise and sums have other bits there", text)
 
 
 def train(
@@ -237,29 +252,6 @@ def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, flo
 
 
 @dataclass(frozen=True)
-class Copied:
-    """A tensor on its way to the host, which waits for it only when it is read."""
-
-    values: torch.Tensor
-    there: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Copied:
-        """Send a tensor on its way."""
-        values, there = tensor.to("cpu", non_blocking=True), None
-        if tensor.is_cuda and torch.cuda.is_available():
-            there = torch.cuda.current_stream().record_event()
-        return cls(values, there)
-
-    def tolist(self) -> list[float]:
-        """Return the numbers, (n,), when they have come."""
-        if self.there is not None:
-            self.there.synchronize()
-        numbers: list[float] = self.values.tolist()
-        return numbers
-
-
-@dataclass(frozen=True)
 class Measured:
     """What a step has measured and nobody has read yet: the names of `values`, and the perplexities of `books` codebooks.
 
@@ -308,11 +300,3 @@ class Measured:
             )
             raise TrainingError(msg)
         return losses, [round(used, 2) for used in perplexity]
-
-
-@torch.no_grad()
-def perplexities(quantised: Quantised) -> torch.Tensor:
-    """Return how many codes of each codebook a mini-batch uses, (codebooks,): exp of the entropy of their mean."""
-    probs = quantised.group_probs.double().sum(1)  # (codebooks, codes), over all cells
-    probs = probs / probs.sum(-1, keepdim=True)
-    return torch.special.entr(probs).sum(-1).exp()

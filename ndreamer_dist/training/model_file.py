@@ -13,8 +13,8 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
-from ndreamer_dist.model.batch import dense
 from ndreamer_dist.model.network import NDreamerNetwork
+from ndreamer_dist.model.transfer import dense
 from ndreamer_dist.settings import CodeChoice, ModelSettings, Settings
 from ndreamer_dist.storage.checksums import WEIGHTS_DIGEST, digest, read_model, seal
 from ndreamer_dist.storage.files import Storage

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,18 +22,20 @@ from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.training.sampling import SamplingPlan
 
 POLL_SECONDS = 1.0
+TELL_SECONDS = 0.5
+"""A worker tells of a step at most this often: a step may be shorter than the call."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Told:
-    """What is known of a running training: the last step done, what it measured, the worker's memory, warnings by kind."""
+    """What is known of a running training: the last step done, what it measured, the worker's memory, warnings and their levels by kind."""
 
     step: int = 0
     measures: dict[str, float] = field(default_factory=dict)
     peak: int = 0
-    warnings: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, tuple[str, int]] = field(default_factory=dict)
 
 
 class Display(Protocol):
@@ -41,8 +44,8 @@ class Display(Protocol):
     def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
         """Note that a step is done, and what it measured."""
 
-    def warn(self, kind: str, text: str) -> None:
-        """Note that something is wrong; a kind is told once."""
+    def warn(self, kind: str, text: str, level: int = logging.WARNING) -> None:
+        """Note that something is wrong, or, at another level of the log, is to be known; a kind is told once."""
 
     def stop_asked(self) -> bool:
         """Return whether training must stop after this step."""
@@ -67,20 +70,20 @@ class OwnScreen:
         if self._stage is not None:
             self._stage.note_step(step, self._plan.steps, measures or {})
 
-    def warn(self, kind: str, text: str) -> None:
+    def warn(self, kind: str, text: str, level: int = logging.WARNING) -> None:
         """See `Display.warn`."""
         if kind not in self._warned:
             self._warned.add(kind)
             with tqdm.external_write_mode():
-                logger.warning("%s", text)
+                logger.log(level, "%s", text)
 
     def show(self, told: Told) -> None:
         """Show what an actor was told."""
         if self._stage is not None:
             self._stage.note_peak(told.peak)
         self.reached(told.step, told.measures)
-        for kind, text in told.warnings.items():
-            self.warn(kind, text)
+        for kind, (text, level) in told.warnings.items():
+            self.warn(kind, text, level)
 
 
 @contextmanager
@@ -107,25 +110,29 @@ class TrainingProgress:
         """Let training stop after its next step."""
         self._stop_asked = True
 
-    def warn(self, kind: str, text: str) -> None:
+    def warn(self, kind: str, text: str, level: int = logging.WARNING) -> None:
         """See `Display.warn`."""
-        self._told.warnings.setdefault(kind, text)
+        self._told.warnings.setdefault(kind, (text, level))
 
     def told(self) -> Told:
         """Return all that was told so far."""
         return self._told
 
 
-@dataclass(frozen=True)
+@dataclass
 class RemoteDisplay:
-    """A worker's way to the driver's screen. That the actor is gone is no reason to stop training."""
+    """A worker's way to the driver's screen, for a training of so many steps. That the actor is gone is no reason to stop it."""
 
     actor: Any
+    steps: int
     answers: list[Any] = field(default_factory=list)
+    told_at: float = 0.0
 
     def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
         """See `Display.reached`; nothing is waited for."""
-        self.answers.append(self.actor.reached.remote(step, measures, peak_bytes()))
+        if step == self.steps or time.monotonic() - self.told_at >= TELL_SECONDS:
+            self.told_at = time.monotonic()
+            self.answers.append(self.actor.reached.remote(step, measures, peak_bytes()))
 
     def stop_asked(self) -> bool:
         """See `Display.stop_asked`; it is what the actor has answered by now."""
@@ -138,12 +145,12 @@ class RemoteDisplay:
             return any(ray.get(ready))
         return False
 
-    def warn(self, kind: str, text: str) -> None:
+    def warn(self, kind: str, text: str, level: int = logging.WARNING) -> None:
         """See `Display.warn`; rare, so it is waited for: training may end right after."""
         import ray
 
         with suppress(ray.exceptions.RayActorError):
-            ray.get(self.actor.warn.remote(kind, text))
+            ray.get(self.actor.warn.remote(kind, text, level))
 
 
 @contextmanager
@@ -174,7 +181,7 @@ def remote_screen(
         watcher = threading.Thread(target=watch, daemon=True, name="ndreamer-progress")
         watcher.start()
         try:
-            yield RemoteDisplay(actor)
+            yield RemoteDisplay(actor, plan.steps)
         finally:
             stop.set()
             watcher.join()

@@ -31,11 +31,11 @@ from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.training.checkpoints import Checkpoint, Schedule, latest_serial, save_serial
-from ndreamer_dist.training.densify import RowLabels, densify
+from ndreamer_dist.training.densify import Resident, RowLabels, densify, made_ahead, resident_batches
 from ndreamer_dist.training.graphs import GraphedSteps
 from ndreamer_dist.training.health import concerns
 from ndreamer_dist.training.loader import LATE, LATE_SECONDS, mini_batches, watched
-from ndreamer_dist.training.log import epoch_row, epoch_rows, write_logs
+from ndreamer_dist.training.log import Row, append_logs, epoch_row, logged_epochs
 from ndreamer_dist.training.loop import Step, TrainingError, TrainingStopped, TrainState, add_in_order, train
 from ndreamer_dist.training.model_file import save_model
 from ndreamer_dist.training.progress import POLL_SECONDS, Display, own_screen, remote_screen
@@ -49,6 +49,8 @@ STOPPED = "stopped"
 """What a worker returns that has stopped when it was asked to."""
 STOP_SECONDS = 60.0
 """How long Ray's training may take to end its step and write a checkpoint after it is asked to stop."""
+HEALTH_LOOKS = 100
+"""Times that a training is looked at for what is wrong with it: each look goes over many epochs."""
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,9 @@ class Reporter:
     ) -> None:
         self._run, self._settings, self._plan = run, settings, plan
         self._state, self._schedule, self._display, self._save = state, schedule, display, save
-        self._epochs = epoch_rows(state.measures, state.perplexities, plan.steps_per_epoch)
+        self._epochs = [] if display is None else logged_epochs(run.storage, state.logged)
+        self._last: Row | None = None
+        self._ended = state.logged.steps // plan.steps_per_epoch
         if display is not None:
             display.reached(state.step)
 
@@ -169,23 +173,30 @@ class Reporter:
                 raise TrainingStopped
 
     def _show(self, display: Display) -> None:
-        measures = self._state.measures
-        display.reached(self._state.step, measures[-1] if measures else None)
+        if self._state.measures:
+            self._last = self._state.measures[-1]
+        display.reached(self._state.step, self._last)
         self._add_epochs(display)
 
     def _add_epochs(self, display: Display) -> None:
         """Sum up the epochs that have ended since, and warn where something is wrong."""
         state, length = self._state, self._plan.steps_per_epoch
-        while (len(self._epochs) + 1) * length <= len(state.measures):
-            part = slice(len(self._epochs) * length, (len(self._epochs) + 1) * length)
+        while state.measures and state.measures[-1]["step"] >= (self._ended + 1) * length:
+            first = self._ended * length + 1 - int(state.measures[0]["step"])
+            part = slice(first, first + length)
             self._epochs.append(epoch_row(state.measures[part], state.perplexities[part]))
-            for kind, text in concerns(self._epochs, self._settings, self._plan.epochs).items():
-                display.warn(kind, text)
+            self._ended += 1
+            if self._ended % -(-self._plan.epochs // HEALTH_LOOKS) == 0:
+                for kind, text in concerns(self._epochs, self._settings, self._plan.epochs).items():
+                    display.warn(kind, text)
 
     def _write_logs(self) -> None:
         if self._display is not None:
             self._add_epochs(self._display)
-            write_logs(self._run.storage, self._state.measures, self._epochs, self._plan.steps_per_epoch)
+            append_logs(
+                self._run.storage, self._state.logged, self._state.measures, self._epochs, self._plan.steps_per_epoch
+            )
+        self._state.forget(self._plan.steps_per_epoch)
 
 
 def _train_on_ray(
@@ -309,16 +320,20 @@ def _worker(config: dict[str, Any]) -> str | None:
     if device.type == "cuda":
         add_in_order()
         torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default one
-    together = Distributed() if place[1] > 1 else Single()
-    collective = ByBooks() if place[1] > 1 and device.type == "cuda" else together
+    together, collective = shared_by(place[1], device.type)
     state = _fresh(settings, packed, device)
     checkpoint = _ray_checkpoint(run) or latest_serial(run.storage)
     if checkpoint is not None:
         state.load_bytes(checkpoint.files, checkpoint.url)
     schedule = Schedule(settings.train, together, device, stop=display.stop_asked)
     reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
-    batches = mini_batches(packed, plan, place, state.step, device)
-    batches = watched(batches, lambda: display.warn("late", LATE), LATE_SECONDS)
+    kept = kept_on_gpu(settings, packed, device)
+    if kept is None:
+        batches = mini_batches(packed, plan, place, state.step, device)
+        batches = watched(batches, lambda: display.warn("late", LATE), LATE_SECONDS)
+    else:
+        display.warn("resident", f"train: {kept.nbytes / 1e9:.1f} GB of expression stay on the GPU", logging.INFO)
+        batches = made_ahead(resident_batches(kept, RowLabels.of(packed), plan, place, state.step))
     alone_on_gpu = device.type == "cuda" and place[1] == 1
     try:
         reporter.train(batches, packed, collective, GraphedSteps() if alone_on_gpu and settings.train.graphs else None)
@@ -330,6 +345,21 @@ def _worker(config: dict[str, Any]) -> str | None:
     except torch.OutOfMemoryError as error:  # a retry would meet the same memory
         return f"the GPU's memory will not do ({str(error).splitlines()[0]}); use fewer cells a step: train.batch_size"
     return None
+
+
+def shared_by(workers: int, device: str) -> tuple[Collective, Collective]:
+    """Return by what workers agree on checkpoints, and by what they share a step: its cells, or on GPUs its codebooks."""
+    together = Distributed() if workers > 1 else Single()
+    return together, ByBooks() if workers > 1 and device == "cuda" else together
+
+
+def kept_on_gpu(settings: Settings, packed: Packed, device: torch.device) -> Resident | None:
+    """Bring the packed matrix to a GPU, where half of its free memory holds it."""
+    if device.type != "cuda" or not settings.train.resident:
+        return None
+    kept = Resident.of(packed, device, torch.cuda.mem_get_info(device)[0] // 2)
+    torch.cuda.synchronize(device)  # another stream will read it
+    return kept
 
 
 def _ray_checkpoint(run: RunDirectory) -> Checkpoint | None:

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +38,7 @@ class Share:
 
     step: int
     rows: np.ndarray  # (cells,) packed rows
-    x: sparse.csr_matrix  # (cells, genes)
+    x: Any  # (cells, genes) CSR, or what has the rows of all cells on a GPU (`densify.Resident`)
 
 
 @dataclass(frozen=True)

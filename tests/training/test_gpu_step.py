@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from scipy import sparse
 from torch import Tensor
 
 from ndreamer_dist.model import noise
-from ndreamer_dist.model.batch import MiniBatch, gather_labels
-from ndreamer_dist.model.collectives import ByBooks, Collective, Single
+from ndreamer_dist.model.batch import MiniBatch, gather_labels, tensors_of
+from ndreamer_dist.model.collectives import ByBooks, Collective, Distributed, Single
+from ndreamer_dist.model.transfer import of_csr, room
 from ndreamer_dist.settings import ModelSettings, Settings
 from ndreamer_dist.training import loop
-from ndreamer_dist.training.densify import densify
-from ndreamer_dist.training.loop import Measured, TrainState, training_step
+from ndreamer_dist.training.densify import Resident, densify, resident_batches, sizes_ahead
+from ndreamer_dist.training.loop import Measured, TrainingError, TrainState, training_step
 from ndreamer_dist.training.model_file import TrainedModel
+from ndreamer_dist.training.trainer import kept_on_gpu, shared_by
 from ndreamer_dist.training.windows import Share, read_window, windows
 from tests.double import CUDA, Device, OnDevice, moved, pretended
-from tests.training.helpers import SETTINGS, Cohort, fresh
+from tests.training.helpers import OVERRIDES, SETTINGS, Cohort, fresh, weights
 
 MOST_OPERATIONS = 1001
 """Operations of a step on the device, whatever its sizes; lower it with every fusion."""
 MOST_OF_A_TILE = 60
 """Operations that embed a tile of cells."""
+MOST_MORE_RESIDENT = 20
+"""Operations more that gather rows of a matrix on the device."""
 MOST_COLLECTIVES = 6
 """Of a step of several workers."""
 MOST_EXCHANGED = 10e6
@@ -55,13 +63,17 @@ def shares(cohort: Cohort, place: tuple[int, int] = (0, 1)) -> Iterator[Share]:
 
 
 def stepped(
-    cohort: Cohort, steps: int, collective: Collective = ALONE, place: tuple[int, int] = (0, 1)
+    cohort: Cohort,
+    steps: int,
+    collective: Collective = ALONE,
+    place: tuple[int, int] = (0, 1),
+    mini_batches: Iterator[Share] | None = None,
 ) -> tuple[list[Device], TrainState]:
-    """Return what was seen of each step of a training on the double."""
+    """Return what was seen of each step of a training on the double, by default of streamed mini-batches."""
     state, seen = fresh(), list[Device]()
     state.network, state.optimiser = on_double(state)
     state.network.train()
-    for share, _ in zip(shares(cohort), range(steps), strict=False):
+    for share, _ in zip(mini_batches or shares(cohort), range(steps), strict=False):
         with Device() as device:
             batch = densify(share, cohort.labels, cohort.plan, place, CUDA)
             device.began, device.sizes = len(device.order), sizes_of(batch)
@@ -125,6 +137,62 @@ def test_a_training_on_a_gpu_measures_what_one_on_the_processor_does(
         )
 
 
+def test_a_matrix_that_stays_on_the_gpu_gives_the_same_bits_and_row_numbers_are_all_that_travels_of_it(
+    cohort: Cohort,
+) -> None:
+    with Device():
+        kept = Resident.of(cohort.packed, CUDA, 10**9)
+    assert kept is not None
+    asked = (Share(step, cohort.plan.share_rows(step, 0, 1), kept) for step in range(2))
+    (seen, state), (streamed, known) = stepped(cohort, 2, mini_batches=asked), stepped(cohort, 2)
+    assert [row["total"] for row in state.measures] == [row["total"] for row in known.measures]
+    assert all(torch.equal(a.inner, b.inner) for a, b in zip(weights(state), weights(known), strict=True))
+    for device, before, share in zip(seen, streamed, shares(cohort), strict=False):
+        assert (device.waits, device.mixed) == ([], [])
+        (sent,), (whole,) = device.copied("in"), before.copied("in")
+        assert whole - sent == sum(map(room, of_csr(share.x))) - sum(map(room, kept.places(share.rows)))
+        assert sum(device.operations.values()) <= sum(before.operations.values()) + MOST_MORE_RESIDENT
+
+
+def test_a_matrix_stays_on_a_gpu_where_half_of_its_free_memory_holds_it(
+    cohort: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = sum(cohort.packed.block(block).nnz for block in range(cohort.packed.n_blocks))
+    free = [2 * 6 * values]  # a value is a float32 and the int16 of its gene
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], 10**12))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    with Device():
+        kept = kept_on_gpu(SETTINGS, cohort.packed, CUDA)
+        assert kept is not None
+        assert kept.nbytes == 6 * values
+        free[0] -= 2
+        assert kept_on_gpu(SETTINGS, cohort.packed, CUDA) is None
+        assert kept_on_gpu(SETTINGS, cohort.packed, torch.device("cpu")) is None
+        free[0] += 2
+        never = Settings.build(preset="small", overrides=OVERRIDES | {"train.resident": False})
+        assert kept_on_gpu(never, cohort.packed, CUDA) is None
+
+
+def travelled(batch: MiniBatch) -> list[Any]:
+    assert batch.labels is not None
+    return [batch.key, batch.condition, batch.batch, *tensors_of(batch.labels)]
+
+
+def test_mini_batches_of_a_resident_matrix_are_those_that_are_streamed(cohort: Cohort) -> None:
+    with Device():
+        kept = Resident.of(cohort.packed, CUDA, 10**9)
+        assert kept is not None
+        least = sizes_ahead(cohort.labels, cohort.plan)
+        for place in ((0, 1), (1, 2)):
+            ours = resident_batches(kept, cohort.labels, cohort.plan, place, 3)
+            for batch, share in zip(ours, itertools.islice(shares(cohort), 3, None), strict=True):
+                known = densify(share, cohort.labels, cohort.plan, place, CUDA, least)
+                assert torch.equal(batch.x.inner, known.x.inner)
+                assert (batch.step, batch.cells) == (known.step, known.cells)
+                for one, other in zip(travelled(batch), travelled(known), strict=True):
+                    assert torch.equal(one.inner, other.inner)
+
+
 class Twins(ByBooks):
     """A worker whose fellows do what it does; what is exchanged is noted."""
 
@@ -152,6 +220,37 @@ def test_workers_on_gpus_wait_for_nothing_and_exchange_little(cohort: Cohort, wo
     # Vectors of the cells out and back, their means' gradient, the codes' gradient and use, and a few numbers.
     assert sum(twins.exchanged) / 2 <= exchanged(cells, model) + 1000
     assert exchanged(2 * paper.train.batch_size, paper.model) + 1000 <= MOST_EXCHANGED
+
+
+class Drifting(Twins):
+    """A worker whose fellow's GPU rounds otherwise: its loss is another in the last bit."""
+
+    def joined(self, tensor: Tensor, count: int) -> Tensor:
+        everyone = super().joined(tensor, count)
+        if everyone.dim() == 2 and everyone.shape[1] == 2:  # perplexities, and the total beside each
+            everyone[count // 2 :, 1] *= 1 + 2.0**-40
+        return everyone
+
+
+def test_workers_whose_gpus_do_not_compute_alike_end_the_training(cohort: Cohort) -> None:
+    with pytest.raises(TrainingError, match=r"GPUs do not compute alike: at step 1 .*--workers 1"):
+        stepped(cohort, 2, Drifting(2), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "kind"),
+    [(1, "cpu", Single), (1, "cuda", Single), (2, "cpu", Distributed), (2, "cuda", ByBooks)],
+)
+def test_workers_share_codebooks_on_gpus_and_cells_elsewhere(
+    tmp_path: Path, workers: int, device: str, kind: type
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        together, collective = shared_by(workers, device)
+    finally:
+        dist.destroy_process_group()
+    assert type(collective) is kind
+    assert type(together) is (Distributed if workers > 1 else Single)  # what is asked of all: whether to save
 
 
 def exchanged(cells: int, model: ModelSettings) -> int:
