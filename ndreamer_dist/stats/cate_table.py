@@ -223,14 +223,21 @@ def replicates_of(given: StatisticsInput, donor_key: str | None) -> Replicates:
     Raises
     ------
     QueryError
-        Neither is there, so that there are no replicates.
+        Neither is there, so that there are no replicates; or the column names no donor for some cells.
     """
     if donor_key is None:
         if not given.design.batch_keys:
             msg = "the run has no batch key, so nothing says who the donors are; name their column with donor_key"
             raise QueryError(msg)
         return Replicates.of(given.cells[keys.OBS_BATCH], given.design)
-    return Replicates.of(column(given.cells, donor_key), given.design)
+    donors = column(given.cells, donor_key)
+    if missing := int(donors.isna().sum()):
+        msg = (
+            f"column {donor_key!r} names no donor for {missing} of {len(donors)} cells; name theirs (`annotate`), or run "
+            "without these cells"
+        )
+        raise QueryError(msg)
+    return Replicates.of(donors, given.design)
 
 
 def covariate_table(cells: pd.DataFrame, replicates: Replicates) -> pd.DataFrame:
@@ -549,7 +556,7 @@ def _tests_of(
         nothing = np.full(len(given.genes), np.nan)
         return lambda _: untested(nothing), lambda _: nothing[None]
     if covariates:
-        columns = _numbers(given.cells, replicates, covariates)[kept]
+        columns = _numbers(given.cells, replicates, covariates, kept)
         return (
             lambda values: linear_test(values, treated, columns),
             lambda values: left_out_effects(values, treated, columns),
@@ -583,20 +590,29 @@ def pairs_of(replicates: Replicates, kept: np.ndarray, baseline: int = 0) -> tup
     return order[treated[order]], order[~treated[order]]
 
 
-def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str]) -> np.ndarray:
-    """Return donor covariates as numbers: categories become indicator columns.
+def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str], kept: np.ndarray) -> np.ndarray:
+    """Return covariates of the donors kept as numbers, centred and scaled: categories become indicator columns.
 
     Raises
     ------
     QueryError
-        A covariate is not there, or differs between cells of a donor.
+        A covariate is not there, is not known of a donor, or differs between cells of one.
     """
     table = covariate_table(cells[[column(cells, name).name for name in names]], replicates)
     varying = [name for name in names if name not in table]
     if varying:
         msg = f"{listing(varying)} differs between cells of one donor and condition, so is not a covariate of donors"
         raise QueryError(msg)
-    return pd.get_dummies(table[list(names)], drop_first=True).to_numpy(dtype=np.float64)
+    known = table.loc[kept, list(names)].convert_dtypes()
+    for name in names:
+        if (unknown := known.index[known[name].isna()]).size:
+            without = listing(dict.fromkeys(replicates.donors[r] for r in unknown))
+            msg = f"covariate {name!r} is not known of the donors {without}; give it (`annotate`), or leave the covariate out"
+            raise QueryError(msg)
+    values = pd.get_dummies(known, drop_first=True).to_numpy(dtype=np.float64)
+    values -= values.mean(axis=0)  # a date, or a number of reads, would leave no digits for the condition
+    spread = values.std(axis=0)
+    return np.asarray(values / np.where(spread > 0, spread, 1.0))
 
 
 def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Described, tested: Tested) -> pd.DataFrame:

@@ -73,6 +73,15 @@ def test_values_that_are_not_what_is_needed_are_refused_with_the_way(case: str) 
         decide_values(open_source(adata), asked)
 
 
+@pytest.mark.parametrize("store", [as_h5ad, lambda a, _: a], ids=["h5ad", "memory"])
+def test_a_refusal_names_the_layers_that_could_be_read(store, tmp_path: Path) -> None:
+    adata = counts(200, 30)
+    adata.layers["counts"] = adata.X.copy()
+    adata.X.data[0] = -1
+    with pytest.raises(CohortError, match="the cohort has the layers 'counts'"):
+        decide_values(open_source(store(adata, tmp_path)), "auto")
+
+
 def test_a_base_that_uns_names_is_used_where_the_values_do_not_tell() -> None:
     adata = counts(200, 90)
     adata.X = sparse.csr_matrix(adata.X.power(1.3))
