@@ -677,7 +677,8 @@ def export(
     """Write all results in the file layout of the published package."""
     from ndreamer_dist.commands.ndreamer_layout import export as write_layout
 
-    written = write_layout(run_directory, out=out, format=layout, parts=_names(parts) or [])
+    chosen: Any = _names(parts) or []  # it looks at the names itself
+    written = write_layout(run_directory, out=out, format=layout, parts=chosen)
     print(f"wrote {len(written)} files to {out}")
 
 

@@ -336,6 +336,7 @@ def summary_of(
         "normalise_asked": cohort.normalise,
         "values": decision.seen,
         **({"log_base": decision.base} if decision.base else {}),
+        **({keys.UNS_SCALED: True} if decision.scaled else {}),
         "input_cells": len(reasons),
         "cells": design.n_cells,
         "input_genes": len(genes),

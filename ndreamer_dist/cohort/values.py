@@ -33,6 +33,9 @@ CLOSE = 0.02
 MULTIPLES = 0.95
 """Share of values that are multiples of their cell's smallest, from which on they are scaled counts."""
 
+MOSTLY_WHOLE = 0.5
+"""Share of whole numbers from which on values are counts, some of which were estimated or corrected."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -46,12 +49,16 @@ class Decision:
         Base of the logarithm that values are given in; none: natural logarithms, or counts.
     seen
         What was seen and decided, in a sentence.
+    scaled
+        Whether values taken for counts are counts that were divided by something: how many molecules a cell had of a gene
+        cannot be told from them.
     """
 
     normalise: Values
     integers: bool
     base: float | None
     seen: str
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,10 @@ def decide_values(source: Source, asked: ValuesAsked, log_base: float | None = N
         )
         raise CohortError(msg)
     if asked == "counts":
-        return Decision("counts", False, None, f"values: {_shown(rows)}; taken for counts, as asked: {SCALING}")
+        scaled = scale is not None and (rows.data == np.floor(rows.data)).mean() < MOSTLY_WHOLE
+        what = f"scaled counts ({scale.why})" if scale and scaled else "counts"
+        seen = f"values: {_shown(rows)}; taken for {what}, as asked: {SCALING}"
+        return Decision("counts", False, None, seen, bool(scaled))
     return _logarithms(source, asked, scale, log_base)
 
 

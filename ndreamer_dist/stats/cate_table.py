@@ -21,6 +21,8 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.effects.expression import held
 from ndreamer_dist.errors import QueryError, listing, suggest
+from ndreamer_dist.grouping.covariates import as_numbers, constant_columns
+from ndreamer_dist.grouping.small_groups import named_column
 from ndreamer_dist.matching.between import StateNeighbours, StateSpace
 from ndreamer_dist.matching.hubs import pool
 from ndreamer_dist.results.on_demand import (
@@ -166,7 +168,7 @@ def donor_means(
     conditions = conditions_of(given.design, condition, given.baseline)
     names, codes = populations_of(given.cells, by)
     everyone = replicates_of(given, donor_key)
-    covariates = covariate_table(given.cells, everyone)
+    covariates = constant_columns(given.cells, everyone.of_cell)
     rows, matched, plain = [], [], []
     for code in conditions:
         replicates = everyone.against(given.baseline, code)
@@ -223,7 +225,9 @@ def replicates_of(given: StatisticsInput, donor_key: str | None) -> Replicates:
     Raises
     ------
     QueryError
-        Neither is there, so that there are no replicates; or the column names no donor for some cells.
+        Neither is there, so that there are no replicates.
+    CohortError
+        The column names no donor for some cells.
     """
     if donor_key is None:
         if not given.design.batch_keys:
@@ -231,24 +235,8 @@ def replicates_of(given: StatisticsInput, donor_key: str | None) -> Replicates:
             raise QueryError(msg)
         return Replicates.of(given.cells[keys.OBS_BATCH], given.design)
     donors = column(given.cells, donor_key)
-    if missing := int(donors.isna().sum()):
-        msg = (
-            f"column {donor_key!r} names no donor for {missing} of {len(donors)} cells; name theirs (`annotate`), or run "
-            "without these cells"
-        )
-        raise QueryError(msg)
+    named_column(given.cells, donor_key)  # refuses missing values
     return Replicates.of(donors, given.design)
-
-
-def covariate_table(cells: pd.DataFrame, replicates: Replicates) -> pd.DataFrame:
-    """Return the columns of obs that are constant in every replicate: a row per replicate."""
-    constant = {}
-    for name in cells.columns:
-        if not str(name).startswith(keys.OBS_PREFIX):
-            groups = cells[name].groupby(replicates.of_cell, observed=True)
-            if (groups.nunique(dropna=False) == 1).all():
-                constant[str(name)] = groups.first().to_numpy()
-    return pd.DataFrame(constant, index=range(len(replicates)))
 
 
 # --- what a table is made of -----------------------------------------------------------------------------------------
@@ -341,7 +329,7 @@ def space_of(
     min_cells: int,
 ) -> StateSpace | None:
     """Return the coordinates of state of the cells that tests are of, made once; none where they cannot be had."""
-    if given.state is None:
+    if given.state is None or len(given.state.columns) < 2:
         return None
     key, number = (by, donor_key, min_cells), int(codes.max()) + 1  # every population has cells
     if key not in given.spaces:
@@ -598,21 +586,12 @@ def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str], 
     QueryError
         A covariate is not there, is not known of a donor, or differs between cells of one.
     """
-    table = covariate_table(cells[[column(cells, name).name for name in names]], replicates)
+    table = constant_columns(cells[[column(cells, name).name for name in names]], replicates.of_cell)
     varying = [name for name in names if name not in table]
     if varying:
         msg = f"{listing(varying)} differs between cells of one donor and condition, so is not a covariate of donors"
         raise QueryError(msg)
-    known = table.loc[kept, list(names)].convert_dtypes()
-    for name in names:
-        if (unknown := known.index[known[name].isna()]).size:
-            without = listing(dict.fromkeys(replicates.donors[r] for r in unknown))
-            msg = f"covariate {name!r} is not known of the donors {without}; give it (`annotate`), or leave the covariate out"
-            raise QueryError(msg)
-    values = pd.get_dummies(known, drop_first=True).to_numpy(dtype=np.float64)
-    values -= values.mean(axis=0)  # a date, or a number of reads, would leave no digits for the condition
-    spread = values.std(axis=0)
-    return np.asarray(values / np.where(spread > 0, spread, 1.0))
+    return as_numbers(table.loc[kept, list(names)], [replicates.donors[r] for r in kept])
 
 
 def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Described, tested: Tested) -> pd.DataFrame:

@@ -53,6 +53,22 @@ def test_what_values_are_is_seen_and_said(case: str) -> None:
     assert words in decision.seen
 
 
+SCALED = {
+    "proportions": (lambda a: per_cell(a, 1.0).tocsr(), True),
+    "cpm_of_some_genes": (lambda a: per_cell(a, 1e6).tocsr()[:, :60], True),
+    "decontaminated": (lambda a: sparse.csr_matrix(a.X.power(1.3)), False),
+    "one_estimated": (lambda a: sparse.csr_matrix(np.r_[a.X.toarray()[:-1], a.X.toarray()[-1:] + 0.5]), False),
+    "counts": (lambda a: a.X, False),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_scaled_counts_are_told_from_counts_that_can_be_halved(case: str) -> None:
+    make, scaled = SCALED[case]
+    decision = decide_values(open_source(ad.AnnData(make(counts(300, 90)))), "counts")
+    assert (decision.normalise, decision.scaled) == ("counts", scaled)
+
+
 REFUSED: dict[str, tuple[Callable[[ad.AnnData], object], str, str]] = {
     "proportions": (lambda a: per_cell(a, 1.0), "auto", "every cell sums to 1); --normalise counts scales them"),
     "proportions_as_logs": (lambda a: per_cell(a, 1.0), "none", "scaled but not log-normalised"),

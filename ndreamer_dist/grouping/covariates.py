@@ -1,0 +1,56 @@
+"""Covariates of donors: columns of obs that are constant in each, and as numbers for a linear model. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from ndreamer_dist import keys
+from ndreamer_dist.errors import QueryError, listing
+
+
+def constant_columns(cells: pd.DataFrame, replicates: np.ndarray) -> pd.DataFrame:
+    """Return the columns of obs that are constant in every replicate: a row per replicate.
+
+    Parameters
+    ----------
+    replicates
+        (cells,) number of every cell's replicate.
+    """
+    constant = {}
+    for name in cells.columns:
+        if not str(name).startswith(keys.OBS_PREFIX):
+            groups = cells[name].groupby(replicates, observed=True)
+            if (groups.nunique(dropna=False) == 1).all():
+                constant[str(name)] = groups.first().to_numpy()
+    return pd.DataFrame(constant, index=range(int(replicates.max()) + 1))
+
+
+def as_numbers(table: pd.DataFrame, donors: Sequence[str]) -> np.ndarray:
+    """Return covariates as columns of numbers, centred and scaled; categories become indicator columns.
+
+    Without centring, a date or a number of reads would leave no digits for the condition beside it.
+
+    Parameters
+    ----------
+    table
+        A row per donor and condition, a column per covariate.
+    donors
+        Whose the rows are.
+
+    Raises
+    ------
+    QueryError
+        A covariate is not known of a donor.
+    """
+    for name, values in table.items():
+        if values.isna().any():
+            without = listing(dict.fromkeys(np.asarray(donors, dtype=object)[values.isna()]))
+            msg = f"covariate {str(name)!r} is not known of the donors {without}; give it (`annotate`), or leave the covariate out"
+            raise QueryError(msg)
+    numbers = pd.get_dummies(table.convert_dtypes(), drop_first=True).to_numpy(dtype=np.float64)
+    numbers -= numbers.mean(axis=0)
+    spread = numbers.std(axis=0)
+    return np.asarray(numbers / np.where(spread > 0, spread, 1.0))
