@@ -473,8 +473,7 @@ def report_design(design: Design, small: SmallGroupsReport) -> list[str]:
     notes = [*small.notes(), *odd_designs(batches, small.merged, names)]
     for note in notes:
         logger.warning(note)
-    with_control = {group.batch for group in design.with_condition(0)}
-    without = len(design.batches) - len(with_control)
+    without = len(design.batches) - len(batches[design.control])
     if without:
         notes.append(
             f"{without} of {len(design.batches)} batches hold no control: their controls come from the other batches"

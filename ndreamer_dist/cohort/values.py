@@ -98,10 +98,9 @@ def decide_values(source: Source, asked: ValuesAsked, log_base: float | None = N
         )
         raise CohortError(msg)
     if asked == "counts":
-        scaled = scale is not None and (rows.data == np.floor(rows.data)).mean() < MOSTLY_WHOLE
-        what = f"scaled counts ({scale.why})" if scale and scaled else "counts"
-        seen = f"values: {_shown(rows)}; taken for {what}, as asked: {SCALING}"
-        return Decision("counts", False, None, seen, bool(scaled))
+        scaled = scale is not None and bool((rows.data == np.floor(rows.data)).mean() < MOSTLY_WHOLE)
+        seen = f"values: {_shown(rows)}; taken for {'scaled ' * scaled}counts, as asked: {SCALING}"
+        return Decision("counts", False, None, seen, scaled)
     return _logarithms(source, asked, scale, log_base)
 
 
@@ -151,9 +150,8 @@ def _shown(rows: sparse.csr_matrix) -> str:
 
 def _elsewhere(source: Source) -> str:
     """Say what else the cohort holds that could be read."""
-    places = ["--layer raw reads what is in .raw"] if source.raw else []
-    places += [f"the cohort has the layers {listing(source.layers)} (--layer NAME)"] if source.layers else []
-    return "".join(f"; {place}" for place in places)
+    raw = "; --layer raw reads what is in .raw" if source.raw else ""
+    return raw + (f"; the cohort has the layers {listing(source.layers)} (--layer NAME)" if source.layers else "")
 
 
 def _scale(rows: sparse.csr_matrix) -> _Scale | None:

@@ -28,26 +28,33 @@ def constant_columns(cells: pd.DataFrame, replicates: np.ndarray) -> pd.DataFram
     return pd.DataFrame(constant, index=range(int(replicates.max()) + 1))
 
 
-def as_numbers(table: pd.DataFrame, donors: Sequence[str]) -> np.ndarray:
+def as_numbers(cells: pd.DataFrame, replicates: np.ndarray, kept: np.ndarray, donors: Sequence[str]) -> np.ndarray:
     """Return covariates as columns of numbers, centred and scaled; categories become indicator columns.
 
     Without centring, a date or a number of reads would leave no digits for the condition beside it.
 
     Parameters
     ----------
-    table
-        A row per donor and condition, a column per covariate.
-    donors
-        Whose the rows are.
+    cells
+        The covariates of every cell.
+    replicates, donors
+        (cells,) number of every cell's replicate, and whose the replicates are.
+    kept
+        Numbers of the replicates to look at.
 
     Raises
     ------
     QueryError
-        A covariate is not known of a donor.
+        A covariate differs between cells of a donor, or is not known of one.
     """
+    table = constant_columns(cells, replicates)
+    if varying := [name for name in cells if name not in table]:
+        msg = f"{listing(varying)} differs between cells of one donor and condition, so is not a covariate of donors"
+        raise QueryError(msg)
+    table = table.loc[kept, list(cells)]
     for name, values in table.items():
         if values.isna().any():
-            without = listing(dict.fromkeys(np.asarray(donors, dtype=object)[values.isna()]))
+            without = listing(dict.fromkeys(donors[r] for r in values.index[values.isna()]))
             msg = f"covariate {str(name)!r} is not known of the donors {without}; give it (`annotate`), or leave the covariate out"
             raise QueryError(msg)
     numbers = pd.get_dummies(table.convert_dtypes(), drop_first=True).to_numpy(dtype=np.float64)

@@ -586,12 +586,8 @@ def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str], 
     QueryError
         A covariate is not there, is not known of a donor, or differs between cells of one.
     """
-    table = constant_columns(cells[[column(cells, name).name for name in names]], replicates.of_cell)
-    varying = [name for name in names if name not in table]
-    if varying:
-        msg = f"{listing(varying)} differs between cells of one donor and condition, so is not a covariate of donors"
-        raise QueryError(msg)
-    return as_numbers(table.loc[kept, list(names)], [replicates.donors[r] for r in kept])
+    chosen = cells[[column(cells, name).name for name in names]]
+    return as_numbers(chosen, replicates.of_cell, kept, replicates.donors)
 
 
 def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Described, tested: Tested) -> pd.DataFrame:
