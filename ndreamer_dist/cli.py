@@ -661,11 +661,15 @@ def export(
     layout: Annotated[
         Format, typer.Option("--format", help="ndreamer: the layout of the published package.")
     ] = "ndreamer",
+    parts: Annotated[
+        str, typer.Option(help="Parts to write, separated by commas: model, space, decomposition, effects.")
+    ] = "model,space,decomposition,effects",
 ) -> None:
     """Write all results in the file layout of the published package."""
     from ndreamer_dist.commands.ndreamer_layout import export as write_layout
 
-    written = write_layout(run_directory, out=out, format=layout)
+    chosen: Any = _names(parts) or []  # it looks at the names itself
+    written = write_layout(run_directory, out=out, format=layout, parts=chosen)
     print(f"wrote {len(written)} files to {out}")
 
 

@@ -72,9 +72,13 @@ class QueryError(NDreamerError, ValueError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'a' or 'b'?``, or an empty string where no known name is near."""
+    """Return `` Did you mean 'a' or 'b'?``, or an empty string where no known name is near.
+
+    A name that differs in small and capital letters alone is nearer than all others.
+    """
     likely = [str(k) for k in itertools.islice(known, MOST_COMPARED) if len(str(k)) <= LONGEST_NAME]
-    near = difflib.get_close_matches(str(name)[:LONGEST_NAME], likely, n=3, cutoff=0.6)
+    same = [k for k in likely if k.casefold() == str(name).casefold()][:3]
+    near = same or difflib.get_close_matches(str(name)[:LONGEST_NAME], likely, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 

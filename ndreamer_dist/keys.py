@@ -151,6 +151,7 @@ UNS_EMBEDDING: Final = "embedding"  # the matching space
 UNS_EMBEDDING_KEY: Final = "embedding_key"  # the array of obsm with its coordinates
 UNS_ONTO: Final = "onto"  # where cells are mapped onto a finished run: which, and how far they are from it
 UNS_WITHIN: Final = "match_within"  # where cells are matched inside labels: which, and the share of matches inside
+UNS_SCALED: Final = "scaled"  # where counts had been divided by something: cells' own counts are not known
 VAR_MODELLED: Final = "ndreamer_modelled"  # in results of all genes: whether the run modelled the gene
 VAR_GENE_ID: Final = "ndreamer_gene_id"  # what a gene was called before it was named by another column
 

@@ -8,6 +8,7 @@ owns contiguous rows of the packed store.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import zlib
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import pandas as pd
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ndreamer_dist.errors import CohortError, QueryError, StoreError, listing, quoted, suggest
+from ndreamer_dist.grouping.names import level_meant, odd_designs
 from ndreamer_dist.grouping.sample import arc, takes
 from ndreamer_dist.grouping.small_groups import (
     SCREEN_CONDITIONS,
@@ -29,6 +31,7 @@ from ndreamer_dist.grouping.small_groups import (
     absent_levels,
     batch_name,
     cells_of_small_groups,
+    columns_of,
     combined,
     group_name,
     named_column,
@@ -450,7 +453,7 @@ def build_design(obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray | No
     keep = np.ones(len(obs), dtype=bool) if keep is None else keep
     condition_key, control = _check_keys(obs, cohort)
     columns = [named_column(obs, name) for name in (*cohort.batch_key, condition_key)]
-    control = _level(obs[condition_key], columns[-1].levels, control)
+    control = level_meant(obs[condition_key], columns[-1].levels, control)
     left_out = excluded(obs, condition_key, cohort.exclude_conditions, control)
     _check_conditions(columns[-1], condition_key, control, keep, left_out)
     excluded_cells = keep & left_out
@@ -471,12 +474,16 @@ def build_design(obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray | No
 
 
 def report_design(design: Design, small: SmallGroupsReport) -> list[str]:
-    """Log what is worth knowing about a design and return it as notes: small groups, and batches without controls."""
-    notes = small.notes()
+    """Log what is worth knowing about a design and return it as notes.
+
+    They are of small groups, batches without controls, conditions that are confounded with batches, and odd names.
+    """
+    batches = {name: {group.batch for group in design.with_condition(c)} for c, name in enumerate(design.conditions)}
+    names = [*design.conditions, *itertools.chain(*design.batch_levels)]
+    notes = [*small.notes(), *odd_designs(batches, small.merged, names)]
     for note in notes:
         logger.warning(note)
-    with_control = {group.batch for group in design.with_condition(0)}
-    without = len(design.batches) - len(with_control)
+    without = len(design.batches) - len(batches[design.control])
     if without:
         notes.append(
             f"{without} of {len(design.batches)} batches hold no control: their controls come from the other batches"
@@ -516,15 +523,10 @@ def _check_keys(obs: ColumnTable, cohort: CohortSettings) -> tuple[str, str]:
     return condition_key, cohort.control
 
 
-def columns_of(obs: ColumnTable) -> str:
-    """Return the names of the columns of obs, for a message."""
-    return listing(obs.columns) or "none"
-
-
 def excluded(obs: ColumnTable, key: str, names: Sequence[str], control: str | None = None) -> np.ndarray:
     """Return which cells are of an excluded condition: (cells,) bool; `CohortError` where no cell is, or it is the control."""
     column = named_column(obs, key)
-    levels = [_level(obs[key], column.levels, name) for name in names]
+    levels = [level_meant(obs[key], column.levels, name) for name in names]
     absent = [name for name in levels if name not in column.levels]
     if absent:
         msg = (
@@ -536,27 +538,6 @@ def excluded(obs: ColumnTable, key: str, names: Sequence[str], control: str | No
         msg = f"{quoted(control)} is the control and cannot be excluded"
         raise CohortError(msg)
     return np.isin(column.codes, [column.levels.index(name) for name in levels])
-
-
-def _level(values: pd.Series[Any], levels: Sequence[str], name: str) -> str:
-    """Return the level that a name means: itself, or where the column holds numbers or yes and no, the one of its value."""
-    kind = values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype
-    if name in levels:
-        return name
-    if pd.api.types.is_bool_dtype(kind):
-        same = [level for level in levels if level.lower() == name.lower()]
-    elif pd.api.types.is_numeric_dtype(kind):
-        same = [level for level in levels if _number(level) == _number(name)]
-    else:
-        same = []
-    return same[0] if len(same) == 1 else name
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _check_conditions(column: NamedColumn, key: str, control: str, keep: np.ndarray, left_out: np.ndarray) -> None:

@@ -318,6 +318,7 @@ def summary_of(
         "normalise_asked": cohort.normalise,
         "values": decision.seen,
         **({"log_base": decision.base} if decision.base else {}),
+        **({keys.UNS_SCALED: True} if decision.scaled else {}),
         "input_cells": len(made.reasons),
         "cells": made.design.n_cells,
         "input_genes": len(genes),

@@ -94,12 +94,17 @@ def check_numbers(dtype: Any, where: str) -> None:
         raise CohortError(msg)
 
 
+def widened(values: np.ndarray) -> np.ndarray:
+    """Return values of half precision in single precision, since scipy makes no sparse matrix of them; others as they are."""
+    return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
 def tidied(values: Any) -> tuple[sparse.csr_matrix, int]:
     """Return values as CSR float32, indices sorted, each gene once a cell, no stored zeros; the input is not changed.
 
     The second value is how many were added to another of the same cell and gene.
     """
-    rows = sparse.csr_matrix(values)
+    rows = sparse.csr_matrix(widened(values) if isinstance(values, np.ndarray) else values)
     changed = sparse.csr_matrix(
         (rows.data.astype(np.float32, copy=False), rows.indices, rows.indptr), shape=rows.shape, copy=False
     )

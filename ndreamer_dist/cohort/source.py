@@ -29,6 +29,7 @@ from ndreamer_dist.cohort.stored import (
     RAW_NAMES,
     Container,
     StoredMatrix,
+    layer_names,
     no_layer,
     one_line,
     open_root,
@@ -79,6 +80,7 @@ class Source:
     notes: tuple[str, ...] = ()
     log_base: float | None = None
     raw: bool = False  # whether the cohort has a .raw that is not what is read
+    layers: tuple[str, ...] = ()  # names of the layers that are not what is read
 
     @property
     def n_cells(self) -> int:
@@ -288,9 +290,10 @@ def _read_memory(adata: ad.AnnData, layer: str | None) -> Source:
         values = adata.layers[layer] if layer is not None and layer in adata.layers else adata.X
         var = adata.var
     base = None if raw else _base_of(lambda: adata.uns["log1p"]["base"])
+    others = tuple(str(name) for name in adata.layers if name not in (None, layer))
     cells, matrix = HeldCells(in_memory(adata.obs)), memory_matrix(values)
     has_raw = adata.raw is not None and not raw
-    return Source("the AnnData", cells, in_memory(var), matrix, adata.obsm, log_base=base, raw=has_raw)
+    return Source("the AnnData", cells, in_memory(var), matrix, adata.obsm, log_base=base, raw=has_raw, layers=others)
 
 
 def _open_backed(adata: ad.AnnData, layer: str | None, prefer_counts: bool) -> Source:
@@ -379,7 +382,8 @@ def _read_stored(group: Any, url: str, container: Container, inside: str, layer:
         msg = f"{url}: {matrix.name} is {matrix.shape}, but obs and var have {len(cells)} and {len(var)} rows"
         raise CohortError(msg)
     base = None if from_raw else _base_of(lambda: group["uns/log1p/base"][()])
-    return Source(url, cells, var, matrix, log_base=base, raw=raw is not None and not from_raw)
+    others = tuple(name for name in layer_names(group) if place != f"layers/{name}")
+    return Source(url, cells, var, matrix, log_base=base, raw=raw is not None and not from_raw, layers=others)
 
 
 def _opened(storage: Storage, container: Container) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 import zarr
 from scipy import sparse
 
-from ndreamer_dist.cohort.matrix import Kind, check_numbers
+from ndreamer_dist.cohort.matrix import Kind, check_numbers, widened
 from ndreamer_dist.errors import CohortError, NDreamerError, listing, quoted, suggest
 from ndreamer_dist.storage.arrays import touched_shards
 from ndreamer_dist.storage.files import Storage, open_storage
@@ -83,7 +83,7 @@ class StoredMatrix:
         first, last = (int(indptr[0]), int(indptr[-1])) if indptr.size else (0, 0)
         indices = np.asarray(self._element["indices"][first:last])
         self._check_inside(indices, self.shape[1], f"rows {start} to {stop} name genes")
-        data = np.asarray(self._element["data"][first:last])
+        data = widened(np.asarray(self._element["data"][first:last]))
         return sparse.csr_matrix((data, indices, indptr - first), shape=(stop - start, self.shape[1]))
 
     def _check_inside(self, indices: np.ndarray, limit: int, what: str) -> None:
@@ -149,9 +149,14 @@ def _remote_h5ad(url: str, version: str) -> h5py.File:  # noqa: ARG001 - a file 
     return h5py.File(Storage(url).open_file(REMOTE_BLOCK, REMOTE_BLOCKS), "r")
 
 
+def layer_names(root: Any) -> list[str]:
+    """Return the names of the layers of a store."""
+    return list(root["layers"]) if "layers" in root and is_group(root["layers"]) else []
+
+
 def place_of(root: Any, url: str, layer: str | None) -> str:
     """Return where the values stand: `X`, a layer, or `raw`; `CohortError` where they are not there."""
-    layers = list(root["layers"]) if "layers" in root and is_group(root["layers"]) else []
+    layers = layer_names(root)
     if layer is None:
         if MATRIX in root:
             return MATRIX

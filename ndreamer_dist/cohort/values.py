@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from ndreamer_dist.cohort.source import Source
-from ndreamer_dist.errors import CohortError
+from ndreamer_dist.errors import CohortError, listing
 
 Values = Literal["counts", "none"]
 ValuesAsked = Literal["auto", "counts", "none"]
@@ -33,6 +33,9 @@ CLOSE = 0.02
 MULTIPLES = 0.95
 """Share of values that are multiples of their cell's smallest, from which on they are scaled counts."""
 
+MOSTLY_WHOLE = 0.5
+"""Share of whole numbers from which on values are counts, some of which were estimated or corrected."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -46,12 +49,16 @@ class Decision:
         Base of the logarithm that values are given in; none: natural logarithms, or counts.
     seen
         What was seen and decided, in a sentence.
+    scaled
+        Whether values taken for counts are counts that were divided by something: how many molecules a cell had of a gene
+        cannot be told from them.
     """
 
     normalise: Values
     integers: bool
     base: float | None
     seen: str
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,11 +94,13 @@ def decide_values(source: Source, asked: ValuesAsked, log_base: float | None = N
     if asked == "counts" and scale is not None and scale.base:
         msg = (
             f"the values look log-normalised ({_shown(rows)}, {scale.why}), but normalise=counts expects counts; use "
-            f"--normalise none, or name the layer that holds counts{_raw_hint(source)}"
+            f"--normalise none, or name the layer that holds counts{_elsewhere(source)}"
         )
         raise CohortError(msg)
     if asked == "counts":
-        return Decision("counts", False, None, f"values: {_shown(rows)}; taken for counts, as asked: {SCALING}")
+        scaled = scale is not None and bool((rows.data == np.floor(rows.data)).mean() < MOSTLY_WHOLE)
+        seen = f"values: {_shown(rows)}; taken for {'scaled ' * scaled}counts, as asked: {SCALING}"
+        return Decision("counts", False, None, seen, scaled)
     return _logarithms(source, asked, scale, log_base)
 
 
@@ -117,7 +126,7 @@ def _logarithms(source: Source, asked: ValuesAsked, scale: _Scale | None, log_ba
     if scale is not None and not scale.base and log_base is None:
         msg = (
             f"the values are scaled but not log-normalised ({_shown(rows)}; {scale.why}); --normalise counts scales them to "
-            f"10,000 a cell and takes the log, as it does with counts, or name a layer of counts{_raw_hint(source)}"
+            f"10,000 a cell and takes the log, as it does with counts, or name a layer of counts{_elsewhere(source)}"
         )
         raise CohortError(msg)
     base = log_base or (scale.base if scale else None) or source.log_base
@@ -125,7 +134,7 @@ def _logarithms(source: Source, asked: ValuesAsked, scale: _Scale | None, log_ba
         msg = (
             f"the values are neither counts nor clearly log-normalised ({_shown(rows)}); say what they are: "
             "--normalise counts; --normalise none for natural logarithms, with --set cohort.log_base=2 for such to base 2"
-            f"{_raw_hint(source)}"
+            f"{_elsewhere(source)}"
         )
         raise CohortError(msg)
     why = "as asked" if log_base else scale.why if scale else "uns['log1p'] says so" if source.log_base else "as asked"
@@ -139,8 +148,10 @@ def _shown(rows: sparse.csr_matrix) -> str:
     return f"not integers, at most {float(rows.data.max()):.2f}"
 
 
-def _raw_hint(source: Source) -> str:
-    return "; --layer raw reads what is in .raw" if source.raw else ""
+def _elsewhere(source: Source) -> str:
+    """Say what else the cohort holds that could be read."""
+    raw = "; --layer raw reads what is in .raw" if source.raw else ""
+    return raw + (f"; the cohort has the layers {listing(source.layers)} (--layer NAME)" if source.layers else "")
 
 
 def _scale(rows: sparse.csr_matrix) -> _Scale | None:
@@ -209,7 +220,7 @@ def refuse_value(source: Source, row: int, gene: int, value: float) -> NoReturn:
     )
     msg = (
         f"{named_value(source, row, gene)} holds {what}; expected counts or log-normalised expression, finite and not "
-        f"negative (not scaled or corrected values){_raw_hint(source)}"
+        f"negative (not scaled or corrected values){_elsewhere(source)}"
     )
     raise CohortError(msg)
 

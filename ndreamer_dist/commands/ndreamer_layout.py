@@ -66,17 +66,21 @@ def export(
     Raises
     ------
     QueryError
-        The format is unknown, or `out` is no folder on this machine.
+        The format or a part is unknown, or `out` is no folder on this machine.
     StoreError
         There are no results, or a chunk of them is damaged.
     """
-    if format not in LAYOUTS:
-        msg = f"there is no format {format!r}; there are {listing(LAYOUTS)}.{suggest(format, LAYOUTS)}"
-        raise QueryError(msg)
+    for what, names, known in (("format", [format], LAYOUTS), ("part", parts, PARTS)):
+        if unknown := [name for name in names if name not in known]:
+            msg = f"there is no {what} {listing(unknown)}; there are {listing(known)}.{suggest(unknown[0], known)}"
+            raise QueryError(msg)
     results = run if isinstance(run, Results) else open_results(run)
     results.refuse_damaged()
     if results.space != keys.NDREAMER and "space" in parts:
-        msg = f"{results.url} is matched in {quoted(results.space)}: it holds no effect modifiers; leave the part 'space' out"
+        msg = (
+            f"{results.url} is matched in {quoted(results.space)}: it holds no effect modifiers; leave the part 'space' out "
+            "(--parts model,decomposition,effects)"
+        )
         raise StoreError(msg)
     folder = _folder(out)
     written: list[Path] = []

@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 LEAST_CELLS = 100
 """Cells of a population of its own; smaller ones are pooled. With fewer control cells its axes are of all its groups."""
-VANISHING = 1e-9
-"""Directions whose variance is below this share of the largest are no directions."""
 GROUPED, WHOLE = ("whole", "first", "second"), ("spread", "signal", "noise", "reach")
 """Parts of `HalfSums` of a group each, and of all cells."""
 DIRECTIONS = ((keys.STATE_MEAN, 2), (keys.STATE_AXES, 3), (keys.STATE_RANK, 1), (keys.STATE_BEYOND_CHANCE, 1))
@@ -141,7 +139,7 @@ def _directions(moments: Moments, keep: int) -> tuple[np.ndarray, int, int]:
     """Return the leading axes of what varies inside groups, (genes, keep), how many there are, and beyond chance."""
     covariance = within_covariance(moments)
     axes, variance = signed_axes(covariance, keep)
-    rank = int((variance > VANISHING * max(float(variance[0]), VANISHING)).sum())
+    rank = int((variance > state.VANISHING * max(float(variance[0]), state.VANISHING)).sum())
     beyond = state.beyond_chance(covariance, int(moments.inner_cells.sum()))
     return axes, rank, min(rank, max(1, beyond))
 
@@ -164,7 +162,7 @@ def _make_reliability(space: Space, settings: Settings, populations: Populations
     shrink = settings.state.shrink
     halved = space.has_counts and (shrink != "none" or settings.state.k is None)
     if shrink != "none" and not halved:
-        logger.warning("state: the input is log-normalised and has no counts to halve, so coordinates are not shrunk")
+        logger.warning("state: the input holds no counts that could be halved, so coordinates are not shrunk")
     sums = _half_sums(space, settings, populations, runtime, halved=halved)
     ranks, beyond = (read_array(space.storage, name) for name in (keys.STATE_RANK, keys.STATE_BEYOND_CHANCE))
     keep = len(sums[0].reach)

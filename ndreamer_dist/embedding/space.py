@@ -121,7 +121,8 @@ class Space:
     @property
     def has_counts(self) -> bool:
         """Whether the expression is of counts, known to the last one."""
-        return bool(self.packed.run.read_json(keys.COHORT_SUMMARY)["normalise"] == "counts")
+        summary = self.packed.run.read_json(keys.COHORT_SUMMARY)
+        return bool(summary["normalise"] == "counts" and not summary.get(keys.UNS_SCALED))
 
     @property
     def storage(self) -> Storage:

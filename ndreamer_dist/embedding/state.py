@@ -19,6 +19,8 @@ LEAST_RELIABLE = 0.05
 """No direction is shrunk further than to this share."""
 SMALLEST_SIGNAL = 1e-6
 """Eigenvalues of the signal are held above this; genes that vary less do not vary."""
+VANISHING = 1e-9
+"""Directions whose variance is below this share of the largest are no directions."""
 LEAST_DOUBT = 0.05
 """No gene counts more than one at this quantile of the variances of groups' means."""
 MOSTLY_SIGNAL = 0.5
@@ -256,6 +258,18 @@ def beyond_chance(covariance: np.ndarray, cells: int) -> int:
     a, b = np.sqrt(max(cells - 1, 1)), np.sqrt(max(len(scale), 1))
     largest = ((a + b) ** 2 + TRACY_WIDOM * (a + b) * (1 / a + 1 / b) ** (1 / 3)) / max(cells, 1)
     return int((values > largest).sum())
+
+
+def varying(spread: np.ndarray) -> int:
+    """Return how many of the first dimensions cells vary along, each beyond those before it.
+
+    Parameters
+    ----------
+    spread
+        (k, k) covariance of the coordinates.
+    """
+    least = [float(np.linalg.eigvalsh(spread[:k, :k])[0]) for k in range(1, len(spread) + 1)]
+    return int(np.cumprod(np.array(least) > VANISHING * max(float(spread.diagonal().max()), VANISHING)).sum())
 
 
 def reliability(signal: np.ndarray, spread: np.ndarray) -> np.ndarray:

@@ -68,6 +68,11 @@ class ColumnTable(Protocol):
     def __getitem__(self, name: Any, /) -> Any: ...
 
 
+def columns_of(obs: ColumnTable) -> str:
+    """Return the names of the columns of obs, for a message."""
+    return listing(obs.columns) or "none"
+
+
 @dataclass(frozen=True)
 class NamedColumn:
     """A column of names: its levels by appearance, and every cell's code, (cells,) int32."""

@@ -103,7 +103,13 @@ def genes_of(source: Source, modelled: tuple[str, ...], fill: float) -> Genes:
 
 def values_of(source: Source, reference: Reference, cohort: CohortSettings) -> Decision:
     """Return how the values are treated, as the run's were; `CohortError` where they cannot be."""
-    return decide_values(source, reference.home.read_json(keys.COHORT_SUMMARY)["normalise"], cohort.log_base)
+    normalise = reference.home.read_json(keys.COHORT_SUMMARY)["normalise"]
+    try:
+        return decide_values(source, normalise, cohort.log_base)
+    except CohortError as error:
+        what = "counts" if normalise == "counts" else "log-normalised values"
+        msg = f"the run was made of {what}, and cells are mapped onto it by the same: {error}"
+        raise CohortError(msg) from error
 
 
 def refuse_known_cells(source: Source, reference: Reference) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,12 +14,12 @@ from ndreamer_dist.cohort.design import (
     Group,
     GroupedCells,
     batch_name,
-    columns_of,
     group_name,
     named_column,
 )
 from ndreamer_dist.errors import CohortError, listing, quoted, suggest
-from ndreamer_dist.grouping.small_groups import ColumnTable, why_left_out
+from ndreamer_dist.grouping.names import nearly_same
+from ndreamer_dist.grouping.small_groups import ColumnTable, columns_of, why_left_out
 from ndreamer_dist.settings import CohortSettings
 
 
@@ -43,9 +43,11 @@ def mapped_design(
     Raises
     ------
     CohortError
-        A column is missing or has missing values; a group is in the run; or no group is large enough.
+        A column is missing or has missing values; a group is in the run; no group is large enough; or a condition is
+        nearly called as one of the run.
     """
     columns = {name: names_in(obs, name) for name in (*stored.batch_keys, stored.condition_key)}
+    _refuse_nearly_known(columns[stored.condition_key], (*stored.conditions, *cohort.exclude_conditions))
     if not stored.batch_keys:  # one batch in the run: these are another
         columns = {"": np.full(len(obs), f"mapped_{len(stored.batches)}", dtype=object), **columns}
     table = pd.DataFrame(dict(enumerate(columns.values())))
@@ -95,6 +97,18 @@ def names_in(obs: ColumnTable, name: str) -> np.ndarray:
         raise CohortError(msg)
     column = named_column(obs, name)
     return np.array(column.levels, dtype=object)[column.codes]
+
+
+def _refuse_nearly_known(names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse a condition that is new by its spelling alone: its cells would be compared with no cells of their condition."""
+    for name in dict.fromkeys(names):
+        alike = [other for other in known if nearly_same(name, other)]
+        if alike and name not in known:
+            msg = (
+                f"condition {quoted(name)} is not in the run, which has {quoted(alike[0])}; write it as the run's cohort does, "
+                "or give it another name if it is another condition"
+            )
+            raise CohortError(msg)
 
 
 def _with_group(design: Design, levels: Sequence[str], condition: str, cells: int) -> Design:

@@ -337,7 +337,7 @@ def _summary(data: PageData) -> Iterator[str]:
             + (
                 f"{len(found)} {'has' if len(found) == 1 else 'have'} genes that differ (most: {most}). "
                 if found
-                else "no gene differs in any of them. "
+                else "no gene's difference is significant in any of them, which does not show that there is none. "
             )
             + _strongest(tested, effect, data.labels)
         )

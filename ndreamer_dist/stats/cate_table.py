@@ -21,6 +21,8 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.effects.expression import held
 from ndreamer_dist.errors import QueryError, listing, suggest
+from ndreamer_dist.grouping.covariates import as_numbers, constant_columns
+from ndreamer_dist.grouping.small_groups import named_column
 from ndreamer_dist.matching.between import StateNeighbours, StateSpace
 from ndreamer_dist.matching.hubs import pool
 from ndreamer_dist.results.on_demand import (
@@ -164,7 +166,7 @@ def donor_means(given: StatisticsInput, asked: CateQuestion) -> anndata.AnnData:
     conditions, by = conditions_of(given.design, asked.condition, given.baseline), str(asked.by)
     names, codes = populations_of(given.cells, asked.by)
     everyone = replicates_of(given, asked.donor_key)
-    covariates = covariate_table(given.cells, everyone)
+    covariates = constant_columns(given.cells, everyone.of_cell)
     rows, matched, plain = [], [], []
     for code in conditions:
         replicates = everyone.against(given.baseline, code)
@@ -222,24 +224,17 @@ def replicates_of(given: StatisticsInput, donor_key: str | None) -> Replicates:
     ------
     QueryError
         Neither is there, so that there are no replicates.
+    CohortError
+        The column names no donor for some cells.
     """
     if donor_key is None:
         if not given.design.batch_keys:
             msg = "the run has no batch key, so nothing says who the donors are; name their column with donor_key"
             raise QueryError(msg)
         return Replicates.of(given.cells[keys.OBS_BATCH], given.design)
-    return Replicates.of(column(given.cells, donor_key), given.design)
-
-
-def covariate_table(cells: pd.DataFrame, replicates: Replicates) -> pd.DataFrame:
-    """Return the columns of obs that are constant in every replicate: a row per replicate."""
-    constant = {}
-    for name in cells.columns:
-        if not str(name).startswith(keys.OBS_PREFIX):
-            groups = cells[name].groupby(replicates.of_cell, observed=True)
-            if (groups.nunique(dropna=False) == 1).all():
-                constant[str(name)] = groups.first().to_numpy()
-    return pd.DataFrame(constant, index=range(len(replicates)))
+    donors = column(given.cells, donor_key)
+    named_column(given.cells, donor_key)  # refuses missing values
+    return Replicates.of(donors, given.design)
 
 
 # --- what a table is made of -----------------------------------------------------------------------------------------
@@ -321,7 +316,7 @@ def space_of(
     given: StatisticsInput, asked: CateQuestion, codes: np.ndarray, replicates: Replicates
 ) -> StateSpace | None:
     """Return the coordinates of state of the cells that tests are of, made once; none where they cannot be had."""
-    if given.state is None:
+    if given.state is None or len(given.state.columns) < 2:
         return None
     key = asked.by, asked.donor_key, asked.min_cells
     if key not in given.spaces:
@@ -534,7 +529,7 @@ def _tests_of(
         nothing = np.full(len(given.genes), np.nan)
         return lambda _: untested(nothing), lambda _: nothing[None]
     if covariates:
-        columns = _numbers(given.cells, replicates, covariates)[kept]
+        columns = _numbers(given.cells, replicates, covariates, kept)
         return (
             lambda values: linear_test(values, treated, columns),
             lambda values: left_out_effects(values, treated, columns),
@@ -568,20 +563,16 @@ def pairs_of(replicates: Replicates, kept: np.ndarray, baseline: int = 0) -> tup
     return order[treated[order]], order[~treated[order]]
 
 
-def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str]) -> np.ndarray:
-    """Return donor covariates as numbers: categories become indicator columns.
+def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str], kept: np.ndarray) -> np.ndarray:
+    """Return covariates of the donors kept as numbers, centred and scaled: categories become indicator columns.
 
     Raises
     ------
     QueryError
-        A covariate is not there, or differs between cells of a donor.
+        A covariate is not there, is not known of a donor, or differs between cells of one.
     """
-    table = covariate_table(cells[[column(cells, name).name for name in names]], replicates)
-    varying = [name for name in names if name not in table]
-    if varying:
-        msg = f"{listing(varying)} differs between cells of one donor and condition, so is not a covariate of donors"
-        raise QueryError(msg)
-    return pd.get_dummies(table[list(names)], drop_first=True).to_numpy(dtype=np.float64)
+    chosen = cells[[column(cells, name).name for name in names]]
+    return as_numbers(chosen, replicates.of_cell, kept, replicates.donors)
 
 
 def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Described, tested: Tested) -> pd.DataFrame:

@@ -213,7 +213,7 @@ def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) 
     others = np.linalg.lstsq(design[:, 1:], design[:, 0], rcond=None)[0]
     own = design[:, 0] - design[:, 1:] @ others  # the part of the condition that the covariates do not tell
     if own @ own < 1e-8:
-        msg = "the covariates determine the condition, so its effect cannot be told from theirs"
+        msg = "the covariates determine the condition, so its effect cannot be told from theirs; name fewer"
         raise QueryError(msg)
     effect = own @ means / (own @ own)
     few = int(min(np.sum(treated), np.sum(~np.asarray(treated, dtype=bool))))

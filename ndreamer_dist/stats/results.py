@@ -368,7 +368,8 @@ class Results(ResultsReader):
         expression, genes = self._expression(None)
         modelled = genes.get(keys.VAR_MODELLED, pd.Series(True, index=genes.index)).to_numpy(dtype=bool)
         totals = self._all_cells.get(keys.OBS_TOTAL)
-        counts = None if totals is None else totals.to_numpy(dtype=np.float64)
+        scaled = any(of is not None and of.uns.get(keys.UNS_SCALED) for of in (self, self.stored))
+        counts = None if totals is None or scaled else totals.to_numpy(dtype=np.float64)
         return StateSource(expression, np.flatnonzero(modelled), counts, int(self.uns.get("seed", 0)))
 
     @cached_property

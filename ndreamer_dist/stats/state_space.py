@@ -148,7 +148,10 @@ class _Making:
             self._place(code, found)
 
     def _place(self, code: int, found: state.HalfSums) -> None:
-        k = self.dimensions[code] = self._chosen(found)
+        k = self.dimensions[code] = min(self._chosen(found), state.varying(found.covariance("spread")))
+        if not k:  # all its cells are alike
+            self.codes[self.codes == code] = -1
+            return
         signal, spread = (found.covariance(name)[:k, :k] for name in ("signal", "spread"))
         share = np.eye(k) if self.source.totals is None else state.reliability(signal, spread)
         self.reliability[code] = np.trace(share) / k
@@ -185,6 +188,8 @@ def _by_population(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def _leading(covariance: np.ndarray, keep: int) -> np.ndarray:
     """Return the leading eigenvectors of a covariance, (genes, keep), their largest loading positive."""
+    if not covariance.any():
+        return np.zeros((len(covariance), keep))
     first, spanning = np.ones(len(covariance)) / np.sqrt(len(covariance)), min(LANCZOS, len(covariance))
     values, vectors = eigsh(covariance, k=keep, v0=first, which="LA", tol=CONVERGED, ncv=spanning)
     axes = vectors[:, np.argsort(-values, kind="stable")].astype(np.float64)

@@ -54,7 +54,8 @@ TAIL = """
 
 Groups of fewer than `min_group_cells` cells (left out or kept, by name and size; in a screen merged), cells without a single count (left
 out), and batches without a control ("k of B batches hold no control: their controls come from the other batches",
-which is ordinary) are logged and kept in `cohort/summary.json`; `dropped.parquet` names every cell left out, with the
+which is ordinary; where a condition and the control have no batch in common and one of them has a single batch, that its effect cannot
+be told from a difference between batches), and names such as `nan` are logged and kept in `cohort/summary.json`; `dropped.parquet` names every cell left out, with the
 reason. Fewer genes than `num_hvg` is fine: all are kept.
 """
 NAMES = {"condition_key": "condition", "control": "ctrl", "batch_key": "donor"}

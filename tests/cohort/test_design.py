@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ndreamer_dist.cohort.design import Design, report_design
 from ndreamer_dist.errors import CohortError
+from ndreamer_dist.grouping.names import nearly_same
 from ndreamer_dist.grouping.small_groups import MERGED, SCREEN_CONDITIONS, group_name, report_small_groups
 from tests.cohort.inputs import cohort_settings, designed
 
@@ -123,8 +124,33 @@ def test_batches_without_controls_are_ordinary_and_said() -> None:
     design, _, _ = designed(obs, condition_key="c", control="k", batch_keys=["d"])
     small = report_small_groups(obs, cohort_settings(condition_key="c", batch_keys=["d"]), np.ones(3, dtype=bool))
     assert report_design(design, small) == [
-        "2 of 3 batches hold no control: their controls come from the other batches"
+        ONE_BATCH.format("'x'"),
+        "2 of 3 batches hold no control: their controls come from the other batches",
     ]
+
+
+ONE_BATCH = (
+    "the effect of {} cannot be told from a difference between batches: it has no batch in common with the control, and "
+    "one of the two has a single batch"
+)
+CONFOUNDED = {
+    "nested": ([("k", "A"), ("k", "B"), ("x", "C"), ("x", "D")], None),
+    "crossed": ([("k", "A"), ("x", "A")], None),
+    "no_batch": ([("k", "A"), ("x", "A"), ("x", "B")], None),
+    "one_of_two": ([("k", "A"), ("k", "B"), ("x", "B"), ("x", "C"), ("y", "C")], "'y' cannot be told"),
+    "without_a_name": ([("k", "A"), ("k", "nan"), ("x", "A")], "'nan' is taken for the name"),
+}
+
+
+@pytest.mark.parametrize("case", CONFOUNDED)
+def test_a_condition_that_is_a_batch_and_a_name_that_is_none_are_said(case: str) -> None:
+    rows, expected = CONFOUNDED[case]
+    obs = pd.DataFrame(rows, columns=["c", "d"])
+    keys = {"condition_key": "c", "batch_keys": [] if case == "no_batch" else ["d"]}
+    design, _, _ = designed(obs, control="k", **keys)
+    notes = report_design(design, report_small_groups(obs, cohort_settings(**keys), np.ones(len(obs), dtype=bool)))
+    said = [note for note in notes if "hold no control" not in note]
+    assert (len(said), expected is None or expected in said[0]) == (expected is not None, True)
 
 
 @pytest.mark.parametrize(
@@ -254,3 +280,11 @@ def test_edges_grow_with_conditions_and_not_with_their_square(conditions: int) -
     obs = lanes({"ctrl": [5, 5], **{f"KO {i}": [2, 2] for i in range(conditions)}})
     design, _, _ = designed(obs, condition_key="condition", control="ctrl", batch_keys=["lane"])
     assert len(design.needed_edges("needed")) == 4 + 8 * conditions
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("ctrl", "Ctrl ", True), ("1", "1.0", True), ("true", "True", True), ("ctrl", "ctrl2", False), ("1", "2", False)],
+)
+def test_names_that_are_spelt_otherwise_are_nearly_the_same(one: str, other: str, same: bool) -> None:
+    assert nearly_same(one, other) == same

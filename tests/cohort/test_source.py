@@ -31,6 +31,7 @@ MATRICES = {
     "dense": lambda x: x.toarray(),
     "float64": lambda x: x.astype(np.float64),
     "int": lambda x: x.astype(np.int32),
+    "half": lambda x: x.toarray().astype(np.float16),
 }
 
 
@@ -51,6 +52,16 @@ def test_rows_are_the_same_from_everywhere(place: str, matrix: str, tmp_path: Pa
     pd.testing.assert_frame_equal(source.obs, adata.obs)
     assert list(source.gene_names) == list(adata.var_names)
     assert (source.n_cells, source.n_genes) == (60, 20)
+
+
+def test_sparse_values_of_half_precision_are_read(tmp_path: Path) -> None:
+    adata = counts(60, 20)
+    as_h5ad(adata, tmp_path)
+    with h5py.File(tmp_path / "in.h5ad", "r+") as file:
+        values = file["X/data"][:].astype(np.float16)
+        del file["X/data"]
+        file["X/data"] = values
+    np.testing.assert_array_equal(open_source(tmp_path / "in.h5ad").read_rows(7, 31).toarray(), adata.X[7:31].toarray())
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -53,6 +53,22 @@ def test_what_values_are_is_seen_and_said(case: str) -> None:
     assert words in decision.seen
 
 
+SCALED = {
+    "proportions": (lambda a: per_cell(a, 1.0).tocsr(), True),
+    "cpm_of_some_genes": (lambda a: per_cell(a, 1e6).tocsr()[:, :60], True),
+    "decontaminated": (lambda a: sparse.csr_matrix(a.X.power(1.3)), False),
+    "one_estimated": (lambda a: sparse.csr_matrix(np.r_[a.X.toarray()[:-1], a.X.toarray()[-1:] + 0.5]), False),
+    "counts": (lambda a: a.X, False),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_scaled_counts_are_told_from_counts_that_can_be_halved(case: str) -> None:
+    make, scaled = SCALED[case]
+    decision = decide_values(open_source(ad.AnnData(make(counts(300, 90)))), "counts")
+    assert (decision.normalise, decision.scaled) == ("counts", scaled)
+
+
 REFUSED: dict[str, tuple[Callable[[ad.AnnData], object], str, str]] = {
     "proportions": (lambda a: per_cell(a, 1.0), "auto", "every cell sums to 1); --normalise counts scales them"),
     "proportions_as_logs": (lambda a: per_cell(a, 1.0), "none", "scaled but not log-normalised"),
@@ -71,6 +87,15 @@ def test_values_that_are_not_what_is_needed_are_refused_with_the_way(case: str) 
     adata = ad.AnnData(sparse.csr_matrix(make(counts(300, 90)), dtype=np.float32))
     with pytest.raises(CohortError, match=re.escape(words)):
         decide_values(open_source(adata), asked)
+
+
+@pytest.mark.parametrize("store", [as_h5ad, lambda a, _: a], ids=["h5ad", "memory"])
+def test_a_refusal_names_the_layers_that_could_be_read(store, tmp_path: Path) -> None:
+    adata = counts(200, 30)
+    adata.layers["counts"] = adata.X.copy()
+    adata.X.data[0] = -1
+    with pytest.raises(CohortError, match="the cohort has the layers 'counts'"):
+        decide_values(open_source(store(adata, tmp_path)), "auto")
 
 
 def test_a_base_that_uns_names_is_used_where_the_values_do_not_tell() -> None:

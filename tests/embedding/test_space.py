@@ -250,12 +250,18 @@ def test_the_plan_says_which_stages_a_space_does_without(cohort, name):
         assert "train" not in {stage.name for stage in plan.stages}
 
 
-def test_log_normalised_input_is_not_shrunk_and_the_log_says_so(cohort, tmp_path, caplog):
-    logged = cohort.copy()
+@pytest.mark.parametrize("values", ["logarithms", "proportions"])
+def test_input_without_counts_is_not_shrunk_and_the_log_says_so(cohort, tmp_path, caplog, values):
+    made = cohort.copy()
     counts = dense(cohort.X).astype(np.float64)
-    logged.X = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4).astype(np.float32)
-    results = run(logged, tmp_path / "run", keys.STATE).results
-    assert "no counts to halve" in caplog.text
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    made.X = (np.log1p(shares * 1e4) if values == "logarithms" else shares).astype(np.float32)
+    asked = {"cohort.normalise": "auto" if values == "logarithms" else "counts"}
+    results = run(made, tmp_path / "run", keys.STATE, **asked).results
+    assert "no counts that could be halved" in caplog.text
+    assert bool(results.uns.get(keys.UNS_SCALED)) == (values == "proportions")
+    told = results.cate("cell_type", donor_key="donor", min_cells=1)["state_reliability"]
+    assert set(told.dropna()) <= {1.0}
     share = read_array(open_storage(tmp_path / "run" / keys.EMBEDDING), keys.STATE_RELIABILITY)[0]
     k = results.embedding().shape[1]
     np.testing.assert_array_equal(share[:k, :k], np.eye(k))

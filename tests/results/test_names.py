@@ -62,3 +62,8 @@ def test_genes_are_found_by_id_and_by_symbol(var: pd.DataFrame) -> None:
         places_of_genes(var, ["ISG15", "MATR3"])
     with pytest.raises(QueryError, match="there is no gene 'ISG16' among the 3 here"):
         places_of_genes(var, ["ISG16"])
+
+
+def test_a_gene_in_other_letters_is_suggested(var: pd.DataFrame) -> None:
+    with pytest.raises(QueryError, match="Did you mean 'ISG15'"):
+        places_of_genes(var.iloc[:2].set_index("feature_name"), ["isg15"])

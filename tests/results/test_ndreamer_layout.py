@@ -65,6 +65,7 @@ def test_only_one_group_is_read_at_a_time(finished, tmp_path, monkeypatch):
     [
         pytest.param({"out": "s3://bucket/x"}, QueryError, "no folder on this machine", id="bucket"),
         pytest.param({"format": "ndreamr"}, QueryError, "Did you mean 'ndreamer'", id="format"),
+        pytest.param({"parts": ["effect"]}, QueryError, "no part 'effect'.*Did you mean 'effects'", id="part"),
         pytest.param({"run": "nowhere"}, StoreError, "holds no results", id="no_run"),
     ],
 )

@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.compute.executor import SerialRuntime
-from ndreamer_dist.errors import QueryError
+from ndreamer_dist.errors import CohortError, QueryError
 from ndreamer_dist.matching.stage import add_edges
 from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.stats.cate_table import MatchedNeighbours
@@ -137,6 +137,27 @@ def test_donor_means_are_what_is_tested(results: Results, table: pd.DataFrame) -
 def test_what_cannot_be_asked_is_refused(results: Results, asked: dict, message: str) -> None:
     with pytest.raises(QueryError, match=message):
         results.cate(**asked)
+
+
+def test_donors_and_covariates_that_are_not_known_are_refused_by_name(results: Results) -> None:
+    donors = results.obs["donor"].astype(str)
+    known = donors.where(np.arange(len(donors)) % 7 > 0).rename("genotype")
+    with pytest.raises(CohortError, match=rf"'genotype' has {int(known.isna().sum())} missing values"):
+        results.labelled(known)[0].cate(donor_key="genotype")
+    for values in ([60.0, np.nan], ["f", None]):
+        covariate = donors.map(dict.fromkeys(donors, values[0]) | {"donor_03": values[1]}).rename("covariate")
+        with pytest.raises(QueryError, match="'covariate' is not known of the donors 'donor_03'"):
+            results.labelled(covariate)[0].cate(covariates=["covariate"])
+
+
+def test_a_covariate_of_huge_numbers_is_the_same_as_one_of_small_ones(results: Results) -> None:
+    donors = results.obs["donor"].astype(str)
+    age = donors.map({name: float(number % 5) for number, name in enumerate(sorted(set(donors)))}).rename("age")
+    found = [
+        results.labelled(values)[0].cate(covariates=["age"], genes=list(results.var_names[:5]))
+        for values in (age, age * 1e14 + 1e18)
+    ]
+    np.testing.assert_allclose(found[1]["p"], found[0]["p"], rtol=1e-6)
 
 
 def test_without_batches_donors_are_named_and_searched_one_by_one(tmp_path: Path) -> None:

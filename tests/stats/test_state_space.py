@@ -94,6 +94,21 @@ def test_a_population_with_few_control_cells_has_no_coordinates(made: Made) -> N
     assert np.isnan(found.reliability[1])
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("varying", [0, 1])
+def test_a_population_whose_cells_are_alike_has_no_coordinates(counted: bool, varying: int) -> None:
+    made = Made()
+    x, alike = made.x.toarray(), made.populations == 1
+    x[alike] = x[np.flatnonzero(alike)[0]]
+    x[alike, :varying] = np.random.default_rng(0).random((alike.sum(), varying))
+    made.x = sparse.csr_matrix(x)
+    found = made.space(counts=counted)
+    assert found.dimensions[0] > 0
+    assert found.dimensions[1] == varying
+    assert np.isfinite(found.points).all()
+    assert (found.populations[alike] == (1 if varying else -1)).all()
+
+
 def test_neighbours_are_the_nearest_of_the_same_population(made: Made) -> None:
     space = made.space()
     near = StateNeighbours(space)
