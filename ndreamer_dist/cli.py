@@ -86,6 +86,10 @@ Embedding = Annotated[
         help="Space to match in: ndreamer (default), pca, harmony, state, ndreamer+state, or obsm:KEY of the input."
     ),
 ]
+Redo = Annotated[
+    bool,
+    typer.Option("--redo", help="Run finished stages again if their settings have changed, and the stages after them."),
+]
 MatchWithin = Annotated[
     str | None,
     typer.Option(
@@ -216,12 +220,7 @@ def run(
     workers: Workers = None,
     neighbours: NeighbourCount = None,
     address: Address = None,
-    redo: Annotated[
-        bool,
-        typer.Option(
-            "--redo", help="Run finished stages again if their settings have changed, and the stages after them."
-        ),
-    ] = False,
+    redo: Redo = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over: delete the run that --out holds.")] = False,
 ) -> None:
     """Run the whole job on a cohort. The same command continues an interrupted run and leaves a finished one alone."""

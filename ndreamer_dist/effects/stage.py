@@ -134,33 +134,25 @@ def run_effects(
     stored = packed.design.needed_edges(settings.match.edges) if layout.matches else []
     origin = RunOrigin(run, packed.design, tuple(stored), layout.row_dtype, key)
     write_shards(stage, Target(run, packed, layout, settings, origin), runtime, todo)
-    distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
-    parts: list[int | tuple[Group, ...]] = [*range(packed.n_blocks), *runs_of_groups(packed.design.own_groups)]
-    for part, values in runtime.map(
-        _count, parts, run, packed, key, settings.match.neighbours, title="effects: matches counted"
-    ):
-        (times if values.ndim == 1 else distances)[..., part] = values
+    distances, times = _matches_counted(run, packed, runtime, key, settings.match.neighbours)
     controls = controls_by_group(run, packed.design, runtime, key, settings.match.neighbours)
     facts = {**(summary or {}), "effective_controls": controls}
     near = near_control(distances[0], distances[1], settings.effects.near_quantile)
     if keys.UNS_ONTO in facts:
         onto = facts[keys.UNS_ONTO].measured(packed.design, distances[0])
         near, facts[keys.UNS_ONTO] = ~(distances[0] > onto.near), onto.to_json()
-    told: dict[str, Any] = {
+    columns: dict[str, Any] = {
         keys.OBS_MATCH_DISTANCE: distances[0],
         keys.OBS_OVERLAP: near,
         keys.OBS_TIMES_MATCHED: times,
     }
     if facts.get("normalise") == "counts":
-        told[keys.OBS_TOTAL] = partial(cell_totals, packed)
+        columns[keys.OBS_TOTAL] = partial(cell_totals, packed)
     if settings.match.within is not None:
-        codes = read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)[packed.design.first_row :]
-        told[keys.OBS_MATCH_LABEL] = pd.Categorical.from_codes(
-            codes.astype(np.int32), pd.Index(facts[keys.UNS_WITHIN]["labels"])
-        )
+        columns[keys.OBS_MATCH_LABEL] = _match_labels(run, packed, facts[keys.UNS_WITHIN]["labels"])
     clustered = keys.is_clustered(settings.embed.method, settings.state.by) or settings.match.within == keys.OBS_LOW
     clustered = clustered and not packed.before  # cells that are mapped onto others are of no cluster
-    cells = cell_table(source, packed, told, clustered=clustered).files()
+    cells = cell_table(source, packed, columns, clustered=clustered).files()
     genes = tables.gene_table(source, packed)
     tables.finish_store(stage, packed, layout, cells, genes, tables.facts(settings, packed, layout, key, facts))
 
@@ -352,6 +344,23 @@ def runs_of_groups(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
     number = np.cumsum([group.cells for group in groups]) // RUN_CELLS
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(groups)]
     return [tuple(groups[first:last]) for first, last in itertools.pairwise(cuts)]
+
+
+def _matches_counted(
+    run: RunDirectory, packed: Packed, runtime: Runtime, key: str, neighbours: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distances of all cells, see `block_distances`, and how often each is matched: (2, rows) and (rows,)."""
+    distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
+    parts: list[int | tuple[Group, ...]] = [*range(packed.n_blocks), *runs_of_groups(packed.design.own_groups)]
+    for part, values in runtime.map(_count, parts, run, packed, key, neighbours, title="effects: matches counted"):
+        (times if values.ndim == 1 else distances)[..., part] = values
+    return distances, times
+
+
+def _match_labels(run: RunDirectory, packed: Packed, labels: Sequence[str]) -> Any:
+    """Return the label that each cell was matched inside: (rows,)."""
+    codes = read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)[packed.design.first_row :]
+    return pd.Categorical.from_codes(codes.astype(np.int32), pd.Index(labels))
 
 
 def _count(
