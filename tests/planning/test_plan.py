@@ -45,6 +45,8 @@ def made(sizes: list[int], **overrides: object) -> Plan:
 class Counting(SerialRuntime):
     """A runtime that writes down how many tasks it is given at once, by the title or the name of their work."""
 
+    cpus = 1000  # as a plan has it: workers for all tasks
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.run)
         self.tasks: dict[str, int] = {}
