@@ -24,7 +24,7 @@ from ndreamer_dist.training.loop import STATE_FILE
 ASK_EVERY = 8
 """Steps between looks at the clock: each costs several workers one small sum."""
 MOST_COST = 0.02
-"""Share of the training that checkpoints by time take at most; they hold a row for each step, so they grow."""
+"""Share of the training that checkpoints by time take at most, whatever a disk or an object store costs."""
 
 
 class Schedule:
