@@ -56,7 +56,7 @@ from ndreamer_dist.report.tables import (
 from ndreamer_dist.results.reader import PopulationLabels
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.diagnostics import Diagnostics
-from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
+from ndreamer_dist.stats.donor_tests import LEAST_DONORS, TOO_FEW_DONORS
 from ndreamer_dist.stats.null import rates
 from ndreamer_dist.stats.results import MIN_CELLS, Results, open_results
 from ndreamer_dist.storage.shards import counting
@@ -430,7 +430,9 @@ def _design(data: PageData) -> Iterator[str]:
         "nested": "Differences between donors and the effect of the condition can be told apart only by having several "
         "donors a condition.",
         "crossed": "Donors are their own controls.",
-        "partly crossed": "Donors seen in both conditions are paired, and the others left out of the test.",
+        "partly crossed": "Donors seen in both conditions are paired and the others left out of the test, or, where fewer than "
+        f"{LEAST_DONORS} are seen in both and there are enough others, the others are compared and those left out: the "
+        "tables name the test and who was left out.",
     }[data.diagnostics.layout]
     if data.donor_key:
         yield f"Donors are named by obs column “{data.donor_key}”."

@@ -133,8 +133,9 @@ class Results(ResultsReader):
 
         A population's donors are compared by what its cells find in them: the mean, over the cells of every donor, of
         the expression of each cell's nearest neighbour among one donor's cells. The main p-value permutes the donors'
-        labels; where there are fewer than 1000 labellings it is Welch's. Where donors are seen in both conditions these are
-        paired, and the others left out.
+        labels; where there are fewer than 1000 labellings it is Welch's. Donors seen in both conditions are paired and
+        the others left out; where these are fewer than three, who allow no test, the others are tested if there are three a
+        condition. `p_method` and `donors_left_out` say so.
 
         Parameters
         ----------

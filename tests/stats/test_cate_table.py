@@ -236,6 +236,20 @@ def test_three_paired_donors_are_tested_and_marked_as_few(paired: Results) -> No
     np.testing.assert_allclose(part["p"][tested], known.pvalue[tested], rtol=1e-6)
 
 
+def test_donors_in_both_conditions_who_are_too_few_for_pairs_leave_the_others_their_test(results: Results) -> None:
+    obs = results.obs
+    ill, well = (sorted(set(obs.loc[obs["condition"] == name, "donor"])) for name in ("treated", "control"))
+    for crossing in (1, 2):
+        people = {name: name for name in (*ill, *well)} | dict(zip(well[:crossing], ill[:crossing], strict=True))
+        labels = obs["donor"].astype(str).map(people).rename("person")
+        table = results.labelled(labels)[0].cate(donor_key="person", genes=list(results.var_names[:3]))
+        method, donors, left_out = ("welch", 3, ill[:1]) if crossing == 1 else ("none", 2, [*ill[2:], *well[2:]])
+        assert set(table["p_method"]) == {method}
+        assert (table[["treated_donors", "control_donors"]] == donors).all(axis=None)
+        assert set(table["donors_left_out"].iloc[0].split(", ")) == set(left_out)
+        assert table["effect"].notna().all()  # with two a condition left nobody is tested: effects are those of the pairs
+
+
 @pytest.mark.parametrize("hubs", ["none", "csls"])
 def test_matches_searched_now_are_those_that_would_be_stored(tmp_path: Path, hubs: str) -> None:
     made = finish(fabricate(tmp_path, {(0, 0): 90, (0, 1): 70, (1, 1): 50}, overrides={"match.hubs": hubs}))
