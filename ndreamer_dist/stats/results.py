@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
+from ndreamer_dist.effects.onto import warn_of
 from ndreamer_dist.matching.between import StateSpace
 from ndreamer_dist.results.annotations import Annotation, annotation_of, beside, read_annotations, write_annotations
 from ndreamer_dist.results.cohort import Cohort
@@ -184,6 +185,7 @@ class Results(ResultsReader):
         """
         results, by = self.labelled(by)
         asked = CateQuestion(by, condition, donor_key, min_cells, population, covariates)
+        warn_of(self.mapped, "cate")
         return cate_table(results._statistics_input(genes, cohort, baseline), asked)
 
     def cate_parts(
@@ -201,6 +203,7 @@ class Results(ResultsReader):
         """
         results, by = self.labelled(by)
         question = CateQuestion(by, **asked)
+        warn_of(self.mapped, "cate")
         yield from (part for _, part in cate_parts(results._statistics_input(genes, cohort, baseline), question))
 
     @counted
