@@ -495,8 +495,16 @@ def _trust(data: PageData) -> Iterator[str]:
             "donors; median over genes): near 1, nearly all of it is noise."
         )
     far = table.drop_duplicates(["population", "condition"])
-    share = float(np.average(far["without_overlap"].fillna(0), weights=far["cells"]))
-    yield f"{percent(share)} of the cells have no near control match; their effects lean on cells that are unlike them."
+    known = far.dropna(subset=["without_overlap"])
+    if known.empty:
+        yield "How many cells have no near control match is unknown."
+        return
+    share = float(np.average(known["without_overlap"], weights=known["cells"]))
+    unknown = int(far["cells"].sum() - known["cells"].sum())
+    yield (
+        f"{percent(share)} of the cells have no near control match; their effects lean on cells that are unlike them."
+        + (f" Of {whole(unknown)} cells more it is unknown." if unknown else "")
+    )
 
 
 def _sentence(words: str) -> str:
