@@ -230,7 +230,7 @@ def replicates_of(given: StatisticsInput, donor_key: str | None) -> Replicates:
     """
     if donor_key is None:
         if not given.design.batch_keys:
-            msg = "the run has no batch key, so nothing says who the donors are; name their column with donor_key"
+            msg = "the run has no batch key, so nothing says who the donors are; name their column with donor_key (--donor-key)"
             raise QueryError(msg)
         return Replicates.of(given.cells[keys.OBS_BATCH], given.design)
     donors = column(given.cells, donor_key)
