@@ -132,7 +132,7 @@ def run(
     _check_stage(stage, asked)
     choose_format(asked.run.log_format)
     directory = RunDirectory.at(out)
-    directory.refuse_read_only()
+    directory.refuse_unwritable()
     source, _, size = _checked(cohort, asked)
     choice = runtime_choice(asked, size.cells)
     made = choice.applied(asked)
@@ -192,7 +192,7 @@ def plan(
     asked = _settings(preset, config, settings, _names(condition_key, control, batch_key, embedding))
     directory = None if out is None else RunDirectory.at(out)
     if directory is not None:
-        directory.refuse_read_only()
+        directory.refuse_unwritable()
     source, design, size = _checked(cohort, asked)
     choice = runtime_choice(asked, size.cells)
     made = choice.applied(asked)
@@ -358,6 +358,11 @@ def _names(
     batch_key: str | Sequence[str] | None,
     embedding: str | None,
 ) -> dict[str, Any]:
+    for name, value in (("condition_key", condition_key), ("control", control), ("batch_key", batch_key)):
+        yes_or_no = [part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, bool)]
+        if yes_or_no:
+            msg = f"{name} is {value!r}; expected a name as text: {str(yes_or_no[0])!r} where that is one"
+            raise SettingsError(msg)
     return {
         "cohort.condition_key": condition_key, "cohort.control": control, "cohort.batch_key": batch_key,
         "embed.method": embedding,

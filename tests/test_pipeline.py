@@ -15,7 +15,7 @@ import pytest
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.errors import CohortError, ResourceError, RunError, StoreError
+from ndreamer_dist.errors import CohortError, ResourceError, RunError, SettingsError, StoreError
 from ndreamer_dist.storage.arrays import read_array
 from ndreamer_dist.storage.files import open_storage
 from tests.fuzz.helpers import command
@@ -208,6 +208,31 @@ def test_a_directory_that_holds_something_else_is_refused_and_left_alone(cohort:
         with pytest.raises(RunError, match="holds files that are not a run's"):
             again(cohort, tmp_path, fresh=fresh)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_directory_below_a_file_is_refused_by_name(cohort: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cells.h5ad"
+    file.write_text("cells")
+    for out in (file, file / "sub", file / "sub" / "run"):
+        with pytest.raises(
+            RunError, match=rf"^{out} cannot be made: {file} is a file and no folder; choose another --out$"
+        ):
+            again(cohort, out)
+    assert file.read_text() == "cells"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"control": False}, "^control is False; expected a name as text: 'False' where that is one$"),
+        ({"batch_key": ["donor", True]}, r"^batch_key is \['donor', True\]; .* 'True' where"),
+    ],
+)
+def test_yes_and_no_among_the_arguments_are_refused_as_arguments(
+    cohort: Path, tmp_path: Path, names: dict, said: str
+) -> None:
+    with pytest.raises(SettingsError, match=said):
+        nd.run(cohort, out=tmp_path / "run", **{**NAMES, **names})
 
 
 def test_a_refused_cohort_leaves_the_directory_free_for_the_mended_one(cohort: Path, tmp_path: Path) -> None:

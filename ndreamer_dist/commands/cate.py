@@ -33,6 +33,7 @@ class Written:
     parted: bool = False
     populations: set[str] = field(default_factory=set)
     readings: Counter[str] = field(default_factory=Counter)
+    without_state: int = 0
 
     def add(self, part: pd.DataFrame) -> None:
         """Count a part."""
@@ -42,6 +43,7 @@ class Written:
         self.parted |= bool(part["within_state_p"].notna().any())
         self.populations |= set(part["population"].unique())
         self.readings.update(part["reading"])
+        self.without_state += int((part["state_reliability"].isna() & (part["reading"] == "")).sum())
 
     def lines(self, out: Path) -> Iterator[str]:
         """Say what was written."""
@@ -49,7 +51,14 @@ class Written:
         yield f"wrote {out}: {len(self.populations)} populations, {self.rows} rows, {called}"
         if self.parted:
             kinds = ", ".join(f"{word} {self.readings[word]}" for word in ("within", "state", "both", "neither"))
-            yield f"in cells of the same state, or by a change of state (adjusted p <= 0.05): {kinds}"
+            yield f"in cells of the same state, or by a change of state (adjusted p <= 0.05): {kinds}{self._unread()}"
+
+    def _unread(self) -> str:
+        """Say how many rows have no reading, and why."""
+        untested = self.readings[""] - self.without_state
+        why = [f"{self.without_state} of populations without coordinates of state"] if self.without_state else []
+        why += [f"{untested} without a test"] if untested else []
+        return f"; no reading {self.readings['']} ({', '.join(why)})" if why else ""
 
 
 def write_cate(results: Results, out: str | os.PathLike[str], *, condition: str | None, **asked: Any) -> Written:

@@ -97,7 +97,7 @@ def map(  # noqa: A001 - the command's name; nobody imports it bare
     if directory.url == reference.run.url:
         msg = f"{directory.url} is the run itself, which is never written to; choose another --out"
         raise RunError(msg)
-    directory.refuse_read_only()
+    directory.refuse_unwritable()
     asked = _settings(reference, settings or {})
     choose_format(asked.run.log_format)
     source = open_cohort(cohort, asked.cohort)

@@ -128,3 +128,9 @@ class Onto:
         except StoreError as error:
             msg = f"{results.url} is of cells mapped onto {self.url}, which is needed and cannot be opened: {error}"
             raise StoreError(msg) from error
+
+
+def warn_of(mapped: Onto | None, what: str) -> None:
+    """Warn that what is asked of mapped cells cannot be trusted, where many are unlike those of the run."""
+    if mapped is not None and mapped.is_notable:
+        logger.warning("%s: %s", what, mapped)

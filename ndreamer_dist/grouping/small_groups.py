@@ -253,11 +253,10 @@ def vanishing(column: NamedColumn, before: np.ndarray, cut: np.ndarray) -> list[
 def would_vanish(gone: list[str], control: str, limit: int, rule: SmallGroups) -> str:
     """Say which conditions would vanish, and what can be done."""
     others = [name for name in gone if name != control]
-    has = f"no group of {'it' if len(gone) == 1 else 'them'} has {limit} cells"
+    alone = len(gone) == 1 or control in gone  # of several, the control alone is named
+    has = f"no group of {'it' if alone else 'them'} has {limit} cells"
     if rule == "merge":
-        has = (
-            f"{'it has' if len(gone) == 1 else 'they have'} fewer than {limit} cells{'' if len(gone) == 1 else ' each'}"
-        )
+        has = f"{'it has' if alone else 'they have'} fewer than {limit} cells{'' if alone else ' each'}"
     leave = f"leave out ({' '.join(f'--exclude-condition {_word(name)}' for name in others[:8])}" if others else ""
     leave += f" and {len(others) - 8} more" if len(others) > 8 else ""
     leave += ", or all: --set cohort.rare_conditions=drop), " if len(others) > 1 else "), " if others else ""

@@ -56,7 +56,7 @@ from ndreamer_dist.report.tables import (
 from ndreamer_dist.results.reader import PopulationLabels
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.diagnostics import Diagnostics
-from ndreamer_dist.stats.donor_tests import TOO_FEW_DONORS
+from ndreamer_dist.stats.donor_tests import LEAST_DONORS, TOO_FEW_DONORS
 from ndreamer_dist.stats.null import rates
 from ndreamer_dist.stats.results import MIN_CELLS, Results, open_results
 from ndreamer_dist.storage.shards import counting
@@ -430,7 +430,9 @@ def _design(data: PageData) -> Iterator[str]:
         "nested": "Differences between donors and the effect of the condition can be told apart only by having several "
         "donors a condition.",
         "crossed": "Donors are their own controls.",
-        "partly crossed": "Donors seen in both conditions are paired, and the others left out of the test.",
+        "partly crossed": "Donors seen in both conditions are paired and the others left out of the test, or, where fewer than "
+        f"{LEAST_DONORS} are seen in both and there are enough others, the others are compared and those left out: the "
+        "tables name the test and who was left out.",
     }[data.diagnostics.layout]
     if data.donor_key:
         yield f"Donors are named by obs column “{data.donor_key}”."
@@ -493,8 +495,16 @@ def _trust(data: PageData) -> Iterator[str]:
             "donors; median over genes): near 1, nearly all of it is noise."
         )
     far = table.drop_duplicates(["population", "condition"])
-    share = float(np.average(far["without_overlap"].fillna(0), weights=far["cells"]))
-    yield f"{percent(share)} of the cells have no near control match; their effects lean on cells that are unlike them."
+    known = far.dropna(subset=["without_overlap"])
+    if known.empty:
+        yield "How many cells have no near control match is unknown."
+        return
+    share = float(np.average(known["without_overlap"], weights=known["cells"]))
+    unknown = int(far["cells"].sum() - known["cells"].sum())
+    yield (
+        f"{percent(share)} of the cells have no near control match; their effects lean on cells that are unlike them."
+        + (f" Of {whole(unknown)} cells more it is unknown." if unknown else "")
+    )
 
 
 def _sentence(words: str) -> str:

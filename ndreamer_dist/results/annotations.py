@@ -182,6 +182,9 @@ def _check_columns(table: pd.DataFrame, design: Design) -> None:
 
 
 def _check_names(rows: pd.Index, cells: pd.Index) -> None:
+    if rows.empty:
+        msg = "the table has no rows; expected one a cell"
+        raise QueryError(msg)
     if str(rows.name) in cells:
         msg = f"the table's line of column names is the cell {quoted(rows.name)}; write one before it: cell,cell_type"
         raise QueryError(msg)
@@ -190,9 +193,8 @@ def _check_names(rows: pd.Index, cells: pd.Index) -> None:
         msg = f"the table names {len(twice)} cells twice, first {quoted(twice[0])}; expected one row a cell"
         raise QueryError(msg)
     if not rows.isin(cells).any():
-        first = f", first {quoted(rows[0])}" if len(rows) else ""
         hint = "its index (of a file: the first column) must hold their names"
-        msg = f"none of the table's {len(rows)} rows{first}, is a cell of the results, first {quoted(cells[0])}; {hint}"
+        msg = f"none of the table's {len(rows)} rows, first {quoted(rows[0])}, is a cell of the results, first {quoted(cells[0])}; {hint}"
         raise QueryError(msg)
 
 
@@ -267,6 +269,10 @@ def table_of_file(path: str | os.PathLike[str], columns: Sequence[str] | None = 
     except Exception as error:
         msg = f"{path} cannot be read ({error})"
         raise QueryError(msg) from error
+    marks = [mark for mark in ";,\t|" if mark in str(table.index.name)] if suffix in LABEL_SEPARATORS else []
+    if marks and table.columns.empty:  # whole lines were read as names of cells
+        msg = f"{path} has {marks[0]!r} between its columns; a {suffix} file has {LABEL_SEPARATORS[suffix]!r}, so write it with that"
+        raise QueryError(msg)
     absent = [name for name in columns or () if name not in table]
     if absent:
         msg = f"{path} has no column {listing(absent)}; there are {listing(table.columns, limit=30)}"

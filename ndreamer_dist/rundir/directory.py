@@ -180,16 +180,22 @@ class RunDirectory:
             now.note_shards(stage, len(shards), len(todo))
         return todo, sizes.keys()
 
-    def refuse_read_only(self) -> None:
-        """Raise `RunError` where nothing can be written."""
+    def refuse_unwritable(self) -> None:
+        """Raise `RunError` where nothing can be written: on a web server, at a file or below one."""
         if self.storage.is_read_only:
             msg = f"{self.url} can only be read; choose a folder or an object store (s3://, gs://, az://) to write to"
+            raise RunError(msg)
+        if not self.storage.is_local:
+            return
+        there = next(path for path in (Path(self.storage.root), *Path(self.storage.root).parents) if path.exists())
+        if not there.is_dir():
+            msg = f"{self.url} cannot be made: {there} is a file and no folder; choose another --out"
             raise RunError(msg)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory's one lock; `RunError` where another live process holds it."""
-        self.refuse_read_only()
+        self.refuse_unwritable()
         with file_lock(self.storage) if self.storage.is_local else lease(self.storage), self._deleting_damage():
             yield
 

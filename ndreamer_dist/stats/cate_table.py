@@ -34,6 +34,7 @@ from ndreamer_dist.results.on_demand import (
 )
 from ndreamer_dist.stats.decomposition import Decomposition, Part, decomposed, decomposition_columns
 from ndreamer_dist.stats.donor_tests import (
+    LEAST_DONORS,
     DonorTest,
     asked_by_treated_test,
     left_out_differences,
@@ -229,7 +230,7 @@ def replicates_of(given: StatisticsInput, donor_key: str | None) -> Replicates:
     """
     if donor_key is None:
         if not given.design.batch_keys:
-            msg = "the run has no batch key, so nothing says who the donors are; name their column with donor_key"
+            msg = "the run has no batch key, so nothing says who the donors are; name their column with donor_key (--donor-key)"
             raise QueryError(msg)
         return Replicates.of(given.cells[keys.OBS_BATCH], given.design)
     donors = column(given.cells, donor_key)
@@ -548,12 +549,15 @@ def kept_replicates(
 ) -> tuple[np.ndarray, bool]:
     """Return which replicates a test of a condition is of, and whether they are pairs.
 
-    Where donors are there in both conditions, these alone; else all that are included.
+    Where three donors or more are there in both conditions, these alone. Fewer pairs allow no test: then the donors that are
+    in one condition, if there are three a condition. A donor never counts twice in a test of donors against others.
     """
     enough = np.flatnonzero(included & np.isin(replicates.conditions, (baseline, code)))
-    donors = pd.Series([replicates.donors[r] for r in enough], dtype=object)
-    paired = enough[donors.duplicated(keep=False).to_numpy()]
-    return (paired, True) if len(paired) else (enough, False)
+    twice = pd.Series([replicates.donors[r] for r in enough], dtype=object).duplicated(keep=False).to_numpy()
+    pairs, others = enough[twice], enough[~twice]
+    fewest = np.bincount(replicates.conditions[others] == code, minlength=2).min()
+    paired = len(pairs) >= 2 * LEAST_DONORS or (len(pairs) > 0 and fewest < LEAST_DONORS)
+    return (pairs, True) if paired else (others, False)
 
 
 def pairs_of(replicates: Replicates, kept: np.ndarray, baseline: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -73,8 +73,7 @@ def diagnose(
 
 def crowding(given: StatisticsInput, names: list[str], codes: np.ndarray, donor_key: str | None) -> Iterator[str]:
     """Say where neighbours are more than a small share of a donor's cells in a population, so that they reach across it."""
-    column_given = donor_key is not None or bool(given.design.batch_keys)
-    if not column_given:
+    if donor_key is None and not given.design.batch_keys:
         return
     counts = replicates_of(given, donor_key).counts(codes)
     for setting, k, what in (
@@ -103,10 +102,8 @@ def told_of_donors(given: StatisticsInput, donor_key: str | None) -> tuple[Donor
     if (seen == conditions).all():
         return "crossed", f"Each of the {len(seen)} donors is in every condition (crossed)."
     where = "several conditions" if conditions > 2 else "both conditions"
-    return (
-        "partly crossed",
-        f"{several} of the {len(seen)} donors are in {where} (partly crossed): {_numbers(replicates)}.",
-    )
+    said = f"{several} of the {len(seen)} donors {'is' if several == 1 else 'are'} in {where} (partly crossed)"
+    return "partly crossed", f"{said}: {_numbers(replicates)}."
 
 
 def _numbers(replicates: Replicates) -> str:

@@ -28,8 +28,7 @@ ENOUGH_LABELLINGS = 1_000
 LEAST_DONORS = 3
 """Donors a condition below which there are effects but no p-values; of paired donors, that many pairs."""
 TOO_FEW_DONORS = (
-    f"no population has {LEAST_DONORS} donors a condition with enough cells each (where donors are seen in both "
-    "conditions, only these are compared)"
+    f"no population has {LEAST_DONORS} donors a condition with enough cells each, all seen in both conditions or none"
 )
 """Why nothing could be tested."""
 FEW_DONORS = 4

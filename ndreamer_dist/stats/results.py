@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist import keys
+from ndreamer_dist.effects.onto import warn_of
 from ndreamer_dist.matching.between import StateSpace
 from ndreamer_dist.results.annotations import Annotation, annotation_of, beside, read_annotations, write_annotations
 from ndreamer_dist.results.cohort import Cohort
@@ -133,8 +134,9 @@ class Results(ResultsReader):
 
         A population's donors are compared by what its cells find in them: the mean, over the cells of every donor, of
         the expression of each cell's nearest neighbour among one donor's cells. The main p-value permutes the donors'
-        labels; where there are fewer than 1000 labellings it is Welch's. Where donors are seen in both conditions these are
-        paired, and the others left out.
+        labels; where there are fewer than 1000 labellings it is Welch's. Donors seen in both conditions are paired and
+        the others left out; where these are fewer than three, who allow no test, the others are tested if there are three a
+        condition. `p_method` and `donors_left_out` say so.
 
         Parameters
         ----------
@@ -183,6 +185,7 @@ class Results(ResultsReader):
         """
         results, by = self.labelled(by)
         asked = CateQuestion(by, condition, donor_key, min_cells, population, covariates)
+        warn_of(self.mapped, "cate")
         return cate_table(results._statistics_input(genes, cohort, baseline), asked)
 
     def cate_parts(
@@ -200,6 +203,7 @@ class Results(ResultsReader):
         """
         results, by = self.labelled(by)
         question = CateQuestion(by, **asked)
+        warn_of(self.mapped, "cate")
         yield from (part for _, part in cate_parts(results._statistics_input(genes, cohort, baseline), question))
 
     @counted

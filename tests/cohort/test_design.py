@@ -199,7 +199,7 @@ def test_rare_conditions_are_left_out_where_that_is_asked() -> None:
     )
     assert design.conditions == ("ctrl", "KO A", "KO B")
     assert set(reasons[groups < 0]) == {"group of fewer than 20 cells"}
-    with pytest.raises(CohortError, match="the control 'ctrl' would vanish"):
+    with pytest.raises(CohortError, match="the control 'ctrl' would vanish: no group of it has 61 cells"):
         designed(screen(), condition_key="condition", control="ctrl", min_group_cells=61, rare_conditions="drop")
     with pytest.raises(CohortError, match=r"5 conditions, .* would vanish"):
         designed(screen(), condition_key="condition", control="ctrl", min_group_cells=50, rare_conditions="drop")

@@ -341,8 +341,8 @@ def test_an_address_that_will_not_do_is_refused(address: str, message: str) -> N
     ("out", "message"),
     [
         pytest.param("https://127.0.0.1/run", "can only be read", id="https"),
-        pytest.param("{file}", "files that are not a run's", id="a_file"),
-        pytest.param("{file}/run", "Not a directory", id="below_a_file"),
+        pytest.param("{file}", "is a file and no folder", id="a_file"),
+        pytest.param("{file}/run", "is a file and no folder", id="below_a_file"),
         pytest.param("{tmp}/" + "x" * 300, "File name too long", id="long"),
         pytest.param("{tmp}/a\0b", "characters that no address has", id="nul"),
         pytest.param("gs://bucket/run", "ndreamer-dist[gs]", id="gs_without_its_package"),

@@ -17,6 +17,7 @@ import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.commands.info import describe
 from ndreamer_dist.errors import CohortError, RunError, SettingsError, StoreError
+from ndreamer_dist.report.page import PageData, _warnings
 from ndreamer_dist.stats.results import Results
 from tests.tiny import NAMES, SETTINGS, as_memory, assert_same_bits, dense
 
@@ -174,15 +175,24 @@ def test_mapping_goes_on_where_it_was_interrupted(mapped: Path, runs: Runs, coho
     assert times == {path: path.stat().st_mtime_ns for path in (again / keys.RESULTS).rglob("*")}
 
 
-def test_other_tissue_is_said_to_be_one(runs: Runs, cohort: anndata.AnnData, tmp_path: Path) -> None:
+def test_other_tissue_is_said_to_be_one(
+    runs: Runs, cohort: anndata.AnnData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The same counts, of other genes: in principal components they lie amid the run's cells."""
     other = cohort.copy()
     other.X = dense(other.X)[:, np.random.default_rng(0).permutation(other.n_vars)]
-    found = nd.map(other, onto=runs["pca"], out=tmp_path / "out", settings=HOW).results.mapped
+    results = nd.map(other, onto=runs["pca"], out=tmp_path / "out", settings=HOW).results
+    found = results.mapped
     assert not found.belongs
     assert found.unlike > 0.9
     assert found.far < 0.5  # what the space sees of it is not enough
     assert str(found).startswith("these cells do not belong to the run")
+    caplog.clear()
+    table = results.cate(genes=list(results.var_names[:2]))
+    next(results.cate_parts(genes=list(results.var_names[:2])))
+    assert [text.partition(":")[0] for text in caplog.messages if f"{found}" in text] == ["cate", "cate"]
+    page = PageData(results, None, False, None, table, results.diagnostics(cells=50), 50)
+    assert next(_warnings(page)).startswith("These cells do not belong to the run")
 
 
 def test_missing_genes_are_named_and_filled_on_request(runs: Runs, cohort: anndata.AnnData, tmp_path: Path) -> None:

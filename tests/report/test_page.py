@@ -15,7 +15,7 @@ import ndreamer_dist as nd
 from ndreamer_dist import cli, keys
 from ndreamer_dist.errors import QueryError, StoreError
 from ndreamer_dist.matching.labels import Inside, remedy
-from ndreamer_dist.report.page import PageData, _named, _steady, _strongest, _warnings
+from ndreamer_dist.report.page import PageData, _named, _steady, _strongest, _trust, _warnings
 from ndreamer_dist.report.tables import signed, timings_table
 from ndreamer_dist.stats.results import Results
 from tests.report.browser import CHROMIUM, Page, browsing
@@ -147,6 +147,21 @@ def test_a_warning_of_impure_matches_names_the_remedy(results: Results) -> None:
     assert "some groups have fewer than 10 cells of the population" in remedy(inside, "cell_type")
     table["impure"] = False
     assert "--match-within" not in " ".join(_warnings(data))
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ([0.5, 0.5], r"^50 ?% of the cells have no near control match; .* unlike them\.$"),
+        ([0.5, None], r"^50 ?% of the cells .* unlike them\. Of 30 cells more it is unknown\.$"),
+        ([None, None], "near control match is unknown"),
+    ],
+)
+def test_unknown_overlap_is_not_taken_for_overlap(results: Results, shares: list[float | None], said: str) -> None:
+    table = pd.DataFrame({"population": ["A", "B"], "condition": "x", "cells": [10, 30], "p": float("nan")})
+    table = table.assign(effect=0.0, pseudobulk_effect=0.0, sd_ite=0.0, sd_placebo=0.0, without_overlap=shares)
+    data = PageData(results, None, False, None, table.astype({"without_overlap": float}), None, 100)
+    assert re.search(said, list(_trust(data))[-1])
 
 
 def test_many_conditions_are_counted_in_titles() -> None:

@@ -14,6 +14,7 @@ import zarr
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError, StoreError
+from ndreamer_dist.results.annotations import table_of_file
 from ndreamer_dist.stats.results import Results
 from tests.test_cli import spoken
 from tests.tiny import NAMES, SETTINGS, arrays, as_memory, tiny_cohort, write_into
@@ -88,6 +89,7 @@ def test_a_series_of_labels_names_populations_without_being_kept(run: Path) -> N
     ("change", "said"),
     [
         pytest.param(lambda t: t.set_axis("x" + t.index), "none of the table's", id="other_names"),
+        pytest.param(lambda t: t.iloc[:0], "^the table has no rows; expected one a cell$", id="no_rows"),
         pytest.param(lambda t: pd.concat([t, t]), "twice", id="a_cell_twice"),
         pytest.param(lambda t: t.iloc[1:].rename_axis(t.index[0]), "line of column names", id="no_line_of_names"),
         pytest.param(lambda t: t["kind"].rename(None), "no name", id="series_without_a_name"),
@@ -101,6 +103,16 @@ def test_labels_that_will_not_do_are_refused(run: Path, change: object, said: st
     with pytest.raises(QueryError, match=said):
         results.annotate(change(labels_of(results).to_frame()))
     assert not (run / f"results.{keys.ANNOTATIONS}").exists()
+
+
+@pytest.mark.parametrize(("name", "found", "expected"), [("a.csv", ";", "','"), ("a.tsv", ",", r"'\\t'")])
+def test_a_file_of_other_separators_is_told_which(tmp_path: Path, name: str, found: str, expected: str) -> None:
+    (tmp_path / name).write_text(f"cell{found}kind\na{found}1\n")
+    for columns in (None, ["kind"]):
+        with pytest.raises(QueryError, match=rf"{name} has '{found}' between its columns; .* has {expected}"):
+            table_of_file(tmp_path / name, columns)
+    (tmp_path / "names.csv").write_text("cell\na\n")
+    assert list(table_of_file(tmp_path / "names.csv").index) == ["a"]
 
 
 @pytest.mark.parametrize(

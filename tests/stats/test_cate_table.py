@@ -165,7 +165,7 @@ def test_without_batches_donors_are_named_and_searched_one_by_one(tmp_path: Path
     results = nd.run(
         cohort, out=tmp_path / "run", condition_key="condition", control="control", preset="small", settings=SETTINGS
     ).results
-    with pytest.raises(QueryError, match="name their column with donor_key"):
+    with pytest.raises(QueryError, match=r"name their column with donor_key \(--donor-key\)$"):
         results.cate("cell_type")
     table = results.cate("cell_type", genes=list(results.var_names[:4]), donor_key="donor", min_cells=5)
     assert (table["treated_donors"] + table["control_donors"]).max() == 6
@@ -234,6 +234,22 @@ def test_three_paired_donors_are_tested_and_marked_as_few(paired: Results) -> No
     part = table[table["population"] == name]
     tested = part["p"].notna().to_numpy()
     np.testing.assert_allclose(part["p"][tested], known.pvalue[tested], rtol=1e-6)
+
+
+def test_donors_in_both_conditions_who_are_too_few_for_pairs_leave_the_others_their_test(results: Results) -> None:
+    obs = results.obs
+    ill, well = (sorted(set(obs.loc[obs["condition"] == name, "donor"])) for name in ("treated", "control"))
+    for crossing in (1, 2):
+        people = {name: name for name in (*ill, *well)} | dict(zip(well[:crossing], ill[:crossing], strict=True))
+        labels = obs["donor"].astype(str).map(people).rename("person")
+        table = results.labelled(labels)[0].cate(donor_key="person", genes=list(results.var_names[:3]))
+        method, donors, left_out = ("welch", 3, ill[:1]) if crossing == 1 else ("none", 2, [*ill[2:], *well[2:]])
+        assert set(table["p_method"]) == {method}
+        assert (table[["treated_donors", "control_donors"]] == donors).all(axis=None)
+        assert set(table["donors_left_out"].iloc[0].split(", ")) == set(left_out)
+        assert (
+            table["effect"].notna().all()
+        )  # with two a condition left nobody is tested: effects are those of the pairs
 
 
 @pytest.mark.parametrize("hubs", ["none", "csls"])
