@@ -57,7 +57,9 @@ def styled(plot: Callable[P, Answer]) -> Callable[P, Answer]:
     @functools.wraps(plot)
     def drawing(*args: P.args, **kwargs: P.kwargs) -> Answer:
         with mpl.rc_context({**STYLE, "font.family": [_font()]}):
-            return plot(*args, **kwargs)
+            drawn, interactive = plot(*args, **kwargs), mpl.is_interactive()
+        mpl.interactive(interactive)  # a notebook's back end sets it at the first figure, and shows none without it
+        return drawn
 
     return drawing
 

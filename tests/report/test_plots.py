@@ -376,3 +376,13 @@ def test_responses_are_drawn_beside_those_of_control_cells(results: Results) -> 
     assert np.allclose(sorted(x for x, _ in dots[len(kinds) :]), sorted(means))
     low, high = axes.get_ylim()
     assert low > high  # the first population is on top
+
+
+def test_a_notebook_that_shows_figures_from_the_first_on_shows_all() -> None:
+    before = mpl.is_interactive()
+    mpl.interactive(False)
+    try:
+        style.styled(lambda: mpl.interactive(True))()  # as a notebook's back end does when it is first drawn by
+        assert mpl.is_interactive()
+    finally:
+        mpl.interactive(before)
