@@ -50,7 +50,7 @@ def epoch_row(steps: Sequence[Row], perplexities: Sequence[Sequence[float]]) -> 
     `epoch` (from 1), its last `step`, its `seconds`, the mean over its steps of everything else that a step's row
     holds, and `perplexity_00`, `perplexity_01`, ... of each codebook.
     """
-    values = dict(zip(steps[0], np.array([list(row.values()) for row in steps]).T, strict=True))
+    values = dict(zip(steps[0], np.array([[row[name] for name in steps[0]] for row in steps]).T, strict=True))
     seconds, last = values.pop("seconds"), values.pop("step")[-1]
     weighted = {name: float(values.pop(name) @ seconds / seconds.sum()) for name in RATES}
     means = {name: float(value.mean()) for name, value in values.items()} | weighted
@@ -90,5 +90,5 @@ def logged_epochs(storage: Storage, logged: Logged) -> list[Row]:
 def csv_bytes(rows: Sequence[Row], *, header: bool) -> bytes:
     """Return rows as lines of a table, numbers in six digits; one pattern for all, since every step has its line."""
     pattern = ",".join("%d" if name in COUNTS else "%.6g" for name in rows[0])
-    lines = [",".join(rows[0])] * header + [pattern % tuple(row.values()) for row in rows]
+    lines = [",".join(rows[0])] * header + [pattern % tuple(row[name] for name in rows[0]) for row in rows]
     return "".join(f"{line}\n" for line in lines).encode()

@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
@@ -26,7 +26,7 @@ from ndreamer_dist.model import noise
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.codebooks import Quantised, perplexities
 from ndreamer_dist.model.collectives import ByBooks, Collective, average_gradients
-from ndreamer_dist.model.losses import LossTerms, total_loss
+from ndreamer_dist.model.losses import LossTerms, Terms, total_loss
 from ndreamer_dist.model.network import NDreamerNetwork
 from ndreamer_dist.model.transfer import Copied
 from ndreamer_dist.settings import Settings
@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 Step = Callable[["TrainState", MiniBatch, Settings, Collective], tuple[LossTerms, Quantised]]
+MEASURED = (
+    "step", "total", *(term.name for term in fields(Terms)),
+    "learning_rate", "perplexity", "cells_per_second", "waiting", "seconds",
+)  # fmt: skip
+"""What the row of a step holds, in the order in which the logs have it; the file of a checkpoint has another."""
 STATE_FILE = "state.json"
 """Of a checkpoint's files the one that holds the checksums of the others; written last: without it none counts."""
 
@@ -156,7 +161,8 @@ class TrainState:
             state.setdefault(int(index), {})[moment] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.step, self.measures, self.perplexities = told["step"], told["measures"], told["perplexities"]
+        self.step, self.perplexities = told["step"], told["perplexities"]
+        self.measures = [{name: row[name] for name in MEASURED} for row in told["measures"]]
         self.logged = Logged(**told.get("logged", {}))
         if (before := told.get("device", self.device)) != self.device:
             text = f"{where} was made on {before} and training goes on on {self.device}"
