@@ -76,9 +76,8 @@ def append_logs(storage: Storage, logged: Logged, steps: Sequence[Row], epochs: 
 def logged_epochs(storage: Storage, logged: Logged) -> list[Row]:
     """Return the rows of epochs.csv as far as a checkpoint knows of them."""
     _forget_what_was_cut(storage, logged)
-    if keys.EPOCHS not in logged.sizes:
-        return []
-    text = storage.read(keys.EPOCHS)[: logged.sizes[keys.EPOCHS]].decode()
+    size = logged.sizes.get(keys.EPOCHS)
+    text = storage.read(keys.EPOCHS)[:size].decode() if size else ""
     return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
 
 
@@ -87,9 +86,8 @@ def _forget_what_was_cut(storage: Storage, logged: Logged) -> None:
     there = storage.list(keys.LOGS) if logged.sizes else {}
     for name, size in list(logged.sizes.items()):
         if there.get(name, 0) < size:
-            logger.warning(
-                "%s/%s was cut since the last checkpoint; its steps to %d are lost", storage.url, name, logged.steps
-            )
+            where = f"{storage.url}/{name}"
+            logger.warning("%s was cut since the last checkpoint; its steps to %d are lost", where, logged.steps)
             del logged.sizes[name]
 
 

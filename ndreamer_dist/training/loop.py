@@ -31,16 +31,13 @@ from ndreamer_dist.model.network import NDreamerNetwork
 from ndreamer_dist.model.transfer import Copied
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.checksums import check_digest, digest, seal, unseal
-from ndreamer_dist.training.log import Logged, Row
+from ndreamer_dist.training.log import RATES, Logged, Row
 
 logger = logging.getLogger(__name__)
 
 
 Step = Callable[["TrainState", MiniBatch, Settings, Collective], tuple[LossTerms, Quantised]]
-MEASURED = (
-    "step", "total", *(term.name for term in fields(Terms)),
-    "learning_rate", "perplexity", "cells_per_second", "waiting", "seconds",
-)  # fmt: skip
+MEASURED = ("step", "total", *(term.name for term in fields(Terms)), "learning_rate", "perplexity", *RATES, "seconds")
 """What the row of a step holds, in the order in which the logs have it; the file of a checkpoint has another."""
 STATE_FILE = "state.json"
 """Of a checkpoint's files the one that holds the checksums of the others; written last: without it none counts."""
@@ -133,9 +130,8 @@ class TrainState:
         }
         weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         files = {"weights.safetensors": save_tensors(weights), "optimiser.safetensors": save_tensors(moments)}
-        told = {"step": self.step, "measures": self.measures, "perplexities": self.perplexities, "device": self.device}
-        told["logged"] = asdict(self.logged)
-        told["files"] = {name: digest(data) for name, data in files.items()}
+        told = {name: getattr(self, name) for name in ("step", "measures", "perplexities", "device")}
+        told |= {"logged": asdict(self.logged), "files": {name: digest(data) for name, data in files.items()}}
         return files | {STATE_FILE: seal(told, indent=None)}
 
     def load_bytes(self, files: Mapping[str, bytes], where: str = "") -> None:
