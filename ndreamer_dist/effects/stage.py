@@ -158,8 +158,12 @@ def run_effects(
 
 
 @lru_cache(maxsize=1)
-def _sums(averages: int, cells: int, genes: int) -> np.ndarray:
-    """Return room for a row part's sums, which this process keeps for the next: new memory costs as much as adding."""
+def _sums(name: str, averages: int, cells: int, genes: int) -> np.ndarray:
+    """Return room for a row part's sums, which this process keeps for the next: new memory costs as much as adding.
+
+    The name is that of the shared blocks: what another thread of the process writes at the time has room of its own.
+    """
+    del name
     return np.empty((averages, cells, genes))
 
 
@@ -248,7 +252,7 @@ def write_rows(part: RowPart, target: Target, blocks: SharedBlocks) -> None:
         for term in terms
     ]
     genes = part.genes[1] - part.genes[0]
-    room = list(_sums(len(terms), layout.block_rows, genes)[:, : len(rows)])
+    room = list(_sums(blocks.name, len(terms), layout.block_rows, genes)[:, : len(rows)])
     sums = dict(zip(terms, average_through(averages, _needed(blocks, packed, averages), genes, room), strict=True))
     values = load_block(packed, packed.place(part.block), part.genes).toarray()
     for name in layout.layers:

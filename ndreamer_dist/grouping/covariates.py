@@ -17,8 +17,9 @@ def constant_columns(cells: pd.DataFrame, replicates: np.ndarray) -> pd.DataFram
     Parameters
     ----------
     replicates
-        (cells,) number of every cell's replicate.
+        (cells,) number of every cell's replicate; -1 for cells of none.
     """
+    cells, replicates = cells[replicates >= 0], replicates[replicates >= 0]
     constant = {}
     for name in cells.columns:
         if not str(name).startswith(keys.OBS_PREFIX):
@@ -38,7 +39,7 @@ def as_numbers(cells: pd.DataFrame, replicates: np.ndarray, kept: np.ndarray, do
     cells
         The covariates of every cell.
     replicates, donors
-        (cells,) number of every cell's replicate, and whose the replicates are.
+        (cells,) number of every cell's replicate, -1 for none, and whose the replicates are.
     kept
         Numbers of the replicates to look at.
 

@@ -328,16 +328,15 @@ def _write_whole(target: Path, pieces: Iterable[bytes]) -> None:
 def append_at(storage: Storage, name: str, start: int, data: bytes) -> None:
     """Write `data` behind a file's first `start` bytes; what was behind these, as a killed process's half a line, is gone.
 
-    A local file is written in place, at the cost of what is new. An object cannot grow: its first bytes are read, and all
-    is written anew.
+    A local file is written in place, at the cost of what is new, but for its beginning, which is there whole or not at all.
+    An object cannot grow: its first bytes are read, and all is written anew.
     """
-    if not storage.is_local:
+    if not start or not storage.is_local:
         storage.write_atomic(name, storage.read(name)[:start] if start else b"", data)
         return
     path = Path(storage.path(name))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("r+b" if start else "wb") as file:
+        with path.open("r+b") as file:
             file.truncate(start)
             file.seek(start)
             file.write(data)

@@ -50,7 +50,7 @@ def epoch_row(steps: Sequence[Row], perplexities: Sequence[Sequence[float]]) -> 
     `epoch` (from 1), its last `step`, its `seconds`, the mean over its steps of everything else that a step's row
     holds, and `perplexity_00`, `perplexity_01`, ... of each codebook.
     """
-    values = dict(zip(steps[0], np.array([list(row.values()) for row in steps]).T, strict=True))
+    values = dict(zip(steps[0], np.array([[row[name] for name in steps[0]] for row in steps]).T, strict=True))
     seconds, last = values.pop("seconds"), values.pop("step")[-1]
     weighted = {name: float(values.pop(name) @ seconds / seconds.sum()) for name in RATES}
     means = {name: float(value.mean()) for name, value in values.items()} | weighted
@@ -60,6 +60,7 @@ def epoch_row(steps: Sequence[Row], perplexities: Sequence[Sequence[float]]) -> 
 
 def append_logs(storage: Storage, logged: Logged, steps: Sequence[Row], epochs: Sequence[Row], length: int) -> None:
     """Add to metrics.csv and epochs.csv the rows that they lack, and note it; an epoch has `length` steps."""
+    _forget_what_was_cut(storage, logged)
     numbered = [{"epoch": (int(row["step"]) - 1) // length + 1, **row} for row in steps]
     for name, rows in ((keys.METRICS, numbered), (keys.EPOCHS, epochs)):
         new = [row for row in rows if row["step"] > logged.steps]
@@ -73,22 +74,25 @@ def append_logs(storage: Storage, logged: Logged, steps: Sequence[Row], epochs: 
 
 
 def logged_epochs(storage: Storage, logged: Logged) -> list[Row]:
-    """Return the rows of epochs.csv as far as a checkpoint knows of them; files that are shorter than it says begin anew."""
-    there = storage.list(keys.LOGS)
+    """Return the rows of epochs.csv as far as a checkpoint knows of them."""
+    _forget_what_was_cut(storage, logged)
+    size = logged.sizes.get(keys.EPOCHS)
+    text = storage.read(keys.EPOCHS)[:size].decode() if size else ""
+    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+
+def _forget_what_was_cut(storage: Storage, logged: Logged) -> None:
+    """Let files begin anew that are shorter than they were: somebody has cut or deleted them."""
+    there = storage.list(keys.LOGS) if logged.sizes else {}
     for name, size in list(logged.sizes.items()):
         if there.get(name, 0) < size:
-            logger.warning(
-                "%s/%s was cut since the last checkpoint; its steps to %d are lost", storage.url, name, logged.steps
-            )
+            where = f"{storage.url}/{name}"
+            logger.warning("%s was cut since the last checkpoint; its steps to %d are lost", where, logged.steps)
             del logged.sizes[name]
-    if keys.EPOCHS not in logged.sizes:
-        return []
-    text = storage.read(keys.EPOCHS)[: logged.sizes[keys.EPOCHS]].decode()
-    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
 
 
 def csv_bytes(rows: Sequence[Row], *, header: bool) -> bytes:
     """Return rows as lines of a table, numbers in six digits; one pattern for all, since every step has its line."""
     pattern = ",".join("%d" if name in COUNTS else "%.6g" for name in rows[0])
-    lines = [",".join(rows[0])] * header + [pattern % tuple(row.values()) for row in rows]
+    lines = [",".join(rows[0])] * header + [pattern % tuple(row[name] for name in rows[0]) for row in rows]
     return "".join(f"{line}\n" for line in lines).encode()

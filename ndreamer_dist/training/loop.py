@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
@@ -26,17 +26,19 @@ from ndreamer_dist.model import noise
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.codebooks import Quantised, perplexities
 from ndreamer_dist.model.collectives import ByBooks, Collective, average_gradients
-from ndreamer_dist.model.losses import LossTerms, total_loss
+from ndreamer_dist.model.losses import LossTerms, Terms, total_loss
 from ndreamer_dist.model.network import NDreamerNetwork
 from ndreamer_dist.model.transfer import Copied
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.checksums import check_digest, digest, seal, unseal
-from ndreamer_dist.training.log import Logged, Row
+from ndreamer_dist.training.log import RATES, Logged, Row
 
 logger = logging.getLogger(__name__)
 
 
 Step = Callable[["TrainState", MiniBatch, Settings, Collective], tuple[LossTerms, Quantised]]
+MEASURED = ("step", "total", *(term.name for term in fields(Terms)), "learning_rate", "perplexity", *RATES, "seconds")
+"""What the row of a step holds, in the order in which the logs have it; the file of a checkpoint has another."""
 STATE_FILE = "state.json"
 """Of a checkpoint's files the one that holds the checksums of the others; written last: without it none counts."""
 
@@ -128,9 +130,8 @@ class TrainState:
         }
         weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         files = {"weights.safetensors": save_tensors(weights), "optimiser.safetensors": save_tensors(moments)}
-        told = {"step": self.step, "measures": self.measures, "perplexities": self.perplexities, "device": self.device}
-        told["logged"] = asdict(self.logged)
-        told["files"] = {name: digest(data) for name, data in files.items()}
+        told = {name: getattr(self, name) for name in ("step", "measures", "perplexities", "device")}
+        told |= {"logged": asdict(self.logged), "files": {name: digest(data) for name, data in files.items()}}
         return files | {STATE_FILE: seal(told, indent=None)}
 
     def load_bytes(self, files: Mapping[str, bytes], where: str = "") -> None:
@@ -156,7 +157,8 @@ class TrainState:
             state.setdefault(int(index), {})[moment] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.step, self.measures, self.perplexities = told["step"], told["measures"], told["perplexities"]
+        self.step, self.perplexities = told["step"], told["perplexities"]
+        self.measures = [{name: row[name] for name in MEASURED} for row in told["measures"]]
         self.logged = Logged(**told.get("logged", {}))
         if (before := told.get("device", self.device)) != self.device:
             text = f"{where} was made on {before} and training goes on on {self.device}"

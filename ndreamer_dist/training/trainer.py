@@ -186,7 +186,7 @@ class Reporter:
             part = slice(first, first + length)
             self._epochs.append(epoch_row(state.measures[part], state.perplexities[part]))
             self._ended += 1
-            if self._ended % -(-self._plan.epochs // HEALTH_LOOKS) == 0:
+            if self._ended % -(-self._plan.epochs // HEALTH_LOOKS) == 0 or self._ended == self._plan.epochs:
                 for kind, text in concerns(self._epochs, self._settings, self._plan.epochs).items():
                     display.warn(kind, text)
 

@@ -350,6 +350,9 @@ def test_a_task_sums_where_the_last_one_of_its_process_did(copied, monkeypatch):
     assert len(sums) == copied.packed.n_blocks > 2
     assert len({values.__array_interface__["data"] for values in sums}) == 1
     assert not stage._sums.cache_info().currsize
+    one, other = (stage.SharedBlocks({}).name for _ in range(2))  # two stores that two threads write at once
+    assert not np.shares_memory(stage._sums(one, 1, 2, 3), stage._sums(other, 1, 2, 3))
+    stage._sums.cache_clear()
 
 
 def test_matches_are_left_out_where_they_would_be_too_many(copied, monkeypatch):

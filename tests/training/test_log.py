@@ -80,6 +80,9 @@ def test_a_log_that_somebody_cut_begins_anew_with_a_warning(tmp_path: Path, capl
     assert "its steps to 6 are lost" in caplog.text
     append_logs(storage, logged, steps[6:], [], LENGTH)
     assert table(storage, keys.METRICS)["step"].tolist() == [7, 8, 9]
+    (tmp_path / keys.METRICS).write_bytes(b"")  # while training goes on
+    append_logs(storage, logged, steps_of(11)[0][9:], [], LENGTH)
+    assert table(storage, keys.METRICS)["step"].tolist() == [10, 11]
     assert table(storage, keys.EPOCHS)["epoch"].tolist() == [1, 2]
 
 

@@ -16,11 +16,15 @@ import pytest
 
 from ndreamer_dist import keys
 from ndreamer_dist.settings import Settings
+from ndreamer_dist.storage.files import Storage, append_at
+from ndreamer_dist.training import log
+from ndreamer_dist.training.log import RATES
 from ndreamer_dist.training.loop import TrainingError
 from tests.training.helpers import OVERRIDES, Cohort, train_stage, write_with_effect
 
 KILLED_AFTER = 40
 PATIENCE_SECONDS = 100
+OF_THE_CLOCK = ("seconds", *RATES)
 
 
 def made(**changes: Any) -> Settings:
@@ -56,6 +60,39 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_weights(tmp_p
     assert after["seconds"][: len(before)].equals(before["seconds"])  # what the checkpoint held was not done again
     assert pd.read_csv(killed / keys.EPOCHS)["epoch"].tolist() == list(range(1, 61))
     assert (killed / keys.MODEL_WEIGHTS).read_bytes() == (whole / keys.MODEL_WEIGHTS).read_bytes()
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def trained(folder: Path, settings: Settings) -> list[pd.DataFrame]:
+    train_stage(folder, settings)
+    return [pd.read_csv(folder / name).drop(columns=list(OF_THE_CLOCK)) for name in (keys.METRICS, keys.EPOCHS)]
+
+
+def test_logs_of_a_training_that_was_killed_at_a_checkpoint_are_those_of_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed twice inside an epoch: before a checkpoint's steps are in the log, and amid the writing of a line."""
+    settings = made(**{"train.epochs": 5, "train.checkpoint_steps": 3})
+    folders = whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in folders:
+        Cohort.write(folder)
+    for share in (0.0, 0.3):
+
+        def dies(storage: Storage, name: str, start: int, data: bytes, share: float = share) -> None:
+            if start:
+                append_at(storage, name, start, data[: int(share * len(data))])
+                raise Killed
+            append_at(storage, name, start, data)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(log, "append_at", dies)
+            with pytest.raises(Killed):
+                train_stage(killed, settings)
+    for known, found in zip(trained(whole, settings), trained(killed, settings), strict=True):
+        pd.testing.assert_frame_equal(found, known, check_exact=True)
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path: Path) -> None:
