@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -46,11 +47,13 @@ def chain(target: str) -> list[str]:
 def context() -> list[Path]:
     """Return the files that go to the builder: the last rule that fits a path or a folder above it decides."""
     rules = [(line.removeprefix("!"), line.startswith("!")) for line in IGNORE if line and not line.startswith("#")]
+    first = {rule.split("/")[0] for rule, sent in rules if sent}  # nothing below another folder is sent: .venv is large
+    tops = [top for top in ROOT.iterdir() if any(fnmatch.fnmatchcase(top.name, rule) for rule in first)]
     kept = []
-    for path in ROOT.rglob("*"):
-        relative = path.relative_to(ROOT)
-        if relative.parts[0] == ".git" or not path.is_file():
+    for path in itertools.chain(tops, *(top.rglob("*") for top in tops)):
+        if not path.is_file():
             continue
+        relative = path.relative_to(ROOT)
         names = [str(relative), *map(str, relative.parents)]
         fits = [sent for rule, sent in rules if any(fits_rule(name, rule) for name in names)]
         if fits and fits[-1]:

@@ -162,6 +162,7 @@ def test_labels_mean_something_in_their_own_group_only_when_clustered_apart(tmp_
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_finds_the_same_clusters(local_ray: None, tmp_path: Path) -> None:
     settings = settings_of(clusters__within="group")
     a = clusters(tmp_path / "serial", settings)

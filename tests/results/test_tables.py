@@ -399,6 +399,7 @@ def test_text_with_gaps_becomes_nullable_and_mixed_columns_are_refused():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_and_the_serial_way_write_the_same(finished, tmp_path, local_ray):
     made = fabricate(tmp_path, SIZES)
     finish(made, RayRuntime(made.settings.run))
