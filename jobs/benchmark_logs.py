@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ def measured(count: int, groups: int, step_ms: float, folder: Path) -> list[floa
     settings = Settings.build(preset="paper", overrides={"run.serial": True, "run.progress": False})
     starts = np.arange(groups + 1) * CELLS_OF_A_GROUP
     plan = SamplingPlan(tuple(starts.tolist()), settings.train.batch_size, 1, settings.seed)
-    plan = SamplingPlan(plan.starts, plan.batch_size, -(-count // plan.steps_per_epoch), plan.seed)
+    plan = replace(plan, epochs=-(-count // plan.steps_per_epoch))
     state = TrainState.fresh(settings, genes=GENES, conditions=2, batch_levels=(groups,))
     names = (
         "total",
