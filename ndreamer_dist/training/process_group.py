@@ -1,8 +1,8 @@
 """The process group of training workers, on the network interface that Ray uses.
 
-By default, gloo listens at the address of the machine's own name, and NCCL at the first interface that is not loopback. On machines that write `127.0.1.1` beside their name
-this is a loopback address, and some machines have no address for it; other machines could not reach it. A single worker
-needs no process group.
+By default, gloo listens at the address of the machine's own name, and NCCL at the first interface that is not loopback.
+On machines that write `127.0.1.1` beside their name this is a loopback address, and some machines have no address for it;
+other machines could not reach it. A single worker needs no process group.
 """
 
 from __future__ import annotations
