@@ -1,6 +1,6 @@
-"""The cohort stage of cells that are mapped onto a finished run: their groups, their totals and the run's genes among theirs.
+"""The stage `cohort` for cells that are mapped onto a finished run: their groups, their totals and the run's genes.
 
-Input: a source and the run. Output: the same files as the cohort stage of a run. The values are treated as the run's were.
+Input: a source and the run. Output: the same files as the cohort stage of a run. Values are normalised as in the run.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from ndreamer_dist.settings import CohortSettings
 logger = logging.getLogger(__name__)
 
 NAMED_GENES = 20
-"""Missing genes that are named."""
+"""Most missing genes that a message names."""
 
 
 @dataclass(frozen=True)
 class Genes:
-    """Which of the run's genes a cohort has.
+    """The run's modelled genes in a cohort.
 
     Attributes
     ----------
     names
-        (input genes,) what the run calls each gene of the cohort that it modelled; none for the others.
+        (input genes,) the run's name of each gene of the cohort; None for a gene that the run does not model.
     missing
-        The run's genes that the cohort has not.
+        Modelled genes that the cohort lacks.
     """
 
     names: np.ndarray
@@ -52,7 +52,17 @@ class Genes:
 
 @dataclass(frozen=True)
 class NewCells:
-    """A cohort that is mapped: its input, which of the run's genes it has, and whether its controls come first."""
+    """A cohort to map.
+
+    Attributes
+    ----------
+    source
+        The input.
+    genes
+        The run's genes in it.
+    controls_first
+        Whether its control groups come before its other groups, which are then matched with them too.
+    """
 
     source: Source
     genes: Genes
@@ -60,17 +70,19 @@ class NewCells:
 
 
 def genes_of(source: Source, modelled: tuple[str, ...], fill: float) -> Genes:
-    """Return the run's genes in a cohort, found by name, id or symbol.
+    """Find the run's genes in a cohort, by name, id or symbol.
 
     Parameters
     ----------
+    modelled
+        Names of the genes that the run models.
     fill
-        Share of the run's genes that may be missing; they count as zeros.
+        Largest share of these genes that may be missing; missing genes count as zeros.
 
     Raises
     ------
     CohortError
-        More are missing, or one stands for several genes of the cohort.
+        More genes are missing, or a name is ambiguous in the cohort.
     """
     places = gene_places(source.gene_names, source.var, modelled)
     missing = tuple(name for name in modelled if not places[name])
@@ -102,7 +114,7 @@ def genes_of(source: Source, modelled: tuple[str, ...], fill: float) -> Genes:
 
 
 def values_of(source: Source, reference: Reference, cohort: CohortSettings) -> Decision:
-    """Return how the values are treated, as the run's were; `CohortError` where they cannot be."""
+    """Return how to normalise the values, as in the run; raise `CohortError` if the input does not allow that."""
     normalise = reference.home.read_json(keys.COHORT_SUMMARY)["normalise"]
     try:
         return decide_values(source, normalise, cohort.log_base)
@@ -113,7 +125,7 @@ def values_of(source: Source, reference: Reference, cohort: CohortSettings) -> D
 
 
 def refuse_known_cells(source: Source, reference: Reference) -> None:
-    """Refuse cells that are in the run already, by their names."""
+    """Raise `CohortError` if a cell has the name of a cell of the run."""
     twice = source.cell_names[source.cell_names.isin(reference.cell_names)]
     if len(twice):
         msg = f"{len(twice)} cells are in the run already, {str(twice[0])!r} first; leave them out, or rename cells that only share a name"
@@ -123,7 +135,7 @@ def refuse_known_cells(source: Source, reference: Reference) -> None:
 def run_mapped_cohort(
     stage: StageRun, cohort: CohortSettings, new: NewCells, reference: Reference, runtime: Runtime
 ) -> Design:
-    """Check the new cells, give them their groups and write the tables; nothing is redone that is there."""
+    """Check the new cells, assign their groups, write the tables and return the design; skip all if already done."""
     run, shard, source, genes = stage.run, Shard("all", FILES), new.source, new.genes
     if not stage.begin([shard]):
         return Design.from_json(run.read_json(keys.DESIGN_JSON))
@@ -150,7 +162,7 @@ def run_mapped_cohort(
 
 
 def _left(reference: Reference, source: Source, cohort: CohortSettings) -> np.ndarray | None:
-    """Return which genes a cell's total is over, where the run filtered genes; none for all."""
+    """Return the genes that count for a cell's total, (input genes,) bool; None, for all, if the run kept all genes."""
     if not cohort.min_cells:
         return None
     table = read_table(reference.home, keys.GENES_TABLE)

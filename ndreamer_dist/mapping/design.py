@@ -1,4 +1,4 @@
-"""The design of cells that are mapped onto a finished run: its groups first, then theirs. Pure."""
+"""The design of a run with mapped cells: the groups of the run first, then the new ones. Pure."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from ndreamer_dist.settings import CohortSettings
 def mapped_design(
     obs: ColumnTable, stored: Design, cohort: CohortSettings, keep: np.ndarray, *, controls_first: bool = False
 ) -> GroupedCells:
-    """Return the design of a run's groups and those of new cells.
+    """Append the groups of new cells to the design of a run.
 
-    New groups come in the order of their names, so that nothing depends on the order of the cells. Their conditions and
-    batches may be known or new; a pair of both that the run has is refused, since it was measured and counted already.
+    New groups are sorted by name, so the result does not depend on the order of the cells. Their conditions and batches
+    may be known or new. A (batch, condition) pair of the run is refused, since its cells are in the run already.
 
     Parameters
     ----------
     stored
-        Of the run; all its groups count as stored.
+        Design of the run, whose groups come first.
     keep
-        (cells,) bool, the new cells to look at.
+        (cells,) bool, the new cells to consider.
     controls_first
-        Let new control groups come before the others, which are then matched with those as well.
+        Whether new control groups come before the other new groups, which are then matched with them too.
 
     Raises
     ------
     CohortError
-        A column is missing or has missing values; a group is in the run; no group is large enough; or a condition is
-        nearly called as one of the run.
+        A column is missing or has missing values; a group is in the run; no group is large enough; or the name of a
+        condition is nearly that of a condition of the run.
     """
     columns = {name: names_in(obs, name) for name in (*stored.batch_keys, stored.condition_key)}
     _refuse_nearly_known(columns[stored.condition_key], (*stored.conditions, *cohort.exclude_conditions))
-    if not stored.batch_keys:  # one batch in the run: these are another
+    if not stored.batch_keys:  # the run has a single batch; the new cells are another one
         columns = {"": np.full(len(obs), f"mapped_{len(stored.batches)}", dtype=object), **columns}
     table = pd.DataFrame(dict(enumerate(columns.values())))
     condition = table.columns[-1]
@@ -88,7 +88,7 @@ def mapped_design(
 
 
 def names_in(obs: ColumnTable, name: str) -> np.ndarray:
-    """Return a column of names: (cells,) text; `CohortError` where it is missing or has missing values."""
+    """Return a column of names: (cells,) text; raise `CohortError` if it is missing or has missing values."""
     if name not in obs:
         msg = (
             f"the run's column {quoted(name)} is not in obs; there are {columns_of(obs)}.{suggest(name, obs.columns)} "
@@ -100,7 +100,7 @@ def names_in(obs: ColumnTable, name: str) -> np.ndarray:
 
 
 def _refuse_nearly_known(names: Iterable[str], known: Sequence[str]) -> None:
-    """Refuse a condition that is new by its spelling alone: its cells would be compared with no cells of their condition."""
+    """Refuse a condition that is new only by its spelling: its cells would find no cells of it in the run."""
     for name in dict.fromkeys(names):
         alike = [other for other in known if nearly_same(name, other)]
         if alike and name not in known:
@@ -112,7 +112,7 @@ def _refuse_nearly_known(names: Iterable[str], known: Sequence[str]) -> None:
 
 
 def _with_group(design: Design, levels: Sequence[str], condition: str, cells: int) -> Design:
-    """Return the design with one more group."""
+    """Return the design with one more group of `cells` cells; raise `CohortError` if it has the group already."""
     name = group_name(levels, condition)
     if name in {group.name for group in design.groups}:
         msg = (
