@@ -5,6 +5,7 @@ Input: a source and the run. Output: the same files as the cohort stage of a run
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ from ndreamer_dist.errors import CohortError, listing
 from ndreamer_dist.grouping.small_groups import first_reason
 from ndreamer_dist.mapping.design import mapped_design
 from ndreamer_dist.mapping.reference import Reference
-from ndreamer_dist.rundir.directory import Shard
+from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import CohortSettings
 
@@ -82,7 +83,7 @@ def genes_of(source: Source, modelled: tuple[str, ...], fill: float) -> Genes:
     Raises
     ------
     CohortError
-        More genes are missing, or a name is ambiguous in the cohort.
+        More genes are missing; a name is ambiguous in the cohort; or two names mean one gene.
     """
     places = gene_places(source.gene_names, source.var, modelled)
     missing = tuple(name for name in modelled if not places[name])
@@ -107,9 +108,14 @@ def genes_of(source: Source, modelled: tuple[str, ...], fill: float) -> Genes:
             "map: %d of the run's %d genes are missing and count as zeros: %s", len(missing), len(modelled), named
         )
     names = np.full(source.n_genes, None, dtype=object)
-    for name, found in places.items():
-        if found:
-            names[found[0]] = name
+    for name, place in ((name, found[0]) for name, found in places.items() if found):
+        if names[place] is not None:
+            msg = (
+                f"{names[place]!r} and {name!r} of the run's genes are the same gene of {source.name}, "
+                f"{source.gene_names[place]!r}; name the genes as the run's cohort does"
+            )
+            raise CohortError(msg)
+        names[place] = name
     return Genes(names, missing)
 
 
@@ -141,7 +147,7 @@ def run_mapped_cohort(
         return Design.from_json(run.read_json(keys.DESIGN_JSON))
     decision = values_of(source, reference, cohort)
     source = source.in_natural_logs(decision.base)
-    recipe = Recipe.of(decision, cohort, _left(reference, source, cohort))
+    recipe = Recipe.of(decision, cohort, counted_genes(reference.home, source, cohort))
     one = np.zeros(source.n_cells, dtype=np.int64)
     found = scan(source, source.task_matrix(runtime), one, recipe, runtime, title="cohort: values")
     keep, dropped_for = kept_cells(found, cohort)
@@ -161,10 +167,16 @@ def run_mapped_cohort(
     return made.design
 
 
-def _left(reference: Reference, source: Source, cohort: CohortSettings) -> np.ndarray | None:
-    """Return the genes that count for a cell's total, (input genes,) bool; None, for all, if the run kept all genes."""
+def counted_genes(home: RunDirectory, source: Source, cohort: CohortSettings) -> np.ndarray | None:
+    """Return the genes that count for a cell's total, (input genes,) bool; None, for all, if the run kept all genes.
+
+    They are the genes that `cohort.min_cells` kept in the run, found by name, id or symbol like the modelled ones.
+    """
     if not cohort.min_cells:
         return None
-    table = read_table(reference.home, keys.GENES_TABLE)
-    left = table.loc[(table["cells"] >= cohort.min_cells) | table["selected"], "name"]
-    return np.asarray(source.gene_names.isin(left))
+    table = read_table(home, keys.GENES_TABLE)
+    names = table.loc[(table["cells"] >= cohort.min_cells) | table["selected"], "name"]
+    places = gene_places(source.gene_names, source.var, names)
+    counted = np.zeros(source.n_genes, dtype=bool)
+    counted[list(itertools.chain.from_iterable(places.values()))] = True
+    return counted
