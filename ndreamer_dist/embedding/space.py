@@ -24,7 +24,7 @@ from ndreamer_dist.compute.executor import Runtime, with_threads
 from ndreamer_dist.compute.machine import cpu_count
 from ndreamer_dist.embedding import state
 from ndreamer_dist.embedding.axes import Moments, moments_of, principal_axes
-from ndreamer_dist.embedding.harmony import harmonised
+from ndreamer_dist.embedding.harmony import Harmonised, harmonised
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
@@ -288,33 +288,40 @@ def axes_of(storage: Storage, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 # --- Harmony ---------------------------------------------------------------------------------------------------------
 
+CLUSTER_ARRAYS = ((keys.HARMONY_CELLS, 1), (keys.HARMONY_SUMS, 2))
+
 
 def _run_harmony(space: Space, settings: Settings, from_input: SpaceInput, runtime: Runtime) -> None:
     """Correct the principal components in this process, with all its CPUs: Harmony needs all cells at once."""
-    axes = space.axes_shard(GENE_ARRAYS)
+    axes, clusters = space.axes_shard(GENE_ARRAYS), space.axes_shard(CLUSTER_ARRAYS, "clusters")
     inputs, blocks = space.block_shards(keys.HARMONY_INPUT, "input-"), space.block_shards(space.array)
-    todo = space.todo([axes, *inputs, *blocks])
+    todo = space.todo([axes, clusters, *inputs, *blocks])
     _make_components(space, settings, runtime, axes, todo)
     _project(space, keys.HARMONY_INPUT, [shard for shard in todo if shard in inputs], runtime)
     missing = [shard for shard in todo if shard in blocks]
-    if not missing:
+    if not missing and clusters not in todo:
         return
-    points = read_array(space.storage, keys.HARMONY_INPUT)
-    design, rows = space.packed.design, space.packed.input_row
-    batches = {name: codes[rows] for name, codes in from_input.codes.items()}
-    corrected = harmonised(
-        points,
-        batches or {"group": design.group_of(np.arange(design.n_cells))},
-        seed=settings.seed,
-        threads=cpu_count(),
-    )
-    for name, values in ((keys.HARMONY_CELLS, corrected.clusters.cells), (keys.HARMONY_SUMS, corrected.clusters.sums)):
-        if not space.storage.exists(name):
+    corrected = _harmonised(space, settings, from_input)
+    if clusters in todo:
+        for (name, _), values in zip(CLUSTER_ARRAYS, (corrected.clusters.cells, corrected.clusters.sums), strict=True):
             write_array(space.storage, name, values)
+        space.stage.mark(clusters)
     space.make(space.array, corrected.points.shape[1])
     for shard in missing:
         write_part(space.storage, space.array, space.rows(shard.task), corrected.points[space.rows(shard.task)])
         space.stage.mark(shard)
+
+
+def _harmonised(space: Space, settings: Settings, from_input: SpaceInput) -> Harmonised:
+    """Return the corrected coordinates of all cells; the batches are `embed.harmony_keys`, or the groups."""
+    design, rows = space.packed.design, space.packed.input_row
+    batches = {name: codes[rows] for name, codes in from_input.codes.items()}
+    return harmonised(
+        read_array(space.storage, keys.HARMONY_INPUT),
+        batches or {"group": design.group_of(np.arange(design.n_cells))},
+        seed=settings.seed,
+        threads=cpu_count(),
+    )
 
 
 # --- sums over cells -------------------------------------------------------------------------------------------------
