@@ -8,6 +8,7 @@ a `crc32c`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import itertools
 import warnings
@@ -30,6 +31,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.errors import CohortError, DamagedError
 from ndreamer_dist.matching.labels import Inside
+from ndreamer_dist.matching.store import row_dtype
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings, canonical_json
@@ -159,7 +161,7 @@ def layout_with(settings: Settings, packed: Packed, obsm: Mapping[str, int]) -> 
         block_entries=(*(int(pointers[packed.block_range(b)[0]]) for b in range(packed.n_blocks)), int(pointers[-1])),
         obsm=obsm,
         layers=settings.effects.store,
-        row_dtype="int32" if packed.n_rows <= np.iinfo(np.int32).max else "int64",
+        row_dtype=row_dtype(packed.design.n_cells),
         keep_bits=settings.effects.keep_bits,
     )
 
@@ -218,10 +220,8 @@ def annotation_shard(run: RunDirectory) -> Shard:
     marker = f"{keys.DONE}/{keys.STAGE_EFFECTS}/{DRIVER_SHARD}.json"
     files: tuple[str, ...] = ()
     if run.storage.exists(marker):
-        try:
+        with contextlib.suppress(DamagedError, ValueError, KeyError, TypeError):
             files = tuple(run.read_json(marker)["files"])
-        except (DamagedError, ValueError, KeyError, TypeError):
-            files = ()
     return Shard(DRIVER_SHARD, files or (f"{keys.RESULTS}/{ROOT}",))
 
 

@@ -25,6 +25,11 @@ MOST_OPEN = 512
 """Largest number of open arrays; each query group has two."""
 
 
+def row_dtype(cells: int) -> str:
+    """Return the smaller of int32 and int64 that can hold the row numbers of so many cells."""
+    return "int32" if cells <= np.iinfo(np.int32).max else "int64"
+
+
 @dataclass(frozen=True)
 class Matches:
     """Reader of a matches.zarr. It keeps arrays open between calls."""
