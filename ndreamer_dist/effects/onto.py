@@ -89,10 +89,10 @@ class Onto:
     def read(cls, text: str, where: str) -> Onto | None:
         """Read from JSON text of a store, None from `null`; raise `StoreError` if the text is damaged."""
         try:
-            told = json.loads(text)
-            return None if told is None else cls(**told)
+            fields = json.loads(text)
+            return None if fields is None else cls(**fields)
         except (TypeError, ValueError, RecursionError) as error:
-            msg = f"{where}: what it tells of the run that it is mapped onto is damaged ({type(error).__name__})"
+            msg = f"{where}: its record of the run that it is mapped onto is damaged ({type(error).__name__})"
             raise StoreError(msg) from error
 
     def measured(self, design: Design, distances: np.ndarray) -> Onto:
@@ -103,9 +103,8 @@ class Onto:
         distances
             (cells,) distances of the mapped cells to the control; cells without one (NaN) do not count.
         """
-        names = {group.name: slice(group.start, group.stop) for group in design.own_groups}
         first = design.first_row
-        shares = {name: self._far(distances[rows.start - first : rows.stop - first]) for name, rows in names.items()}
+        shares = {g.name: self._far(distances[g.start - first : g.stop - first]) for g in design.own_groups}
         found = replace(self, far=self._far(distances), far_by_group=shares)
         logger.log(logging.WARNING if found.is_notable else logging.INFO, "map: %s", found)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -59,11 +60,11 @@ def mapped_design(
     made = replace(stored, mappings=(*stored.mappings, before))
     small: dict[str, int] = {}
     grouped = table[keep & ~left_out].groupby(list(table.columns), observed=True).groups
-    split = {key: key if isinstance(key, tuple) else (key,) for key in sorted(grouped, key=str)}
+    ordered: list[Any] = sorted(grouped, key=str)  # (levels of the batch keys, condition) of every group
     if controls_first:
-        split = dict(sorted(split.items(), key=lambda pair: pair[1][-1] != stored.control))
-    for key, names in split.items():
-        places = np.asarray(grouped[key], dtype=np.int64)
+        ordered.sort(key=lambda names: names[-1] != stored.control)
+    for names in ordered:
+        places = np.asarray(grouped[names], dtype=np.int64)
         if len(places) < cohort.min_group_cells and cohort.small_groups != "keep":
             small[group_name(names[:-1], names[-1])] = len(places)
             few[places] = True
