@@ -357,5 +357,5 @@ def near_control(control: np.ndarray, own: np.ndarray, quantile: float) -> np.nd
 
 def near_distance(own: np.ndarray, quantile: float) -> float:
     """Return the largest distance of a near control match; see `near_control`."""
-    known = own[np.isfinite(own)]
-    return float(np.quantile(known, quantile)) if len(known) else float("inf")
+    finite = own[np.isfinite(own)]
+    return float(np.quantile(finite, quantile)) if len(finite) else float("inf")

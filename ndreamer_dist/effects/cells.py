@@ -83,8 +83,8 @@ class CellTable:
     def _take(self, name: str) -> Take:
         """Return the function that reads a column."""
         if name in self.ours:
-            made = pd.Series(self.ours[name]())
-            return lambda part: made.iloc[part]
+            values = pd.Series(self.ours[name]())
+            return lambda part: values.iloc[part]
         texts = self.cells.text(name)
         if texts is not None:
             return self._of_texts(texts, self.cells.sample()[name].dtype)
@@ -108,15 +108,15 @@ class CellTable:
         return name if all(pd.Index(names(part)).equals(pd.Index(column(part))) for part in parts) else None
 
 
-def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustered: bool = True) -> CellTable:
+def cell_table(source: Any, packed: Packed, columns: Mapping[str, Any], *, clustered: bool = True) -> CellTable:
     """Return the cells' table of a run.
 
     Parameters
     ----------
-    told
-        Columns that come last, in packed order, or what makes them.
+    columns
+        Our last columns, in packed order, or functions that make them, by name.
     clustered
-        Whether there are clusters to name; a matching space that needs none has none.
+        Whether the run has clusters; it has none if nothing needs them.
     """
     design = packed.design
     groups = design.own_groups
@@ -133,7 +133,7 @@ def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustere
     if clustered:
         ours[keys.OBS_LOW] = partial(packed.clusters, keys.PACKED_LOW)
         ours[keys.OBS_HIGH] = partial(packed.clusters, keys.PACKED_HIGH)
-    ours = {**ours, keys.OBS_INPUT_ROW: packed.input_row, **told}
+    ours = {**ours, keys.OBS_INPUT_ROW: packed.input_row, **columns}
     return CellTable(
         source.cells,
         packed.input_row,
@@ -160,5 +160,5 @@ def _header(names: Sequence[str], index_name: str | None) -> tuple[str, bytes]:
 
 def _with_rows(metadata: bytes, count: int) -> bytes:
     """Return the metadata of a column's first rows as that of all; a group's as it is."""
-    told = json.loads(metadata)
-    return json.dumps(told | {"shape": [count]}, indent=2).encode() if told["node_type"] == "array" else metadata
+    fields = json.loads(metadata)
+    return json.dumps(fields | {"shape": [count]}, indent=2).encode() if fields["node_type"] == "array" else metadata

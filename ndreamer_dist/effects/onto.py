@@ -64,8 +64,8 @@ class Onto:
 
     def __str__(self) -> str:
         line = (
-            f"of the mapped cells {self.far:.1%} are farther from the run's controls than 99 % of the run's own cells, and "
-            f"{self.unlike:.1%} are less like their control matches"
+            f"of the mapped cells {self.far:.1%} are farther from the run's controls than 99 % of the run's own cells, "
+            f"and {self.unlike:.1%} are less like their control matches"
         )
         if not self.belongs:
             return f"these cells do not belong to the run, and their effects mean nothing: {line}"
@@ -110,8 +110,8 @@ class Onto:
         return found
 
     def _far(self, distances: np.ndarray) -> float:
-        known = distances[np.isfinite(distances)]
-        return float((known > self.limit).mean()) if len(known) else 0.0
+        finite = distances[np.isfinite(distances)]
+        return float((finite > self.limit).mean()) if len(finite) else 0.0
 
     def place(self, here: str) -> str:
         """Return the run directory: by the path from `here`, the directory of the mapped cells, or else its address."""

@@ -14,5 +14,5 @@ def rounded(values: np.ndarray, keep_bits: int | None = None) -> np.ndarray:
     keep_bits
         Mantissa bits to keep; the others become 0. By default all. The relative error is at most 2^-(keep_bits + 1).
     """
-    kept = values.astype(np.float32, copy=keep_bits is not None)
-    return kept if keep_bits is None else np.asarray(BitRound(keep_bits).encode(kept).view(np.float32))
+    narrow = values.astype(np.float32, copy=keep_bits is not None)
+    return narrow if keep_bits is None else np.asarray(BitRound(keep_bits).encode(narrow).view(np.float32))

@@ -445,7 +445,8 @@ def controls_by_group(
     available = sum(group.cells for group in design.counted(0, treated[0]))
     least = int(np.argmin(numbers))
     logger.info(
-        "effects: of %d control cells, the matches of a group are worth %.0f used alike (median), %.0f at the least (%s)",
+        "effects: of %d control cells, the matches of a group are worth %.0f used alike (median), "
+        "%.0f at the least (%s)",
         available, np.median(numbers), numbers[least], treated[least].name,
     )  # fmt: skip
     return {group.name: round(number, 1) for group, number in zip(treated, numbers, strict=True)}

@@ -250,7 +250,8 @@ def _make_arrays(storage: Storage, layout: Layout) -> None:
     for name in layout.layers:
         ensure_array(
             storage, f"layers/{name}", shape=(layout.cells, layout.genes), dtype="float32", fill_value=np.nan,
-            attributes=ARRAY, chunks=(layout.block_rows, layout.chunk_genes), shards=(layout.block_rows, layout.shard_genes),
+            attributes=ARRAY, chunks=(layout.block_rows, layout.chunk_genes),
+            shards=(layout.block_rows, layout.shard_genes),
         )  # fmt: skip
 
 
@@ -301,7 +302,7 @@ def finish_store(
     layout: Layout,
     cells: Iterable[tuple[str, bytes]],
     genes: pd.DataFrame,
-    told: Mapping[str, Any],
+    uns: Mapping[str, Any],
 ) -> None:
     """Write the files of the driver: the tables `obs`, `var` and `uns`, the metadata of groups, and last the root.
 
@@ -309,11 +310,11 @@ def finish_store(
     ----------
     cells
         The files of `obs`, by name (`cells.CellTable.files`).
-    told
+    uns
         `uns["ndreamer"]`; see `facts`.
     """
     storage = stage.run.storage / keys.RESULTS
-    tables = {"var": genes, "uns": {keys.UNS: told}}
+    tables = {"var": genes, "uns": {keys.UNS: uns}}
     for name in ("obs", *tables):
         storage.delete(name)
     sizes, metadata = {}, {}
@@ -353,7 +354,7 @@ def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary:
         if layout.matches
         else [f"obsm has no matches: cells x groups would be {layout.cells * len(design.groups)}; see matches.zarr"]
     )
-    told = {
+    entries = {
         "format_version": keys.FORMAT_VERSION,
         "version": versions["ndreamer-dist"],
         "versions": versions,
@@ -373,7 +374,7 @@ def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary:
         **summary,
         "notes": [*summary.get("notes", ()), *notes],
     }
-    return {name: _plain(value) for name, value in told.items()}
+    return {name: _plain(value) for name, value in entries.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -470,8 +471,8 @@ def _unwritable(where: str, table: pd.DataFrame, error: Exception) -> CohortErro
             )
         except Exception:  # noqa: BLE001 - whatever anndata says of this column, it cannot be stored
             msg = (
-                f"{where} column {name!r} ({table[name].dtype}) cannot be stored; turn it into text or numbers, or leave it "
-                f"out: adata.{where}[{name!r}] = adata.{where}[{name!r}].astype(str)"
+                f"{where} column {name!r} ({table[name].dtype}) cannot be stored; turn it into text or numbers, or "
+                f"leave it out: adata.{where}[{name!r}] = adata.{where}[{name!r}].astype(str)"
             )
             return CohortError(msg)
     return CohortError(f"{where} cannot be stored as a whole ({type(error).__name__}: {error})")

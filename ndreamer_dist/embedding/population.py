@@ -200,9 +200,9 @@ def _write_doubts(space: Space, doubts: Sequence[state.Doubt | None]) -> None:
     """Write the gene variances that the positions of groups were fitted with, to place groups that are mapped later."""
     nothing = np.zeros(space.packed.n_genes)
     unfitted = state.Doubt(nothing, nothing, least=np.nan)
-    kept = [doubt or unfitted for doubt in doubts]
-    write_array(space.storage, keys.STATE_DOUBT, np.stack([np.stack([d.between, d.variance]) for d in kept]))
-    write_array(space.storage, keys.STATE_LEAST_DOUBT, np.array([d.least for d in kept]))
+    models = [doubt or unfitted for doubt in doubts]
+    write_array(space.storage, keys.STATE_DOUBT, np.stack([np.stack([d.between, d.variance]) for d in models]))
+    write_array(space.storage, keys.STATE_LEAST_DOUBT, np.array([d.least for d in models]))
 
 
 def _confirmed(found: HalfSums, beyond: int, *, halved: bool) -> int:
@@ -227,12 +227,12 @@ def _positions(
     inner = _inner_groups(space, populations, code)
     moments = summed_moments(space, inner, populations.codes, code, runtime, products=False)
     mean, axes = directions_of(space.storage, space.key, code)
-    there = np.flatnonzero(moments.cells)
-    means = moments.sums[there] / moments.cells[there, None] - mean
+    present = np.flatnonzero(moments.cells)
+    means = moments.sums[present] / moments.cells[present, None] - mean
     found = np.zeros((len(moments.cells), k))
-    cells = moments.cells[there]
+    cells = moments.cells[present]
     doubt = with_threads(1, state.doubt_of, means, axes[:, :k], moments.within_variance, cells)
-    found[there] = with_threads(1, doubt.positions, means, axes[:, :k], cells)
+    found[present] = with_threads(1, doubt.positions, means, axes[:, :k], cells)
     return found, doubt
 
 

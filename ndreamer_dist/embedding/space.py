@@ -258,8 +258,8 @@ def _signal_components(space: Space, moments: Moments, axes: np.ndarray, setting
         chosen = np.unique(np.linspace(0, space.packed.n_blocks - 1, SIGNAL_BLOCKS).astype(int))
         totals = cell_totals(space.packed)
         blocks = ((space.packed.block(block), totals[space.rows(block)]) for block in chosen.tolist())
-        drawn = np.random.default_rng(np.random.SeedSequence((settings.seed, keys.STREAMS[keys.STAGE_SPACE])))
-        shares = state.signal_shares(blocks, axes[:, :keep], drawn)
+        generator = np.random.default_rng(np.random.SeedSequence((settings.seed, keys.STREAMS[keys.STAGE_SPACE])))
+        shares = state.signal_shares(blocks, axes[:, :keep], generator)
         keep = int((shares >= settings.embed.signal_share).sum())
     return max(1, keep)
 
@@ -373,10 +373,10 @@ def _sum_span(task: SumTask, space: Space, inner: np.ndarray, populations: np.nd
     with threadpool_limits(1):
         parts = (_block_moments(space, block, inner, populations, task) for block in range(task.first, task.last))
         found = functools.reduce(Moments.plus, parts)
-        there = np.flatnonzero(found.cells)
-        table = np.column_stack([there, found.cells[there], found.inner_cells[there], found.sums[there]])
+        present = np.flatnonzero(found.cells)
+        table = np.column_stack([present, found.cells[present], found.inner_cells[present], found.sums[present]])
         # An array cannot be empty, so a row with 0 cells stands for an empty table.
-        groups = table if len(there) else np.zeros((1, 3 + found.sums.shape[1]))
+        groups = table if len(present) else np.zeros((1, 3 + found.sums.shape[1]))
         for part, values in zip(SUMS, (groups.astype(np.float64), found.outer, found.squares[None]), strict=True):
             write_array(space.storage, f"{task.name}/{part}", values)
 

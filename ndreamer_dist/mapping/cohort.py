@@ -98,9 +98,9 @@ def genes_of(source: Source, modelled: tuple[str, ...], fill: float) -> Genes:
     named = listing(missing, limit=NAMED_GENES)
     if share > fill:
         msg = (
-            f"{source.name} lacks {len(missing)} of the {len(modelled)} genes that the run models ({share:.2%}): {named}; "
-            f"--fill-missing-genes {np.ceil(share * 1000) / 1000:g} takes them as zeros (or name genes by another column: "
-            "--gene-names)"
+            f"{source.name} lacks {len(missing)} of the {len(modelled)} genes that the run models ({share:.2%}): "
+            f"{named}; --fill-missing-genes {np.ceil(share * 1000) / 1000:g} takes them as zeros (or name genes by "
+            "another column: --gene-names)"
         )
         raise CohortError(msg)
     if missing:
@@ -134,7 +134,10 @@ def refuse_known_cells(source: Source, reference: Reference) -> None:
     """Raise `CohortError` if a cell has the name of a cell of the run."""
     twice = source.cell_names[source.cell_names.isin(reference.cell_names)]
     if len(twice):
-        msg = f"{len(twice)} cells are in the run already, {str(twice[0])!r} first; leave them out, or rename cells that only share a name"
+        msg = (
+            f"{len(twice)} cells are in the run already, {str(twice[0])!r} first; leave them out, or rename cells that "
+            "only share a name"
+        )
         raise CohortError(msg)
 
 
@@ -151,20 +154,20 @@ def run_mapped_cohort(
     one = np.zeros(source.n_cells, dtype=np.int64)
     found = scan(source, source.task_matrix(runtime), one, recipe, runtime, title="cohort: values")
     keep, dropped_for = kept_cells(found, cohort)
-    made = mapped_design(source.cells, reference.design, cohort, keep, controls_first=new.controls_first)
-    made = replace(made, reasons=first_reason(dropped_for, made.reasons))
+    grouped = mapped_design(source.cells, reference.design, cohort, keep, controls_first=new.controls_first)
+    grouped = replace(grouped, reasons=first_reason(dropped_for, grouped.reasons))
     selected = np.array([name is not None for name in genes.names])
     named = np.where(selected, genes.names, source.gene_names.to_numpy(dtype=object))
     table = pd.DataFrame({"name": named, "selected": selected, "cells": found.expressed})
     notes = [decision.seen, *source.notes]
     if genes.missing:
         notes.append(f"{len(genes.missing)} genes of the run are missing and count as zeros: {listing(genes.missing)}")
-    for reason in sorted(set(made.reasons[made.reasons != ""])):
-        notes.append(f"{int((made.reasons == reason).sum())} cells left out: {reason}")
+    for reason in sorted(set(grouped.reasons[grouped.reasons != ""])):
+        notes.append(f"{int((grouped.reasons == reason).sum())} cells left out: {reason}")
         logger.warning("map: %s", notes[-1]) if reason != NO_COUNTS else logger.info("map: %s", notes[-1])
-    summary = summary_of(cohort, decision, made, table, notes) | {"cells": made.design.own_cells}
-    stage.mark(shard, write_cohort(run, source, made, found, table, summary))
-    return made.design
+    summary = summary_of(cohort, decision, grouped, table, notes) | {"cells": grouped.design.own_cells}
+    stage.mark(shard, write_cohort(run, source, grouped, found, table, summary))
+    return grouped.design
 
 
 def counted_genes(home: RunDirectory, source: Source, cohort: CohortSettings) -> np.ndarray | None:

@@ -57,7 +57,7 @@ def mapped_design(
     few = np.zeros(len(obs), dtype=bool)
     codes = np.full(len(obs), -1, dtype=np.int32)
     before = len(stored.groups)
-    made = replace(stored, mappings=(*stored.mappings, before))
+    design = replace(stored, mappings=(*stored.mappings, before))
     small: dict[str, int] = {}
     grouped = table[keep & ~left_out].groupby(list(table.columns), observed=True).groups
     ordered: list[Any] = sorted(grouped, key=str)  # (levels of the batch keys, condition) of every group
@@ -69,23 +69,23 @@ def mapped_design(
             small[group_name(names[:-1], names[-1])] = len(places)
             few[places] = True
             continue
-        made = _with_group(made, names[:-1], names[-1], len(places))
-        codes[places] = made.groups[-1].code
-    if small and (cohort.small_groups == "error" or len(made.groups) == before):
+        design = _with_group(design, names[:-1], names[-1], len(places))
+        codes[places] = design.groups[-1].code
+    if small and (cohort.small_groups == "error" or len(design.groups) == before):
         sizes = listing([f"{name} ({cells})" for name, cells in small.items()])
         msg = (
             f"groups of fewer than {cohort.min_group_cells} cells: {sizes}; lower cohort.min_group_cells, or keep them "
             "(--set cohort.small_groups=keep)"
         )
         raise CohortError(msg)
-    if len(made.groups) == before:
+    if len(design.groups) == before:
         msg = "no cell is left to map"
         raise CohortError(msg)
-    controls = sum(group.condition == 0 for group in made.own_groups)
-    if controls_first and 0 < controls < len(made.own_groups):
-        made = replace(made, new_controls=(*made.new_controls, before + controls))
+    controls = sum(group.condition == 0 for group in design.own_groups)
+    if controls_first and 0 < controls < len(design.own_groups):
+        design = replace(design, new_controls=(*design.new_controls, before + controls))
     reasons = {EXCLUDED: keep & left_out, f"group of fewer than {cohort.min_group_cells} cells": few}
-    return GroupedCells(made, codes, why_left_out(reasons))
+    return GroupedCells(design, codes, why_left_out(reasons))
 
 
 def names_in(obs: ColumnTable, name: str) -> np.ndarray:
@@ -106,8 +106,8 @@ def _refuse_nearly_known(names: Iterable[str], known: Sequence[str]) -> None:
         alike = [other for other in known if nearly_same(name, other)]
         if alike and name not in known:
             msg = (
-                f"condition {quoted(name)} is not in the run, which has {quoted(alike[0])}; write it as the run's cohort does, "
-                "or give it another name if it is another condition"
+                f"condition {quoted(name)} is not in the run, which has {quoted(alike[0])}; write it as the run's "
+                "cohort does, or give it another name if it is another condition"
             )
             raise CohortError(msg)
 
@@ -117,21 +117,23 @@ def _with_group(design: Design, levels: Sequence[str], condition: str, cells: in
     name = group_name(levels, condition)
     if name in {group.name for group in design.groups}:
         msg = (
-            f"group {quoted(name)} is in the run already; cells of it that were measured anew are a batch of their own: "
-            f"give them another name in {listing(design.batch_keys)}"
+            f"group {quoted(name)} is in the run already; cells of it that were measured anew are a batch of their "
+            f"own: give them another name in {listing(design.batch_keys)}"
         )
         raise CohortError(msg)
-    known = design.batch_levels
+    batch_levels = design.batch_levels
     if design.batch_keys:
-        known = tuple(own if level in own else (*own, level) for own, level in zip(known, levels, strict=True))
+        batch_levels = tuple(
+            own if level in own else (*own, level) for own, level in zip(batch_levels, levels, strict=True)
+        )
     batch = batch_name(levels)
     batches = design.batches if batch in design.batches else (*design.batches, batch)
     conditions = design.conditions if condition in design.conditions else (*design.conditions, condition)
     group = Group(
         code=len(design.groups), name=name, condition=conditions.index(condition), batch=batches.index(batch),
-        batch_codes=tuple(own.index(level) for own, level in zip(known, levels, strict=False)),
+        batch_codes=tuple(own.index(level) for own, level in zip(batch_levels, levels, strict=False)),
         start=design.n_cells, stop=design.n_cells + cells,
     )  # fmt: skip
     return replace(
-        design, conditions=conditions, batch_levels=known, batches=batches, groups=(*design.groups, group)
+        design, conditions=conditions, batch_levels=batch_levels, batches=batches, groups=(*design.groups, group)
     )  # fmt: skip

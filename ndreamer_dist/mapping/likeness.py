@@ -61,10 +61,13 @@ def _likeness(group: Group, run: RunDirectory, packed: Packed) -> tuple[str, np.
     own = np.arange(group.start, group.start + count)
     wanted = np.unique(np.concatenate([own, near[near >= 0]]))
     values = _gathered(packed, wanted).toarray().astype(np.float64)
-    known = near >= 0  # with sampled groups, a cell is matched in some of them only
-    total = sum(values[np.searchsorted(wanted, rows)] * there[:, None] for rows, there in zip(near, known, strict=True))
-    seen = known.any(axis=0)
-    mean = (total / np.maximum(known.sum(axis=0), 1)[:, None])[seen]
+    matched = near >= 0  # with sampled groups, a cell is matched in some of them only
+    total = sum(
+        values[np.searchsorted(wanted, rows)] * matched_here[:, None]
+        for rows, matched_here in zip(near, matched, strict=True)
+    )
+    seen = matched.any(axis=0)
+    mean = (total / np.maximum(matched.sum(axis=0), 1)[:, None])[seen]
     return group.name, _correlation(values[np.searchsorted(wanted, own)][seen], mean)
 
 

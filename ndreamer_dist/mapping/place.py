@@ -160,8 +160,8 @@ class StatePlacer:
         storage = reference.space.embedding(keys.STATE_AXES)
         if open_array(storage, keys.STATE_MEAN).shape[0] > 1:
             msg = (
-                f"{reference.run.url} has a state space for each of several populations (state.by), and new cells' are not "
-                "known; map onto another space"
+                f"{reference.run.url} has a state space for each of several populations (state.by), and the "
+                "populations of new cells are not known; map onto another space"
             )
             raise RunError(msg)
         self._trained = TrainedPlacer(reference) if keys.is_trained(reference.method) else None
@@ -207,8 +207,8 @@ def _kept(storage: Storage, name: str) -> np.ndarray:
     """Read an array that mapping needs; raise `RunError` if the run was made by a version that did not store it."""
     if not storage.exists(f"{name}/zarr.json"):
         msg = (
-            f"{storage.url} holds no '{name}': the run was made by a version that did not keep what mapping needs; make it again "
-            "(--fresh), or map onto another space of it (--embedding)"
+            f"{storage.url} holds no '{name}': the run was made by a version that did not keep what mapping needs; "
+            "make it again (--fresh), or map onto another space of it (--embedding)"
         )
         raise RunError(msg)
     return read_array(storage, name)
@@ -217,11 +217,14 @@ def _kept(storage: Storage, name: str) -> np.ndarray:
 def placer_of(reference: Reference) -> Placer:
     """Return the placer of the run's matching space; raise `RunError` if the run cannot place new cells."""
     kinds: dict[str, type[TrainedPlacer | ComponentsPlacer | StatePlacer]] = {
-        keys.NDREAMER: TrainedPlacer, keys.SPACE_PCA: ComponentsPlacer, keys.HARMONY: HarmonyPlacer, keys.STATE: StatePlacer,
-        keys.NDREAMER_STATE: StatePlacer,
+        keys.NDREAMER: TrainedPlacer, keys.SPACE_PCA: ComponentsPlacer, keys.HARMONY: HarmonyPlacer,
+        keys.STATE: StatePlacer, keys.NDREAMER_STATE: StatePlacer,
     }  # fmt: skip
     if reference.method not in kinds:
-        msg = f"{reference.run.url} is matched in {reference.method!r}, coordinates that its own cohort brought: new cells have none"
+        msg = (
+            f"{reference.run.url} is matched in {reference.method!r}, coordinates that its own cohort brought: new "
+            "cells have none"
+        )
         raise RunError(msg)
     return kinds[reference.method](reference)
 

@@ -72,9 +72,9 @@ class Reference:
         if not run.storage.exists(keys.RUN_JSON):
             msg = f"{run.url} holds no run to map onto"
             raise RunError(msg)
-        told = run.read_run()
-        if keys.UNS_ONTO in told:
-            return cls._extended(run, told[keys.UNS_ONTO], embedding)
+        record = run.read_run()
+        if keys.UNS_ONTO in record:
+            return cls._extended(run, record[keys.UNS_ONTO], embedding)
         spaces = run.spaces()
         method = next(iter(spaces)) if embedding is None else embedding
         if method not in spaces:
@@ -87,14 +87,14 @@ class Reference:
         return cls(run, run, spaces[method], settings, packed.design, (packed,), (spaces[method],), key)
 
     @classmethod
-    def _extended(cls, run: RunDirectory, told: dict[str, Any], embedding: str | None) -> Reference:
+    def _extended(cls, run: RunDirectory, record: dict[str, Any], embedding: str | None) -> Reference:
         """Open a directory of mapped cells, so that later cells are matched with these and the original run."""
-        onto = Onto(**{name: value for name, value in told.items() if name != "extend"})
-        if not told["extend"]:
-            msg = f"{run.url} was mapped without --extend; map it again with it, or map onto {told['url']}"
+        onto = Onto(**{name: value for name, value in record.items() if name != "extend"})
+        if not record["extend"]:
+            msg = f"{run.url} was mapped without --extend; map it again with it, or map onto {record['url']}"
             raise RunError(msg)
-        if embedding not in (None, told["space"]):
-            msg = f"{run.url} was mapped in the space {told['space']!r}, not in {embedding!r}"
+        if embedding not in (None, record["space"]):
+            msg = f"{run.url} was mapped in the space {record['space']!r}, not in {embedding!r}"
             raise RunError(msg)
         _refuse_unfinished(run)
         base = cls.open(onto.place(run.url), onto.space)
@@ -138,8 +138,8 @@ class Reference:
         stored = some(self.parts[0].design.own_groups)
         own = likenesses(self.space, self.parts[0], stored, runtime, "map: likeness inside the run")
         new = likenesses(out, packed, packed.design.own_groups, runtime, "map: likeness")
-        known = np.concatenate([*own.values()])
-        least = float(np.quantile(known, 1 - FAR_QUANTILE)) if len(known) else -1.0
+        stored_values = np.concatenate([*own.values()])
+        least = float(np.quantile(stored_values, 1 - FAR_QUANTILE)) if len(stored_values) else -1.0
         unlike = {name: float((values < least).mean()) for name, values in new.items() if len(values)}
         every = np.concatenate([*new.values()])
         return replace(
@@ -151,11 +151,10 @@ class Reference:
         """Return the record of the run, with the limits that the distances of its own cells set."""
         first = ResultsReader(results_storage(self.home.storage, self.method))
         distances = first.packed_obs[keys.OBS_MATCH_DISTANCE].to_numpy(dtype=np.float64)
-        known = distances[np.isfinite(distances)]
-        limit = float(np.quantile(known, FAR_QUANTILE)) if len(known) else float("inf")
-        return Onto(
-            self.run.url, self.path_from(out), self.method, self.key, near_distance(own_distances(first), self.settings.effects.near_quantile), limit,
-        )  # fmt: skip
+        finite = distances[np.isfinite(distances)]
+        limit = float(np.quantile(finite, FAR_QUANTILE)) if len(finite) else float("inf")
+        near = near_distance(own_distances(first), self.settings.effects.near_quantile)
+        return Onto(self.run.url, self.path_from(out), self.method, self.key, near, limit)
 
 
 def own_distances(results: ResultsReader) -> np.ndarray:

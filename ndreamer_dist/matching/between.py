@@ -59,10 +59,10 @@ class SearchBetween:
         corrected = self.corrected and not np.array_equal(asking, targets)
         rows, distances = np.full((len(queries), k), -1), np.full((len(queries), k), np.nan, dtype=np.float32)
         inside = (own >= 0) & corrected  # like the stage, never correct distances inside a query's own group
-        for part, asked in ((~inside, self._placed(asking) if corrected else None), (inside, None)):
+        for part, measured_from in ((~inside, self._placed(asking) if corrected else None), (inside, None)):
             if part.any():
                 near = nearest_inside(
-                    self._placed(queries[part]), self._placed(targets), own[part], self.least, asked, k
+                    self._placed(queries[part]), self._placed(targets), own[part], self.least, measured_from, k
                 )
                 rows[part], distances[part] = np.where(near.rows < 0, -1, targets[near.rows]), near.distances
         return rows, distances

@@ -86,8 +86,8 @@ def nearest(
         Number of threads, which search tiles of queries in parallel.
     """
     skipped = np.full(len(queries), -1, dtype=np.int64) if exclude is None else np.asarray(exclude, dtype=np.int64)
-    given = targets.targets if isinstance(targets, Index) else targets
-    if not len(queries) or not len(given):
+    coordinates = targets.targets if isinstance(targets, Index) else targets
+    if not len(queries) or not len(coordinates):
         return Neighbours(*distances_of(*nothing_found(len(queries), k)), np.zeros(len(queries), dtype=bool))
     with one_thread(targets):
         index = targets if isinstance(targets, Index) else build_index(targets)
@@ -326,24 +326,24 @@ class Tile:
     def _scan_own(self, own: np.ndarray) -> None:
         """Scan each query's own cell. Set limits for many queries at once, since each call has a fixed cost."""
         cuts = np.cumsum(np.bincount(own, minlength=self.index.cells))
-        looked: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]] = []
+        scanned: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]] = []
         for cell, queries in enumerate(np.split(np.argsort(own, kind="stable"), cuts[:-1])):
             for part in self._parts(cell, queries):
                 values = self._values(part, cell)
-                looked.append((part, cell, values, self._kth(part, values)))
-                if sum(values.size for _, _, values, _ in looked) > SETTLED_PAIRS:
-                    self._settle(looked, own)
-                    looked = []
-        self._settle(looked, own)
+                scanned.append((part, cell, values, self._kth(part, values)))
+                if sum(values.size for _, _, values, _ in scanned) > SETTLED_PAIRS:
+                    self._settle(scanned, own)
+                    scanned = []
+        self._settle(scanned, own)
 
-    def _settle(self, looked: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]], own: np.ndarray) -> None:
+    def _settle(self, scanned: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]], own: np.ndarray) -> None:
         """Set the limits of the buffered queries, each of which occurs once, and keep the points within the limits."""
-        if not looked:
+        if not scanned:
             return
-        queries = np.concatenate([part for part, _, _, _ in looked])
-        self._bound(queries, np.concatenate([kth for _, _, _, kth in looked]), own[queries])
-        limits = np.split(self._limits(queries, own[queries]), np.cumsum([len(part) for part, _, _, _ in looked])[:-1])
-        for (part, cell, values, _), limit in zip(looked, limits, strict=True):
+        queries = np.concatenate([part for part, _, _, _ in scanned])
+        self._bound(queries, np.concatenate([kth for _, _, _, kth in scanned]), own[queries])
+        limits = np.split(self._limits(queries, own[queries]), np.cumsum([len(part) for part, _, _, _ in scanned])[:-1])
+        for (part, cell, values, _), limit in zip(scanned, limits, strict=True):
             self._choose(part, cell, values, values <= limit[:, None])
 
     def _scan(self, cell: int, queries: np.ndarray) -> None:

@@ -286,17 +286,17 @@ def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: in
     costs = [_cost(shard.task, settings, design) for shard in ordered]
     even = sum(costs) // (4 * workers) if workers > 1 else UNIT_DISTANCES  # one worker has nothing to balance
     limit = min(UNIT_DISTANCES, max(LEAST_DISTANCES, even))
-    made: list[Unit] = []
+    result: list[Unit] = []
     gathered: list[Shard] = []
     total = 0
     for shard, cost in zip(ordered, costs, strict=True):
         if gathered and total + cost > limit:
-            made.append(Unit(tuple(gathered), total))
+            result.append(Unit(tuple(gathered), total))
             gathered, total = [], 0
         gathered.append(shard)
         total += cost
-    made.append(Unit(tuple(gathered), total))
-    return sorted(made, key=lambda unit: -unit.distances)
+    result.append(Unit(tuple(gathered), total))
+    return sorted(result, key=lambda unit: -unit.distances)
 
 
 def _cost(edge: EdgeTile, settings: Settings, design: Design) -> int:
@@ -426,7 +426,7 @@ def search_unit(
     remote_from = Remoteness(
         cells.points, starts, cells.labels, edges=edges, pooled=pooled, threads=settings.run.task_threads
     )
-    there = _placed(cells, settings.match.device)
+    on_device = _placed(cells, settings.match.device)
 
     def finish(shard: Shard, found: Found) -> None:
         _write(shard.task, found, run, settings, design)
@@ -439,9 +439,9 @@ def search_unit(
             group = design.groups[target]
             corrected = edges and settings.match.device != "cuda"
             whole = partial(remote_from.whole, target) if corrected else None
-            search = Searcher(there.of(slice(group.start, group.stop)), settings, whole)
+            search = Searcher(on_device.of(slice(group.start, group.stop)), settings, whole)
             for batch in alike(list(shards), settings, design):
-                searched = _search_batch(batch, search, there, settings, design, remote_from)
+                searched = _search_batch(batch, search, on_device, settings, design, remote_from)
                 for shard, found in zip(batch, searched, strict=True):
                     write(finish, shard, found)
     return counts
@@ -557,8 +557,8 @@ class Searcher:
 
     def _index(self, stratum: Stratum) -> Index:
         if stratum.label not in self._indexes:
-            there = self._whole(stratum.label) if self._whole is not None else None
-            self._indexes[stratum.label] = build_index(self._points(stratum)) if there is None else there
+            existing = self._whole(stratum.label) if self._whole is not None else None
+            self._indexes[stratum.label] = build_index(self._points(stratum)) if existing is None else existing
         return self._indexes[stratum.label]
 
     def _group_on_gpu(self, stratum: Stratum) -> GpuIndex:

@@ -1,4 +1,4 @@
-"""A run in a space that needs no network: from input to results, interrupted or not, beside other spaces."""
+"""Runs in spaces that need no network: from input to results, interrupted or not, beside other spaces."""
 
 from __future__ import annotations
 

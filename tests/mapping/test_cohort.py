@@ -1,4 +1,4 @@
-"""The genes of a mapped cohort are found by name, id or symbol: those that the run models, and those of a cell's total."""
+"""Genes of a mapped cohort are found by name, id or symbol: the modelled genes and those of a cell's total."""
 
 from __future__ import annotations
 
