@@ -129,7 +129,7 @@ def gene_places(index: pd.Index, table: pd.DataFrame, names: Iterable[object]) -
     For each name the places it means: one, none, or several where it is ambiguous.
     """
     places: dict[str, list[int]] = {}
-    known: list[pd.Series[Any]] | None = None
+    known: list[dict[Any, Any]] | None = None
     wanted = [str(name) for name in names]
     for name, place in zip(wanted, index.get_indexer(pd.Index(wanted, dtype=object)).tolist(), strict=True):
         if place >= 0:
@@ -137,24 +137,18 @@ def gene_places(index: pd.Index, table: pd.DataFrame, names: Iterable[object]) -
             continue
         known = _other_names(index, table) if known is None else known
         bare = VERSION.sub(r"\1", name)
-        matching: list[int] = []
-        for other in known:
-            matching = (
-                np.flatnonzero((other == name).to_numpy()).tolist()
-                or np.flatnonzero((other == bare).to_numpy()).tolist()
-            )
-            if matching:
-                break
-        places[name] = matching
+        matching = (other[text] for other in known for text in (name, bare) if text in other)
+        places[name] = list(map(int, next(matching, ())))
     return places
 
 
-def _other_names(index: pd.Index, table: pd.DataFrame) -> list[pd.Series[Any]]:
-    """Return what genes are called besides their names, each with its versions taken off as well."""
+def _other_names(index: pd.Index, table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Return the positions of genes by their other names, one dict per kind of name; ids with and without versions."""
     columns = [name for name in (keys.VAR_GENE_ID, *SYMBOL_COLUMNS, *ID_COLUMNS) if name in table]
     plain = [pd.Series(np.asarray(index, dtype=object))]
     plain += [pd.Series(table[name].astype(object).to_numpy()) for name in columns]
-    return [*plain[1:], *(series.astype(str).str.replace(VERSION, r"\1", regex=True) for series in plain)]
+    bare = [series.astype(str).str.replace(VERSION, r"\1", regex=True) for series in plain]
+    return [series.groupby(series, sort=False).indices for series in (*plain[1:], *bare)]
 
 
 def check_names(name: str, obs: Any, var: pd.DataFrame) -> None:

@@ -1,8 +1,8 @@
-"""The averages of expression from which every effect is computed (METHOD section 6). Pure.
+"""Average the expression of matches, from which all effects are computed (METHOD section 6). Pure.
 
 Input: rows and distances of matches, and expression in blocks of packed rows. Output: the expected expression F of any
-cells under any condition, and the layers. A cell sums its counterparts in float64, in the order of their packed rows, so
-the same question has the same bits however the work is cut. Stored layers and layers on demand both come from here.
+cells under any condition, and the layers. A cell's counterparts are summed in float64, in the order of their packed
+rows, so the bits do not depend on how the work is cut. Stored layers and layers on demand both use this module.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ndreamer_dist.cohort.design import Design, Group
 from ndreamer_dist.effects.rounding import rounded
 
 Edges = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
-"""Rows and distances, (cells, k) each, by (query group, target group)."""
+"""Rows and distances of matches, (cells, k) each, by (query group, target group)."""
 
 
 @dataclass(frozen=True)
 class Average:
-    """Which rows are averaged for each cell: the sum over entries of weight times row, divided by `groups`.
+    """A sparse weighted average per cell: the sum over its entries of weight times row, divided by `groups`.
 
     Attributes
     ----------
     cell, row, weight
-        (entries,) place of the cell among those asked for, packed row of its counterpart, float64 weight.
+        (entries,) position of the cell among the requested cells, packed row of its counterpart, float64 weight.
     groups
-        (cells,) number of groups averaged over; 0 where the average is not wanted.
+        (cells,) number of groups averaged over; 0 for a cell that needs no average.
     """
 
     cell: np.ndarray
@@ -43,16 +43,16 @@ class Average:
 
 @dataclass(frozen=True)
 class Term:
-    """An average that a question needs.
+    """An average that a layer or a query needs.
 
     Attributes
     ----------
     condition
-        Over which condition's groups; by default each cell's own.
+        Condition whose groups are averaged over; None for each cell's own.
     without
-        Condition whose cells are not asked, if any.
+        Condition whose cells need no average, if any.
     denoised
-        Whether it is over `denoise.neighbours`, and not over `match.neighbours`.
+        Whether to average over `denoise.neighbours` instead of `match.neighbours`.
     """
 
     condition: int | None
@@ -61,12 +61,12 @@ class Term:
 
 
 def layer_terms(layer: str) -> tuple[Term, ...]:
-    """Return the averages that a layer is made of."""
+    """Return the averages that a layer needs."""
     return (Term(None, without=0), Term(0, without=0)) if layer == keys.LAYER_ITE else (Term(None, denoised=True),)
 
 
 def segments(design: Design, rows: np.ndarray) -> Iterator[tuple[Group, slice]]:
-    """Give the groups that ascending packed rows belong to, with the places of each among the rows."""
+    """Yield the groups of ascending packed rows, each with the slice of the rows that belongs to it."""
     bounds = np.searchsorted(rows, design.starts)
     for code in np.flatnonzero(np.diff(bounds)).tolist():
         yield design.groups[code], slice(int(bounds[code]), int(bounds[code + 1]))
@@ -78,7 +78,7 @@ def kernel_weights(distances: np.ndarray, bandwidth: float) -> np.ndarray:
     Parameters
     ----------
     distances
-        (cells, k); NaN where a target group has fewer cells, which gets weight 0.
+        (cells, k); NaN for a missing neighbour, which gets weight 0.
     """
     near = np.where(np.isnan(distances), np.inf, distances).astype(np.float64)
     nearest = near.min(axis=1, keepdims=True)
@@ -90,16 +90,20 @@ def kernel_weights(distances: np.ndarray, bandwidth: float) -> np.ndarray:
 def average_over(
     design: Design, edges: Edges, rows: np.ndarray, term: Term, bandwidth: float, neighbours: int | None = None
 ) -> Average:
-    """Return what F is an average of: the counterparts of some cells in a condition's groups.
+    """Return the sparse average that F is: over the counterparts of some cells in a condition's groups.
 
-    In its own group a cell is its own counterpart. Cells of the condition that a term leaves out get no groups.
+    In its own group a cell is its own counterpart. Cells of the condition `term.without` get `groups` 0.
 
     Parameters
     ----------
+    edges
+        Matches of the cells of each query group, in the order of `rows`.
     rows
-        Packed rows of the cells, ascending; `edges` has those of each query group in this order.
+        Packed rows of the cells, ascending.
+    bandwidth
+        Bandwidth of the kernel weights.
     neighbours
-        How many of the best neighbours of each group count; by default all that `edges` has.
+        Number of nearest neighbours per group to average; by default all in `edges`.
     """
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     groups = np.zeros(len(rows), dtype=np.int64)
@@ -128,20 +132,27 @@ def average_through(
     genes: int,
     sums: Sequence[np.ndarray] | None = None,
 ) -> Sequence[np.ndarray]:
-    """Return the averages of expression that the entries ask for: one (cells, genes) float64 each.
+    """Compute averages of expression: one (cells, genes) float64 array each.
 
-    Each cell sums its counterparts in the order of their rows, so the averages have the same bits however rows are cut
-    into blocks and cells into calls.
+    The counterparts of a cell are summed in the order of their rows, so the bits do not depend on how rows are cut into
+    blocks and cells into calls.
 
     Parameters
     ----------
     averages
-        What to average; NaN comes out for cells with `groups` 0.
+        The sparse averages; cells with `groups` 0 become NaN.
     blocks
-        (packed rows, CSR) of row blocks; rows ascend inside and from block to block, and all together hold every row
-        asked for. One is used at a time, so this may load them as it goes.
+        (packed rows, CSR) of row blocks. Rows ascend inside blocks and from block to block, and must include every row
+        of the averages. Blocks are used one at a time, so an iterator may load them lazily.
+    genes
+        Number of genes.
     sums
-        Where the averages go, whatever is there; by default new memory.
+        Arrays to write the averages to, with any content; by default new ones.
+
+    Raises
+    ------
+    ValueError
+        A block has more genes, or a row is in no block.
     """
     sums = [np.empty((len(average.groups), genes)) for average in averages] if sums is None else sums
     entries = [_Entries.of(average) for average in averages]
@@ -156,23 +167,23 @@ def average_through(
             msg = "the expression blocks do not hold every row that is averaged"
             raise ValueError(msg)
         without = entry.start == entry.stop
-        with np.errstate(invalid="ignore"):  # nothing, divided by no group, is NaN
+        with np.errstate(invalid="ignore"):  # 0 / 0 groups is NaN
             total[without] = (0.0 / entry.groups[without])[:, None]
     return sums
 
 
 @dataclass(frozen=True)
 class _Entries:
-    """The entries of an average, sorted by cell and then by row, and how far each cell has got.
+    """The entries of an average, sorted by cell and then by row, and the progress of each cell.
 
     Attributes
     ----------
     row, weight
         (entries,) int64 and float64.
     start, next, stop
-        (cells,) each cell's first entry, the first that is not yet added, and the one after its last.
+        (cells,) first entry of each cell, its first entry that is not yet added, and the one after its last.
     groups
-        (cells,) what its sum is divided by after the last.
+        (cells,) divisor of the complete sum.
     """
 
     row: np.ndarray
@@ -186,7 +197,7 @@ class _Entries:
     def of(cls, average: Average) -> _Entries:
         """Sort the entries of an average."""
         rows = int(average.row.max(initial=0)) + 1
-        # One key sorts several times faster than two; the sort keeps the order of equal entries.
+        # Sorting one combined key is several times faster than a lexsort.
         order = np.argsort(average.cell * rows + average.row, kind="stable")
         bounds = np.concatenate([[0], np.cumsum(np.bincount(average.cell, minlength=len(average.groups)))])
         return cls(
@@ -194,11 +205,11 @@ class _Entries:
         )
 
     def add(self, total: np.ndarray, rows: np.ndarray, block: sparse.csr_matrix) -> None:
-        """Add the share of a block of rows to sums, (cells, genes), and divide those that are complete."""
+        """Add a block of rows to the sums, (cells, genes), and divide the sums that are complete."""
         if not len(rows):
             return
         first, last = int(rows[0]), int(rows[-1])
-        # The place in the block of an entry that is not of the block is never looked at.
+        # `place` is meaningless for entries outside the block, which are never read.
         place = self.row - first if last - first + 1 == len(rows) else np.searchsorted(rows, self.row)
         entries = (self.row, place, self.weight, self.start, self.next, self.stop)
         _compiled()(total, entries, self.groups, (first, last), (block.indptr, block.indices, block.data))
@@ -211,16 +222,20 @@ def _add_rows(
     span: tuple[int, int],
     block: tuple[np.ndarray, ...],
 ) -> None:
-    """Add one block's share to the sums, entry by entry; divide a cell's sum after its last. This is compiled.
+    """Add a block to the sums, entry by entry, and divide a cell's sum after its last entry; compiled by numba.
 
     Parameters
     ----------
+    total
+        (cells, genes) sums, changed in place.
     entries
-        Row, place in the block and weight of every entry; of every cell its first entry, its next, and the end of its own.
+        Row, position in the block and weight of every entry; `start`, `next` and `stop` of every cell.
+    groups
+        (cells,) divisors.
     span
         First and last row of the block.
     block
-        Its `indptr`, `indices` and `data`.
+        `indptr`, `indices` and `data` of the block.
     """
     row, place, weight, start, following, stop = entries
     indptr, indices, data = block
@@ -233,7 +248,7 @@ def _add_rows(
             sums[:] = 0.0
         while entry < stop[cell] and span[0] <= row[entry] <= span[1]:
             here, share = place[entry], weight[entry]
-            # Unsigned, since an index that may be negative takes a look at every value.
+            # Unsigned indexes spare numba the check for negative ones at every value.
             for value in range(np.uint64(indptr[here]), np.uint64(indptr[here + 1])):
                 sums[np.uint64(indices[value])] += data[value] * share
             entry += 1
@@ -245,16 +260,16 @@ def _add_rows(
 
 @cache
 def _compiled() -> Callable[..., None]:
-    """Return `_add_rows` as machine code: neither numpy nor scipy adds sparse rows in a fixed order without copies.
+    """Compile `_add_rows`: neither numpy nor scipy can add sparse rows in a fixed order without copies.
 
-    The code is kept on disk, where there is a folder to keep it in. Without `fastmath` no operation changes its place.
+    The code is cached on disk if a folder is writable. Without `fastmath` the compiler does not reorder the sums.
     """
     import numba
 
     how = {"nogil": True, "error_model": "numpy"}
     try:
         compiled: Any = numba.njit(cache=True, **how)(_add_rows)
-    except RuntimeError:  # neither this file's folder nor the home can be written
+    except RuntimeError:  # neither the folder of this file nor the home folder is writable
         compiled = numba.njit(**how)(_add_rows)
     return compiled
 
@@ -268,16 +283,20 @@ def layer_values(
 ) -> np.ndarray:
     """Return a layer as it is stored: (cells, genes) float32 (METHOD section 6).
 
-    `batch_effect` is taken from the rounded `denoised`, so that the two add up to the expression, up to the rounding
-    of `batch_effect` itself.
+    `batch_effect` is computed from the rounded `denoised`. So the two add up to the expression, up to the rounding of
+    `batch_effect` itself.
 
     Parameters
     ----------
     values
-        (cells, genes) float32 the cells' expression, which `batch_effect` alone looks at.
-    own, control
-        (cells, genes) float64 averages under the own condition and the control; the latter is for `ite` alone. For
-        `ite`, own is the average over `match.neighbours`, for the other layers that over `denoise.neighbours`.
+        (cells, genes) float32 expression of the cells, used by `batch_effect` only.
+    own
+        (cells, genes) float64 average under the own condition: over `match.neighbours` for `ite`, over
+        `denoise.neighbours` for other layers.
+    control
+        (cells, genes) float64 average under the control, for `ite` only.
+    keep_bits
+        Mantissa bits to keep; by default all.
     """
     if name == keys.LAYER_DENOISED:
         return rounded(own, keep_bits)
@@ -292,7 +311,7 @@ def layer_values(
 def control_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarray:
     """Return each cell's mean distance to its nearest neighbours in the control groups: (rows,) float32.
 
-    A cell's own group is left out; NaN where no other control group is.
+    The own group of a cell is left out. The distance is NaN if there is no other control group.
     """
     means = np.full(len(rows), np.nan, dtype=np.float32)
     for group, here in segments(design, rows):
@@ -315,7 +334,7 @@ def own_distance(design: Design, edges: Edges, rows: np.ndarray) -> np.ndarray:
 
 
 def effective_number(times: np.ndarray) -> float:
-    """Return how many cells used alike would carry as much: `(sum w)^2 / sum w^2`; NaN where none is used."""
+    """Return the effective number of cells (Kish): `(sum w)^2 / sum w^2` of their uses w; NaN if all are 0."""
     used = times.astype(np.float64)
     return float(used.sum() ** 2 / (used**2).sum()) if used.any() else float("nan")
 
@@ -323,18 +342,20 @@ def effective_number(times: np.ndarray) -> float:
 def near_control(control: np.ndarray, own: np.ndarray, quantile: float) -> np.ndarray:
     """Return which cells have a near counterpart in the control: (cells,) bool.
 
-    They are those whose distance to the control is within what a share of all cells has to its own kind: one quantile
-    of the distances inside groups, over the whole cohort. A cell without another control group to match is near.
+    A counterpart is near if its distance is at most a quantile of the distances inside groups, over the whole cohort. A
+    cell without another control group to match counts as near.
 
     Parameters
     ----------
     control, own
-        (cells,) of all cells, what `control_distance` and `own_distance` return.
+        (cells,) `control_distance` and `own_distance` of all cells.
+    quantile
+        Quantile of `own`: `effects.near_quantile`.
     """
     return ~(control > near_distance(own, quantile))
 
 
 def near_distance(own: np.ndarray, quantile: float) -> float:
-    """Return the distance within which a control match is near; see `near_control`."""
-    known = own[np.isfinite(own)]
-    return float(np.quantile(known, quantile)) if len(known) else float("inf")
+    """Return the largest distance of a near control match; see `near_control`."""
+    finite = own[np.isfinite(own)]
+    return float(np.quantile(finite, quantile)) if len(finite) else float("inf")

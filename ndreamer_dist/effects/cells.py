@@ -1,7 +1,8 @@
-"""The cells' table of results.zarr, written column by column: no process holds more than one column of it.
+"""Encode `obs` of results.zarr column by column, so that no process holds more than one column.
 
-Input: the table of the input cohort, the input row of every packed row, and our own columns. Output: the files of `obs`, one
-after the other. anndata encodes each column; text is encoded by blocks of rows, since Python holds each as an object.
+Input: the `obs` of the input cohort, the input row of every packed row, and our own columns. Output: the files of
+`obs`, one after the other. anndata encodes each column. Text is encoded in blocks of rows, since every value is a
+Python object.
 """
 
 from __future__ import annotations
@@ -25,23 +26,25 @@ from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.effects.tables import ROOT, writable, write_element
 
 TEXT_ROWS = 65_536
-"""Rows of one chunk of a column of text."""
+"""Number of rows per chunk of a text column."""
 _OBS = "obs"
 
 Take = Callable[[slice], pd.Series]
-"""Gives a stretch of packed rows of a column."""
+"""Function that returns a slice of a column, in packed order."""
 
 
 @dataclass(frozen=True)
 class CellTable:
-    """`obs`: every column of the input, untouched, in packed order, and then ours.
+    """The table `obs`: every column of the input, unchanged, then our columns; all in packed order.
 
     Attributes
     ----------
+    cells
+        `obs` of the input.
     rows
         (cells,) input row of every packed row.
     ours
-        By name, what makes a column of ours, in packed order.
+        Functions that make our columns, by column name.
     """
 
     cells: ObsTable
@@ -49,7 +52,7 @@ class CellTable:
     ours: Mapping[str, Callable[[], Any]]
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Give the files of `obs`, by name, one column after the other."""
+        """Yield the files of `obs`, as (name, content), one column after the other."""
         names = [*self.cells.columns, *self.ours]
         index_name = self._index_name()
         yield _header(names, index_name)
@@ -74,14 +77,14 @@ class CellTable:
                     yield file, _with_rows(data, count)
 
     def _names(self) -> Take:
-        """Return what gives the cells' names."""
+        """Return the function that reads the cells' names."""
         return self._of_texts(self.cells.text(None), object)
 
     def _take(self, name: str) -> Take:
-        """Return what gives the rows of a column."""
+        """Return the function that reads a column."""
         if name in self.ours:
-            made = pd.Series(self.ours[name]())
-            return lambda part: made.iloc[part]
+            values = pd.Series(self.ours[name]())
+            return lambda part: values.iloc[part]
         texts = self.cells.text(name)
         if texts is not None:
             return self._of_texts(texts, self.cells.sample()[name].dtype)
@@ -96,7 +99,7 @@ class CellTable:
         return take
 
     def _index_name(self) -> str | None:
-        """Return the index's name; none where a column of other values has it."""
+        """Return the name of the index; None if a column with other values has the same name."""
         name = self.cells.index_name
         if name is None or name not in self.cells:
             return name
@@ -105,15 +108,15 @@ class CellTable:
         return name if all(pd.Index(names(part)).equals(pd.Index(column(part))) for part in parts) else None
 
 
-def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustered: bool = True) -> CellTable:
+def cell_table(source: Any, packed: Packed, columns: Mapping[str, Any], *, clustered: bool = True) -> CellTable:
     """Return the cells' table of a run.
 
     Parameters
     ----------
-    told
-        Columns that come last, in packed order, or what makes them.
+    columns
+        Our last columns, in packed order, or functions that make them, by name.
     clustered
-        Whether there are clusters to name; a matching space that needs none has none.
+        Whether the run has clusters; it has none if nothing needs them.
     """
     design = packed.design
     groups = design.own_groups
@@ -130,7 +133,7 @@ def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustere
     if clustered:
         ours[keys.OBS_LOW] = partial(packed.clusters, keys.PACKED_LOW)
         ours[keys.OBS_HIGH] = partial(packed.clusters, keys.PACKED_HIGH)
-    ours = {**ours, keys.OBS_INPUT_ROW: packed.input_row, **told}
+    ours = {**ours, keys.OBS_INPUT_ROW: packed.input_row, **columns}
     return CellTable(
         source.cells,
         packed.input_row,
@@ -139,7 +142,7 @@ def cell_table(source: Any, packed: Packed, told: Mapping[str, Any], *, clustere
 
 
 def _encoded(name: str, column: pd.Series, chunk_rows: int | None) -> dict[str, bytes]:
-    """Return the files of a column, or of some of its rows."""
+    """Return the files of a column, or of some of its rows, by name."""
     files: dict[str, Any] = {}
     group = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3).create_group(_OBS)
     write_element(group, name, column.to_numpy() if isinstance(column.dtype, np.dtype) else column.array, chunk_rows)
@@ -148,7 +151,7 @@ def _encoded(name: str, column: pd.Series, chunk_rows: int | None) -> dict[str, 
 
 
 def _header(names: Sequence[str], index_name: str | None) -> tuple[str, bytes]:
-    """Return the file that says what columns there are."""
+    """Return the metadata file of `obs`, which lists its columns."""
     files: dict[str, Any] = {}
     table = pd.DataFrame("", columns=list(names), index=pd.Index([""], name=index_name))
     write_element(zarr.open_group(MemoryStore(files), mode="w", zarr_format=3), _OBS, table)
@@ -157,5 +160,5 @@ def _header(names: Sequence[str], index_name: str | None) -> tuple[str, bytes]:
 
 def _with_rows(metadata: bytes, count: int) -> bytes:
     """Return the metadata of a column's first rows as that of all; a group's as it is."""
-    told = json.loads(metadata)
-    return json.dumps(told | {"shape": [count]}, indent=2).encode() if told["node_type"] == "array" else metadata
+    fields = json.loads(metadata)
+    return json.dumps(fields | {"shape": [count]}, indent=2).encode() if fields["node_type"] == "array" else metadata

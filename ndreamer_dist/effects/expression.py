@@ -1,4 +1,4 @@
-"""Expression by packed row, wherever it is stored."""
+"""Read expression by packed row, from any store."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import numpy as np
 from scipy import sparse
 
 HELD_VALUES = 2**24
-"""Stored values of the counterparts' expression that are held at a time, about."""
+"""Approximate limit on the stored values of expression that `held` keeps in memory."""
 
 
 class Expression(Protocol):
-    """Expression of the kept cells, by packed row."""
+    """Protocol of readers of the kept cells' expression, by packed row."""
 
     @property
     def density(self) -> float:
-        """Part of the values that is stored."""
+        """Share of the values that are stored, which are the non-zero ones."""
         ...
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        """Return some rows (ascending, each once) and columns: CSR float32."""
+        """Return distinct ascending rows and some columns: CSR float32."""
         ...
 
 
 @dataclass(frozen=True)
 class JoinedExpression:
-    """Expression of a run's cells, and after `first` rows that of cells that are mapped onto it."""
+    """Expression of a run's cells (`stored`) and, from row `first` on, of cells that are mapped onto it (`own`)."""
 
     stored: Expression
     own: Expression
@@ -48,7 +48,7 @@ class JoinedExpression:
 
 @dataclass(frozen=True)
 class HeldExpression:
-    """Expression of which some rows are held, since they are read again and again."""
+    """Expression with some rows and columns held in memory, since they are read repeatedly."""
 
     expression: Expression
     rows: np.ndarray
@@ -70,7 +70,7 @@ class HeldExpression:
 
 
 def held(expression: Expression, rows: np.ndarray, columns: np.ndarray) -> Expression:
-    """Return expression with some rows and columns of it held; as it is, where these are too many values."""
+    """Hold some rows and columns of expression in memory; return it unchanged if these are too many values."""
     if len(rows) * len(columns) * expression.density > HELD_VALUES:
         return expression
     return HeldExpression(expression, rows, columns, expression.read(rows, columns))

@@ -1,4 +1,4 @@
-"""What a directory of mapped cells tells of the run that they are mapped onto."""
+"""The record of the run that cells were mapped onto, kept with the mapped cells."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ from ndreamer_dist.storage.files import Storage
 logger = logging.getLogger(__name__)
 
 FOREIGN = 0.5
-"""Share of far cells from which a cohort does not belong to the run."""
+"""Share of far or unlike cells from which a cohort does not belong to the run."""
 NOTABLE = 0.1
-"""Share of far cells that is worth a warning."""
+"""Share of far or unlike cells from which we warn."""
 Opened = TypeVar("Opened", bound=Storage)
 
 
 @dataclass(frozen=True)
 class Onto:
-    """A finished run, and how far the cells that were mapped onto it are from its own.
+    """A finished run, and how much the mapped cells differ from its own cells.
 
     Attributes
     ----------
     url, path
-        Address of the run's directory, and the path to it from the directory of the mapped cells, where both are local.
+        Address of the run directory, and the relative path to it from that of the mapped cells; None unless both are
+        local.
     space
-        The matching space.
+        Name of the matching space.
     key
-        Key of its results, by which they are known again.
+        Key of the run's results, which identifies them.
     near
-        Distance within which a cell has a near control match, as in the run: what `obs["ndreamer_overlap"]` goes by.
+        Largest distance of a near control match, as in the run; defines `obs["ndreamer_overlap"]`.
     limit
-        The 99th percentile of the run's cells' own distances to the control.
+        99th percentile of the distances of the run's own cells to the control.
     far
-        Share of the mapped cells beyond the limit; about 0.01 where they are like the run's.
+        Share of the mapped cells beyond the limit. About 0.01 is expected of cells like the run's.
     unlike
-        Share of the mapped cells whose expression is less like that of their control matches than that of 99 % of the run's own
-        cells is; about 0.01 where they are like the run's.
+        Share of the mapped cells whose likeness to their control matches is below the first percentile of the run's own
+        cells (`mapping.likeness`). About 0.01 is expected of cells like the run's.
     far_by_group, unlike_by_group
-        The same of every group.
+        The same shares, by group name.
     """
 
     url: str
@@ -63,8 +64,8 @@ class Onto:
 
     def __str__(self) -> str:
         line = (
-            f"of the mapped cells {self.far:.1%} are farther from the run's controls than 99 % of the run's own cells, and "
-            f"{self.unlike:.1%} are less like their control matches"
+            f"of the mapped cells {self.far:.1%} are farther from the run's controls than 99 % of the run's own cells, "
+            f"and {self.unlike:.1%} are less like their control matches"
         )
         if not self.belongs:
             return f"these cells do not belong to the run, and their effects mean nothing: {line}"
@@ -72,56 +73,65 @@ class Onto:
 
     @property
     def is_notable(self) -> bool:
-        """Whether so many cells are unlike those of the run that users should be warned."""
+        """Whether enough cells differ from those of the run to warn users."""
         return max(self.far, self.unlike) >= NOTABLE
 
     @property
     def belongs(self) -> bool:
-        """Whether the cells are like those of the run; their effects mean nothing where they are not."""
+        """Whether the cells are like those of the run; if not, their effects mean nothing."""
         return max(self.far, self.unlike) < FOREIGN
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return the record as plain values."""
         return asdict(self)
 
     @classmethod
     def read(cls, text: str, where: str) -> Onto | None:
-        """Read what `to_json` gave, none of `null`; `StoreError` where it was anything else: it comes from a file."""
+        """Read from JSON text of a store, None from `null`; raise `StoreError` if the text is damaged."""
         try:
-            told = json.loads(text)
-            return None if told is None else cls(**told)
+            fields = json.loads(text)
+            return None if fields is None else cls(**fields)
         except (TypeError, ValueError, RecursionError) as error:
-            msg = f"{where}: what it tells of the run that it is mapped onto is damaged ({type(error).__name__})"
+            msg = f"{where}: its record of the run that it is mapped onto is damaged ({type(error).__name__})"
             raise StoreError(msg) from error
 
     def measured(self, design: Design, distances: np.ndarray) -> Onto:
-        """Return it with how far the mapped cells are, by their distances to the control, (cells,); log it.
+        """Return the record with `far` and `far_by_group` set, and log it.
 
-        Cells without a distance are not counted.
+        Parameters
+        ----------
+        distances
+            (cells,) distances of the mapped cells to the control; cells without one (NaN) do not count.
         """
-        names = {group.name: slice(group.start, group.stop) for group in design.own_groups}
         first = design.first_row
-        shares = {name: self._far(distances[rows.start - first : rows.stop - first]) for name, rows in names.items()}
+        shares = {g.name: self._far(distances[g.start - first : g.stop - first]) for g in design.own_groups}
         found = replace(self, far=self._far(distances), far_by_group=shares)
         logger.log(logging.WARNING if found.is_notable else logging.INFO, "map: %s", found)
         return found
 
     def _far(self, distances: np.ndarray) -> float:
-        known = distances[np.isfinite(distances)]
-        return float((known > self.limit).mean()) if len(known) else 0.0
+        finite = distances[np.isfinite(distances)]
+        return float((finite > self.limit).mean()) if len(finite) else 0.0
 
     def place(self, here: str) -> str:
-        """Return where the run's directory is: beside a directory of cells that were mapped onto it, or at its address."""
+        """Return the run directory: by the path from `here`, the directory of the mapped cells, or else its address."""
         beside = None if self.path is None else os.path.normpath(f"{here}/{self.path}")
         return beside if beside and Path(beside).is_dir() else self.url
 
     def found(self, results: Storage, opened: Callable[[str, str], Opened]) -> Opened:
-        """Return the results of the run, from where it lies beside these, or from its address.
+        """Open the results of the run.
+
+        Parameters
+        ----------
+        results
+            Results of the mapped cells.
+        opened
+            Function that opens results, given a run directory and a matching space.
 
         Raises
         ------
         StoreError
-            They are not there.
+            The results are not there.
         """
         try:
             return opened(self.place(results.url.rpartition("/")[0]), self.space)
@@ -131,6 +141,6 @@ class Onto:
 
 
 def warn_of(mapped: Onto | None, what: str) -> None:
-    """Warn that what is asked of mapped cells cannot be trusted, where many are unlike those of the run."""
+    """Warn that a result on mapped cells cannot be trusted, if many of them differ from those of the run."""
     if mapped is not None and mapped.is_notable:
         logger.warning("%s: %s", what, mapped)

@@ -1,9 +1,9 @@
-"""Denoised expression, batch effect and treatment effect: sparse averages through the matches (METHOD section 6).
+"""The stage `effects`: compute denoised expression, batch effect and treatment effect (METHOD section 6).
 
 Input: packed.zarr, embedding.zarr and matches.zarr. Output: results.zarr, with one task per row block and gene span. A
 task never holds the expression of all counterparts of its cells. It takes one packed block at a time from Ray's object
-store, and adds the rows it needs to the dense sums of its own shard. Where there are many genes, the object store gets
-one span of genes after the other, so neither a task nor the store holds them all.
+store, and adds the rows it needs to the dense sums of its own shard. If there are many genes, spans of genes are
+processed one after the other, so neither a task nor the object store holds all genes.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from ndreamer_dist.storage.files import Storage
 logger = logging.getLogger(__name__)
 
 RUN_CELLS = 16_384
-"""Cells of small groups that one task counts the matches of."""
+"""Cells after which a run of small groups, whose matches one task counts, is cut."""
 COUNTED_ROWS = 65_536
-"""Query cells whose matches are counted at a time."""
+"""Number of query cells whose matches are counted at a time."""
 
 
 class Origin(Protocol):
-    """Where a task finds what was known of the cells before: their matches and what goes into `obsm`."""
+    """Protocol of the source of matches and of the arrays of `obsm`."""
 
     @property
     def stored(self) -> Collection[tuple[int, int]]:
@@ -68,20 +68,28 @@ class Origin(Protocol):
         ...
 
     def obsm(self, name: str, rows: np.ndarray, edges: Edges) -> np.ndarray:
-        """Return a contiguous block of rows of an array of `obsm`, of whose stored edges the matches are given."""
+        """Return contiguous rows of an array of `obsm`.
+
+        Parameters
+        ----------
+        edges
+            Matches of these rows along the edges in `stored`.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class RunOrigin:
-    """The stores of the run: embedding.zarr and matches.zarr.
+    """Read matches and `obsm` from the run's embedding.zarr and matches.zarr; implements `Origin`.
 
     Attributes
     ----------
     stored
-        The edges that `obsm` tells the nearest neighbours of: those that the match stage was asked for.
+        Edges whose nearest neighbours `obsm` holds: the edges of the match stage.
+    row_dtype
+        Integer type of the matched rows in `obsm`.
     key
-        The stage's key, which tells these matches from others that may have lain there before.
+        Stage key. It tells cached readers of these matches from those of earlier ones in the same place.
     """
 
     run: RunDirectory
@@ -91,7 +99,7 @@ class RunOrigin:
     key: str = ""
 
     def edges(self, rows: np.ndarray, pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Any]:
-        """See `Origin.edges`; the rows are a contiguous block."""
+        """See `Origin.edges`; the rows must be contiguous."""
         matches, spans = matches_of(self.run.storage / keys.MATCHES, self.key), group_spans(self.design, rows)
         return {
             (query, target): edge
@@ -125,7 +133,7 @@ def run_effects(
     source
         The input cohort: `.cells`, `.var` (input order), `.gene_names`.
     summary
-        Facts for `uns`, as JSON can hold them: fingerprints, counts of dropped cells and the like.
+        JSON-compatible facts for `uns`, such as fingerprints and counts of dropped cells.
     """
     stage, layout = StageRun(run, keys.STAGE_EFFECTS, key), tables.layout_of(run, settings, packed)
     todo = tables.begin(stage, layout)
@@ -151,7 +159,7 @@ def run_effects(
     if settings.match.within is not None:
         columns[keys.OBS_MATCH_LABEL] = _match_labels(run, packed, facts[keys.UNS_WITHIN]["labels"])
     clustered = keys.is_clustered(settings.embed.method, settings.state.by) or settings.match.within == keys.OBS_LOW
-    clustered = clustered and not packed.before  # cells that are mapped onto others are of no cluster
+    clustered = clustered and not packed.before  # mapped cells have no clusters
     cells = cell_table(source, packed, columns, clustered=clustered).files()
     genes = tables.gene_table(source, packed)
     tables.finish_store(stage, packed, layout, cells, genes, tables.facts(settings, packed, layout, key, facts))
@@ -159,9 +167,10 @@ def run_effects(
 
 @lru_cache(maxsize=1)
 def _sums(name: str, averages: int, cells: int, genes: int) -> np.ndarray:
-    """Return room for a row part's sums, which this process keeps for the next: new memory costs as much as adding.
+    """Return an uninitialised buffer for the sums of a row part, reused by the next part of this process.
 
-    The name is that of the shared blocks: what another thread of the process writes at the time has room of its own.
+    Mapping new memory would cost as much as the sums. The name is that of the shared blocks: it keeps runs in other
+    threads of the process from sharing the buffer.
     """
     del name
     return np.empty((averages, cells, genes))
@@ -169,9 +178,10 @@ def _sums(name: str, averages: int, cells: int, genes: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SharedBlocks:
-    """Packed blocks of a span of genes that all tasks read: a handle of each, and a name that no others have.
+    """Packed blocks of one span of genes, shared by all tasks: handles by block, and a unique name.
 
-    A process fetches each once, and lets all go when it is asked for those of another span: fetching takes longer than adding.
+    A process fetches a block once, since fetching takes longer than adding. It drops all blocks when it needs those of
+    another span.
     """
 
     handles: Mapping[int, Any]
@@ -186,14 +196,14 @@ class SharedBlocks:
 
 @lru_cache(maxsize=1)
 def _fetched(name: str) -> dict[int, sparse.csr_matrix]:
-    """Return what this process has fetched of the shared blocks of a name."""
+    """Return this process's cache of the shared blocks with this name."""
     del name
     return {}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A results.zarr that is written, and what it is written from."""
+    """A results.zarr to write, and its inputs."""
 
     run: RunDirectory
     packed: Packed
@@ -203,7 +213,7 @@ class Target:
 
 
 def write_shards(stage: StageRun, target: Target, runtime: Runtime, todo: Sequence[Shard]) -> None:
-    """Write the pending shards of rows and of expression, one span of genes after the other."""
+    """Write the pending shards of row parts and of expression, one span of genes after the other."""
     packed, layout = target.packed, target.layout
     others = [shard for shard in todo if isinstance(shard.task, tuple)]
     for span in tables.gene_spans(layout):
@@ -214,13 +224,14 @@ def write_shards(stage: StageRun, target: Target, runtime: Runtime, todo: Sequen
             try:
                 stage.map(runtime, _write_part, [*rows, *others], target, SharedBlocks(blocks), title=title)
             finally:
-                _fetched.cache_clear()  # this process may have fetched them,
-                _sums.cache_clear()  # and summed
+                # With the serial runtime, this process holds the blocks and the buffer.
+                _fetched.cache_clear()
+                _sums.cache_clear()
             others = []
 
 
 def _write_part(part: RowPart | tuple[int, int], target: Target, blocks: SharedBlocks) -> None:
-    """Write one shard of rows or of expression; a task."""
+    """Write one shard, of a row part or of expression; a task."""
     if isinstance(part, RowPart):
         write_rows(part, target, blocks)
     else:
@@ -228,12 +239,12 @@ def _write_part(part: RowPart | tuple[int, int], target: Target, blocks: SharedB
 
 
 def write_rows(part: RowPart, target: Target, blocks: SharedBlocks) -> None:
-    """Write what results.zarr holds of one row block and span of genes: layers, and with the first span `obsm`.
+    """Write the layers of one row block and span of genes; with the first span, write `obsm` too.
 
     Parameters
     ----------
     blocks
-        The packed blocks that hold the cells' counterparts.
+        Packed blocks with the counterparts of the cells.
     """
     run, packed, layout, origin = target.run, target.packed, target.layout, target.origin
     design, settings = packed.design, target.settings
@@ -264,7 +275,7 @@ def write_rows(part: RowPart, target: Target, blocks: SharedBlocks) -> None:
 def _layer_part(
     name: str, values: np.ndarray, own: np.ndarray, control: np.ndarray | None, keep_bits: int | None, genes: slice
 ) -> np.ndarray:
-    """Return a layer of a slice of genes: what is made of few is encoded and written while it is at hand."""
+    """Return a layer for a slice of genes. A slice is one chunk, written while it is in the CPU cache."""
     of = None if control is None else control[:, genes]
     return layer_values(name, values[:, genes], own[:, genes], of, keep_bits)
 
@@ -278,14 +289,14 @@ def _by_query(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
 
 
 def _pairs(design: Design, rows: np.ndarray) -> list[tuple[int, int]]:
-    """Return the edges that a row block's effects need."""
+    """Return the edges that the effects of a row block need."""
     return [
         (query.code, target.code) for query, _ in segments(design, rows) for target in design.targets(query, "needed")
     ]
 
 
 def group_spans(design: Design, rows: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Return the first cell, counted from its group's start, and the one after the last of each group in a row block."""
+    """Return the range of cells of each group in a row block, counted from the start of the group, by group code."""
     return {
         group.code: (int(rows[here.start]) - group.start, int(rows[here.stop - 1]) + 1 - group.start)
         for group, here in segments(design, rows)
@@ -293,7 +304,7 @@ def group_spans(design: Design, rows: np.ndarray) -> dict[int, tuple[int, int]]:
 
 
 def nearest_per_group(design: Design, edges: Edges, rows: np.ndarray, row_dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return row and distance of the nearest neighbour in every group: (rows, groups), -1 and NaN where not asked."""
+    """Return row and distance of the nearest neighbour in every group: (rows, groups), -1 and NaN if not searched."""
     found = np.full((len(rows), len(design.groups)), -1, dtype=row_dtype)
     distances = np.full(found.shape, np.nan, dtype=np.float32)
     for group, here in segments(design, rows):
@@ -304,7 +315,7 @@ def nearest_per_group(design: Design, edges: Edges, rows: np.ndarray, row_dtype:
 
 
 def load_block(packed: Packed, block: int, genes: tuple[int, int]) -> sparse.csr_matrix:
-    """Return a span of genes of one of all packed blocks; as a task, this puts it into the object store past the driver."""
+    """Return a span of genes of one packed block; a task, so that the block does not pass through the driver."""
     values = packed.any_block(block)
     return values if genes == (0, packed.n_genes) else values[:, slice(*genes)]
 
@@ -312,7 +323,7 @@ def load_block(packed: Packed, block: int, genes: tuple[int, int]) -> sparse.csr
 def _target_blocks(
     runtime: Runtime, packed: Packed, blocks: Sequence[int], layout: Layout, genes: tuple[int, int]
 ) -> dict[int, Any]:
-    """Start loading every packed block that holds a counterpart of the blocks' cells: a handle per block."""
+    """Start to load every packed block with counterparts of the cells of some row blocks; return handles by block."""
     if not layout.layers:
         return {}
     design = packed.design
@@ -323,7 +334,7 @@ def _target_blocks(
 
 
 def _blocks_of(packed: Packed, group: Group) -> tuple[int, int]:
-    """Return the first of all blocks that holds cells of a group, and the one after the last."""
+    """Return the first block with cells of a group, and the one after the last, among the blocks of all cells."""
     first, last = np.searchsorted(packed.all_starts, [group.start, group.stop - 1], side="right") - 1
     return int(first), int(last) + 1
 
@@ -331,7 +342,7 @@ def _blocks_of(packed: Packed, group: Group) -> tuple[int, int]:
 def _needed(
     blocks: SharedBlocks, packed: Packed, averages: Sequence[Average]
 ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-    """Fetch, one at a time, the blocks that hold a row to be averaged."""
+    """Fetch, one at a time, the blocks with rows to average; yield their rows and values."""
     starts = packed.all_starts
     wanted = np.zeros(len(starts) - 1, dtype=bool)
     for average in averages:
@@ -340,11 +351,11 @@ def _needed(
         yield np.arange(starts[block], starts[block + 1]), blocks[block]
 
 
-# --- what obs says of the matches -------------------------------------------------------------------------------------
+# --- columns of obs about the matches ---------------------------------------------------------------------------------
 
 
 def runs_of_groups(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
-    """Gather groups, in order, into runs of a bounded number of cells; a larger group is one by itself."""
+    """Cut groups into runs of consecutive groups, each of about `RUN_CELLS` cells or of one large group."""
     number = np.cumsum([group.cells for group in groups]) // RUN_CELLS
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(groups)]
     return [tuple(groups[first:last]) for first, last in itertools.pairwise(cuts)]
@@ -353,7 +364,7 @@ def runs_of_groups(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
 def _matches_counted(
     run: RunDirectory, packed: Packed, runtime: Runtime, key: str, neighbours: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distances of all cells, see `block_distances`, and how often each is matched: (2, rows) and (rows,)."""
+    """Return the distances of all cells (`block_distances`), (2, rows), and how often each is matched, (rows,)."""
     distances, times = np.empty((2, packed.n_rows), dtype=np.float32), np.empty(packed.n_rows, dtype=np.int64)
     parts: list[int | tuple[Group, ...]] = [*range(packed.n_blocks), *runs_of_groups(packed.design.own_groups)]
     for part, values in runtime.map(_count, parts, run, packed, key, neighbours, title="effects: matches counted"):
@@ -362,7 +373,7 @@ def _matches_counted(
 
 
 def _match_labels(run: RunDirectory, packed: Packed, labels: Sequence[str]) -> Any:
-    """Return the label that each cell was matched inside: (rows,)."""
+    """Return the label of each cell for matching inside labels: (rows,) categorical."""
     codes = read_array(run.storage / keys.MATCHES, keys.MATCH_LABEL)[packed.design.first_row :]
     return pd.Categorical.from_codes(codes.astype(np.int32), pd.Index(labels))
 
@@ -370,7 +381,7 @@ def _match_labels(run: RunDirectory, packed: Packed, labels: Sequence[str]) -> A
 def _count(
     item: int | tuple[Group, ...], run: RunDirectory, packed: Packed, key: str, neighbours: int
 ) -> tuple[slice, np.ndarray]:
-    """Return a part of the columns of `obs`: a row block's distances, or how often the cells of some groups are matched."""
+    """Return a slice of rows and its values: distances of a row block, or match counts of some groups; a task."""
     matches = matches_of(run.storage / keys.MATCHES, key)
     if isinstance(item, int):
         return slice(*packed.block_range(item)), block_distances(item, matches, packed)
@@ -381,12 +392,12 @@ def _count(
 
 @lru_cache(maxsize=2)
 def matches_of(storage: Storage, key: str) -> Matches:  # noqa: ARG001 - under another key there may be others
-    """Return the reader of a run's matches; a process opens their arrays once, not once a task."""
+    """Return a reader of a run's matches, cached per process so that arrays stay open between tasks."""
     return Matches(storage)
 
 
 def block_distances(block: int, matches: Matches, packed: Packed) -> np.ndarray:
-    """Return the distances of a row block's cells to the control and to their own group: (2, rows) float32."""
+    """Return `control_distance` and `own_distance` of a row block's cells: (2, rows) float32."""
     controls = {group.code for group in packed.design.with_condition(0)}
     rows, unread = packed.rows_of(block), np.empty((0, 0), dtype=np.int64)
     spans = group_spans(packed.design, rows)
@@ -402,9 +413,14 @@ def block_distances(block: int, matches: Matches, packed: Packed) -> np.ndarray:
 def times_matched(
     target: Group, matches: Matches, design: Design, neighbours: int, only: Group | None = None
 ) -> np.ndarray:
-    """Return how many cells of other groups, or of one, the effects average each cell of a group for: (cells,) int64.
+    """Return how often each cell of a group serves as a match in effects: (cells,) int64.
 
-    Of a cell's matches in a group, the first `neighbours` count.
+    Parameters
+    ----------
+    neighbours
+        Number of nearest neighbours of a query that count.
+    only
+        Query group to count; by default all other groups.
     """
     times = np.zeros(target.cells, dtype=np.int64)
     for query in design.queries(target) if only is None else [only]:
@@ -418,18 +434,19 @@ def times_matched(
 def controls_by_group(
     run: RunDirectory, design: Design, runtime: Runtime, key: str, neighbours: int
 ) -> dict[str, float]:
-    """Return how many control cells, used alike, would carry as much as a treated group's matches do, by group; log it."""
+    """Return and log the effective number of control cells that each treated group is matched with, by group name."""
     treated = [group for group in design.own_groups if group.condition]
     if not treated:  # cells of controls alone, mapped onto a run
         return {}
     title = "effects: controls"
     parts = runtime.map(_effective_controls, runs_of_groups(treated), run, design, key, neighbours, title=title)
     found = dict(itertools.chain.from_iterable(parts))
-    numbers = [found[group.name] for group in treated]  # they come in the order in which they are done
+    numbers = [found[group.name] for group in treated]  # tasks return in order of completion
     available = sum(group.cells for group in design.counted(0, treated[0]))
     least = int(np.argmin(numbers))
     logger.info(
-        "effects: of %d control cells, the matches of a group are worth %.0f used alike (median), %.0f at the least (%s)",
+        "effects: of %d control cells, the matches of a group are worth %.0f used alike (median), "
+        "%.0f at the least (%s)",
         available, np.median(numbers), numbers[least], treated[least].name,
     )  # fmt: skip
     return {group.name: round(number, 1) for group, number in zip(treated, numbers, strict=True)}
@@ -438,7 +455,7 @@ def controls_by_group(
 def _effective_controls(
     queries: Sequence[Group], run: RunDirectory, design: Design, key: str, neighbours: int
 ) -> list[tuple[str, float]]:
-    """Return the names of groups and their effective numbers of controls; a task."""
+    """Return the effective number of control cells of some groups, with their names; a task."""
     matches = matches_of(run.storage / keys.MATCHES, key)
     found = []
     for query in queries:

@@ -1,12 +1,14 @@
-"""Write results.zarr: a plain AnnData zarr v3 store, shard by shard, the root last.
+"""Write results.zarr, a plain AnnData zarr v3 store: shard by shard, the root last.
 
-Rows are in packed order. Each task owns whole shards: ranges of entries of the sparse `X`, and row blocks of embeddings,
-matches and layers. The driver writes the tables (`obs`, `var`, `uns`) and then the root `zarr.json`, consolidated.
-Before that no tool opens the store, so an unfinished store never looks finished. Every chunk ends in a `crc32c`.
+Rows are in packed order. Each task owns whole shards: ranges of entries of the sparse `X`, and row blocks of
+embeddings, matches and layers. The driver writes the tables (`obs`, `var`, `uns`) and then the root `zarr.json`,
+consolidated. Without the root no tool opens the store, so an unfinished store never looks finished. Every chunk ends in
+a `crc32c`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import itertools
 import warnings
@@ -29,6 +31,7 @@ from ndreamer_dist import keys
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.errors import CohortError, DamagedError
 from ndreamer_dist.matching.labels import Inside
+from ndreamer_dist.matching.store import row_dtype
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings, canonical_json
@@ -44,21 +47,21 @@ from ndreamer_dist.storage.arrays import (
 from ndreamer_dist.storage.files import Storage
 
 SHARD_GENES = 2048
-"""Genes of one shard of a layer at most; where there are more, a row block is several shards."""
+"""Most genes of a shard of a layer; with more genes, a row block has several shards."""
 ENTRY_BYTES = 8
-"""A stored value of expression in memory: its number and its gene."""
+"""Memory of a stored value of expression: float32 value and int32 gene."""
 MOST_SHARED_BYTES = 2**30
-"""Expression that all tasks read at a time, about; where a cohort has more, it is read by spans of genes, each a shard."""
+"""Approximate limit on the expression that all tasks share. A larger cohort is read in spans of genes, each a shard."""
 CHUNK_ROWS = 2**20
-"""Rows of one chunk of a table's column."""
+"""Most rows of a chunk of a table's column."""
 CHUNK_ENTRIES = 131_072
-"""Stored values of one chunk of `X`."""
+"""Number of stored values per chunk of `X`."""
 SHARD_ENTRIES = 32 * CHUNK_ENTRIES
-"""Stored values of one shard of `X`, which one task writes."""
+"""Number of stored values per shard of `X`, which one task writes."""
 MATCH_LIMIT = 2**30
-"""Beyond this many cells times groups, matches stay in matches.zarr alone."""
+"""Largest number of cells times groups for which `obsm` holds the matches; beyond, only matches.zarr does."""
 SPARSE_LIMIT, SPARSE_SHARE = 2**26, 16
-"""So they do beyond the first, where less than one in so many pairs of groups is matched: a screen has many conditions."""
+"""The smaller limit if less than one in `SPARSE_SHARE` pairs of groups is matched, as in a screen."""
 ROOT = "zarr.json"
 SIGN = "own condition minus control"
 ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}
@@ -72,7 +75,7 @@ VERSIONED = ("ndreamer-dist", "anndata", "numpy", "scipy", "scanpy", "torch", "z
 
 @dataclass(frozen=True)
 class RowPart:
-    """A row block and a span of genes, `first:last`: one shard of every layer."""
+    """A row block and a span of genes `first:last`; one shard of every layer."""
 
     block: int
     genes: tuple[int, int]
@@ -80,20 +83,26 @@ class RowPart:
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes and cuts of a results.zarr.
+    """Shapes, chunks and shards of a results.zarr.
 
     Attributes
     ----------
+    cells, genes
+        Shape of `X` and of the layers.
+    block_rows
+        Rows of a chunk, and of a shard, of a layer.
     chunk_genes, shard_genes
-        Genes of a chunk and of a shard of a layer, the latter a multiple of the former.
+        Genes of a chunk and of a shard of a layer; the latter is a multiple of the former.
     block_entries
-        First entry of `X` of every row block, and the number of entries at the end.
+        First entry of `X` of every row block, and the number of entries.
     obsm
-        Width of each array in `obsm`.
+        Width of each array in `obsm`, by name.
     layers
-        Names of the layers that are stored.
+        Names of the stored layers.
+    row_dtype
+        Integer type of the matched rows in `obsm`.
     keep_bits
-        Bits of the layers' mantissa that are kept; none for all.
+        Mantissa bits that layers keep; None for all.
     """
 
     cells: int
@@ -109,12 +118,12 @@ class Layout:
 
     @property
     def entries(self) -> int:
-        """Stored values of `X`."""
+        """Number of stored values of `X`."""
         return self.block_entries[-1]
 
     @property
     def matches(self) -> bool:
-        """Whether the nearest neighbours are stored."""
+        """Whether `obsm` holds the nearest neighbours."""
         return keys.OBSM_MATCH in self.obsm
 
 
@@ -132,13 +141,13 @@ def layout_of(run: RunDirectory, settings: Settings, packed: Packed) -> Layout:
 
 
 def keeps_matches(cells: int, groups: int, edges: int) -> bool:
-    """Return whether `obsm` holds the nearest neighbour of every cell in every group, which takes cells times groups."""
+    """Return whether `obsm` holds the nearest neighbour of every cell in every group, an array of cells x groups."""
     sparse = 0 < SPARSE_SHARE * edges < groups**2
     return cells * groups <= (SPARSE_LIMIT if sparse else MATCH_LIMIT)
 
 
 def layout_with(settings: Settings, packed: Packed, obsm: Mapping[str, int]) -> Layout:
-    """Return the layout of results that hold these arrays, by name and width, in `obsm`."""
+    """Return the layout of results with these arrays, by name and width, in `obsm`."""
     pointers = row_pointers(packed)
     chunk = min(settings.effects.chunk_genes, packed.n_genes)
     chunks, spans = -(-packed.n_genes // chunk), span_count(int(pointers[-1]))
@@ -152,13 +161,13 @@ def layout_with(settings: Settings, packed: Packed, obsm: Mapping[str, int]) -> 
         block_entries=(*(int(pointers[packed.block_range(b)[0]]) for b in range(packed.n_blocks)), int(pointers[-1])),
         obsm=obsm,
         layers=settings.effects.store,
-        row_dtype="int32" if packed.n_rows <= np.iinfo(np.int32).max else "int64",
+        row_dtype=row_dtype(packed.design.n_cells),
         keep_bits=settings.effects.keep_bits,
     )
 
 
 def span_count(entries: int) -> int:
-    """Return in how many spans of genes so many stored values are read, so that those of one are little enough to share."""
+    """Return the number of spans of genes, such that the stored values of one span are few enough to share."""
     return max(1, -(-entries * ENTRY_BYTES // MOST_SHARED_BYTES))
 
 
@@ -176,7 +185,7 @@ def row_pointers(packed: Packed) -> np.ndarray:
 
 
 def expression_shards(layout: Layout) -> list[Shard]:
-    """Return the units of `X`: ranges of entries."""
+    """Return the shards of `X`: ranges of entries."""
     return [
         Shard(
             f"entries-{number:05d}",
@@ -188,13 +197,13 @@ def expression_shards(layout: Layout) -> list[Shard]:
 
 
 def gene_spans(layout: Layout) -> list[tuple[int, int]]:
-    """Return the spans of genes, `first:last`, that layers are cut into; one where there are no layers."""
+    """Return the spans of genes `first:last` of the layers' shards; one span if there are no layers."""
     step = layout.shard_genes if layout.layers else layout.genes
     return [(first, min(first + step, layout.genes)) for first in range(0, layout.genes, step)]
 
 
 def row_shards(layout: Layout) -> list[Shard]:
-    """Return the units of everything dense: row blocks by spans of genes; `obsm` comes with the first span."""
+    """Return the shards of layers and `obsm`: row blocks by spans of genes, with `obsm` in the first span."""
     spans, shards = gene_spans(layout), []
     for place, genes in enumerate(spans):
         arrays = [(f"obsm/{name}", 0) for name in layout.obsm] if place == 0 else []
@@ -207,19 +216,17 @@ def row_shards(layout: Layout) -> list[Shard]:
 
 
 def annotation_shard(run: RunDirectory) -> Shard:
-    """Return the driver's own unit, tables and root; which files those are, its marker says."""
+    """Return the driver's shard, tables and root, with the files that its marker lists; only the root without one."""
     marker = f"{keys.DONE}/{keys.STAGE_EFFECTS}/{DRIVER_SHARD}.json"
     files: tuple[str, ...] = ()
     if run.storage.exists(marker):
-        try:
+        with contextlib.suppress(DamagedError, ValueError, KeyError, TypeError):
             files = tuple(run.read_json(marker)["files"])
-        except (DamagedError, ValueError, KeyError, TypeError):
-            files = ()
     return Shard(DRIVER_SHARD, files or (f"{keys.RESULTS}/{ROOT}",))
 
 
 def begin(stage: StageRun, layout: Layout) -> list[Shard]:
-    """Return the shards of a results.zarr that are to be written; if there are any, close it to readers and make its arrays."""
+    """Return the pending shards of a results.zarr; if there are any, delete its root and create its arrays."""
     run, root = stage.run, f"{keys.RESULTS}/{ROOT}"
     todo = stage.begin([*row_shards(layout), *expression_shards(layout), annotation_shard(run)], (root, keys.RESULTS))
     if todo:
@@ -243,12 +250,13 @@ def _make_arrays(storage: Storage, layout: Layout) -> None:
     for name in layout.layers:
         ensure_array(
             storage, f"layers/{name}", shape=(layout.cells, layout.genes), dtype="float32", fill_value=np.nan,
-            attributes=ARRAY, chunks=(layout.block_rows, layout.chunk_genes), shards=(layout.block_rows, layout.shard_genes),
+            attributes=ARRAY, chunks=(layout.block_rows, layout.chunk_genes),
+            shards=(layout.block_rows, layout.shard_genes),
         )  # fmt: skip
 
 
 def write_expression(span: tuple[int, int], run: RunDirectory, packed: Packed, layout: Layout) -> None:
-    """Write one range of `X`'s entries, from the packed blocks that hold them."""
+    """Write one shard of `X`, a range of entries, from the packed blocks that hold them."""
     start, stop = span
     data, indices = np.empty(stop - start, dtype=np.float32), np.empty(stop - start, dtype=np.int32)
     for block, (first, last) in enumerate(itertools.pairwise(layout.block_entries)):
@@ -276,7 +284,7 @@ def write_layer(
     Parameters
     ----------
     values
-        Returns the layer's values of a slice of the part's genes, which is one chunk: (cells, genes) float32.
+        Function that returns the layer for a slice of the part's genes, which is one chunk: (cells, genes) float32.
     """
     first, last = part.genes
     starts = range(0, last - first, layout.chunk_genes)
@@ -294,19 +302,19 @@ def finish_store(
     layout: Layout,
     cells: Iterable[tuple[str, bytes]],
     genes: pd.DataFrame,
-    told: Mapping[str, Any],
+    uns: Mapping[str, Any],
 ) -> None:
-    """Write what the driver writes: the tables `obs`, `var` and `uns`, group metadata, and then the root.
+    """Write the files of the driver: the tables `obs`, `var` and `uns`, the metadata of groups, and last the root.
 
     Parameters
     ----------
     cells
         The files of `obs`, by name (`cells.CellTable.files`).
-    told
+    uns
         `uns["ndreamer"]`; see `facts`.
     """
     storage = stage.run.storage / keys.RESULTS
-    tables = {"var": genes, "uns": {keys.UNS: told}}
+    tables = {"var": genes, "uns": {keys.UNS: uns}}
     for name in ("obs", *tables):
         storage.delete(name)
     sizes, metadata = {}, {}
@@ -346,7 +354,7 @@ def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary:
         if layout.matches
         else [f"obsm has no matches: cells x groups would be {layout.cells * len(design.groups)}; see matches.zarr"]
     )
-    told = {
+    entries = {
         "format_version": keys.FORMAT_VERSION,
         "version": versions["ndreamer-dist"],
         "versions": versions,
@@ -366,7 +374,7 @@ def facts(settings: Settings, packed: Packed, layout: Layout, key: str, summary:
         **summary,
         "notes": [*summary.get("notes", ()), *notes],
     }
-    return {name: _plain(value) for name, value in told.items()}
+    return {name: _plain(value) for name, value in entries.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -378,15 +386,15 @@ def _plain(value: Any) -> Any:
 
 
 def writable(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Return a table that anndata can write, with columns that are not plain turned into their nullable likes.
+    """Return a table that anndata can write: columns of other types are converted to nullable or plain ones.
 
-    An index whose name is that of a column with other values loses its name: names are text, and a table that is
-    indexed by whole numbers of its own (`cell_id`, Entrez ids) keeps them in the column.
+    An index loses its name if a column with other values has the same name. This happens if the table was indexed by an
+    integer column (`cell_id`, Entrez ids): names are text, and the column keeps the integers.
 
     Raises
     ------
     CohortError
-        A column holds what no AnnData store can; the message names it.
+        A column holds values that no AnnData store can hold; the message names it.
     """
     changed = {}
     for name, column in table.items():
@@ -405,14 +413,14 @@ def writable(table: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def _is_unwritable_number(dtype: Any) -> bool:
-    """Return whether numbers are of a type that anndata does not write: nullable fractions, pyarrow's, long doubles."""
+    """Return whether anndata cannot write this numeric type: nullable floats, pyarrow types and long doubles."""
     if isinstance(dtype, pd.ArrowDtype):
         return bool(pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype))
     return isinstance(dtype, pd.Float32Dtype | pd.Float64Dtype) or dtype == np.dtype(np.longdouble)
 
 
 def _plain_numbers(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Return numbers as anndata writes them: whole ones and yes or no nullable, others float64 with NaN."""
+    """Convert numbers to types that anndata writes: integers and booleans nullable, others float64 with NaN."""
     better = column.convert_dtypes(dtype_backend="numpy_nullable") if column.dtype != np.longdouble else column
     if pd.api.types.is_float_dtype(better.dtype):
         return pd.Series(better.to_numpy(dtype=np.float64, na_value=np.nan), index=column.index, name=column.name)
@@ -439,7 +447,7 @@ def _fractions(values: pd.Series[Any]) -> bool:
 
 
 def check_tables(obs: pd.DataFrame, var: pd.DataFrame) -> None:
-    """Refuse tables that could not be written at the end of the job, before work starts, by writing their first row.
+    """Refuse, before work starts, tables that could not be written at the end; try it with their first row.
 
     Raises
     ------
@@ -455,7 +463,7 @@ def check_tables(obs: pd.DataFrame, var: pd.DataFrame) -> None:
 
 
 def _unwritable(where: str, table: pd.DataFrame, error: Exception) -> CohortError:
-    """Return the error that names what of a table cannot be written."""
+    """Return an error that names the first column that cannot be written."""
     for name in table.columns:
         try:
             write_element(
@@ -463,20 +471,20 @@ def _unwritable(where: str, table: pd.DataFrame, error: Exception) -> CohortErro
             )
         except Exception:  # noqa: BLE001 - whatever anndata says of this column, it cannot be stored
             msg = (
-                f"{where} column {name!r} ({table[name].dtype}) cannot be stored; turn it into text or numbers, or leave it "
-                f"out: adata.{where}[{name!r}] = adata.{where}[{name!r}].astype(str)"
+                f"{where} column {name!r} ({table[name].dtype}) cannot be stored; turn it into text or numbers, or "
+                f"leave it out: adata.{where}[{name!r}] = adata.{where}[{name!r}].astype(str)"
             )
             return CohortError(msg)
     return CohortError(f"{where} cannot be stored as a whole ({type(error).__name__}: {error})")
 
 
 def write_element(root: zarr.Group, name: str, value: Any, chunk_rows: int | None = None) -> None:
-    """Write an element of a table; a column is one chunk as far as that goes, so that reading it is one request.
+    """Write a table or a column. A column is one chunk if it has at most `CHUNK_ROWS` rows, so one request reads it.
 
     Parameters
     ----------
     chunk_rows
-        Rows of a chunk, where there will be more than are given here.
+        Rows of a chunk, for a column that is written in several parts; by default all rows.
     """
 
     def write_long(write: Any, root: zarr.Group, name: str, value: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
@@ -485,7 +493,7 @@ def write_element(root: zarr.Group, name: str, value: Any, chunk_rows: int | Non
             dataset_kwargs = {**dataset_kwargs, "chunks": chunks}
         write(root, name, value, dataset_kwargs=dataset_kwargs)
 
-    # Chunks that hold only the fill value are stored too, so that a missing one can be told from them.
+    # Store chunks of only the fill value too. Then a missing chunk is always an error.
     with (
         anndata.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=False),
         zarr.config.set({"array.write_empty_chunks": True}),
@@ -494,7 +502,7 @@ def write_element(root: zarr.Group, name: str, value: Any, chunk_rows: int | Non
 
 
 def _encoded(tables: Mapping[str, Any], pointers: np.ndarray, layout: Layout) -> dict[str, bytes]:
-    """Return every file but the root that the driver writes, by name: tables, groups' metadata and row pointers."""
+    """Return all files of the driver but the root, by name: tables, metadata of groups and row pointers."""
     files: dict[str, Any] = {}
     root = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3)
     for name, value in tables.items():
@@ -509,7 +517,7 @@ def _encoded(tables: Mapping[str, Any], pointers: np.ndarray, layout: Layout) ->
 
 
 def _consolidated_root(storage: Storage, known: Mapping[str, bytes]) -> bytes:
-    """Return the root's metadata with that of everything below it; some files are known."""
+    """Return the consolidated metadata of the root; `known` are metadata files that need not be read."""
     names = [name for name in storage.list() if name.endswith(f"/{ROOT}")]
     found = {**storage.read_all([name for name in names if name not in known]), **known}
     files: dict[str, Any] = {name: cpu.Buffer.from_bytes(found[name]) for name in names}
@@ -523,5 +531,5 @@ def _consolidated_root(storage: Storage, known: Mapping[str, bytes]) -> bytes:
 
 
 def memory_store(files: Mapping[str, bytes]) -> MemoryStore:
-    """Return a zarr store, in memory, of files by name."""
+    """Return an in-memory zarr store of files, given by name."""
     return MemoryStore({name: cpu.Buffer.from_bytes(data) for name, data in files.items()})

@@ -1,1 +1,1 @@
-"""The space in which cells are matched (METHOD sections 5, 9 and 10)."""
+"""Compute the coordinates in which cells are matched (METHOD sections 5, 9 and 10)."""

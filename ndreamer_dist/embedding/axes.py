@@ -1,7 +1,7 @@
-"""Axes of a space from sums over cells: exact principal components, of all variation or of that inside groups. Pure.
+"""Compute exact principal axes from sums over cells: of all variation, or of variation inside groups. Pure.
 
-Input: sums of expression and of its products, in float64 and in block order. Output: mean, axes and variances (METHOD
-sections 9 and 10). The sign of an axis is fixed: its largest absolute loading is positive.
+Input: sums of expression and of its outer products, added in float64 and in block order. Output: mean, axes and
+variances (METHOD sections 9 and 10). The sign of an axis is fixed: its largest absolute loading is positive.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from scipy import sparse
 
 STRIP = 128
-"""Rows of a strip of `ProductSum`."""
+"""Number of rows of a strip in `ProductSum`."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class Moments:
     Attributes
     ----------
     cells
-        (groups,) cells of every group.
+        (groups,) number of cells per group.
     sums
-        (groups, genes) sum of the expression of every group's cells.
+        (groups, genes) sum of expression per group.
     inner_cells
-        (groups,) those cells of every group that `outer` is of.
+        (groups,) number of cells per group that enter `outer`.
     outer
-        (genes, genes) sum of the outer products of their expression.
+        (genes, genes) sum of the outer products of expression over those cells.
     squares
-        (genes,) sum of the squares of all cells' expression.
+        (genes,) sum of squared expression over all cells.
     """
 
     cells: np.ndarray
@@ -41,12 +41,12 @@ class Moments:
 
     @classmethod
     def none(cls, groups: int, genes: int) -> Moments:
-        """Return the sums over no cells, without products."""
+        """Return the sums over no cells, with `outer` left out (1, 1)."""
         cells, inner = np.zeros((2, groups), dtype=np.int64)
         return cls(cells, np.zeros((groups, genes)), inner, np.zeros((1, 1)), np.zeros(genes))
 
     def plus(self, other: Moments) -> Moments:
-        """Add the sums over other cells in place, and return all of them."""
+        """Add the sums over other cells in place, and return self."""
         for field in fields(self):
             sums = getattr(self, field.name)
             np.add(sums, getattr(other, field.name), out=sums)
@@ -59,7 +59,7 @@ class Moments:
 
     @property
     def within_variance(self) -> np.ndarray:
-        """Variance of a cell inside its group, over all groups: (genes,)."""
+        """Variance between cells of one group, pooled over groups: (genes,)."""
         between = (self.sums**2 / np.maximum(self.cells, 1)[:, None]).sum(axis=0)
         return np.maximum(self.squares - between, 0.0) / max(int(self.cells.sum()), 1)
 
@@ -67,18 +67,18 @@ class Moments:
 def moments_of(
     x: sparse.csr_matrix, groups: np.ndarray, count: int, inner: np.ndarray, *, products: bool = True
 ) -> Moments:
-    """Return the sums of a row block.
+    """Return the sums over a row block.
 
     Parameters
     ----------
     x
-        (cells, genes) log-normalised expression.
+        (cells, genes) CSR, log-normalised expression.
     groups, count
-        (cells,) group of every cell, and how many groups there are.
+        (cells,) group of every cell, and the number of groups.
     inner
-        (groups,) whether a group's cells enter the outer product.
+        (groups,) bool, whether a group's cells enter the outer product.
     products
-        Whether the outer products, by far the most work, are summed.
+        Whether to compute the outer product, which is by far the most work.
     """
     exact = x.astype(np.float64, copy=False)
     cells = np.bincount(groups, minlength=count)
@@ -90,10 +90,10 @@ def moments_of(
 
 
 class ProductSum:
-    """Sum of the outer products of some cells' expression, added up in float64 from products of blocks in float32.
+    """Sum of outer products of expression: float32 products of blocks, added in float64.
 
-    In float32 a product takes half the time and errs by about 1e-6 of itself. Only the upper triangle is held, in strips of
-    rows that are small enough to be worked on in a processor's cache.
+    A float32 product takes half the time and has a relative error of about 1e-6. Only the upper triangle is stored, in
+    strips of rows that fit into the CPU cache.
     """
 
     def __init__(self, genes: int) -> None:
@@ -105,9 +105,9 @@ class ProductSum:
         Parameters
         ----------
         x
-            (cells, genes) float32.
+            (cells, genes) CSR float32.
         product
-            (genes, genes) float32, to be written over.
+            (genes, genes) float32 scratch space, overwritten.
         """
         values = x.toarray()
         np.matmul(values.T, values, out=product)
@@ -115,7 +115,7 @@ class ProductSum:
             strip += product[start : start + STRIP, start:].astype(np.float64)
 
     def covariance(self, moments: Moments) -> np.ndarray:
-        """Return `within_covariance` of these products and other sums, rounded to float32: (genes, genes)."""
+        """Return `within_covariance` from these products and the other sums of `moments`: (genes, genes) float32."""
         means, cells = _scaled_means(moments), max(int(moments.inner_cells.sum()), 1)
         found = np.empty((means.shape[1], means.shape[1]), dtype=np.float32)
         for start, strip in self._strips.items():
@@ -137,17 +137,20 @@ def signed_axes(matrix: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
 def principal_axes(
     cells: int, sums: np.ndarray, outer: np.ndarray, dimensions: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the exact PCA of n points from their moments.
+    """Return the exact PCA of points from their moments.
 
     Parameters
     ----------
+    cells
+        Number of points.
     sums, outer
-        Sum of the points (z,), and of their outer products (z, z), float64.
+        Float64 sum of the points (z,), and of their outer products (z, z).
+    dimensions
+        Number of components, at most z and the number of points.
 
     Returns
     -------
     mean (z,), components (z, dimensions) with the largest absolute loading of each positive, variance (dimensions,).
-    `dimensions` is cut to z and to the number of points.
     """
     mean = sums / cells
     covariance = (outer - cells * np.outer(mean, mean)) / max(cells - 1, 1)
@@ -156,12 +159,12 @@ def principal_axes(
 
 
 def within_covariance(moments: Moments) -> np.ndarray:
-    """Return the covariance inside groups, Sigma_w of METHOD section 10: (genes, genes), over the cells of `outer`."""
+    """Return the covariance inside groups of the cells in `outer`, Sigma_w of METHOD section 10: (genes, genes)."""
     means = _scaled_means(moments)
     return np.asarray((moments.outer - means.T @ means) / max(int(moments.inner_cells.sum()), 1))
 
 
 def _scaled_means(moments: Moments) -> np.ndarray:
-    """Return the means of the groups whose products are summed, times the root of their cells: (groups with cells, genes)."""
+    """Return sqrt(cells) times the mean of each group with cells in `outer`: (groups with cells, genes)."""
     cells = moments.inner_cells
     return np.asarray(moments.sums[cells > 0] / np.sqrt(cells[cells > 0])[:, None])

@@ -1,7 +1,7 @@
-"""Principal components corrected by Harmony, with the group as the batch (METHOD section 9).
+"""Correct principal components by Harmony, with the group as the batch (METHOD section 9).
 
-The correction is harmonypy's (2.1, GPL-3.0-or-later, C++ behind numpy): the same bits for any number of threads. Cells that
-are mapped onto corrected ones later are corrected as Symphony does it (Kang 2021): the clusters stay as they are.
+harmonypy (2.1, GPL-3.0-or-later, C++ behind numpy) does the correction, with the same bits for any number of threads.
+Cells that are mapped later are corrected as in Symphony (Kang 2021), with the clusters frozen.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from dataclasses import dataclass
 import numpy as np
 
 CELLS_PER_CLUSTER = 30
-"""Cells of one of Harmony's soft clusters, on average, at the least; there are at most 100."""
+"""Smallest mean number of cells per soft cluster of Harmony. There are at most 100 clusters."""
 BYTES_PER_CELL = 2900
-"""What Harmony needs a cell of 50 dimensions: its coordinates four times in float64, and 100 soft assignments."""
+"""Memory of Harmony per cell with 50 dimensions: four float64 copies of the coordinates, and 100 soft assignments."""
 SUMMED_ROWS = 65_536
-"""Cells whose assignments are summed at a time."""
+"""Number of cells whose assignments are summed at a time."""
 SHARPNESS = 0.1
-"""Harmony's and Symphony's sigma: how soft the assignments are."""
+"""Sigma of Harmony and Symphony: the width of the soft assignments."""
 RIDGE = 1.0
-"""Symphony's lambda: how much a new batch's own effect is held back."""
+"""Lambda of Symphony: the ridge penalty on the effect of a new batch."""
 
 
 @dataclass(frozen=True)
 class FrozenClusters:
-    """What is kept of Harmony's clusters, to correct other cells by.
+    """Summary of Harmony's clusters, enough to correct other cells.
 
     Attributes
     ----------
     cells, sums
-        (clusters,) sum of the cells' assignments, and (clusters, d) of their corrected coordinates by it.
+        (clusters,) sum of the soft assignments, and (clusters, d) sum of corrected coordinates weighted by them.
     """
 
     cells: np.ndarray
     sums: np.ndarray
 
     def assigned(self, points: np.ndarray) -> np.ndarray:
-        """Return the soft assignments of points, principal components that are not corrected: (cells, clusters)."""
+        """Return the soft assignments of uncorrected principal components: (cells, clusters)."""
         centroids = self.sums / np.linalg.norm(self.sums, axis=1, keepdims=True)
         lengths = np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
         near = 2 / SHARPNESS * (points / lengths) @ centroids.T
@@ -45,12 +45,13 @@ class FrozenClusters:
         return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
     def batch_effects(self, cells: np.ndarray, sums: np.ndarray) -> np.ndarray:
-        """Return what one new batch adds in every cluster, by ridge regression on it and the stored cells: (clusters, d).
+        """Return the effect of one new batch in every cluster, by ridge regression: (clusters, d).
 
         Parameters
         ----------
         cells, sums
-            (clusters,) and (clusters, d) of the new batch, as the attributes are of the stored cells.
+            (clusters,) sum of the new batch's assignments, and (clusters, d) sum of its uncorrected coordinates,
+            weighted by them.
         """
         stored = self.cells
         determinant = (cells + stored) * (cells + RIDGE) - cells**2
@@ -59,7 +60,7 @@ class FrozenClusters:
 
 @dataclass(frozen=True)
 class Harmonised:
-    """Corrected coordinates, (cells, d) float32, and the clusters that they were corrected by."""
+    """Corrected coordinates, (cells, d) float32, and the clusters of the correction."""
 
     points: np.ndarray
     clusters: FrozenClusters
@@ -73,13 +74,13 @@ def harmonised(points: np.ndarray, batches: Mapping[str, np.ndarray], *, seed: i
     points
         (cells, d) principal components.
     batches
-        (cells,) codes of the batch, by the name of the key that it is from; several are corrected for together.
+        (cells,) batch codes by key; several keys are corrected for jointly.
     seed
-        Of the clusters' first centres.
+        Seed of the initial cluster centres.
     threads
-        How many threads work; the numbers do not depend on it.
+        Number of threads, which does not affect the result.
     """
-    from harmonypy import run_harmony  # it gives its logger a handler, so it is loaded where it is used
+    from harmonypy import run_harmony  # imported here, since the import adds a log handler
 
     clusters = int(np.clip(round(len(points) / CELLS_PER_CLUSTER), 1, 100))
     found = run_harmony(
@@ -89,6 +90,6 @@ def harmonised(points: np.ndarray, batches: Mapping[str, np.ndarray], *, seed: i
     sums = np.zeros((soft.shape[1], corrected.shape[1]))
     for start in range(0, len(points), SUMMED_ROWS):
         part = slice(start, start + SUMMED_ROWS)
-        # Products in one order, whatever the threads of the library that multiplies matrices.
+        # einsum sums in a fixed order, unlike BLAS, whose order depends on its threads.
         sums += np.einsum("ck,cd->kd", soft[part], corrected[part])
     return Harmonised(np.asarray(corrected, dtype=np.float32), FrozenClusters(soft.sum(axis=0), sums))

@@ -1,9 +1,10 @@
-"""The stage of the state space: axes, reliability and coordinates of every population (METHOD section 10).
+"""The state space: compute axes, reliability and coordinates of every population (METHOD section 10).
 
-Two passes over packed.zarr. The first computes, per population, the covariance inside its control groups; its leading
-axes are W. The second computes the reliability of each coordinate from two halves of the counts of every cell. Then
-the blocks are placed. Two cells of different populations are further apart than any two cells of one population. So a
-cell has a match outside its population only where the target group has no cell of that population.
+The stage makes two passes over packed.zarr. The first computes, per population, the covariance inside its control
+groups, whose leading axes are W. The second computes the reliability of each coordinate from two halves of every cell's
+counts. A last round of tasks writes the coordinates. Extra coordinates keep populations apart: cells of different
+populations are farther from each other than any two cells of one population. So a cell is matched outside its
+population only if the target group has no cell of that population.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from ndreamer_dist.storage.files import Storage
 logger = logging.getLogger(__name__)
 
 LEAST_CELLS = 100
-"""Cells of a population of its own; smaller ones are pooled. With fewer control cells its axes are of all its groups."""
+"""Smallest population that is not pooled. With fewer control cells, its axes come from all groups."""
 GROUPED, WHOLE = ("whole", "first", "second"), ("spread", "signal", "noise", "reach")
-"""Parts of `HalfSums` of a group each, and of all cells."""
+"""Fields of `HalfSums` with an entry per group, and fields that are over all cells."""
 DIRECTIONS = ((keys.STATE_MEAN, 2), (keys.STATE_AXES, 3), (keys.STATE_RANK, 1), (keys.STATE_BEYOND_CHANCE, 1))
 OWN_AXES = (
     (keys.STATE_DIMENSIONS, 1), (keys.STATE_RELIABILITY, 3), (keys.STATE_GROUP_MEAN, 3), (keys.STATE_POSITION, 3),
@@ -45,14 +46,14 @@ OWN_AXES = (
 
 @dataclass(frozen=True)
 class Populations:
-    """Which population every packed row is of.
+    """The populations of the cells.
 
     Attributes
     ----------
     codes
-        (cells,) int32.
+        (cells,) int32 population of every packed row.
     names
-        Of the populations; `others` are cells of small ones and without a name.
+        Names of the populations; `others` pools small populations and cells of none.
     """
 
     codes: np.ndarray
@@ -63,7 +64,7 @@ class Populations:
         """Pool the small populations, and the cells of none (-1)."""
         labels, counts = np.unique(codes, return_counts=True)
         large = labels[(counts >= LEAST_CELLS) & (labels >= 0)]
-        place = np.full(int(labels[-1]) + 2, len(large), dtype=np.int32)  # the last is -1's
+        place = np.full(int(labels[-1]) + 2, len(large), dtype=np.int32)  # the last entry is for code -1
         place[large] = np.arange(len(large))
         found = place[codes]
         names = [str(label) for label in large]
@@ -71,7 +72,7 @@ class Populations:
 
 
 def run_state(space: Space, settings: Settings, codes: Mapping[str, np.ndarray], runtime: Runtime) -> None:
-    """Write the state coordinates, beside the trained ones where the space is of both."""
+    """Write the state coordinates; in the space `ndreamer+state`, after the trained ones."""
     first, own = space.axes_shard(DIRECTIONS, "directions"), space.axes_shard(OWN_AXES)
     blocks = space.block_shards(space.array)
     todo = space.todo([first, own, *blocks])
@@ -93,12 +94,12 @@ def run_state(space: Space, settings: Settings, codes: Mapping[str, np.ndarray],
 
 
 def _is_beside(settings: Settings) -> bool:
-    """Return whether the trained coordinates stand beside those of state."""
+    """Return whether the space holds the trained coordinates too."""
     return settings.embed.method == keys.NDREAMER_STATE
 
 
 def _width(storage: Storage) -> int:
-    """Return how many state coordinates a cell has, those that keep populations apart among them."""
+    """Return the number of state coordinates of a cell, including those that keep populations apart."""
     dimensions = read_array(storage, keys.STATE_DIMENSIONS)
     corner = read_array(storage, keys.STATE_CORNER)
     return int(dimensions.max()) + (corner.shape[1] if len(corner) > 1 else 0)
@@ -116,7 +117,7 @@ def _populations(space: Space, settings: Settings, codes: Mapping[str, np.ndarra
 
 
 def _make_directions(space: Space, settings: Settings, populations: Populations, runtime: Runtime) -> None:
-    """Write mean and leading axes of every population, one population after the other."""
+    """Write the mean and leading axes of every population."""
     packed = space.packed
     keep = min(settings.embed.dimensions, packed.n_genes)
     number = len(populations.names)
@@ -136,7 +137,7 @@ def _make_directions(space: Space, settings: Settings, populations: Populations,
 
 
 def _directions(moments: Moments, keep: int) -> tuple[np.ndarray, int, int]:
-    """Return the leading axes of what varies inside groups, (genes, keep), how many there are, and beyond chance."""
+    """Return the leading axes inside groups, (genes, keep), how many have variance, and how many exceed chance."""
     covariance = within_covariance(moments)
     axes, variance = signed_axes(covariance, keep)
     rank = int((variance > state.VANISHING * max(float(variance[0]), state.VANISHING)).sum())
@@ -145,7 +146,7 @@ def _directions(moments: Moments, keep: int) -> tuple[np.ndarray, int, int]:
 
 
 def _inner_groups(space: Space, populations: Populations, code: int) -> np.ndarray:
-    """Return the groups that a population's axes are of: those of the control, or all where it has too few control cells."""
+    """Return the groups that define a population's axes: control groups, or all if it has too few control cells."""
     design = space.packed.design
     control = design.group_conditions == 0
     groups = design.group_of(np.flatnonzero(populations.codes == code))
@@ -158,7 +159,7 @@ def _inner_groups(space: Space, populations: Populations, code: int) -> np.ndarr
 
 
 def _make_reliability(space: Space, settings: Settings, populations: Populations, runtime: Runtime) -> None:
-    """Write how many dimensions every population uses, their reliability, the groups' means, and what keeps it apart."""
+    """Write the arrays of `OWN_AXES`: dimensions, reliability, means and positions of groups, corners and weight."""
     shrink = settings.state.shrink
     halved = space.has_counts and (shrink != "none" or settings.state.k is None)
     if shrink != "none" and not halved:
@@ -196,16 +197,16 @@ def _make_reliability(space: Space, settings: Settings, populations: Populations
 
 
 def _write_doubts(space: Space, doubts: Sequence[state.Doubt | None]) -> None:
-    """Keep by what the groups' positions were fitted, for those of groups that are mapped onto the run later."""
+    """Write the gene variances that the positions of groups were fitted with, to place groups that are mapped later."""
     nothing = np.zeros(space.packed.n_genes)
     unfitted = state.Doubt(nothing, nothing, least=np.nan)
-    kept = [doubt or unfitted for doubt in doubts]
-    write_array(space.storage, keys.STATE_DOUBT, np.stack([np.stack([d.between, d.variance]) for d in kept]))
-    write_array(space.storage, keys.STATE_LEAST_DOUBT, np.array([d.least for d in kept]))
+    models = [doubt or unfitted for doubt in doubts]
+    write_array(space.storage, keys.STATE_DOUBT, np.stack([np.stack([d.between, d.variance]) for d in models]))
+    write_array(space.storage, keys.STATE_LEAST_DOUBT, np.array([d.least for d in models]))
 
 
 def _confirmed(found: HalfSums, beyond: int, *, halved: bool) -> int:
-    """Return how many of the axes beyond chance the halves of the counts confirm; all of them without halves."""
+    """Return how many of the axes beyond chance the halves of the counts confirm; all if there are no halves."""
     if not halved or not beyond:
         return beyond
     parts = (found.covariance(name)[:beyond, :beyond] for name in ("signal", "noise", "spread"))
@@ -213,7 +214,7 @@ def _confirmed(found: HalfSums, beyond: int, *, halved: bool) -> int:
 
 
 def _share(found: HalfSums, k: int, shrink: bool) -> np.ndarray:
-    """Return Lambda of the first k dimensions; the identity where nothing is shrunk."""
+    """Return Lambda of the first k dimensions; the identity without shrinkage."""
     if not shrink or not k:
         return np.eye(k)
     return state.reliability(found.covariance("signal")[:k, :k], found.covariance("spread")[:k, :k])
@@ -222,21 +223,21 @@ def _share(found: HalfSums, k: int, shrink: bool) -> np.ndarray:
 def _positions(
     space: Space, populations: Populations, code: int, k: int, runtime: Runtime
 ) -> tuple[np.ndarray, state.Doubt]:
-    """Return where every group stands on a population's axes, by its mean expression: (groups, k); 0 without a cell."""
+    """Return the fitted positions of groups on a population's axes, (groups, k), 0 without cells, and their model."""
     inner = _inner_groups(space, populations, code)
     moments = summed_moments(space, inner, populations.codes, code, runtime, products=False)
     mean, axes = directions_of(space.storage, space.key, code)
-    there = np.flatnonzero(moments.cells)
-    means = moments.sums[there] / moments.cells[there, None] - mean
+    present = np.flatnonzero(moments.cells)
+    means = moments.sums[present] / moments.cells[present, None] - mean
     found = np.zeros((len(moments.cells), k))
-    cells = moments.cells[there]
+    cells = moments.cells[present]
     doubt = with_threads(1, state.doubt_of, means, axes[:, :k], moments.within_variance, cells)
-    found[there] = with_threads(1, doubt.positions, means, axes[:, :k], cells)
+    found[present] = with_threads(1, doubt.positions, means, axes[:, :k], cells)
     return found, doubt
 
 
 def _reach(found: HalfSums, share: np.ndarray, positions: np.ndarray) -> float:
-    """Return a bound on the length of a population's coordinates."""
+    """Return an upper bound of the norm of a population's coordinates."""
     k = len(share)
     if not k:
         return 0.0
@@ -248,7 +249,7 @@ def _reach(found: HalfSums, share: np.ndarray, positions: np.ndarray) -> float:
 def _half_sums(
     space: Space, settings: Settings, populations: Populations, runtime: Runtime, *, halved: bool
 ) -> list[HalfSums]:
-    """Return the sums of every population, added in the order of the blocks; blocks that are there are not redone."""
+    """Return the sums of every population, added in block order; sums of finished blocks are read, not recomputed."""
     shards = []
     for block in range(space.packed.n_blocks):
         name = f"{keys.SPACE_SUMS}/halves/{keys.block_name(block)}"
@@ -275,9 +276,9 @@ def _sum_halves(block: int, space: Space, populations: Populations, totals: np.n
 def _block_halves(
     space: Space, block: int, populations: Populations, totals: np.ndarray | None, seed: int
 ) -> list[HalfSums]:
-    """Return the sums of a row block, of every population; all that is drawn is drawn for the block as a whole.
+    """Return the sums of a row block for every population. One generator serves the whole block.
 
-    Without the cells' total counts nothing is halved, and the sums of the halves are those of the whole.
+    Without the cells' totals, counts are not halved, and both halves equal the whole.
     """
     x, groups, codes = space.packed.block(block), space.groups(block), populations.codes[space.rows(block)]
     count, number = len(space.packed.design.groups), len(populations.names)
@@ -295,26 +296,26 @@ def _block_halves(
 
 
 def _coordinates(x: sparse.csr_matrix | state.Half, rows: np.ndarray, mean: np.ndarray, axes: np.ndarray) -> np.ndarray:
-    """Return W'(x - mean) of some rows: (rows, k) float64."""
+    """Return the coordinates W'(x - mean) of some rows: (rows, k) float64."""
     return state.scores(x, rows, axes) - mean @ axes
 
 
 @functools.lru_cache(maxsize=64)
 def directions_of(storage: Storage, key: str, code: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and axes of a population; a process reads them once, not once a task."""
-    del key  # only tells one stage's axes from another's
+    """Return the mean and axes of a population, read once per process."""
+    del key  # part of the cache key: another stage key means other axes
     part = slice(code, code + 1)
     return read_array(storage, keys.STATE_MEAN, part)[0], read_array(storage, keys.STATE_AXES, part)[0]
 
 
 def _group_range(space: Space, block: int) -> tuple[int, int]:
-    """Return the first group of a block and the one after its last."""
+    """Return the first group of a block, and the one after its last."""
     groups = space.groups(block)
     return int(groups[0]), int(groups[-1]) + 1
 
 
 def _read_halves(space: Space, block: int, number: int, keep: int) -> list[HalfSums]:
-    """Return the sums that a block's task has left."""
+    """Read the sums of a block, as `_sum_halves` wrote them."""
     values = read_array(space.storage, f"{keys.SPACE_SUMS}/halves/{keys.block_name(block)}")
     first, last = _group_range(space, block)
     count, place = len(space.packed.design.groups), 0
@@ -335,13 +336,13 @@ def _read_halves(space: Space, block: int, number: int, keep: int) -> list[HalfS
     return [HalfSums(cells=cells[i], **grouped[i], **whole[i]) for i in range(number)]
 
 
-# --- beside the trained coordinates ----------------------------------------------------------------------------------
+# --- weight against the trained coordinates --------------------------------------------------------------------------
 
 
 def _weight(space: Space, settings: Settings, sums: Sequence[HalfSums], shares: np.ndarray) -> tuple[float, float]:
-    """Return what state coordinates are multiplied by, and the largest length of the trained ones.
+    """Return the factor for state coordinates, and the largest norm of the trained ones.
 
-    By default both spread alike inside groups: the sums of their variances there are equal.
+    By default both kinds have the same total variance inside groups.
     """
     packed, storage = space.packed, space.run.embedding(keys.PCA)
     design = packed.design
@@ -376,7 +377,7 @@ def _place_block(block: int, space: Space, populations: Populations, beside: boo
 
 
 def _placed(space: Space, block: int, populations: Populations) -> np.ndarray:
-    """Return the state coordinates of a row block, weighted, with what keeps populations apart: (cells, d) float64."""
+    """Return the weighted state coordinates of a row block, and the corners of populations: (cells, d) float64."""
     storage = space.storage
     dimensions, shares, means, positions, corner, weight = (read_array(storage, name) for name, _ in OWN_AXES)
     x, groups, codes = space.packed.block(block), space.groups(block), populations.codes[space.rows(block)]

@@ -1,8 +1,8 @@
-"""The stage that places cells without a network: principal components, Harmony, or coordinates of the input.
+"""The stage `space`: compute coordinates without a network, by PCA or Harmony, or take them from the input.
 
-Reads packed.zarr and the parts of the input that the space needs. Writes the coordinates and their axes to embedding.zarr
-(METHOD section 9). Each task sums one span of blocks; the sums are added in order, in float64. Coordinates are written
-by block, and finished blocks are not written again. `population.py` has the state space.
+Input: packed.zarr and the parts of the input that the space needs. Output: the coordinates and their axes in
+embedding.zarr (METHOD section 9). Each task sums one span of blocks; the sums are added in order, in float64.
+Coordinates are written block by block, and finished blocks are not written again. `population.py` has the state space.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ndreamer_dist.compute.executor import Runtime, with_threads
 from ndreamer_dist.compute.machine import cpu_count
 from ndreamer_dist.embedding import state
 from ndreamer_dist.embedding.axes import Moments, moments_of, principal_axes
-from ndreamer_dist.embedding.harmony import harmonised
+from ndreamer_dist.embedding.harmony import Harmonised, harmonised
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
@@ -41,27 +41,27 @@ from ndreamer_dist.storage.files import Storage
 logger = logging.getLogger(__name__)
 
 MOST_SPANS = 32
-"""Spans of blocks that sums are taken by, at most: each leaves a matrix of genes by genes until the axes are known."""
+"""Largest number of spans of blocks; each stores a (genes, genes) matrix until the axes are known."""
 SIGNAL_BLOCKS = 8
-"""Blocks, evenly spaced, from whose counts the signal of principal components is estimated."""
+"""Number of blocks, evenly spaced, whose counts estimate the signal in principal components."""
 AXES = "axes"
-"""The driver's own unit of work."""
+"""Name of the shard that the driver writes."""
 SUMS = ("groups", "outer", "squares")
-"""Arrays that the sums over a span of blocks are kept in."""
+"""Arrays that store the sums over a span of blocks."""
 
 
 @dataclass(frozen=True)
 class SpaceInput:
-    """What a matching space takes from the input, and matching in it, in input order.
+    """Parts of the input that a matching space and the matching in it need, in input order.
 
     Attributes
     ----------
     coordinates
-        (cells, d) float32, for `obsm:KEY`.
+        (cells, d) float32 for the space `obsm:KEY`, else None.
     codes
-        (cells,) codes of columns of `obs`, by name.
+        (cells,) codes of columns of `obs`, by column name.
     labels
-        The labels that cells are matched inside, where they are a column of `obs`.
+        Labels for matching inside labels, if they are a column of `obs`, else None.
     """
 
     coordinates: np.ndarray | None = None
@@ -70,12 +70,12 @@ class SpaceInput:
 
     @classmethod
     def of(cls, source: Source, settings: Settings) -> SpaceInput:
-        """Read and check what the settings' space needs of the input.
+        """Read and check the parts of the input that the settings' space needs.
 
         Raises
         ------
         CohortError
-            A key or column is not there, or does not hold what can be matched in.
+            A key or column is missing, or its values cannot be used.
         """
         method, by, within = settings.embed.method, settings.state.by, settings.match.within
         labels = column_labels(source, within, keys.MATCH_WITHIN) if within not in (None, keys.OBS_LOW) else None
@@ -89,7 +89,7 @@ class SpaceInput:
         return cls(codes=codes, labels=labels)
 
     def checksums(self) -> dict[str, str]:
-        """Return checksums of it all, for the keys of the stages."""
+        """Return a checksum of each part, for the stage keys."""
         own = {} if self.coordinates is None else {"coordinates": checksum(self.coordinates)}
         own |= {} if self.labels is None else {keys.MATCH_WITHIN: checksum(self.labels.codes)}
         return own | {f"obs {name}": checksum(codes) for name, codes in self.codes.items()}
@@ -97,7 +97,17 @@ class SpaceInput:
 
 @dataclass(frozen=True)
 class Space:
-    """What every task of the stage needs to know."""
+    """Context that every task of the stage shares.
+
+    Attributes
+    ----------
+    stage
+        The run directory of the space, with the stage's name and key.
+    packed
+        Packed cohort.
+    array
+        Name of the array of coordinates.
+    """
 
     stage: StageRun
     packed: Packed
@@ -105,28 +115,28 @@ class Space:
 
     @property
     def run(self) -> RunDirectory:
-        """The space's directory."""
+        """Run directory of the space."""
         return self.stage.run
 
     @property
     def key(self) -> str:
-        """The stage's key."""
+        """Stage key."""
         return self.stage.key
 
     @property
     def sums(self) -> StageRun:
-        """What is summed over cells on the way to the axes."""
+        """Sub-stage of the sums over cells that the axes are computed from."""
         return StageRun(self.run, keys.STAGE_SUMS, self.key)
 
     @property
     def has_counts(self) -> bool:
-        """Whether the expression is of counts, known to the last one."""
+        """Whether counts can be recovered exactly from the expression."""
         summary = self.packed.run.read_json(keys.COHORT_SUMMARY)
         return bool(summary["normalise"] == "counts" and not summary.get(keys.UNS_SCALED))
 
     @property
     def storage(self) -> Storage:
-        """The space's embedding.zarr."""
+        """Storage of the space's embedding.zarr."""
         return self.run.storage / keys.EMBEDDING
 
     def rows(self, block: int) -> slice:
@@ -138,19 +148,19 @@ class Space:
         return self.packed.design.group_of(np.arange(*self.packed.block_range(block)))
 
     def block_shards(self, array: str, prefix: str = "") -> list[Shard]:
-        """Return a unit of work for every block of an array of coordinates."""
+        """Return one shard per block of an array of coordinates."""
         return [
             Shard(f"{prefix}{keys.block_name(block)}", (f"{keys.EMBEDDING}/{shard_files(array, block, 0)}",), block)
             for block in range(self.packed.n_blocks)
         ]
 
     def axes_shard(self, arrays: Iterable[tuple[str, int]], name: str = AXES) -> Shard:
-        """Return the driver's unit of work: arrays of axes, by name and number of axes, each of one chunk."""
+        """Return the driver's shard of arrays with one chunk each, given as (name, number of dimensions) pairs."""
         files = tuple(f"{keys.EMBEDDING}/{shard_files(array, *[0] * axes)}" for array, axes in arrays)
         return Shard(name, files)
 
     def todo(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Return the shards that are to be done."""
+        """Return the pending shards; if none is done, delete the arrays of an earlier stage key."""
         stale = [
             f"{keys.EMBEDDING}/{name}"
             for name in (keys.HARMONY_INPUT, keys.HARMONY_CELLS, keys.HARMONY_SUMS, self.array)
@@ -158,12 +168,12 @@ class Space:
         return self.stage.begin(shards, stale)
 
     def make(self, array: str, width: int) -> None:
-        """Make an array of coordinates; one that is partly there is left as it is."""
+        """Create an array of coordinates, unless it exists."""
         shape, chunks = (self.packed.n_rows, width), (self.packed.block_rows, width)
         ensure_array(self.storage, array, shape=shape, dtype="float32", chunks=chunks, fill_value=np.nan)
 
     def forget_sums(self) -> None:
-        """Delete the sums that axes were made from."""
+        """Delete the sums over cells, once the axes are written."""
         self.run.unmark(self.sums.name)
         self.storage.delete(keys.SPACE_SUMS)
 
@@ -171,7 +181,7 @@ class Space:
 def run_space(
     run: RunDirectory, settings: Settings, packed: Packed, from_input: SpaceInput, runtime: Runtime, key: str
 ) -> None:
-    """Write the coordinates of the settings' matching space, if it is another than the trained one (METHOD section 9)."""
+    """Write the coordinates of a matching space other than the trained one (METHOD section 9)."""
     method = settings.embed.method
     space = Space(StageRun(run, keys.STAGE_SPACE, key), packed, keys.embedding_key(method))
     if from_input.coordinates is not None:
@@ -186,7 +196,7 @@ def run_space(
         run_state(space, settings, from_input.codes, runtime)
 
 
-# --- coordinates of the input's own ----------------------------------------------------------------------------------
+# --- coordinates from the input --------------------------------------------------------------------------------------
 
 
 def _run_given(space: Space, coordinates: np.ndarray, runtime: Runtime) -> None:
@@ -214,7 +224,7 @@ def _run_components(space: Space, settings: Settings, runtime: Runtime) -> None:
 
 
 def _make_components(space: Space, settings: Settings, runtime: Runtime, axes: Shard, todo: Sequence[Shard]) -> None:
-    """Write the axes of the modelled genes, if they are to be done."""
+    """Write the principal axes of the modelled genes, unless they are done."""
     if axes not in todo:
         return
     packed = space.packed
@@ -238,9 +248,9 @@ def _write_components(space: Space, moments: Moments, settings: Settings) -> Non
 
 
 def _signal_components(space: Space, moments: Moments, axes: np.ndarray, settings: Settings) -> int:
-    """Return how many components are beyond chance and, of counts, hold the share of signal that is asked for.
+    """Return how many components exceed chance and, for counts, have at least `embed.signal_share` of signal.
 
-    The others add the noise of counting to every distance, which a search has to pay for, too.
+    Other components only add counting noise to distances, and cost search time.
     """
     cells, mean = space.packed.n_rows, moments.mean
     keep = min(state.beyond_chance(moments.outer / cells - np.outer(mean, mean), cells), axes.shape[1])
@@ -248,14 +258,14 @@ def _signal_components(space: Space, moments: Moments, axes: np.ndarray, setting
         chosen = np.unique(np.linspace(0, space.packed.n_blocks - 1, SIGNAL_BLOCKS).astype(int))
         totals = cell_totals(space.packed)
         blocks = ((space.packed.block(block), totals[space.rows(block)]) for block in chosen.tolist())
-        drawn = np.random.default_rng(np.random.SeedSequence((settings.seed, keys.STREAMS[keys.STAGE_SPACE])))
-        shares = state.signal_shares(blocks, axes[:, :keep], drawn)
+        generator = np.random.default_rng(np.random.SeedSequence((settings.seed, keys.STREAMS[keys.STAGE_SPACE])))
+        shares = state.signal_shares(blocks, axes[:, :keep], generator)
         keep = int((shares >= settings.embed.signal_share).sum())
     return max(1, keep)
 
 
 def _project(space: Space, array: str, todo: Sequence[Shard], runtime: Runtime) -> None:
-    """Write the blocks' principal components."""
+    """Write the principal components of pending blocks."""
     if not todo:
         return
     space.make(array, open_array(space.storage, keys.GENE_AXES).shape[1])
@@ -271,40 +281,47 @@ def _project_block(block: int, space: Space, array: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def axes_of(storage: Storage, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the principal axes of the genes and the mean; a process reads them once, not once a task."""
-    del key  # only tells one stage's axes from another's
+    """Return the principal axes of the genes and the mean, read once per process."""
+    del key  # part of the cache key: another stage key means other axes
     return read_array(storage, keys.GENE_AXES), read_array(storage, keys.GENE_MEAN)
 
 
 # --- Harmony ---------------------------------------------------------------------------------------------------------
 
+CLUSTER_ARRAYS = ((keys.HARMONY_CELLS, 1), (keys.HARMONY_SUMS, 2))
+
 
 def _run_harmony(space: Space, settings: Settings, from_input: SpaceInput, runtime: Runtime) -> None:
-    """Correct the principal components in this process: Harmony looks at all cells at once, and its threads at no other."""
-    axes = space.axes_shard(GENE_ARRAYS)
+    """Correct the principal components in this process, with all its CPUs: Harmony needs all cells at once."""
+    axes, clusters = space.axes_shard(GENE_ARRAYS), space.axes_shard(CLUSTER_ARRAYS, "clusters")
     inputs, blocks = space.block_shards(keys.HARMONY_INPUT, "input-"), space.block_shards(space.array)
-    todo = space.todo([axes, *inputs, *blocks])
+    todo = space.todo([axes, clusters, *inputs, *blocks])
     _make_components(space, settings, runtime, axes, todo)
     _project(space, keys.HARMONY_INPUT, [shard for shard in todo if shard in inputs], runtime)
     missing = [shard for shard in todo if shard in blocks]
-    if not missing:
+    if not missing and clusters not in todo:
         return
-    points = read_array(space.storage, keys.HARMONY_INPUT)
-    design, rows = space.packed.design, space.packed.input_row
-    batches = {name: codes[rows] for name, codes in from_input.codes.items()}
-    corrected = harmonised(
-        points,
-        batches or {"group": design.group_of(np.arange(design.n_cells))},
-        seed=settings.seed,
-        threads=cpu_count(),
-    )
-    for name, values in ((keys.HARMONY_CELLS, corrected.clusters.cells), (keys.HARMONY_SUMS, corrected.clusters.sums)):
-        if not space.storage.exists(name):
+    corrected = _harmonised(space, settings, from_input)
+    if clusters in todo:
+        for (name, _), values in zip(CLUSTER_ARRAYS, (corrected.clusters.cells, corrected.clusters.sums), strict=True):
             write_array(space.storage, name, values)
+        space.stage.mark(clusters)
     space.make(space.array, corrected.points.shape[1])
     for shard in missing:
         write_part(space.storage, space.array, space.rows(shard.task), corrected.points[space.rows(shard.task)])
         space.stage.mark(shard)
+
+
+def _harmonised(space: Space, settings: Settings, from_input: SpaceInput) -> Harmonised:
+    """Return the corrected coordinates of all cells; the batches are `embed.harmony_keys`, or the groups."""
+    design, rows = space.packed.design, space.packed.input_row
+    batches = {name: codes[rows] for name, codes in from_input.codes.items()}
+    return harmonised(
+        read_array(space.storage, keys.HARMONY_INPUT),
+        batches or {"group": design.group_of(np.arange(design.n_cells))},
+        seed=settings.seed,
+        threads=cpu_count(),
+    )
 
 
 # --- sums over cells -------------------------------------------------------------------------------------------------
@@ -312,7 +329,7 @@ def _run_harmony(space: Space, settings: Settings, from_input: SpaceInput, runti
 
 @dataclass(frozen=True)
 class SumTask:
-    """A span of blocks, `first:last`, and the population whose cells are summed; `name` is its folder."""
+    """Sum one population's cells over the blocks `first:last`; `name` is the folder of the sums."""
 
     first: int
     last: int
@@ -329,16 +346,16 @@ def summed_moments(
     *,
     products: bool = True,
 ) -> Moments:
-    """Return the sums over a population's cells, added in the order of the blocks; spans that are there are not redone.
+    """Return the sums over a population's cells, added in block order; finished spans are read, not recomputed.
 
     Parameters
     ----------
     inner
-        (groups,) groups whose cells enter the products.
+        (groups,) bool, whether a group's cells enter the outer products.
     populations, population
-        (cells,) code of every packed row's population, and the one that is summed.
+        (cells,) population code of every packed row, and the code to sum.
     products
-        Whether the sum of outer products, by far the largest, is read.
+        Whether to read the sum of outer products, by far the largest array.
     """
     edges = np.linspace(0, space.packed.n_blocks, min(space.packed.n_blocks, MOST_SPANS) + 1).astype(int)
     shards = []
@@ -356,10 +373,10 @@ def _sum_span(task: SumTask, space: Space, inner: np.ndarray, populations: np.nd
     with threadpool_limits(1):
         parts = (_block_moments(space, block, inner, populations, task) for block in range(task.first, task.last))
         found = functools.reduce(Moments.plus, parts)
-        there = np.flatnonzero(found.cells)
-        table = np.column_stack([there, found.cells[there], found.inner_cells[there], found.sums[there]])
-        # An array cannot be empty; a row without cells stands for no row.
-        groups = table if len(there) else np.zeros((1, 3 + found.sums.shape[1]))
+        present = np.flatnonzero(found.cells)
+        table = np.column_stack([present, found.cells[present], found.inner_cells[present], found.sums[present]])
+        # An array cannot be empty, so a row with 0 cells stands for an empty table.
+        groups = table if len(present) else np.zeros((1, 3 + found.sums.shape[1]))
         for part, values in zip(SUMS, (groups.astype(np.float64), found.outer, found.squares[None]), strict=True):
             write_array(space.storage, f"{task.name}/{part}", values)
 

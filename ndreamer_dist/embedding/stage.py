@@ -1,8 +1,8 @@
-"""The embedding: every cell through the trained encoder, then the PCA of the embedding (METHOD section 5).
+"""The stages `embed` and `pca`: encode every cell, then compute the PCA of the embedding (METHOD section 5).
 
-Reads packed.zarr and model/; writes embedding.zarr. A task encodes one row block in fixed tiles and pads the last one, so
-the value of a cell does not depend on the other cells of the tile. It also writes the float64 sums of the block. The
-driver adds these in block order and diagonalises one (z, z) matrix. A second round of tasks projects.
+Input: packed.zarr and model/. Output: embedding.zarr. A task encodes one row block in fixed tiles and pads the last
+one, so the embedding of a cell does not depend on the other cells of its tile. It also writes the float64 moments of
+the block. The driver adds these in block order and diagonalises one (z, z) matrix. A second round of tasks projects.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _AXES_FILES = (
 
 
 def run_embed(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
-    """Write mu and the blocks' moments to embedding.zarr; one task per row block."""
+    """Write the embedding mu and the moments of each block to embedding.zarr; one task per row block."""
     stage = StageRun(run, keys.STAGE_EMBED, key)
     shards = [Shard(keys.block_name(block), _embed_files(block), block) for block in range(packed.n_blocks)]
     todo = stage.begin(shards, [f"{keys.EMBEDDING}/{name}" for name in (keys.MU, keys.MOMENT_SUM, keys.MOMENT_OUTER)])
@@ -44,7 +44,7 @@ def run_embed(run: RunDirectory, settings: Settings, packed: Packed, runtime: Ru
 
 
 def run_pca(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
-    """Write the PCA of mu to embedding.zarr: loadings from summed moments, then one task per row block."""
+    """Write the PCA of mu to embedding.zarr: the axes from summed moments, then one task per row block."""
     stage, storage = StageRun(run, keys.STAGE_PCA, key), run.storage / keys.EMBEDDING
     width = min(settings.embed.dimensions, settings.model.latent, packed.n_rows)
     axes = Shard("axes", tuple(f"{keys.EMBEDDING}/{name}" for name in _AXES_FILES), settings.embed.dimensions)
@@ -81,7 +81,7 @@ def _make_arrays(storage: Storage, z: int, packed: Packed) -> None:
 
 @lru_cache(maxsize=1)
 def _model(storage: Storage, device: str, key: str) -> TrainedModel:
-    del key  # only tells one training's weights from another's
+    del key  # part of the cache key: another stage key means other weights
     return TrainedModel.load(storage, device)
 
 
@@ -102,7 +102,7 @@ def _embed(block: int, stage: StageRun, packed: Packed, settings: Settings, devi
 def _write_axes(dimensions: int, storage: Storage, packed: Packed) -> None:
     sums: np.ndarray | float = 0.0
     outer: np.ndarray | float = 0.0
-    for block in range(packed.n_blocks):  # in block order: one order of summation everywhere
+    for block in range(packed.n_blocks):  # in block order, so that the bits do not depend on the tasks
         part = slice(block, block + 1)
         sums = sums + read_array(storage, keys.MOMENT_SUM, part)[0]
         outer = outer + read_array(storage, keys.MOMENT_OUTER, part)[0]

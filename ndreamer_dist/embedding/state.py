@@ -1,8 +1,8 @@
-"""State inside a type: variation between cells of the same donor (METHOD section 10). Pure.
+"""Estimate and shrink state coordinates, which describe variation between cells of one donor (METHOD section 10). Pure.
 
-The axes W come from the covariance inside the control groups (`axes.within_covariance`). This module estimates how far
-the coordinates of a cell can be trusted. Two halves of its counts, drawn by binomial thinning, have independent noise,
-so their covariance inside groups is that of the signal. Coordinates are then shrunk to the mean of the cell's group.
+The axes W come from the covariance inside the control groups (`axes.within_covariance`). This module estimates the
+reliability of a cell's coordinates. Two halves of its counts, drawn by binomial thinning, have independent noise, so
+their covariance inside groups is that of the signal. Coordinates are then shrunk towards the position of the group.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from scipy import linalg, sparse
 from ndreamer_dist.cohort.statistics import TARGET_SUM
 
 LEAST_RELIABLE = 0.05
-"""No direction is shrunk further than to this share."""
+"""Smallest eigenvalue of Lambda: deviations in a direction are never shrunk below this share."""
 SMALLEST_SIGNAL = 1e-6
-"""Eigenvalues of the signal are held above this; genes that vary less do not vary."""
+"""Smallest eigenvalue of the signal; also the variance below which a gene counts as constant."""
 VANISHING = 1e-9
-"""Directions whose variance is below this share of the largest are no directions."""
+"""Share of the largest variance below which an axis counts as having none."""
 LEAST_DOUBT = 0.05
-"""No gene counts more than one at this quantile of the variances of groups' means."""
+"""Quantile of the variances of groups' means that is the lower limit of a gene's variance, to bound its weight."""
 MOSTLY_SIGNAL = 0.5
-"""A dimension is confirmed with at least this share of signal."""
+"""Smallest share of signal of a confirmed dimension."""
 MOST_IN_A_TYPE = 4
-"""Dimensions of one of several populations, unless another number is asked for: more absorb a strong effect."""
+"""Default limit on the dimensions of one of several populations; more would absorb a strong effect."""
 PASS_ROWS, DRAWN_AT_ONCE = 2048, 2**18
-"""Rows, and numbers, worked on at a time: memory of this size is used again, larger pieces come from the system each time."""
+"""Rows, and numbers, processed at a time. Memory of this size is reused; larger arrays are newly mapped each time."""
 TRACY_WIDOM = 0.9793
 """95 % point of the Tracy-Widom law of order 1."""
 
 
 def recovered_counts(x: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
-    """Return the counts that log-normalised values were made from: int64, in the order of `x.data`.
+    """Recover the counts behind log-normalised values: int64, in the order of `x.data`.
 
     Parameters
     ----------
     x
-        (cells, genes) log1p of counts scaled to 10 000 a cell.
+        (cells, genes) CSR, log1p of counts scaled to 10 000 per cell.
     totals
-        (cells,) counts of every cell over all genes.
+        (cells,) total counts of every cell over all genes.
     """
     scale = np.repeat(np.where(totals > 0, totals, TARGET_SUM) / TARGET_SUM, np.diff(x.indptr))
     return np.rint(np.expm1(x.data.astype(np.float64)) * scale).astype(np.int64)
@@ -49,21 +49,21 @@ def recovered_counts(x: sparse.csr_matrix, totals: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Half:
-    """One half of the counts of some cells, log-normalised where rows of it are asked for.
+    """One half of the counts of some cells; indexing by rows log-normalises them.
 
     Attributes
     ----------
     counts
-        (cells, genes) whole numbers; some of the entries are 0.
+        (cells, genes) CSR of integers, some of the entries 0.
     totals
-        (cells,) counts of every cell in this half, over all genes.
+        (cells,) total counts of every cell in this half, over all genes.
     """
 
     counts: sparse.csr_matrix
     totals: np.ndarray
 
     def __getitem__(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return some rows, log-normalised by their own totals: (rows, genes) float64, without entries of 0."""
+        """Return some rows, log-normalised by this half's totals: (rows, genes) float64 CSR without zero entries."""
         part = self.counts[rows]
         part.eliminate_zeros()
         scale = np.repeat(np.maximum(self.totals[rows], 1), np.diff(part.indptr))
@@ -72,9 +72,9 @@ class Half:
 
 
 def halves(x: sparse.csr_matrix, totals: np.ndarray, generator: np.random.Generator) -> tuple[Half, Half]:
-    """Split every cell's counts in two by binomial thinning; each half is log-normalised by its own total.
+    """Split every cell's counts into two halves by binomial thinning.
 
-    The counts of genes that are not modelled are known as a sum alone, and split as one.
+    Of the genes that are not modelled only the sum of counts is known, which is split as one number.
     """
     counts = np.empty(x.nnz, dtype=np.int32)
     for rows in _stretches(x.shape[0], PASS_ROWS):
@@ -93,7 +93,7 @@ def halves(x: sparse.csr_matrix, totals: np.ndarray, generator: np.random.Genera
 
 
 def scores(x: sparse.csr_matrix | Half, rows: np.ndarray, axes: np.ndarray) -> np.ndarray:
-    """Return some rows of expression, or of a half of it, on axes: (rows, k) float64; few rows are held at a time."""
+    """Project some rows of expression, or of a half of it, on axes: (rows, k) float64; in passes of few rows."""
     found = np.empty((len(rows), axes.shape[1]))
     for part in _stretches(len(rows), PASS_ROWS):
         found[part] = x[rows[part]] @ axes
@@ -101,20 +101,20 @@ def scores(x: sparse.csr_matrix | Half, rows: np.ndarray, axes: np.ndarray) -> n
 
 
 def thinned(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return draws from Binomial(counts, 1/2): the ones among that many random bits, ten times as fast as a sampler."""
+    """Draw from Binomial(counts, 1/2) by counting ones among random bits, ten times as fast as numpy's sampler."""
     drawn = np.empty_like(counts)
     for part in _stretches(len(counts), DRAWN_AT_ONCE):
         few = counts[part]
         bits = generator.integers(0, 2**64, size=len(few), dtype=np.uint64)
         drawn[part] = np.bitwise_count(bits >> (64 - np.minimum(few, 64)).astype(np.uint64))
-    drawn[counts == 0] = 0  # no shift by all 64 bits
+    drawn[counts == 0] = 0  # for 0 the shift would be by 64 bits, which is undefined
     large = np.flatnonzero(counts > 64)
     drawn[large] = generator.binomial(counts[large], 0.5)
     return drawn
 
 
 def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return the sum of every cell's entries, those of cell i from `starts[i]` on: (cells,) int64."""
+    """Return the sum of the entries of each CSR row, of which `starts` is the `indptr`: (cells,) int64."""
     sums, filled = np.zeros(len(starts) - 1, dtype=np.int64), np.flatnonzero(np.diff(starts))
     if len(filled):
         sums[filled] = np.add.reduceat(values, starts[filled], dtype=np.int64)
@@ -127,10 +127,9 @@ def _stretches(total: int, step: int) -> Iterator[slice]:
 
 
 def shuffled_inside(strata: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return a permutation of rows that moves each only inside its stratum: (rows,) int64.
+    """Return a random permutation of rows inside strata: (rows,) int64.
 
-    Inside a stratum the rows are drawn in random order and each takes the next one's place, so none stays where it is
-    that has company.
+    Inside a stratum the rows form one random cycle, so no row stays in place unless it is the only one.
     """
     order = np.lexsort((generator.random(len(strata)), strata))
     first = np.flatnonzero(np.diff(strata[order], prepend=-1) != 0)
@@ -143,18 +142,20 @@ def shuffled_inside(strata: np.ndarray, generator: np.random.Generator) -> np.nd
 
 @dataclass(frozen=True)
 class HalfSums:
-    """Sums over some cells of one population, of their coordinates e = W'(x - mean) and of both halves' (a and b).
+    """Sums over some cells of one population, of coordinates e = W'(x - mean) and those of the two halves, a and b.
 
     Attributes
     ----------
-    cells, whole, first, second
-        (groups,) cells, and (groups, k) sums of e, a and b, of every group.
+    cells
+        (groups,) number of cells per group.
+    whole, first, second
+        (groups, k) sums of e, a and b per group.
     spread
         (k, k) sum of e e'.
     signal, noise
         (k, k) sum of a b', and of a b' with the rows of b permuted inside groups.
     reach
-        (k,) largest squared length of an e cut to its first 1, 2, ... dimensions.
+        (k,) largest squared norm of the first 1, 2, ... k coordinates of a cell.
     """
 
     cells: np.ndarray
@@ -167,18 +168,18 @@ class HalfSums:
     reach: np.ndarray
 
     def plus(self, other: HalfSums) -> HalfSums:
-        """Return the sums over the cells of both."""
+        """Return the sums over the cells of self and other."""
         names = [field.name for field in fields(self) if field.name != "reach"]
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         return HalfSums(**sums, reach=np.maximum(self.reach, other.reach))
 
     @property
     def group_means(self) -> np.ndarray:
-        """Mean coordinates of every group: (groups, k); zero where it has no cell."""
+        """Mean coordinates of every group: (groups, k), 0 for a group without cells."""
         return np.asarray(self.whole / np.maximum(self.cells, 1)[:, None])
 
     def covariance(self, name: str) -> np.ndarray:
-        """Return the covariance inside groups behind `spread`, `signal` or `noise`: (k, k), symmetric."""
+        """Return the covariance inside groups from `spread`, `signal` or `noise`: (k, k), symmetric."""
         left, right = (self.whole, self.whole) if name == "spread" else (self.first, self.second)
         scaled = left / np.maximum(self.cells, 1)[:, None]
         between = getattr(self, name) - scaled.T @ right
@@ -193,9 +194,9 @@ def half_sums(
     Parameters
     ----------
     e, pair
-        (cells, k) coordinates of the cells, and those of either half of their counts.
+        (cells, k) coordinates of the cells, and of the two halves of their counts.
     groups, count
-        (cells,) group of every cell, and how many groups there are.
+        (cells,) group of every cell, and the number of groups.
     moved
         (cells,) permutation inside groups, for the noise.
     """
@@ -209,29 +210,29 @@ def half_sums(
 def confirmed_dimensions(signal: np.ndarray, noise: np.ndarray, spread: np.ndarray) -> int:
     """Return how many dimensions two halves of the counts confirm, at least 1.
 
-    A dimension counts whose signal exceeds the largest of the noise, and half of the spread: what varies in one gene alone
-    from cell to cell, as counts beyond Poisson do, is signal to both halves, but little of it for its spread.
+    The signal of a confirmed dimension exceeds the largest eigenvalue of the noise, and half of the spread. The second
+    test excludes variation of single genes beyond Poisson: both halves share it, but it is little of the spread.
     """
     reliable = int((linalg.eigh(signal, spread, eigvals_only=True) >= MOSTLY_SIGNAL).sum())
     return max(1, min(beyond_noise(signal, noise), reliable))
 
 
 def beyond_noise(signal: np.ndarray, noise: np.ndarray) -> int:
-    """Return how many eigenvalues of the signal exceed the largest of the noise, at least 1."""
+    """Return how many eigenvalues of the signal exceed the largest eigenvalue of the noise, at least 1."""
     return max(1, int((np.linalg.eigvalsh(signal) > float(np.linalg.eigvalsh(noise)[-1])).sum()))
 
 
 def signal_shares(
     blocks: Iterable[tuple[sparse.csr_matrix, np.ndarray]], axes: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-    """Return the share of the variance along every axis that is signal and no noise of counts: (k,).
+    """Return the share of signal, as opposed to counting noise, in the variance along every axis: (k,).
 
-    Signal is what two halves of the counts agree in.
+    The signal is the covariance of two halves of the counts.
 
     Parameters
     ----------
     blocks
-        Log-normalised expression, (cells, genes), and the counts that each cell was scaled by, (cells,).
+        Pairs of log-normalised expression, (cells, genes), and total counts of the cells, (cells,).
     axes
         (genes, k) orthonormal.
     """
@@ -247,9 +248,10 @@ def signal_shares(
 
 
 def beyond_chance(covariance: np.ndarray, cells: int) -> int:
-    """Return how many eigenvalues of the genes' correlation independent genes would not have by chance.
+    """Return how many eigenvalues of the genes' correlation exceed those of independent genes.
 
-    The largest by chance follows the Tracy-Widom law (Patterson 2006, Johnstone 2001); its 95 % point is taken.
+    The largest eigenvalue of independent genes follows the Tracy-Widom law (Johnstone 2001, Patterson 2006). The limit
+    is its 95 % point.
     """
     variance = covariance.diagonal()
     varying = variance > SMALLEST_SIGNAL
@@ -261,7 +263,7 @@ def beyond_chance(covariance: np.ndarray, cells: int) -> int:
 
 
 def varying(spread: np.ndarray) -> int:
-    """Return how many of the first dimensions cells vary along, each beyond those before it.
+    """Return how many leading dimensions are linearly independent, judged by their covariance.
 
     Parameters
     ----------
@@ -273,12 +275,12 @@ def varying(spread: np.ndarray) -> int:
 
 
 def reliability(signal: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Return Lambda, the share of a coordinate's spread inside groups that is signal: (k, k), eigenvalues in [0.05, 1].
+    """Return Lambda, the share of signal in the spread inside groups: (k, k), eigenvalues in [0.05, 1].
 
     Parameters
     ----------
     signal, spread
-        (k, k) covariances inside groups: of one half of the counts with the other, and of the coordinates.
+        (k, k) covariances inside groups: between the two halves of the counts, and of the coordinates.
     """
     values, vectors = np.linalg.eigh(signal)
     positive = (vectors * np.maximum(values, SMALLEST_SIGNAL)) @ vectors.T
@@ -287,11 +289,11 @@ def reliability(signal: np.ndarray, spread: np.ndarray) -> np.ndarray:
 
 
 def fitted_positions(means: np.ndarray, axes: np.ndarray, variance: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Return where groups stand on the axes: (groups, k).
+    """Return the positions of groups on the axes, fitted by generalised least squares over genes: (groups, k).
 
-    A change of state moves all genes of an axis in proportion to their loadings; an effect or a batch does not. So a
-    group's position is not the projection of its mean but the regression of its mean on the axes over genes, by
-    generalised least squares: a gene counts little whose groups differ in ways that the axes do not explain.
+    A change of state moves all genes of an axis in proportion to their loadings; an effect or a batch does not. So the
+    mean of a group is not projected on the axes but regressed on them. Genes in which groups differ in ways that the
+    axes do not explain get little weight.
 
     Parameters
     ----------
@@ -300,25 +302,25 @@ def fitted_positions(means: np.ndarray, axes: np.ndarray, variance: np.ndarray, 
     axes
         (genes, k) orthonormal.
     variance
-        (genes,) variance of a cell inside its group.
+        (genes,) variance between cells of one group.
     cells
-        (groups,) cells of every group, at least 1.
+        (groups,) number of cells per group, at least 1.
     """
     return doubt_of(means, axes, variance, cells).positions(means, axes, cells)
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """How much a gene of a group's mean is to be doubted.
+    """Variance model of the genes of a group's mean; genes are weighted by its inverse.
 
     Attributes
     ----------
     between
         (genes,) variance of the groups' means that the axes do not explain.
     variance
-        (genes,) variance of a cell inside its group.
+        (genes,) variance between cells of one group.
     least
-        No gene is doubted less.
+        Lower limit of a gene's variance.
     """
 
     between: np.ndarray
@@ -326,31 +328,31 @@ class Doubt:
     least: float
 
     def position(self, mean: np.ndarray, axes: np.ndarray, cells: float) -> np.ndarray:
-        """Return where a group of so many cells stands, by its mean expression less that of all cells: (k,)."""
+        """Return the position of a group from its mean expression minus that of all cells, and its size: (k,)."""
         weighted = axes / np.maximum(self.between + self.variance / cells, self.least)[:, None]
         return np.asarray(np.linalg.solve(weighted.T @ axes, weighted.T @ mean))
 
     def positions(self, means: np.ndarray, axes: np.ndarray, cells: np.ndarray) -> np.ndarray:
-        """Return where several groups stand: (groups, k)."""
+        """Return the positions of several groups: (groups, k)."""
         return np.stack([self.position(mean, axes, count) for mean, count in zip(means, cells, strict=True)])
 
 
 def doubt_of(means: np.ndarray, axes: np.ndarray, variance: np.ndarray, cells: np.ndarray) -> Doubt:
-    """Return how much the genes are to be doubted; the arguments are those of `fitted_positions`."""
+    """Estimate the variance model of groups' means; see `fitted_positions` for the parameters."""
     unexplained = means - (means @ axes) @ axes.T
     between = np.maximum((unexplained**2).mean(axis=0) - variance * (1 / cells).mean(), 0.0)
-    doubt = between + variance / cells[:, None]  # variance of a group's mean of a gene
+    doubt = between + variance / cells[:, None]  # (groups, genes) variance of a group's mean
     positive = doubt[doubt > 0]
     return Doubt(between, variance, float(np.quantile(positive, LEAST_DOUBT)) if len(positive) else 1.0)
 
 
 def shrunk(e: np.ndarray, own_mean: np.ndarray, position: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Return coordinates regressed to the position of the cell's own group: (cells, k).
+    """Shrink coordinates towards the position of the cell's group: (cells, k).
 
     Parameters
     ----------
     e, own_mean, position
-        (cells, k) coordinates, the mean of each cell's group, and where that group stands.
+        (cells, k) coordinates; mean coordinates of each cell's group, and its position, (cells, k) or (k,).
     share
         (k, k) Lambda.
     """
@@ -358,9 +360,9 @@ def shrunk(e: np.ndarray, own_mean: np.ndarray, position: np.ndarray, share: np.
 
 
 def corners(populations: int, reach: float) -> np.ndarray:
-    """Return extra coordinates that keep populations apart: (populations, bits), none for one population.
+    """Return extra coordinates that keep populations apart: (populations, bits), with no bits for one population.
 
-    Two populations differ in at least one of them by more than `2 * reach`, the largest distance inside one.
+    Two populations differ in at least one coordinate by more than `2 * reach`, the largest distance inside one.
     """
     bits = max(populations - 1, 0).bit_length()
     written = (np.arange(populations)[:, None] >> np.arange(bits)) & 1

@@ -1,1 +1,1 @@
-"""Cells of new donors, batches and conditions on a finished run."""
+"""Map cells of new donors, batches and conditions onto a finished run."""

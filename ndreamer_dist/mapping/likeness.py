@@ -1,8 +1,8 @@
-"""How like mapped cells are to those of the run: whether they are of the same kind of sample at all.
+"""Measure how similar mapped cells are to their matches in the run, to detect samples of another kind.
 
-A space of few dimensions sees of a cell what varies in the run, and nothing else: cells of another tissue may well lie amid
-it. So their whole expression of the modelled genes is compared with that of the cells that they are matched with, and that
-with what the run's own cells have: a share of cells, of a bounded number of each of some groups.
+A low-dimensional space only shows what varies in the run, so cells of another tissue can lie in the midst of it.
+Therefore the expression of all modelled genes is compared: of a mapped cell with its control matches, and, as a
+reference, of the run's own cells with theirs. A bounded sample of cells and groups is enough.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from ndreamer_dist.matching.store import Matches
 from ndreamer_dist.rundir.directory import RunDirectory
 
 COMPARED_GROUPS = 8
-"""Groups of the run that are looked at, and control groups that a cell is compared with."""
+"""Most groups of the run that are sampled, and most control groups that a cell is compared with."""
 COMPARED_CELLS = 250
-"""Cells of a group that are looked at; they lie in random order."""
+"""Most cells of a group that are compared: the first ones, whose order is random."""
 
 
 def likenesses(
     run: RunDirectory, packed: Packed, groups: Sequence[Group], runtime: Runtime, title: str
 ) -> dict[str, np.ndarray]:
-    """Return how like cells of some groups are to their nearest cells in other control groups, by the groups' names.
+    """Return the likeness of some cells of each group to their matches in other control groups, by group name.
 
-    That is the correlation, over the modelled genes, of a cell's expression with the mean of its nearest cells'.
+    The likeness of a cell is the correlation, over the modelled genes, of its expression with the mean expression of
+    its nearest neighbours in those groups.
 
     Parameters
     ----------
     run
-        Directory of the matches.
+        Run directory that holds the matches.
     """
     return dict(runtime.map(_likeness, list(groups), run, packed, title=title))
 
 
 def some(groups: Sequence[Group], most: int = COMPARED_GROUPS) -> list[Group]:
-    """Return some of the groups, evenly spaced."""
+    """Return at most `most` of the groups, evenly spaced."""
     places = np.unique(np.linspace(0, len(groups) - 1, min(most, len(groups))).astype(int))
     return [groups[place] for place in places.tolist()]
 
@@ -60,15 +61,18 @@ def _likeness(group: Group, run: RunDirectory, packed: Packed) -> tuple[str, np.
     own = np.arange(group.start, group.start + count)
     wanted = np.unique(np.concatenate([own, near[near >= 0]]))
     values = _gathered(packed, wanted).toarray().astype(np.float64)
-    known = near >= 0  # a cell may be matched in some of the groups alone
-    total = sum(values[np.searchsorted(wanted, rows)] * there[:, None] for rows, there in zip(near, known, strict=True))
-    seen = known.any(axis=0)
-    mean = (total / np.maximum(known.sum(axis=0), 1)[:, None])[seen]
+    matched = near >= 0  # with sampled groups, a cell is matched in some of them only
+    total = sum(
+        values[np.searchsorted(wanted, rows)] * matched_here[:, None]
+        for rows, matched_here in zip(near, matched, strict=True)
+    )
+    seen = matched.any(axis=0)
+    mean = (total / np.maximum(matched.sum(axis=0), 1)[:, None])[seen]
     return group.name, _correlation(values[np.searchsorted(wanted, own)][seen], mean)
 
 
 def _gathered(packed: Packed, rows: np.ndarray) -> sparse.csr_matrix:
-    """Return rows (ascending, as the design counts them) from the blocks that hold them."""
+    """Return the expression of ascending packed rows, which may be rows of the run or of mapped cells."""
     starts = packed.all_starts
     places = np.searchsorted(starts, rows, side="right") - 1
     parts = [packed.any_block(int(place))[rows[places == place] - starts[place]] for place in np.unique(places)]
@@ -76,7 +80,7 @@ def _gathered(packed: Packed, rows: np.ndarray) -> sparse.csr_matrix:
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the correlation of rows with rows: (rows,); 0 where one does not vary."""
+    """Return the Pearson correlation of each row of `one` with that of `other`: (rows,); 0 if either is constant."""
     one, other = (values - values.mean(axis=1, keepdims=True) for values in (one, other))
     scale = np.sqrt((one**2).sum(axis=1) * (other**2).sum(axis=1))
     return np.asarray((one * other).sum(axis=1) / np.where(scale > 0, scale, 1.0))

@@ -1,9 +1,8 @@
-"""The stage that places mapped cells in the matching space of a finished run, by what that run has frozen.
+"""Place mapped cells in the matching space of a finished run, by the run's frozen model or axes.
 
-Input: packed.zarr of the new cells, and model or axes of the run. Output: their coordinates in embedding.zarr. A cell's
-coordinates depend on its own expression and, where a space corrects for batches (Harmony, state), on its own group. Cells
-are gone through in tiles that are counted from the start of their group, so that the bits do not depend on what other groups
-were mapped with them.
+Input: packed.zarr of the new cells, and the model or axes of the run. Output: coordinates in embedding.zarr. They
+depend on a cell's expression and, in spaces that correct for batches (Harmony, state), on its group. Tiles of cells are
+counted from the start of their group, so the bits do not depend on the other groups that are mapped at the same time.
 """
 
 from __future__ import annotations
@@ -34,12 +33,22 @@ from ndreamer_dist.storage.arrays import ensure_array, open_array, read_array, s
 from ndreamer_dist.storage.files import Storage
 
 GROUP_TERMS = "mapped"
-"""mapped/<group>/<array>: what is summed over a new group before its cells are placed."""
+"""Folder `mapped/<group>/<array>`: terms of a new group, computed before its cells are placed."""
 
 
 @dataclass(frozen=True)
 class GroupTile:
-    """Cells of a group, `number` tiles from its start: (cells, genes) log-normalised expression of the modelled genes."""
+    """A tile of a group's cells.
+
+    Attributes
+    ----------
+    group
+        The group.
+    number
+        Number of the tile, counted from the start of the group.
+    x
+        (cells, genes) CSR, log-normalised expression of the modelled genes.
+    """
 
     group: Group
     number: int
@@ -47,23 +56,26 @@ class GroupTile:
 
 
 class Placer(Protocol):
-    """Places cells by what a run has frozen."""
+    """Protocol of the placers, one per kind of matching space.
+
+    `sums` are added over the tiles of a group, `terms` turns them into the group's terms, and `place` uses these.
+    """
 
     def place(self, tile: GroupTile, terms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the cells' coordinates, (cells, d) each, by the array that they go to; the matching space's last."""
+        """Return the coordinates of the tile's cells, (cells, d) each, by array name; the matching space comes last."""
         ...
 
     def sums(self, tile: GroupTile) -> dict[str, np.ndarray]:
-        """Return what is added up over the tiles of a group, float64."""
+        """Return the tile's float64 sums, by name."""
         ...
 
     def terms(self, sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return what a group's cells are placed by, from its sums."""
+        """Return the terms of a group, by name, from the sums over all its cells."""
         ...
 
 
 class _Plain:
-    """A placer that knows nothing of groups."""
+    """Base of placers whose coordinates do not depend on the group."""
 
     def sums(self, tile: GroupTile) -> dict[str, np.ndarray]:
         """See `Placer.sums`."""
@@ -76,7 +88,7 @@ class _Plain:
 
 
 class TrainedPlacer(_Plain):
-    """The trained encoder and the axes of its PCA."""
+    """Place cells by the trained encoder and the axes of its PCA."""
 
     def __init__(self, reference: Reference) -> None:
         from ndreamer_dist.training.model_file import TrainedModel  # loads torch
@@ -96,7 +108,7 @@ class TrainedPlacer(_Plain):
 
 
 class ComponentsPlacer(_Plain):
-    """Principal components of the genes."""
+    """Place cells by principal components of expression."""
 
     def __init__(self, reference: Reference) -> None:
         storage = reference.space.embedding(keys.GENE_AXES)
@@ -104,7 +116,7 @@ class ComponentsPlacer(_Plain):
         self._centre = read_array(storage, keys.GENE_MEAN) @ self.axes
 
     def points(self, tile: GroupTile) -> np.ndarray:
-        """Return the principal components, as float32 holds them: the run's were rounded, too."""
+        """Return the principal components as float64, rounded to float32 first, as they are in the run."""
         scores = np.asarray(tile.x.astype(np.float64) @ self.axes - self._centre)
         return scores.astype(np.float32).astype(np.float64)
 
@@ -115,7 +127,7 @@ class ComponentsPlacer(_Plain):
 
 
 class HarmonyPlacer(ComponentsPlacer):
-    """Principal components, corrected by Harmony's clusters with the group as one more batch."""
+    """Place cells by principal components, corrected by Harmony's clusters with the group as a new batch."""
 
     def __init__(self, reference: Reference) -> None:
         super().__init__(reference)
@@ -139,14 +151,17 @@ class HarmonyPlacer(ComponentsPlacer):
 
 
 class StatePlacer:
-    """The state space: axes and reliability of the run, the group's own mean and position; beside trained ones, or alone."""
+    """Place cells in the state space: axes and reliability of the run, mean and position of the group.
+
+    In the space `ndreamer+state`, the trained coordinates come first.
+    """
 
     def __init__(self, reference: Reference) -> None:
         storage = reference.space.embedding(keys.STATE_AXES)
         if open_array(storage, keys.STATE_MEAN).shape[0] > 1:
             msg = (
-                f"{reference.run.url} has a state space for each of several populations (state.by), and new cells' are not "
-                "known; map onto another space"
+                f"{reference.run.url} has a state space for each of several populations (state.by), and the "
+                "populations of new cells are not known; map onto another space"
             )
             raise RunError(msg)
         self._trained = TrainedPlacer(reference) if keys.is_trained(reference.method) else None
@@ -189,36 +204,39 @@ class StatePlacer:
 
 
 def _kept(storage: Storage, name: str) -> np.ndarray:
-    """Return what mapping needs of a run; `RunError` where an earlier version has not kept it."""
+    """Read an array that mapping needs; raise `RunError` if the run was made by a version that did not store it."""
     if not storage.exists(f"{name}/zarr.json"):
         msg = (
-            f"{storage.url} holds no '{name}': the run was made by a version that did not keep what mapping needs; make it again "
-            "(--fresh), or map onto another space of it (--embedding)"
+            f"{storage.url} holds no '{name}': the run was made by a version that did not keep what mapping needs; "
+            "make it again (--fresh), or map onto another space of it (--embedding)"
         )
         raise RunError(msg)
     return read_array(storage, name)
 
 
 def placer_of(reference: Reference) -> Placer:
-    """Return what places cells in the run's matching space; `RunError` where it has not kept what that takes."""
+    """Return the placer of the run's matching space; raise `RunError` if the run cannot place new cells."""
     kinds: dict[str, type[TrainedPlacer | ComponentsPlacer | StatePlacer]] = {
-        keys.NDREAMER: TrainedPlacer, keys.SPACE_PCA: ComponentsPlacer, keys.HARMONY: HarmonyPlacer, keys.STATE: StatePlacer,
-        keys.NDREAMER_STATE: StatePlacer,
+        keys.NDREAMER: TrainedPlacer, keys.SPACE_PCA: ComponentsPlacer, keys.HARMONY: HarmonyPlacer,
+        keys.STATE: StatePlacer, keys.NDREAMER_STATE: StatePlacer,
     }  # fmt: skip
     if reference.method not in kinds:
-        msg = f"{reference.run.url} is matched in {reference.method!r}, coordinates that its own cohort brought: new cells have none"
+        msg = (
+            f"{reference.run.url} is matched in {reference.method!r}, coordinates that its own cohort brought: new "
+            "cells have none"
+        )
         raise RunError(msg)
     return kinds[reference.method](reference)
 
 
 @lru_cache(maxsize=1)
 def _placer(reference: Reference) -> Placer:
-    """Return the placer; a process makes it once, not once a task."""
+    """Return the placer, made once per process."""
     return placer_of(reference)
 
 
 def run_place(stage: StageRun, settings: Settings, packed: Packed, reference: Reference, runtime: Runtime) -> None:
-    """Write the coordinates of the new cells; one task per group for what is summed over it, then one per row block."""
+    """Write the coordinates of the new cells: one task per group for its terms, then one task per row block."""
     storage, design = stage.run.storage / keys.EMBEDDING, packed.design
     widths = _widths(reference)
     groups = [_group_shard(group, reference) for group in design.own_groups] if _is_grouped(reference) else []
@@ -238,7 +256,7 @@ def run_place(stage: StageRun, settings: Settings, packed: Packed, reference: Re
 
 
 def _widths(reference: Reference) -> dict[str, int]:
-    """Return the arrays of coordinates and how many dimensions each has, as in the run."""
+    """Return the names of the coordinate arrays and their numbers of dimensions, as in the run."""
     trained = (keys.MU, keys.PCA) if keys.is_trained(reference.method) else ()
     names = dict.fromkeys((*trained, keys.embedding_key(reference.method)))
     return {name: int(open_array(reference.space.embedding(name), name).shape[1]) for name in names}
@@ -256,7 +274,7 @@ def _group_shard(group: Group, reference: Reference) -> Shard:
 
 
 def _tiles(packed: Packed, group: Group, first: int, last: int, tile_rows: int) -> Iterator[tuple[int, GroupTile]]:
-    """Give the tiles that hold a group's cells `first:last`, each with the place of its first cell in the group."""
+    """Yield the tiles that hold a group's cells `first:last`, each with the number of its first cell in the group."""
     begin = group.start - packed.design.first_row
     for number in range(first // tile_rows, -(-last // tile_rows)):
         start, stop = number * tile_rows, min((number + 1) * tile_rows, group.cells)

@@ -1,7 +1,7 @@
-"""The finished run that cells are mapped onto: its groups, and where their expression and coordinates lie.
+"""Open the finished run that cells are mapped onto: its groups, and the stores of their expression and coordinates.
 
-Nothing of it is ever written. A directory of mapped cells that was made with `extend` counts as a run as well: its groups then
-follow those of the run that they were mapped onto, whose model and axes stay the ones that cells are placed by.
+The run is only read. A directory of cells that were mapped with `extend` can serve as the run too. Its groups follow
+those of the original run, whose model and axes still place the cells.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import open_array
 
 FAR_QUANTILE = 0.99
-"""Share of the run's own cells that are within the distance beyond which a mapped cell is far."""
+"""Quantile of the run's own values that sets the limits for `Onto.far` and `Onto.unlike`."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,17 @@ class Reference:
     Attributes
     ----------
     run
-        The directory that was named.
+        Directory that the user named.
     home, space
-        The directory of the run that was trained, and that of its matching space.
+        Directory of the original run, and of its matching space.
     settings
-        Of that run.
+        Settings of the original run in this space.
+    design
+        Groups of all stored cells.
     parts, places
-        Packed cohorts of the stored cells, and the directories of their coordinates, in the order of their rows.
+        Packed cohorts of the stored cells, and the directories of their coordinates, in row order.
     key
-        Of the results of the directory that was named.
+        Key of the results in `run`.
     """
 
     run: RunDirectory
@@ -59,20 +61,20 @@ class Reference:
 
     @classmethod
     def open(cls, address: str | os.PathLike[str], embedding: str | None = None) -> Reference:
-        """Open a finished run, in the space that it was begun with or another of its own.
+        """Open a finished run in its first matching space, or in another one that it has.
 
         Raises
         ------
         RunError
-            There is none, it is not finished or has no such space; or it is of mapped cells, made without `extend`.
+            There is no run, it is not finished, or it lacks the space; or it holds cells mapped without `extend`.
         """
         run = RunDirectory.at(address)
         if not run.storage.exists(keys.RUN_JSON):
             msg = f"{run.url} holds no run to map onto"
             raise RunError(msg)
-        told = run.read_run()
-        if keys.UNS_ONTO in told:
-            return cls._extended(run, told[keys.UNS_ONTO], embedding)
+        record = run.read_run()
+        if keys.UNS_ONTO in record:
+            return cls._extended(run, record[keys.UNS_ONTO], embedding)
         spaces = run.spaces()
         method = next(iter(spaces)) if embedding is None else embedding
         if method not in spaces:
@@ -85,14 +87,14 @@ class Reference:
         return cls(run, run, spaces[method], settings, packed.design, (packed,), (spaces[method],), key)
 
     @classmethod
-    def _extended(cls, run: RunDirectory, told: dict[str, Any], embedding: str | None) -> Reference:
-        """Open mapped cells as a part of what later ones are matched in."""
-        onto = Onto(**{name: value for name, value in told.items() if name != "extend"})
-        if not told["extend"]:
-            msg = f"{run.url} was mapped without --extend; map it again with it, or map onto {told['url']}"
+    def _extended(cls, run: RunDirectory, record: dict[str, Any], embedding: str | None) -> Reference:
+        """Open a directory of mapped cells, so that later cells are matched with these and the original run."""
+        onto = Onto(**{name: value for name, value in record.items() if name != "extend"})
+        if not record["extend"]:
+            msg = f"{run.url} was mapped without --extend; map it again with it, or map onto {record['url']}"
             raise RunError(msg)
-        if embedding not in (None, told["space"]):
-            msg = f"{run.url} was mapped in the space {told['space']!r}, not in {embedding!r}"
+        if embedding not in (None, record["space"]):
+            msg = f"{run.url} was mapped in the space {record['space']!r}, not in {embedding!r}"
             raise RunError(msg)
         _refuse_unfinished(run)
         base = cls.open(onto.place(run.url), onto.space)
@@ -104,7 +106,7 @@ class Reference:
 
     @property
     def results(self) -> ResultsReader:
-        """The results of the directory that was named."""
+        """Results of the directory that the user named."""
         return ResultsReader(results_storage(self.run.storage, None if self.run != self.home else self.method))
 
     @property
@@ -128,16 +130,16 @@ class Reference:
         return self.parts[0].genes
 
     def path_from(self, out: RunDirectory) -> str | None:
-        """Return the path to the run from another directory; none where one is not local."""
+        """Return the relative path from another directory to the run; None if either is not local."""
         return os.path.relpath(self.run.url, out.url) if out.storage.is_local and self.run.storage.is_local else None
 
     def onto(self, out: RunDirectory, packed: Packed, runtime: Runtime) -> Onto:
-        """Return what is told of the run in the directory of the cells that are mapped onto it, and how like they are."""
+        """Return the record of the run for the directory of the mapped cells, with their likeness to the run."""
         stored = some(self.parts[0].design.own_groups)
         own = likenesses(self.space, self.parts[0], stored, runtime, "map: likeness inside the run")
         new = likenesses(out, packed, packed.design.own_groups, runtime, "map: likeness")
-        known = np.concatenate([*own.values()])
-        least = float(np.quantile(known, 1 - FAR_QUANTILE)) if len(known) else -1.0
+        stored_values = np.concatenate([*own.values()])
+        least = float(np.quantile(stored_values, 1 - FAR_QUANTILE)) if len(stored_values) else -1.0
         unlike = {name: float((values < least).mean()) for name, values in new.items() if len(values)}
         every = np.concatenate([*new.values()])
         return replace(
@@ -146,14 +148,13 @@ class Reference:
         )  # fmt: skip
 
     def _distances(self, out: RunDirectory) -> Onto:
-        """Return the run with the distances that its own cells have."""
+        """Return the record of the run, with the limits that the distances of its own cells set."""
         first = ResultsReader(results_storage(self.home.storage, self.method))
         distances = first.packed_obs[keys.OBS_MATCH_DISTANCE].to_numpy(dtype=np.float64)
-        known = distances[np.isfinite(distances)]
-        limit = float(np.quantile(known, FAR_QUANTILE)) if len(known) else float("inf")
-        return Onto(
-            self.run.url, self.path_from(out), self.method, self.key, near_distance(own_distances(first), self.settings.effects.near_quantile), limit,
-        )  # fmt: skip
+        finite = distances[np.isfinite(distances)]
+        limit = float(np.quantile(finite, FAR_QUANTILE)) if len(finite) else float("inf")
+        near = near_distance(own_distances(first), self.settings.effects.near_quantile)
+        return Onto(self.run.url, self.path_from(out), self.method, self.key, near, limit)
 
 
 def own_distances(results: ResultsReader) -> np.ndarray:

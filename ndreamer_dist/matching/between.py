@@ -1,7 +1,7 @@
-"""Nearest neighbours between any two sets of cells, found when they are asked for, as the match stage finds them.
+"""Search nearest neighbours between any two sets of cells on demand, with the same result as the match stage.
 
-Input: the coordinates that cells were matched in, read by packed row, and the labels that they are matched inside.
-Output: packed rows and distances. Nothing is stored. Coordinates of state are searched here as well, inside populations.
+Input: coordinates of the matching space, read by packed row, and the labels that restrict matches. Output: packed rows
+and distances. Nothing is stored. `StateNeighbours` searches the state coordinates inside populations.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ndreamer_dist.matching.partition import build_index
 
 @dataclass(frozen=True)
 class SearchBetween:
-    """A search between sets of packed rows.
+    """A nearest-neighbour search between sets of packed rows.
 
     Attributes
     ----------
     points
-        Reads the coordinates of packed rows (ascending): (rows, d) float32.
+        Function that reads the coordinates of ascending packed rows: (rows, d) float32.
     labels
-        (cells,) codes of the labels that cells are matched inside, -1 for none; or there are none.
+        (cells,) label codes for matching inside labels, -1 for an unlabelled cell; None without `match.within`.
     least
-        Targets of a label that are enough: `match.within_cells`.
+        Fewest targets of a label for a match inside it: `match.within_cells`.
     corrected
         Whether distances are corrected for hubs: `match.hubs`.
     """
@@ -43,30 +43,32 @@ class SearchBetween:
     def __call__(
         self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray, k: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the k nearest targets of every query, itself left out, and their distances: (queries, k) each.
+        """Return packed rows and distances of the k nearest targets of each query: (queries, k) each.
+
+        A query is never its own match. Missing neighbours are -1 and NaN.
 
         Parameters
         ----------
         queries, targets
             Packed rows, ascending.
         asking
-            Packed rows of all cells that a target's remoteness is measured from, where it corrects distances.
+            Packed rows of the query population. The hub correction measures the remoteness of targets from them.
         """
         place = np.searchsorted(targets, queries)
         own = np.where(targets[np.minimum(place, len(targets) - 1)] == queries, place, -1)
         corrected = self.corrected and not np.array_equal(asking, targets)
         rows, distances = np.full((len(queries), k), -1), np.full((len(queries), k), np.nan, dtype=np.float32)
-        inside = (own >= 0) & corrected  # a query's own group is as the stage searches it: never corrected
-        for part, asked in ((~inside, self._placed(asking) if corrected else None), (inside, None)):
+        inside = (own >= 0) & corrected  # like the stage, never correct distances inside a query's own group
+        for part, measured_from in ((~inside, self._placed(asking) if corrected else None), (inside, None)):
             if part.any():
                 near = nearest_inside(
-                    self._placed(queries[part]), self._placed(targets), own[part], self.least, asked, k
+                    self._placed(queries[part]), self._placed(targets), own[part], self.least, measured_from, k
                 )
                 rows[part], distances[part] = np.where(near.rows < 0, -1, targets[near.rows]), near.distances
         return rows, distances
 
     def edge(self, design: Design, query: Group, target: Group, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what the match stage would find for all cells of a group in another: packed rows and distances."""
+        """Return rows and distances of all matches of one group in another, as the match stage finds them."""
         queries, targets = (np.arange(group.start, group.stop) for group in (query, target))
         taking = design.taking(query, target, queries - query.start)
         asking = pool(design.stored_starts(query.code), target.code) if design.sampled else queries
@@ -80,18 +82,18 @@ class SearchBetween:
 
 @dataclass(frozen=True)
 class StateSpace:
-    """Coordinates inside populations.
+    """State coordinates of cells, separate for each population (METHOD section 10).
 
     Attributes
     ----------
     points
-        (cells, k) float32.
+        (cells, k) float32 coordinates, in packed order.
     populations
-        (cells,) population of every packed row that has coordinates, else -1.
+        (cells,) population code of every packed row, -1 for a cell without coordinates.
     dimensions
-        (populations,) how many coordinates each uses; 0 where it has none.
+        (populations,) number of coordinates that each population uses; 0 if it has none.
     reliability
-        (populations,) mean share of a cell's coordinates that is signal; NaN where it has none.
+        (populations,) mean share of signal in the coordinates; NaN if the population has none.
     """
 
     points: np.ndarray
@@ -101,14 +103,15 @@ class StateSpace:
 
 
 class StateNeighbours:
-    """Nearest neighbours in state coordinates, inside populations: a `Nearest`.
+    """Nearest neighbours in state coordinates, inside populations; implements the protocol `Nearest`.
 
-    All cells that may ask are looked up in one piece at once, and kept until another piece is asked for.
+    The first call for a set of targets searches the neighbours of all possible queries. Later calls with the same
+    targets reuse them.
 
     Parameters
     ----------
     rows
-        Packed rows of the cells that may ask, ascending; by default all.
+        Packed rows of all possible queries, ascending; by default all cells.
     """
 
     def __init__(self, space: StateSpace, rows: np.ndarray | None = None) -> None:
@@ -118,7 +121,7 @@ class StateNeighbours:
         self._found = np.empty(0, dtype=np.int64)
 
     def __call__(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:  # noqa: ARG002
-        """Return the nearest target of every query in its population, itself left out; -1 for none."""
+        """Return the packed row of each query's nearest other target in its population, -1 for none: (queries,)."""
         if not np.array_equal(targets, self._targets):
             with threadpool_limits(1):
                 self._targets, self._found = targets, self._searched(targets)

@@ -1,10 +1,15 @@
-"""Find exact nearest neighbours on the processor (METHOD section 6).
+"""Find exact nearest neighbours on the CPU (METHOD section 6).
 
-Input: queries and the index of a target group. Output: rows and distances of the k nearest targets. First, the index
-rules out cells of the partition that hold no neighbour for certain. Then float32 products keep the few targets within
-the k-th distance plus the worst rounding error. Where many remain, float64 products reduce them; near copies are
-ordinary, since cells with the same codes have the same embedding. Finally, float64 distances of the original
-coordinates decide, and the smaller row wins ties. So neither tiles, threads nor partitions change the answer.
+Input: queries and the index of a target group. Output: rows and distances of the k nearest targets. In this module a
+*cell* is a cell of the index's partition (see `partition`). The search has four steps:
+
+1. The index rules out cells that certainly hold no neighbour.
+2. Float32 products select candidates: targets within the k-th distance plus the worst rounding error.
+3. If many candidates remain, float64 products reduce them. This is common: cells with the same codes have nearly the
+   same embedding.
+4. Float64 distances of the original coordinates decide. The smaller row wins ties.
+
+So tiles, threads and partitions do not change the result.
 """
 
 from __future__ import annotations
@@ -20,27 +25,27 @@ from threadpoolctl import threadpool_limits
 from ndreamer_dist.matching.partition import Index, build_index
 
 SPARE = 8
-"""A query left with more than k and these float32 candidates is sifted in float64."""
+"""Spare float32 candidates. A query with more than k + SPARE candidates is sifted in float64."""
 QUERY_TILE = 16_384
-"""Queries that go through the cells together, at most; one thread works on a tile."""
+"""Largest number of queries in a tile. One thread searches one tile."""
 SCAN_PAIRS = 262_144
-"""Query-target pairs of one product: what fits into a processor's cache."""
+"""Query-target pairs of one matrix product, chosen to fit into the CPU cache."""
 SETTLED_PAIRS = 2**20
-"""Query-target pairs of own cells whose values are held until limits are set."""
+"""Largest number of buffered query-target values before the limits of their queries are set."""
 EXACT_PAIRS = 2048
-"""Pairs whose exact distances are computed at once."""
+"""Number of pairs whose exact distances are computed at once."""
 WIDEST = 4
-"""Entries of a table of pairs per pair, up to which sorting along its rows beats sorting all pairs."""
+"""Largest ratio of table entries to pairs at which sorting the rows of a padded table beats sorting all pairs."""
 FOLD = 4
-"""Values per neighbour among which the k-th smallest is sought; where these are few, the limit is looser."""
+"""Values per neighbour that `folded` keeps to find the k-th smallest. Fewer values give a looser limit."""
 FAR = 1e15
-"""Queries beyond this distance, in the index's frame, would overflow float32: they are sifted against all targets."""
+"""Distance, in the index's frame, beyond which a query would overflow float32. It is sifted against all targets."""
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
-"""Largest relative error of one rounding."""
+"""Unit roundoff: largest relative error of one rounding."""
 Numbers = TypeVar("Numbers", bound=Any)
-"""An array, or a tensor."""
+"""A numpy array or a torch tensor."""
 LARGEST = np.finfo(np.float32).max
-"""What stands for no limit: finite, so that an excluded target, at infinity, is beyond it."""
+"""Value for "no limit". It is finite, so an excluded target, at infinity, still exceeds it."""
 
 
 class Neighbours(NamedTuple):
@@ -49,9 +54,9 @@ class Neighbours(NamedTuple):
     Attributes
     ----------
     rows, distances
-        (q, k) int64 and (q, k) float32, nearest first, ties by smaller row; -1 and NaN where there are fewer targets.
+        (q, k) int64 and float32, nearest first, ties by smaller row; -1 and NaN if there are fewer than k targets.
     widened
-        (q,) bool, whether float32 left more than a handful of candidates.
+        (q,) bool, whether float32 left so many candidates that float64 had to reduce them.
     """
 
     rows: np.ndarray
@@ -76,13 +81,13 @@ def nearest(
     targets
         (t, d) float32 coordinates, or their index.
     exclude
-        (q,) target row that is no candidate for a query, or -1: the cell itself in its own group.
+        (q,) target row that cannot match the query, or -1. It is the query itself if that is in the target group.
     threads
-        Tiles of queries worked on at once.
+        Number of threads, which search tiles of queries in parallel.
     """
     skipped = np.full(len(queries), -1, dtype=np.int64) if exclude is None else np.asarray(exclude, dtype=np.int64)
-    given = targets.targets if isinstance(targets, Index) else targets
-    if not len(queries) or not len(given):
+    coordinates = targets.targets if isinstance(targets, Index) else targets
+    if not len(queries) or not len(coordinates):
         return Neighbours(*distances_of(*nothing_found(len(queries), k)), np.zeros(len(queries), dtype=bool))
     with one_thread(targets):
         index = targets if isinstance(targets, Index) else build_index(targets)
@@ -96,18 +101,18 @@ def nearest(
 
 
 def one_thread(points: np.ndarray | Index) -> AbstractContextManager[object]:
-    """Hold BLAS to one thread, which costs milliseconds, unless an index is there: whoever made it has done so."""
+    """Limit BLAS to one thread. This takes milliseconds, so skip it for an index: its maker has set the limit."""
     return nullcontext() if isinstance(points, Index) else threadpool_limits(1)
 
 
 def tiles(queries: int, threads: int) -> list[slice]:
-    """Return the tiles that queries are searched in: by threads, and small enough for a processor."""
+    """Cut queries into tiles: at least one per thread, none above `QUERY_TILE`."""
     size = max(1, min(QUERY_TILE, -(-queries // threads)))
     return [slice(start, start + size) for start in range(0, queries, size)]
 
 
 def mapped(function: Callable[[slice], tuple], parts: list[slice], threads: int) -> Iterator[tuple]:
-    """Call a function for every part, by threads where there are several of both, and give the answers in order."""
+    """Yield the function's result for every part, in order; run in parallel if there are several threads and parts."""
     if threads == 1 or len(parts) == 1:
         yield from map(function, parts)
         return
@@ -115,25 +120,25 @@ def mapped(function: Callable[[slice], tuple], parts: list[slice], threads: int)
         yield from pool.map(function, parts)
 
 
-# --- what float arithmetic can be trusted with -----------------------------------------------------------------------
+# --- float arithmetic and its error bounds ---------------------------------------------------------------------------
 
 
 def certain_limit(kth: Numbers, norms: Numbers, dimensions: int, rounding: float) -> Numbers:
-    """Return the computed squared distance beyond which no target can be among a query's k nearest; of arrays or tensors.
+    """Return the computed squared distance beyond which a target is certainly not among the k nearest: (q,).
 
-    A target at distance e has a norm of at most |q| + e, so `|p|^2 - 2 q p + |q|^2` comes out wrong by at most
-    E(e) = (d + 16) u (2 |q| + e)^2: d roundings in each sum, a few in adding them, two in moving to the frame. The
-    k-th computed value is wrong by E, and so is that of a target just as far, hence twice; the distances that decide
-    are wrong by d u e^2 themselves. The constant at the end is for underflow.
+    A target at distance e has a norm of at most |q| + e. So the error of a computed `|p|^2 - 2 q p + |q|^2` is at most
+    E(e) = (d + 16) u (2 |q| + e)^2: d roundings in each sum, a few to add them, two to move to the index's frame. Both
+    the k-th computed value and the value of another target at the same distance can be wrong by E, hence 2 E. The
+    deciding distances have an error of d u e^2 themselves. The last constant covers underflow.
 
     Parameters
     ----------
     kth
-        (q,) k-th smallest computed squared distance; infinite where there is none.
+        (q,) k-th smallest computed squared distance; infinite if there are fewer than k.
     norms
         (q,) norms of the queries.
     rounding
-        Largest relative error of one rounding, u.
+        Unit roundoff u: `FLOAT32` or `FLOAT64`.
     """
     factor = (2 * dimensions + 32) * rounding
     root = factor**0.5
@@ -142,9 +147,9 @@ def certain_limit(kth: Numbers, norms: Numbers, dimensions: int, rounding: float
 
 
 def exact_squared(queries: np.ndarray, targets: np.ndarray, query: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Return float64 squared distances of pairs (query, row): (pairs,).
+    """Return float64 squared distances of (query, row) pairs: (pairs,).
 
-    Each is a sum along its own contiguous row of coordinates, so its bits depend on the pair alone.
+    Each distance is summed along its own contiguous row, so its bits depend on the pair alone.
     """
     squared = np.empty(len(query))
     queries, targets = np.ascontiguousarray(queries), np.ascontiguousarray(targets)
@@ -158,7 +163,7 @@ def exact_squared(queries: np.ndarray, targets: np.ndarray, query: np.ndarray, r
 
 
 def kth_smallest(values: np.ndarray, k: int) -> np.ndarray:
-    """Return the k-th smallest value of each row, infinite where there are fewer: (rows,)."""
+    """Return the k-th smallest value of each row, infinite if it has fewer: (rows,)."""
     if values.shape[1] < k:
         return np.full(len(values), np.inf)
     smallest = values.min(axis=1) if k == 1 else np.partition(values, k - 1, axis=1)[:, k - 1]
@@ -166,10 +171,10 @@ def kth_smallest(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def folded(values: np.ndarray, width: int) -> np.ndarray:
-    """Return some values of every row, of different columns, the smallest among them, at most `2 * width`: (rows, few).
+    """Reduce each row to fewer than `2 * width` of its values, the smallest included: (rows, few).
 
-    Halves are laid over each other and the smaller values kept, so the k-th smallest of what is left is no smaller
-    than the k-th smallest of all; sorting the few costs a fraction of a partition of the many.
+    Each round takes the element-wise minimum of the two halves of the row. The k-th smallest of the remaining values is
+    an upper bound of the k-th smallest of all. Sorting the few is much cheaper than partitioning the full row.
     """
     while values.shape[1] >= 2 * width:
         half = values.shape[1] // 2
@@ -180,9 +185,9 @@ def folded(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def sorted_by_query(query: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return float32 values in the order of their queries, and of each query ascending: (values,).
+    """Return float32 values sorted by query and, inside a query, ascending: (values,).
 
-    Query and value make one whole number, whose order is theirs: numbers are sorted many times faster than pairs.
+    Query and value are packed into one uint64 with the same order, which sorts many times faster than pairs do.
     """
     bits = values.view(np.uint32)
     ordered = np.where(bits >> 31, ~bits, bits | np.uint32(2**31))
@@ -191,7 +196,10 @@ def sorted_by_query(query: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def kth_by_query(query: np.ndarray, values: np.ndarray, k: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of `count` queries have k values or more, and the k-th smallest of each; pairs are in their order."""
+    """Return the queries, of `count`, that have at least k values, and the k-th smallest value of each.
+
+    The pairs (query, value) are sorted by query.
+    """
     if k == 1:
         return smallest_by_query(query, values)
     numbers = np.bincount(query, minlength=count)
@@ -208,7 +216,7 @@ def kth_by_query(query: np.ndarray, values: np.ndarray, k: int, count: int) -> t
 
 
 def stable_order(values: np.ndarray) -> np.ndarray:
-    """Return the order of whole numbers from 0 on, equal ones as they come: 16 bits at a time, which is a radix sort."""
+    """Return the stable sort order of non-negative integers; 16 bits at a time, which numpy sorts by radix."""
     order = np.argsort(values.astype(np.uint16), kind="stable")
     for shift in range(16, int(values.max(initial=0)).bit_length(), 16):
         order = order[np.argsort((values[order] >> shift).astype(np.uint16), kind="stable")]
@@ -216,13 +224,13 @@ def stable_order(values: np.ndarray) -> np.ndarray:
 
 
 def smallest_by_query(query: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the queries of pairs that are in the order of their queries, each once, and their smallest values."""
+    """Return the distinct queries of pairs that are sorted by query, and the smallest value of each."""
     begins = np.append(0, np.flatnonzero(query[1:] != query[:-1]) + 1)[: len(query)]
     return query[begins], np.minimum.reduceat(values, begins) if len(query) else values
 
 
 def rounded_up(limit: np.ndarray) -> np.ndarray:
-    """Return float32 numbers no smaller than these, `LARGEST` at most."""
+    """Round up to float32, to `LARGEST` at most."""
     return np.nextafter(np.minimum(limit, LARGEST).astype(np.float32), LARGEST)
 
 
@@ -230,24 +238,26 @@ def rounded_up(limit: np.ndarray) -> np.ndarray:
 
 
 class Tile:
-    """A tile of queries on its way through the cells of an index; what it has found so far is its state.
+    """The search of one tile of queries: it scans the cells of an index and collects candidates.
+
+    A *computed value* is a computed squared distance minus the query's squared norm.
 
     Attributes
     ----------
     best
-        (q, k) smallest computed squared distances so far, less the query's squared norm; float32.
+        (q, k) float32 smallest computed values so far.
     limit
-        (q,) computed squared distance beyond which nothing counts any more, less the squared norm; float32, rounded up.
+        (q,) float32 computed value above which a point is no candidate; rounded up.
     reach
-        (q,) the same with the squared norm: a cell that begins beyond it is ruled out.
+        (q,) float32 `limit` plus the squared norm; a cell whose points are all farther than it is ruled out.
     pairs
-        (query, point, computed value) of the candidates, piece by piece.
+        Candidates as (query, point, computed value) arrays, one triple per scan.
     """
 
     def __init__(self, index: Index, queries: np.ndarray, skipped: np.ndarray, k: int) -> None:
         self.index, self.queries, self.skipped, self.k = index, queries, skipped, k
         self.products = index.points
-        self.usual = k if k == 1 else 3 * k  # candidates of a query in one scan that are no crowd
+        self.usual = k if k == 1 else 3 * k  # candidates of a query in one scan that need no sifting
         local = index.local(queries)
         squared = np.einsum("qd,qd->q", local, local, dtype=np.float64)
         self.far = ~(squared < FAR**2)
@@ -261,36 +271,39 @@ class Tile:
         none = np.empty(0, dtype=np.int64)
         self.pairs = [(none, none, np.empty(0, dtype=np.float32))]
         itself = np.where(skipped >= 0, index.place[skipped], -1)
-        # Where the excluded target has copies, its point stays and the row is left out at the end.
+        # If the excluded target has copies, its point stays a candidate, and `_decided` drops the row.
         self.excluded = np.where(index.copies[itself] == 1, itself, -1)
         self.excludes = bool((self.excluded >= 0).any())
 
     def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return rows, squared distances, both (q, k), and which queries were widened."""
+        """Return rows and squared distances, (q, k) each, and which queries were widened, (q,)."""
         return *k_best(len(self.queries), self.k, *self.candidates()), self.widened
 
-    @np.errstate(invalid="ignore")  # products of some BLAS kernels raise the flag over finite numbers
+    @np.errstate(invalid="ignore")  # some BLAS kernels raise the flag for products of finite numbers
     def candidates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the pairs of query and target row among which the k nearest are, and their squared distances."""
+        """Return (query, target row) pairs that include the k nearest, and their exact squared distances."""
         begins, own = self.beginnings()
-        self._scan_own(own)  # the own cells first: they set limits that rule out most of the others
+        self._scan_own(own)  # own cells first: their limits rule out most other cells
         begins[own, np.arange(len(own))] = np.inf
         for cell in range(self.index.cells):
             self._scan(cell, np.flatnonzero(begins[cell] <= self._reach(cell)))
         return self._decided()
 
     def beginnings(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return a lower bound of the squared distance to any point of a cell, (cells, q), and the own cell, (q,)."""
+        """Return lower bounds of the squared distance to the points of each cell, (cells, q), and the own cell, (q,).
+
+        The own cell of a query is the one with the nearest centroid.
+        """
         along = self.local[:, : self.index.centroids.shape[1]] @ self.index.centroids.T
         nearness = np.einsum("cd,cd->c", self.index.centroids, self.index.centroids) / 2 - along
         own = nearness.argmin(axis=1)
         return self._beginnings(np.ascontiguousarray(along.T), own), own
 
     def _beginnings(self, along: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """Return a lower bound of the squared distance to any point of a cell: (cells, q), -1 for the own cell.
+        """Return lower bounds of the squared distance to the points of each cell: (cells, q), -1 for the own cell.
 
-        Seen along the line from the query's own centroid to another one, the other cell begins somewhere; nothing of
-        it is nearer than that.
+        The bound is the gap between the query and the nearest point of the cell, projected on the line from the own
+        centroid to the centroid of that cell.
         """
         index, tile = self.index, np.arange(len(own))
         norms = np.sqrt(self.squared).astype(np.float32) + np.float32(index.radius)
@@ -306,35 +319,35 @@ class Tile:
         return bounds
 
     def _reach(self, cell: int) -> np.ndarray:
-        """Return the squared distance up to which a cell has to be looked at: (q,)."""
+        """Return the lower bound up to which a cell has to be scanned: (q,) squared distances."""
         del cell
         return self.reach
 
     def _scan_own(self, own: np.ndarray) -> None:
-        """Look at each query's own cell; limits are set for many queries at once, since a call has its price."""
+        """Scan each query's own cell. Set limits for many queries at once, since each call has a fixed cost."""
         cuts = np.cumsum(np.bincount(own, minlength=self.index.cells))
-        looked: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]] = []
+        scanned: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]] = []
         for cell, queries in enumerate(np.split(np.argsort(own, kind="stable"), cuts[:-1])):
             for part in self._parts(cell, queries):
                 values = self._values(part, cell)
-                looked.append((part, cell, values, self._kth(part, values)))
-                if sum(values.size for _, _, values, _ in looked) > SETTLED_PAIRS:
-                    self._settle(looked, own)
-                    looked = []
-        self._settle(looked, own)
+                scanned.append((part, cell, values, self._kth(part, values)))
+                if sum(values.size for _, _, values, _ in scanned) > SETTLED_PAIRS:
+                    self._settle(scanned, own)
+                    scanned = []
+        self._settle(scanned, own)
 
-    def _settle(self, looked: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]], own: np.ndarray) -> None:
-        """Set the limits of queries that were looked at, each once, and keep the points within them."""
-        if not looked:
+    def _settle(self, scanned: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]], own: np.ndarray) -> None:
+        """Set the limits of the buffered queries, each of which occurs once, and keep the points within the limits."""
+        if not scanned:
             return
-        queries = np.concatenate([part for part, _, _, _ in looked])
-        self._bound(queries, np.concatenate([kth for _, _, _, kth in looked]), own[queries])
-        limits = np.split(self._limits(queries, own[queries]), np.cumsum([len(part) for part, _, _, _ in looked])[:-1])
-        for (part, cell, values, _), limit in zip(looked, limits, strict=True):
+        queries = np.concatenate([part for part, _, _, _ in scanned])
+        self._bound(queries, np.concatenate([kth for _, _, _, kth in scanned]), own[queries])
+        limits = np.split(self._limits(queries, own[queries]), np.cumsum([len(part) for part, _, _, _ in scanned])[:-1])
+        for (part, cell, values, _), limit in zip(scanned, limits, strict=True):
             self._choose(part, cell, values, values <= limit[:, None])
 
     def _scan(self, cell: int, queries: np.ndarray) -> None:
-        """Look at a cell's points for some of the queries."""
+        """Compare some queries with the points of a cell, and keep the points within the limits."""
         for part in self._parts(cell, queries):
             values = self._values(part, cell)
             near = values <= self._limits(part, cell)[:, None]
@@ -348,12 +361,12 @@ class Tile:
                     self._lower(query, point, value)
 
     def _parts(self, cell: int, queries: np.ndarray) -> Iterator[np.ndarray]:
-        """Give queries in parts whose products with a cell's points fit into a processor's cache."""
+        """Cut queries into parts whose products with the points of a cell fit into the CPU cache."""
         step = max(1, SCAN_PAIRS // int(self.index.starts[cell + 1] - self.index.starts[cell]))
         return (queries[first : first + step] for first in range(0, len(queries), step))
 
     def _values(self, part: np.ndarray, cell: int) -> np.ndarray:
-        """Return computed values of some queries and a cell's points: (queries, points)."""
+        """Return the computed values of some queries and the points of a cell: (queries, points)."""
         start, stop = self.index.starts[cell], self.index.starts[cell + 1]
         values = self.local[part] @ self.products[:, start:stop]
         if self.excludes:
@@ -365,7 +378,7 @@ class Tile:
     def _choose(
         self, part: np.ndarray, cell: int, values: np.ndarray, near: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keep the pairs that are within the limits, in the order of the queries, and return them."""
+        """Keep the pairs within the limits as candidates, and return them sorted by query."""
         start = int(self.index.starts[cell])
         if np.count_nonzero(near) > self.usual * len(part) + SPARE:
             self._sift(part, near, start)
@@ -376,7 +389,7 @@ class Tile:
         return pairs
 
     def _kth(self, part: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Return the k-th smallest computed value so far of some queries, or one that is no smaller: (queries,)."""
+        """Update `best` and return an upper bound of the k-th smallest computed value so far: (queries,)."""
         if self.k == 1:
             best = np.minimum(self.best[part], values.min(axis=1, keepdims=True))
         else:
@@ -386,17 +399,17 @@ class Tile:
         return best[:, -1]
 
     def _bound(self, part: np.ndarray, kth: np.ndarray, cell: int | np.ndarray) -> None:
-        """Set the limits of some queries by a computed value of a cell's points that is not below their k-th smallest."""
+        """Set the limits of some queries from an upper bound of their k-th smallest computed value in a cell."""
         del cell
         self._limit(part, kth)
 
     def _limits(self, part: np.ndarray, cell: int | np.ndarray) -> np.ndarray:
-        """Return the limits of some queries for the computed values of a cell's points."""
+        """Return the limits of some queries for the points of a cell: (queries,) computed values."""
         del cell
         return self.limit[part]
 
     def _lower(self, query: np.ndarray, point: np.ndarray, value: np.ndarray) -> None:
-        """Lower the limits by pairs, in the order of their queries, where one neighbour is sought."""
+        """Lower the limits from new candidates, sorted by query; for k = 1."""
         del point
         query, value = smallest_by_query(query, value)
         lower = np.flatnonzero(value < self.best[query, 0])
@@ -405,7 +418,7 @@ class Tile:
             self._limit(query[lower], value[lower])
 
     def _limit(self, part: np.ndarray, kth: np.ndarray) -> None:
-        """Set the limits of some queries by a computed value that is not below their k-th smallest."""
+        """Set the limits of some queries from an upper bound of their k-th smallest computed value."""
         squared = self.squared[part]
         limit = certain_limit(kth.astype(np.float64) + squared, np.sqrt(squared), self.queries.shape[1], FLOAT32)
         limit[self.far[part]] = np.inf
@@ -413,12 +426,12 @@ class Tile:
         self.reach[part] = rounded_up(limit)
 
     def _sift(self, part: np.ndarray, near: np.ndarray, start: int) -> None:
-        """Of queries with many candidates, leave only those that are candidates by float64 products too.
+        """Reduce the candidates of queries that have many, by float64 products.
 
         Parameters
         ----------
         near
-            (queries, points) bool, changed in place: the candidates of one product, whose points begin at `start`.
+            (queries, points) bool, changed in place: candidates among the points from `start` on.
         """
         left = np.flatnonzero(near.sum(axis=1) > self.usual + SPARE)
         self.widened[part[left]] = True
@@ -429,7 +442,7 @@ class Tile:
             left = left[~crowd]
 
     def _sift_about(self, origin: int, part: np.ndarray, near: np.ndarray, crowded: np.ndarray, start: int) -> None:
-        """Sift queries that share a candidate; about it, distances within its crowd lose next to nothing to rounding."""
+        """Sift queries that share a candidate, in a frame centred on it, where near copies lose little to rounding."""
         index = self.index
         candidates = near[crowded]
         wanted = np.flatnonzero(candidates.any(axis=0))
@@ -447,14 +460,14 @@ class Tile:
         near[crowded] = candidates
 
     def _sifted(self, values: np.ndarray, squared: np.ndarray, part: np.ndarray, points: slice) -> np.ndarray:
-        """Return which pairs may be among the k nearest by float64 products, less the squared norms of the queries."""
+        """Return which pairs can be among the k nearest by their float64 computed values: (queries, points) bool."""
         del part, points
         kth = kth_smallest(values, self.k) + squared
         limit = certain_limit(kth, np.sqrt(squared), self.queries.shape[1], FLOAT64) - squared
         return values <= np.minimum(limit, np.finfo(np.float64).max)[:, None]
 
     def _decided(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the pairs that are still within the limits, and their exact squared distances."""
+        """Return (query, target row) pairs within the final limits, and their exact squared distances."""
         index = self.index
         query, point, value = self._ordered()
         if self.k > 1:
@@ -466,19 +479,19 @@ class Tile:
         return query, row, exact_squared(self.queries, index.targets, query, row)
 
     def _ordered(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return query, point and value of all pairs so far, in the order of the queries."""
+        """Return query, point and computed value of all candidates so far, sorted by query."""
         query, point, value = (np.concatenate(parts) for parts in zip(*self.pairs, strict=True))
         order = stable_order(query)
         return query[order], point[order], value[order]
 
     def _limit_by(self, query: np.ndarray, value: np.ndarray) -> None:
-        """Set the limits by the k-th smallest computed value of all pairs, where the scans have not found it."""
+        """Lower the limits to the k-th smallest computed value of all candidates; scans only have an upper bound."""
         enough, kth = kth_by_query(query, value, self.k, len(self.queries))
         lower = kth < self.best[enough, -1]
         self._limit(enough[lower], kth[lower])
 
     def _members(self, query: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the target rows behind the candidates: of a point's copies the first k, and one for the excluded."""
+        """Expand candidate points to target rows: up to k + 1 copies each, since one may be the excluded row."""
         copies = np.minimum(self.index.copies[point], self.k + 1)
         if len(self.index.copies) == len(self.index.rows):
             return query, self.index.rows[self.index.first[point]]
@@ -487,18 +500,18 @@ class Tile:
         return np.repeat(query, copies), self.index.rows[np.repeat(self.index.first[point], copies) + within]
 
 
-# --- lists of the best -----------------------------------------------------------------------------------------------
+# --- selection of the k best pairs -----------------------------------------------------------------------------------
 
 
 def nothing_found(count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return empty lists of rows and squared distances: (count, k) each."""
+    """Return rows of -1 and infinite squared distances: (count, k) each."""
     return np.full((count, k), -1, dtype=np.int64), np.full((count, k), np.inf)
 
 
 def k_best(count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each query's k smallest pairs, by distance and then by row: (count, k) rows and squared distances.
+    """Return rows and squared distances of each query's k nearest targets: (count, k) each, ties by smaller row.
 
-    Pairs come in the order of their queries.
+    The pairs must be sorted by query.
     """
     rows, squared = nothing_found(count, k)
     place, rank, pair = best_pairs(count, k, query, row, exact)
@@ -509,19 +522,19 @@ def k_best(count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.nda
 def best_pairs(
     count: int, k: int, query: np.ndarray, row: np.ndarray, exact: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the pairs of `k_best`: of each its query, its rank there, and its place among all pairs."""
+    """Return query, rank and position (among all pairs) of the pairs that `k_best` selects."""
     if k == 1:
         return _smallest_pairs(count, query, row, exact)
     order = stable_order(row)
     order = order[stable_order(query[order])]
     numbers = np.bincount(query, minlength=count)
     starts, widest = np.cumsum(numbers) - numbers, int(numbers.max(initial=0))
-    if count * widest > WIDEST * len(query):  # a few queries have so many pairs that a table would be mostly empty
+    if count * widest > WIDEST * len(query):  # a few queries have most pairs: a padded table would be mostly empty
         order = np.lexsort((row, exact, query))
         place = query[order]
         rank = np.arange(len(place)) - starts[place]
         return place[rank < k], rank[rank < k], order[rank < k]
-    table = tabled(count, query[order], exact[order], k)  # ties stay in the order of their rows
+    table = tabled(count, query[order], exact[order], k)  # rows ascend, so a stable sort puts the smaller row first
     column = np.argsort(table, axis=1, kind="stable")[:, :k]
     place, rank = np.nonzero(np.arange(k) < numbers[:, None])
     return place, rank, order[starts[place] + column[place, rank]]
@@ -541,7 +554,7 @@ def _smallest_pairs(
 
 
 def tabled(count: int, query: np.ndarray, values: np.ndarray, width: int) -> np.ndarray:
-    """Return the values of pairs, which are in the order of their queries, as a table: (count, `width` or more)."""
+    """Return values sorted by query as a table padded with infinity: (count, at least `width`)."""
     numbers = np.bincount(query, minlength=count)
     table = np.full((count, max(int(numbers.max(initial=0)), width)), np.inf, dtype=values.dtype)
     table[query, np.arange(len(query)) - np.repeat(np.cumsum(numbers) - numbers, numbers)] = values
@@ -549,5 +562,5 @@ def tabled(count: int, query: np.ndarray, values: np.ndarray, width: int) -> np.
 
 
 def distances_of(rows: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and float32 distances, NaN where there is no row."""
+    """Return the rows, and their distances as float32; NaN where the row is -1."""
     return rows, np.where(rows < 0, np.nan, np.sqrt(squared)).astype(np.float32)

@@ -1,11 +1,15 @@
-"""Exact nearest neighbours on a GPU: FAISS proposes, and what follows decides there, too (METHOD section 6).
+"""Find exact nearest neighbours on a GPU, with the same bits as `exact.nearest` (METHOD section 6).
 
-Input: queries and a target group, both on the device. Output: the answer of `exact.nearest`, bit for bit. FAISS's flat index
-of the distinct points proposes a few more candidates than needed by float32 arithmetic, whose order among near-ties depends
-on device and tiling. A bound certifies that no better target was missed. Queries that it leaves open are proposed to by
-float64 products, and what these leave open goes to `exact.nearest`. Float64 distances of the original coordinates decide
-among the candidates; they are added in the order in which numpy adds them, one rounding at a time, so device and
-processor agree to the last bit. Only rows and distances leave the device.
+Input: queries and a target group, both on the device. Output: rows and distances of the k nearest targets.
+
+1. FAISS's flat index of the distinct points proposes a few more candidates than needed, by float32 arithmetic. Their
+   order among near-ties depends on the device and on tiling.
+2. A bound certifies, for each query, that no better target was missed.
+3. For uncertified queries, float64 products propose again. Queries that are still uncertified go to `exact.nearest`.
+4. Float64 distances of the original coordinates decide. They are summed in numpy's order, so GPU and CPU agree to the
+   last bit.
+
+Only rows and distances leave the device.
 """
 
 from __future__ import annotations
@@ -27,18 +31,18 @@ from ndreamer_dist.matching.labels import Placed
 from ndreamer_dist.matching.partition import Index, build_index, distinct_rows
 
 SETTLED_QUERIES = 16_384
-"""Queries whose proposals are settled together."""
+"""Number of queries that are searched together."""
 DOUBLE_PAIRS = 2**27
-"""Query-target pairs whose float64 products are held at once: a GiB."""
+"""Query-target pairs whose float64 products are held at once: 1 GiB."""
 MOST_PROPOSED = 2048
-"""Neighbours that FAISS finds on a GPU at most."""
+"""FAISS's limit on the number of neighbours on a GPU."""
 MORE = 4
-"""Float64 products propose so many times the candidates of FAISS: near copies are ordinary."""
+"""Float64 candidates per FAISS candidate. More are needed, since near copies are common."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Where groups are searched: a torch device, and what makes FAISS's flat index of a width there."""
+    """A torch device, and the function that makes FAISS's flat index there, given the number of dimensions."""
 
     device: str
     flat: Callable[[int], Any]
@@ -58,27 +62,27 @@ def _flat_on_host(width: int) -> Any:
 
 @lru_cache(maxsize=1)
 def _resources() -> Any:
-    """Return this process's memory on the GPU, which is costly to make."""
+    """Return FAISS's GPU resources, made once per process because they are costly."""
     import faiss
 
     return faiss.StandardGpuResources()
 
 
 ENGINES = {"cuda": Engine("cuda", _flat_on_gpu), "cpu": Engine("cpu", _flat_on_host)}
-"""By device. That of processors stands in for a GPU in tests: all but FAISS's kernel is the same."""
+"""Engines by device. The CPU engine lets tests run everything but FAISS's GPU kernel."""
 
 
 @lru_cache(maxsize=1)
 def resident(cells: Placed, device: str) -> Placed:
-    """Return the cells with their coordinates on a device, where they stay while this process asks for the same ones."""
+    """Copy the coordinates of cells to a device; the copy is cached until the process searches other cells."""
     return Placed(torch.tensor(cells.points, device=ENGINES[device].device), cells.labels)
 
 
 class Proposals(NamedTuple):
     """Candidates of some queries: (q, c) distinct points, -1 for none, and computed squared distances, nearest first.
 
-    No point that is left out has a smaller computed distance than the last candidate. `rounding` is the largest relative
-    error of one rounding of that computation.
+    Every point that is not proposed has at least the computed distance of the last candidate. `rounding` is the unit
+    roundoff of the computation.
     """
 
     points: Tensor
@@ -87,7 +91,7 @@ class Proposals(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """The best of the candidates, (q, k) rows and squared distances, and (q,) whether they are the best of all."""
+    """The k best candidates, (q, k) rows and squared distances, and (q,) whether they certainly are the k nearest."""
 
     rows: Tensor
     squared: Tensor
@@ -95,7 +99,7 @@ class Settled(NamedTuple):
 
 
 class GpuIndex:
-    """A target group on a device: the distinct points, FAISS's index of them, and the rows behind each.
+    """A target group on a device: its distinct points, FAISS's index of them, and the target rows of each point.
 
     Parameters
     ----------
@@ -121,7 +125,7 @@ class GpuIndex:
         self._flat.add(self._centred(self._points))
 
     def _centred(self, points: Tensor) -> Tensor:
-        """Return points about the centre, rounded once to float32: norms, and with them rounding errors, are small."""
+        """Centre points and round them once to float32. Centring keeps norms, and so rounding errors, small."""
         return (points - self._centre).float().contiguous()
 
     def nearest(self, queries: Tensor, k: int, *, exclude: np.ndarray | None = None) -> Neighbours:
@@ -130,7 +134,7 @@ class GpuIndex:
         Parameters
         ----------
         queries
-            (q, d) float32, on the device of the targets.
+            (q, d) float32 coordinates on the targets' device.
         """
         skipped = np.full(len(queries), -1, dtype=np.int64) if exclude is None else np.asarray(exclude, dtype=np.int64)
         sent = torch.tensor(skipped, device=queries.device)
@@ -147,11 +151,11 @@ class GpuIndex:
 
     @cached_property
     def _by_cells(self) -> Index:
-        """The same targets for the processor, for the few queries that are left open here."""
+        """Index of the same targets on the CPU, for the few queries that stay uncertified here."""
         return build_index(self._targets.cpu().numpy())
 
     def _search(self, queries: Tensor, skipped: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return rows, distances, which queries FAISS left open, and which are open still."""
+        """Return rows, distances, which queries FAISS left uncertified, and which are still uncertified."""
         settled = self._settled(queries, skipped, self._proposed(queries, k), k)
         open_ = ~settled.final
         left = open_.nonzero().squeeze(1)
@@ -168,13 +172,13 @@ class GpuIndex:
         return iter(queries.split(max(1, DOUBLE_PAIRS // len(self._points)))) if len(queries) else iter(())
 
     def _proposed(self, queries: Tensor, k: int) -> Proposals:
-        """Return FAISS's candidates."""
+        """Return FAISS's candidates, by float32 distances."""
         count = min(len(self._points), k + 1 + SPARE, MOST_PROPOSED)
         squared, points = self._flat.search(self._centred(queries.double()), count)
         return Proposals(points, squared.double(), FLOAT32)
 
     def _proposed_in_double(self, queries: Tensor, k: int) -> Proposals:
-        """Return candidates by float64 products."""
+        """Return candidates by float64 distances."""
         count = min(len(self._points), MORE * (k + 1 + SPARE))
         moved, points = queries.double() - self._centre, self._points - self._centre
         squared = torch.baddbmm(
@@ -184,18 +188,18 @@ class GpuIndex:
         return Proposals(found, nearest, FLOAT64)
 
     def _settled(self, queries: Tensor, skipped: Tensor, proposals: Proposals, k: int) -> Settled:
-        """Return the best candidates, and for which queries they are certainly the best of all."""
+        """Return the k best candidates, and for which queries they are certainly the k nearest targets."""
         points, count = proposals.points.clamp_min(0), proposals.points.shape[1]
         absent = proposals.points < 0
         own = torch.where(skipped >= 0, self._place[skipped.clamp_min(0)], -1)
-        # A point that is the excluded target alone is no candidate; where it has copies, their row is left out below.
+        # The excluded target's point is no candidate, unless it has copies; then `_ranked` drops the row alone.
         alone = (points == own[:, None]) & (self._copies[points] == 1)
         computed = proposals.squared.masked_fill(absent | alone, torch.inf)
         kth = computed.kthvalue(k, dim=1).values if count >= k else computed.new_full((len(queries),), torch.inf)
         norms = (queries.double() - self._centre).square().sum(1).sqrt()
         limit = certain_limit(kth, norms, queries.shape[1], proposals.rounding)
         last = proposals.squared[:, -1]
-        # Where FAISS met an infinity it hands out no point at all, so that even a full list proves nothing.
+        # FAISS returns no point for an infinite distance. So a full list proves nothing if an entry is absent.
         whole = ~absent.any(1) if count == len(self._points) else torch.zeros_like(last, dtype=torch.bool)
         rows, squared = self._ranked(queries, skipped, points, absent, k)
         return Settled(rows, squared, last.isfinite() & (whole | (last > limit)))
@@ -203,8 +207,8 @@ class GpuIndex:
     def _ranked(
         self, queries: Tensor, skipped: Tensor, points: Tensor, absent: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the k best rows behind the candidates by exact distance and then by row, and their squared distances."""
-        copy = torch.arange(min(self._most_copies, k + 1), device=points.device)  # one for the excluded row
+        """Return the k best rows of the candidate points, by exact distance and then by row, and squared distances."""
+        copy = torch.arange(min(self._most_copies, k + 1), device=points.device)  # + 1: one may be the excluded row
         held = self._copies[points][..., None]
         row = self._order[self._first[points][..., None] + torch.minimum(copy, held - 1)]
         none = (copy >= held) | absent[..., None] | (row == skipped[:, None, None])
@@ -220,10 +224,10 @@ class GpuIndex:
 
 
 def summed_as_numpy(values: Tensor) -> Tensor:
-    """Return the sums over the last dimension, added in the order of `numpy.sum` over contiguous rows.
+    """Sum over the last dimension in the order in which `numpy.sum` adds contiguous rows.
 
-    Up to 128 numbers are added in eight columns, whose sums are added in pairs; more are halved. Each addition is an
-    operation of its own, so that no compiler contracts it with another.
+    Up to 128 numbers are added in eight interleaved columns, whose sums are added in pairs. Longer rows are halved.
+    Each addition is a separate operation, so no compiler can fuse it with another.
     """
     count = values.shape[-1]
     if count < 8:
@@ -245,11 +249,11 @@ def summed_as_numpy(values: Tensor) -> Tensor:
     return total
 
 
-# --- may a GPU be trusted with it? -----------------------------------------------------------------------------------
+# --- checks of the GPU -----------------------------------------------------------------------------------------------
 
 
 def faiss_finding() -> str | None:
-    """Return what keeps FAISS, or torch, from searching on this process's GPU; see `engines.chosen_device`."""
+    """Return why FAISS or torch cannot search on this process's GPU, or None; see `engines.chosen_device`."""
     import faiss
 
     from ndreamer_dist.compute.engines import torch_finding
@@ -267,7 +271,7 @@ def faiss_finding() -> str | None:
 
 
 def search_finding(device: str) -> str | None:
-    """Return whether a search on a device errs by more than the certificate allows for."""
+    """Return a message if the errors of a search on a device exceed the bound of the certificate, else None."""
     points = np.random.default_rng(0).normal(size=(64, 50)).astype(np.float32)
     group = GpuIndex(torch.tensor(points, device=device), ENGINES[device])
     proposed = group._proposed(torch.tensor(points, device=device), 1)

@@ -1,16 +1,16 @@
-"""Exact nearest neighbours by a distance that is corrected for hubs (METHOD section 9).
+"""Find exact nearest neighbours by distances corrected for hubs, as in CSLS (METHOD section 9).
 
-Input: queries, the index of a target group, and the remoteness of each target: its mean distance to its 10 nearest
+Input: queries, the index of a target group, and the remoteness r of each target: its mean distance to its 10 nearest
 queries. Output, for every query: the k targets c that minimise `2 d(q, c) - r(c)`, with their true distances. In many
-dimensions a few targets, the hubs, are near to everything. The queries are near to a hub as well, so its r is small and
-its distances count in full. A target that is near to few queries has a large r and is corrected the most.
+dimensions a few targets, the hubs, are near to everything. A hub is near to the queries too, so its r is small and its
+distances are hardly reduced. A target that is near to few queries has a large r, so its distances are reduced most.
 
-The search is that of `exact`: float32 products propose, the partitions of the index rule targets out, and float64
-decides. With h = r / 2 the score is t = d - h, halved. A target can be better than a bound U on t only where
-`d^2 <= (U + h)^2`. For any D, and so for the mean h of a partition, that is
-`|p|^2 - h^2 - 2 h D - 2 p q <= U^2 + 2 h (U - D) - |q|^2`. On the left is a product as long as the plain one. On the right
-the largest or the smallest h of the partition makes it a limit of the query. Queries of several groups, each with its own
-h, are searched together: a row of norms per group.
+The search is that of `exact`: float32 products propose, the index rules out whole cells of its partition, and float64
+distances decide. With h = r / 2, the score t = d - h has the same order. A target can have t <= U only if
+`d^2 <= (U + h)^2`. For any D this is the same as `|p|^2 - h^2 - 2 h D - 2 p q <= U^2 + 2 h (U - D) - |q|^2`. D is the
+mean h of the cell. The left side is one product, as long as that of the plain search. On the right side, the largest or
+smallest h of the cell gives a limit per query. Queries of several groups, each with its own h, are searched together:
+the left side has one row of norms per group.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from ndreamer_dist.matching.labels import WHOLE, Placed, Stratum, nearest_by_str
 from ndreamer_dist.matching.partition import Index, build_index
 
 NEAREST_QUERIES = 10
-"""Queries nearest to a target that its remoteness is a mean over."""
+"""Number of nearest queries whose mean distance is the remoteness of a target."""
 MOST_QUERIES = 4096
-"""Cells of a query group that remoteness is measured from: the first in packed order, which is random."""
+"""Most cells of a query group to measure remoteness from: the first in packed order, which is random."""
 KEPT_INDEXES = 32
-"""Indexes of query groups that a task keeps, at some megabytes each."""
+"""Indexes of query groups that a task caches, at a few megabytes each."""
 USUAL = 4
-"""Candidates per neighbour of a query in one scan that are no crowd."""
+"""Candidates per neighbour of a query in one scan that need no sifting."""
 MOST_KEPT = 2**23
-"""Numbers that a task keeps of target groups that are measured together, a label at a time."""
+"""Most cached remoteness values of target groups that are measured together, per label."""
 
 
 def remoteness(targets: np.ndarray, queries: np.ndarray | Index, *, threads: int = 1) -> np.ndarray:
-    """Return each target's mean distance to its 10 nearest queries, all of them where there are fewer.
+    """Return each target's mean distance to its 10 nearest queries, or to all queries if there are fewer.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def remoteness(targets: np.ndarray, queries: np.ndarray | Index, *, threads: int
 
     Returns
     -------
-    (t,) float32: means, in float64, of the exact distances, rounded once.
+    (t,) float32; exact distances averaged in float64 and rounded once.
     """
     if not len(targets):
         return np.empty(0, dtype=np.float32)
@@ -86,7 +86,7 @@ def remoteness(targets: np.ndarray, queries: np.ndarray | Index, *, threads: int
 
 
 def _mean_distance(tile: Tile) -> np.ndarray:
-    """Return the mean distance of a tile's cells to the k nearest, as float32; which these are is left open."""
+    """Return the mean distance of a tile's queries to their k nearest: (q,) float32; ties need no order."""
     query, row, squared = tile.candidates()
     count, k = len(tile.queries), min(tile.k, len(tile.index.targets))
     if count * np.bincount(query, minlength=count).max(initial=0) > WIDEST * len(query):
@@ -97,9 +97,10 @@ def _mean_distance(tile: Tile) -> np.ndarray:
 
 
 def pool(starts: np.ndarray, target: int) -> np.ndarray:
-    """Return the packed rows that a target group's remoteness is measured from in place of a query group's, ascending.
+    """Return the pooled sample of queries for the remoteness of a target group: packed rows, ascending.
 
-    They are of all other groups, as many of each, the first ones, which are in random order; few enough to measure from.
+    It holds the same number of cells of each other group, at most about `MOST_QUERIES` in all. These are the first
+    cells of a group, whose order is random.
 
     Parameters
     ----------
@@ -112,9 +113,9 @@ def pool(starts: np.ndarray, target: int) -> np.ndarray:
 
 
 class Remoteness:
-    """Measures how remote groups' cells are from a query group, from a bounded number of that group's cells.
+    """Measure the remoteness of target groups from query groups, of which at most `MOST_QUERIES` cells are used.
 
-    Target groups that are asked for one after the other are measured together, since small searches have their price.
+    Consecutive target groups are measured together, since every search has a fixed cost.
 
     Parameters
     ----------
@@ -123,11 +124,11 @@ class Remoteness:
     starts
         (groups + 1,) first row of every group, and the number of cells.
     labels
-        (cells,) codes of labels, where cells are matched inside them.
+        (cells,) label codes for matching inside labels; None without labels.
     edges
-        (target group, query group) that will be asked for, by target group.
+        (target group, query group) pairs that will be requested, sorted by target group.
     pooled
-        Whether all other groups stand for a query group, so that a target group is measured once and not once a query group.
+        Whether to measure a target group once, from a sample of all other groups (`pool`), not from each query group.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Remoteness:
         self._together: set[int] = set()
 
     def of(self, target: int, query: int, label: int = WHOLE) -> np.ndarray:
-        """Return the remoteness of a target group's cells of a label, or of all, from those of the query group."""
+        """Return the remoteness of the target group's cells, of one label or all, from the query group: (t,)."""
         if target not in self._together:
             self._kept, self._together = {}, self._from(target)
         place = target, target if self._pooled else query, label
@@ -150,12 +151,15 @@ class Remoteness:
         return self._kept[place]
 
     def whole(self, group: int, label: int = WHOLE) -> Index | None:
-        """Return the index of all a group's cells of a label, where remoteness is measured from just these, or nothing."""
+        """Return a group's index if remoteness is measured from all its cells (of the label), else None.
+
+        The index then serves as target index too, and need not be built twice.
+        """
         cells = len(self._of_label(np.arange(*self._starts[group : group + 2]), label))
         return self._index(group, label) if not self._pooled and 0 < cells <= MOST_QUERIES else None
 
     def _from(self, target: int) -> set[int]:
-        """Return the target groups that are measured together, from one on: as many as are not too many numbers."""
+        """Return the target groups to measure together, from `target` on, as `MOST_KEPT` allows."""
         following = list(dict.fromkeys(other for other, _ in self._edges))
         following = following[following.index(target) :]
         cells = np.cumsum([self._starts[group + 1] - self._starts[group] for group in following])
@@ -182,7 +186,7 @@ def nearest_corrected(
     queries: np.ndarray, targets: np.ndarray | Index, remote: np.ndarray, k: int, *,
     groups: np.ndarray | None = None, threads: int = 1,
 ) -> Neighbours:  # fmt: skip
-    """Return the k targets of least `2 d - r` of every query, exactly; ties go to the smaller row.
+    """Return the k targets of smallest `2 d - r` for every query, exactly; ties go to the smaller row.
 
     Parameters
     ----------
@@ -191,13 +195,14 @@ def nearest_corrected(
     targets
         (t, d) float32 coordinates, or their index.
     remote
-        (t,) float32, r of every target, or (groups, t), r from every query group; equal targets have equal ones.
+        (t,) float32 remoteness r of every target, or (groups, t) with one row per query group. Targets with equal
+        coordinates have equal r.
     groups
-        (q,) which row of `remote` is a query's; by default there is one.
+        (q,) row of `remote` to use for each query; by default there is one row.
 
     Returns
     -------
-    Best score first, with true distances.
+    Neighbours, smallest score first, with true distances.
     """
     coordinates = targets.targets if isinstance(targets, Index) else targets
     if not len(queries) or not len(coordinates):
@@ -218,16 +223,16 @@ def nearest_corrected(
 def nearest_inside(
     queries: Placed, targets: Placed, own: np.ndarray, least: int, asking: Placed | None = None, k: int = 1
 ) -> Neighbours:
-    """Return the k nearest targets of every query, as the stage finds them: inside its label where there are enough of it.
+    """Return the k nearest targets of every query, inside its label if enough targets have it, as the match stage does.
 
     Parameters
     ----------
     own
-        (q,) the query's place among the targets, which is no candidate, or -1.
+        (q,) position of the query among the targets, which cannot match it, or -1.
     least
-        Targets of a label that are enough.
+        Fewest targets of a label for a match inside it.
     asking
-        Cells that the targets' remoteness is measured from; none where distances are not corrected for hubs.
+        Cells to measure the remoteness of targets from; None if distances are not corrected for hubs.
     """
 
     def search(stratum: Stratum) -> Neighbours:
@@ -249,17 +254,17 @@ class _Frame:
     Attributes
     ----------
     half, exact_half
-        (groups, n) h of every point in the index's frame: float32, which products are made of, and float64.
+        (groups, n) h of every point in the index's frame: float32, for the products, and float64.
     guess
-        (groups, partitions) float64, D: the mean h of a partition, of which the scores there are guessed to be.
+        (groups, cells) float64 D, the mean h of each cell of the partition.
     taken
         (groups, n) float64: `h^2 + 2 h D`.
     products
-        (d + groups, n) float32: `-2 p`, and below it `|p|^2 - h^2 - 2 h D`, a row per group.
+        (d + groups, n) float32: `-2 p`, then one row per group of `|p|^2 - h^2 - 2 h D`.
     most, least
-        (groups, partitions) largest and smallest h.
+        (groups, cells) largest and smallest h of each cell.
     overflows
-        Whether some h is too large for float32 products.
+        Whether an h is too large for float32 products.
     """
 
     def __init__(self, index: Index, remote: np.ndarray) -> None:
@@ -278,16 +283,16 @@ class _Frame:
 
 
 class _CorrectedTile(Tile):
-    """A tile of queries on its way through the partitions; see `exact.Tile`.
+    """The search of one tile of queries by corrected distances; see `exact.Tile`.
 
     Attributes
     ----------
     group
-        (q,) query group, a row of the frame's tables.
+        (q,) query group: a row of the frame's arrays.
     bound
-        (q,) float64, an upper bound U of the k-th best t in the index's frame; a float32 number, or infinite.
+        (q,) float64 upper bound U of the k-th smallest t, in the index's frame; a float32 value, or infinite.
     error
-        (q,) how wrong a computed squared distance can be that counts, or a product that it is compared by.
+        (q,) error bound of a computed squared distance, or of a product, of a target within U.
     """
 
     def __init__(self, frame: _Frame, queries: np.ndarray, group: np.ndarray, k: int) -> None:
@@ -303,7 +308,7 @@ class _CorrectedTile(Tile):
         self.local = np.concatenate([self.local[:, :-1], which.astype(np.float32)], axis=1)
 
     def search(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return rows, squared distances, both (q, k), and which queries were widened."""
+        """Return rows and squared distances, (q, k) each, and which queries were widened, (q,)."""
         query, row, exact = self.candidates()
         remote = self.frame.remote[self.group[query], row].astype(np.float64)
         rows, squared = nothing_found(len(self.queries), self.k)
@@ -313,28 +318,28 @@ class _CorrectedTile(Tile):
 
     def _scan_own(self, own: np.ndarray) -> None:
         super()._scan_own(own)
-        if self.k == 1:  # of more, the few pairs less elsewhere would not pay
+        if self.k == 1:  # for larger k, the tighter bounds would not save enough later
             self._lower(*self._ordered())
 
     def _reach(self, cell: int) -> np.ndarray:
-        """Return the squared distance up to which a partition has to be looked at: (q,), -inf for not at all."""
+        """Return the lower bound up to which a cell has to be scanned: (q,) squared distances, -inf for never."""
         far = self.bound + self.frame.most[self.group, cell]
-        return np.where(far < 0, -np.inf, np.minimum(far * far + self.error, LARGEST))  # what is done is beyond it
+        return np.where(far < 0, -np.inf, np.minimum(far * far + self.error, LARGEST))  # scanned cells are at infinity
 
     def _error_within(self, bound: np.ndarray, norms: np.ndarray) -> np.ndarray:
-        """Return how wrong a computed squared distance can be of what is within bounds.
+        """Return the error bound of computed squared distances of targets within the bounds.
 
-        As in `exact.certain_limit`: a target that counts lies within U + h, so has a norm of at most |q| + U + h;
-        the row below the coordinates adds h^2 + 2 h D to what is summed, and rounding the square root adds two roundings.
+        As in `exact.certain_limit`: such a target is within U + h, so its norm is at most |q| + U + h. The group's row
+        of `products` adds h^2 + 2 h D to the sum, and the square root adds two roundings.
         """
         most, dimensions = self.frame.largest, self.queries.shape[1]
         reach, other = 2 * norms + np.maximum(bound + most, 0), 2 * most + np.abs(bound)
         return (2 * dimensions + 64) * FLOAT32 * (reach * reach + other * other) + dimensions * 2.0**-120
 
     def _limits(self, part: np.ndarray, cell: int | np.ndarray) -> np.ndarray:
-        """Return the computed values up to which a partition's points may be within the bounds.
+        """Return the largest computed values of a cell's points that can be within the bounds.
 
-        Where t is at most U, `d^2 - h^2 - 2 h D` is at most `U^2 + 2 h (U - D)`.
+        If t is at most U, `d^2 - h^2 - 2 h D` is at most `U^2 + 2 h (U - D)`.
         """
         bound, group = self.bound[part], self.group[part]
         beyond = bound - self.frame.guess[group, cell]
@@ -347,10 +352,10 @@ class _CorrectedTile(Tile):
         return kth_smallest(values if self.k == 1 else folded(values, FOLD * self.k), self.k)
 
     def _bound(self, part: np.ndarray, kth: np.ndarray, cell: int | np.ndarray) -> None:
-        """Lower the bounds by a computed value of a partition's points that is not below the k-th smallest.
+        """Lower the bounds from an upper bound of the k-th smallest computed value in a cell.
 
-        What h its point has is left open: of those in the partition, the one by which t is largest. At a computed value
-        below D^2, t grows with h, and above it falls.
+        The h of that point is unknown, so take the h of the cell that makes t largest. For a computed value below D^2,
+        t grows with h; above, it falls.
         """
         group, value = self.group[part], kth + self.squared[part]
         guess = self.frame.guess[group, cell]
@@ -362,7 +367,7 @@ class _CorrectedTile(Tile):
         self._tighten(*kth_by_query(query, score, self.k, len(self.queries)))
 
     def _tighten(self, part: np.ndarray, kth: np.ndarray) -> None:
-        """Lower the bounds of queries to what a computed t implies that is not below their k-th smallest."""
+        """Lower the bounds of queries, given an upper bound `kth` of their k-th smallest computed t."""
         lower = np.flatnonzero((kth < self.bound[part]) & ~self.far[part])
         part, kth = part[lower], kth[lower].astype(np.float64)
         error = self._error_within(kth, self.norms[part])
@@ -372,18 +377,18 @@ class _CorrectedTile(Tile):
         self.error[part] = self._error_within(self.bound[part], self.norms[part])
 
     def _slack(self, score: np.ndarray, error: np.ndarray) -> np.ndarray:
-        """Return how wrong a computed t can be; the smaller the distance, the more of it is error."""
+        """Return the error bound of a computed t. It is larger for small distances, because of the square root."""
         near = np.maximum(score + self.frame.smallest, 0)
         return error / (near + np.sqrt(near * near + error)) + 8 * FLOAT32 * (np.abs(score) + self.frame.largest)
 
     def _score(self, query: np.ndarray, point: np.ndarray, value: np.ndarray) -> np.ndarray:
-        """Return t of pairs by their computed values: (pairs,) float64."""
+        """Return t of pairs from their computed values: (pairs,) float64."""
         place = self.group[query] * len(self.index.copies) + point
         distance = value + self.squared[query] + self.frame.taken.take(place)
         return np.sqrt(np.maximum(distance, 0)) - self.frame.half.take(place)
 
     def _decided(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the pairs that are still within the bounds, and their exact squared distances."""
+        """Return (query, target row) pairs within the final bounds, and their exact squared distances."""
         query, point, value = self._ordered()
         score = self._score(query, point, value)
         if self.k > 1:
@@ -394,7 +399,7 @@ class _CorrectedTile(Tile):
         return query, row, exact_squared(self.queries, self.index.targets, query, row)
 
     def _sifted(self, values: np.ndarray, squared: np.ndarray, part: np.ndarray, points: slice) -> np.ndarray:
-        """Return which pairs may still be among the k best by float64 distances about the crowd: (queries, points)."""
+        """Return which pairs can be among the k best by their float64 distances: (queries, points) bool."""
         half = self.frame.exact_half[self.group[part], points]
         distance = np.maximum(values + squared[:, None], 0)
         score = np.sqrt(distance) - half

@@ -1,9 +1,9 @@
-"""Matching inside labels: which of a target group's cells a cell is matched among (METHOD section 6).
+"""Restrict matches to cells of the same label, such as a cell type (METHOD section 6).
 
-In: the labels of queries and targets. Out: the queries in strata that look among the same targets. A cell is matched among
-the target group's cells of its own label where there are enough of them, itself not counted; a cell without a label,
-and one whose label is too rare there, is matched among all. Inside a label everything is as if the two groups had no
-other cells, the correction for hubs included.
+Input: labels of queries and targets. Output: strata, which are queries that share their candidate targets. A query is
+matched among the targets of its own label if there are enough of them, itself not counted. A query without a label, or
+whose label is too rare in the target group, is matched among all targets. Inside a label, the search and its hub
+correction run as if the two groups had no other cells.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ndreamer_dist.errors import StoreError, listing, shown
 from ndreamer_dist.matching.exact import Neighbours
 
 WHOLE = -1
-"""In place of a label: all cells of the group. Also the code of a cell without a label."""
+"""Code that stands for all cells of a group in place of a label; also the code of an unlabelled cell."""
 NAMED_LABELS = 3
-"""Labels that are named in a message."""
+"""Most labels that a message names."""
 UNEVEN = 5
-"""A label that is so many times as frequent among treated cells as among controls, or the other way round, is warned of."""
+"""Ratio of a label's frequencies among treated and control cells, either way round, above which we warn."""
 
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """What cells are matched by, in packed order.
+    """Coordinates and labels of cells, in packed order.
 
     Attributes
     ----------
     points
-        (cells, d) float32 coordinates in the matching space; an array, or a tensor on the device that searches.
+        (cells, d) float32 coordinates in the matching space; an array, or a tensor on the GPU.
     labels
-        (cells,) codes of the labels that cells are matched inside, -1 for none; without `match.within` there are none.
+        (cells,) label codes for matching inside labels, -1 for an unlabelled cell; None without `match.within`.
     """
 
     points: Any
@@ -45,26 +45,26 @@ class Placed:
 
     @property
     def codes(self) -> np.ndarray:
-        """Codes of the labels, -1 for all cells where there are none."""
+        """Label codes, all -1 if there are no labels: (cells,)."""
         return np.full(len(self.points), WHOLE) if self.labels is None else self.labels
 
     def of(self, rows: slice | np.ndarray) -> Placed:
-        """Return some of the cells."""
+        """Return the cells of some rows."""
         return Placed(self.points[rows], None if self.labels is None else self.labels[rows])
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """Queries that look among the same targets.
+    """Queries that share their candidate targets.
 
     Attributes
     ----------
     label
-        Code of their label, or `WHOLE`.
+        Label code, or `WHOLE`.
     queries
-        (q,) their places, ascending.
+        (q,) positions of the queries, ascending.
     targets
-        (t,) places of the targets that they look among, ascending; none for all.
+        (t,) positions of the candidate targets, ascending; None for all.
     """
 
     label: int
@@ -73,16 +73,16 @@ class Stratum:
 
 
 def strata_of(queries: np.ndarray, targets: np.ndarray, own: np.ndarray, least: int) -> Iterator[Stratum]:
-    """Give queries by what they look among: their label, where the targets have enough of it, else all targets.
+    """Yield the strata of queries: one per label with enough targets, and one, over all targets, for the others.
 
     Parameters
     ----------
     queries, targets
-        (q,) and (t,) codes of labels, -1 for none.
+        (q,) and (t,) label codes, -1 for none.
     own
-        (q,) whether a query is one of the targets, and is not to be counted.
+        (q,) bool, whether a query is one of the targets and so does not count as a target.
     least
-        Fewest targets of a label.
+        Fewest targets of a label for a match inside it.
     """
     counts = np.bincount(targets + 1, minlength=max(queries.max(initial=-1), targets.max(initial=-1)) + 2)
     enough = (queries >= 0) & (counts[queries + 1] - own >= least)
@@ -96,14 +96,14 @@ def strata_of(queries: np.ndarray, targets: np.ndarray, own: np.ndarray, least: 
 def nearest_by_stratum(
     strata: Iterable[Stratum], queries: int, k: int, search: Callable[[Stratum], Neighbours]
 ) -> Neighbours:
-    """Return the neighbours of all queries, each stratum searched by itself.
+    """Search each stratum separately, and return the neighbours of all queries.
 
     Parameters
     ----------
     queries, k
-        Number of queries, and of neighbours of each.
+        Number of queries, and of neighbours per query.
     search
-        Gives the neighbours of a stratum's queries among its targets, rows counted among these.
+        Function that returns the neighbours of a stratum's queries; its rows are positions among the stratum's targets.
     """
     rows, distances = np.full((queries, k), -1, dtype=np.int64), np.full((queries, k), np.nan, dtype=np.float32)
     widened = np.zeros(queries, dtype=bool)
@@ -116,28 +116,29 @@ def nearest_by_stratum(
 
 
 def places_among(targets: np.ndarray | None, places: np.ndarray) -> np.ndarray:
-    """Return places in a group as places among some of its cells (ascending); -1 stays."""
+    """Translate positions in a group to positions among some of its cells (`targets`, ascending); -1 stays -1."""
     return places if targets is None else np.where(places < 0, -1, np.searchsorted(targets, places))
 
 
 @dataclass(frozen=True)
 class Inside:
-    """How far the treated cells' control matches are inside the cells' labels.
+    """Share of the treated cells' control matches that are inside the cells' labels.
 
     Attributes
     ----------
     column
-        Of `obs`, with the labels.
+        Column of `obs` with the labels.
     cells
         Fewest cells of a label in a group for a match inside it.
     share
-        Of all control matches of treated cells, those inside their label.
+        Share of matches inside labels, among all control matches of treated cells.
     missing
-        Cells, of any condition, without a label.
+        Number of cells without a label, of any condition.
     labels, shares
-        Names, in the order of their codes, and the share of each.
+        Label names, in the order of their codes, and the share of each.
     uneven
-        Names of labels that are much more frequent on one side: the few cells on the other are each the match of many.
+        Names of labels that are much more frequent among treated cells than among controls, or the reverse. The few
+        cells of the rarer side each match many.
     """
 
     column: str
@@ -156,39 +157,49 @@ class Inside:
 
     @classmethod
     def read(cls, text: str, where: str) -> Inside | None:
-        """Read what `to_json` gave, none of `null`; `StoreError` where it was anything else: it comes from a file."""
+        """Read from JSON text of a store, None from `null`; raise `StoreError` if the text is damaged."""
         try:
-            told = json.loads(text)
-            if told is None:
+            fields = json.loads(text)
+            if fields is None:
                 return None
-            names = {name: tuple(map(str, told[name])) for name in ("labels", "uneven")}
-            return cls(**told | names | {"share": float(told["share"]), "shares": tuple(map(float, told["shares"]))})
+            names = {name: tuple(map(str, fields[name])) for name in ("labels", "uneven")}
+            numbers = {"share": float(fields["share"]), "shares": tuple(map(float, fields["shares"]))}
+            return cls(**fields | names | numbers)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            msg = f"{where}: what it tells of the labels that cells were matched inside is damaged ({type(error).__name__})"
+            msg = f"{where}: its record of matches inside labels is damaged ({type(error).__name__})"
             raise StoreError(msg) from error
 
     @property
     def warning(self) -> str:
-        """What there is to say of the uneven labels."""
+        """Warning about the uneven labels."""
         names = listing(self.uneven, limit=NAMED_LABELS)
         return (
-            f"{self.column} {names}: more than {UNEVEN} times as frequent under one condition as under the other, so that the few "
-            "cells of the other are matched again and again; do not match inside labels that a treatment changes, as clusters may be"
+            f"{self.column} {names}: more than {UNEVEN} times as frequent under one condition as under the other, so "
+            "that the few cells of the other are matched again and again; do not match inside labels that a treatment "
+            "changes, as clusters may be"
         )
 
 
 def remedy(inside: Inside | None, by: str | None) -> str:
-    """Say what to do about matches in another population than the cell's own, of those that a column names."""
+    """Return advice on matches outside the cell's own population.
+
+    Parameters
+    ----------
+    inside
+        How the cells were matched inside labels; None if they were not.
+    by
+        Column of `obs` that names the populations.
+    """
     if inside is None:
         return f"`run --match-within {by or 'COLUMN'} --redo` matches inside it wherever a group has enough cells of it"
     return (
-        f"cells were matched inside {inside.column}: some groups have fewer than {inside.cells} cells of the population, or "
-        "it is of other labels"
+        f"cells were matched inside {inside.column}: some groups have fewer than {inside.cells} cells of the "
+        "population, or the populations are not those labels"
     )
 
 
 def inside_labels(labels: CellLabels, design: Design, column: str, least: int) -> Inside:
-    """Return how far matches are inside labels, from the numbers of cells alone."""
+    """Return the share of matches inside labels, from the numbers of cells alone."""
     counts = np.stack(
         [np.bincount(labels.codes[g.start : g.stop] + 1, minlength=len(labels.names) + 1) for g in design.groups]
     )

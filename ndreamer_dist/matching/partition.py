@@ -1,9 +1,9 @@
-"""A target group prepared for exact search: its distinct points, partitioned into cells with bounds between them.
+"""Index a target group for exact search: distinct points, partitioned into cells, with bounds between the cells.
 
-Input: the (targets, d) coordinates of a group. Output: an `Index`. Equal rows become one point. Each cell of the
-partition holds the points around a centroid. For every pair of cells the index knows where the points of the other cell
-begin, along the direction between the two centroids. So a query can rule out a whole cell by one number. The partition
-affects the speed alone.
+Input: the (targets, d) coordinates of a group. Output: an `Index`. Equal rows become one point. A *cell* here is a part
+of the partition: the points around one centroid. For every pair of cells the index stores how near the points of the
+one come to the other, along the line between the centroids. So one number can rule out a whole cell for a query. The
+partition affects speed only.
 """
 
 from __future__ import annotations
@@ -13,41 +13,41 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_CELLS = 256
-"""Cells of an index at most."""
+"""Largest number of cells of an index."""
 CELL_POINTS = 64
-"""Points that a cell should have for a pass over it to be worth its fixed costs."""
+"""Mean number of points per cell below which the fixed cost of scanning a cell dominates."""
 ROUNDS = 5
-"""Rounds of Lloyd's algorithm; cells need not be good, only fair."""
+"""Rounds of Lloyd's algorithm. A rough partition is good enough."""
 TILE = 16_384
-"""Points worked on at once where an intermediate would be larger than the points."""
+"""Points processed at once, to bound the size of intermediate arrays."""
 SAMPLE = 64
-"""Points per cell that Lloyd's algorithm looks at."""
+"""Points per cell in the sample that Lloyd's algorithm clusters."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """Distinct points of a target group, by cell.
+    """Distinct points of a target group, sorted by cell.
 
     Attributes
     ----------
     targets
-        (t, d) float32, as given.
+        (t, d) float32 coordinates of the target group.
     centre, scale
-        A point p is stored as `(p - centre) * scale`, rounded once to float32; no coordinate exceeds 1, so nothing
-        over- or underflows.
+        Frame of the index: point p is stored as `(p - centre) * scale`, rounded once to float32. No coordinate exceeds
+        1, so nothing over- or underflows.
     points
-        (d + 1, n) float32, cell by cell: `-2 p`, and below it the squared norm.
+        (d + 1, n) float32: `-2 p`, and the squared norm in the last row.
     starts
-        (cells + 1,) first point of every cell.
+        (cells + 1,) first point of every cell, and the number of points.
     rows, first, copies, place
-        The target rows of point i are `rows[first[i] : first[i] + copies[i]]`, ascending; target row r is point
+        The target rows of point i are `rows[first[i] : first[i] + copies[i]]`, ascending. Target row r is point
         `place[r]`.
     centroids
-        (cells, d) float32.
+        (cells, d) float32 centroids.
     slabs
-        (cells, cells) float32: the smallest `(own centroid - c_a) . p` over the points p of cell b, at [b, a].
+        (cells, cells) float32: entry [b, a] is the smallest `(c_b - c_a) . p` over the points p of cell b.
     steepness
-        (cells, cells) float32, one over the distance of two centroids; 0 where they are one.
+        (cells, cells) float32 inverse distances between centroids; 0 if two coincide.
     radius
         Largest norm of a point.
     """
@@ -72,7 +72,7 @@ class Index:
         return len(self.starts) - 1
 
     def local(self, queries: np.ndarray) -> np.ndarray:
-        """Return coordinates of queries in the index's frame: (q, d) float32; infinite where they overflow."""
+        """Return queries in the index's frame: (q, d) float32, infinite on overflow."""
         return framed(queries, self.centre, self.scale)
 
 
@@ -84,7 +84,7 @@ def build_index(targets: np.ndarray, *, cells: int | None = None) -> Index:
     targets
         (t, d) float32, at least one.
     cells
-        Number of cells at most; by default chosen by the number of points.
+        Largest number of cells; by default chosen from the number of points.
     """
     order, starts = distinct_rows(targets)
     centre = targets.mean(axis=0, dtype=np.float64)
@@ -112,7 +112,7 @@ def build_index(targets: np.ndarray, *, cells: int | None = None) -> Index:
 
 
 def framed(points: np.ndarray, centre: np.ndarray, scale: float) -> np.ndarray:
-    """Return `(points - centre) * scale`, rounded once to float32; infinite where it overflows."""
+    """Return `(points - centre) * scale`, rounded once to float32; infinite on overflow."""
     moved = np.empty_like(points)
     with np.errstate(over="ignore"):
         for start in range(0, len(points), TILE):
@@ -121,14 +121,14 @@ def framed(points: np.ndarray, centre: np.ndarray, scale: float) -> np.ndarray:
 
 
 def cell_count(points: int) -> int:
-    """Return the number of cells for a number of points; in groups of 600 to 15 000, half or twice it is no faster."""
+    """Choose the number of cells; for 600 to 15 000 points, neither half nor twice as many are faster."""
     return max(1, min(MOST_CELLS, int(np.sqrt(points) * 3 / 8), points // CELL_POINTS))
 
 
 def distinct_rows(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return an order in which equal rows are neighbours, ascending, and where each run of equal rows begins.
+    """Return an order of the rows in which equal rows are adjacent and ascend, and the start of each run of equal rows.
 
-    Without equal rows the order is that of the rows. Rows whose hashes collide may stay apart, which costs only time.
+    Without equal rows, the order is unchanged. Equal rows can stay apart after a hash collision, which only costs time.
     """
     bits = np.ascontiguousarray(points + np.float32(0)).view(np.uint32)  # -0 and 0 are one value
     factors = np.random.default_rng(0).integers(2**63, size=points.shape[1], dtype=np.uint64) * np.uint64(
@@ -146,7 +146,7 @@ def distinct_rows(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lloyd(points: np.ndarray, cells: int) -> np.ndarray:
-    """Return centroids by a few rounds of Lloyd's algorithm on evenly spaced points: (cells, d) float32."""
+    """Return centroids from a few rounds of Lloyd's algorithm on evenly spaced points: (cells, d) float32."""
     sample = points[:: max(1, len(points) // (cells * SAMPLE))]
     centroids = sample[np.linspace(0, len(sample) - 1, cells).astype(np.int64)].copy()
     for _ in range(ROUNDS if cells > 1 else 0):
@@ -158,7 +158,7 @@ def lloyd(points: np.ndarray, cells: int) -> np.ndarray:
 
 
 def nearest_centroid(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Return the centroid nearest to each point, in float32 and by tiles: (n,) int64."""
+    """Return the nearest centroid of each point, computed in float32: (n,) int64."""
     half = np.einsum("cd,cd->c", centroids, centroids) / 2
     tiles = [
         (half - points[start : start + TILE] @ centroids.T).argmin(axis=1) for start in range(0, len(points), TILE)
@@ -167,13 +167,13 @@ def nearest_centroid(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 
 def _scale(targets: np.ndarray, centre: np.ndarray) -> float:
-    """Return the power of two that brings all coordinates below 1."""
+    """Return the largest power of two that scales all centred coordinates to 1 or less; 1 if all are 0."""
     largest = max(float(np.max(targets.max(axis=0) - centre)), float(np.max(centre - targets.min(axis=0))))
     return float(2.0 ** -np.ceil(np.log2(largest))) if largest > 0 else 1.0
 
 
 def _separations(points: np.ndarray, starts: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the slabs and the steepness of all pairs of cells; see `Index`."""
+    """Return `slabs` and `steepness` of all pairs of cells; see `Index`."""
     wide = centroids.astype(np.float64)
     slabs = np.empty((len(centroids), len(centroids)))
     for cell in range(len(centroids)):

@@ -1,11 +1,11 @@
-"""The stage that finds every needed nearest neighbour, and the reader of its output (METHOD section 6).
+"""The stage `match`: search the nearest neighbours along every needed edge (METHOD section 6).
 
-Input: the coordinates of the matching space and the edges of the design (query group, target group). Output:
-matches.zarr, which all effects and statistics read, and match/summary.json, which describes the search. The search is
-exact, by `exact` or, on a GPU, by `gpu`, with the same bits. Where distances are corrected for hubs (`match.hubs`),
-`hubs` measures how remote the cells of a target group are from the query group, and searches. The edge from a group to
-itself, which finds the nearest other cell, is not corrected. With `match.within`, `labels` matches cells inside their
-own label. Edges can be added to a finished run; stored matches are neither searched again nor changed.
+Input: the coordinates of the matching space and the edges of the design. An edge is a (query group, target group) pair.
+Output: matches.zarr, which all effects and statistics read, and match/summary.json, which describes the search. The
+search is exact: `exact` runs on the CPU and `gpu` on a GPU, with the same bits. With `match.hubs`, `hubs` measures the
+remoteness of targets from the query group and searches by corrected distances. The edge from a group to itself, which
+finds the nearest other cell, is never corrected. With `match.within`, `labels` restricts matches to cells of the same
+label. Edges can be added to a finished run; stored matches are neither searched again nor changed.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from ndreamer_dist.matching.labels import (
     strata_of,
 )
 from ndreamer_dist.matching.partition import Index, build_index
+from ndreamer_dist.matching.store import row_dtype
 from ndreamer_dist.rundir.directory import RunDirectory, Shard
 from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
@@ -56,26 +57,34 @@ Pairs = Sequence[tuple[int, int]]
 """Edges: (query group, target group)."""
 
 UNIT_DISTANCES = 20_000_000_000
-"""Query-target pairs of one unit of work at most, some tens of seconds; a single edge tile may have more."""
+"""Most query-target pairs of a unit, some tens of seconds of work; a single edge tile may have more."""
 LEAST_DISTANCES = 200_000_000
-"""Query-target pairs up to which a unit is not cut for balance; some tenths of a second."""
+"""Query-target pairs, some tenths of a second of work, below which a unit is not cut to balance workers."""
 EDGE_DISTANCES = 2_000_000
-"""What an edge costs besides its distances, in distances: files to write."""
+"""Fixed cost of an edge tile, mostly of writing files, in units of one query-target pair."""
 CROWDED = 0.04
-"""More neighbours than this share of a group's cells are worth a warning."""
+"""Share of a group's cells; we warn if effects average more neighbours than this."""
 WRITING_THREADS = 8
-"""Threads that write what a GPU finds; on object storage each waits for several answers a file."""
+"""Threads that write the results of a GPU; on object storage, a file takes several round trips."""
 BATCH_QUERIES = 65_536
-"""Queries of a target group that are searched together."""
+"""Most queries that are searched together in a target group."""
 BATCH_CORRECTED, BATCH_GROUPS = 16_384, 8
-"""The same where distances are corrected for hubs, and queries of several groups; and how many groups at most."""
+"""Most queries, and most query groups, of a batch of several query groups whose distances are corrected for hubs."""
 FEW_INSIDE = 0.8
-"""A smaller share of control matches inside the cells' labels is worth a warning."""
+"""Share of control matches inside the cells' labels below which we warn."""
 
 
 @dataclass(frozen=True)
 class EdgeTile:
-    """The cells of one tile of a query group against one target group: one chunk, one writer."""
+    """One tile of a query group's cells, matched in one target group. It is one chunk with one writer.
+
+    Attributes
+    ----------
+    query, target
+        Group codes.
+    tile
+        Number of the tile in its group; tiles have `match.query_rows` cells.
+    """
 
     query: int
     tile: int
@@ -84,7 +93,7 @@ class EdgeTile:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task does: edge tiles, those of a target group next to each other."""
+    """The work of one task: edge tiles, sorted by target group, and their cost in query-target pairs."""
 
     shards: tuple[Shard, ...]
     distances: int
@@ -98,7 +107,7 @@ def run_match(
     Parameters
     ----------
     labels
-        Of the packed rows, where `match.within` names some.
+        Labels of the packed rows if `match.within` is set, else None.
 
     Raises
     ------
@@ -114,17 +123,18 @@ def run_match(
             run.mark(keys.STAGE_MATCH, key, shard)
     found = _search(run, settings, design, runtime, key, [shard for shard in todo if shard.task is not None])
     if todo or _summary_key(run) != key:
-        told = {} if labels is None else _told_of_labels(labels, settings, design)
-        write_summary(run, settings, design, key, found, told)
+        extra = {} if labels is None else _label_summary(labels, settings, design)
+        write_summary(run, settings, design, key, found, extra)
 
 
-def _told_of_labels(labels: CellLabels, settings: Settings, design: Design) -> dict[str, Any]:
-    """Return how far matches are inside the cells' labels, and log it."""
+def _label_summary(labels: CellLabels, settings: Settings, design: Design) -> dict[str, Any]:
+    """Log and return the share of matches inside the cells' labels, as an entry of the summary."""
     inside = inside_labels(labels, design, str(settings.match.within), settings.match.within_cells)
     logger.info("match: %s; the others are among all cells of a group with fewer than %d", inside, inside.cells)
     if inside.share < FEW_INSIDE:
         logger.warning(
-            "match: few matches are inside the labels of match.within=%s: are they cell types, found in both conditions?",
+            "match: few matches are inside the labels of match.within=%s: are they cell types, found in both "
+            "conditions?",
             shown(inside.column),
         )
     if inside.uneven:
@@ -133,7 +143,7 @@ def _told_of_labels(labels: CellLabels, settings: Settings, design: Design) -> d
 
 
 def warn_of_crowding(settings: Settings, design: Design) -> None:
-    """Warn where effects average so many neighbours that they reach across a group (METHOD section 9)."""
+    """Warn if effects average so many neighbours that these span several states of a group (METHOD section 9)."""
     k, cells = settings.match.neighbours, np.array([group.cells for group in design.groups])
     few = np.flatnonzero(k > CROWDED * cells)
     if k > 1 and len(few):
@@ -150,21 +160,20 @@ def add_edges(run: RunDirectory, settings: Settings, design: Design, runtime: Ru
     Parameters
     ----------
     key
-        The run's key of the match stage.
+        Key of the run's match stage.
     edges
-        `all`, or the name of a condition: from every group to the groups of that condition.
+        `all`, or the name of a condition: the edges from every group to the groups of that condition.
 
     Returns
     -------
-    added
-        Number of edges searched now; those that were there are left as they are.
+    Number of edges that were searched; stored ones are skipped.
 
     Raises
     ------
     QueryError
         There is no such condition.
     RunError
-        The run has not got as far as its own matches.
+        The run has not finished its own matches.
     """
     pairs = asked_edges(design, edges)
     needed = [*label_shards(settings), *edge_shards(settings, design, design.needed_edges("needed"))]
@@ -177,7 +186,7 @@ def add_edges(run: RunDirectory, settings: Settings, design: Design, runtime: Ru
 
 
 def asked_edges(design: Design, edges: str) -> Pairs:
-    """Return the edges behind a word: `needed`, `all`, or a condition's name, which means all edges to its groups."""
+    """Return the edges that a word names: `needed`, `all`, or a condition, for all edges to its groups."""
     if edges == "needed":
         return design.needed_edges("needed")
     if edges == "all":
@@ -187,7 +196,7 @@ def asked_edges(design: Design, edges: str) -> Pairs:
     return [(query.code, target.code) for query in design.groups for target in design.counted(code, query)]
 
 
-# --- how the search went ---------------------------------------------------------------------------------------------
+# --- the summary -----------------------------------------------------------------------------------------------------
 
 
 def write_summary(
@@ -196,16 +205,16 @@ def write_summary(
     design: Design,
     key: str,
     found: Mapping[str, Mapping[str, int]],
-    told: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write match/summary.json, which covers the needed edges, and return what it holds.
+    """Write match/summary.json, which covers the needed edges, and return its contents.
 
     Parameters
     ----------
     found
-        Counts of the edge tiles searched just now, by shard; those of the others are in their markers.
-    told
-        What else it is to hold.
+        Counts of the edge tiles that were just searched, by shard name; the counts of others are in their markers.
+    extra
+        Further entries of the summary.
     """
     shards = edge_shards(settings, design, design.needed_edges("needed"))
     counts = [found.get(shard.name) or run.facts(keys.STAGE_MATCH, shard) for shard in shards]
@@ -215,7 +224,7 @@ def write_summary(
         "searches": total["queries"],
         "widened": total["widened"],
         "widened_share": total["widened"] / max(total["queries"], 1),
-        **told,
+        **extra,
     }
     run.write_json(keys.MATCH_SUMMARY, summary)
     logger.info(
@@ -232,7 +241,7 @@ def _summary_key(run: RunDirectory) -> str | None:
 
 
 def edge_shards(settings: Settings, design: Design, pairs: Pairs) -> list[Shard]:
-    """Return the edge tiles of some edges."""
+    """Return one shard per edge tile of some edges."""
     shards = []
     for query, target in pairs:
         for tile in range(-(-design.groups[query].cells // settings.match.query_rows)):
@@ -245,18 +254,18 @@ def edge_shards(settings: Settings, design: Design, pairs: Pairs) -> list[Shard]
 
 
 def label_shards(settings: Settings) -> list[Shard]:
-    """Return the driver's unit of work, the labels of all cells; none where cells are matched whatever their label."""
+    """Return the shard of all cells' labels, which the driver writes; no shard without `match.within`."""
     files = (f"{keys.MATCHES}/{shard_files(keys.MATCH_LABEL, 0)}",)
     return [] if settings.match.within is None else [Shard(keys.MATCH_LABEL, files)]
 
 
 def is_corrected(edge: EdgeTile, settings: Settings) -> bool:
-    """Return whether the distances along an edge are corrected for hubs: those inside a group are not."""
+    """Return whether distances along an edge are corrected for hubs; distances inside a group never are."""
     return settings.match.hubs == "csls" and edge.query != edge.target
 
 
 def edge_neighbours(edge: EdgeTile, settings: Settings, design: Design) -> int:
-    """Return how many neighbours are sought along an edge; `denoised` needs more, but of the own condition alone."""
+    """Return the number of neighbours to search along an edge; `denoised` needs more of the own condition."""
     query, target = design.groups[edge.query], design.groups[edge.target]
     if query.condition == target.condition and query != target:
         return most_neighbours(settings, design)
@@ -264,49 +273,49 @@ def edge_neighbours(edge: EdgeTile, settings: Settings, design: Design) -> int:
 
 
 def most_neighbours(settings: Settings, design: Design) -> int:
-    """Return how many neighbours a cell has in a group at most."""
+    """Return the largest number of neighbours of a cell in a group."""
     return max(settings.match.neighbours, settings.denoise.counted(design.fewest_groups))
 
 
 def units(todo: Sequence[Shard], settings: Settings, design: Design, workers: int) -> list[Unit]:
-    """Gather edge tiles into units of bounded work, a few per worker, the largest first.
+    """Pack edge tiles into units of bounded work, about four per worker, largest first.
 
-    Tiles of one target group stay together, so that its index is made once or a few times; tiny edges share a unit.
+    Tiles of one target group stay adjacent, so few units build its index. Tiny edges share a unit.
     """
     ordered = sorted(todo, key=lambda shard: (shard.task.target, shard.task.query, shard.task.tile))
     costs = [_cost(shard.task, settings, design) for shard in ordered]
     even = sum(costs) // (4 * workers) if workers > 1 else UNIT_DISTANCES  # one worker has nothing to balance
     limit = min(UNIT_DISTANCES, max(LEAST_DISTANCES, even))
-    made: list[Unit] = []
+    result: list[Unit] = []
     gathered: list[Shard] = []
     total = 0
     for shard, cost in zip(ordered, costs, strict=True):
         if gathered and total + cost > limit:
-            made.append(Unit(tuple(gathered), total))
+            result.append(Unit(tuple(gathered), total))
             gathered, total = [], 0
         gathered.append(shard)
         total += cost
-    made.append(Unit(tuple(gathered), total))
-    return sorted(made, key=lambda unit: -unit.distances)
+    result.append(Unit(tuple(gathered), total))
+    return sorted(result, key=lambda unit: -unit.distances)
 
 
 def _cost(edge: EdgeTile, settings: Settings, design: Design) -> int:
     start, stop = _tile_range(edge, settings, design)
     asking = len(_asking(edge, settings, design)) if design.sampled else stop - start
     targets = design.groups[edge.target].cells
-    corrected = is_corrected(edge, settings) and not design.sampled  # a sample's are measured once a target group
+    corrected = is_corrected(edge, settings) and not design.sampled  # with sampling, a target group is measured once
     measured = min(design.groups[edge.query].cells, MOST_QUERIES) if corrected else 0
     return (asking + measured) * targets + EDGE_DISTANCES
 
 
 def _asking(edge: EdgeTile, settings: Settings, design: Design) -> np.ndarray:
-    """Return the cells of a tile that are matched along its edge, counted from the start of their group."""
+    """Return the cells of a tile that are matched along its edge: row numbers inside their group."""
     cells = np.arange(*_tile_range(edge, settings, design))
     return cells[design.taking(design.groups[edge.query], design.groups[edge.target], cells)]
 
 
 def _tile_range(edge: EdgeTile, settings: Settings, design: Design) -> tuple[int, int]:
-    """Return the rows of a tile, counted from the start of its group."""
+    """Return the first row of a tile, and the one after its last, counted from the start of its group."""
     start = edge.tile * settings.match.query_rows
     return start, min(start + settings.match.query_rows, design.groups[edge.query].cells)
 
@@ -323,18 +332,13 @@ def _make_arrays(storage: Storage, settings: Settings, design: Design) -> None:
         ensure_array(storage, f"{name}/{keys.MATCH_DISTANCE}", dtype="float32", fill_value=np.nan, **layout)
 
 
-def row_dtype(cells: int) -> str:
-    """Return the integer type that holds row numbers."""
-    return "int32" if cells <= np.iinfo(np.int32).max else "int64"
-
-
-# --- searching -------------------------------------------------------------------------------------------------------
+# --- the search ------------------------------------------------------------------------------------------------------
 
 
 def _search(
     run: RunDirectory, settings: Settings, design: Design, runtime: Runtime, key: str, todo: Sequence[Shard]
 ) -> dict[str, dict[str, int]]:
-    """Search edge tiles and return their counts, by shard."""
+    """Search edge tiles and return their counts, by shard name."""
     if not todo:
         return {}
     _make_arrays(run.storage / keys.MATCHES, settings, design)
@@ -353,7 +357,7 @@ def _search(
 
 @dataclass(frozen=True)
 class StoredPlaces:
-    """The cells with their coordinates in the object store, where a task has put them past the driver."""
+    """A handle of the cells in Ray's object store. A task put them there, so they did not pass through the driver."""
 
     handle: Any
 
@@ -361,7 +365,10 @@ class StoredPlaces:
 def _shared_cells(
     run: RunDirectory, method: str, labels: np.ndarray | None, runtime: Runtime, *, on_gpus: bool
 ) -> Placed | StoredPlaces:
-    """Return the cells for tasks to share; a GPU's process keeps what it was dealt, and so is dealt the cells themselves."""
+    """Return the cells that all tasks share.
+
+    On GPUs these are the cells themselves, not a handle: a process caches the copy on its GPU by the object's identity.
+    """
     if runtime.serial or on_gpus:
         return _read_cells(run, method, labels)
     return StoredPlaces(runtime.submit(_read_cells, run, method, labels)[0])
@@ -372,7 +379,7 @@ def _read_cells(run: RunDirectory, method: str, labels: np.ndarray | None) -> Pl
 
 
 def _with_device(settings: Settings, runtime: Runtime) -> Settings:
-    """Return the settings with the device that edges are searched on; what is corrected for hubs is, by processors."""
+    """Return the settings with the device of the search; it is the CPU if distances are corrected for hubs."""
     from ndreamer_dist.matching.gpu import faiss_finding
 
     wanted = settings.match.device if settings.match.hubs == "none" else "cpu"
@@ -383,12 +390,12 @@ def _with_device(settings: Settings, runtime: Runtime) -> Settings:
 def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
     """Return the coordinates of all cells in a matching space: (cells, d) float32, in packed order.
 
-    Those of the cells that a run's are mapped onto come first.
+    For mapped cells, the coordinates of the cells they are mapped onto come first.
 
     Raises
     ------
     StoreError
-        They are missing, damaged or not finite.
+        The coordinates are missing, damaged or not finite.
     """
     if run.onto:
         return np.concatenate([coordinates(part, method) for part in (*run.onto, replace(run, onto=()))])
@@ -407,9 +414,9 @@ def coordinates(run: RunDirectory, method: str = keys.NDREAMER) -> np.ndarray:
 def search_unit(
     unit: Unit, run: RunDirectory, settings: Settings, design: Design, key: str, cells: Placed | StoredPlaces
 ) -> dict[str, dict[str, int]]:
-    """Search a unit's edge tiles, write and mark them, and return their counts, by shard.
+    """Search a unit's edge tiles, write and mark them, and return their counts, by shard name; a task.
 
-    What a GPU has found is written by threads, while it searches on.
+    Threads write the results of a GPU while it searches on.
     """
     cells = fetch(cells.handle) if isinstance(cells, StoredPlaces) else cells
     counts: dict[str, dict[str, int]] = {}
@@ -419,29 +426,29 @@ def search_unit(
     remote_from = Remoteness(
         cells.points, starts, cells.labels, edges=edges, pooled=pooled, threads=settings.run.task_threads
     )
-    there = _placed(cells, settings.match.device)
+    on_device = _placed(cells, settings.match.device)
 
     def finish(shard: Shard, found: Found) -> None:
         _write(shard.task, found, run, settings, design)
         counts[shard.name] = found.counts
         run.mark(keys.STAGE_MATCH, key, shard, found.counts)
 
-    # Cells then come out the same whatever `run.task_threads` says.
+    # One BLAS thread: the same partitions, and so counts of widened queries, for any `run.task_threads`.
     with threadpool_limits(1), _written_by(WRITING_THREADS if settings.match.device == "cuda" else 0) as write:
         for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
             group = design.groups[target]
             corrected = edges and settings.match.device != "cuda"
             whole = partial(remote_from.whole, target) if corrected else None
-            search = Searcher(there.of(slice(group.start, group.stop)), settings, whole)
+            search = Searcher(on_device.of(slice(group.start, group.stop)), settings, whole)
             for batch in alike(list(shards), settings, design):
-                searched = _search_batch(batch, search, there, settings, design, remote_from)
+                searched = _search_batch(batch, search, on_device, settings, design, remote_from)
                 for shard, found in zip(batch, searched, strict=True):
                     write(finish, shard, found)
     return counts
 
 
 def _placed(cells: Placed, device: str) -> Placed:
-    """Return the cells with their coordinates where they are searched."""
+    """Return the cells with their coordinates on the device of the search."""
     if device != "cuda":
         return cells
     from ndreamer_dist.matching.gpu import resident
@@ -451,9 +458,9 @@ def _placed(cells: Placed, device: str) -> Placed:
 
 @contextmanager
 def _written_by(threads: int) -> Iterator[Callable[..., object]]:
-    """Give a function that calls another one by one of some threads, or at once where there is none; all end here.
+    """Yield a function that runs calls on a pool of threads, or at once if `threads` is 0; on exit, all have ended.
 
-    Few calls wait at a time, so that what is to be written does not pile up. What one of them raises is raised.
+    It blocks while many calls are pending, which bounds the memory of unwritten results. Errors of calls are raised.
     """
     if not threads:
         yield lambda function, *args: function(*args)
@@ -473,7 +480,7 @@ def _written_by(threads: int) -> Iterator[Callable[..., object]]:
 
 @dataclass(frozen=True)
 class Found:
-    """Neighbours of an edge tile's cells, rows counted from the start of the target group, and how they were found."""
+    """Neighbours of an edge tile's cells, with rows counted from the start of the target group, and search counts."""
 
     rows: np.ndarray
     distances: np.ndarray
@@ -482,14 +489,14 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """What corrects the distances of queries for hubs.
+    """The hub correction of a batch of queries.
 
     Attributes
     ----------
     groups
-        (q,) place of each query's group among the query groups.
+        (q,) position of each query's group among the batch's query groups.
     of
-        Gives, for a label or all cells, the remoteness of the targets from the cells of each query group: (groups, t).
+        Function of a label, or `WHOLE`, that returns the remoteness of its targets from each query group: (groups, t).
     """
 
     groups: np.ndarray
@@ -497,12 +504,12 @@ class Correction:
 
 
 class Searcher:
-    """Searches one target group as the settings ask; the index of a label's cells, or of all, is made once.
+    """Search one target group as the settings say. Indexes, of all cells or of one label's, are built once.
 
     Parameters
     ----------
     whole
-        Gives the index of a label's cells, or of all, where it is there already, or nothing.
+        Function of a label, or `WHOLE`, that returns an existing index of its cells, or None.
     """
 
     def __init__(self, targets: Placed, settings: Settings, whole: Callable[[int], Index | None] | None = None) -> None:
@@ -513,14 +520,14 @@ class Searcher:
     def search(
         self, queries: Placed, k: int, *, exclude: np.ndarray, corrected: Correction | None = None
     ) -> Neighbours:
-        """Return the neighbours of queries.
+        """Return the k nearest targets of every query.
 
         Parameters
         ----------
         exclude
-            (q,) the target row that is no candidate, or -1.
+            (q,) target row that cannot match the query, or -1.
         corrected
-            Where distances are corrected for hubs.
+            Hub correction of the distances; by default there is none.
         """
 
         def inside(stratum: Stratum) -> Neighbours:
@@ -538,7 +545,7 @@ class Searcher:
     def _search(
         self, stratum: Stratum, queries: Any, k: int, exclude: np.ndarray, corrected: Correction | None
     ) -> Neighbours:
-        """Return the neighbours of a stratum's queries among its targets; rows are counted among these."""
+        """Return the neighbours of a stratum's queries; rows are positions among the stratum's targets."""
         threads = self._settings.run.task_threads
         if self._settings.match.device == "cuda":
             return self._group_on_gpu(stratum).nearest(queries, k, exclude=exclude)
@@ -550,8 +557,8 @@ class Searcher:
 
     def _index(self, stratum: Stratum) -> Index:
         if stratum.label not in self._indexes:
-            there = self._whole(stratum.label) if self._whole is not None else None
-            self._indexes[stratum.label] = build_index(self._points(stratum)) if there is None else there
+            existing = self._whole(stratum.label) if self._whole is not None else None
+            self._indexes[stratum.label] = build_index(self._points(stratum)) if existing is None else existing
         return self._indexes[stratum.label]
 
     def _group_on_gpu(self, stratum: Stratum) -> GpuIndex:
@@ -566,7 +573,7 @@ class Searcher:
 
 
 def batches(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
-    """Give the edge tiles of one target group in runs of bounded numbers of queries, and of query groups if corrected."""
+    """Cut the edge tiles of one target group into batches with few enough queries and, if corrected, query groups."""
     corrected = is_corrected(shards[0].task, settings) and not design.sampled
     batch: list[Shard] = []
     total, groups = 0, set[int]()
@@ -584,17 +591,17 @@ def batches(shards: Sequence[Shard], settings: Settings, design: Design) -> Iter
 
 
 def alike(shards: Sequence[Shard], settings: Settings, design: Design) -> Iterator[list[Shard]]:
-    """Give the edge tiles of one target group in batches that one search serves: as many neighbours, corrected or not."""
+    """Cut the edge tiles of one target group into batches of equal k and equal correction, for one search each."""
 
-    def way(shard: Shard) -> tuple[int, bool]:
+    def kind(shard: Shard) -> tuple[int, bool]:
         return edge_neighbours(shard.task, settings, design), is_corrected(shard.task, settings)
 
-    for _, same in itertools.groupby(sorted(shards, key=way), key=way):
+    for _, same in itertools.groupby(sorted(shards, key=kind), key=kind):
         yield from batches(list(same), settings, design)
 
 
 def correction(batch: Sequence[Shard], sizes: Sequence[int], remote_from: Remoteness, *, pooled: bool) -> Correction:
-    """Return what corrects the distances of a batch's queries, of which each edge tile has some number."""
+    """Return the hub correction of a batch's queries; `sizes` are the numbers of queries of its edge tiles."""
     target, asking = batch[0].task.target, [shard.task.query for shard in batch]
     queries = asking[:1] if pooled else list(dict.fromkeys(asking))
     places = np.zeros(len(batch), dtype=np.int64) if pooled else np.searchsorted(queries, asking)
@@ -606,7 +613,7 @@ def correction(batch: Sequence[Shard], sizes: Sequence[int], remote_from: Remote
 
 
 def _rows_of(batch: Sequence[Shard], settings: Settings, design: Design) -> tuple[np.ndarray, list[slice]]:
-    """Return the packed rows of a batch's queries, and where those of each tile are among them."""
+    """Return the packed rows of a batch's queries, and the slice of them that belongs to each tile."""
     rows = [design.groups[shard.task.query].start + _asking(shard.task, settings, design) for shard in batch]
     cuts = np.cumsum([0, *(len(part) for part in rows)])
     return np.concatenate(rows), [slice(first, last) for first, last in itertools.pairwise(cuts.tolist())]
@@ -616,7 +623,7 @@ def _search_batch(
     batch: Sequence[Shard], search: Searcher, cells: Placed, settings: Settings, design: Design,
     remote_from: Remoteness,
 ) -> Iterator[Found]:  # fmt: skip
-    """Search edge tiles of one target group together and give what was found for each."""
+    """Search edge tiles of one target group together, and yield the result of each."""
     rows, parts = _rows_of(batch, settings, design)
     target = design.groups[batch[0].task.target]
     exclude = np.where((rows >= target.start) & (rows < target.stop), rows - target.start, -1)
@@ -631,7 +638,7 @@ def _search_batch(
 
 
 def _write(edge: EdgeTile, found: Found, run: RunDirectory, settings: Settings, design: Design) -> None:
-    """Write an edge tile: a chunk of rows and one of distances, of which what is beyond the group's end stays empty."""
+    """Write an edge tile: one chunk of rows and one of distances, padded beyond the end of the group."""
     start, _ = _tile_range(edge, settings, design)
     chunk = (min(settings.match.query_rows, design.groups[edge.query].cells), 1, most_neighbours(settings, design))
     rows = np.full(chunk, -1, dtype=row_dtype(design.n_cells))

@@ -1,10 +1,10 @@
 """Read matches.zarr: the nearest neighbours of each cell along every searched edge, and their distances.
 
-The stage `match` writes `DIR/matches.zarr`; effects, virtual layers and statistics read it here. Layout:
+The stage `match` writes `DIR/matches.zarr`. Effects, virtual layers and statistics read it here. Layout:
 `<query group>/row` (cells of the group, groups, k) int32, the packed row of each neighbour, and
-`<query group>/distance` float32, best first. An entry is -1 and NaN where the target group has fewer cells, or where
-fewer neighbours were searched: groups of the same condition need k, other groups have the first `match.neighbours`. An
-edge that was not searched has no chunks.
+`<query group>/distance` float32, best first. An entry is -1 and NaN if the target group has fewer cells, or if fewer
+neighbours were searched: edges between groups of one condition have all k, other edges have `match.neighbours`. An edge
+that was not searched has no chunks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.storage.shards import Place, Position, read_chunks
 
 MOST_OPEN = 512
-"""Arrays that are kept open, two a group."""
+"""Largest number of open arrays; each query group has two."""
+
+
+def row_dtype(cells: int) -> str:
+    """Return the smaller of int32 and int64 that can hold the row numbers of so many cells."""
+    return "int32" if cells <= np.iinfo(np.int32).max else "int64"
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Reader of a matches.zarr; an array is opened once."""
+    """Reader of a matches.zarr. It keeps arrays open between calls."""
 
     storage: Storage
     _opened: dict[str, zarr.Array[Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -47,20 +52,20 @@ class Matches:
     def edges(
         self, query_group: int, target_groups: Sequence[int], start: int = 0, stop: int | None = None
     ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Return what `edge` does of several target groups, which are read together."""
+        """Return the result of `edge` for several target groups, by target group; they are read together."""
         rows, distances = (
             self._read(what, query_group, target_groups, start, stop) for what in (keys.MATCH_ROW, keys.MATCH_DISTANCE)
         )
         return {target: (rows[place], distances[place]) for place, target in enumerate(target_groups)}
 
     def rows(self, query_group: int, target_group: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the rows of `edge` alone."""
+        """Return only the rows of `edge`: (cells, k)."""
         return self._read(keys.MATCH_ROW, query_group, [target_group], start, stop)[0]
 
     def distances(
         self, query_group: int, target_groups: Sequence[int], start: int = 0, stop: int | None = None
     ) -> np.ndarray:
-        """Return the distances of `edges` alone: (target groups, cells, k)."""
+        """Return only the distances of `edges`: (target groups, cells, k)."""
         return self._read(keys.MATCH_DISTANCE, query_group, target_groups, start, stop)
 
     def _read(self, what: str, query: int, targets: Sequence[int], start: int, stop: int | None) -> np.ndarray:
@@ -88,7 +93,7 @@ class Matches:
         return self._opened[name]
 
     def holds(self, query_group: int, target_group: int) -> bool:
-        """Return whether an edge was searched; an edge of which some chunks are there counts as searched."""
+        """Return whether an edge was searched, which is true if any of its chunks exists."""
         name = f"{keys.block_name(query_group)}/{keys.MATCH_ROW}"
         array = self._array(name)
         part = (slice(None), slice(target_group, target_group + 1), slice(None))

@@ -1,4 +1,4 @@
-"""`obs` of results.zarr has the input's columns with their types and values, though each is written by itself."""
+"""`obs` of results.zarr keeps types and values of the input's columns, although columns are written one by one."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def cohort(n: int = 250) -> ad.AnnData:
 
 
 def written(table: CellTable) -> tuple[pd.DataFrame, dict[str, bytes]]:
-    """Return the table that its files make, and these."""
+    """Return the table that is read from the files of a `CellTable`, and these files."""
     files = dict(table.files())
     plain = {"zarr.json": b'{"zarr_format": 3, "node_type": "group", "attributes": {}}'}
     return read_elem(zarr.open_group(memory_store(plain | files), mode="r", zarr_format=3)["obs"]), files
 
 
 def whole(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table as anndata stores it in one piece."""
+    """Return a table after anndata wrote and read it as a whole."""
     root = zarr.open_group(MemoryStore(), mode="w", zarr_format=3)
     tables.write_element(root, "obs", tables.writable(table, "obs"))
     return read_elem(root["obs"])

@@ -1,4 +1,4 @@
-"""A job killed in the middle of the effects goes on shard by shard, to the same bits."""
+"""A job that is killed during the effects stage resumes shard by shard, with the same bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEAST_DONE = 3
 
 
 def kill_in_the_middle(cohort: Path, run: Path) -> None:
-    """Run the rest of a run on a Ray of its own, and kill the job once some shards of the effects are done."""
+    """Resume a run on its own local Ray, and kill the job after some shards of the effects stage."""
     words = run_words(cohort, run, ON_RAY | {"run.cpus": 1, "run.object_store_gb": 0.1})
     command = [sys.executable, "-m", "ndreamer_dist.cli", *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ) as job:

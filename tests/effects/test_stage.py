@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "matching.npz"
 
 
 def packed_golden():
-    """Return the golden cohort in packed order: design, points, expression and that order."""
+    """Return the golden cohort in packed order: design, points, expression, and the order itself."""
     golden = np.load(GOLDEN)
     order = np.lexsort((golden["condition"], golden["batch"]))
     pairs, counts = np.unique(np.stack([golden["batch"], golden["condition"]], axis=1), axis=0, return_counts=True)

@@ -1,4 +1,4 @@
-"""Tables of cells and genes are written with what they hold, or refused before work by the code that writes them."""
+"""Tables of cells and genes are written with all their values, or refused before work starts."""
 
 from __future__ import annotations
 

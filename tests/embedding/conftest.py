@@ -1,4 +1,4 @@
-"""What the tests of matching spaces share: one cohort, and one run of it in several spaces."""
+"""Fixtures for tests of matching spaces: one cohort, and one run of it in several spaces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> anndata.AnnData:
 
 @pytest.fixture(scope="session")
 def finished(cohort: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in the first space, to which the others are added."""
+    """A run in the first of `SPACES`, with the others added."""
     out = tmp_path_factory.mktemp("run") / "run"
     for name in SPACES:
         run(cohort, out, name)

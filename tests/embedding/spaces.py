@@ -1,4 +1,4 @@
-"""A tiny cohort with coordinates of its own, and runs of it in spaces that need no network."""
+"""A tiny cohort with coordinates in `obsm`, and runs of it in spaces that need no network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK = {**SETTINGS, "effects.store": "ite"}
 
 
 def cohort_with_coordinates(place: Path) -> anndata.AnnData:
-    """Return the cohort, with keys in `obsm` that will do and others that will not."""
+    """Return the cohort, with valid and invalid coordinates in `obsm`."""
     made = as_memory(tiny_cohort(place))
     rng = np.random.default_rng(0)
     made.obsm["X_mine"] = rng.normal(size=(made.n_obs, 7))
@@ -38,12 +38,12 @@ def run(cohort: Any, out: Path, embedding: str, *, redo: bool = False, **setting
 
 
 def folder(run: Path, name: str) -> Path:
-    """Return where a space of a run lies that was begun in the first of them."""
+    """Return the directory of a space, in a run whose first space is the first of `SPACES`."""
     return run if name == SPACES[0] else run / keys.space_folder(name)
 
 
 def written(cohort: anndata.AnnData, path: Path) -> None:
     """Write a cohort as zarr or h5ad."""
     with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=3):
-        warnings.simplefilter("ignore")  # of what anndata will do by default
+        warnings.simplefilter("ignore")  # anndata's about future defaults
         cohort.write_zarr(path) if path.suffix == ".zarr" else cohort.write_h5ad(path)

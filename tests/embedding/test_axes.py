@@ -1,4 +1,4 @@
-"""Axes from sums are those of the whole matrix, computed at once."""
+"""Axes from sums equal the axes of the whole matrix, computed at once."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_covariance_inside_groups_is_that_of_the_groups_centred_one_by_one(cells
 
 
 def test_products_in_float32_give_the_covariance_inside_groups_to_its_rounding():
-    """More genes than a strip holds, in two blocks; the second block's product is written over the first's."""
+    """Use more genes than a strip holds, and two blocks, so that the scratch space is overwritten."""
     rng = np.random.default_rng(1)
     x = sparse.random_array((200, 300), density=0.3, rng=rng, data_sampler=rng.uniform, dtype=np.float32).tocsr()
     groups, inner = np.repeat([0, 1, 2], [80, 60, 60]), np.array([True, False, True])

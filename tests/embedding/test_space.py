@@ -1,4 +1,4 @@
-"""A run in a space that needs no network: from input to results, interrupted or not, beside other spaces."""
+"""Runs in spaces that need no network: from input to results, interrupted or not, beside other spaces."""
 
 from __future__ import annotations
 
@@ -139,11 +139,14 @@ def test_cells_are_matched_inside_their_population(cohort, tmp_path):
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_a_block_that_is_lost_is_made_again_and_nothing_else(cohort, finished, name, tmp_path):
+def test_a_chunk_that_is_lost_is_made_again_and_nothing_else(cohort, finished, name, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     here = folder(tmp_path / "run", name)
-    array = here / keys.EMBEDDING / keys.embedding_key(name) / "c"
-    (array / "1/0").unlink()
+    lost = [keys.embedding_key(name) + "/c/1/0"]
+    if name == keys.HARMONY:
+        lost += [keys.HARMONY_CELLS + "/c/0", keys.HARMONY_SUMS + "/c/0/0"]  # what cells that are mapped later need
+    for file in lost:
+        (here / keys.EMBEDDING / file).unlink()
     kept = {path: path.stat().st_mtime_ns for path in (here / keys.EMBEDDING).rglob("c/*") if path.is_file()}
     run(cohort, tmp_path / "run", name)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

@@ -1,4 +1,4 @@
-"""The embedding depends on the cell alone, and its PCA is the exact one."""
+"""The embedding of a cell depends on this cell only, and its PCA is exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state space's parts equal the prototype's, computed at once in plain numpy (METHOD section 10)."""
+"""The parts of the state space equal those of a prototype in plain numpy, computed at once (METHOD section 10)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 @pytest.fixture(scope="module")
 def counts() -> np.ndarray:
-    """Counts whose rates follow one state, of which the groups have different shares."""
+    """Counts whose rates follow one state, with a different mix of states in each group."""
     rng = generator(1)
     groups = group_codes()
     score = rng.normal(size=CELLS) + groups * 0.2
@@ -91,7 +91,7 @@ def test_half_of_a_count_is_binomial(count):
 
 
 def test_axes_of_signal_are_told_from_axes_of_noise():
-    """A gene's counts beyond Poisson's noise are signal: of variance m + (c m)^2 the share is near c^2 m / (1 + c^2 m)."""
+    """Variation beyond Poisson noise is signal: a share near c^2 m / (1 + c^2 m) of the variance m + (c m)^2."""
     rng = generator(2)
     spread = np.repeat([0.0, 0.5], 10)
     rates = 20.0 * np.exp(rng.normal(size=(4000, 20)) * spread - spread**2 / 2)

@@ -1,4 +1,4 @@
-"""The trained coordinates and those of state side by side, and the trained space beside them in one run."""
+"""The space `ndreamer+state`, which joins trained and state coordinates, and the trained space in the same run."""
 
 from __future__ import annotations
 

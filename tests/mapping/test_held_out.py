@@ -1,4 +1,4 @@
-"""Donors held out of a run and mapped onto it have the effects that a run with them finds; on Ray with the same bits."""
+"""Donors held out of a run and mapped onto it have the effects of a run with them; on Ray with the same bits."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_on_ray_the_bits_are_the_same(tmp_path: Path, local_ray: None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("space", ["ndreamer", "pca", "harmony", "state"])
 def test_donors_held_out_have_the_effects_of_the_run_that_had_them(space: str, tmp_path: Path) -> None:
-    """Correlation of mean effects by cell type, against that of two seeds; with the new control, as in a run.
+    """Correlate mean effects by cell type with those of a run of all donors, and compare with a run of another seed.
 
-    In spaces that are not trained two seeds agree to 0.99 and more, and what is missing is other genes and other axes.
+    In spaces without training two seeds agree to 0.99 and more; mapping differs, since genes and axes are the run's.
     """
     cohort = as_memory(tiny_cohort(tmp_path, cells=3000, batches=10, design="nested"))
     last = cohort.obs.groupby("condition", observed=True)["donor"].agg(lambda names: sorted(names.astype(str))[-1])

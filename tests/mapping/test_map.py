@@ -1,4 +1,4 @@
-"""New cells on a finished run: the same numbers whatever comes with them, by the definition, and the run stays as it is."""
+"""New cells on a finished run: results follow the definition, whatever else is mapped; the run stays as it is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPACES = ("pca", "harmony", "state")
 
 
 def new_donors(tiny: Path, **names: str) -> anndata.AnnData:
-    """Return cells of the tiny cohort's donors, with four fifths of their counts, as those of new donors."""
+    """Return cells of the tiny cohort as cells of new donors, with counts thinned to four fifths."""
     cohort = as_memory(tiny)
     parts = []
     for new, old in names.items():
@@ -46,7 +46,7 @@ def cohort(tiny: Path) -> anndata.AnnData:
 
 @dataclass
 class Runs:
-    """Finished runs of the tiny cohort by their space, made when they are asked for; no test may change them."""
+    """Finished runs of the tiny cohort, by space; made at first use. No test may change them."""
 
     cohort: Path
     folder: Path
@@ -67,7 +67,7 @@ def runs(tiny: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def mapped(runs: Runs, cohort: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The new donors on the run in principal components."""
+    """The new donors, mapped onto the run in principal components."""
     out = tmp_path_factory.mktemp("mapped") / "both"
     nd.map(cohort, onto=runs["pca"], out=out, settings=HOW)
     return out
@@ -117,7 +117,7 @@ def test_together_or_one_by_one_the_bits_are_the_same(
 
 
 def test_effects_are_those_of_the_definition(results: Results, runs: Runs) -> None:
-    """Brute force: nearest stored cells in the coordinates, the own group by itself, all groups alike."""
+    """Compare with brute force: nearest stored cells in each group, the cell itself in its own group, equal weights."""
     run = nd.open_results(runs["pca"])
     stored, x = (
         run.embedding(order="packed", pca=True).to_numpy(float),
@@ -178,7 +178,7 @@ def test_mapping_goes_on_where_it_was_interrupted(mapped: Path, runs: Runs, coho
 def test_other_tissue_is_said_to_be_one(
     runs: Runs, cohort: anndata.AnnData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same counts, of other genes: in principal components they lie amid the run's cells."""
+    """Use the same counts with genes permuted; in principal components these cells lie amid the run's cells."""
     other = cohort.copy()
     other.X = dense(other.X)[:, np.random.default_rng(0).permutation(other.n_vars)]
     results = nd.map(other, onto=runs["pca"], out=tmp_path / "out", settings=HOW).results
@@ -230,7 +230,7 @@ def test_a_new_condition_is_compared_with_the_runs_control(runs: Runs, cohort: a
 def test_with_extend_new_controls_come_first_and_count(
     extended: Path, mapped: Path, runs: Runs, cohort: anndata.AnnData, tmp_path: Path
 ) -> None:
-    """One command has the bits of two: controls first, and the others onto them."""
+    """Compare the bits of one command with those of two: map the controls first, then the other cells."""
     is_control = (cohort.obs["condition"] == "control").to_numpy()
     controls, treated = cohort[is_control].copy(), cohort[~is_control].copy()
     nd.map(controls, onto=runs["pca"], out=tmp_path / "controls", extend=True, settings=HOW)

@@ -1,4 +1,4 @@
-"""Exact search is exact, whatever cuts and engines."""
+"""Exact search equals brute force, for all engines, tiles and partitions."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.results.brute_force import nearest_rows
 
 
 def flat(queries, targets, k, exclude=None):
-    """Search as on a GPU, in this process."""
+    """Search with the code for GPUs, on the CPU."""
     if not len(targets):
         return nearest(queries, targets, k)
     group = gpu.GpuIndex(torch.tensor(targets), gpu.ENGINES["cpu"])
@@ -169,7 +169,7 @@ def test_tiles_blocks_and_threads_change_nothing(monkeypatch):
         np.testing.assert_array_equal(whole.distances, other[1])
 
 
-# --- what certifies --------------------------------------------------------------------------------------------------
+# --- the certificate -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""A GPU finds the bits of the processor: here by the same code with FAISS's own kernel for processors under it."""
+"""A GPU finds the bits of the CPU; tested here with the code for GPUs on FAISS's CPU kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = {(0, 0): 130, (0, 1): 70, (1, 0): 40, (1, 2): 50}
 
 
 class OneGpu(SerialRuntime):
-    """This process, which says that it has a GPU and notes who asks for it."""
+    """A serial runtime that claims to have a GPU and records the requests for it."""
 
     gpus = 1
 
@@ -36,7 +36,7 @@ class OneGpu(SerialRuntime):
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU whose memory is this machine's, that no trial finds fault with."""
+    """Replace the GPU by the CPU engine, and skip the checks of the GPU."""
     monkeypatch.setitem(ENGINES, "cuda", ENGINES["cpu"])
     monkeypatch.setattr("ndreamer_dist.compute.engines.tried_apart", lambda _: None)
 

@@ -1,4 +1,4 @@
-"""Matches corrected for hubs are those of brute force, whatever cuts."""
+"""Matches corrected for hubs equal brute force, for all tiles and partitions."""
 
 import numpy as np
 import pytest

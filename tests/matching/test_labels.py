@@ -1,4 +1,4 @@
-"""Cells are matched inside their own label wherever the target group has enough of it."""
+"""Cells are matched inside their own label if the target group has enough cells of it."""
 
 import anndata
 import numpy as np
@@ -28,7 +28,7 @@ QUICK = {**SETTINGS, "embed.method": "pca", "effects.store": "ite"}
 
 
 def matched(folder, runtime=None, **overrides):
-    """Match 290 cells of three labels, one of them rare, and some without."""
+    """Match 290 cells of three labels, one of them rare; some cells have no label."""
     asked = {
         "match.query_rows": 64, "match.within": "kind", "match.within_cells": LEAST, "denoise.neighbours": 1, **overrides,
     }  # fmt: skip
@@ -40,7 +40,7 @@ def matched(folder, runtime=None, **overrides):
 
 
 def expected(points, codes, query, target, k, distance):
-    """Return the matches of a group's cells in another, cell by cell: rows of the store, and distances."""
+    """Match one group in another by brute force: rows, distances, and which matches are outside the label."""
     there = np.arange(target.start, target.stop)
     rows, far = np.full((query.cells, k), -1), np.full((query.cells, k), np.nan)
     for label in np.unique(codes[query.start : query.stop]):
@@ -150,7 +150,7 @@ def run(cohort, out, redo=False, **settings):
 
 @pytest.fixture(scope="module")
 def clustered(cohort, tmp_path_factory):
-    """A run matched inside the low clusters: its directory, and its `obs` as it was then."""
+    """A run matched inside the low clusters: its directory and its `obs` at that time."""
     out = tmp_path_factory.mktemp("labels") / "run"
     results = run(
         cohort, out, **{"match.within": keys.OBS_LOW, "clusters.within": "all", "clusters.iterations": 1}

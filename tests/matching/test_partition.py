@@ -1,4 +1,4 @@
-"""An index holds every target once, by point and by cell."""
+"""An index holds every target once: each row has one point, and each point one cell."""
 
 import numpy as np
 import pytest

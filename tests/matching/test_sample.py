@@ -1,4 +1,4 @@
-"""A cell matched in a sample of groups has the mean over these; all groups are taken alike, and nothing else changes."""
+"""With samples of groups, a cell averages over its sample; groups are used equally, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_cell_takes_as_many_groups_and_every_group_as_many_cells(groups: i
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run in which cells are matched in a sample of the groups, and one in which they are matched in all."""
+    """A run with matches in a sample of the groups, and a run with matches in all groups."""
     folder = tmp_path_factory.mktemp("sample")
     nd.simulate(folder / "cohort.h5ad", cells=640, genes=60, batches=DONORS, design="nested", seed=3)
     common = {"condition_key": "condition", "control": "control", "batch_key": "donor"}
@@ -113,7 +113,7 @@ def test_a_run_goes_on_with_more_groups_from_its_matches(runs: tuple[Path, Path]
 
 
 def test_conditions_of_one_group_each_are_spread_over_the_control() -> None:
-    """A screen whose conditions are small: each asks from a place of its own on the circle."""
+    """Use a screen of small conditions, each of which starts at its own place on the circle of groups."""
     conditions = ["control"] * 40 + [f"guide{number:02d}" for number in range(20)]
     obs = pd.DataFrame({"condition": conditions, "batch": [f"batch{number}" for number in range(40)] + ["batch0"] * 20})
     full, *_ = designed(obs, condition_key="condition", control="control", batch_keys=["batch"], small_groups="keep")
@@ -197,7 +197,7 @@ def test_edges_that_are_added_are_those_of_the_sample(runs: tuple[Path, Path]) -
 
 
 def test_cells_mapped_later_change_no_match_of_the_run(runs: tuple[Path, Path]) -> None:
-    """What is searched in mapped cells' results for cells before them is measured from the groups that were there."""
+    """For cells of the run, a search in the results of mapped cells measures remoteness from groups of the run only."""
     design, points = nd.open_results(runs[0]).design, np.random.default_rng(0).normal(size=(640, 5)).astype(np.float32)
     search = SearchBetween(points.__getitem__, None, 1, corrected=True)
     run = replace(design, groups=design.groups[:6])

@@ -161,7 +161,7 @@ def test_ray_and_the_serial_way_find_the_same(tmp_path, local_ray):
     assert_same(stored(serial), stored(ray))
 
 
-# --- how the search went ---------------------------------------------------------------------------------------------
+# --- the summary -----------------------------------------------------------------------------------------------------
 
 
 def test_exact_search_reports_what_it_did(tmp_path, monkeypatch):
