@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -187,3 +188,38 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+# --- FAISS's indexes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A torch device, and the function that makes FAISS's flat index there, given the number of dimensions."""
+
+    device: str
+    flat: Callable[[int], Any]
+
+
+def _flat_on_gpu(width: int) -> Any:
+    import faiss
+
+    return faiss.GpuIndexFlatL2(_resources(), width)
+
+
+def _flat_on_host(width: int) -> Any:
+    import faiss
+
+    return faiss.IndexFlatL2(width)
+
+
+@lru_cache(maxsize=1)
+def _resources() -> Any:
+    """Return FAISS's GPU resources, made once per process because they are costly."""
+    import faiss
+
+    return faiss.StandardGpuResources()
+
+
+ENGINES = {"cuda": Engine("cuda", _flat_on_gpu), "cpu": Engine("cpu", _flat_on_host)}
+"""Engines by device. The CPU engine lets tests run everything but FAISS's GPU kernel."""

@@ -65,12 +65,7 @@ class Neighbours(NamedTuple):
 
 
 def nearest(
-    queries: np.ndarray,
-    targets: np.ndarray | Index,
-    k: int,
-    *,
-    exclude: np.ndarray | None = None,
-    threads: int = 1,
+    queries: np.ndarray, targets: np.ndarray | Index, k: int, *, exclude: np.ndarray | None = None, threads: int = 1
 ) -> Neighbours:
     """Return the k nearest targets of every query, exactly (METHOD section 6).
 
@@ -86,17 +81,29 @@ def nearest(
         Number of threads, which search tiles of queries in parallel.
     """
     skipped = np.full(len(queries), -1, dtype=np.int64) if exclude is None else np.asarray(exclude, dtype=np.int64)
-    coordinates = targets.targets if isinstance(targets, Index) else targets
-    if not len(queries) or not len(coordinates):
-        return Neighbours(*distances_of(*nothing_found(len(queries), k)), np.zeros(len(queries), dtype=bool))
+    return tiled(
+        len(queries), targets, k, threads, lambda index: lambda part: Tile(index, queries[part], skipped[part], k)
+    )
+
+
+def tiled(
+    queries: int, targets: np.ndarray | Index, k: int, threads: int, prepare: Callable[[Index], Callable[[slice], Tile]]
+) -> Neighbours:
+    """Search tiles of queries.
+
+    Parameters
+    ----------
+    queries
+        Number of queries.
+    prepare
+        Returns, for the index of the targets, the function that makes the tile of a slice of the queries.
+    """
+    if not queries or not len(targets.targets if isinstance(targets, Index) else targets):
+        return Neighbours(*distances_of(*nothing_found(queries, k)), np.zeros(queries, dtype=bool))
     with one_thread(targets):
-        index = targets if isinstance(targets, Index) else build_index(targets)
-
-        def search(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return Tile(index, queries[part], skipped[part], k).search()
-
-        found = list(mapped(search, tiles(len(queries), threads), threads))
-    rows, squared, widened = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        tile = prepare(targets if isinstance(targets, Index) else build_index(targets))
+        parts = list(mapped(lambda part: tile(part).search(), tiles(queries, threads), threads))
+    rows, squared, widened = (np.concatenate(values) for values in zip(*parts, strict=True))
     return Neighbours(*distances_of(rows, squared), widened)
 
 

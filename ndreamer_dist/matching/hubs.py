@@ -15,8 +15,9 @@ the left side has one row of norms per group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,6 @@ from ndreamer_dist.matching.exact import (
     Neighbours,
     Tile,
     best_pairs,
-    distances_of,
     exact_squared,
     folded,
     k_best,
@@ -42,6 +42,7 @@ from ndreamer_dist.matching.exact import (
     one_thread,
     rounded_up,
     tabled,
+    tiled,
     tiles,
 )
 from ndreamer_dist.matching.labels import WHOLE, Placed, Stratum, nearest_by_stratum, places_among, strata_of
@@ -120,7 +121,7 @@ class Remoteness:
     Parameters
     ----------
     points
-        (cells, d) float32 coordinates, in packed order.
+        (cells, d) float32 coordinates, in packed order; `gpu` measures on the device that holds them.
     starts
         (groups + 1,) first row of every group, and the number of cells.
     labels
@@ -132,7 +133,7 @@ class Remoteness:
     """
 
     def __init__(
-        self, points: np.ndarray, starts: np.ndarray, labels: np.ndarray | None = None, *,
+        self, points: Any, starts: np.ndarray, labels: np.ndarray | None = None, *,
         edges: Sequence[tuple[int, int]], pooled: bool = False, threads: int = 1,
     ) -> None:  # fmt: skip
         self._points, self._starts, self._labels, self._threads = points, starts, labels, threads
@@ -169,17 +170,25 @@ class Remoteness:
         wanted = [(target, query)] if self._pooled else self._edges
         groups = sorted({group for group, other in wanted if group in self._together and other == query})
         rows = [self._of_label(np.arange(*self._starts[group : group + 2]), label) for group in groups]
-        found = remoteness(self._points[np.concatenate(rows)], self._index(query, label), threads=self._threads)
+        found = self._measured(self._points[np.concatenate(rows)], self._index(query, label))
         for group, part in zip(groups, np.split(found, np.cumsum([len(part) for part in rows])[:-1]), strict=True):
             self._kept[group, query, label] = part
 
     def _of_label(self, rows: np.ndarray, label: int) -> np.ndarray:
         return rows if label == WHOLE or self._labels is None else rows[self._labels[rows] == label]
 
-    def _built(self, query: int, label: int) -> Index:
+    def _built(self, query: int, label: int) -> Any:
         rows = pool(self._starts, query) if self._pooled else np.arange(*self._starts[query : query + 2])
         labelled = self._of_label(rows, label)
-        return build_index(self._points[(labelled if len(labelled) else rows)[:MOST_QUERIES]])
+        return self._index_of(self._points[(labelled if len(labelled) else rows)[:MOST_QUERIES]])
+
+    def _index_of(self, points: Any) -> Any:
+        """Return the index of query cells."""
+        return build_index(points)
+
+    def _measured(self, targets: Any, queries: Any) -> np.ndarray:
+        """Return the remoteness of targets from the query cells of an index: (t,) float32."""
+        return remoteness(targets, queries, threads=self._threads)
 
 
 def nearest_corrected(
@@ -204,20 +213,13 @@ def nearest_corrected(
     -------
     Neighbours, smallest score first, with true distances.
     """
-    coordinates = targets.targets if isinstance(targets, Index) else targets
-    if not len(queries) or not len(coordinates):
-        return Neighbours(*distances_of(*nothing_found(len(queries), k)), np.zeros(len(queries), dtype=bool))
     group = np.zeros(len(queries), dtype=np.int64) if groups is None else groups
-    with one_thread(targets):
-        index = targets if isinstance(targets, Index) else build_index(targets)
-        frame = _Frame(index, np.atleast_2d(remote))
 
-        def search(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return _CorrectedTile(frame, queries[part], group[part], k).search()
+    def prepare(index: Index) -> Callable[[slice], Tile]:
+        frame = Frame(index, np.atleast_2d(remote))
+        return lambda part: CorrectedTile(frame, queries[part], group[part], k)
 
-        parts = list(mapped(search, tiles(len(queries), threads), threads))
-    rows, squared, widened = (np.concatenate(values) for values in zip(*parts, strict=True))
-    return Neighbours(*distances_of(rows, squared), widened)
+    return tiled(len(queries), targets, k, threads, prepare)
 
 
 def nearest_inside(
@@ -248,7 +250,7 @@ def nearest_inside(
     return nearest_by_stratum(strata, len(queries.points), k, search)
 
 
-class _Frame:
+class Frame:
     """An index with the remoteness of its points from every query group.
 
     Attributes
@@ -282,7 +284,7 @@ class _Frame:
         self.smallest, self.largest = float(self.least.min()), float(self.most.max())
 
 
-class _CorrectedTile(Tile):
+class CorrectedTile(Tile):
     """The search of one tile of queries by corrected distances; see `exact.Tile`.
 
     Attributes
@@ -295,7 +297,7 @@ class _CorrectedTile(Tile):
         (q,) error bound of a computed squared distance, or of a product, of a target within U.
     """
 
-    def __init__(self, frame: _Frame, queries: np.ndarray, group: np.ndarray, k: int) -> None:
+    def __init__(self, frame: Frame, queries: np.ndarray, group: np.ndarray, k: int) -> None:
         super().__init__(frame.index, queries, np.full(len(queries), -1, dtype=np.int64), k)
         self.frame, self.group, self.products = frame, group, frame.products
         self.usual = USUAL * k

@@ -200,13 +200,9 @@ def asked_edges(design: Design, edges: str) -> Pairs:
 
 
 def write_summary(
-    run: RunDirectory,
-    settings: Settings,
-    design: Design,
-    key: str,
-    found: Mapping[str, Mapping[str, int]],
-    extra: Mapping[str, Any],
-) -> dict[str, Any]:
+    run: RunDirectory, settings: Settings, design: Design, key: str,
+    found: Mapping[str, Mapping[str, int]], extra: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """Write match/summary.json, which covers the needed edges, and return its contents.
 
     Parameters
@@ -379,11 +375,10 @@ def _read_cells(run: RunDirectory, method: str, labels: np.ndarray | None) -> Pl
 
 
 def _with_device(settings: Settings, runtime: Runtime) -> Settings:
-    """Return the settings with the device of the search; it is the CPU if distances are corrected for hubs."""
+    """Return the settings with the device of the search."""
     from ndreamer_dist.matching.gpu import faiss_finding
 
-    wanted = settings.match.device if settings.match.hubs == "none" else "cpu"
-    device = chosen_device(wanted, "match.device", runtime, faiss_finding)
+    device = chosen_device(settings.match.device, "match.device", runtime, faiss_finding)
     return settings.model_copy(update={"match": settings.match.model_copy(update={"device": device})})
 
 
@@ -423,10 +418,10 @@ def search_unit(
     pooled = design.sampled > 0
     starts = design.stored_starts() if pooled else design.starts
     edges = list(dict.fromkeys((s.task.target, s.task.query) for s in unit.shards if is_corrected(s.task, settings)))
-    remote_from = Remoteness(
-        cells.points, starts, cells.labels, edges=edges, pooled=pooled, threads=settings.run.task_threads
+    on_device, measuring = _on_device(cells, settings.match.device)
+    remote_from = measuring(
+        on_device.points, starts, cells.labels, edges=edges, pooled=pooled, threads=settings.run.task_threads
     )
-    on_device = _placed(cells, settings.match.device)
 
     def finish(shard: Shard, found: Found) -> None:
         _write(shard.task, found, run, settings, design)
@@ -437,8 +432,7 @@ def search_unit(
     with threadpool_limits(1), _written_by(WRITING_THREADS if settings.match.device == "cuda" else 0) as write:
         for target, shards in itertools.groupby(unit.shards, key=lambda shard: shard.task.target):
             group = design.groups[target]
-            corrected = edges and settings.match.device != "cuda"
-            whole = partial(remote_from.whole, target) if corrected else None
+            whole = partial(remote_from.whole, target) if edges else None
             search = Searcher(on_device.of(slice(group.start, group.stop)), settings, whole)
             for batch in alike(list(shards), settings, design):
                 searched = _search_batch(batch, search, on_device, settings, design, remote_from)
@@ -447,13 +441,13 @@ def search_unit(
     return counts
 
 
-def _placed(cells: Placed, device: str) -> Placed:
-    """Return the cells with their coordinates on the device of the search."""
+def _on_device(cells: Placed, device: str) -> tuple[Placed, type[Remoteness]]:
+    """Return the cells with their coordinates on the device of the search, and what measures remoteness there."""
     if device != "cuda":
-        return cells
-    from ndreamer_dist.matching.gpu import resident
+        return cells, Remoteness
+    from ndreamer_dist.matching.gpu import GpuRemoteness, resident
 
-    return resident(cells, device)
+    return resident(cells, device), GpuRemoteness
 
 
 @contextmanager
@@ -546,14 +540,15 @@ class Searcher:
         self, stratum: Stratum, queries: Any, k: int, exclude: np.ndarray, corrected: Correction | None
     ) -> Neighbours:
         """Return the neighbours of a stratum's queries; rows are positions among the stratum's targets."""
-        threads = self._settings.run.task_threads
-        if self._settings.match.device == "cuda":
-            return self._group_on_gpu(stratum).nearest(queries, k, exclude=exclude)
-        index = self._index(stratum)
+        on_gpu, threads = self._settings.match.device == "cuda", self._settings.run.task_threads
         if corrected is None:
-            return nearest(queries, index, k, exclude=exclude, threads=threads)
-        groups = corrected.groups[stratum.queries]
-        return nearest_corrected(queries, index, corrected.of(stratum.label), k, groups=groups, threads=threads)
+            if on_gpu:
+                return self._group_on_gpu(stratum).nearest(queries, k, exclude=exclude)
+            return nearest(queries, self._index(stratum), k, exclude=exclude, threads=threads)
+        remote, groups = corrected.of(stratum.label), corrected.groups[stratum.queries]
+        if on_gpu:
+            return self._group_on_gpu(stratum).nearest(queries, k, remote=remote, groups=groups)
+        return nearest_corrected(queries, self._index(stratum), remote, k, groups=groups, threads=threads)
 
     def _index(self, stratum: Stratum) -> Index:
         if stratum.label not in self._indexes:

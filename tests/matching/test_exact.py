@@ -142,7 +142,7 @@ def test_the_only_cell_of_a_group_has_no_other(engine):
 
 CUTS = [
     (exact, "QUERY_TILE", 50), (exact, "SCAN_PAIRS", 1000), (exact, "EXACT_PAIRS", 50), (exact, "SPARE", 2),
-    (gpu, "SETTLED_QUERIES", 64), (gpu, "DOUBLE_PAIRS", 1000), (gpu, "SPARE", 1), (gpu, "MORE", 1),
+    (gpu, "SETTLED_QUERIES", 64), (gpu, "PRODUCT_PAIRS", 1000), (gpu, "SPARE", 1), (gpu, "MORE", 1),
 ]  # fmt: skip
 
 

@@ -14,7 +14,9 @@ import torch
 from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.errors import ResourceError
 from ndreamer_dist.matching import gpu, stage
+from ndreamer_dist.matching.exact import nearest
 from ndreamer_dist.matching.gpu import ENGINES, GpuIndex, faiss_finding, search_finding, summed_as_numpy
+from ndreamer_dist.matching.hubs import nearest_corrected, remoteness
 from tests.matching.test_stage import assert_same, matched, stored
 
 SIZES = {(0, 0): 130, (0, 1): 70, (1, 0): 40, (1, 2): 50}
@@ -47,9 +49,20 @@ def test_sums_have_the_bits_of_numpy(dims: int) -> None:
     np.testing.assert_array_equal(summed_as_numpy(torch.tensor(values)).numpy(), values.sum(axis=1))
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_the_stage_on_a_gpu_writes_the_bits_of_the_processor(tmp_path: Path, double: None, k: int) -> None:
-    asked = {"match.hubs": "none", "match.edges": "all", "match.neighbours": k}
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"match.hubs": "none", "match.edges": "all"},
+        {"match.hubs": "none", "match.edges": "all", "match.neighbours": 3},
+        {"match.edges": "all"},
+        {"match.neighbours": 3},
+        {"match.groups": 1},
+    ],
+    ids=lambda asked: "-".join(f"{name.partition('.')[2]}_{value}" for name, value in asked.items()),
+)
+def test_the_stage_on_a_gpu_writes_the_bits_of_the_processor(
+    tmp_path: Path, double: None, asked: dict[str, Any]
+) -> None:
     on_processor, _ = matched(tmp_path / "a", asked, sizes=SIZES)
     runtime = OneGpu(on_processor.settings.run)
     on_gpu, _ = matched(tmp_path / "b", asked, sizes=SIZES, runtime=runtime)
@@ -57,24 +70,65 @@ def test_the_stage_on_a_gpu_writes_the_bits_of_the_processor(tmp_path: Path, dou
     assert runtime.asked["match"] == 1  # whatever this machine has
 
 
-def test_what_is_corrected_for_hubs_is_left_to_processors(tmp_path: Path, double: None) -> None:
-    made, _ = matched(tmp_path / "a", sizes=SIZES)
-    runtime = OneGpu(made.settings.run)
-    matched(tmp_path / "b", sizes=SIZES, runtime=runtime)
-    assert runtime.asked == {"match": 0}
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("k", [1, 15])
+def test_a_gpu_finds_what_the_processor_finds(k: int) -> None:
+    rng = np.random.default_rng(k)
+    points = rng.normal(size=(9000, 50)).astype(np.float32)
+    targets, queries, groups = points[:5000], points[5000:], np.repeat([0, 1], 2000)
+    index, sent = GpuIndex(torch.tensor(targets, device="cuda"), ENGINES["cuda"]), torch.tensor(queries, device="cuda")
+    remote = np.stack([remoteness(targets, queries[groups == group]) for group in range(2)])
+    for found, expected in (
+        (index.nearest(sent, k), nearest(queries, targets, k)),
+        (
+            index.nearest(sent, k, remote=remote, groups=groups),
+            nearest_corrected(queries, targets, remote, k, groups=groups),
+        ),
+    ):
+        np.testing.assert_array_equal(found.rows, expected.rows)
+        np.testing.assert_array_equal(found.distances, expected.distances)
+        assert not found.widened.any()
 
 
 def test_copies_and_near_copies_are_settled_without_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(20, 50))[rng.integers(20, size=900)]
     targets = (centres + rng.choice([0, 1e-6], size=(900, 1)) * rng.normal(size=(900, 50))).astype(np.float32)
-    monkeypatch.setattr(gpu, "nearest_by_cells", None)  # what is left open would go there
+    monkeypatch.setattr(gpu, "Tile", None)  # what is left open would go there
     group = GpuIndex(torch.tensor(targets), ENGINES["cpu"])
     found = group.nearest(torch.tensor(targets), 3, exclude=np.arange(900))
     exact = ((targets[:, None].astype(np.float64) - targets) ** 2).sum(axis=2)
     np.fill_diagonal(exact, np.inf)
     np.testing.assert_array_equal(found.rows, exact.argsort(axis=1, kind="stable")[:, :3])
     assert found.widened.any()
+
+
+CORRECTED = {
+    "spread": lambda points: points,
+    "ties": lambda points: points.round(),
+    "near_copies": lambda points: points[[0]] + 1e-7 * points,
+    "far": lambda points: 1e16 * points,
+}
+"""What becomes of normally distributed points. The far ones overflow float32 products, and go to the CPU at last."""
+
+
+@pytest.mark.parametrize("shape", CORRECTED)
+@pytest.mark.parametrize("k", [1, 4])
+def test_corrected_distances_have_the_bits_of_the_processor(shape: str, k: int) -> None:
+    rng = np.random.default_rng(k)
+    points = CORRECTED[shape](rng.normal(size=(700, 6))).astype(np.float32)
+    targets, queries, groups = points[:400], points[400:], rng.integers(2, size=300)
+    index = GpuIndex(torch.tensor(targets), ENGINES["cpu"])
+    remote = np.stack([remoteness(targets, queries[groups == group]) for group in range(2)])
+    for group in range(2):
+        asking = GpuIndex(torch.tensor(queries[groups == group]), ENGINES["cpu"])
+        np.testing.assert_array_equal(asking.mean_distances(torch.tensor(targets), 10), remote[group])
+    found = index.nearest(torch.tensor(queries), k, remote=remote, groups=groups)
+    expected = nearest_corrected(queries, targets, remote, k, groups=groups)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+    assert found.widened.any() or shape != "far"
 
 
 def test_an_error_of_a_writer_ends_the_search() -> None:
