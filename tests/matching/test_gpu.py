@@ -17,6 +17,7 @@ from ndreamer_dist.matching import gpu, stage
 from ndreamer_dist.matching.exact import nearest
 from ndreamer_dist.matching.gpu import ENGINES, GpuIndex, faiss_finding, search_finding, summed_as_numpy
 from ndreamer_dist.matching.hubs import nearest_corrected, remoteness
+from tests.matching.test_labels import matched as matched_by_label
 from tests.matching.test_stage import assert_same, matched, stored
 
 SIZES = {(0, 0): 130, (0, 1): 70, (1, 0): 40, (1, 2): 50}
@@ -68,6 +69,13 @@ def test_the_stage_on_a_gpu_writes_the_bits_of_the_processor(
     on_gpu, _ = matched(tmp_path / "b", asked, sizes=SIZES, runtime=runtime)
     assert_same(stored(on_processor), stored(on_gpu))
     assert runtime.asked["match"] == 1  # whatever this machine has
+
+
+@pytest.mark.parametrize("distance", ["none", "csls"])
+def test_a_gpu_matches_inside_labels_as_the_processor_does(tmp_path: Path, double: None, distance: str) -> None:
+    on_processor, _ = matched_by_label(tmp_path / "a", **{"match.hubs": distance})
+    on_gpu, _ = matched_by_label(tmp_path / "b", OneGpu(on_processor.settings.run), **{"match.hubs": distance})
+    assert_same(*(stored(made) for made in (on_processor, on_gpu)))
 
 
 @pytest.mark.gpu
