@@ -274,7 +274,7 @@ class Loss:
 
 LOSSES = {
     "a_marker": Loss("run/done/match", 0o555, "run/done/match/00000-00000-00000.json cannot be written"),
-    "a_shard": Loss("run/results.zarr/layers/ite/c/1", 0o555, "run/results.zarr: array 'layers/ite' cannot be written"),
+    "a_shard": Loss("run/results.zarr/layers/ite/c/1", 0o555, "run/results.zarr/layers/ite/c/1/0 cannot be written"),
     "a_block": Loss("run/packed.zarr/X/00001/data/c", 0o000, "run cannot be listed"),
     "markers": Loss("run/done/pack", 0o000, "run cannot be listed"),
     "input": Loss("cohort.zarr/X/data/c", 0o000, "cohort.zarr"),
