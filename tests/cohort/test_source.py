@@ -20,9 +20,9 @@ from anndata.io import write_elem
 from anndata.tests.helpers import assert_equal
 from scipy import sparse
 
-from ndreamer_dist.cohort.source import fingerprint, open_source
+from ndreamer_dist.cohort.source import fingerprint, open_cohort, open_source
 from ndreamer_dist.errors import CohortError
-from tests.cohort.inputs import PLACES, as_h5ad, as_zarr, counts
+from tests.cohort.inputs import PLACES, as_h5ad, as_zarr, cohort_settings, counts
 
 MATRICES = {
     "csr": sparse.csr_matrix,
@@ -70,6 +70,21 @@ def test_a_source_can_be_sent_to_a_task(place: str, tmp_path: Path) -> None:
     before = source.read_rows(3, 9).toarray()  # the file is open now
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again.read_rows(3, 9).toarray(), before)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_several_condition_keys_make_one_column_wherever_the_cohort_is(place: str, tmp_path: Path) -> None:
+    adata = counts(30, 10)
+    adata.obs["site"] = ["s", "t"] * 15
+    settings = cohort_settings(condition_key=["condition", "site"], control="ctrl:s")
+    source = open_cohort(PLACES[place](adata, tmp_path), settings)
+    expected = adata.obs.assign(
+        **{"condition:site": adata.obs["condition"].astype(str) + ":" + adata.obs["site"].astype(str)}
+    )
+    pd.testing.assert_frame_equal(
+        source.cells.sample().iloc[:1], expected.iloc[:1], check_categorical=False, check_dtype=False
+    )
+    pd.testing.assert_frame_equal(source.obs, expected, check_categorical=False, check_dtype=False)
 
 
 @pytest.mark.parametrize("place", PLACES)
