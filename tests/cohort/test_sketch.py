@@ -88,7 +88,9 @@ def test_a_group_too_large_for_one_graph_has_a_sketch_of_its_own_and_that_is_sai
     found = clustered(packed, settings_of(**how))
     (told,) = (message for message in caplog.messages if message.startswith("clusters:"))
     large = packed.design.groups[2]
-    assert told.startswith(f"clusters: of '{large.name}', too large for one graph (clusters.max_cells), 100 cells each")
+    assert told.startswith(
+        f"clusters: '{large.name}': too large for one graph (clusters.max_cells), so 100 cells of each are clustered"
+    )
     whole, _ = typed_cohort(tmp_path / "apart")
     clustered(whole, settings_of(clusters__within="group"))
     high, high_of_all = (one.clusters(keys.PACKED_HIGH) for one in (packed, whole))
