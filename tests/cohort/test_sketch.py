@@ -1,4 +1,4 @@
-"""A sketch stands for cells too many for one graph: its cells keep their labels, the others take their neighbours'."""
+"""A sketch labels cells that are too many for one graph: its cells keep their labels, others take the nearest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPES = 4
 
 
 def typed_cohort(folder: Path) -> tuple[Packed, np.ndarray]:
-    """Return a packed cohort of four cell types, each with ten genes of its own, and every cell's type."""
+    """Return a packed cohort of four cell types, each with ten marker genes, and the type of each cell."""
     packed = Packed.open(packed_cohort(folder, cells=CELLS, genes=40, block_rows=64).run, 64)
     rng = np.random.default_rng(5)
     types = rng.integers(TYPES, size=packed.n_rows)

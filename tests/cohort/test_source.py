@@ -1,4 +1,4 @@
-"""A cohort is read the same from everywhere, by rows, and nothing of the caller's is changed."""
+"""A cohort has the same rows and tables from every kind of input, and the caller's object is not changed."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_other_data_have_another_fingerprint(change: Callable[[ad.AnnData], None
 
 
 def lazily(adata: ad.AnnData, folder: Path) -> ad.AnnData:
-    """Return a cohort whose matrix and tables stay in a store until they are wanted."""
+    """Return a lazy AnnData, whose matrix and tables stay in a store."""
     return ad.experimental.read_lazy(as_zarr(3)(adata, folder))
 
 
@@ -178,7 +178,7 @@ def test_of_a_dask_array_only_the_blocks_asked_for_are_computed() -> None:
 
 
 class MuData:
-    """What a MuData is to those that have none installed: modalities by name."""
+    """A stand-in for `mudata.MuData`: modalities by name."""
 
     def __init__(self, **mod: ad.AnnData) -> None:
         self.mod = mod

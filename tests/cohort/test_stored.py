@@ -1,4 +1,4 @@
-"""Stores as R, Julia, old and new anndata write them are read, each kind with the values that it holds."""
+"""Stores written by R, Julia, and old and new versions of anndata are read with the right values."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_an_analysed_cohort_in_zarr_is_read_though_its_uns_is_not(tmp_path: Path
 
 
 def split_values(adata: ad.AnnData) -> ad.AnnData:
-    """Return a cohort in which a cell's gene that has more than one count is there twice."""
+    """Return a cohort in which each entry above 1 is stored as two entries of the same cell and gene."""
     made, x = adata.copy(), adata.X.tocoo()
     several = x.data > 1
     data = np.concatenate([np.where(several, x.data - 1, x.data), np.ones(several.sum(), np.float32)])
