@@ -36,36 +36,36 @@ TEXT, NULLABLE_TEXT = "string-array", "nullable-string-array"
 class HeldCells:
     """A data frame in memory with the interface of `StoredCells`."""
 
-    held: pd.DataFrame
+    table: pd.DataFrame
 
     @property
     def columns(self) -> pd.Index:
         """See `StoredCells`."""
-        return self.held.columns
+        return self.table.columns
 
     @property
     def index_name(self) -> Any:
         """See `StoredCells`."""
-        return self.held.index.name
+        return self.table.index.name
 
     @property
     def index(self) -> pd.Index:
         """See `StoredCells`."""
-        return self.held.index.astype(str)
+        return self.table.index.astype(str)
 
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self.table)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.held
+        return name in self.table
 
     def __getitem__(self, name: str) -> pd.Series:
-        return self.held[name]
+        return self.table[name]
 
     def names(self) -> Iterator[np.ndarray]:
         """See `StoredCells.names`."""
-        for start in range(0, len(self.held), TEXT_BLOCK):
-            yield np.array(list(map(str, self.held.index[start : start + TEXT_BLOCK])), dtype=object)
+        for start in range(0, len(self.table), TEXT_BLOCK):
+            yield np.array(list(map(str, self.table.index[start : start + TEXT_BLOCK])), dtype=object)
 
     def text(self, name: str | None) -> pa.LargeStringArray | None:
         """Return the cell names if `name` is None, else None: an object column may hold values other than text."""
@@ -73,15 +73,15 @@ class HeldCells:
 
     def sample(self) -> pd.DataFrame:
         """Return all rows, because each value of an object column may have another type."""
-        return self.held
+        return self.table
 
     def frame(self) -> pd.DataFrame:
         """See `StoredCells.frame`."""
-        return self.held.copy()
+        return self.table.copy()
 
     def assign(self, **columns: pd.Series) -> HeldCells:
         """See `StoredCells.assign`."""
-        return HeldCells(self.held.assign(**{name: values.array for name, values in columns.items()}))
+        return HeldCells(self.table.assign(**{name: values.array for name, values in columns.items()}))
 
 
 @dataclass(frozen=True)

@@ -104,18 +104,18 @@ def check_genes(source: Source, hvg: HvgSettings) -> np.ndarray:
         A name matches no gene, or several.
     """
     places = gene_places(source.gene_names, source.var, hvg.keep)
-    absent = [name for name, found in places.items() if not found]
+    absent = [name for name, rows in places.items() if not rows]
     if absent:
         near = suggest(absent[0], source.gene_names)
         msg = f"hvg.keep names {listing(absent)}, not among the {source.n_genes} genes of the cohort.{near}"
         raise CohortError(msg)
-    several = [name for name, found in places.items() if len(found) > 1]
+    several = [name for name, rows in places.items() if len(rows) > 1]
     if several:
         meant = listing(source.gene_names[places[several[0]]])
         msg = f"hvg.keep names {listing(several)}, which several genes are called; name one of them: {meant}"
         raise CohortError(msg)
     kept = np.zeros(source.n_genes, dtype=bool)
-    kept[[found[0] for found in places.values()]] = True
+    kept[[rows[0] for rows in places.values()]] = True
     return kept
 
 

@@ -113,13 +113,13 @@ def nearest_with_self(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     wanted = min(len(x), k + SPARE_CANDIDATES)
     for start in range(0, len(x), QUERY_ROWS):
         rows = np.arange(start, min(start + QUERY_ROWS, len(x)))
-        _, found = faiss.knn(x[rows], x, wanted)
+        _, near = faiss.knn(x[rows], x, wanted)
         # A cell with many copies may be missing among its own candidates.
-        found[:, -1] = np.where((found == rows[:, None]).any(axis=1), found[:, -1], rows)
-        exact = np.linalg.norm(x[rows].astype(np.float64)[:, None, :] - x[found].astype(np.float64), axis=2)
-        exact[found == rows[:, None]] = -1.0  # sorts the cell itself before its copies
-        order = np.lexsort((found, exact), axis=1)[:, :k]
-        indices[rows] = np.take_along_axis(found, order, axis=1)
+        near[:, -1] = np.where((near == rows[:, None]).any(axis=1), near[:, -1], rows)
+        exact = np.linalg.norm(x[rows].astype(np.float64)[:, None, :] - x[near].astype(np.float64), axis=2)
+        exact[near == rows[:, None]] = -1.0  # sorts the cell itself before its copies
+        order = np.lexsort((near, exact), axis=1)[:, :k]
+        indices[rows] = np.take_along_axis(near, order, axis=1)
         distances[rows] = np.maximum(np.take_along_axis(exact, order, axis=1), 0.0)
     return indices, distances
 

@@ -281,8 +281,8 @@ def _open_memory(adata: Any, layer: str | None, prefer_counts: bool) -> Source:
     adata = _modality(adata)
     if adata.isbacked and (layer in (None, MATRIX, *RAW_NAMES)):
         return _open_backed(adata, layer, prefer_counts)
-    held = {"has_x": adata.X is not None, "has_raw": adata.raw is not None}
-    return _chosen(partial(_read_memory, adata), layer, prefer_counts=prefer_counts, **held)
+    present = {"has_x": adata.X is not None, "has_raw": adata.raw is not None}
+    return _chosen(partial(_read_memory, adata), layer, prefer_counts=prefer_counts, **present)
 
 
 def _read_memory(adata: ad.AnnData, layer: str | None) -> Source:
@@ -351,9 +351,9 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None, prefer_coun
     container = container_of(storage)
     group = open_group(storage, container)
     inside = f"mod/{MODALITY}/" if group.name.endswith(f"mod/{MODALITY}") else ""
-    held = {"has_x": MATRIX in group, "has_raw": raw_place(group) is not None}
+    present = {"has_x": MATRIX in group, "has_raw": raw_place(group) is not None}
     read = partial(_read_stored, group, storage.url, container, inside)
-    return _chosen(read, layer, prefer_counts=prefer_counts, **held)
+    return _chosen(read, layer, prefer_counts=prefer_counts, **present)
 
 
 def open_group(storage: Storage, container: Container) -> Any:

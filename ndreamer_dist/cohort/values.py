@@ -160,8 +160,8 @@ def _scale(rows: sparse.csr_matrix) -> _Scale | None:
 
     Values are scaled counts if all cells have the same sum, or if each cell's values are multiples of its smallest.
     """
-    held = np.diff(rows.indptr) > 0
-    starts, lengths = rows.indptr[:-1][held], np.diff(rows.indptr)[held]
+    filled = np.diff(rows.indptr) > 0  # cells with any value
+    starts, lengths = rows.indptr[:-1][filled], np.diff(rows.indptr)[filled]
     undone = {base: _undone(rows.data, base) for base in (*BASES, 0.0) if _may_be(rows.data, base)}
     spread = {base: _spread(np.add.reduceat(values, starts)) for base, values in undone.items()}
     nearest = min(spread, key=lambda base: spread[base])

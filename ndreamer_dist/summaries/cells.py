@@ -160,8 +160,8 @@ def placebo_moments(
     control = rows_of_condition(design, baseline)
     for rows in parts(control[populations[control] >= 0], len(columns)):
         average = placebo_average(design, counterparts, rows, baseline)
-        held = np.unique(average.row)
-        (values,) = average_through([average], [(held, expression.read(held, columns))], len(columns))
+        needed = np.unique(average.row)
+        (values,) = average_through([average], [(needed, expression.read(needed, columns))], len(columns))
         moments.add(values, np.where(average.groups > 0, populations[rows], -1))
     return moments
 
