@@ -237,8 +237,7 @@ def stored_cells(group: Any, matrix: StoredMatrix) -> ObsTable:
     element, url = group["obs"], matrix.url
     encoding = {name: text_of(element.attrs.get(name, "")) for name in ("encoding-type", "encoding-version", "_index")}
     with refusing_damage(f"{url}: {OBS_OR_VAR}"):
-        if hasattr(group, "filename"):
-            refuse_missing_filter(element, f"{url}: obs")
+        refuse_missing_filter(element, f"{url}: obs")
         if (encoding["encoding-type"], encoding["encoding-version"]) == ("dataframe", "0.2.0") and is_group(element):
             rows = _named_rows(element[encoding["_index"]])
             if rows is not None:

@@ -197,8 +197,7 @@ def no_layer(where: str, layer: str, present: Iterable[str], *, raw: bool) -> st
 def stored_matrix(root: Any, url: str, container: Container, name: str) -> StoredMatrix:
     """Return the matrix at path `name` of a root group; `CohortError` if its dtype, encoding or shapes are wrong."""
     element: Any = root[name]
-    if isinstance(element, h5py.Dataset | h5py.Group):
-        refuse_missing_filter(element, f"{url}: {name}")
+    refuse_missing_filter(element, f"{url}: {name}")
     kind = text_of(element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "array")))
     if not is_group(element):
         check_numbers(element.dtype, f"{url}: {name}")
@@ -222,8 +221,8 @@ def text_of(value: Any) -> str:
 
 
 def refuse_missing_filter(element: Any, where: str) -> None:
-    """Refuse an element that is compressed with a filter that HDF5 does not have here."""
-    name = missing_filter(element)
+    """Refuse an HDF5 element that is compressed with a filter that is not installed; elements of zarr pass."""
+    name = missing_filter(element) if isinstance(element, h5py.Dataset | h5py.Group) else None
     if name is not None:
         msg = f"{where} is compressed by {quoted(name)}, which HDF5 does not have by itself; pip install hdf5plugin"
         raise CohortError(msg)

@@ -42,8 +42,7 @@ VERSION = re.compile(r"^(ENS[A-Z]*\d{11})\.\d+$")
 def read_frame(root: Any, name: str, url: str) -> pd.DataFrame:
     """Read `obs`, `var` or `raw/var` of a store; `CohortError` if it is damaged or not a table."""
     with refusing_damage(f"{url}: {OBS_OR_VAR}"):
-        if hasattr(root, "filename"):
-            refuse_missing_filter(root[name], f"{url}: {name}")
+        refuse_missing_filter(root[name], f"{url}: {name}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OldFormatWarning)  # old formats are supported
             table = read_elem(root[name])

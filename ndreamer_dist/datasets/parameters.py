@@ -112,7 +112,7 @@ def draw_parameters(rng: np.random.Generator, shape: CohortShape) -> Parameters:
     """Draw the parameters of a cohort."""
     genes, donors, conditions, cell_types = shape.genes, shape.donors, shape.conditions, shape.cell_types
     responding = responding_types(cell_types)
-    raised, lowered = _effect_sets(rng, genes, 2 * responding if shape.pathways else responding)
+    raised, lowered = _effect_sets(rng, genes, 1 + responding * (2 if shape.pathways else 1))
     effect = np.unique(np.concatenate([raised, lowered], axis=None))
     log_share = _log_shares(rng, genes, cell_types, np.unique(raised), np.unique(lowered))
     quiet = np.setdiff1d(np.flatnonzero(log_share[:, :-1].max(0) < math.log(3e-3)), effect)
@@ -199,14 +199,14 @@ def responding_types(cell_types: int) -> int:
     return cell_types - (max(1, cell_types // 3) if cell_types > 1 else 0)
 
 
-def _effect_sets(rng: np.random.Generator, genes: int, responding: int) -> tuple[Codes, Codes]:
+def _effect_sets(rng: np.random.Generator, genes: int, sets: int) -> tuple[Codes, Codes]:
     """Choose the genes that rise and the genes that fall: (sets, genes per set) each; set 0 is common to all types."""
     size = max(1, min(10, genes // 80))
-    needed = 2 * size * (responding + 1)
+    needed = 2 * size * sets
     if needed > (genes - 1) // 2:
-        msg = f"{genes} genes are too few for {responding} responding cell types; at least {2 * needed + 1} are needed"
+        msg = f"{genes} genes are too few for {sets} sets of genes with effects; at least {2 * needed + 1} are needed"
         raise CohortError(msg)
-    chosen = rng.choice(genes - 1, needed, replace=False).reshape(2, responding + 1, size)
+    chosen = rng.choice(genes - 1, needed, replace=False).reshape(2, sets, size)
     return chosen[0], chosen[1]
 
 

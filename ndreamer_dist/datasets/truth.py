@@ -120,7 +120,7 @@ class Truth:
     def positions(self, cells: Sequence[str]) -> Codes:
         """Return the positions of cells with names from `simulate`: (cells,) integers."""
         numbers = [name.removeprefix(CELL_PREFIX) for name in cells]
-        wrong = [name for name, number in zip(cells, numbers, strict=True) if not number.isdigit() or name == number]
+        wrong = [name for name, number in zip(cells, numbers, strict=True) if not number.isdecimal() or name == number]
         if wrong:
             msg = f"the simulated cohort has no cell {listing(wrong)}; its cells are {CELL_PREFIX}0000000 and so on"
             raise QueryError(msg)

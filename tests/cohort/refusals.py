@@ -28,35 +28,40 @@ from tests.fuzz.helpers import Said, said
 
 HEAD = """# What is refused, and how
 
-Each row is a command that cannot be done, and the one line that says so. The command line prints it to standard error
-and ends with exit code 2, without a stack trace; Python raises an `NDreamerError` (`CohortError` for the cohort) with
-the same text. Nothing has been started or written then, not even the run directory. `DIR` stands for a folder, `N` for
-a number that depends on the machine. The rows are made by running them: `python -m tests.cohort.refusals`.
+Each row is a command that is refused, and its error message. The command line prints the message to standard error and
+ends with exit code 2, without a stack trace; Python raises an `NDreamerError` (`CohortError` for the cohort) with the
+same text. Nothing has been started or written then, not even the run directory. `DIR` stands for a folder, `N` for a
+number that depends on the machine. `python -m tests.cohort.refusals` generates the rows by running the commands.
 
 | refused | message |
 |---|---|
 """
 ON_THE_WAY_HEAD = """
-Some things only all values together tell. They are refused on the first pass over the matrix, when the run directory
-has been made; it holds no result then, and takes the same command with the mended cohort:
+Some errors show only when all values are read. They are raised on the first pass over the matrix, after the run
+directory has been created. It holds no results then, and the same command with the corrected cohort can use it:
 
 | refused on the first pass | message |
 |---|---|
 """
 IN_PYTHON_HEAD = """
-No file holds these; an AnnData in memory does:
+These cannot be stored in a file and occur only in an AnnData in memory:
 
 | refused in Python | message |
 |---|---|
 """
 TAIL = """
-## What is not refused, but said
+## What is reported, but not refused
 
-Groups of fewer than `min_group_cells` cells (left out or kept, by name and size; in a screen merged), cells without a single count (left
-out), and batches without a control ("k of B batches hold no control: their controls come from the other batches",
-which is ordinary; where a condition and the control have no batch in common and one of them has a single batch, that its effect cannot
-be told from a difference between batches), and names such as `nan` are logged and kept in `cohort/summary.json`; `dropped.parquet` names every cell left out, with the
-reason. Fewer genes than `num_hvg` is fine: all are kept.
+These are logged and kept in `cohort/summary.json`:
+
+- groups of fewer than `min_group_cells` cells, by name and size: left out or kept, or merged in a screen;
+- cells without a single count, which are left out;
+- batches without a control ("k of B batches hold no control: their controls come from the other batches"), which is ordinary;
+- a condition that shares no batch with the control, if one of the two has a single batch: its effect cannot be told from a
+  difference between batches;
+- names of conditions and batches such as `nan`.
+
+`dropped.parquet` names every cell left out, with the reason. If there are fewer genes than `num_hvg`, all are kept.
 """
 NAMES = {"condition_key": "condition", "control": "ctrl", "batch_key": "donor"}
 SETTINGS = {"cohort.min_group_cells": 10, "run.serial": True, "run.progress": False, "hvg.num_hvg": 20}

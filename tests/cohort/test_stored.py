@@ -141,12 +141,22 @@ def test_added_values_are_said_in_the_notes(tmp_path: Path) -> None:
     )
 
 
-def test_a_filter_that_hdf5_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = as_h5ad(counts(60, 20), tmp_path)
-    monkeypatch.setattr(
-        hdf5, "_missing", lambda dataset: "HDF5 zstd filter (32015)" if dataset.name == "/X/data" else None
-    )
-    with pytest.raises(CohortError, match=r"X is compressed by 'HDF5 zstd filter \(32015\)'.* pip install hdf5plugin$"):
+@pytest.mark.parametrize(
+    ("modality", "dataset"), [("", "X/data"), ("", "obs/age"), ("mod/rna/", "X/data"), ("mod/rna/", "obs/age")]
+)
+def test_a_filter_that_hdf5_lacks_is_named(
+    modality: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(as_h5ad(counts(60, 20), tmp_path))
+    if modality:
+        with h5py.File(path) as adata, h5py.File(path := tmp_path / "in.h5mu", "w") as mudata:
+            adata.copy("/", mudata.create_group("mod"), "rna")
+            adata.copy("obs", mudata)
+    lacking = f"/{modality}{dataset}"
+    monkeypatch.setattr(hdf5, "_missing", lambda item: "HDF5 zstd filter (32015)" if item.name == lacking else None)
+    element = dataset.split("/")[0]
+    words = rf"{element} is compressed by 'HDF5 zstd filter \(32015\)'.* pip install hdf5plugin$"
+    with pytest.raises(CohortError, match=words):
         open_source(path)
 
 
