@@ -5,9 +5,9 @@ other conditions follow in order of appearance. A *batch* is an observed combina
 is an observed (batch, condition) pair. Groups are numbered batch by batch, and by condition inside a batch. Each group
 owns contiguous rows of the packed store.
 
-The cells of a *query* group are matched with, that is, search their nearest neighbours among, the cells of *target*
-groups; such a pair is an *edge*. A *mapping* adds the cells of another cohort to a finished run, as further groups
-behind those of the run.
+Matching searches the nearest neighbours of the cells of a *query* group among the cells of a *target* group; such a
+pair of groups is an *edge*. A *mapping* adds the cells of another cohort to a finished run, as further groups behind
+those of the run.
 """
 
 from __future__ import annotations

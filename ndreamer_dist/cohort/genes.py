@@ -75,7 +75,7 @@ def run_cohort(run: RunDirectory, settings: Settings, source: Source, runtime: R
     genes = _selected(source, sums, grouped, kept_genes, settings)
     notes = [decision.seen, *source.notes, *_report(source, cohort, grouped, keep & (grouped.reasons != EXCLUDED))]
     if sums.repeated:
-        notes.append(f"{sums.repeated} values stood beside another of the same cell and gene; they were added up")
+        notes.append(f"{sums.repeated} duplicate entries of a cell and gene were added to the first")
         logger.warning(notes[-1])
     summary = summary_of(cohort, decision, grouped, genes, notes)
     stage.mark(shard, write_cohort(run, source, grouped, sums, genes, summary))

@@ -136,7 +136,7 @@ def test_added_values_are_said_in_the_notes(tmp_path: Path) -> None:
     run_cohort(run, settings, source, SERIAL, key["cohort"])
     repeated = adata.X.nnz - counts(300, 40).X.nnz
     assert (
-        f"{repeated} values stood beside another of the same cell and gene; they were added up"
+        f"{repeated} duplicate entries of a cell and gene were added to the first"
         in run.read_json(keys.COHORT_SUMMARY)["notes"]
     )
 
