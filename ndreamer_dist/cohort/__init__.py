@@ -1,1 +1,1 @@
-"""From an AnnData to packed.zarr: check, design, gene selection, packing and clusters."""
+"""Check the input AnnData, define its groups, select genes, write packed.zarr and cluster the cells."""

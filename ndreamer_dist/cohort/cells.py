@@ -1,7 +1,7 @@
-"""The table of a cohort's cells, read column by column: where it is stored, no process holds it whole.
+"""Read the table of a cohort's cells (`obs`) column by column, so that no process holds a stored table whole.
 
-Input: `obs` of a store, or a data frame in memory. Output: single columns, names block by block, or the whole table for
-those who ask for it. A column of text comes as categories; its rows can be had as Arrow, without an object a cell.
+Input: `obs` of a store, or a data frame in memory. Output: single columns, the cell names block by block, or on request
+the whole table. A text column is returned as a categorical or as an Arrow array; neither needs a Python object per cell.
 """
 
 from __future__ import annotations
@@ -34,66 +34,66 @@ TEXT, NULLABLE_TEXT = "string-array", "nullable-string-array"
 
 @dataclass(frozen=True)
 class HeldCells:
-    """A table in memory, read as `StoredCells` is."""
+    """A data frame in memory with the interface of `StoredCells`."""
 
-    held: pd.DataFrame
+    table: pd.DataFrame
 
     @property
     def columns(self) -> pd.Index:
         """See `StoredCells`."""
-        return self.held.columns
+        return self.table.columns
 
     @property
     def index_name(self) -> Any:
         """See `StoredCells`."""
-        return self.held.index.name
+        return self.table.index.name
 
     @property
     def index(self) -> pd.Index:
         """See `StoredCells`."""
-        return self.held.index.astype(str)
+        return self.table.index.astype(str)
 
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self.table)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.held
+        return name in self.table
 
     def __getitem__(self, name: str) -> pd.Series:
-        return self.held[name]
+        return self.table[name]
 
     def names(self) -> Iterator[np.ndarray]:
         """See `StoredCells.names`."""
-        for start in range(0, len(self.held), TEXT_BLOCK):
-            yield np.array(list(map(str, self.held.index[start : start + TEXT_BLOCK])), dtype=object)
+        for start in range(0, len(self.table), TEXT_BLOCK):
+            yield np.array(list(map(str, self.table.index[start : start + TEXT_BLOCK])), dtype=object)
 
     def text(self, name: str | None) -> pa.LargeStringArray | None:
-        """Return the names of the cells where no column is named; what a column of objects holds is not known here."""
+        """Return the cell names if `name` is None, else None: an object column may hold values other than text."""
         return as_texts(self.index) if name is None else None
 
     def sample(self) -> pd.DataFrame:
-        """Return all rows, since a column of objects may hold anything in any of them."""
-        return self.held
+        """Return all rows, because each value of an object column may have another type."""
+        return self.table
 
     def frame(self) -> pd.DataFrame:
         """See `StoredCells.frame`."""
-        return self.held.copy()
+        return self.table.copy()
 
     def assign(self, **columns: pd.Series) -> HeldCells:
         """See `StoredCells.assign`."""
-        return HeldCells(self.held.assign(**{name: values.array for name, values in columns.items()}))
+        return HeldCells(self.table.assign(**{name: values.array for name, values in columns.items()}))
 
 
 @dataclass(frozen=True)
 class StoredCells:
-    """A table in an h5ad file or a zarr store; every process opens it for itself.
+    """A table in an h5ad file or a zarr store. Each process opens the store on its own.
 
     Attributes
     ----------
     place
-        Where it is in the store: `obs`, or that of a modality.
+        Path of the table in the store: `obs`, or `mod/rna/obs` of a MuData.
     added
-        Columns that were set later.
+        Columns set by `assign`, by name; they replace stored columns of the same name.
     """
 
     url: str
@@ -103,7 +103,7 @@ class StoredCells:
     added: Mapping[str, pd.Series] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # the open file stays where it is
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # without the cached open file
 
     @cached_property
     def _group(self) -> Any:
@@ -111,7 +111,7 @@ class StoredCells:
 
     @cached_property
     def columns(self) -> pd.Index:
-        """Names of the columns."""
+        """Names of the columns, stored ones first."""
         own = [text_of(name) for name in self._group.attrs["column-order"]]
         return pd.Index([*own, *(name for name in self.added if name not in own)], dtype=object)
 
@@ -121,7 +121,7 @@ class StoredCells:
 
     @property
     def index_name(self) -> str | None:
-        """Name of the index; none where it has none."""
+        """Name of the index, or None."""
         return None if self._index == "_index" else self._index
 
     @property
@@ -136,7 +136,7 @@ class StoredCells:
         return name in self.columns
 
     def __getitem__(self, name: str) -> pd.Series:
-        """Return a column; one of text as categories."""
+        """Return a column; a text column is returned as a categorical."""
         if name in self.added:
             return self.added[name]
         with refusing_damage(f"{self.url}: {OBS_OR_VAR}"):
@@ -144,21 +144,24 @@ class StoredCells:
             return pd.Series(values, name=name)
 
     def names(self) -> Iterator[np.ndarray]:
-        """Give the names of the cells, block by block."""
+        """Yield the cell names as text, block by block."""
         with refusing_damage(f"{self.url}: {OBS_OR_VAR}"):
             for block in self._blocks(self._index):
                 for start in range(0, len(block), TEXT_BLOCK):
                     yield block[start : start + TEXT_BLOCK].to_numpy(zero_copy_only=False)
 
     def text(self, name: str | None) -> pa.LargeStringArray | None:
-        """Return a column of text, or where none is named the cells' names; nothing where it is of another kind."""
-        if name in self.added or not self._is_text(name or self._index):
+        """Return a text column, or the cell names if `name` is None; return None if the column does not hold text."""
+        if not self._is_text(name or self._index):
             return None
         with refusing_damage(f"{self.url}: {OBS_OR_VAR}"):
             return joined(list(self._blocks(name or self._index)))
 
     def sample(self) -> pd.DataFrame:
-        """Return the first row, having read every column once: each has a type, so that one value tells what it holds."""
+        """Return the first row, after reading every column once to check it.
+
+        One row is enough to test whether a column can be written, because all values of a stored column have one type.
+        """
         return self._first
 
     @cached_property
@@ -168,7 +171,7 @@ class StoredCells:
             return pd.DataFrame(first, index=self._head(self._index), columns=self.columns).rename_axis(self.index_name)
 
     def _head(self, name: str) -> Any:
-        """Return the first value of a column, of which all are read; `ValueError` where they are not one a cell."""
+        """Read a column and return its first value as an array; `ValueError` unless it has one value per cell."""
         if self._is_text(name):
             blocks = iter(self._blocks(name))
             first = next(blocks, pa.array([], pa.large_string()))
@@ -177,13 +180,13 @@ class StoredCells:
                 first[:1].to_pylist(), dtype="string" if self._kind(name) == NULLABLE_TEXT else object
             )
         else:
-            values = self[name]
+            values = self[name].array  # without an index, which pandas would align with the names of the cells
             rows = len(values)
         if rows != self.rows:
             msg = f"column {name!r} has {rows} rows, others have {self.rows}"
             raise ValueError(msg)
         head = values[:1]
-        return head.cat.remove_unused_categories() if isinstance(head.dtype, pd.CategoricalDtype) else head
+        return head.remove_unused_categories() if isinstance(head, pd.Categorical) else head
 
     def frame(self) -> pd.DataFrame:
         """Return the whole table."""
@@ -191,17 +194,17 @@ class StoredCells:
         return table.assign(**{name: values.set_axis(table.index) for name, values in self.added.items()})
 
     def assign(self, **columns: pd.Series) -> StoredCells:
-        """Return the table with columns set, as a data frame's `assign` does."""
+        """Return a table with more columns, like `DataFrame.assign`; the store is not changed."""
         return replace(self, added={**self.added, **columns})
 
     def _kind(self, name: str) -> str:
         return text_of(self._group[name].attrs.get("encoding-type", ""))
 
     def _is_text(self, name: str) -> bool:
-        return self._kind(name) in (TEXT, NULLABLE_TEXT)
+        return name not in self.added and self._kind(name) in (TEXT, NULLABLE_TEXT)
 
     def _blocks(self, name: str) -> Iterator[pa.LargeStringArray]:
-        """Give a column of text, block by block."""
+        """Yield a stored text column block by block; missing values are null."""
         element = self._group[name]
         if not is_group(element):
             yield from text_blocks(element)
@@ -214,11 +217,11 @@ class StoredCells:
 
 
 ObsTable = HeldCells | StoredCells
-"""A table of cells; `columns`, `index`, `len`, `in` and `[]` mean what they do of a data frame."""
+"""A table of cells; `columns`, `index`, `len`, `in` and `[]` behave as on a data frame."""
 
 
 def _categories(blocks: Iterator[pa.LargeStringArray]) -> pd.Categorical:
-    """Return text as categories, in order of appearance."""
+    """Return blocks of text as one categorical, with categories in order of appearance."""
     kind = pa.dictionary(pa.int32(), pa.large_string())
     coded = (
         pa.chunked_array([block.dictionary_encode() for block in blocks], kind).unify_dictionaries().combine_chunks()
@@ -230,14 +233,13 @@ def _categories(blocks: Iterator[pa.LargeStringArray]) -> pd.Categorical:
 
 
 def stored_cells(group: Any, matrix: StoredMatrix) -> ObsTable:
-    """Return the `obs` of a store that holds a matrix: by columns where it is written as it is today, else read whole."""
+    """Return the `obs` beside a stored matrix: read by columns if its encoding is the current one, else read whole."""
     element, url = group["obs"], matrix.url
-    told = {name: text_of(element.attrs.get(name, "")) for name in ("encoding-type", "encoding-version", "_index")}
+    encoding = {name: text_of(element.attrs.get(name, "")) for name in ("encoding-type", "encoding-version", "_index")}
     with refusing_damage(f"{url}: {OBS_OR_VAR}"):
-        if hasattr(group, "filename"):
-            refuse_missing_filter(element, f"{url}: obs")
-        if (told["encoding-type"], told["encoding-version"]) == ("dataframe", "0.2.0") and is_group(element):
-            rows = _named_rows(element[told["_index"]])
+        refuse_missing_filter(element, f"{url}: obs")
+        if (encoding["encoding-type"], encoding["encoding-version"]) == ("dataframe", "0.2.0") and is_group(element):
+            rows = _named_rows(element[encoding["_index"]])
             if rows is not None:
                 cells = StoredCells(url, matrix.container, f"{matrix.folder}obs", rows)
                 cells.sample()
@@ -246,9 +248,9 @@ def stored_cells(group: Any, matrix: StoredMatrix) -> ObsTable:
 
 
 def _named_rows(index: Any) -> int | None:
-    """Return how many names an index of text holds; none where it is of another kind, or a name is missing.
+    """Return the number of names in a text index; None if the index is not text or a name is missing.
 
-    anndata writes it as an array of text; from 0.13 on, beside pandas 3, as one that may hold missing values.
+    anndata writes the index as a text array; from version 0.13 with pandas 3, as a nullable text array.
     """
     kind = text_of(index.attrs.get("encoding-type", ""))
     if not is_group(index):

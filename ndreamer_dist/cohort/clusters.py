@@ -1,9 +1,9 @@
-"""The two Leiden clusterings, at low and at high resolution (METHOD section 1.3).
+"""Cluster the cells with Leiden at a low and at a high resolution (METHOD section 1.3).
 
 Input: the packed cohort. Output: `cluster_low/<group>` and `cluster_high/<group>`, int32 labels; 0 is the largest
 cluster. Large groups are clustered separately, one task each; a label then has a meaning only inside its group.
-Otherwise one task clusters all cells together. Where one graph cannot hold the cells of a group or of the cohort, a
-sketch of them is clustered.
+Otherwise one task clusters all cells together. If the cells of a group or of the cohort are too many for one graph, a
+sample of them, the sketch, is clustered, and the other cells take labels from their nearest sketch cells.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLUSTER_LEVELS = (keys.PACKED_LOW, keys.PACKED_HIGH)
 
 @dataclass(frozen=True)
 class GraphTask:
-    """Cells `start:stop` of the packed store that share a graph, and the groups whose labels are to be written."""
+    """One neighbour graph: packed rows `start:stop` are its cells, `shards` the groups whose labels are missing."""
 
     number: int
     start: int
@@ -43,7 +43,7 @@ class GraphTask:
 
 
 def run_clusters(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
-    """Write the cluster labels of every group, or of those where they are missing."""
+    """Write the missing cluster labels, one shard per group."""
     groups = packed.design.groups
     way = clustered_by(settings.clusters, packed.n_rows, len(groups))
     shards = [_group_shard(group.code) for group in groups]
@@ -53,13 +53,13 @@ def run_clusters(run: RunDirectory, settings: Settings, packed: Packed, runtime:
     if not todo:
         return
     if way == "sketch":
-        _say_sketched(settings.clusters, packed.n_rows, len(groups))
+        _log_sketch(settings.clusters, packed.n_rows, len(groups))
         sketch, apart = [shard for shard in todo if shard.task is None], [s for s in todo if s.task is not None]
         stage.map(runtime, write_sketch, sketch, settings, packed, title="clusters: sketch")
         stage.map(runtime, write_labels, apart, settings, packed)
         return
     if way == "group":
-        _say_sketched_apart(settings.clusters, groups)
+        _log_group_sketches(settings.clusters, groups)
         tasks = [GraphTask(s.task, groups[s.task].start, groups[s.task].stop, (s,)) for s in todo]
     else:
         tasks = [GraphTask(len(shards), 0, packed.n_rows, tuple(todo))]
@@ -68,7 +68,7 @@ def run_clusters(run: RunDirectory, settings: Settings, packed: Packed, runtime:
 
 
 def clustered_by(settings: ClustersSettings, n_cells: int, n_groups: int) -> Literal["group", "all", "sketch"]:
-    """Return whether each group has a graph of its own, all cells share one, or a sketch of them does."""
+    """Return what is clustered: each group separately, all cells together, or a sketch of all cells."""
     if settings.within != "auto":
         return settings.within
     if n_cells >= settings.group_mean_cells * n_groups:
@@ -78,46 +78,46 @@ def clustered_by(settings: ClustersSettings, n_cells: int, n_groups: int) -> Lit
     return "sketch"
 
 
-def _say_sketched(settings: ClustersSettings, n_cells: int, n_groups: int) -> None:
+def _log_sketch(settings: ClustersSettings, n_cells: int, n_groups: int) -> None:
     logger.info(
-        "clusters: %d cells in groups of %d on average have neither one graph (clusters.max_cells) nor graphs of their own "
-        "(clusters.group_mean_cells): %d cells, the same share of every group, are clustered together, and the others take "
-        "the labels of the nearest of these",
+        "clusters: %d cells in groups of %d on average are too many for one graph (clusters.max_cells), and the groups "
+        "too small for graphs of their own (clusters.group_mean_cells): %d cells, the same share of every group, are "
+        "clustered together, and the others take the labels of the nearest of these",
         n_cells, n_cells // n_groups, min(settings.sketch_cells, n_cells),
     )  # fmt: skip
 
 
 def too_large(settings: ClustersSettings, group: Group) -> bool:
-    """Return whether a group that is clustered apart has too many cells for one graph."""
+    """Return whether a group is too large for its own graph, so that its own sketch is clustered instead."""
     return settings.within == "auto" and group.cells > settings.max_cells
 
 
-def _say_sketched_apart(settings: ClustersSettings, groups: Sequence[Group]) -> None:
+def _log_group_sketches(settings: ClustersSettings, groups: Sequence[Group]) -> None:
     large = [group.name for group in groups if too_large(settings, group)]
     if large:
         logger.info(
-            "clusters: of %s, too large for one graph (clusters.max_cells), %d cells each are clustered, and the others "
-            "take the labels of the nearest of these",
+            "clusters: %s: too large for one graph (clusters.max_cells), so %d cells of each are clustered, and the "
+            "others take the labels of the nearest of these",
             listing(large), settings.sketch_cells,
         )  # fmt: skip
 
 
 @loads(*LIBRARIES)
 def write_sketch(_: None, settings: Settings, packed: Packed) -> None:
-    """Cluster a sketch of the cells; a task."""
+    """Cluster a sketch of all cells and write it; a task."""
     seed = _seed(settings.seed, len(packed.design.groups))
     sketch_of(packed, settings.clusters, seed).write(packed.storage)
 
 
 def write_labels(code: int, settings: Settings, packed: Packed) -> None:
-    """Write the labels of one group by the sketch; a task."""
+    """Label the cells of one group by the stored sketch and write the labels; a task."""
     group = packed.design.groups[code]
     _write(packed, group, sketch_labels(group, packed, Sketch.read(packed.storage), settings.clusters))
 
 
 @loads(*LIBRARIES)
 def write_clusters(task: GraphTask, stage: StageRun, settings: Settings, packed: Packed) -> int:
-    """Cluster the cells of one graph and write the labels of its groups; a task."""
+    """Cluster the cells of one graph, write the labels of its groups and return the number of groups; a task."""
     groups = [packed.design.groups[shard.task] for shard in task.shards]
     seed = _seed(settings.seed, task.number)
     if len(groups) == 1 and too_large(settings.clusters, groups[0]):
@@ -137,7 +137,7 @@ def _write(packed: Packed, group: Group, labels: np.ndarray) -> None:
 
 
 def _seed(seed: int, number: int) -> int:
-    """Return the seed of one graph as scanpy and leidenalg take it."""
+    """Return the seed of one graph, a non-negative int32 as scanpy and leidenalg expect."""
     return int(np.random.SeedSequence((seed, keys.STREAMS[keys.STAGE_CLUSTERS], number)).generate_state(1)[0]) % 2**31
 
 

@@ -1,9 +1,13 @@
-"""The design of a cohort: names and codes of conditions, batches and groups, and the contrasts they allow.
+"""The design of a cohort: names and codes of conditions, batches and groups, and which groups are matched. Pure.
 
-Pure. Names come in (columns of obs) and names go out; integer codes are used only between. The control has code 0. The
+The functions take names (columns of obs) and return names; integer codes are internal. The control has code 0, and the
 other conditions follow in order of appearance. A *batch* is an observed combination of the batch covariates; a *group*
 is an observed (batch, condition) pair. Groups are numbered batch by batch, and by condition inside a batch. Each group
 owns contiguous rows of the packed store.
+
+Matching searches the nearest neighbours of the cells of a *query* group among the cells of a *target* group; such a
+pair of groups is an *edge*. A *mapping* adds the cells of another cohort to a finished run, as further groups behind
+those of the run.
 """
 
 from __future__ import annotations
@@ -48,13 +52,14 @@ from ndreamer_dist.settings import CohortSettings
 logger = logging.getLogger(__name__)
 
 MOST_STORED_EDGES = 1_000_000
-"""Pairs of groups that edges `all` may be: each is two files."""
+"""Most edges that `edges='all'` may store: each edge is two files."""
 EXCLUDED = "excluded condition"
-"""Why a cell of an excluded condition is left out."""
+"""Reason for which the cells of an excluded condition are left out."""
 MOST_EDGES = 20_000_000
-"""Pairs of groups to match at most: every one is a piece of work of its own."""
+"""Most edges of a run: each edge is one search."""
 
 NOTHING_ELSE = ConfigDict(extra="forbid")
+"""Makes the JSON reader refuse unknown fields."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Group:
 
 
 UNUSED_IN_MOST = ("mappings", "sampled", "new_controls")
-"""Fields of a design that are written where they say something."""
+"""Fields of a design that are omitted from its JSON if they are empty."""
 
 
 @dataclass(frozen=True)
@@ -86,22 +91,24 @@ class Design:
 
     Attributes
     ----------
+    condition_key, batch_keys
+        Columns of obs that the conditions and the batch covariates come from.
     conditions
-        Names; the control first.
+        Names of the conditions, the control first.
     batch_levels
         Names of the levels of each batch covariate; empty without a batch key.
     batches
         Names of the observed combinations, levels joined by `+`; one empty name without a batch key.
     groups
-        In packed order: `groups[i].code == i`.
+        The groups in packed order: `groups[i].code == i`.
     mappings
-        How many groups there were before each mapping onto a finished run; empty in a run. The cells of a group are matched
-        with the groups that were there before it was mapped, and with itself.
-    new_controls
-        Of cohorts that were mapped with controls of their own first, how many groups there were with these: the cohort's other
-        groups are matched with them as well.
+        Number of groups before each mapping, ascending; empty in a run. The cells of a mapped group are matched with
+        the groups that existed before its mapping, and with the group itself.
     sampled
-        How many groups of a condition, besides its own, a cell is matched in at most; 0 for all.
+        Most groups of a condition, not counting its own, that one cell is matched with; 0 for all.
+    new_controls
+        For each mapped cohort whose own controls were mapped first, the number of groups including these controls. The
+        other groups of that cohort are matched with them as well.
     """
 
     __pydantic_config__ = NOTHING_ELSE
@@ -117,27 +124,27 @@ class Design:
 
     @property
     def onto(self) -> int:
-        """How many groups, the first ones, are those that this cohort is mapped onto; 0 for a run."""
+        """Number of groups, the first ones, that this cohort is mapped onto; 0 in a run."""
         return self.mappings[-1] if self.mappings else 0
 
     @property
     def n_cells(self) -> int:
-        """Number of kept cells, those that others are mapped onto among them."""
+        """Number of kept cells, including those that this cohort is mapped onto."""
         return self.groups[-1].stop
 
     @property
     def own_groups(self) -> tuple[Group, ...]:
-        """The groups of this cohort itself: all, where it is not mapped onto others."""
+        """The groups of this cohort, without those that it is mapped onto."""
         return self.groups[self.onto :]
 
     @property
     def first_row(self) -> int:
-        """Row of the first cell of this cohort itself."""
+        """Packed row of the first cell of `own_groups`."""
         return self.own_groups[0].start
 
     @property
     def own_cells(self) -> int:
-        """Number of cells of this cohort itself."""
+        """Number of cells of `own_groups`."""
         return self.n_cells - self.first_row
 
     @property
@@ -147,11 +154,14 @@ class Design:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """First packed row of every group, and the number of cells at the end: (groups + 1,) int64."""
+        """First packed row of each group, and the number of cells at the end: (groups + 1,) int64."""
         return np.array([group.start for group in self.groups] + [self.n_cells], dtype=np.int64)
 
     def stored_starts(self, code: int = -1) -> np.ndarray:
-        """First packed row of every group that was there before a group was mapped, by default the last, and where these end."""
+        """Return the first packed row of each group that existed before group `code` was mapped, and their last stop.
+
+        The default is the last group. In a run these are the starts of all groups.
+        """
         return self.starts[: self._before(code % len(self.groups), self.mappings) + 1]
 
     def group_of(self, rows: np.ndarray) -> np.ndarray:
@@ -160,12 +170,12 @@ class Design:
 
     @cached_property
     def group_conditions(self) -> np.ndarray:
-        """Condition code of every group: (groups,) int64."""
+        """Condition code of each group: (groups,) int64."""
         return np.array([group.condition for group in self.groups], dtype=np.int64)
 
     @cached_property
     def group_batch_codes(self) -> np.ndarray:
-        """Level code of every group and batch covariate: (groups, covariates) int64."""
+        """Level code of each group in each batch covariate: (groups, covariates) int64."""
         codes = [group.batch_codes for group in self.groups]
         return np.array(codes, dtype=np.int64).reshape(len(self.groups), len(self.batch_levels))
 
@@ -175,16 +185,17 @@ class Design:
 
     @property
     def fewest_groups(self) -> int:
-        """In how many groups of a condition a cell is matched at the least; onto a finished run, in those of that run."""
+        """Smallest number of groups of one condition that a cell is matched with, without mapped groups."""
         run = self.group_conditions[: self.stored_for(0)]
         fewest = int(np.unique(run, return_counts=True)[1].min())
         return min(fewest, self.sampled or fewest)
 
     def counted(self, condition: int, group: Group) -> list[Group]:
-        """Return the groups that the expected expression of a group's cells under a condition is read from, in order.
+        """Return the groups whose matches give the expected expression F of a group's cells under a condition.
 
-        They are those of the condition, or an arc of them (see `taking`); of cells that are mapped onto others, the group
-        itself alone besides those that were there before.
+        In a full match they are all groups of the condition; with `sampled`, the group's arc of them (see `taking`) and
+        the group itself if it has the condition. For a mapped group they are limited to the groups that existed before
+        its mapping, and the group itself.
         """
         if not self.sampled:
             return self._members(condition, group)
@@ -192,7 +203,7 @@ class Design:
         return sorted([*self._arc(condition, group), *own], key=lambda other: other.code)
 
     def number(self, condition: int, group: Group) -> int:
-        """Return how many groups the expected expression of a group's cells under a condition is the mean over."""
+        """Return the number of groups that F of a group's cells under a condition averages in a full match."""
         return len(self._members(condition, group))
 
     def _members(self, condition: int, group: Group) -> list[Group]:
@@ -200,19 +211,19 @@ class Design:
         return [other for other in self.with_condition(condition) if other.code < stored or other == group]
 
     def stored(self, condition: int) -> list[Group]:
-        """Return the groups of a condition that the cells of every group are matched with where they need them."""
+        """Return the groups of a condition that belong to the run, not to a mapped cohort."""
         return [group for group in self.with_condition(condition) if group.code < self.stored_for(0)]
 
     def stored_for(self, code: int) -> int:
-        """Return how many groups, the first ones, a group's cells are matched with, besides itself."""
+        """Return n such that a group's cells may be matched with the first n groups, and the group itself."""
         return self._before(code, (*self.mappings, *self.new_controls))
 
     def _before(self, code: int, counts: Sequence[int]) -> int:
-        """Return the largest of some numbers of groups that a group comes after; the run's where it is one of the run."""
+        """Return the largest of some group counts up to `code`; for a group of the run, the run's own count."""
         return max((count for count in counts if count <= code), default=(*self.mappings, len(self.groups))[0])
 
     def condition_code(self, name: str) -> int:
-        """Return a condition's code; `QueryError` lists the names where there is none of this name."""
+        """Return the code of a condition; the `QueryError` for an unknown name lists the conditions."""
         if name not in self.conditions:
             msg = (
                 f"there is no condition {quoted(name)}; there are {listing(self.conditions)}."
@@ -232,31 +243,37 @@ class Design:
         return self._of_conditions[query.condition]
 
     def sampling(self, groups: int | None) -> Design:
-        """Return the same design with so many groups of a condition to match a group's cells with; none for all."""
+        """Return the design with `sampled` set to `groups`; None matches with all groups."""
         return replace(self, sampled=groups or 0)
 
     @cached_property
     def _arcs(self) -> dict[tuple[int, int], list[Group]]:
-        """What `_arc` gave, by condition and group."""
+        """Cache of `_arc`, by condition and group code."""
         return {}
 
     def _arc(self, condition: int, group: Group) -> list[Group]:
-        """Return the groups of a condition, besides its own, that a group's cells are matched with by turns; see `sample`."""
+        """Return a group's arc: the groups of a condition, without itself, that its cells share (see `sample`)."""
         if (condition, group.code) not in self._arcs:
-            is_there = self.group_conditions[: self.stored_for(group.code)] == condition
-            others, inside = np.flatnonzero(is_there), bool(is_there[group.code : group.code + 1].any())
-            if group.code >= len(is_there):  # its sample is the same whatever is mapped with it
+            has_condition = self.group_conditions[: self.stored_for(group.code)] == condition
+            members, inside = np.flatnonzero(has_condition), bool(has_condition[group.code : group.code + 1].any())
+            if group.code >= len(has_condition):  # a mapped group: its arc must not depend on others mapped with it
                 place = zlib.crc32(group.name.encode())
             elif inside:
-                place = int(is_there[: group.code].sum())
-            else:  # those of all other conditions are spread round the circle together: one may have a single group
-                place = int((~is_there[: group.code]).sum()) * len(others) // int((~is_there).sum())
-            taken = arc(len(others), self.sampled, place, inside=inside) if len(others) else []
-            self._arcs[condition, group.code] = [self.groups[others[number]] for number in taken]
+                place = int(has_condition[: group.code].sum())
+            else:  # spread the groups of all other conditions together, since one condition may have a single group
+                place = int((~has_condition[: group.code]).sum()) * len(members) // int((~has_condition).sum())
+            numbers = arc(len(members), self.sampled, place, inside=inside) if len(members) else []
+            self._arcs[condition, group.code] = [self.groups[members[number]] for number in numbers]
         return self._arcs[condition, group.code]
 
     def taking(self, query: Group, target: Group, cells: np.ndarray) -> np.ndarray:
-        """Return which cells of a group, by their number in it, are matched in another: (cells,) bool; all in a full match."""
+        """Return which cells of a query group are matched with a target group: (cells,) bool; all in a full match.
+
+        Parameters
+        ----------
+        cells
+            (cells,) positions of the cells in the query group.
+        """
         if not self.sampled or query == target:
             return np.ones(len(cells), dtype=bool)
         targets = self._arc(target.condition, query)
@@ -265,82 +282,88 @@ class Design:
         return takes(targets.index(target), len(targets), self.sampled, cells)
 
     def takes_all(self, query: Group, target: Group) -> bool:
-        """Return whether all cells of a group are matched in another where they need matches there."""
+        """Return whether every cell of a query group is matched with a target group."""
         if not self.sampled or query == target:
             return True
         targets = self._arc(target.condition, query)
         return len(targets) <= self.sampled and target in targets
 
     def stands_for(self, condition: int, group: Group) -> float:
-        """Return how many groups each that a cell is matched in stands for, its own left out: 1 where all are taken."""
+        """Return the weight of a sampled group: members of the condition per group that a cell is matched with.
+
+        The cell's own group is not counted. The weight is 1 in a full match.
+        """
         others = len(self._members(condition, group)) - (group.condition == condition)
         return others / min(self.sampled or others, others) if others else 1.0
 
     @cached_property
     def _by_condition(self) -> dict[int, list[Group]]:
-        """Per condition its groups, in order."""
-        own: dict[int, list[Group]] = {}
+        """The groups of each condition, in order."""
+        members: dict[int, list[Group]] = {}
         for group in self.groups:
-            own.setdefault(group.condition, []).append(group)
-        return own
+            members.setdefault(group.condition, []).append(group)
+        return members
 
     @cached_property
     def _of_conditions(self) -> dict[int, list[Group]]:
-        """Per condition, the groups of it and of the control, in order."""
-        own, control = self._by_condition, self.with_condition(0)
-        return {c: sorted({*members, *control}, key=lambda group: group.code) for c, members in own.items()}
+        """The groups of each condition and of the control, in order."""
+        control = self.with_condition(0)
+        return {
+            condition: sorted({*members, *control}, key=lambda group: group.code)
+            for condition, members in self._by_condition.items()
+        }
 
     def refuse_all_edges(self) -> None:
-        """Refuse to match every group with every other where that is for later questions alone and takes the square.
+        """Refuse `edges='all'` if the number of edges, the square of the number of groups, is too large to store.
 
         Raises
         ------
         QueryError
-            There are more than a million pairs.
+            There are more than a million edges.
         """
         pairs = len(self.groups) ** 2
         if pairs > MOST_STORED_EDGES:
             msg = (
-                f"edges 'all' are {pairs} pairs of {len(self.groups)} groups, more than {MOST_STORED_EDGES} to store; effects of "
-                "any condition on any cell are searched when they are asked for, and `match DIR --edges NAME` adds those of one"
+                f"edges 'all' are {pairs} pairs of {len(self.groups)} groups, more than {MOST_STORED_EDGES} to store; effects "
+                "of any condition on any cell are computed on request, and `match DIR --edges NAME` adds those of one condition"
             )
             raise QueryError(msg)
 
     def queries(self, target: Group) -> list[Group]:
-        """Return the groups whose cells need matches in a group, in order: the other way round of needed `targets`."""
+        """Return the groups whose cells are matched with a target group, in order: the inverse of `targets`."""
         if self.onto or self.sampled:
             return self._queries.get(target.code, [])
         return list(self.groups) if target.condition == 0 else self.with_condition(target.condition)
 
     @cached_property
     def _queries(self) -> dict[int, list[Group]]:
-        """By code of a target group, the groups whose cells need matches in it."""
-        found: dict[int, list[Group]] = {}
+        """The query groups of each target group, by the target's code."""
+        queries: dict[int, list[Group]] = {}
         for query in self.own_groups:
             for target in self.targets(query, "needed"):
-                found.setdefault(target.code, []).append(query)
-        return found
+                queries.setdefault(target.code, []).append(query)
+        return queries
 
     @property
     def is_screen(self) -> bool:
-        """Whether there are so many conditions that they are looked at together and not one by one."""
+        """Whether the cohort is a screen: it has so many conditions that the report shows them together."""
         return len(self.conditions) >= SCREEN_CONDITIONS
 
     def needed_edges(self, edges: Literal["needed", "all"]) -> list[tuple[int, int]]:
-        """Return the (query group, target group) pairs to search, by query group and then by target group.
+        """Return the edges to search as (query code, target code), ordered by query and then by target.
 
-        `needed`: every group to the groups of its own condition (itself among them: the nearest *other* cell) and of
-        the control. `all`: every pair.
+        `needed`: each group with the groups of its own condition and of the control; the edge to itself finds the
+        nearest *other* cell. `all`: each pair of groups.
         """
         return [(query.code, target.code) for query in self.own_groups for target in self.targets(query, edges)]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the design as plain values."""
+        """Return the design as plain values for JSON."""
         return {name: value for name, value in asdict(self).items() if value or name not in UNUSED_IN_MOST}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Design:
-        """Read what `to_json` gave; `StoreError` where it was anything else: it comes from a file."""
+        """Read the output of `to_json` from a file; `StoreError` if it is damaged."""
         try:
             design = _DESIGNS.validate_python(value)
         except ValidationError as error:
@@ -353,7 +376,7 @@ class Design:
         return design
 
     def _fits(self) -> bool:
-        """Return whether the groups follow each other and name conditions and batches that are there."""
+        """Return whether the groups are contiguous and all codes and counts are in range."""
         stops = [0, *(group.stop for group in self.groups)]
         return (
             len(self.conditions) > 1
@@ -379,14 +402,14 @@ _DESIGNS = TypeAdapter(Design)
 
 @dataclass(frozen=True)
 class GroupedCells:
-    """A design, and what became of every input cell by it.
+    """A design, and the group of each input cell or the reason why the cell is left out.
 
     Attributes
     ----------
     groups
         (cells,) int32 group codes; -1 for cells left out.
     reasons
-        (cells,) why a cell was left out, texts as categories, the first of them empty.
+        (cells,) reasons; the first category is empty, for cells that `build_design` did not leave out.
     """
 
     design: Design
@@ -395,12 +418,17 @@ class GroupedCells:
 
 
 def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[Any]:
-    r"""Return a condition per cell: its values in several columns, joined by `:`; `\` and `:` inside values are escaped.
+    r"""Combine several columns to one condition per cell: values joined by `:`, with `\` and `:` in values escaped.
+
+    Returns
+    -------
+    (cells,) categorical; the categories are sorted by name.
 
     Raises
     ------
     CohortError
-        A column is missing, stands twice or has missing values; or one of the combinations' name says something else.
+        A column does not exist, is named twice or has missing values; or obs already has a column with the combined
+        name and other values.
     """
     for name in factors:
         if name not in obs:
@@ -418,37 +446,39 @@ def combined_conditions(obs: ColumnTable, factors: Sequence[str]) -> pd.Series[A
     ]
     order = np.argsort(names, kind="stable")
     levels_sorted = pd.Index(np.array(names, dtype=object)[order])
-    found = pd.Series(pd.Categorical.from_codes(np.argsort(order)[codes].astype(np.int32), levels_sorted))
+    conditions = pd.Series(pd.Categorical.from_codes(np.argsort(order)[codes].astype(np.int32), levels_sorted))
     key = ":".join(factors)
-    if key in obs and not (obs[key].astype(str).to_numpy() == found.astype(str).to_numpy()).all():
+    if key in obs and not (obs[key].astype(str).to_numpy() == conditions.astype(str).to_numpy()).all():
         msg = f"obs has a column {quoted(key)} that is not {listing(factors)} joined by ':'; rename it"
         raise CohortError(msg)
-    return found
+    return conditions
 
 
 def build_design(obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray | None = None) -> GroupedCells:
-    """Return the design of a cohort, the group of every input cell, and why a cell was left out here.
+    """Build the design of a cohort from the names in its columns.
 
     Parameters
     ----------
     obs
-        The cells' table; columns that are not text are named by `str()`.
+        Table of the cells; values that are not text are named by `str()`.
     cohort
-        Names the condition, the control, the batch covariates and the conditions to leave out. Of groups of fewer than
-        `min_group_cells` cells, `small_groups` says what is done: `drop` leaves their cells out, `error` refuses,
-        `merge` asks the number of a condition, and merges those of its batches that have fewer than a quarter of it;
-        `auto` is `merge` in a screen, else `drop`. `rare_conditions` says it of conditions that would vanish by that.
+        Settings: the keys, the control, the conditions to exclude, and the treatment of groups with fewer than
+        `min_group_cells` cells. `small_groups="drop"` leaves their cells out, `"keep"` keeps them, `"error"` refuses
+        the cohort. `"merge"` requires the number of each condition instead, and merges those batches of a condition
+        that have fewer than a quarter of it. `"auto"` is `"merge"` in a screen, else `"drop"`. `rare_conditions`
+        decides whether a condition that loses all its cells in this way is an error or is dropped.
     keep
-        (cells,) bool, the cells to look at; none: all.
+        (cells,) bool, cells to include; None for all.
 
     Returns
     -------
-    METHOD's notation: control first, the rest by appearance among the kept cells. Cells left out by `keep` have no reason.
+    The design, the group of each input cell, and why a cell is left out. Conditions are numbered as in METHOD: the
+    control first, the others by appearance among the kept cells. Cells that `keep` leaves out have no reason.
 
     Raises
     ------
     CohortError
-        A column is missing or has missing values; the control or a second condition is not there, or would vanish.
+        A column does not exist or has missing values; the control or a second condition has no cells, or loses all.
     """
     keep = np.ones(len(obs), dtype=bool) if keep is None else keep
     condition_key, control = _check_keys(obs, cohort)
@@ -474,9 +504,9 @@ def build_design(obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray | No
 
 
 def report_design(design: Design, small: SmallGroupsReport) -> list[str]:
-    """Log what is worth knowing about a design and return it as notes.
+    """Log the notes on a design and return them.
 
-    They are of small groups, batches without controls, conditions that are confounded with batches, and odd names.
+    They report small groups, batches without controls, conditions that are confounded with batches, and odd names.
     """
     batches = {name: {group.batch for group in design.with_condition(c)} for c, name in enumerate(design.conditions)}
     names = [*design.conditions, *itertools.chain(*design.batch_levels)]
@@ -493,12 +523,12 @@ def report_design(design: Design, small: SmallGroupsReport) -> list[str]:
 
 
 def pair_codes(obs: ColumnTable, condition_key: str, batch_keys: Sequence[str]) -> np.ndarray:
-    """Return a code of every cell's (batch, condition) pair, whatever its size: (cells,) int32."""
+    """Return a code per cell for its (batch, condition) pair, small groups included: (cells,) int32."""
     return combined([named_column(obs, name).codes for name in (*batch_keys, condition_key)])
 
 
 def _check_keys(obs: ColumnTable, cohort: CohortSettings) -> tuple[str, str]:
-    """Refuse keys that are no columns, or are given twice; return the column of conditions and the control."""
+    """Check that the keys are different columns of obs and are set; return the condition column and the control."""
     condition_key, batch_keys = cohort.condition_column, cohort.batch_key
     if condition_key is None:
         msg = (
@@ -524,7 +554,13 @@ def _check_keys(obs: ColumnTable, cohort: CohortSettings) -> tuple[str, str]:
 
 
 def excluded(obs: ColumnTable, key: str, names: Sequence[str], control: str | None = None) -> np.ndarray:
-    """Return which cells are of an excluded condition: (cells,) bool; `CohortError` where no cell is, or it is the control."""
+    """Return which cells have an excluded condition: (cells,) bool.
+
+    Raises
+    ------
+    CohortError
+        An excluded condition has no cell, or is the control.
+    """
     column = named_column(obs, key)
     levels = [level_meant(obs[key], column.levels, name) for name in names]
     absent = [name for name in levels if name not in column.levels]
@@ -570,7 +606,7 @@ def _check_edges(design: Design) -> None:
 def _coded(
     condition_key: str, control: str, batch_keys: tuple[str, ...], columns: Sequence[NamedColumn], keep: np.ndarray
 ) -> tuple[Design, np.ndarray]:
-    """Return the design of the kept cells, all numbered by appearance among them, and every cell's group."""
+    """Return the design of the kept cells, numbered by appearance among them, and each cell's group code (-1: none)."""
     *batch_columns, condition = (restricted(column, keep) for column in columns)
     conditions = (control, *(name for name in condition.levels if name != control))
     code_of = {name: code for code, name in enumerate(conditions)}

@@ -1,7 +1,7 @@
-"""Clusters of cells on one graph: scanpy's principal components, its default neighbour graph, and Leiden. Pure.
+"""Cluster cells on one graph: scanpy's principal components, its default neighbour graph, and Leiden. Pure.
 
 Input: expression. Output: labels; 0 is the largest cluster (METHOD section 1.3). scanpy and the Leiden packages take
-two seconds to import. They are imported where a graph is made, so the driver of a job on Ray does not import them.
+two seconds to import, so they are imported inside functions, and the driver of a job on Ray does not load them.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from scipy import sparse
 from ndreamer_dist.settings import ClustersSettings
 
 LIBRARIES = ("scanpy", "igraph", "leidenalg")
-"""What is loaded where it is used."""
+"""Packages that a clustering task imports."""
 FEWEST_CELLS = 4
-"""Fewer cells have no graph worth the name: they are one cluster."""
+"""Fewer cells than this form one cluster without a graph."""
 QUERY_ROWS = 4096
-"""Cells whose neighbours are searched at once: fixed, since FAISS's arithmetic depends on it."""
+"""Queries of one neighbour search; constant, because the arithmetic of FAISS depends on the number of queries."""
 BISECTIONS, BISECTION_TOLERANCE, LEAST_SCALE = 64, 1e-5, 1e-3
-"""UMAP's constants for the scale of a cell's neighbourhood."""
+"""Constants of UMAP's `smooth_knn_dist`, which finds the scale of a cell's neighbourhood."""
 SPARE_CANDIDATES = 8
-"""Candidates taken beyond the neighbours asked for, so that exact distances can decide among near-ties."""
+"""Candidates searched beyond k, so that exact distances can decide among near-ties."""
 
 
 def cluster_cells(x: sparse.csr_matrix, settings: ClustersSettings, seed: int) -> np.ndarray:
-    """Return the low and the high labels of some cells, 0 the largest cluster: (2, cells) int32.
+    """Return the low and the high cluster label of each cell, 0 for the largest cluster: (2, cells) int32.
 
     Parameters
     ----------
@@ -38,23 +38,23 @@ def cluster_cells(x: sparse.csr_matrix, settings: ClustersSettings, seed: int) -
 
 
 def one_cluster(x: sparse.csr_matrix) -> bool:
-    """Return whether cells are too few, or too alike, to have a graph."""
+    """Return whether the cells are too few or too similar for a graph, so that they form one cluster."""
     return x.shape[0] < FEWEST_CELLS or x.shape[1] < 2 or x.nnz == 0 or not _varies(x)
 
 
 def cluster_points(points: np.ndarray, settings: ClustersSettings, seed: int) -> np.ndarray:
-    """Return the low and the high labels of (cells, components) points: (2, cells) int32."""
+    """Return the low and the high cluster label of points, (cells, components), as (2, cells) int32."""
     graph = neighbour_graph(points, settings.n_neighbors)
     resolutions = settings.low_resolution, settings.high_resolution
     return np.stack([leiden(graph, r, settings.iterations, seed, settings.flavor) for r in resolutions])
 
 
 def scanpy_pca(x: sparse.csr_matrix, n_pcs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return scanpy's principal components, fewer of them where cells or genes are few.
+    """Return scanpy's principal components: at most `n_pcs`, and fewer than there are cells and genes.
 
     Returns
     -------
-    The cells on them, (cells, components) float32, and their axes, (genes, components) float64.
+    The scores of the cells, (cells, components) float32, and the axes, (genes, components) float64.
     """
     import scanpy as sc
 
@@ -64,13 +64,12 @@ def scanpy_pca(x: sparse.csr_matrix, n_pcs: int, seed: int) -> tuple[np.ndarray,
 
 
 def neighbour_graph(points: np.ndarray, n_neighbors: int) -> sparse.csr_matrix:
-    """Return scanpy's default neighbour graph (UMAP's fuzzy set union), by exact neighbours: (cells, cells).
+    """Return scanpy's default neighbour graph (UMAP's fuzzy set union) of exact neighbours: (cells, cells).
 
-    Written out here since numba takes half a minute to compile umap's version, anew in every process.
+    This repeats umap's code, because numba takes half a minute to compile it in every process.
     """
     cells = len(points)
-    # As scanpy does for small data.
-    k = n_neighbors if n_neighbors <= cells else 1 + cells // 2
+    k = n_neighbors if n_neighbors <= cells else 1 + cells // 2  # as scanpy does for small data
     indices, distances = nearest_with_self(np.ascontiguousarray(points, dtype=np.float32), k)
     strengths = membership_strengths(distances)
     edges = (strengths.ravel(), indices.ravel(), np.arange(0, cells * k + 1, k))
@@ -81,9 +80,10 @@ def neighbour_graph(points: np.ndarray, n_neighbors: int) -> sparse.csr_matrix:
 
 
 def membership_strengths(distances: np.ndarray) -> np.ndarray:
-    """Return how strongly each cell holds to its neighbours: (cells, k) in [0, 1], the first column itself and 0.
+    """Return UMAP's membership strengths of each cell's neighbours: (cells, k) in [0, 1].
 
-    `exp(-(d - nearest) / scale)`, with the scale at which a cell's strengths sum to log2(k), found by bisection.
+    The strength is `exp(-(d - nearest) / scale)`. Bisection finds the scale at which the strengths of a cell sum to
+    log2(k). The first column is the cell itself, with strength 0.
     """
     k = distances.shape[1]
     above = np.where(distances > 0, distances, np.inf).min(axis=1)
@@ -106,20 +106,20 @@ def membership_strengths(distances: np.ndarray) -> np.ndarray:
 
 
 def nearest_with_self(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k nearest points of every point and their distances; itself first, ties to the smaller row."""
-    import faiss  # of two builds, and neither is a dependency: see `engines.require_faiss`
+    """Return (points, k) rows and distances of each point's k nearest: itself first, ties by the smaller row."""
+    import faiss  # users choose one of two builds, so it is no dependency: see `engines.require_faiss`
 
     indices, distances = np.empty((len(x), k), dtype=np.int64), np.empty((len(x), k), dtype=np.float64)
     wanted = min(len(x), k + SPARE_CANDIDATES)
     for start in range(0, len(x), QUERY_ROWS):
         rows = np.arange(start, min(start + QUERY_ROWS, len(x)))
-        _, found = faiss.knn(x[rows], x, wanted)
-        # Among many copies of a cell, the cell itself may not have been found.
-        found[:, -1] = np.where((found == rows[:, None]).any(axis=1), found[:, -1], rows)
-        exact = np.linalg.norm(x[rows].astype(np.float64)[:, None, :] - x[found].astype(np.float64), axis=2)
-        exact[found == rows[:, None]] = -1.0  # the cell itself comes first, whatever copies it has
-        order = np.lexsort((found, exact), axis=1)[:, :k]
-        indices[rows] = np.take_along_axis(found, order, axis=1)
+        _, near = faiss.knn(x[rows], x, wanted)
+        # A cell with many copies may be missing among its own candidates.
+        near[:, -1] = np.where((near == rows[:, None]).any(axis=1), near[:, -1], rows)
+        exact = np.linalg.norm(x[rows].astype(np.float64)[:, None, :] - x[near].astype(np.float64), axis=2)
+        exact[near == rows[:, None]] = -1.0  # sorts the cell itself before its copies
+        order = np.lexsort((near, exact), axis=1)[:, :k]
+        indices[rows] = np.take_along_axis(near, order, axis=1)
         distances[rows] = np.maximum(np.take_along_axis(exact, order, axis=1), 0.0)
     return indices, distances
 
@@ -127,7 +127,7 @@ def nearest_with_self(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def leiden(
     graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int, flavor: str = "leidenalg"
 ) -> np.ndarray:
-    """Return Leiden's labels as scanpy's flavour of that name gives them, 0 the largest cluster: (cells,) int32."""
+    """Return the labels of scanpy's Leiden flavour `flavor`, 0 for the largest cluster: (cells,) int32."""
     return largest_first(FLAVORS[flavor](graph, resolution, iterations, seed))
 
 
@@ -150,7 +150,7 @@ def _leidenalg(graph: sparse.csr_matrix, resolution: float, iterations: int, see
 def _igraph(graph: sparse.csr_matrix, resolution: float, iterations: int, seed: int) -> np.ndarray:
     import scanpy as sc
 
-    # By scanpy, which lends igraph a random generator of the seed's and takes it back.
+    # Through scanpy, which sets igraph's random generator from the seed and restores it.
     cells = ad.AnnData(sparse.csr_matrix((graph.shape[0], 1), dtype=np.float32))
     sc.tl.leiden(
         cells, resolution, adjacency=graph, flavor="igraph", directed=False, n_iterations=iterations, random_state=seed
@@ -162,7 +162,7 @@ FLAVORS = {"leidenalg": _leidenalg, "igraph": _igraph}
 
 
 def largest_first(labels: np.ndarray) -> np.ndarray:
-    """Return labels numbered by size, the largest 0; of two as large, the one met first: (cells,) int32."""
+    """Renumber clusters by size, the largest 0, ties by first appearance: (cells,) int32."""
     _, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     rank = np.empty(len(counts), dtype=np.int32)
     rank[np.lexsort((first, -counts))] = np.arange(len(counts), dtype=np.int32)
@@ -170,5 +170,5 @@ def largest_first(labels: np.ndarray) -> np.ndarray:
 
 
 def _varies(x: sparse.csr_matrix) -> bool:
-    """Return whether any gene differs between any two cells."""
+    """Return whether any two cells differ in any gene."""
     return bool((x - sparse.csr_matrix(np.ones((x.shape[0], 1), dtype=x.dtype)) @ x[:1]).count_nonzero())

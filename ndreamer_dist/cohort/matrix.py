@@ -1,8 +1,8 @@
-"""Matrices of cells x genes that are read by ranges of rows: in memory, or as blocks of a dask array.
+"""Read cells x genes matrices in memory, or the blocks of a dask array, by ranges of rows.
 
-Every kind returns the same: CSR float32 with sorted indices, without stored zeros, each gene once per cell. Where a
-cell holds a gene twice, the values are added, as scipy, anndata and scanpy do; `tidied` counts them. Matrices are cheap
-to send to a task. `stored.py` has the matrices in files.
+Every kind of matrix returns CSR float32 with sorted indices, without stored zeros and with each gene once per cell. If
+a cell stores a gene twice, the values are added, as scipy, anndata and scanpy do; `tidied` counts them. Matrices are
+cheap to send to a task. Matrices in files are in `stored.py`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class Matrix(Protocol):
 
     @property
     def factor(self) -> float:
-        """What every value is multiplied by: the natural logarithm of a base, where values are logarithms to that base."""
+        """Factor of every value; it turns logarithms to another base into natural ones, else it is 1."""
         ...
 
     def raw_rows(self, start: int, stop: int) -> Any:
-        """Return the rows `start:stop` as they are held, dense or sparse (see `csr_rows`)."""
+        """Return the rows `start:stop` as they are stored, dense or sparse, without `factor` (see `csr_rows`)."""
         ...
 
 
 @dataclass(frozen=True)
 class MemoryMatrix:
-    """A matrix in memory: the caller's own, or a handle to the one copy that tasks share.
+    """A matrix in memory: the caller's own, or a handle to the copy in the object store that tasks share.
 
-    Of a dask array, dense or of sparse blocks, a task computes the blocks that hold its rows.
+    If the values are a dask array, of dense or sparse blocks, a task computes only the blocks that hold its rows.
     """
 
     values: Any  # csr_matrix, csr_array, 2-d array or dask array; or a handle to one
@@ -58,16 +58,16 @@ class MemoryMatrix:
         return rows.compute(scheduler="synchronous") if is_dask(rows) else rows
 
     def share(self, runtime: Runtime) -> MemoryMatrix:
-        """Return the same matrix with its values put once where tasks can see them."""
+        """Return the same matrix with its values in the runtime's object store, put there once for all tasks."""
         return replace(self, values=runtime.put(self.values), shared=True)
 
 
 def memory_matrix(values: Any) -> MemoryMatrix:
-    """Return a matrix of an AnnData; `CohortError` where it is none of numbers."""
+    """Wrap a matrix of an AnnData; `CohortError` if it is not a two-dimensional matrix of real numbers."""
     if is_dask(values) and values.ndim == 2:
         check_numbers(values.dtype, "the AnnData: the matrix")
         rows, genes = (int(n) for n in values.shape)
-        # Along one row lies one block: a task then computes what it returns and nothing else.
+        # Make each block span all genes, so that a task computes only the blocks of its rows.
         whole = values.rechunk({1: -1})
         return MemoryMatrix(whole, "dense", (rows, genes), rows * genes, str(values.dtype))
     if sparse.issparse(values) or isinstance(values, np.ndarray):
@@ -88,21 +88,21 @@ def is_dask(values: Any) -> bool:
 
 
 def check_numbers(dtype: Any, where: str) -> None:
-    """Refuse what is not whole or real numbers: an imaginary part, say, would be lost without a word."""
+    """Refuse any dtype but integers and floats; the imaginary part of complex numbers, say, would be lost silently."""
     if np.dtype(dtype).kind not in "iuf":
         msg = f"{where} holds {np.dtype(dtype).name} values; expected counts or log-normalised expression"
         raise CohortError(msg)
 
 
 def widened(values: np.ndarray) -> np.ndarray:
-    """Return values of half precision in single precision, since scipy makes no sparse matrix of them; others as they are."""
+    """Convert float16 to float32, because scipy has no float16 sparse matrices; return other values unchanged."""
     return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def tidied(values: Any) -> tuple[sparse.csr_matrix, int]:
-    """Return values as CSR float32, indices sorted, each gene once a cell, no stored zeros; the input is not changed.
+    """Return values as canonical CSR float32 without stored zeros, and how many duplicate entries were added up.
 
-    The second value is how many were added to another of the same cell and gene.
+    Canonical: indices are sorted and each gene is stored once per cell. The input is not changed.
     """
     rows = sparse.csr_matrix(widened(values) if isinstance(values, np.ndarray) else values)
     changed = sparse.csr_matrix(
@@ -122,7 +122,7 @@ def tidied(values: Any) -> tuple[sparse.csr_matrix, int]:
 
 
 def rows_and_repeats(matrix: Matrix, start: int, stop: int) -> tuple[sparse.csr_matrix, int]:
-    """Return the rows `start:stop` as `csr_rows` does, and how many values were added to others."""
+    """Return the rows `start:stop` as `csr_rows` does, and how many duplicate entries were added up."""
     rows, repeated = tidied(matrix.raw_rows(start, stop))
     if matrix.factor == 1.0:
         return rows, repeated
@@ -131,5 +131,5 @@ def rows_and_repeats(matrix: Matrix, start: int, stop: int) -> tuple[sparse.csr_
 
 
 def csr_rows(matrix: Matrix, start: int, stop: int) -> sparse.csr_matrix:
-    """Return the rows `start:stop`: (rows, genes) CSR float32, sorted indices, each gene once a cell, no stored zeros."""
+    """Return the rows `start:stop`: (rows, genes) canonical CSR float32 without stored zeros, times `factor`."""
     return rows_and_repeats(matrix, start, stop)[0]

@@ -1,7 +1,7 @@
-"""Coordinates in the `obsm` of the input, and columns of its `obs` that a matching space needs.
+"""Read what a matching space needs of the input: coordinates in `obsm`, and columns of `obs` as labels.
 
-Input: an opened cohort and a key. Output: a dense float32 array, or codes, in input order. What cannot serve for
-matching is refused here, before work starts: an unknown key, sparse or non-numeric values, a wrong length, values that
+Input: an opened cohort and a key. Output: a dense float32 array, or codes, in input order. Coordinates that cannot be
+matched are refused here, before work starts: an unknown key, sparse or non-numeric values, a wrong length, values that
 are not finite.
 """
 
@@ -25,19 +25,19 @@ from ndreamer_dist.cohort.stored import open_root, refusing_damage
 from ndreamer_dist.errors import CohortError, listing, quoted, suggest
 
 HASHED_ROWS = 65_536
-"""Rows that are looked at at a time."""
+"""Rows of a block that is checked or hashed at once."""
 
 
 @dataclass(frozen=True)
 class CellLabels:
-    """A label for every cell.
+    """A label per cell.
 
     Attributes
     ----------
     codes
-        (cells,) int32 places in `names`, -1 where a cell has no label.
+        (cells,) int32 indices into `names`; -1 for cells without a label.
     names
-        Of the labels.
+        Names of the labels.
     """
 
     codes: np.ndarray
@@ -45,35 +45,40 @@ class CellLabels:
 
 
 def coordinates_of(source: Source, key: str) -> np.ndarray:
-    """Return the coordinates under a key of the input's `obsm`: (cells, d) float32, in input order.
+    """Return `obsm[key]` of the input: (cells, d) float32, in input order.
 
     Raises
     ------
     CohortError
-        There is no such key, or it does not hold a finite number per cell and dimension.
+        There is no such key, or its value is not a dense float array of shape (cells, d) with finite values.
     """
-    held = _obsm(source)
-    if key not in held:
-        names = [str(name) for name in held]
+    obsm = _obsm(source)
+    if key not in obsm:
+        names = [str(name) for name in obsm]
         there = f"it holds {listing(names)}" if names else "it is empty"
         msg = f"{source.name}: obsm has no {quoted(key)}; {there}.{suggest(key, names)}"
         raise CohortError(msg)
     where = f"{source.name}: obsm[{quoted(key)}]"
     with refusing_damage(where):
-        values = _array(held[key], where)
+        values = _array(obsm[key], where)
     _check_shape(values, source.n_cells, where)
-    made = values.astype(np.float32, copy=False)
-    _check_finite(made, source, where)
-    return made
+    coordinates = values.astype(np.float32, copy=False)
+    _check_finite(coordinates, source, where)  # after the cast: float32 may overflow
+    return coordinates
 
 
 def codes_of(source: Source, name: str, setting: str) -> np.ndarray:
-    """Return the codes of a column of the input's `obs`; see `column_labels`."""
+    """Return the codes of `column_labels`."""
     return column_labels(source, name, setting).codes
 
 
 def column_labels(source: Source, name: str, setting: str) -> CellLabels:
     """Return a column of the input's `obs` as labels, in input order; names in order of appearance.
+
+    Parameters
+    ----------
+    setting
+        Setting that names the column, for the error message.
 
     Raises
     ------
@@ -84,20 +89,20 @@ def column_labels(source: Source, name: str, setting: str) -> CellLabels:
         names = [str(column) for column in source.cells.columns]
         msg = f"{setting}: obs has no column {quoted(name)}; it has {listing(names)}.{suggest(name, names)}"
         raise CohortError(msg)
-    codes, found = pd.factorize(source.cells[name].astype("string"))
-    return CellLabels(np.asarray(codes, dtype=np.int32), tuple(map(str, found)))
+    codes, labels = pd.factorize(source.cells[name].astype("string"))
+    return CellLabels(np.asarray(codes, dtype=np.int32), tuple(map(str, labels)))
 
 
 def checksum(values: np.ndarray) -> str:
-    """Return the sha256 of an array's values."""
-    found = hashlib.sha256(f"{values.shape} {values.dtype.str}".encode())
+    """Return the sha256 of an array's shape, dtype and values."""
+    digest = hashlib.sha256(f"{values.shape} {values.dtype.str}".encode())
     for start in range(0, len(values), HASHED_ROWS):
-        found.update(np.ascontiguousarray(values[start : start + HASHED_ROWS]).tobytes())
-    return found.hexdigest()
+        digest.update(np.ascontiguousarray(values[start : start + HASHED_ROWS]).tobytes())
+    return digest.hexdigest()
 
 
 def _obsm(source: Source) -> Any:
-    """Return the input's `obsm`, of which nothing is read yet where it is stored."""
+    """Return the input's `obsm`; the arrays of a stored one are not read yet."""
     if source.obsm is not None:
         return source.obsm
     if isinstance(source.matrix, MemoryMatrix):
@@ -106,9 +111,9 @@ def _obsm(source: Source) -> Any:
 
 
 def _array(element: Any, where: str) -> np.ndarray:
-    """Return what lies under a key as a dense array of floats; refuse all else by its type."""
+    """Read an element of `obsm` as a dense array of floats; `CohortError` names any other type."""
     values = element
-    if isinstance(element, h5py.Dataset | zarr.Array):  # other programs write arrays without anndata's attributes
+    if isinstance(element, h5py.Dataset | zarr.Array):  # other programs omit the attributes that `read_elem` needs
         values = np.asarray(element[...])
     elif isinstance(element, h5py.Group | zarr.Group):
         values = read_elem(element)
@@ -133,8 +138,8 @@ def _is_float(dtype: Any) -> bool:
 
 
 def _refuse_columns(names: Iterable[str], where: str) -> None:
-    if found := list(names):
-        msg = f"{where} has columns that are no floats: {listing(found)}; expected the coordinates of an embedding"
+    if columns := list(names):
+        msg = f"{where} has columns that are no floats: {listing(columns)}; expected the coordinates of an embedding"
         raise CohortError(msg)
 
 

@@ -1,9 +1,10 @@
-"""Packing: the selected genes of the selected cells, normalised, sorted by group and shuffled inside each group.
+"""The pack stage: write the selected genes of the kept cells, normalised, sorted by group and shuffled inside groups.
 
 Input: the tables of the cohort stage and the source. Output: packed.zarr (`packed.py` describes its layout). The matrix
-is read in row order only. A task per span deals its rows to partitions of whole blocks; these pieces stay in the
-object store of the runtime. A task per partition then fetches its pieces one at a time and writes its blocks. No
-process holds more than a chunk and its own pieces. Only partitions with a missing block are written.
+is read in row order only. The row blocks of the output are divided into partitions. One task per span of input rows
+sorts its rows into one piece per partition; the pieces stay in the object store of the runtime. One task per partition
+then fetches its pieces one at a time and writes its blocks. No process holds more than a chunk and its own pieces. Only
+partitions with a missing block are written.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.arrays import array_files, write_array
 
 PIECE_BYTES = 2**20
-"""A piece should be about as large, so that the object store keeps it and is not flooded with small ones."""
+"""Target size of a piece: large enough for the object store, which is slow with many small objects."""
 MOST_SMALL = 8
-"""Partitions made even of a small cohort, so that there is work for several processors."""
+"""Number of partitions of a small cohort, so that several processors have work."""
 
 
 @dataclass(frozen=True)
 class DealtRows:
-    """Rows of one span that belong to one partition, in packed order."""
+    """A piece: the rows of one span that belong to one partition, in packed order."""
 
     rows: np.ndarray  # (rows,) int64 packed rows, ascending
     values: sparse.csr_matrix  # (rows, modelled genes)
@@ -47,20 +48,20 @@ class DealtRows:
 
 @dataclass(frozen=True)
 class SpanTask:
-    """A span, where its rows go, and handles of what all spans share."""
+    """A span, the packed rows of its cells, and handles of the objects that all spans share."""
 
     span: Span
-    position: np.ndarray  # (rows,) int64 packed row of each input row; -1 where the cell is left out
-    totals: np.ndarray  # (rows,) float64
-    dealing: Any
-    matrix: Any
+    position: np.ndarray  # (rows,) int64 packed row of each input row; -1 for a dropped cell
+    totals: np.ndarray  # (rows,) float64 sum of each cell, by which counts are scaled
+    dealing: Any  # handle of a `Dealing`
+    matrix: Any  # handle of a `Matrix`
 
 
 @dataclass(frozen=True)
 class Dealing:
-    """What all spans' tasks need to know."""
+    """What the tasks of all spans share."""
 
-    columns: np.ndarray  # (input genes,) int32 place among the modelled genes, or -1
+    columns: np.ndarray  # (input genes,) int32 column among the modelled genes, or -1
     n_columns: int
     normalise: Values
     edges: tuple[tuple[int, int], ...]  # packed rows start:stop of the wanted partitions
@@ -69,7 +70,7 @@ class Dealing:
 
 @dataclass(frozen=True)
 class PartitionTask:
-    """The missing blocks of a partition, and the handles of its pieces, one per span."""
+    """The shards of the missing blocks of a partition, and the handles of its pieces, one per span."""
 
     shards: tuple[Shard, ...]
     pieces: tuple[Any, ...]
@@ -78,12 +79,13 @@ class PartitionTask:
 def run_pack(
     run: RunDirectory, settings: Settings, source: Source, runtime: Runtime, key: str, packed: Packed | None = None
 ) -> Packed:
-    """Write packed.zarr, or what is missing of it, and return it opened.
+    """Write the missing blocks of packed.zarr and return the opened store.
 
     Parameters
     ----------
     packed
-        What is packed, where its genes are not those selected in the cohort's table, in its order.
+        The store to write, if its genes or their order differ from the selection in the cohort's table; None opens it
+        by that table.
     """
     packed = packed or Packed.open(run, settings.pack.block_rows, settings.match.groups)
     head = _head_shard()
@@ -107,17 +109,21 @@ def run_pack(
 
 
 def packed_order(design: Design, groups: np.ndarray, seed: int) -> np.ndarray:
-    """Return which kept cell stands at every packed row: groups in order, each in a seeded permutation.
+    """Return the number of the kept cell in each packed row: groups in order, cells in a seeded permutation.
 
     Parameters
     ----------
     groups
-        (cells,) group code of every kept cell, in input order.
+        (cells,) group code of each kept cell, in input order.
+
+    Returns
+    -------
+    (cells,) int64.
     """
     sorted_cells = np.argsort(groups, kind="stable")
     order = np.empty(len(groups), dtype=np.int64)
     for group in design.own_groups:
-        # Cells that are mapped onto a run lie alike whatever other groups come with them.
+        # The order inside a mapped group must not depend on the other groups that are mapped with it.
         key = stable_number(group.name) if design.onto else group.code
         generator = np.random.default_rng(np.random.SeedSequence((seed, keys.STREAMS[keys.STAGE_PACK], key)))
         here = slice(group.start - design.first_row, group.stop - design.first_row)
@@ -126,18 +132,18 @@ def packed_order(design: Design, groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def stable_number(name: str) -> int:
-    """Return a number that stands for a name in the seeds of generators."""
+    """Return a 64-bit hash of a name, for the seed of a generator."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def partitions_of(n_blocks: int, nnz: int, n_spans: int) -> list[range]:
-    """Cut the blocks into partitions, so that a span's piece for one of them holds about a megabyte."""
+    """Cut the blocks into partitions such that a piece, one span's rows of one partition, is about a megabyte."""
     edges = np.linspace(0, n_blocks, partition_count(n_blocks, nnz, n_spans) + 1).astype(int)
     return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def partition_count(n_blocks: int, nnz: int, n_spans: int) -> int:
-    """Return how many partitions the blocks are cut into."""
+    """Return the number of partitions (see `partitions_of`): at least 8 and at most one per block."""
     wanted = -(-nnz * 8 // (n_spans * PIECE_BYTES))
     return max(min(n_blocks, MOST_SMALL), min(wanted, n_blocks))
 
@@ -150,7 +156,10 @@ def _start_dealing(
     parts: Sequence[tuple[Span, np.ndarray, np.ndarray]],
     missing: Sequence[Shard],
 ) -> list[PartitionTask]:
-    """Start a task per span and return a task per partition that waits for the spans' pieces; see `_span_parts`."""
+    """Start one task per span, and return one task per partition with missing blocks, to run on the spans' pieces.
+
+    `parts` is the result of `_span_parts`.
+    """
     lost = {shard.task for shard in missing}
     partitions = [p for p in partitions_of(packed.n_blocks, source.nnz, len(parts)) if lost.intersection(p)]
     table, summary = read_table(packed.run, keys.GENES_TABLE), packed.run.read_json(keys.COHORT_SUMMARY)
@@ -171,19 +180,19 @@ def _start_dealing(
 
 
 def _span_parts(n_cells: int, cells: pd.DataFrame, order: np.ndarray) -> list[tuple[Span, np.ndarray, np.ndarray]]:
-    """Return each span of input rows with the packed rows and the totals of its cells."""
+    """Return each span of input rows with the packed row and the total of each of its cells."""
     rows = cells["input_row"].to_numpy()
     position, totals = np.full(n_cells, -1, dtype=np.int64), np.zeros(n_cells)
     position[rows[order]] = np.arange(len(order))
     totals[rows] = cells["total"].to_numpy()
-    # Copies: a view would take the whole array along to the task.
+    # Copies, because pickling a view sends the whole array to the task.
     return [(s, position[s.start : s.stop].copy(), totals[s.start : s.stop].copy()) for s in spans_of(n_cells)]
 
 
 def deal_span(task: SpanTask) -> Any:
-    """Read a span's rows, normalise them, take the modelled genes and deal them to partitions; a task.
+    """Read a span's rows, select the modelled genes, normalise, and split the rows by partition; a task.
 
-    Returns a `DealtRows` per wanted partition: a tuple of them, or the one.
+    Returns one `DealtRows` per partition: a tuple, or a single object if there is one partition, as Ray expects.
     """
     dealing: Dealing = fetch(task.dealing)
     matrix: Matrix = fetch(task.matrix)
@@ -201,7 +210,7 @@ def deal_span(task: SpanTask) -> Any:
 
 
 def write_partition(task: PartitionTask, stage: StageRun, packed: Packed) -> int:
-    """Put a partition's pieces together and write its missing blocks, each with its marker; a task."""
+    """Join the pieces of a partition, write its missing blocks with their markers, and return their number; a task."""
     parts: dict[str, list[DealtRows]] = {shard.name: [] for shard in task.shards}
     for handle in task.pieces:
         piece = fetch(handle)
@@ -217,18 +226,24 @@ def write_partition(task: PartitionTask, stage: StageRun, packed: Packed) -> int
 
 
 def take_columns(rows: sparse.csr_matrix, columns: np.ndarray, n_columns: int) -> sparse.csr_matrix:
-    """Return the modelled genes of some rows, in input order."""
+    """Select and reorder columns of a CSR matrix.
+
+    Parameters
+    ----------
+    columns
+        (input genes,) int32 output column of each input gene, or -1.
+    """
     taken = columns[rows.indices]
     kept = taken >= 0
     indptr = np.concatenate([[0], np.cumsum(kept)])[rows.indptr]
     shape = (rows.shape[0], n_columns)
-    found = sparse.csr_matrix((rows.data[kept], taken[kept], indptr), shape=shape, copy=False)
-    found.sort_indices()  # genes that come in the order of the run, as they do in a run itself, are in order
-    return found
+    selected = sparse.csr_matrix((rows.data[kept], taken[kept], indptr), shape=shape, copy=False)
+    selected.sort_indices()  # no work in a run, only for a mapped cohort with its genes in another order
+    return selected
 
 
 def _joined(pieces: Sequence[DealtRows]) -> DealtRows:
-    """Return pieces as one, its rows in packed order."""
+    """Join pieces into one with its rows in packed order."""
     rows = np.concatenate([piece.rows for piece in pieces])
     values = sparse.vstack([piece.values for piece in pieces], format="csr")
     order = np.argsort(rows, kind="stable")

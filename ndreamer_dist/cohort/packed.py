@@ -1,4 +1,4 @@
-"""Read packed.zarr: the selected genes of the selected cells, sorted by group, in sparse row blocks.
+"""Read packed.zarr: the selected genes of the kept cells, sorted by group, in sparse row blocks.
 
 Layout below `DIR/packed.zarr`: `X/<block>/{data,indices,indptr}` (float32, int32, int64; one CSR per `block_rows`
 rows), `input_row` (rows,) int64, and per group `cluster_low/<group>` and `cluster_high/<group>` (cells of the group,)
@@ -31,13 +31,17 @@ COHORT_MARKER = f"{keys.DONE}/{keys.STAGE_COHORT}/all.json"
 
 @dataclass(frozen=True)
 class Packed:
-    """The packed cohort of a run; every method reads only what it returns.
+    """The packed cohort of a run. Each method reads only what it returns.
 
     Attributes
     ----------
+    genes
+        Names of the modelled genes, in the order of the columns.
+    block_rows
+        Rows per block; the last block may have fewer.
     before
-        Where its cells are mapped onto others: the packed cohorts of these, whose rows come first in the design. Rows and
-        blocks are counted without them, unless said.
+        Of a mapped cohort: the packed cohorts that it is mapped onto, whose rows come first in the design. Rows and
+        blocks are numbered without these, unless a method says otherwise.
     """
 
     run: RunDirectory
@@ -48,14 +52,14 @@ class Packed:
 
     @classmethod
     def open(cls, run: RunDirectory, block_rows: int, sampled: int | None = None) -> Packed:
-        """Open the packed cohort by what the cohort stage wrote; its design samples so many groups to match with, or none."""
+        """Open the packed cohort of a run by the output of its cohort stage; for `sampled` see `Design.sampling`."""
         design = Design.from_json(run.read_json(keys.DESIGN_JSON)).sampling(sampled)
         genes = read_table(run, keys.GENES_TABLE)
         return cls(run, design, tuple(genes.loc[genes["selected"], "name"]), block_rows)
 
     @property
     def storage(self) -> Storage:
-        """The store."""
+        """Location of packed.zarr."""
         return self.run.storage / keys.PACKED
 
     @property
@@ -78,12 +82,12 @@ class Packed:
         return block * self.block_rows, min((block + 1) * self.block_rows, self.n_rows)
 
     def rows_of(self, block: int) -> np.ndarray:
-        """Return the rows of a block as the design counts them."""
+        """Return the row numbers of a block in the design, which also counts the rows of `before`."""
         return self.design.first_row + np.arange(*self.block_range(block))
 
     @cached_property
     def all_starts(self) -> np.ndarray:
-        """First row, as the design counts them, of all blocks, those of the cohorts before among them, and the end."""
+        """First row in the design of each block, including those of `before`, then the number of cells: int64."""
         starts = [
             part.design.first_row + start
             for part in (*self.before, self)
@@ -92,11 +96,11 @@ class Packed:
         return np.array([*starts, self.design.n_cells], dtype=np.int64)
 
     def place(self, block: int) -> int:
-        """Return the number of a block among all of them."""
+        """Return the number of a block among all blocks, including those of `before`."""
         return len(self.all_starts) - 1 - self.n_blocks + block
 
     def any_block(self, place: int) -> sparse.csr_matrix:
-        """Return a block by its number among all of them."""
+        """Return a block by its number among all blocks (see `place`)."""
         for part in self.before:
             if place < part.n_blocks:
                 return part.block(place)
@@ -110,14 +114,13 @@ class Packed:
             read_array(self.storage, f"{name}/{part}") for part in (keys.DATA, keys.INDICES, keys.INDPTR)
         )
         start, stop = self.block_range(block)
-        # An empty array is stored with one element, since a chunk cannot have none.
-        entries = int(indptr[-1])
+        entries = int(indptr[-1])  # without the placeholder that `write_csr` stores in an empty array
         return sparse.csr_matrix(
             (data[:entries], indices[:entries], indptr), shape=(stop - start, self.n_genes), copy=False
         )
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
-        """Return the rows `start:stop`, over as many blocks as they span."""
+        """Return the rows `start:stop`, from one or more blocks: (rows, genes) CSR float32."""
         if stop <= start:
             return sparse.csr_matrix((0, self.n_genes), dtype=np.float32)
         parts = []
@@ -128,31 +131,31 @@ class Packed:
 
     @cached_property
     def input_row(self) -> np.ndarray:
-        """Input row of every packed row: (rows,) int64."""
+        """Input row of each packed row: (rows,) int64."""
         return read_array(self.storage, keys.PACKED_INPUT_ROW)
 
     def clusters(self, level: str) -> np.ndarray:
-        """Return the cluster labels of all rows, `keys.PACKED_LOW` or `keys.PACKED_HIGH`: (rows,) int32."""
+        """Return the cluster labels of all rows at a level, `keys.PACKED_LOW` or `keys.PACKED_HIGH`: (rows,) int32."""
         parts = [read_array(self.storage, f"{level}/{keys.block_name(g.code)}") for g in self.design.own_groups]
         return np.concatenate(parts)
 
 
 def read_table(run: RunDirectory, name: str) -> pd.DataFrame:
-    """Read a parquet table that the cohort stage wrote; `DamagedError` where it is not what was written."""
-    told = run.read_json(COHORT_MARKER).get("facts", {}) if run.storage.exists(COHORT_MARKER) else {}
-    data = check_digest(run.storage.read(name), told.get(name), f"{run.url}/{name}")
+    """Read a parquet table of the cohort stage; `DamagedError` if its checksum differs from the stage's marker."""
+    digests = run.read_json(COHORT_MARKER).get("facts", {}) if run.storage.exists(COHORT_MARKER) else {}
+    data = check_digest(run.storage.read(name), digests.get(name), f"{run.url}/{name}")
     return pq.read_table(io.BytesIO(data)).to_pandas()
 
 
 def cell_totals(packed: Packed) -> np.ndarray:
-    """Return the counts that each cell's expression was scaled by: (cells,) float64, in packed order."""
+    """Return the total by which each cell's counts were scaled: (cells,) float64, in packed order."""
     cells = read_table(packed.run, keys.CELLS_TABLE)
     places = np.searchsorted(cells["input_row"].to_numpy(), packed.input_row)
     return cells["total"].to_numpy(dtype=np.float64)[places]
 
 
 def write_tables(run: RunDirectory, tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
-    """Write parquet tables of the cohort stage, by name; return their checksums, the facts of its marker."""
+    """Write the parquet tables of the cohort stage, by name; return their checksums, for the `facts` of its marker."""
     digests = {}
     for name, table in tables.items():
         data = table_bytes(table)
@@ -162,19 +165,21 @@ def write_tables(run: RunDirectory, tables: Mapping[str, pd.DataFrame]) -> dict[
 
 
 def table_bytes(table: pd.DataFrame) -> bytes:
-    """Return a table as parquet, for `Storage.write_atomic`."""
+    """Encode a table as parquet."""
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     return buffer.getvalue()
 
 
 def write_csr(storage: Storage, name: str, rows: sparse.csr_matrix, *, chunk: int | None = None) -> None:
-    """Write a CSR as the three arrays of a block, each by its one writer; an empty array is stored with one element.
+    """Write a CSR matrix as the three arrays `data`, `indices` and `indptr`.
+
+    An empty array is stored with one placeholder, because a chunk cannot be empty.
 
     Parameters
     ----------
     chunk
-        Values per chunk of `data` and `indices`; none: one chunk each.
+        Values per chunk of `data` and `indices`; None for one chunk each.
     """
     parts = {
         keys.DATA: rows.data.astype(np.float32, copy=False),
@@ -188,5 +193,5 @@ def write_csr(storage: Storage, name: str, rows: sparse.csr_matrix, *, chunk: in
 
 
 def csr_files(name: str) -> tuple[str, ...]:
-    """Return the files of a block written in whole chunks: metadata and values of its three arrays."""
+    """Return the files that `write_csr` writes with one chunk per array."""
     return array_files(*(f"{name}/{part}" for part in (keys.DATA, keys.INDICES, keys.INDPTR)))

@@ -1,9 +1,9 @@
-"""The input cohort: open it, check it, and read it by ranges of rows.
+"""Open the input cohort, check it, and read it by ranges of rows.
 
 Input: an AnnData in memory, backed or lazy; an AnnData stored as h5ad or zarr (a path or a URL); or a MuData, whose
 modality `rna` is read. Output: a `Source`, which holds the tables of cells and genes and a `Matrix`. A `Matrix` returns
 ranges of rows as CSR float32 and is cheap to send to a task. The matrix is never read whole, and the caller's object is
-never changed. Everything that names and shapes can refuse is refused here.
+never changed. Errors that names and shapes reveal are raised here, before the values are read.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from ndreamer_dist.storage.formats import MODALITY, recognised_format
 from ndreamer_dist.storage.texts import TEXT_BLOCK
 
 SAMPLES = 64
-"""Row chunks that the fingerprint and the look at the values take, evenly spaced."""
+"""Number of evenly spaced runs of rows in the sample."""
 SAMPLE_ROWS = 16
-"""Rows of one of them."""
+"""Rows of one run of the sample."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,24 @@ class Source:
 
     Attributes
     ----------
+    name
+        Address of the cohort, or `the AnnData`, for messages.
     cells
-        The table of the cells, of which a column is read when it is asked for.
+        Table of the cells (`obs`); a stored one is read column by column.
     var
-        The table of the genes that the matrix has, as anndata reads it.
+        Table of the genes of the matrix.
     matrix
-        The values of `X`, of `raw`, or of the layer asked for.
+        The values: `X`, `raw/X` or a layer.
     obsm
-        Coordinates that an AnnData in memory brings along; of a stored one they are read where they are asked for.
+        `obsm` of an AnnData in memory; None for a stored one, where `obsm.coordinates_of` reads it from the store.
     notes
-        What was decided on the way, for the user to know.
+        Decisions made on opening, as sentences for the user.
     log_base
-        Base of the logarithm that `uns["log1p"]` names; none where it names none.
+        Base of the logarithms that `uns["log1p"]` names, if it is not e; else None.
+    raw
+        Whether the cohort has a `.raw` that is not read.
+    layers
+        Names of the layers that are not read.
     """
 
     name: str
@@ -79,8 +85,8 @@ class Source:
     obsm: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     log_base: float | None = None
-    raw: bool = False  # whether the cohort has a .raw that is not what is read
-    layers: tuple[str, ...] = ()  # names of the layers that are not what is read
+    raw: bool = False
+    layers: tuple[str, ...] = ()
 
     @property
     def n_cells(self) -> int:
@@ -94,12 +100,12 @@ class Source:
 
     @property
     def nnz(self) -> int:
-        """Stored values; of a dense matrix all of them."""
+        """Number of stored values; of a dense matrix, all values."""
         return self.matrix.nnz
 
     @property
     def obs(self) -> pd.DataFrame:
-        """The whole table of the cells, as anndata reads it; a copy."""
+        """The whole table of the cells, a copy."""
         return self.cells.frame()
 
     @property
@@ -112,13 +118,13 @@ class Source:
         return str(self.names_of(np.array([row]))[0])
 
     def names_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the names of cells by their input rows, ascending: (rows,) text."""
-        found, start = [np.empty(0, dtype=object)], 0
+        """Return the names of the cells in these input rows, which must ascend: (rows,) text."""
+        parts, start = [np.empty(0, dtype=object)], 0
         for block in self.cells.names():
             first, last = np.searchsorted(rows, (start, start + len(block)))
-            found.append(block[rows[first:last] - start])
+            parts.append(block[rows[first:last] - start])
             start += len(block)
-        return np.concatenate(found)
+        return np.concatenate(parts)
 
     @property
     def gene_names(self) -> pd.Index:
@@ -130,17 +136,17 @@ class Source:
         return csr_rows(self.matrix, start, stop)
 
     def task_matrix(self, runtime: Runtime) -> Matrix:
-        """Return the matrix as tasks read it: one in memory is put where all of them see it."""
+        """Return the matrix to send to tasks; one in memory is put into the runtime's object store first."""
         return self.matrix.share(runtime) if isinstance(self.matrix, MemoryMatrix) else self.matrix
 
     def in_natural_logs(self, base: float | None) -> Source:
-        """Return the cohort with its logarithms to a base turned into natural ones; none: as it is."""
+        """Return the cohort with logarithms to `base` turned into natural ones; with None, unchanged."""
         if base is None:
             return self
         return replace(self, matrix=replace(self.matrix, factor=float(np.log(base))))
 
     def __getstate__(self) -> dict[str, Any]:
-        # The sample is read where it is asked for, and no task asks for coordinates.
+        # Without the cached sample, and without obsm, which may be large and which no task reads.
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"obsm": None}
 
     @cached_property
@@ -152,9 +158,9 @@ class Source:
 
     @cached_property
     def sample(self) -> sparse.csr_matrix:
-        """64 evenly spaced chunks of 16 rows (all rows of a small cohort) on top of each other; not to be changed.
+        """The rows `sample_rows`: 64 evenly spaced runs of 16 rows, or all rows of a small cohort.
 
-        It is read once and kept.
+        Read once and cached; do not modify it.
         """
         rows = self.sample_rows
         runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
@@ -182,19 +188,19 @@ def open_source(
     ----------
     source
         Path or URL of an h5ad file or a zarr store (format 2 or 3), or an AnnData, in memory, backed or lazy. Of a
-        MuData, stored or in memory, the modality `rna`.
+        MuData, stored or in memory, the modality `rna` is read.
     layer
-        Layer to read instead of `X`; `raw`: the counts in `.raw`, with its own genes.
+        Layer to read instead of `X`; `raw` reads `.raw`, which has its own genes.
     gene_names
-        Column of `var` whose names the genes get, symbols say.
+        Column of `var` that names the genes, for example their symbols.
     prefer_counts
-        Read `.raw` where `layer` names nothing, `X` is not counts and `.raw` is.
+        Whether to read `.raw` if `layer` is None, `X` does not hold counts and `.raw` does.
 
     Raises
     ------
     CohortError
-        The store is missing, truncated or not AnnData; there is no such layer; names of cells or genes repeat; columns
-        have names that are ours or that cannot be written.
+        The store is missing, truncated or not AnnData; there is no such layer; names of cells or genes repeat; column
+        names start with our prefix or cannot be written.
     """
     if isinstance(source, Source):
         return source
@@ -206,7 +212,7 @@ def open_source(
 
 
 def open_cohort(source: str | os.PathLike[str] | ad.AnnData | Source, cohort: CohortSettings) -> Source:
-    """Open a cohort as its settings say, the combinations of several condition keys as one more column of `obs`."""
+    """Open a cohort by its settings; several condition keys add a column of their combinations to `obs`."""
     opened = open_source(
         source, layer=cohort.layer, gene_names=cohort.gene_names, prefer_counts=cohort.normalise == "auto"
     )  # fmt: skip
@@ -217,9 +223,9 @@ def open_cohort(source: str | os.PathLike[str] | ad.AnnData | Source, cohort: Co
 
 
 def fingerprint(source: Source, condition_key: str | None, batch_keys: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what tells this cohort from another: plain values for the first stage's key.
+    """Return the plain values that identify the data of a cohort, for the key of the first stage.
 
-    The same data as h5ad and as zarr have the same fingerprint; path, dates and layout on disk are no part of it.
+    Equal data have equal fingerprints, as h5ad and as zarr: paths, dates and the layout on disk are not included.
     """
     rows = source.sample
     wanted = [name for name in (condition_key, *batch_keys) if name is not None and name in source.cells]
@@ -237,16 +243,16 @@ def fingerprint(source: Source, condition_key: str | None, batch_keys: Sequence[
 
 
 def _digest(blocks: Iterable[Iterable[object]]) -> str:
-    """Return the checksum of names, which come in blocks, with zeros between them."""
-    found, between = hashlib.sha256(), ""
+    """Return the sha256 of the names in some blocks, joined by zero bytes."""
+    digest, between = hashlib.sha256(), ""
     for block in blocks:
-        found.update((between + "\0".join(map(str, block))).encode())
+        digest.update((between + "\0".join(map(str, block))).encode())
         between = "\0"
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def _texts(values: pd.Series[Any]) -> Iterator[pd.Series[Any]]:
-    """Give a column as text, block by block."""
+    """Yield a column as text, block by block."""
     for start in range(0, len(values), TEXT_BLOCK):
         yield values.iloc[start : start + TEXT_BLOCK].astype(str)
 
@@ -254,7 +260,7 @@ def _texts(values: pd.Series[Any]) -> Iterator[pd.Series[Any]]:
 def _chosen(
     read: Callable[[str | None], Source], layer: str | None, *, prefer_counts: bool, has_x: bool, has_raw: bool
 ) -> Source:
-    """Return the layer asked for; without one X, or if counts are preferred those in `.raw` where X holds none."""
+    """Read `layer` if it is set; else `X`, or `.raw` if counts are preferred and only `.raw` holds them."""
     if layer is not None or not prefer_counts:
         return read(layer)
     plain = read(MATRIX) if has_x else None
@@ -275,14 +281,14 @@ def _open_memory(adata: Any, layer: str | None, prefer_counts: bool) -> Source:
     adata = _modality(adata)
     if adata.isbacked and (layer in (None, MATRIX, *RAW_NAMES)):
         return _open_backed(adata, layer, prefer_counts)
-    held = {"has_x": adata.X is not None, "has_raw": adata.raw is not None}
-    return _chosen(partial(_read_memory, adata), layer, prefer_counts=prefer_counts, **held)
+    present = {"has_x": adata.X is not None, "has_raw": adata.raw is not None}
+    return _chosen(partial(_read_memory, adata), layer, prefer_counts=prefer_counts, **present)
 
 
 def _read_memory(adata: ad.AnnData, layer: str | None) -> Source:
     raw = layer in RAW_NAMES and layer not in adata.layers and adata.raw is not None
     if layer is not None and layer not in adata.layers and not raw and layer != MATRIX:
-        names = [name for name in adata.layers if name is not None]  # anndata 0.13 counts X among them
+        names = [name for name in adata.layers if name is not None]  # anndata 0.13 lists X as the layer None
         raise CohortError(no_layer("the AnnData", layer, names, raw=adata.raw is not None))
     if raw:
         values, var = adata.raw.X, adata.raw.var
@@ -297,7 +303,7 @@ def _read_memory(adata: ad.AnnData, layer: str | None) -> Source:
 
 
 def _open_backed(adata: ad.AnnData, layer: str | None, prefer_counts: bool) -> Source:
-    """Open the file behind a backed AnnData; its tables are those in memory, which may have changed."""
+    """Open the file of a backed AnnData, but take the tables from memory, where the user may have changed them."""
     if adata.is_view:
         msg = "the AnnData is a view of a backed one; pass its .to_memory(), or write it to a file of its own"
         raise CohortError(msg)
@@ -308,14 +314,14 @@ def _open_backed(adata: ad.AnnData, layer: str | None, prefer_counts: bool) -> S
         )
         raise CohortError(msg)
     stored = _open_stored(str(adata.filename), layer, prefer_counts)
-    own = stored.matrix.name == MATRIX if isinstance(stored.matrix, StoredMatrix) else False
+    own = isinstance(stored.matrix, StoredMatrix) and stored.matrix.name == MATRIX
     return replace(
         stored, cells=HeldCells(adata.obs.copy()), var=adata.var.copy() if own else stored.var, obsm=adata.obsm
     )
 
 
 def _modality(adata: Any) -> ad.AnnData:
-    """Return an AnnData as it is, and of a MuData the modality that holds expression."""
+    """Return an AnnData unchanged, and the modality `rna` of a MuData."""
     if isinstance(adata, ad.AnnData):
         return adata
     if MODALITY not in adata.mod:
@@ -328,7 +334,7 @@ def _modality(adata: Any) -> ad.AnnData:
 
 
 def _base_of(read: Callable[[], Any]) -> float | None:
-    """Return the base of a logarithm that `uns` names; none where it names none, or nothing that is one."""
+    """Return the base of the logarithms that `uns` names; None if it names none, no valid one, or e."""
     try:
         base = float(np.asarray(read()).item())
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
@@ -345,17 +351,17 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None, prefer_coun
     container = container_of(storage)
     group = open_group(storage, container)
     inside = f"mod/{MODALITY}/" if group.name.endswith(f"mod/{MODALITY}") else ""
-    held = {"has_x": MATRIX in group, "has_raw": raw_place(group) is not None}
+    present = {"has_x": MATRIX in group, "has_raw": raw_place(group) is not None}
     read = partial(_read_stored, group, storage.url, container, inside)
-    return _chosen(read, layer, prefer_counts=prefer_counts, **held)
+    return _chosen(read, layer, prefer_counts=prefer_counts, **present)
 
 
 def open_group(storage: Storage, container: Container) -> Any:
-    """Open the group of an AnnData, or of the modality `rna` of a MuData; `CohortError` where it is something else."""
+    """Open the group of an AnnData, or of the modality `rna` of a MuData; `CohortError` if the store is neither."""
     root = _opened(storage, container)
     group = root.get(f"mod/{MODALITY}", root)
     missing = [name for name in ("obs", "var") if name not in group]
-    if missing or "mod" in group:  # a MuData has obs and var of its own beside its modalities
+    if missing or "mod" in group:  # a MuData without `rna` has obs and var, but is no AnnData
         what = recognised_format(storage, root)
         msg = f"{storage.url} is {what}" if what else (
             f"{storage.url} is not an AnnData store: it holds no {' and no '.join(missing)}; it holds {listing(root)}"
@@ -371,8 +377,8 @@ def _read_stored(group: Any, url: str, container: Container, inside: str, layer:
         matrix = replace(stored_matrix(group, url, container, place), name=f"{inside}{place}")
     if matrix.kind == "csc":
         msg = (
-            f"{url}: {matrix.name} is stored by columns (CSC), which cannot be read a few cells at a time; turn it once: "
-            f"ndreamer-dist convert {url} OUT.zarr"
+            f"{url}: {matrix.name} is stored by columns (CSC), which cannot be read a few cells at a time; convert it "
+            f"once: ndreamer-dist convert {url} OUT.zarr"
         )
         raise CohortError(msg)
     from_raw = raw is not None and place == raw[0]
@@ -387,7 +393,7 @@ def _read_stored(group: Any, url: str, container: Container, inside: str, layer:
 
 
 def _opened(storage: Storage, container: Container) -> Any:
-    """Open the outermost group; an error says what the address is, as far as can be told."""
+    """Open the root group; if that fails, the error names the file format that was recognised instead."""
     url = storage.url
     try:
         root = open_root(url, container)
@@ -408,7 +414,7 @@ def _opened(storage: Storage, container: Container) -> Any:
 
 
 def container_of(storage: Storage) -> Container:
-    """Return whether an address is an h5ad file or a zarr store; `CohortError` where nothing is there."""
+    """Return whether an address is an h5ad file or a zarr store; `CohortError` if it does not exist."""
     url = storage.url.split("?")[0]
     if not storage.is_local and url.endswith((".h5ad", ".h5", ".h5mu", ".zarr")):
         return "zarr" if url.endswith(".zarr") else "h5ad"

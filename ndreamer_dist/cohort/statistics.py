@@ -1,9 +1,9 @@
-"""One streaming pass over the cohort: check the values, and sum what gene selection needs.
+"""Pass over the cohort once: check the values, and compute the sums that gene selection needs.
 
 The rows, in input order, are cut into spans; the number of cells alone determines the spans. Each span is a task, which
 reads one chunk at a time. Output: the total of each cell and, per group and gene, the sums of the normalised expression
-and of its squares. The sums are float64 and in row order, so neither the chunk size nor the number of workers changes a
-bit.
+without its log, and of its squares. The sums are float64 and in row order, so neither the chunk size nor the number of
+workers changes a bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ndreamer_dist.settings import CohortSettings
 TARGET_SUM = 1e4
 """Counts per cell after scaling (METHOD section 1.1)."""
 SPAN_ROWS = 65_536
-"""Most rows of a span, where there are more than 16 of them."""
+"""Largest number of rows of a span, once there are 16 spans."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a pass treats the values: scaled or not, which genes are left, and the fewest genes of a cell."""
+    """How a pass treats the values."""
 
     normalise: Values
-    genes: np.ndarray | None  # (genes,) bool of the genes left; none: all
-    min_genes: int
+    genes: np.ndarray | None  # (genes,) bool, genes that are used; None for all
+    min_genes: int  # expressed genes that a cell needs, else its values are ignored
     chunk_rows: int
-    integers: bool  # whether a value that is no integer is refused: the sample looked like counts
+    integers: bool  # whether a value that is not a whole number is an error, because the sample holds counts
 
     @classmethod
     def of(cls, decision: Decision, cohort: CohortSettings, genes: np.ndarray | None = None) -> Recipe:
-        """Return the recipe that the settings and a look at the values make, for some of the genes or all."""
+        """Return the recipe for a decision about the values, with the genes `genes` or all of them."""
         return cls(decision.normalise, genes, cohort.min_genes, cohort.chunk_rows, decision.integers)
 
 
@@ -59,39 +59,39 @@ class SpanSums:
     """What one span's task returns."""
 
     index: int
-    totals: np.ndarray  # (rows,) float64 over the genes left
+    totals: np.ndarray  # (rows,) float64 sum of each cell over the genes used
     detected: np.ndarray  # (rows,) int64 genes above zero, over all genes
-    groups: np.ndarray  # (present,) pair codes
-    sums: np.ndarray  # (present, genes) float64
-    squares: np.ndarray  # (present, genes) float64
+    groups: np.ndarray  # (pairs,) codes of the (batch, condition) pairs in the span
+    sums: np.ndarray  # (pairs, genes) float64
+    squares: np.ndarray  # (pairs, genes) float64
     expressed: np.ndarray  # (genes,) int64 cells above zero
-    bad: tuple[int, int, float] | None  # first row, gene and value that cannot be
-    fractional: tuple[int, int, float] | None  # first value that is no integer
-    repeated: int = 0  # values added to another of the same cell and gene
+    bad: tuple[int, int, float] | None  # row, gene and value of the first NaN, infinite or negative value
+    fractional: tuple[int, int, float] | None  # the same of the first value that is not a whole number
+    repeated: int = 0  # duplicate entries that were added up
 
 
 def spans_of(n_cells: int) -> list[Span]:
-    """Cut the input rows into about 16 spans, more where they would exceed 65 536 rows."""
+    """Cut the input rows into 16 spans; into more if these would exceed 65 536 rows, fewer if there are fewer rows."""
     count = max(1, min(n_cells, max(16, -(-n_cells // SPAN_ROWS))))
     edges = np.linspace(0, n_cells, count + 1).astype(np.int64)
     return [Span(i, int(a), int(b)) for i, (a, b) in enumerate(itertools.pairwise(edges))]
 
 
 def chunks_of(span: Span, chunk_rows: int) -> Iterator[tuple[int, int]]:
-    """Return the row ranges in which a span is read."""
+    """Yield the row ranges, `start` and `stop`, in which a span is read."""
     for start in range(span.start, span.stop, chunk_rows):
         yield start, min(start + chunk_rows, span.stop)
 
 
 def normalised(rows: sparse.csr_matrix, totals: np.ndarray) -> sparse.csr_matrix:
-    """Return log1p(x / total * 10 000) by scanpy's float32 arithmetic, so that the bits are the same.
+    """Return log1p(x / total * 10 000) in scanpy's float32 arithmetic, bit for bit.
 
     Parameters
     ----------
     rows
         (rows, genes) CSR float32 counts.
     totals
-        (rows,) float64 counts of each cell over all genes left.
+        (rows,) float64 sum of each cell over the genes used; a cell without counts is not scaled.
     """
     factors = totals.astype(np.float32) / np.float32(TARGET_SUM)
     factors[factors == 0] = 1
@@ -100,7 +100,7 @@ def normalised(rows: sparse.csr_matrix, totals: np.ndarray) -> sparse.csr_matrix
 
 
 def scan_span(span: Span, matrix: Matrix, pairs: np.ndarray, recipe: Recipe) -> SpanSums:
-    """Read a span once; the task of `scan`. It stops at the first value that cannot be."""
+    """Read a span once and return its sums; a task. It stops after a chunk with a NaN, infinite or negative value."""
     groups, local = np.unique(pairs[span.start : span.stop], return_inverse=True)
     n_genes = matrix.shape[1]
     sums, squares = np.zeros((len(groups), n_genes)), np.zeros((len(groups), n_genes))
@@ -123,7 +123,7 @@ def scan_span(span: Span, matrix: Matrix, pairs: np.ndarray, recipe: Recipe) -> 
         expressed += np.bincount(rows.indices, minlength=n_genes)
         values = np.expm1(normalised(rows, totals[here]).data if recipe.normalise == "counts" else rows.data)
         flat = local[here][cell] * n_genes + rows.indices
-        # add.at adds one by one in row order, so the sum does not depend on where chunks begin.
+        # np.add.at adds one value at a time in row order, so the sums do not depend on the chunks.
         np.add.at(sums.reshape(-1), flat, values.astype(np.float64))
         np.add.at(squares.reshape(-1), flat, (values * values).astype(np.float64))
     return SpanSums(span.index, totals, detected, groups, sums, squares, expressed, bad, fractional, repeated)
@@ -131,7 +131,7 @@ def scan_span(span: Span, matrix: Matrix, pairs: np.ndarray, recipe: Recipe) -> 
 
 @dataclass
 class Scan:
-    """The sums of all spans; the (batch, condition) pairs of `pairs` are the rows of its tables."""
+    """The sums of all spans; row i of the tables belongs to the (batch, condition) pair with code i."""
 
     pairs: np.ndarray  # (cells,) codes
     totals: np.ndarray  # (cells,) float64
@@ -139,10 +139,10 @@ class Scan:
     sums: np.ndarray  # (pairs, genes) float64
     squares: np.ndarray  # (pairs, genes) float64
     expressed: np.ndarray  # (genes,) int64
-    repeated: int = 0  # values added to another of the same cell and gene
+    repeated: int = 0  # duplicate entries that were added up
 
     def add(self, span: Span, part: SpanSums) -> None:
-        """Take in one span; to be called in the order of the spans."""
+        """Add one span; call this in the order of the spans."""
         self.totals[span.start : span.stop] = part.totals
         self.detected[span.start : span.stop] = part.detected
         self.sums[part.groups] += part.sums
@@ -157,12 +157,13 @@ def scan(source: Source, matrix: Matrix, pairs: np.ndarray, recipe: Recipe, runt
     Parameters
     ----------
     pairs
-        (cells,) codes of the (batch, condition) pairs.
+        (cells,) code of each cell's (batch, condition) pair.
 
     Raises
     ------
     CohortError
-        A value is negative, NaN or infinite; the message names the first cell and gene.
+        A value is negative, NaN or infinite, or not a whole number where the recipe expects counts; the message names
+        the first such cell and gene.
     """
     cells, genes, n_pairs = source.n_cells, source.n_genes, int(pairs.max()) + 1
     tables = np.zeros((n_pairs, genes)), np.zeros((n_pairs, genes))
@@ -172,16 +173,16 @@ def scan(source: Source, matrix: Matrix, pairs: np.ndarray, recipe: Recipe, runt
     following = 0
     for part in runtime.map(scan_span, spans, matrix, pairs, recipe, title=title):
         waiting[part.index] = part
-        while following in waiting:  # sums are taken in the order of the spans, whichever ends first
-            found = waiting.pop(following)
-            _check_values(source, found, recipe.integers)
-            whole.add(spans[following], found)
+        while following in waiting:  # add in the order of the spans, whichever ends first
+            ready = waiting.pop(following)
+            _check_values(source, ready, recipe.integers)
+            whole.add(spans[following], ready)
             following += 1
     return whole
 
 
 def _first(rows: sparse.csr_matrix, wanted: np.ndarray, start: int) -> tuple[int, int, float] | None:
-    """Return input row, gene and value of the first stored value that is wanted."""
+    """Return input row, gene and value of the first stored value where the mask `wanted` is true."""
     if not wanted.any():
         return None
     place = int(wanted.argmax())
@@ -190,7 +191,7 @@ def _first(rows: sparse.csr_matrix, wanted: np.ndarray, start: int) -> tuple[int
 
 
 def _without(rows: sparse.csr_matrix, cells: np.ndarray, genes: np.ndarray | None) -> sparse.csr_matrix:
-    """Return the rows with the values of cells and genes that are left out taken away; the shape stays."""
+    """Remove the values of cells and genes whose mask is false; the shape stays."""
     if genes is None and cells.all():
         return rows
     kept = np.repeat(cells, np.diff(rows.indptr))

@@ -1,7 +1,7 @@
-"""Matrices in h5ad files and zarr stores: find them, check their shapes, and read them by ranges of rows.
+"""Find matrices in h5ad files and zarr stores, check their shapes, and read them by ranges of rows.
 
-Input: a root group. Output: a `StoredMatrix`, which every process opens for itself. Only the parts that a run needs are
-opened, so damage or an unknown kind in other parts of the store does not matter.
+Input: a root group. Output: a `StoredMatrix`; each process opens the store on its own. Only the elements that a run
+needs are opened, so damage or an unknown encoding in other elements of the store does not matter.
 """
 
 from __future__ import annotations
@@ -28,31 +28,36 @@ from ndreamer_dist.storage.shards import CONCURRENT_SHARDS
 
 Container = Literal["h5ad", "zarr"]
 COLUMN_ENTRIES = 2**23
-"""Stored values of a column-compressed matrix that are read at a time."""
+"""Stored values of a column-compressed matrix (CSC) that are read at once."""
 MOST_REPEATS = 8
-"""No cell of a sound matrix holds each gene as often as that."""
+"""Longest sound row, in multiples of the number of genes; a longer one means a damaged `indptr`."""
 REMOTE_BLOCK, REMOTE_BLOCKS = 2**22, 32
-"""Bytes of a block of a remote h5ad file, and how many blocks a process keeps: HDF5 jumps, and what is near is wanted next."""
+"""Bytes of a block of a remote h5ad file, and blocks that a process caches, since HDF5 returns to earlier places."""
 MATRIX = "X"
 RAW = "raw"
 RAW_PLACES = (("raw/X", "raw/var"), ("raw.X", "raw.var"))
-"""Where `AnnData.raw` is stored: today, and by anndata before 0.7."""
+"""Paths of the matrix and the gene table of `AnnData.raw`: now, and before anndata 0.7."""
 RAW_NAMES = (RAW, "raw/X", "raw.X")
+"""Values of the setting `layer` that mean `AnnData.raw`."""
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix in an h5ad file or a zarr store; every process opens it for itself.
+    """A matrix in an h5ad file or a zarr store. Each process opens the store on its own.
 
     Attributes
     ----------
+    name
+        Path in the store: `X`, `raw/X` or `layers/...`, behind `mod/rna/` in a MuData.
+    nnz
+        Number of stored values; of a dense matrix, all values.
     factor
-        What every value is multiplied by: the natural logarithm of a base, where values are logarithms to that base.
+        Factor of every value; it turns logarithms to another base into natural ones, else it is 1.
     """
 
     url: str
     container: Container
-    name: str  # "X", "raw/X" or "layers/..."
+    name: str
     kind: Kind
     shape: tuple[int, int]
     nnz: int
@@ -60,11 +65,11 @@ class StoredMatrix:
     factor: float = 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # the open file stays where it is
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # without the cached open file
 
     @property
     def folder(self) -> str:
-        """Where in the store the AnnData is: `mod/rna/` of a MuData, else nothing."""
+        """Path of the AnnData in the store, with a slash: `mod/rna/` in a MuData, else empty."""
         return "/".join(self.name.split("/")[:2]) + "/" if self.name.startswith("mod/") else ""
 
     @cached_property
@@ -92,14 +97,14 @@ class StoredMatrix:
             raise CohortError(msg)
 
     def column_ranges(self, entries: int = COLUMN_ENTRIES) -> list[tuple[int, int]]:
-        """Return ranges of columns of about `entries` stored values each, for a column-compressed matrix."""
+        """Cut the columns of a column-compressed matrix into ranges of about `entries` stored values each."""
         indptr = np.asarray(self._element["indptr"][:]).astype(np.int64)
         cuts = np.searchsorted(indptr, np.arange(entries, self.nnz, entries), side="left")
         edges = np.unique(np.concatenate([[0], cuts, [self.shape[1]]]))
         return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
     def read_columns(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the stored values of the columns `start:stop`: row, column and value of each, by column."""
+        """Return row, column and value of each stored value of the columns `start:stop`, in order of columns."""
         with refusing_damage(f"{self.url}: columns {start} to {stop} of {self.name}"):
             indptr = np.asarray(self._element["indptr"][start : stop + 1]).astype(np.int64)
             part = slice(int(indptr[0]), int(indptr[-1]))
@@ -111,7 +116,7 @@ class StoredMatrix:
 
 @contextmanager
 def refusing_damage(what: str) -> Iterator[None]:
-    """Turn any error of the block into a `CohortError` that a part of a store cannot be read."""
+    """Turn any error in the `with` block into a `CohortError` that says that `what` cannot be read."""
     try:
         yield
     except NDreamerError:
@@ -122,7 +127,7 @@ def refusing_damage(what: str) -> Iterator[None]:
 
 
 def open_root(url: str, container: str) -> Any:
-    """Open the root group of a stored AnnData, read-only; a remote h5ad is read by ranges through a file object."""
+    """Open the root group of a stored AnnData read-only; a remote h5ad file is read by ranges of bytes."""
     storage = Storage(url)
     if container == "zarr":
         return _open_zarr(storage)
@@ -132,9 +137,9 @@ def open_root(url: str, container: str) -> Any:
 
 
 def _open_zarr(storage: Storage) -> zarr.Group:
-    """Open a zarr group; without what it holds consolidated, where that names what this zarr cannot read.
+    """Open a zarr group, without its consolidated metadata if that describes an array this zarr version cannot read.
 
-    Such a part stands in `uns` as a rule (`rank_genes_groups`, a structured array), and nobody asks for it here.
+    Usually such an array is in `uns` (`rank_genes_groups` is a structured array), which a run does not read.
     """
     try:
         return zarr.open_group(storage.store(read_only=True), mode="r")
@@ -143,8 +148,8 @@ def _open_zarr(storage: Storage) -> zarr.Group:
 
 
 @lru_cache(maxsize=1)
-def _remote_h5ad(url: str, version: str) -> h5py.File:  # noqa: ARG001 - a file that has changed is opened anew
-    """Open an h5ad file on a server; a process keeps the last, with the blocks it has read, from one task to the next."""
+def _remote_h5ad(url: str, version: str) -> h5py.File:  # noqa: ARG001 - part of the cache key: reopens a changed file
+    """Open a remote h5ad file; each process keeps its last one open, with the cached blocks, for the next task."""
     use_plugins()
     return h5py.File(Storage(url).open_file(REMOTE_BLOCK, REMOTE_BLOCKS), "r")
 
@@ -155,7 +160,7 @@ def layer_names(root: Any) -> list[str]:
 
 
 def place_of(root: Any, url: str, layer: str | None) -> str:
-    """Return where the values stand: `X`, a layer, or `raw`; `CohortError` where they are not there."""
+    """Return the path of the matrix to read: `X`, a layer, or that of `raw`; `CohortError` if it does not exist."""
     layers = layer_names(root)
     if layer is None:
         if MATRIX in root:
@@ -173,7 +178,7 @@ def place_of(root: Any, url: str, layer: str | None) -> str:
 
 
 def raw_place(root: Any) -> tuple[str, str] | None:
-    """Return the names of matrix and gene table of `AnnData.raw`; none where a store has none."""
+    """Return the paths of the matrix and the gene table of `AnnData.raw`, or None if the store has no raw."""
     for matrix, table in RAW_PLACES:
         if "/" in matrix and not ("raw" in root and is_group(root["raw"])):
             continue
@@ -183,17 +188,16 @@ def raw_place(root: Any) -> tuple[str, str] | None:
 
 
 def no_layer(where: str, layer: str, present: Iterable[str], *, raw: bool) -> str:
-    """Return the message that a layer is not there."""
+    """Return the error message for a missing layer."""
     names = list(present)
     more = "" if raw else "; there is no .raw either" if layer in RAW_NAMES else ""
     return f"{where} has no layer {quoted(layer)}; there are {listing(names) or 'none'}{more}.{suggest(layer, names)}"
 
 
 def stored_matrix(root: Any, url: str, container: Container, name: str) -> StoredMatrix:
-    """Return the matrix of a name, checked as far as shapes tell."""
+    """Return the matrix at path `name` of a root group; `CohortError` if its dtype, encoding or shapes are wrong."""
     element: Any = root[name]
-    if isinstance(element, h5py.Dataset | h5py.Group):
-        refuse_missing_filter(element, f"{url}: {name}")
+    refuse_missing_filter(element, f"{url}: {name}")
     kind = text_of(element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "array")))
     if not is_group(element):
         check_numbers(element.dtype, f"{url}: {name}")
@@ -212,13 +216,13 @@ def stored_matrix(root: Any, url: str, container: Container, name: str) -> Store
 
 
 def text_of(value: Any) -> str:
-    """Return an attribute as text; R and Julia write it at a fixed length, which h5py hands out as bytes."""
+    """Return an attribute as text; R and Julia write fixed-length strings, which h5py returns as bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def refuse_missing_filter(element: Any, where: str) -> None:
-    """Refuse what HDF5 cannot decompress here."""
-    name = missing_filter(element)
+    """Refuse an HDF5 element that is compressed with a filter that is not installed; elements of zarr pass."""
+    name = missing_filter(element) if isinstance(element, h5py.Dataset | h5py.Group) else None
     if name is not None:
         msg = f"{where} is compressed by {quoted(name)}, which HDF5 does not have by itself; pip install hdf5plugin"
         raise CohortError(msg)
@@ -230,7 +234,7 @@ def is_group(element: Any) -> bool:
 
 
 def _check_sparse(element: Any, url: str, name: str, major: int, minor: int) -> None:
-    """Refuse a sparse matrix whose parts do not fit together, or a zarr one with chunks missing."""
+    """Refuse a sparse matrix with a missing array, with arrays that do not fit, or (zarr) with missing chunks."""
     lacking = [part for part in ("data", "indices", "indptr") if part not in element]
     if lacking:
         msg = f"{url}: {name} is truncated: it has no {', '.join(lacking)}"
@@ -242,13 +246,13 @@ def _check_sparse(element: Any, url: str, name: str, major: int, minor: int) -> 
     for part in ("data", "indices"):
         values = element[part]
         if isinstance(values, zarr.Array) and (lost := _missing_chunks(url, values)):
-            open_storage(url).list(values.path)  # raises where they are not missing but may not be listed
+            open_storage(url).list(values.path)  # raises if the chunks only look missing because listing is forbidden
             msg = f"{url}: {name} is truncated: {lost} of {values.nchunks} chunks of {name}/{part} are missing"
             raise CohortError(msg)
 
 
 def _fits(element: Any, major: int, minor: int) -> bool:
-    """Return whether the parts of a sparse matrix fit together, as far as indptr and shapes tell."""
+    """Return whether `indptr` and the shapes of a sparse matrix agree; `indices` are checked when they are read."""
     shapes = {part: tuple(element[part].shape) for part in ("data", "indices", "indptr")}
     if shapes["indptr"] != (major + 1,) or any(element[part].dtype.kind not in "iu" for part in ("indices", "indptr")):
         return False
@@ -260,7 +264,7 @@ def _fits(element: Any, major: int, minor: int) -> bool:
 
 
 def _missing_chunks(url: str, array: Any) -> int:
-    """Return how many chunks a zarr array lacks; a web server lists none, so it is asked for each file, side by side."""
+    """Count the missing chunks of a zarr array; a web server cannot list files, so it is asked for each chunk."""
     storage = Storage(f"{url}/{array.path}")
     if storage.is_read_only:
         files = [array.metadata.encode_chunk_key(position) for position in touched_shards(array, ...)]
@@ -273,6 +277,6 @@ def _missing_chunks(url: str, array: Any) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's class and the beginning of what it says."""
+    """Return the class and the first 160 characters of an error as one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}"

@@ -1,7 +1,7 @@
-"""The tables of cells and genes of a cohort: read, name and check them.
+"""Read and check the tables of cells and genes of a cohort, and name the genes.
 
-Input: `obs` and `var` of a store or an AnnData, also from anndata before 0.7. Output: data frames whose names are
-unique and whose columns can be written. Genes can take their names from a column of `var`, for example their symbols.
+Input: `obs` and `var` of a store or an AnnData, also from anndata before 0.7. Output: data frames with unique names and
+with columns that can be written. A column of `var`, for example the gene symbols, can name the genes.
 """
 
 from __future__ import annotations
@@ -25,27 +25,26 @@ from ndreamer_dist.errors import CohortError, has_controls, is_unicode, listing,
 logger = logging.getLogger(__name__)
 
 LONGEST_COLUMN = 200
-"""Bytes of a column's name, which is a folder's name in a store."""
+"""Most bytes of a column name, which names a folder in a zarr store."""
 OBS_OR_VAR = "obs or var"
 INDEX_FIELDS = ("index", "_index")
-"""What anndata called the names' field of a structured table."""
+"""Fields of a structured table in which anndata stored the index."""
 SYMBOL_COLUMNS = (
     "feature_name", "gene_name", "gene_names", "gene_symbol", "gene_symbols", "symbol", "symbols", "Symbol",
 )  # fmt: skip
 ID_COLUMNS = ("gene_ids", "gene_id", "feature_id", "ensembl_id", "ensembl", "Ensembl", "ENSEMBL")
 Blocks = Callable[[], Iterator[np.ndarray]]
-"""Gives names block by block, as often as it is called."""
+"""A function that yields names in blocks; each call starts again."""
 VERSION = re.compile(r"^(ENS[A-Z]*\d{11})\.\d+$")
-"""An Ensembl id with a version."""
+"""Matches an Ensembl id with a version; group 1 is the id without it."""
 
 
 def read_frame(root: Any, name: str, url: str) -> pd.DataFrame:
-    """Read `obs`, `var` or `raw/var` of a store."""
+    """Read `obs`, `var` or `raw/var` of a store; `CohortError` if it is damaged or not a table."""
     with refusing_damage(f"{url}: {OBS_OR_VAR}"):
-        if hasattr(root, "filename"):
-            refuse_missing_filter(root[name], f"{url}: {name}")
+        refuse_missing_filter(root[name], f"{url}: {name}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", OldFormatWarning)  # old it may be: it is read all the same
+            warnings.simplefilter("ignore", OldFormatWarning)  # old formats are supported
             table = read_elem(root[name])
         if isinstance(table, np.ndarray) and table.dtype.names:
             table = structured_table(table, root.get("uns", {}))
@@ -56,7 +55,7 @@ def read_frame(root: Any, name: str, url: str) -> pd.DataFrame:
 
 
 def structured_table(values: np.ndarray, uns: Any) -> pd.DataFrame:
-    """Return a table of anndata before 0.7: an array with fields, the names of categories apart in `uns`."""
+    """Convert a table from before anndata 0.7, a structured array whose categories are in `uns`, to a data frame."""
     columns: dict[str, Any] = {str(name): _plain(values[name]) for name in values.dtype.names or ()}
     index = next((columns.pop(name) for name in INDEX_FIELDS if name in columns), np.arange(len(values)))
     for name in list(columns):
@@ -68,7 +67,7 @@ def structured_table(values: np.ndarray, uns: Any) -> pd.DataFrame:
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
-    """Return bytes as text, anything else as it is."""
+    """Decode bytes to text; return other values unchanged."""
     if values.dtype.kind not in "SO":
         return values
     texts = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values.tolist()]
@@ -76,15 +75,15 @@ def _plain(values: np.ndarray) -> np.ndarray:
 
 
 def in_memory(table: Any) -> pd.DataFrame:
-    """Return a copy of a table of an AnnData, of a lazy one too."""
+    """Return a table of an AnnData, in memory or lazy, as a data frame of its own."""
     return table.copy() if isinstance(table, pd.DataFrame) else table.to_memory()
 
 
 def named_genes(var: pd.DataFrame, column: str | None) -> tuple[pd.DataFrame, str]:
-    """Return the genes' table with the names of a column, and a note of what was done.
+    """Name the genes by a column of `var`; return the table, and a note for the user.
 
-    A name that several genes have is joined with their former names, `SYMBOL_ENSG...`; a gene without one keeps its
-    former name. The former names stay in `ndreamer_gene_id`.
+    If several genes share a name, it is joined with their former names: `SYMBOL_ENSG...`. A gene without a name keeps
+    its former one. The former names are kept in the column `ndreamer_gene_id`. Without a column nothing changes.
 
     Raises
     ------
@@ -115,34 +114,36 @@ def named_genes(var: pd.DataFrame, column: str | None) -> tuple[pd.DataFrame, st
 
 
 def gene_places(index: pd.Index, table: pd.DataFrame, names: Iterable[object]) -> dict[str, list[int]]:
-    """Return where genes stand that may be called by name, Ensembl id (with or without version) or symbol.
+    """Find genes by name, Ensembl id (with or without version) or symbol.
 
     Parameters
     ----------
     index
-        Names of the genes, the rows of `table`.
+        Unique names of the genes, in the order of the rows of `table`.
+    table
+        `var`, whose id and symbol columns are searched too.
     names
-        What is looked for.
+        Names to find.
 
     Returns
     -------
-    For each name the places it means: one, none, or several where it is ambiguous.
+    By name, the matching rows: one, none, or several if the name is ambiguous.
     """
     places: dict[str, list[int]] = {}
-    known: list[dict[Any, Any]] | None = None
+    aliases: list[dict[Any, Any]] | None = None
     wanted = [str(name) for name in names]
     for name, place in zip(wanted, index.get_indexer(pd.Index(wanted, dtype=object)).tolist(), strict=True):
         if place >= 0:
             places[name] = [place]
             continue
-        known = _other_names(index, table) if known is None else known
+        aliases = _aliases(index, table) if aliases is None else aliases
         bare = VERSION.sub(r"\1", name)
-        matching = (other[text] for other in known for text in (name, bare) if text in other)
+        matching = (alias[text] for alias in aliases for text in (name, bare) if text in alias)
         places[name] = list(map(int, next(matching, ())))
     return places
 
 
-def _other_names(index: pd.Index, table: pd.DataFrame) -> list[dict[Any, Any]]:
+def _aliases(index: pd.Index, table: pd.DataFrame) -> list[dict[Any, Any]]:
     """Return the positions of genes by their other names, one dict per kind of name; ids with and without versions."""
     columns = [name for name in (keys.VAR_GENE_ID, *SYMBOL_COLUMNS, *ID_COLUMNS) if name in table]
     plain = [pd.Series(np.asarray(index, dtype=object))]
@@ -152,12 +153,19 @@ def _other_names(index: pd.Index, table: pd.DataFrame) -> list[dict[Any, Any]]:
 
 
 def check_names(name: str, obs: Any, var: pd.DataFrame) -> None:
-    """Refuse names of cells and genes that repeat or are no text, and columns that are ours or cannot be stored.
+    """Refuse an empty cohort, names of cells or genes that repeat or are not text, and unusable column names.
 
     Parameters
     ----------
+    name
+        Name of the cohort in messages.
     obs
-        The cells' table, `cells.ObsTable`.
+        Table of the cells, a `cells.ObsTable`.
+
+    Raises
+    ------
+    CohortError
+        A check fails; the message lists the names.
     """
     _check_index("cell", "obs", obs.names, len(obs))
     _check_index("gene", "var", lambda: iter([var.index.astype(str).to_numpy(dtype=object)]), len(var))
@@ -169,7 +177,7 @@ def check_names(name: str, obs: Any, var: pd.DataFrame) -> None:
 
 
 def _check_index(what: str, table: str, names: Blocks, count: int) -> None:
-    """Refuse names, given in blocks, that repeat or are no text; of them all, 8 bytes a name are held."""
+    """Refuse names that repeat or are not Unicode text; holds one 8-byte hash per name, not the names."""
     odd = [name for block in names() if not all(map(str.isascii, block)) for name in block if not is_unicode(name)]
     if odd:
         msg = f"{what} names {listing(odd)} are not Unicode text; rename them"
@@ -180,7 +188,7 @@ def _check_index(what: str, table: str, names: Blocks, count: int) -> None:
         place += len(block)
     hashes.sort()
     twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-    if len(twice):  # of two names, or of one name twice
+    if len(twice):  # one name twice, or two names with equal hashes: compare the names themselves
         alike = pd.Index(np.concatenate([b[np.isin(hash_array(b, categorize=False), twice)] for b in names()]))
         if len(repeated := alike[alike.duplicated()].unique()):
             msg = f"{what} names are used more than once: {listing(repeated)}; adata.{table}_names_make_unique() helps"
@@ -204,7 +212,7 @@ def _check_columns(table: str, columns: pd.Index) -> None:
 
 
 def _is_folder_name(name: str) -> bool:
-    """Return whether a column's name can name a folder, on a disk and on an object store alike."""
+    """Return whether a column name can be the name of a folder, on a disk and on an object store."""
     if name in ("", ".", "..", "zarr.json") or not is_unicode(name) or len(name.encode()) > LONGEST_COLUMN:
         return False
     return not (has_controls(name) or "/" in name or "\\" in name)

@@ -1,6 +1,6 @@
-"""Decide from a sample what the values of a cohort are: counts, scaled counts, or logarithms and their base.
+"""Decide from a sample of rows what the values of a cohort are: counts, scaled counts, or logarithms and their base.
 
-Input: a source and the setting `normalise`. Output: a `Decision`, or a refusal that says what to do. `plan`, the log,
+Input: a source and the setting `normalise`. Output: a `Decision`, or an error that says what to do. `plan`, the log,
 `info` and the report show the decision as one sentence.
 """
 
@@ -20,38 +20,39 @@ Values = Literal["counts", "none"]
 ValuesAsked = Literal["auto", "counts", "none"]
 
 LOG_CEILING = 20.0
-"""No log1p of counts per 10 000, nor per million, is as large."""
+"""Upper bound of natural log1p values: log1p of counts per 10 000 or per million is always smaller."""
 BASES: dict[float, str] = {
     float(np.exp(1.0)): "natural logarithms",
     2.0: "logarithms to base 2",
     10.0: "logarithms to base 10",
 }
 EXACT = 1e-3
-"""Spread of the cells' sums, as a share of their mean, below which these are one and the same number."""
+"""Largest coefficient of variation of the cells' sums at which the sums count as equal."""
 CLOSE = 0.02
-"""Spread below which natural logarithms are taken for such of scaled counts: some genes may be missing."""
+"""The same limit for natural logarithms; it is wider because a few genes may have been removed after scaling."""
 MULTIPLES = 0.95
-"""Share of values that are multiples of their cell's smallest, from which on they are scaled counts."""
+"""Smallest share of values that must be multiples of the smallest value of their cell for scaled counts."""
 
 MOSTLY_WHOLE = 0.5
-"""Share of whole numbers from which on values are counts, some of which were estimated or corrected."""
+"""Smallest share of whole numbers at which values are counts, some of them estimated or corrected."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the values are taken for.
+    """What the values are treated as.
 
     Attributes
     ----------
+    normalise
+        `counts`: the pipeline scales and logs the values; `none`: they are log-normalised already.
     integers
-        Whether all values must be whole numbers: `auto` has taken them for counts.
+        Whether a value that is not a whole number is an error, because `auto` decided for counts.
     base
-        Base of the logarithm that values are given in; none: natural logarithms, or counts.
+        Base of the logarithms, if it is not e; None for natural logarithms and counts.
     seen
-        What was seen and decided, in a sentence.
+        The observation and the decision in one sentence.
     scaled
-        Whether values taken for counts are counts that were divided by something: how many molecules a cell had of a gene
-        cannot be told from them.
+        Whether the counts were divided by a factor, so that numbers of molecules are not known.
     """
 
     normalise: Values
@@ -63,26 +64,26 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Scale:
-    """On what scale values are counts that were divided by something: `base` 0: as they are; a base: once the log is undone."""
+    """The scale on which values are counts divided by a factor: `base` 0 as they are, else after undoing log(1 + x)."""
 
     base: float
     why: str
 
 
 def decide_values(source: Source, asked: ValuesAsked, log_base: float | None = None) -> Decision:
-    """Decide on a sample what the values are, and so whether they are normalised here.
+    """Decide from a sample what the values are, and whether the pipeline normalises them.
 
     Parameters
     ----------
     asked
-        What the user says of them.
+        The setting `normalise`.
     log_base
-        Base of the logarithm, where the user says that.
+        Base of the logarithms, if the user sets it.
 
     Raises
     ------
     CohortError
-        A value of the sample cannot be, what is asked for contradicts the values, or `auto` cannot tell.
+        The sample holds a negative, NaN or infinite value; `asked` contradicts the values; or `auto` cannot decide.
     """
     rows = source.sample
     _refuse_impossible(source)
@@ -149,18 +150,18 @@ def _shown(rows: sparse.csr_matrix) -> str:
 
 
 def _elsewhere(source: Source) -> str:
-    """Say what else the cohort holds that could be read."""
+    """Return the end of an error message: the layers, and `.raw`, that could be read instead."""
     raw = "; --layer raw reads what is in .raw" if source.raw else ""
     return raw + (f"; the cohort has the layers {listing(source.layers)} (--layer NAME)" if source.layers else "")
 
 
 def _scale(rows: sparse.csr_matrix) -> _Scale | None:
-    """Return the scale on which values are scaled counts; none where they are on none.
+    """Return the scale on which the values are scaled counts, or None.
 
-    Either all cells have one library size on it, or each cell's values are multiples of its smallest.
+    Values are scaled counts if all cells have the same sum, or if each cell's values are multiples of its smallest.
     """
-    held = np.diff(rows.indptr) > 0
-    starts, lengths = rows.indptr[:-1][held], np.diff(rows.indptr)[held]
+    filled = np.diff(rows.indptr) > 0  # cells with any value
+    starts, lengths = rows.indptr[:-1][filled], np.diff(rows.indptr)[filled]
     undone = {base: _undone(rows.data, base) for base in (*BASES, 0.0) if _may_be(rows.data, base)}
     spread = {base: _spread(np.add.reduceat(values, starts)) for base, values in undone.items()}
     nearest = min(spread, key=lambda base: spread[base])
@@ -186,25 +187,25 @@ def _may_be(values: np.ndarray, base: float) -> bool:
 
 
 def _undone(values: np.ndarray, base: float) -> np.ndarray:
-    """Return values with log(1 + x) to a base undone; base 0: as they are."""
+    """Invert log(1 + x) to a base; base 0 returns the values as they are."""
     wide = values.astype(np.float64)
     return np.expm1(wide * np.log(base)) if base else wide
 
 
 def _spread(sums: np.ndarray) -> float:
-    """Return the standard deviation of sums as a share of their mean; of one sum nothing can be said."""
+    """Return the coefficient of variation of sums; 1 for a single sum, which shows no spread."""
     return float(sums.std() / sums.mean()) if len(sums) > 1 and sums.mean() > 0 else 1.0
 
 
 def _multiples(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> float:
-    """Return the share of values that are multiples of the smallest of their cell."""
+    """Return the share of values that are multiples of the smallest value of their cell."""
     smallest = np.repeat(np.minimum.reduceat(values, starts), lengths)
     times = values / smallest
     return float((np.abs(times - np.round(times)) < 0.01 * times).mean())
 
 
 def _refuse_impossible(source: Source) -> None:
-    """Refuse a sample with a value that is no expression; where it stands is said."""
+    """Refuse a sample with a NaN, infinite or negative value; the error names the cell and the gene."""
     rows = source.sample
     bad = ~(np.isfinite(rows.data) & (rows.data >= 0))
     if bad.any():
@@ -214,7 +215,7 @@ def _refuse_impossible(source: Source) -> None:
 
 
 def refuse_value(source: Source, row: int, gene: int, value: float) -> NoReturn:
-    """Refuse a cohort for a value that is neither a count nor log-normalised expression."""
+    """Raise the `CohortError` for a value that is NaN, infinite or negative."""
     what = (
         "NaN" if np.isnan(value) else f"{value:g}, an infinite value" if np.isinf(value) else f"{value:g}, below zero"
     )
@@ -226,5 +227,5 @@ def refuse_value(source: Source, row: int, gene: int, value: float) -> NoReturn:
 
 
 def named_value(source: Source, row: int, gene: int) -> str:
-    """Return the names of the cell and the gene of a value."""
+    """Return the position of a value as text: the names of its cell and gene, and its row."""
     return f"cell {source.cell_name(row)!r}, gene {str(source.gene_names[gene])!r} (row {row})"

@@ -1,10 +1,10 @@
-"""How well the effects of single cells follow those of a simulated cohort whose effects depend on the state.
+"""Score the effects of single cells against a simulated truth whose effects depend on the cell state.
 
 Input: the truth, a function that reads rows of the run's `ite` layer, the cohort cells of these rows, and the points in
-which the cells were matched. Output: inside each cell type and condition, the correlation between the effects of cells,
-smoothed over neighbours, and the true effects. The effect of one cell is mostly noise. A mean over cells that are
-neighbours in the space is not, and it shows the state as far as the space represents it: a cell that is matched to a
-random cell of its type scores about 0. Only the sampled cells, and genes with an effect, are held.
+which the cells were matched. Output: for each cell type and condition, the correlation between the effects of cells,
+smoothed over neighbours, and the true effects. The effect of one cell is mostly noise. Its mean over neighbours in the
+matching space is not, and follows the state as far as the space represents it; matching with a random cell of the type
+scores about 0. Only sampled cells, and genes with an effect, are held in memory.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from ndreamer_dist.datasets.truth import Truth
 from ndreamer_dist.errors import QueryError
 
 SCORED_NEIGHBOURS: Final = 50
-"""Cells that an effect is averaged over, the cell itself among them."""
+"""Number of cells, including the cell itself, over which an effect is smoothed."""
 MOST_SCORED_CELLS: Final = 4000
-"""Cells of a cell type and condition that are looked at, evenly over the rows."""
+"""Most cells of a cell type and condition that are scored, evenly spaced over the rows."""
 CONSTANT: Final = 1e-6
-"""Differences between true effects up to this are rounding."""
+"""Largest difference between true effects that counts as rounding."""
 
 ReadEffects = Callable[[int, int], NDArray[Any]]
-"""`read(start, stop)` gives the effects of own condition against control, (rows, genes)."""
+"""`read(start, stop)` returns the effects of the own condition against control, (rows, genes)."""
 
 
 @dataclass(frozen=True)
 class LocalScore:
-    """Agreement of the cells' effects with the true ones inside one cell type and condition."""
+    """Agreement of single cells' effects with the true ones in one cell type and condition."""
 
     cell_type: str
     condition: str
-    cells: int  # that were looked at
-    genes: int  # with a true effect
-    correlation: float  # over cells and genes, each gene centred; NaN where no gene's effect varies
+    cells: int  # scored cells
+    genes: int  # genes with a true effect
+    correlation: float  # over cells and genes, each gene centred; NaN if no gene's true effect varies
 
 
 def local_scores(
@@ -52,25 +52,27 @@ def local_scores(
     genes: Sequence[str],
     chunk_rows: int = 4096,
 ) -> tuple[LocalScore, ...]:
-    """Score the effects of single cells, reading them once; empty where true effects do not depend on the state.
+    """Score the effects of single cells in one pass; return no scores if true effects do not depend on the state.
 
     Parameters
     ----------
     truth
-        Of the simulated cohort.
+        Truth of the simulated cohort.
     read
-        `read(start, stop)`: effects of the rows, (rows, genes).
+        `read(start, stop)` returns the effects of a range of rows, (rows, genes).
     positions
-        Of the rows in the simulated cohort, (rows,).
+        (rows,) position of each row in the simulated cohort.
     points
-        Where the rows were matched, (rows, dimensions).
+        (rows, dimensions) coordinates in which the rows were matched.
     genes
-        Names of the columns.
+        Names of the columns of `read`.
+    chunk_rows
+        Rows of one read.
 
     Raises
     ------
     QueryError
-        A name is not the cohort's, or lengths differ.
+        A gene is not in the cohort, or the lengths of `positions` and `points` differ.
     """
     rows = np.asarray(positions, dtype=np.intp)
     if len(rows) != len(points):
@@ -92,13 +94,16 @@ def local_scores(
 
 
 def smoothed(values: NDArray[Any], points: NDArray[Any], neighbours: int = SCORED_NEIGHBOURS) -> NDArray[np.float64]:
-    """Return each row's mean over the rows nearest to it, itself among them, (rows, columns)."""
+    """Return the mean of each row's values over its nearest rows, including itself: (rows, columns)."""
     near = np.argsort(cdist(points, points), axis=1, kind="stable")[:, :neighbours]
     return np.stack([values[some].mean(0, dtype=np.float64) for some in near])
 
 
 def centred_correlation(estimate: NDArray[Any], true: NDArray[Any]) -> float:
-    """Return the correlation over all entries, each column centred; 0 for a constant estimate, NaN for a constant truth."""
+    """Return the correlation over all entries after centring each column.
+
+    It is 0 for a constant estimate and NaN for a constant truth.
+    """
     e, t = (np.asarray(values, np.float64) - values.mean(0, dtype=np.float64) for values in (estimate, true))
     if not np.any(np.abs(t) > CONSTANT):
         return float("nan")
@@ -110,27 +115,27 @@ def centred_correlation(estimate: NDArray[Any], true: NDArray[Any]) -> float:
 class _Population:
     cell_type: str
     condition: str
-    rows: NDArray[np.intp]  # that are looked at
-    columns: NDArray[np.intp]  # genes with an effect
+    rows: NDArray[np.intp]  # scored rows
+    columns: NDArray[np.intp]  # genes with a true effect
 
 
 def _populations(truth: Truth, positions: NDArray[np.intp], genes: Sequence[str]) -> list[_Population]:
-    """Return the cell types and conditions that have cells and effects."""
-    obs, found = truth.obs(positions), []
+    """Return the pairs of cell type and condition that have more than one cell and any effect."""
+    obs, populations = truth.obs(positions), []
     for kind in truth.cell_types:
         for condition in truth.conditions[1:]:
             rows = np.flatnonzero((obs[CELL_TYPE] == kind) & (obs[CONDITION] == condition))
             columns = np.flatnonzero(truth.mean_ite(kind, condition, genes))
             if len(rows) > 1 and len(columns):
                 evenly = np.linspace(0, len(rows) - 1, min(len(rows), MOST_SCORED_CELLS)).round().astype(np.intp)
-                found.append(_Population(kind, condition, rows[evenly], columns))
-    return found
+                populations.append(_Population(kind, condition, rows[evenly], columns))
+    return populations
 
 
 def _read_part(
     read: ReadEffects, rows: NDArray[np.intp], columns: NDArray[np.intp], chunk_rows: int
 ) -> NDArray[np.float32]:
-    """Return some rows and columns of the effects, read chunk by chunk."""
+    """Read some rows and columns of the effects, chunk by chunk: (rows, columns)."""
     part = np.empty((len(rows), len(columns)), np.float32)
     for start in np.unique(rows // chunk_rows) * chunk_rows:
         here = slice(*np.searchsorted(rows, [start, start + chunk_rows]))

@@ -1,4 +1,4 @@
-"""The model of a simulated cohort: from cells' latent variables to expectations, with and without batch effect."""
+"""The model of a simulated cohort: expected expression of cells, with and without batch effect."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from ndreamer_dist.datasets.expectation import Floats, expectation_tables
 from ndreamer_dist.datasets.parameters import Codes, Parameters, SimulatedCells, StateLaw, affected
 
-BLOCK_ROWS: Final = 64  # cells that share a generator: results depend on no other cut
+BLOCK_ROWS: Final = 64  # cells that share a random generator; chunks are whole blocks, so their size changes no result
 
 
 class Model:
-    """The expectations of a cohort as functions of cells' latent variables; pure, shared by simulation and truth."""
+    """Expected expression as a function of the cells' latent variables; pure, used by the simulation and the truth."""
 
     def __init__(self, parameters: Parameters, law: StateLaw | None = None) -> None:
         self.parameters = parameters
@@ -25,21 +25,21 @@ class Model:
         self.ballast = self.genes - 1
         self.affected = affected(parameters)
         present = (parameters.group_weight > 0).T.astype(np.float32)  # (conditions, donors)
-        # The mean of the donors that hold a condition, per condition: what centres the batch effect.
+        # Per condition, the mean over its donors; subtracting it centres the batch effect.
         self.centre = np.einsum("cb,kbg->kcg", present / present.sum(1, keepdims=True), parameters.donor_shape)
 
     def true_expression(self, cells: SimulatedCells, genes: Codes) -> Floats:
-        """Return f (cells, genes), without batch effect."""
+        """Return f, the expectation without batch effect: (cells, genes)."""
         log_share = self._log_share(cells, genes)
         if self.ballast in genes:
             others = np.arange(self.ballast)
-            control = cells.under(0)  # a condition's gains and losses cancel: the ballast is that of the control
+            control = cells.under(0)  # gains and losses of a condition cancel, so the ballast is that of the control
             taken = _by_blocks(lambda part: np.exp(self._log_share(part, others)).sum(1, dtype=np.float64), control)
             log_share[:, genes == self.ballast] = np.log(rest(taken))[:, None]
         return self.tables.value(log_share, self.parameters.dispersion[genes])
 
     def observed_expression(self, cells: SimulatedCells, genes: Codes) -> Floats:
-        """Return f + g (cells, genes)."""
+        """Return f + g, the expectation with batch effect: (cells, genes)."""
         true = self.true_expression(cells, genes[genes != self.ballast])
         value = np.empty((len(cells), len(genes)), np.float32)
         value[:, genes != self.ballast] = true + self._distortion(true, cells, genes[genes != self.ballast])
@@ -51,7 +51,7 @@ class Model:
         return value
 
     def observed_shares(self, cells: SimulatedCells, genes: Codes) -> Floats:
-        """Return the shares (cells, genes) that counts are drawn with; genes other than the ballast."""
+        """Return the shares with which counts are drawn, (cells, genes); the genes must not include the ballast."""
         classes = self.parameters.dispersion[genes]
         true = self.tables.value(self._log_share(cells, genes), classes)
         return np.exp(self.tables.inverse(true + self._distortion(true, cells, genes), classes))
@@ -63,16 +63,17 @@ class Model:
         return log_share
 
     def _fold(self, cells: SimulatedCells, genes: Codes) -> Floats:
-        """Return the log-fold changes of cells (cells, genes) by their condition, and state where that bears on them."""
+        """Return the log-fold changes by the cells' condition, and by their state if the law says so: (cells, genes)."""
         fold = self.parameters.fold[cells.condition[:, None], cells.cell_type[:, None], genes]
         if self.law.effects:
-            # The shares gained and lost shrink alike, so that they still cancel: the ballast has no effect.
+            # Scale the gains and losses of shares, not the logs, so that they still cancel and spare the ballast.
             changed = np.flatnonzero(self.affected[genes])
             gain = np.expm1(fold[:, changed]) * self.law.response(cells.state)[:, None]
             fold[:, changed] = np.log1p(gain)
         return fold
 
     def _distortion(self, true: Floats, cells: SimulatedCells, genes: Codes) -> Floats:
+        """Return g, the batch effect, for expectations `true` = f: (cells, genes)."""
         kind, condition, donor = (a[:, None] for a in (cells.cell_type, cells.condition, cells.donor))
         amount = self.parameters.donor_shape[:, donor, genes] - self.centre[:, condition, genes]
         amount *= self.parameters.type_shape[:, kind, genes]
@@ -80,7 +81,7 @@ class Model:
 
 
 def rest(taken: NDArray[Any]) -> NDArray[Any]:
-    """Return the ballast's share; the floor is reached in cohorts of a few dozen genes only."""
+    """Return the share of the ballast, with a floor that only cohorts of a few dozen genes reach."""
     return np.maximum(1 - taken, 0.02)
 
 

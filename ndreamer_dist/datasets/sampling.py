@@ -1,4 +1,4 @@
-"""Draw the cells of a simulated cohort by chunks: latent variables, then counts given these."""
+"""Draw the cells of a simulated cohort in chunks: first their latent variables, then their counts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ndreamer_dist.datasets.expectation import DISPERSIONS, LIBRARY_MEDIAN, LIBR
 from ndreamer_dist.datasets.model import BLOCK_ROWS, Model, rest
 from ndreamer_dist.datasets.parameters import STATE_LIMIT, Codes, SimulatedCells
 
-DIRECT_MEAN: Final = 4.0  # above this mean a count is drawn as gamma-Poisson, below by inversion
+DIRECT_MEAN: Final = 4.0  # counts of a larger mean are drawn as gamma-Poisson, others by inversion
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of the cohort: their latent variables and their counts as CSR parts."""
+    """Some rows of the cohort: their latent variables, and their counts as the parts of a CSR matrix."""
 
     cells: SimulatedCells
-    data: Floats
-    indices: NDArray[np.int32]
-    row_nnz: NDArray[np.int64]
+    data: Floats  # (entries,) positive counts
+    indices: NDArray[np.int32]  # (entries,) genes
+    row_nnz: NDArray[np.int64]  # (cells,) entries per row
 
 
 def draw_chunk(model: Model, seed: int, start: int, stop: int) -> Chunk:
-    """Draw the cells start to stop (start a multiple of `BLOCK_ROWS`), the same whatever the chunks are."""
+    """Draw the cells `start:stop`; if `start` is a multiple of `BLOCK_ROWS`, other chunks give the same cells."""
     generators = [generator(seed, 1, row // BLOCK_ROWS) for row in range(start, stop, BLOCK_ROWS)]
     sizes = [min(BLOCK_ROWS, stop - row) for row in range(start, stop, BLOCK_ROWS)]
     blocks = [_draw_cells(model, rng, size) for rng, size in zip(generators, sizes, strict=True)]
@@ -34,7 +34,7 @@ def draw_chunk(model: Model, seed: int, start: int, stop: int) -> Chunk:
         *(np.concatenate([getattr(b, field.name) for b in blocks]) for field in fields(SimulatedCells))
     )
     kinds, of_cell = _kinds_of_cell(cells)
-    # Most genes do not depend on the state: their shares are worked out once per (type, condition, donor).
+    # Most genes do not depend on the state, so their shares are computed once per (type, condition, donor).
     shares = np.concatenate([
         model.observed_shares(kinds[i : i + 8], np.arange(model.genes)) for i in range(0, len(kinds), 8)
     ])  # fmt: skip
@@ -47,11 +47,12 @@ def draw_chunk(model: Model, seed: int, start: int, stop: int) -> Chunk:
 
 
 def generator(seed: int, *key: int) -> np.random.Generator:
-    """Return the generator of a key: the seed, what is drawn, and which block of cells."""
+    """Return the random generator of a key: the seed, a number for what is drawn, and the block of cells."""
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, *key))))
 
 
 def _draw_cells(model: Model, rng: np.random.Generator, size: int) -> SimulatedCells:
+    """Draw the latent variables of a block of cells."""
     p = model.parameters
     group = _choose(rng.random(size), np.broadcast_to(p.group_weight.ravel(), (size, p.group_weight.size)))
     donor, condition = np.divmod(group, p.group_weight.shape[1])
@@ -63,13 +64,13 @@ def _draw_cells(model: Model, rng: np.random.Generator, size: int) -> SimulatedC
 
 
 def _choose(uniform: NDArray[Any], weights: NDArray[Any]) -> Codes:
-    """Return one column per row, with the row's weights (rows, columns) as probabilities."""
+    """Draw one column per row with probabilities proportional to the weights (rows, columns), by inversion."""
     cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
     return (uniform[:, None] * cumulative[:, -1:] >= cumulative).sum(1)
 
 
 def _kinds_of_cell(cells: SimulatedCells) -> tuple[SimulatedCells, Codes]:
-    """Return one cell of state 0 per (type, condition, donor) present, and which of them each cell is."""
+    """Return one cell of state 0 per observed (type, condition, donor), and the number of each cell's combination."""
     table = np.stack([cells.cell_type, cells.condition, cells.donor])
     unique, of_cell = np.unique(table, axis=1, return_inverse=True)
     zero = np.zeros(unique.shape[1], np.float32)
@@ -77,7 +78,13 @@ def _kinds_of_cell(cells: SimulatedCells) -> tuple[SimulatedCells, Codes]:
 
 
 def _draw_counts(model: Model, rng: np.random.Generator, cells: SimulatedCells, mean: Floats) -> tuple[Any, Any, Any]:
-    """Draw the counts of a block; `mean` (cells, genes) comes with the shares at state 0 and is used up."""
+    """Draw the counts of a block; return positive counts, genes, and entries per row.
+
+    Parameters
+    ----------
+    mean
+        (cells, genes) shares at state 0; overwritten.
+    """
     moves = model.parameters.state_load.any(0)
     moved = np.flatnonzero(moves | model.affected if model.law.effects else moves)
     mean[:, moved] = model.observed_shares(cells, moved)
@@ -97,7 +104,7 @@ def _draw_counts(model: Model, rng: np.random.Generator, cells: SimulatedCells, 
 def _positive_counts(
     rng: np.random.Generator, mean: Floats, size: Floats, direct: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
-    """Draw negative binomials: as they are where `direct`, else given that they are positive, by inversion."""
+    """Draw negative binomial counts: where `direct` as they are, else, by inversion, given that they are positive."""
     counts = np.zeros(len(mean), np.int64)
     gamma = rng.standard_gamma(size[direct].astype(np.float64)) * (mean[direct] / size[direct])
     counts[direct] = rng.poisson(gamma)
@@ -105,7 +112,7 @@ def _positive_counts(
     m, r = mean[waiting].astype(np.float64), size[waiting].astype(np.float64)
     ratio = m / (m + r)
     zero = np.exp(-r * np.log1p(m / r))
-    left = rng.random(len(waiting)) * (1 - zero)  # of the uniform, after the probabilities of smaller counts
+    left = rng.random(len(waiting)) * (1 - zero)  # the uniform minus the probabilities of the counts tried so far
     probability, count = zero * r * ratio, 1
     while len(waiting):
         counts[waiting] = count
@@ -114,6 +121,6 @@ def _positive_counts(
         waiting, left, r, ratio = waiting[on], left[on], r[on], ratio[on]
         probability = probability[on] * ratio * (count + r) / (count + 1)
         count += 1
-        if count > 1000:  # rounding can leave a uniform of almost 1 beyond the sum of all probabilities
+        if count > 1000:  # by rounding, a uniform close to 1 can exceed the sum of all probabilities
             break
     return counts

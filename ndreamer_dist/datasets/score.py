@@ -1,9 +1,9 @@
-"""How well a run recovers the truth of a simulated cohort.
+"""Score how well a run recovers the truth of a simulated cohort.
 
-Input: the truth of `datasets.simulate`, a function that reads rows of the run's layers, and the cell type, condition and
-donor of every cell. Output, per cell type and condition: how well the mean treatment effects agree with the true ones,
-and how much of the variance between donors remains in the denoised expression. The score takes one pass over chunks of
-rows and holds only sums per (cell type, condition, donor) and gene.
+Input: the truth of `datasets.simulate`, a function that reads rows of the run's layers, and the cell type, condition
+and donor of each cell. Output, per cell type and condition: the agreement of the mean treatment effects with the true
+ones, and the variance between donors that remains in the denoised expression. One pass over chunks of rows keeps only
+sums per (cell type, condition, donor) and gene.
 """
 
 from __future__ import annotations
@@ -22,71 +22,72 @@ from ndreamer_dist.datasets.local_score import LocalScore
 from ndreamer_dist.errors import QueryError
 
 THRESHOLD: Final = 0.25
-"""Log-normalised units beyond which a mean effect counts as found, in cell types where there is none."""
+"""Size of a mean effect, in log-normalised units, above which a gene without a true effect counts as false."""
 
 SCORED: Final = ("X", keys.LAYER_DENOISED, keys.LAYER_ITE)
+"""Layers that are read."""
 
 Read = Callable[[str, int, int], NDArray[Any]]
-"""`read(layer, start, stop)` gives (rows, genes): `X` (log-normalised expression), `denoised` or `ite`."""
+"""`read(layer, start, stop)` returns (rows, genes) of `X` (log-normalised expression), `denoised` or `ite`."""
 
 
 @dataclass(frozen=True)
 class EffectScore:
-    """Estimated against true mean ITE of one condition in one cell type, over the genes scored."""
+    """Agreement of estimated and true mean ITE of one condition in one cell type, over the scored genes."""
 
     cell_type: str
     condition: str
     cells: int
     affected: int  # genes with a true effect
-    correlation: float  # Pearson, over all genes scored; NaN where no gene has an effect
-    slope: float  # of the estimate on the truth: below 1 effects are too small; NaN where no gene has an effect
-    false_genes: int  # genes without a true effect whose mean ITE is beyond the threshold
-    false_share: float  # of the genes without a true effect
+    correlation: float  # Pearson, over all scored genes; NaN if no gene has an effect
+    slope: float  # of the estimate on the truth, below 1 if effects are too small; NaN if no gene has an effect
+    false_genes: int  # genes without a true effect whose |mean ITE| exceeds the threshold
+    false_share: float  # `false_genes` as a share of the genes without a true effect
     largest_false: float  # largest |mean ITE| of a gene without a true effect
-    by_chance: float  # genes without a true effect that are beyond the threshold by the noise of that many cells alone
+    by_chance: float  # expected number of false genes from the sampling noise of the cells alone
 
 
 @dataclass(frozen=True)
 class BatchScore:
-    """Variance between donors within one cell type and condition, a mean over genes."""
+    """Variance between donors in one cell type and condition, averaged over genes."""
 
     cell_type: str
     condition: str
     donors: int
-    before: float  # of the log-normalised expression, sampling variance taken off
-    after: float  # of the denoised expression, likewise
-    before_plain: float  # plain variance of the donors' means
-    after_plain: float
+    before: float  # variance of the donors' means of the log-normalised expression, less their sampling variance
+    after: float  # the same of the denoised expression
+    before_plain: float  # variance of the donors' means of the log-normalised expression
+    after_plain: float  # the same of the denoised expression
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Scores of a run on a simulated cohort; `table()` tells them in words."""
+    """Scores of a run on a simulated cohort; `table()` returns them as text."""
 
     effects: tuple[EffectScore, ...]
     batches: tuple[BatchScore, ...]
-    genes: int
-    threshold: float
-    local: tuple[LocalScore, ...] = ()  # where true effects depend on the state
+    genes: int  # number of scored genes
+    threshold: float  # mean effect above which a gene without a true effect counts as false
+    local: tuple[LocalScore, ...] = ()  # scores of single cells' effects, if true effects depend on the state
 
     @property
     def correlation(self) -> float:
-        """Mean correlation over the cell types and conditions with an effect; NaN where there is none."""
+        """Mean correlation over the cell types and conditions with an effect; NaN if there is none."""
         return _mean([e.correlation for e in self.effects if e.affected])
 
     @property
     def false_genes(self) -> int:
-        """Genes called in cell types that do not respond, in all."""
+        """Total number of false genes in cell types that do not respond."""
         return sum(e.false_genes for e in self.effects if not e.affected)
 
     @property
     def false_by_chance(self) -> float:
-        """How many of the genes called in cell types that do not respond the number of cells explains, at the least."""
+        """Expected number of these false genes from sampling noise alone, a lower bound."""
         return sum(e.by_chance for e in self.effects if not e.affected)
 
     @property
     def batch_variance_removed(self) -> float:
-        """Share of the variance between donors that went (1: all; negative: there is more); NaN without donors."""
+        """Share of the variance between donors that was removed: 1 all, negative if it grew, NaN without donors."""
         before = sum(b.before for b in self.batches)
         return 1 - sum(b.after for b in self.batches) / before if before > 0 else float("nan")
 
@@ -108,8 +109,8 @@ class Recovery:
             batch_head,
             *(_batch_line(b) for b in self.batches),
             "",
-            "What donors' means vary by because cells are few is taken off, as if cells were independent. Denoised",
-            "cells share their matches, so for them too little is taken off: what is left is at most this.",
+            "The sampling variance of the donors' means is subtracted, as if cells were independent. Denoised cells",
+            "share matches, so their sampling variance is larger, and the column 'after' is an upper bound.",
             "",
             f"Mean correlation {self.correlation:.3f};",
             f"{self.false_genes} genes called in cell types without effect{_chance(self.false_by_chance)};",
@@ -131,24 +132,30 @@ def recovery(
     threshold: float = THRESHOLD,
     progress: Callable[[int, int], None] | None = None,
 ) -> Recovery:
-    """Score a run's layers against the truth, reading them once.
+    """Score the layers of a run against the truth in one pass.
 
     Parameters
     ----------
     truth
-        Of the simulated cohort.
+        Truth of the simulated cohort.
     read
-        `read(layer, start, stop)`: rows of `X`, `denoised` and `ite`, (rows, genes). `ite` is not looked at for
-        control cells.
+        `read(layer, start, stop)` returns a range of rows of `X`, `denoised` or `ite`, (rows, genes). The `ite` of
+        control cells is ignored.
     cell_type, condition, donor
-        Names (rows,), of the rows that `read` gives; any order of cells, and cells may have been dropped.
+        (rows,) names for the rows of `read`. Cells may be in any order, and some may be missing.
     genes
-        Names of the columns.
+        Names of the columns of `read`.
+    chunk_rows
+        Rows of one read.
+    threshold
+        Mean effect above which a gene without a true effect counts as false.
+    progress
+        Called after each chunk with the rows read and the total number of rows.
 
     Raises
     ------
     QueryError
-        A name is not the cohort's, or lengths differ.
+        A name is not in the cohort, or shapes differ.
     """
     sums = _Sums(truth, cell_type, condition, donor, len(genes))
     truth.mean_ite(truth.cell_types[0], truth.conditions[0], genes)  # refuses unknown genes before the long pass
@@ -171,12 +178,23 @@ def score_effects(
     threshold: float = THRESHOLD,
     errors: Mapping[tuple[str, str], NDArray[Any]] | None = None,
 ) -> tuple[EffectScore, ...]:
-    """Score mean effects (genes,), keyed by (cell type, condition), against the truth.
+    """Score mean effects against the truth.
 
     Parameters
     ----------
+    truth
+        Truth of the simulated cohort.
+    means
+        By (cell type, condition): mean effects, (genes,).
+    genes
+        Names of the genes.
+    cells
+        By (cell type, condition): number of cells, for the table; None for 0.
+    threshold
+        Mean effect above which a gene without a true effect counts as false.
     errors
-        Their standard errors at the least (genes,), by which genes are called by chance; none are without.
+        By (cell type, condition): lower bounds of the standard errors of the means, (genes,), from which `by_chance` is
+        computed; None for 0.
     """
     scores = []
     for (kind, condition), estimate in means.items():
@@ -199,7 +217,7 @@ def score_effects(
 
 @dataclass
 class _Moments:
-    """Counts, sums and sums of squares of one layer, per (cell type, condition, donor) and gene."""
+    """Sums and sums of squares of one layer, per kind and gene; a kind is a (cell type, condition, donor)."""
 
     total: NDArray[np.float64]  # (kinds, genes)
     squares: NDArray[np.float64]  # (kinds, genes)
@@ -213,7 +231,7 @@ class _Moments:
 
 @dataclass
 class _Sums:
-    """What is summed over the cells, by the observed combinations of cell type, condition and donor."""
+    """Sums over the cells of each kind, the observed combinations of cell type, condition and donor."""
 
     truth: Truth
     cell_type: ArrayLike
@@ -248,11 +266,12 @@ class _Sums:
             self.layers[name].add(values[use], kind[use])
 
     def groups(self) -> list[tuple[int, int, NDArray[Any]]]:
-        """Return (cell type, condition, its rows of the sums) for every pair that has cells."""
+        """Return cell type, condition and the kinds of each observed pair of cell type and condition."""
         pairs = np.unique(self.kinds[:2], axis=1).T
         return [(int(t), int(c), np.flatnonzero((self.kinds[0] == t) & (self.kinds[1] == c))) for t, c in pairs]
 
     def mean_effects(self) -> tuple[dict[tuple[str, str], NDArray[Any]], dict[tuple[str, str], int]]:
+        """Return mean effects, (genes,), and numbers of cells by (cell type, condition)."""
         means, cells = {}, {}
         for kind, condition, rows in self.groups():
             if condition > 0:
@@ -262,9 +281,10 @@ class _Sums:
         return means, cells
 
     def standard_errors(self) -> dict[tuple[str, str], NDArray[Any]]:
-        """Return those of a type's mean under a condition minus that under control, if all cells count alike: (genes,).
+        """Return lower bounds of the standard errors of the mean effects, (genes,), by (cell type, condition).
 
-        Matches use some cells more often than others, so a mean ITE varies at least as much.
+        They are the standard errors of the difference of the plain means under condition and control. Matches use some
+        control cells more often than others, so a mean ITE has at least this error.
         """
         squared = {(kind, condition): self._squared_error(rows) for kind, condition, rows in self.groups()}
         return {
@@ -274,15 +294,16 @@ class _Sums:
         }
 
     def _squared_error(self, rows: NDArray[Any]) -> NDArray[np.float64]:
-        """Return that of the mean over the cells of some rows of the sums, their donors' differences aside: (genes,)."""
+        """Return the squared standard error of the mean over some kinds, from the variance inside donors: (genes,)."""
         n, layer = self.count[rows], self.layers["X"]
         within = np.maximum(layer.squares[rows] - layer.total[rows] ** 2 / n[:, None], 0).sum(0)
         return within / max(1, n.sum() - len(rows)) / n.sum()
 
     def batch_scores(self) -> tuple[BatchScore, ...]:
+        """Return the variances between donors, for cell types and conditions with at least two donors of two cells."""
         scores = []
         for kind, condition, rows in self.groups():
-            rows = rows[self.count[rows] > 1]  # one cell tells nothing of its own variance
+            rows = rows[self.count[rows] > 1]  # a donor with one cell has no sampling variance
             if len(rows) > 1:
                 parts = [
                     _between(self.count[rows], layer.total[rows], layer.squares[rows])
@@ -304,7 +325,7 @@ def _codes(names: NDArray[Any], known: Sequence[str]) -> NDArray[np.intp]:
 
 
 def _between(count: NDArray[Any], total: NDArray[Any], squares: NDArray[Any]) -> tuple[float, float]:
-    """Return the mean over genes of the variance of the donors' means, without and with their sampling variance."""
+    """Return the mean over genes of the variance of the donors' means, less and including their sampling variance."""
     n = count[:, None].astype(np.float64)
     mean = total / n
     within = np.maximum(squares - n * mean * mean, 0) / (n - 1)
@@ -313,7 +334,7 @@ def _between(count: NDArray[Any], total: NDArray[Any], squares: NDArray[Any]) ->
 
 
 def _agreement(true: NDArray[Any], estimate: NDArray[Any]) -> tuple[float, float]:
-    """Return correlation and slope; a constant estimate has correlation 0 with a truth that varies."""
+    """Return correlation and slope of the estimate on the truth; NaN for a constant truth, 0 for a constant estimate."""
     t, e = true - true.mean(), estimate - estimate.mean()
     if not t.any():
         return float("nan"), float("nan")
@@ -322,7 +343,7 @@ def _agreement(true: NDArray[Any], estimate: NDArray[Any]) -> tuple[float, float
 
 
 def _chance(expected: float) -> str:
-    """Return how many genes are called by chance, in words; nothing where there are enough cells for none."""
+    """Return the expected number of false genes as text; empty below 1."""
     return f" ({expected:.0f} or more by chance: the cells are few)" if expected >= 1 else ""
 
 
@@ -339,7 +360,7 @@ def _effect_line(e: EffectScore) -> str:
 
 
 def _local_lines(scores: Sequence[LocalScore]) -> list[str]:
-    """Return the scores of single cells' effects as text; nothing where there are none."""
+    """Return the scores of single cells' effects as lines of text; empty without scores."""
     if not scores:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Simulate a cohort: draw the parameters, then draw chunks of cells in parallel and write them in order."""
+"""Simulate a cohort: draw its parameters, draw chunks of cells in parallel, and write the chunks in order."""
 
 from __future__ import annotations
 
@@ -37,44 +37,48 @@ def simulate(
     threads: int = 2,
     progress: Callable[[int, int], object] | None = None,
 ) -> Truth:
-    """Write a simulated cohort as an AnnData zarr v3 store, its truth beside it, and return the truth.
+    """Write a simulated cohort as an AnnData zarr v3 store, write its truth beside it, and return the truth.
 
     Parameters
     ----------
     path
-        Where the cohort goes: `X` (cells x genes, CSR of counts, float32) and `obs` with `cell_type`, `condition`
-        (`control`, `treated`, `treated_2`, ...) and `donor`. The truth goes to `truth_path(path)`.
+        Address of the new cohort, with `X` (cells x genes, CSR counts, float32) and `obs` with `cell_type`, `condition`
+        (`control`, `treated`, `treated_2`, ...) and `donor`. The truth is written to `truth_path(path)`.
     batches
-        Donors. `crossed`: each has cells of every condition. `nested`: each has one condition.
+        Number of donors.
+    conditions
+        Number of conditions, including the control.
+    design
+        `crossed`: each donor has cells of every condition. `nested`: each donor has one condition.
     cell_types
-        The last third of them (at least one, where there are two) does not respond to any condition.
+        Number of cell types. The last third, at least one of two or more, does not respond to any condition.
     state_effects
-        Share of the effects that cells of the lowest states lack, 0 to 1: by default a condition moves all cells of a type
-        alike, at 1 those of the lowest states do not respond at all.
+        Share of the effects, 0 to 1, that cells of the lowest states lack. With 0 a condition changes all cells of a
+        type equally; with 1 cells of the lowest states do not respond.
     state_shift
-        How much higher the state of cells is in conditions other than the control, in standard deviations: a difference
-        of composition, not an effect on any cell.
+        Difference of the mean cell state between the other conditions and the control, in standard deviations. It is a
+        difference of composition, not an effect on any cell.
     pathways
-        Where there are some, a screen: the conditions other than the control are knock-outs, `P01_KO01` and so on, dealt
-        to the pathways by turns. Those of one pathway change the same genes, each by a share of its own, and a few
-        genes besides.
+        If positive, the cohort is a screen: the conditions other than the control are knock-outs, `P01_KO01` and so on,
+        assigned to this many pathways in rotation. The knock-outs of a pathway change the same genes, each with its own
+        strength, and a few genes of their own.
     seed
-        The same seed and sizes give the same cohort, whatever `chunk_rows` and `threads` are.
+        The same seed and sizes give the same cohort for any `chunk_rows` and `threads`.
     chunk_rows, threads
-        Cells drawn at a time, and chunks drawn at once; they bound the memory.
+        Cells per chunk, and chunks drawn at the same time; they bound the memory.
     progress
-        Called after each chunk with the cells written and the cells in all.
+        Called after each chunk with the number of written cells and `cells`.
 
     Raises
     ------
     CohortError
-        The sizes make no cohort, or there is one at `path` already.
+        A size is impossible, or there is already a cohort at `path`.
     """
     law = _state_law(state_effects, state_shift)
     shape = CohortShape(genes, batches, conditions, cell_types, design == "nested", pathways)
     _check_sizes(shape, design, cells=cells, chunk_rows=chunk_rows, threads=threads)
     if not 0 <= pathways < conditions:
-        msg = f"pathways is {pathways}; {conditions - 1} knock-outs can be of at most as many, and of 0 where they are none"
+        msg = f"pathways is {pathways}; {conditions - 1} knock-outs can have 0 to {conditions - 1} pathways"
         raise CohortError(msg)
     cohort, truth = open_storage(path), open_storage(truth_path(path))
     if cohort.exists("zarr.json"):
@@ -97,14 +101,14 @@ def simulate(
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Value], items: Iterable[Item], *, ahead: int
 ) -> Iterator[Value]:
-    """Yield the function's values in order, with no more than `ahead` calls begun and not taken."""
-    begun: deque[Any] = deque()
+    """Yield the function's values in order of the items, with at most `ahead` calls started and not yet yielded."""
+    started: deque[Any] = deque()
     for item in items:
-        begun.append(pool.submit(function, item))
-        if len(begun) >= ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
+        started.append(pool.submit(function, item))
+        if len(started) >= ahead:
+            yield started.popleft().result()
+    while started:
+        yield started.popleft().result()
 
 
 def _state_law(effects: float, shift: float) -> StateLaw:
@@ -120,9 +124,9 @@ def _state_law(effects: float, shift: float) -> StateLaw:
 def _check_sizes(shape: CohortShape, design: str, *, cells: int, chunk_rows: int, threads: int) -> None:
     least = {"cells": (cells, 1), "genes": (shape.genes, 50), "batches": (shape.donors, 1), "conditions": (shape.conditions, 2),
              "cell_types": (shape.cell_types, 1), "chunk_rows": (chunk_rows, 1), "threads": (threads, 1)}  # fmt: skip
-    for name, (found, smallest) in least.items():
-        if found < smallest:
-            msg = f"{name} is {found}; a simulated cohort needs at least {smallest}"
+    for name, (size, smallest) in least.items():
+        if size < smallest:
+            msg = f"{name} is {size}; a simulated cohort needs at least {smallest}"
             raise CohortError(msg)
     if design not in ("crossed", "nested"):
         msg = f"design is {design!r}; it can be 'crossed' or 'nested'.{suggest(design, ('crossed', 'nested'))}"

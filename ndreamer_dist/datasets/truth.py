@@ -1,4 +1,4 @@
-"""The truth of a simulated cohort, which a method should recover, for any cells and genes."""
+"""The truth of a simulated cohort, computed for any cells and genes."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ from ndreamer_dist.storage.files import Storage, open_storage
 
 
 class Truth:
-    """What is true of a simulated cohort, computed for the cells and genes that are asked for.
+    """The true expression and effects of a simulated cohort, computed on request.
 
     Values are expectations of log-normalised expression, `E[log1p(1e4 y / library)]`, over counts and library sizes
-    (see the module), so they are what a method's own expressions and effects average to. `rows` are positions of the
-    cohort (a slice or integers), `genes` are names; all genes without them. All results are (rows, genes), float32.
+    (see `ndreamer_dist.datasets`): the averages that estimates of a method should approach. `rows` selects cells by
+    position: a slice, integers or a boolean mask. `genes` are names; None selects all genes. Results are (rows, genes)
+    float32 unless said otherwise.
 
     Attributes
     ----------
     genes, cell_types, conditions, donors
-        Names, by position; the first condition is the control.
+        Names by code; the first condition is the control.
     effect_genes
-        Names of the genes that some condition changes in some cell type.
+        Names of the genes that any condition changes in any cell type.
     """
 
     def __init__(self, storage: Storage, model: Model, cells: int) -> None:
@@ -61,21 +62,21 @@ class Truth:
     def expression(
         self, rows: slice | ArrayLike, condition: str | None = None, genes: Sequence[str] | None = None
     ) -> Floats:
-        """Return f of the cells under a condition (their own without one), free of any batch effect."""
+        """Return f, the expression without batch effect, of cells under a condition; None for their own condition."""
         cells = self._latents(rows)
         if condition is not None:
             cells = cells.under(self._code(self.conditions, condition, "condition"))
         return self._model.true_expression(cells, self._columns(genes))
 
     def batch_effect(self, rows: slice | ArrayLike, genes: Sequence[str] | None = None) -> Floats:
-        """Return g of the cells in their own donor and condition; its mean over a condition's donors is 0."""
+        """Return g, the batch effect of cells in their own donor and condition; its mean over the donors is 0."""
         cells, columns = self._latents(rows), self._columns(genes)
         return self._model.observed_expression(cells, columns) - self._model.true_expression(cells, columns)
 
     def ite(self, rows: slice | ArrayLike, condition: str | None = None, genes: Sequence[str] | None = None) -> Floats:
-        """Return the effect of a condition on the cells, against control.
+        """Return the effect of a condition on the cells, against the control.
 
-        Without a condition it is that of the cell's own, and NaN on control cells, as in the results of a run.
+        With None it is the effect of the cell's own condition, and NaN for control cells, as in the results of a run.
         """
         cells, columns = self._latents(rows), self._columns(genes)
         treated = cells if condition is None else cells.under(self._code(self.conditions, condition, "condition"))
@@ -86,13 +87,13 @@ class Truth:
 
     @property
     def law(self) -> StateLaw:
-        """How effects and conditions depend on the cells' state."""
+        """How effects depend on the cell state, and the state on the condition."""
         return self._model.law
 
     def mean_ite(self, cell_type: str, condition: str, genes: Sequence[str] | None = None) -> Floats:
-        """Return the mean effect of a condition on the cells of a type that are in it, (genes,).
+        """Return the mean effect of a condition on its own cells of a type: (genes,) float32.
 
-        Where effects depend on the state, the mean is over the law of the state in that condition; else it is exact.
+        If effects depend on the state, the mean is over the distribution of the state in the condition.
         """
         code, columns = self._code(self.conditions, condition, "condition"), self._columns(genes)
         states = self.law.states(code) if self.law.effects else np.zeros(1, np.float32)
@@ -101,9 +102,9 @@ class Truth:
         return effects.mean(0, dtype=np.float64).astype(np.float32)
 
     def mean_state_shift(self, cell_type: str, condition: str, genes: Sequence[str] | None = None) -> Floats:
-        """Return by how much a condition's shift of the state alone moves the mean of a type's control cells, (genes,).
+        """Return how much a condition's shift of the state alone changes the mean of a cell type: (genes,) float32.
 
-        A difference of means between condition and control is `mean_ite` plus this.
+        The difference of the true means between condition and control is `mean_ite` plus this.
         """
         code, columns = self._code(self.conditions, condition, "condition"), self._columns(genes)
         moved, unmoved = (
@@ -112,21 +113,21 @@ class Truth:
         return (moved - unmoved).mean(0, dtype=np.float64).astype(np.float32)
 
     def _typical(self, cell_type: str, states: Floats) -> SimulatedCells:
-        """Return control cells of a type, one for each state."""
+        """Return one control cell of a type for each state."""
         kind = np.full(len(states), self._code(self.cell_types, cell_type, "cell type"))
         return SimulatedCells(kind, np.zeros_like(kind), np.zeros_like(kind), states, np.zeros_like(states))
 
     def positions(self, cells: Sequence[str]) -> Codes:
-        """Return the rows of cells by their names, as `simulate` named them."""
+        """Return the positions of cells with names from `simulate`: (cells,) integers."""
         numbers = [name.removeprefix(CELL_PREFIX) for name in cells]
-        wrong = [name for name, number in zip(cells, numbers, strict=True) if not number.isdigit() or name == number]
+        wrong = [name for name, number in zip(cells, numbers, strict=True) if not number.isdecimal() or name == number]
         if wrong:
             msg = f"the simulated cohort has no cell {listing(wrong)}; its cells are {CELL_PREFIX}0000000 and so on"
             raise QueryError(msg)
         return np.array([int(number) for number in numbers], dtype=np.intp)
 
     def obs(self, rows: slice | ArrayLike = slice(None)) -> dict[str, NDArray[Any]]:
-        """Return the cells' names of cell type, condition and donor, and their true state and library size."""
+        """Return the names of the cells' type, condition and donor, and their state and library size: (rows,) each."""
         cells = self._latents(rows)
         return {
             CELL_TYPE: np.array(self.cell_types)[cells.cell_type],
@@ -150,22 +151,34 @@ class Truth:
         return np.array([self._position[name] for name in genes], dtype=np.intp)
 
     @staticmethod
-    def _code(known: list[str], name: str, what: str) -> int:
-        if name not in known:
-            msg = f"the simulated cohort has no {what} {name!r}; it has {listing(known)}.{suggest(name, known)}"
+    def _code(names: list[str], name: str, what: str) -> int:
+        if name not in names:
+            msg = f"the simulated cohort has no {what} {name!r}; it has {listing(names)}.{suggest(name, names)}"
             raise QueryError(msg)
-        return known.index(name)
+        return names.index(name)
+
+    def _positions(self, rows: slice | ArrayLike) -> Codes:
+        """Return the positions that a slice, integers or a boolean mask select; `QueryError` if out of range."""
+        if isinstance(rows, slice):
+            return np.arange(self._cells)[rows]
+        index = np.asarray(rows)
+        if index.dtype == bool:
+            if index.shape != (self._cells,):
+                msg = f"the mask of cells has shape {index.shape}; the simulated cohort has {self._cells} cells"
+                raise QueryError(msg)
+            return np.flatnonzero(index)
+        positions = index.astype(np.intp)
+        if positions.size and not (positions.min() >= 0 and positions.max() < self._cells):
+            msg = f"no rows {positions.min()} to {positions.max()}; the simulated cohort has {self._cells} cells"
+            raise QueryError(msg)
+        return positions
 
     def _latents(self, rows: slice | ArrayLike) -> SimulatedCells:
-        if not isinstance(rows, slice):
-            rows = np.asarray(rows, dtype=np.intp)
-            if rows.size and not (rows.min() >= 0 and rows.max() < self._cells):
-                msg = f"rows {rows.min()} to {rows.max()} are asked for; the simulated cohort has {self._cells} cells"
-                raise QueryError(msg)
-        start, stop = (rows.start, rows.stop) if isinstance(rows, slice) else _span(rows)
-        within = slice(None, None, rows.step) if isinstance(rows, slice) else rows - start
+        """Read the latent variables of some cells; one read spans the rows from the first to the last."""
+        positions = self._positions(rows)
+        start, stop = (int(positions.min()), int(positions.max()) + 1) if len(positions) else (0, 0)
         parts: dict[str, Any] = {
-            field.name: read_array(self._storage, f"cells/{field.name}", slice(start, stop))[within]
+            field.name: read_array(self._storage, f"cells/{field.name}", slice(start, stop))[positions - start]
             for field in fields(SimulatedCells)
         }
         return SimulatedCells(
@@ -173,22 +186,24 @@ class Truth:
         )
 
 
-def _span(rows: Codes) -> tuple[int, int]:
-    return (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
-
-
 def truth_path(path: str | os.PathLike[str]) -> str:
-    """Return the address of a simulated cohort's truth: `cohort.truth.zarr` beside `cohort.zarr`."""
+    """Return the address of the truth of a simulated cohort: `cohort.truth.zarr` beside `cohort.zarr`."""
     return f"{open_storage(path).url.removesuffix('.zarr')}.truth.zarr"
 
 
 def load_truth(path: str | os.PathLike[str]) -> Truth:
-    """Open the truth of a cohort that `simulate` wrote; `path` is the cohort's.
+    """Open the truth of a cohort that `simulate` wrote.
+
+    Parameters
+    ----------
+    path
+        Address of the cohort, not of the truth.
 
     Raises
     ------
     CohortError
-        There is none: the cohort was not simulated, was moved without its truth, or was not finished.
+        There is no truth, because the cohort was not simulated, not finished, or moved without it; or the truth has
+        another format version.
     """
     storage = open_storage(truth_path(path))
     if not storage.exists("zarr.json"):
@@ -199,10 +214,10 @@ def load_truth(path: str | os.PathLike[str]) -> Truth:
         msg = f"{storage.url} has format {attributes['format']}, expected {keys.FORMAT_VERSION}: simulate it again"
         raise CohortError(msg)
     names = [field.name for field in fields(Parameters) if field.name != "pathway"]
-    found = {name: read_array(storage, name) for name in names}
-    # A truth that was written before there were pathways has none.
-    known = storage.exists("pathway/zarr.json")
-    pathway = read_array(storage, "pathway") if known else np.full(len(found["fold"]), -1, dtype=np.int16)
-    parameters = Parameters(**found, pathway=pathway)
+    arrays = {name: read_array(storage, name) for name in names}
+    # Truths written before screens were introduced have no pathways.
+    has_pathways = storage.exists("pathway/zarr.json")
+    pathway = read_array(storage, "pathway") if has_pathways else np.full(len(arrays["fold"]), -1, dtype=np.int16)
+    parameters = Parameters(**arrays, pathway=pathway)
     law = StateLaw(*(float(str(attributes.get(f"state_{field.name}", 0))) for field in fields(StateLaw)))
     return Truth(storage, Model(parameters, law), int(str(attributes["cells"])))

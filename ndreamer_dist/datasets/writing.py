@@ -1,4 +1,4 @@
-"""Write a simulated cohort and its truth by pieces, as zarr stores; the root is written last."""
+"""Write a simulated cohort and its truth as zarr stores, chunk by chunk; the root metadata is written last."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ndreamer_dist.storage.arrays import create_array, open_array, read_array, w
 from ndreamer_dist.storage.files import Storage
 
 ENTRIES_CHUNK: Final = 1 << 20  # entries of the sparse matrix per zarr chunk
-CELLS_CHUNK: Final = 1 << 15
+CELLS_CHUNK: Final = 1 << 15  # cells per zarr chunk
 
 
 class _Column:
-    """A one-dimensional array that is written from start to end in whole chunks, whatever pieces it comes in."""
+    """A one-dimensional zarr array that grows: `add` takes pieces of any length, and whole chunks are written."""
 
     def __init__(self, storage: Storage, name: str, dtype: Any, chunk: int, attributes: dict[str, Any] | None) -> None:
         fill: Any = "" if dtype == "string" else 0
@@ -53,7 +53,7 @@ class _Column:
 
 
 class Writer:
-    """The cohort and its truth while they are being written; the root of each comes last."""
+    """Write a cohort and its truth chunk by chunk; `close` writes the root metadata of both."""
 
     def __init__(self, cohort: Storage, truth: Storage, names: Names) -> None:
         self.cohort, self.truth, self.names = cohort, truth, names
@@ -73,7 +73,7 @@ class Writer:
             self._columns[f"true {key}"] = _Column(truth, f"cells/{key}", "int16", CELLS_CHUNK, None)
 
     def add(self, chunk: Chunk) -> None:
-        """Write some rows, which follow those before."""
+        """Append the rows of a chunk."""
         columns, cells = self._columns, chunk.cells
         columns["data"].add(chunk.data)
         columns["indices"].add(chunk.indices)
@@ -89,7 +89,7 @@ class Writer:
         self.cells += len(cells)
 
     def close(self, parameters: Parameters, law: StateLaw) -> None:
-        """Finish both stores; without this neither opens."""
+        """Write the rest, and last the root metadata, without which neither store opens."""
         for column in self._columns.values():
             column.close()
         self._write_indptr()
@@ -106,11 +106,11 @@ class Writer:
         _group(self.cohort, "X", {**_encoding("csr_matrix", "0.1.0"), "shape": shape})
         _group(self.cohort, "", _encoding("anndata", "0.1.0"))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # zarr warns that other implementations may not know this metadata
+            warnings.simplefilter("ignore")  # zarr warns that other implementations may not read consolidated metadata
             zarr.consolidate_metadata(self.cohort.store())
 
     def _write_indptr(self) -> None:
-        """Write the rows' ends last: scipy wants them as wide as the indices, if the number of entries allows."""
+        """Write `indptr`, after the number of entries is known: int32 like `indices` if they fit, as scipy expects."""
         dtype = np.int32 if self.entries < 2**31 else np.int64
         indptr = _Column(self.cohort, f"X/{keys.INDPTR}", dtype, CELLS_CHUNK, None)
         indptr.add(np.zeros(1, dtype))
@@ -127,7 +127,7 @@ class Writer:
 
 
 def _of_state(law: StateLaw) -> dict[str, float]:
-    """Return what is not the default of a state's law."""
+    """Return the fields of a state law that are not 0, as attributes of the truth."""
     return {f"state_{name}": value for name, value in asdict(law).items() if value}
 
 

@@ -1,1 +1,1 @@
-"""The groups of a cohort by names alone: levels, sizes, and what becomes of small ones."""
+"""Name the groups of a cohort, treat small ones, and sample the groups to match with. Pure."""

@@ -1,4 +1,4 @@
-"""Covariates of donors: columns of obs that are constant in each, and as numbers for a linear model. Pure."""
+"""Covariates of donors: find the columns of obs that are constant in each donor, and encode them as numbers. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from ndreamer_dist.errors import QueryError, listing
 
 
 def constant_columns(cells: pd.DataFrame, replicates: np.ndarray) -> pd.DataFrame:
-    """Return the columns of obs that are constant in every replicate: a row per replicate.
+    """Return the columns of obs that are constant in every replicate, without ours: one row per replicate.
 
     Parameters
     ----------
+    cells
+        `obs`, one row per cell.
     replicates
-        (cells,) number of every cell's replicate; -1 for cells of none.
+        (cells,) number of each cell's replicate; -1 for cells without one.
     """
     cells, replicates = cells[replicates >= 0], replicates[replicates >= 0]
     constant = {}
@@ -30,23 +32,29 @@ def constant_columns(cells: pd.DataFrame, replicates: np.ndarray) -> pd.DataFram
 
 
 def as_numbers(cells: pd.DataFrame, replicates: np.ndarray, kept: np.ndarray, donors: Sequence[str]) -> np.ndarray:
-    """Return covariates as columns of numbers, centred and scaled; categories become indicator columns.
+    """Return covariates as numeric columns, centred and scaled; a categorical becomes indicator columns.
 
-    Without centring, a date or a number of reads would leave no digits for the condition beside it.
+    Centring keeps large numbers, such as dates or read counts, from swamping the condition in a linear model.
 
     Parameters
     ----------
     cells
-        The covariates of every cell.
-    replicates, donors
-        (cells,) number of every cell's replicate, -1 for none, and whose the replicates are.
+        Covariates, one row per cell.
+    replicates
+        (cells,) number of each cell's replicate; -1 for cells without one.
     kept
-        Numbers of the replicates to look at.
+        Numbers of the replicates to return, in order.
+    donors
+        Name of each replicate's donor.
+
+    Returns
+    -------
+    (kept replicates, columns) float64.
 
     Raises
     ------
     QueryError
-        A covariate differs between cells of a donor, or is not known of one.
+        A covariate differs between cells of a replicate, or is missing for one.
     """
     table = constant_columns(cells, replicates)
     if varying := [name for name in cells if name not in table]:

@@ -1,4 +1,4 @@
-"""Names of conditions and batches that should not be believed as they are, and designs in which they are confounded. Pure."""
+"""Compare names of conditions and batches, and report suspicious names and confounded designs. Pure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pandas as pd
 from ndreamer_dist.errors import listing
 
 LIKE_MISSING = ("", "nan", "na", "n/a", "<na>", "null")
-"""Names, in small letters, that other programs write where there is none."""
+"""Lower-case names that other programs write for missing values."""
 
 
 def level_meant(values: pd.Series[Any], levels: Sequence[str], name: str) -> str:
-    """Return the level that a name means: itself, or where the column holds numbers or yes and no, the one of its value."""
+    """Return the level that a name means: the name itself, or in a numeric or boolean column its value's level."""
     kind = values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype
     if name in levels or not pd.api.types.is_numeric_dtype(kind):
         return name
@@ -23,7 +23,7 @@ def level_meant(values: pd.Series[Any], levels: Sequence[str], name: str) -> str
 
 
 def nearly_same(one: str, other: str) -> bool:
-    """Return whether two names differ in capitals, in spaces around them or in how a number is written alone."""
+    """Return whether two names are equal up to case, surrounding spaces and the notation of a number."""
     return one.strip().casefold() == other.strip().casefold() or _number(one) == _number(other)
 
 
@@ -35,16 +35,16 @@ def _number(text: str) -> float | str:
 
 
 def odd_designs(batches: Mapping[str, set[int]], merged: Collection[str], names: Iterable[str]) -> Iterator[str]:
-    """Say which conditions cannot be told from a batch, and which names look as if they stood for none.
+    """Yield notes on conditions that are confounded with a batch, and on names that look like missing values.
 
     Parameters
     ----------
     batches
-        By condition, the control first, the batches that have cells of it.
+        By condition, the control first: codes of the batches that have cells of it.
     merged
-        Conditions whose batches were merged.
+        Conditions whose batches were merged; these are not reported.
     names
-        Of all conditions and batches.
+        Names of all conditions and batches.
     """
     (_, control), *others = batches.items()
     confounded = [

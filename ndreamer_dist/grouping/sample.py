@@ -1,8 +1,9 @@
-"""Which of a condition's groups a cell is matched in, where it is matched in a sample of them (METHOD section 6).
+"""Sample the groups of a condition that each cell is matched with (METHOD section 6).
 
-The groups of a condition stand on a circle in a random order. A query group takes an arc of five times as many as a cell is
-matched in, from its own place on; its first cell is matched in the first of the arc, the next cell in those after them, and so
-on round the arc. So all groups are taken alike often, and the cells of a group, which are in random order, see all of its arc.
+The groups of a condition are placed on a circle in a random order. The arc of a query group starts at the group's own
+place and is five times as long as the number m of groups that one cell is matched with. The first cell of the group is
+matched with the first m groups of the arc, the second cell with the next m, and so on round the arc. So all groups are
+used equally often, and the cells of a query group, which are in random order, use its whole arc.
 """
 
 from __future__ import annotations
@@ -12,24 +13,24 @@ from functools import lru_cache
 import numpy as np
 
 ARC = 5
-"""Groups of a condition that the cells of a query group are matched in together, in units of those of one cell."""
+"""Length of an arc, as a multiple of the number of groups that one cell is matched with."""
 SEED = 0x5A3D1E
-"""Tells these draws from others."""
+"""Seed of the orders on the circles."""
 
 
 def arc(groups: int, most: int, place: int, *, inside: bool) -> list[int]:
-    """Return the groups of a condition that a query group's cells are matched in together, in the order of the arc.
+    """Return the arc of a query group: positions of groups among the condition's groups, in the order of the arc.
 
     Parameters
     ----------
     groups
-        How many the condition has.
+        Number of groups of the condition.
     most
-        In how many a cell is matched; with no more, or five times as many, the arc is all of them.
+        Number of groups that one cell is matched with. The arc holds at most five times as many.
     place
-        The query group's number among them, or any number.
+        Position of the query group among the condition's groups; any number if it is not one of them.
     inside
-        Whether the query group is one of them. It is then not taken.
+        Whether the query group is one of the condition's groups; the arc then leaves it out.
     """
     order = _order(groups)
     start = int(np.flatnonzero(order == place % groups)[0])
@@ -38,19 +39,21 @@ def arc(groups: int, most: int, place: int, *, inside: bool) -> list[int]:
 
 
 def takes(position: int, length: int, most: int, cells: np.ndarray) -> np.ndarray:
-    """Return which cells of a query group are matched in a group at a position of its arc: (cells,) bool.
+    """Return which cells of a query group are matched with the group at a position of its arc: (cells,) bool.
 
     Parameters
     ----------
     length
-        Of the arc.
+        Number of groups of the arc.
+    most
+        Number of groups that one cell is matched with.
     cells
-        (cells,) numbers of the cells in their group.
+        (cells,) positions of the cells in their group.
     """
     return (position - cells * most) % length < most
 
 
 @lru_cache(maxsize=256)
 def _order(groups: int) -> np.ndarray:
-    """Return the order of groups on the circle."""
+    """Return the random order of a condition's groups on the circle: (groups,)."""
     return np.random.default_rng([SEED, groups]).permutation(groups)

@@ -1,7 +1,8 @@
-"""Names of conditions and batches as codes, and what becomes of groups with few cells. Pure.
+"""Encode names of conditions and batches, and find the groups with too few cells and what happens to them. Pure.
 
-Input: columns of a table of cells. Output: every cell's codes, the sizes of groups, and which cells go with small ones. In
-a screen, which has many conditions of few cells each, cells are asked of a condition, and its small batches are merged.
+Input: columns of a table of cells. Output: each cell's codes, the sizes of the groups, and the cells that are left out
+with small groups. A screen has many conditions with few cells each; there the least number of cells applies to each
+condition, and its small batches are merged.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from ndreamer_dist.errors import LONGEST_NAME, CohortError, is_unicode, listing,
 from ndreamer_dist.settings import CohortSettings
 
 SCREEN_CONDITIONS = 20
-"""From so many conditions on, the control included, a cohort is a screen: small groups are looked at by condition."""
+"""Least number of conditions, including the control, of a screen."""
 
 MERGED = "merged"
-"""Batch of the cells of a condition's batches that have too few each; with underscores where a batch has this name."""
+"""Name of the batch of merged cells; underscores are appended if a batch of this name exists."""
 
 MERGED_SHARE = 4
-"""In a screen a group needs one in so many of the cells that a condition needs; smaller ones are merged."""
+"""A batch of a condition is merged if it has fewer cells than the least number of a condition divided by this."""
 
 MOST_GROUPS_NAMED = 50
-"""Small groups that a note names."""
+"""Most small groups that a note names."""
 
 SmallGroups = Literal["auto", "drop", "merge", "keep", "error"]
 
@@ -49,7 +50,7 @@ def group_name(levels: Iterable[str], condition: str) -> str:
 
 
 class ColumnTable(Protocol):
-    """A table of cells by columns: a data frame, or one whose columns are read when they are asked for."""
+    """A table of cells with access by column: a data frame, or a stored table that reads columns on access."""
 
     @property
     def columns(self) -> pd.Index:
@@ -69,20 +70,26 @@ class ColumnTable(Protocol):
 
 
 def columns_of(obs: ColumnTable) -> str:
-    """Return the names of the columns of obs, for a message."""
+    """List the columns of obs for a message."""
     return listing(obs.columns) or "none"
 
 
 @dataclass(frozen=True)
 class NamedColumn:
-    """A column of names: its levels by appearance, and every cell's code, (cells,) int32."""
+    """A column of names: its levels by appearance, and the code of each cell's level, (cells,) int32."""
 
     levels: tuple[str, ...]
     codes: np.ndarray
 
 
 def named_column(obs: ColumnTable, name: str) -> NamedColumn:
-    """Read a column as names; `CohortError` counts its missing values."""
+    """Read a column as names.
+
+    Raises
+    ------
+    CohortError
+        The column has missing values, values that cannot be names, or names that are not Unicode text.
+    """
     values = obs[name]
     absent = values.isna().to_numpy()
     if absent.any():
@@ -101,19 +108,19 @@ def named_column(obs: ColumnTable, name: str) -> NamedColumn:
     if odd is not None:
         msg = f"column {quoted(name)} holds the name {quoted(odd)}, which is not Unicode text; rename it"
         raise CohortError(msg)
-    # 1 and "1" are two values with one name, so names are made codes once more.
+    # 1 and "1" are two values with one name, so the names are factorized again.
     again, names = pd.factorize(np.array([str(level) for level in levels], dtype=object))
     return NamedColumn(tuple(str(n) for n in names), again.astype(np.int32)[codes])
 
 
 def restricted(column: NamedColumn, keep: np.ndarray) -> NamedColumn:
-    """Return a column of the kept cells only, its levels by appearance among them."""
+    """Restrict a column to the kept cells, with levels by appearance among them."""
     codes, levels = pd.factorize(column.codes[keep])
     return NamedColumn(tuple(column.levels[level] for level in levels), codes.astype(np.int32))
 
 
 def combined(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Return one code per row for the observed combinations of several columns of codes, by appearance: int32."""
+    """Return one code per row for the combination of its codes in several columns, numbered by appearance: int32."""
     joined = np.zeros(len(columns[0]), dtype=np.int32)
     for codes in columns:
         pairs = joined.astype(np.int64)
@@ -126,30 +133,32 @@ def combined(columns: Sequence[np.ndarray]) -> np.ndarray:
 def _small_groups(
     pairs: np.ndarray, columns: Sequence[NamedColumn], keep: np.ndarray, limit: int
 ) -> list[tuple[int, str, int]]:
-    """Return code, name and size of the groups that have kept cells, but fewer than the limit."""
+    """Return code, name and size of the groups that have kept cells, but fewer than `limit`."""
     counts = np.bincount(pairs[keep], minlength=int(pairs.max(initial=-1)) + 1)
     _, first = np.unique(pairs, return_index=True)
-    found = []
+    groups = []
     for pair in np.flatnonzero((counts > 0) & (counts < limit)):
         *levels, condition = (column.levels[column.codes[first[pair]]] for column in columns)
-        found.append((int(pair), group_name(levels, condition), int(counts[pair])))
-    return found
+        groups.append((int(pair), group_name(levels, condition), int(counts[pair])))
+    return groups
 
 
 @dataclass(frozen=True)
 class SmallGroupsReport:
-    """The groups of a cohort before small ones are left out, and what is done with those.
+    """The groups of a cohort before small ones are left out, and the treatment of small ones.
 
     Attributes
     ----------
     sizes
-        Kept cells of every group, by name in order of appearance; batches that are merged count as one.
+        Kept cells of each group, by name in order of appearance; merged batches are one group.
+    min_group_cells
+        Least number of cells of a group, or in a screen of a condition.
     rule
-        `auto` resolved.
+        The setting `small_groups` with `auto` resolved.
     merged
-        Number of batches that were merged, by condition.
+        Number of merged batches, by condition.
     rare
-        Cells of the conditions that have too few, by name.
+        Number of cells of each condition with fewer than `min_group_cells`, by name.
     """
 
     sizes: dict[str, int]
@@ -159,7 +168,7 @@ class SmallGroupsReport:
     rare: dict[str, int]
 
     def notes(self) -> list[str]:
-        """Say what is done with small groups; nothing where there is none."""
+        """Return sentences on the treatment of small groups; empty if there are none."""
         least = self.min_group_cells
         small = {name: cells for name, cells in self.sizes.items() if cells < least}
         if self.rule != "merge":
@@ -167,26 +176,26 @@ class SmallGroupsReport:
             return [
                 f"{number_of(len(small), 'group')} of fewer than {least} cells {done}: {_named_sizes(small)}"
             ] * bool(small)
-        found = []
+        notes = []
         if small:
-            found.append(
+            notes.append(
                 f"a screen: {least} cells are asked of a condition and {_least_merged(least)} of each of its batches; "
                 f"{number_of(len(small), 'group')} of fewer than {least} cells"
             )
         if self.merged:
-            found.append(
+            notes.append(
                 f"batches with fewer than {_least_merged(least)} cells of a condition merged, in "
                 f"{number_of(len(self.merged), 'condition')}: {_named_sizes(self.merged, 'batches')}"
             )
         if self.rare:
-            found.append(
+            notes.append(
                 f"{number_of(len(self.rare), 'condition')} of fewer than {least} cells left out: {_named_sizes(self.rare)}"
             )
-        return found
+        return notes
 
 
 def report_small_groups(obs: ColumnTable, cohort: CohortSettings, keep: np.ndarray) -> SmallGroupsReport:
-    """Return the number of kept cells of every group, small ones too, and what is done with small ones."""
+    """Return the sizes of all groups among the kept cells, and the treatment of small ones."""
     columns = [named_column(obs, name) for name in (*cohort.batch_key, str(cohort.condition_column))]
     least, rule = cohort.min_group_cells, resolved_rule(cohort.small_groups, columns[-1], keep)
     columns, merged = with_merged_batches(columns, keep, least, rule)
@@ -199,7 +208,7 @@ def report_small_groups(obs: ColumnTable, cohort: CohortSettings, keep: np.ndarr
 
 
 def resolved_rule(small_groups: SmallGroups, conditions: NamedColumn, keep: np.ndarray) -> SmallGroups:
-    """Return what is done with small groups: in a screen other than in a cohort of few conditions."""
+    """Resolve the rule `auto`: `merge` in a screen, else `drop`."""
     if small_groups != "auto":
         return small_groups
     return "merge" if len(np.unique(conditions.codes[keep])) >= SCREEN_CONDITIONS else "drop"
@@ -208,7 +217,13 @@ def resolved_rule(small_groups: SmallGroups, conditions: NamedColumn, keep: np.n
 def cells_of_small_groups(
     columns: Sequence[NamedColumn], keep: np.ndarray, limit: int, rule: SmallGroups
 ) -> np.ndarray:
-    """Return the cells that small groups, or conditions, take with them: (cells,) bool; refuse where asked."""
+    """Return the cells to leave out because their group, or with `merge` their condition, is too small: (cells,) bool.
+
+    Raises
+    ------
+    CohortError
+        The rule is `error` and there is a small group.
+    """
     if rule == "merge":
         codes = columns[-1].codes
         return keep & (np.bincount(codes[keep], minlength=len(columns[-1].levels)) < limit)[codes]
@@ -224,12 +239,12 @@ def cells_of_small_groups(
 
 
 def why_left_out(cells: Mapping[str, np.ndarray]) -> pd.Categorical[Any]:
-    """Return why each cell is left out, the first reason that holds: (cells,) categories, empty where none does.
+    """Return the first reason that holds for each cell: (cells,) categorical, the empty text if none holds.
 
     Parameters
     ----------
     cells
-        By reason, (cells,) bool.
+        By reason, in order of precedence: (cells,) bool.
     """
     codes = np.zeros(len(next(iter(cells.values()))), dtype=np.int8)
     for number, here in reversed(list(enumerate(cells.values(), start=1))):
@@ -238,20 +253,20 @@ def why_left_out(cells: Mapping[str, np.ndarray]) -> pd.Categorical[Any]:
 
 
 def first_reason(one: pd.Categorical[Any], other: pd.Categorical) -> pd.Categorical[Any]:
-    """Return why each cell is left out: by one account, or where that is empty by another."""
+    """Merge two results of `why_left_out`: the reason in `one`, or if that is empty, the reason in `other`."""
     names = list(dict.fromkeys([*one.categories, *other.categories]))
-    codes = [account.set_categories(names).codes for account in (one, other)]
+    codes = [reasons.set_categories(names).codes for reasons in (one, other)]
     return pd.Categorical.from_codes(np.where(codes[0] > 0, *codes), pd.Index(names))
 
 
 def vanishing(column: NamedColumn, before: np.ndarray, cut: np.ndarray) -> list[str]:
-    """Return the conditions of which no cell is left where some are cut."""
+    """Return the conditions that have cells in `before`, and none without the cells in `cut`."""
     already = set(absent_levels(column, before))
     return [name for name in absent_levels(column, before & ~cut) if name not in already]
 
 
 def would_vanish(gone: list[str], control: str, limit: int, rule: SmallGroups) -> str:
-    """Say which conditions would vanish, and what can be done."""
+    """Return the error message for conditions that would lose all cells, with the remedies."""
     others = [name for name in gone if name != control]
     alone = len(gone) == 1 or control in gone  # of several, the control alone is named
     has = f"no group of {'it' if alone else 'them'} has {limit} cells"
@@ -269,10 +284,15 @@ def would_vanish(gone: list[str], control: str, limit: int, rule: SmallGroups) -
 def with_merged_batches(
     columns: list[NamedColumn], keep: np.ndarray, min_group_cells: int, rule: SmallGroups
 ) -> tuple[list[NamedColumn], dict[str, int]]:
-    """Return the columns with batches merged where a condition has few cells of them, and how many, by condition.
+    """Merge small batches of each condition if the rule is `merge`.
 
-    Of each condition the smallest batches become one, until that one has enough cells. It gets a level of its own in
-    every batch column.
+    All batches of a condition with fewer than a quarter of `min_group_cells` cells become one batch, `merged` in each
+    batch column. If that has fewer than a quarter as well, the next larger batches join it. A condition is not changed
+    if only one batch would be merged, or if it has fewer than `min_group_cells` cells.
+
+    Returns
+    -------
+    The columns, and the number of merged batches by condition.
     """
     *batches, condition = columns
     if rule != "merge" or not batches:
@@ -295,13 +315,13 @@ def with_merged_batches(
 
 
 def _runs(codes: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return the codes that stand next to each other, and the places of each."""
-    found, starts = np.unique(codes, return_index=True)
-    return found, np.split(places, starts[1:])
+    """Return the distinct values of sorted codes, and the places of each."""
+    values, starts = np.unique(codes, return_index=True)
+    return values, np.split(places, starts[1:])
 
 
 def _relabelled(column: NamedColumn, cells: np.ndarray) -> NamedColumn:
-    """Return a column in which some cells have a level of their own."""
+    """Return the column with the new level `merged` for some cells."""
     if not cells.any():
         return column
     name = MERGED
@@ -315,29 +335,28 @@ def _least_merged(min_group_cells: int) -> int:
 
 
 def absent_levels(column: NamedColumn, keep: np.ndarray) -> list[str]:
-    """Return the names that no kept cell has."""
+    """Return the levels that no kept cell has."""
     counts = np.bincount(column.codes[keep], minlength=len(column.levels))
     return [name for name, count in zip(column.levels, counts, strict=True) if count == 0]
 
 
 def named_conditions(names: list[str], control: str) -> str:
-    """Name conditions in a message; the control alone where it is among them."""
+    """List conditions for a message; only the control if it is among them."""
     if control in names:
         return f"the control {quoted(control)}"
     return f"condition {quoted(names[0])}" if len(names) == 1 else f"{len(names)} conditions, {listing(names)},"
 
 
 def _word(name: str) -> str:
-    """Return a name as a shell takes it."""
+    """Quote a name for a shell."""
     return shlex.quote(name) if len(name) <= LONGEST_NAME else quoted(name)
 
 
 def _named_sizes(sizes: dict[str, int], what: str = "") -> str:
-    """Name groups or conditions with their numbers; of many, the first."""
-    told = [f"{name} ({number}{' ' + what if what else ''})" for name, number in sizes.items()]
-    return ", ".join(told[:MOST_GROUPS_NAMED]) + (
-        f" and {len(told) - MOST_GROUPS_NAMED} more" if len(told) > MOST_GROUPS_NAMED else ""
-    )
+    """List groups or conditions with their sizes for a message, at most 50."""
+    named = [f"{name} ({number}{' ' + what if what else ''})" for name, number in sizes.items()]
+    more = f" and {len(named) - MOST_GROUPS_NAMED} more" if len(named) > MOST_GROUPS_NAMED else ""
+    return ", ".join(named[:MOST_GROUPS_NAMED]) + more
 
 
 def _sizes(small: Sequence[tuple[int, str, int]]) -> str:
@@ -345,5 +364,5 @@ def _sizes(small: Sequence[tuple[int, str, int]]) -> str:
 
 
 def number_of(number: int, noun: str) -> str:
-    """Return a number of things in words."""
+    """Return a number and a noun, in the plural unless the number is 1."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,1 +1,1 @@
-"""Sums over the cells of populations, streamed."""
+"""Summarise populations by streaming over their cells."""

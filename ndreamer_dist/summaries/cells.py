@@ -1,7 +1,7 @@
-"""Summaries of a population over its cells, summed while shards stream by: effects, their spread, the matches.
+"""Summarise populations over their cells in streamed parts: effects and their spread, expression, quality of matches.
 
-Input: a population per cell, and the matches and expression of a finished run. Output: one row of sums per population and
-condition. Cells are not replicates, so nothing here tests a difference; the sign test only describes.
+Input: a population code per cell (-1 for none), and the matches and expression of a finished run. Output: sums, means
+and shares per population, and per gene or condition. Cells are not replicates, so nothing here tests a difference.
 """
 
 from __future__ import annotations
@@ -17,14 +17,24 @@ from ndreamer_dist.effects.averages import Average, average_through, segments
 from ndreamer_dist.results.on_demand import Counterparts, Expression
 
 PART_VALUES = 2**22
-"""Cells times genes of one part."""
+"""Most values, cells times genes, of one part."""
 
 
 @dataclass
 class EffectMoments:
-    """Counts and sums per population and gene, in float64: (populations, genes)."""
+    """Counts and sums of effects per population and gene: (populations, genes) float64.
 
-    number: np.ndarray  # (populations,)
+    Attributes
+    ----------
+    number
+        (populations,) number of cells.
+    total, squares
+        Sums of the effects and of their squares.
+    positive, zero
+        Numbers of cells with an effect above 0 and of 0, for the sign test.
+    """
+
+    number: np.ndarray
     total: np.ndarray
     squares: np.ndarray
     positive: np.ndarray
@@ -32,11 +42,11 @@ class EffectMoments:
 
     @classmethod
     def empty(cls, populations: int, genes: int) -> EffectMoments:
-        """Return sums of nothing."""
+        """Return moments without any cell."""
         return cls(np.zeros(populations), *(np.zeros((populations, genes)) for _ in range(4)))
 
     def add(self, values: np.ndarray, population: np.ndarray) -> None:
-        """Add values, (cells, genes), of cells with these codes; a population of -1 is left out."""
+        """Add the effects of cells, (cells, genes), with their population codes; cells with code -1 are ignored."""
         for place in np.unique(population[population >= 0]):
             part = values[population == place].astype(np.float64)
             self.number[place] += len(part)
@@ -47,13 +57,13 @@ class EffectMoments:
 
     @property
     def mean(self) -> np.ndarray:
-        """Means; NaN where there is no cell."""
+        """Means over cells; NaN without a cell."""
         with np.errstate(invalid="ignore"):
             return np.asarray(self.total / self.number[..., None])
 
     @property
     def spread(self) -> np.ndarray:
-        """Standard deviations over cells; NaN below two cells."""
+        """Standard deviations over cells; NaN for fewer than two cells."""
         n = self.number[..., None]
         with np.errstate(invalid="ignore", divide="ignore"):
             variance = (self.squares - self.total**2 / n) / (n - 1)
@@ -62,14 +72,14 @@ class EffectMoments:
 
 @dataclass(frozen=True)
 class MatchQuality:
-    """How good the control matches of each population's cells are: (populations, conditions) each.
+    """Quality of the control matches of the cells of each population, per condition: (populations, conditions) each.
 
     Attributes
     ----------
     purity
-        Share of matches that are of the same population.
+        Share of matches with a cell of the same population.
     effective_cells
-        `(sum w)^2 / sum w^2` over the control cells' weights w as matches.
+        Effective number of control cells, `(sum w)^2 / sum w^2`, where w counts how often a cell is a match.
     without_overlap
         Share of cells without a near control match.
     """
@@ -80,12 +90,12 @@ class MatchQuality:
 
 
 def population_count(populations: np.ndarray) -> int:
-    """Return how many populations the codes of cells are of; -1 is of none, and every population has a cell."""
+    """Return the number of populations in some codes; -1 means none, and each population has at least one cell."""
     return int(populations.max()) + 1
 
 
 def parts(rows: np.ndarray, genes: int) -> Iterator[np.ndarray]:
-    """Cut packed rows into parts of bounded work."""
+    """Cut packed rows into parts of at most `PART_VALUES` values."""
     step = max(1, PART_VALUES // max(genes, 1))
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
@@ -97,13 +107,16 @@ def rows_of_condition(design: Design, condition: int) -> np.ndarray:
 
 
 def placebo_halves(design: Design, baseline: int = 0) -> tuple[list[int], list[int]]:
-    """Return the groups of the control, or another baseline, in two halves, by turns: between them there is only noise."""
+    """Return the group codes of the control, or another baseline, in two alternating halves, for the placebo effect."""
     controls = [group.code for group in design.stored(baseline)]
     return controls[::2], controls[1::2]
 
 
 def placebo_average(design: Design, counterparts: Counterparts, rows: np.ndarray, baseline: int = 0) -> Average:
-    """Return what the placebo effect averages: F over one half of the baseline's groups minus F over the other.
+    """Return the sparse average of the placebo effect: F over one half of the baseline's groups minus F over the other.
+
+    Both halves have the baseline's condition, so the placebo effect is noise. A cell without a match in one of the
+    halves has no placebo effect.
 
     Parameters
     ----------
@@ -117,26 +130,29 @@ def placebo_average(design: Design, counterparts: Counterparts, rows: np.ndarray
         if target.code in side
     }  # fmt: skip
     edges = counterparts.edges(rows, [(query, target) for query, target in pairs if query != target], distances=False)
-    cells, found, sides = [], [], []
+    cells, matches, sides = [], [], []
     for group, here in segments(design, rows):
         for target in sorted(target for query, target in pairs if query == group.code):
             taking = design.taking(group, design.groups[target], rows[here] - group.start)
             near = rows[here] if target == group.code else edges[group.code, target][0][:, 0]
-            known = np.flatnonzero(taking & (near >= 0))
-            cells.append(known + here.start)
-            found.append(near[known].astype(np.int64))
-            sides.append(np.full(len(known), side[target]))
+            matched = np.flatnonzero(taking & (near >= 0))
+            cells.append(matched + here.start)
+            matches.append(near[matched].astype(np.int64))
+            sides.append(np.full(len(matched), side[target]))
     cell, half = np.concatenate(cells), np.concatenate(sides)
-    number = np.bincount(2 * cell + half, minlength=2 * len(rows)).reshape(-1, 2)  # of groups in each half
+    number = np.bincount(2 * cell + half, minlength=2 * len(rows)).reshape(-1, 2)  # groups per cell and half
     both = (number.min(axis=1) > 0).astype(np.int64)
     weights = np.where(half == 0, 1.0, -1.0) / number[cell, half]
-    return Average(cell, np.concatenate(found), weights * both[cell], both)
+    return Average(cell, np.concatenate(matches), weights * both[cell], both)
 
 
 def placebo_moments(
     populations: np.ndarray, counterparts: Counterparts, expression: Expression, columns: np.ndarray, baseline: int = 0
 ) -> EffectMoments | None:
-    """Return the moments of the placebo effect over each population's baseline cells; none below two groups of them."""
+    """Return the moments of the placebo effect over the baseline cells of each population.
+
+    None if the baseline has fewer than two groups.
+    """
     design = counterparts.design
     if len(design.stored(baseline)) < 2:
         return None
@@ -144,20 +160,20 @@ def placebo_moments(
     control = rows_of_condition(design, baseline)
     for rows in parts(control[populations[control] >= 0], len(columns)):
         average = placebo_average(design, counterparts, rows, baseline)
-        held = np.unique(average.row)
-        (values,) = average_through([average], [(held, expression.read(held, columns))], len(columns))
+        needed = np.unique(average.row)
+        (values,) = average_through([average], [(needed, expression.read(needed, columns))], len(columns))
         moments.add(values, np.where(average.groups > 0, populations[rows], -1))
     return moments
 
 
 @dataclass(frozen=True)
 class PlainExpression:
-    """Of the cells of a condition as they were measured: (populations, genes).
+    """Measured expression of some cells, per population and gene: (populations, genes).
 
     Attributes
     ----------
     counts
-        Mean of `exp(x) - 1`: normalised counts.
+        Mean normalised counts, `exp(x) - 1`.
     expressing
         Share of cells with a value above 0.
     """
@@ -169,7 +185,7 @@ class PlainExpression:
 def plain_expression(
     populations: np.ndarray, rows: np.ndarray, expression: Expression, columns: np.ndarray
 ) -> PlainExpression:
-    """Return mean normalised counts and the share of expressing cells of some packed rows, per population."""
+    """Return the mean normalised counts and the share of expressing cells of some packed rows, per population."""
     chosen, number = rows[populations[rows] >= 0], population_count(populations)
     cells = np.bincount(populations[chosen], minlength=number).astype(np.float64)
     counts, expressing = (np.zeros((number, len(columns))) for _ in range(2))
@@ -187,14 +203,16 @@ def plain_expression(
 def match_quality(
     populations: np.ndarray, near: np.ndarray, counterparts: Counterparts, conditions: Sequence[int], baseline: int = 0
 ) -> MatchQuality:
-    """Return how good the matches in the control, or another baseline, are.
+    """Return the quality of the matches with the control, or with another baseline.
 
     Parameters
     ----------
+    populations
+        (cells,) population code of each packed row; -1 for none.
     near
-        (cells,) whether a packed row has a near control match.
+        (cells,) bool, whether a packed row has a near control match.
     conditions
-        Codes of the conditions whose cells are looked at.
+        Codes of the conditions to summarise; the others have NaN.
     """
     design, number = counterparts.design, population_count(populations)
     shape = (number, len(design.conditions))
@@ -211,13 +229,13 @@ def match_quality(
             far[:, condition] += np.bincount(code[~near[rows]], minlength=number)
             pairs = [(group.code, control.code) for control in design.counted(baseline, group)]
             edges = counterparts.edges(rows, pairs, distances=False)
-            for found, _ in edges.values():
-                first = found[:, 0]
-                known = first >= 0
-                matched[:, condition] += np.bincount(code[known], minlength=number)
-                same = known & (populations[np.maximum(first, 0)] == code)
+            for neighbours, _ in edges.values():
+                first = neighbours[:, 0]
+                has_match = first >= 0
+                matched[:, condition] += np.bincount(code[has_match], minlength=number)
+                same = has_match & (populations[np.maximum(first, 0)] == code)
                 pure[:, condition] += np.bincount(code[same], minlength=number)
-                np.add.at(weight, (code[known], np.searchsorted(control_rows, first[known])), 1.0)
+                np.add.at(weight, (code[has_match], np.searchsorted(control_rows, first[has_match])), 1.0)
         used[:, condition], squares[:, condition] = weight.sum(axis=1), (weight.astype(np.float64) ** 2).sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return MatchQuality(pure / matched, used**2 / squares, far / cells)

@@ -1,4 +1,4 @@
-"""Small cohorts of counts, as users bring them, and the settings and folders to run the cohort's stages on them."""
+"""Small cohorts of counts in the forms that users have, and settings and run directories for the cohort's stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERIAL = SerialRuntime(RunSettings(serial=True))
 
 
 def cohort_settings(*, batch_keys: Sequence[str] = (), exclude: Sequence[str] = (), **names: Any) -> CohortSettings:
-    """Return settings of a cohort that keep groups of any size, and drop smaller ones where a size is given."""
+    """Return settings that keep groups of any size; with `min_group_cells`, smaller groups are dropped."""
     small = {"min_group_cells": 1, "small_groups": "drop"}
     return CohortSettings(**{"batch_key": batch_keys, "exclude_conditions": exclude, **small, **names})
 
@@ -32,9 +32,9 @@ def cohort_settings(*, batch_keys: Sequence[str] = (), exclude: Sequence[str] = 
 def designed(
     obs: pd.DataFrame, *, keep: np.ndarray | None = None, **names: Any
 ) -> tuple[Design, np.ndarray, pd.Categorical]:
-    """Return what `build_design` does by such settings."""
-    made = build_design(obs, cohort_settings(**names), keep)
-    return made.design, made.groups, made.reasons
+    """Return the parts of `build_design` with `cohort_settings`."""
+    grouped = build_design(obs, cohort_settings(**names), keep)
+    return grouped.design, grouped.groups, grouped.reasons
 
 
 def counts(
@@ -67,7 +67,7 @@ def counts(
 
 
 def settings_of(**overrides: Any) -> Settings:
-    """Return serial settings; names with two underscores are dotted: `hvg__num_hvg=50`."""
+    """Return serial settings; two underscores in a name stand for a dot: `hvg__num_hvg=50`."""
     named = {name.replace("__", "."): value for name, value in overrides.items()}
     base = {
         "cohort.condition_key": "condition", "cohort.control": "ctrl", "cohort.batch_key": "donor",
@@ -80,14 +80,14 @@ def settings_of(**overrides: Any) -> Settings:
 def opened(folder: Path, cohort: Any, settings: Settings) -> tuple[RunDirectory, Any, dict[str, str]]:
     """Return run directory, source and stage keys."""
     source = open_source(cohort, layer=settings.cohort.layer)
-    told = fingerprint(source, settings.cohort.condition_key, settings.cohort.batch_key)
-    return RunDirectory.at(folder), source, stage_keys(settings, told)
+    identity = fingerprint(source, settings.cohort.condition_key, settings.cohort.batch_key)
+    return RunDirectory.at(folder), source, stage_keys(settings, identity)
 
 
 def scanpy_selection(
     adata: ad.AnnData, groups: pd.Series | None, num_hvg: int, *, normalise: bool = True
 ) -> ad.AnnData:
-    """Return the cohort as scanpy prepares it in memory, with its choice of genes in `var`; no groups: no batch key."""
+    """Return the cohort after scanpy's preprocessing, with selected genes in `var`; without groups, no batch key."""
     made = adata.copy()
     made.X = sparse.csr_matrix(made.X).astype(np.float32)
     if normalise:
@@ -97,13 +97,13 @@ def scanpy_selection(
     if groups is not None:
         made.obs["group"] = pd.Categorical(groups.to_numpy())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what scanpy says of genes that do not vary
+        warnings.simplefilter("ignore")  # scanpy warns about genes that do not vary
         sc.pp.highly_variable_genes(made, flavor="seurat", batch_key=batch_key, n_top_genes=num_hvg)
     return made
 
 
 def files_below(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Return every file's modification time and bytes."""
+    """Return the modification time and the bytes of each file, by path."""
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(folder.rglob("*"))
@@ -114,7 +114,7 @@ def files_below(folder: Path) -> dict[str, tuple[int, bytes]]:
 def as_zarr(version: int) -> Callable[[ad.AnnData, Path], str]:
     def write(adata: ad.AnnData, folder: Path) -> str:
         with warnings.catch_warnings(), ad.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
-            warnings.simplefilter("ignore")  # anndata's announcements of its next defaults
+            warnings.simplefilter("ignore")  # anndata announces new defaults
             adata.write_zarr(folder / "in.zarr")
         return str(folder / "in.zarr")
 

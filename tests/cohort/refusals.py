@@ -1,6 +1,6 @@
-"""Every refusal of a cohort, a setting or a run directory, made to happen on the command line: docs/refusals.md.
+"""Produce every refusal of a cohort, a setting or a run directory on the command line, for docs/refusals.md.
 
-`python -m tests.cohort.refusals` prints the page anew.
+`python -m tests.cohort.refusals` prints the page.
 """
 
 from __future__ import annotations
@@ -28,46 +28,51 @@ from tests.fuzz.helpers import Said, said
 
 HEAD = """# What is refused, and how
 
-Each row is a command that cannot be done, and the one line that says so. The command line prints it to standard error
-and ends with exit code 2, without a stack trace; Python raises an `NDreamerError` (`CohortError` for the cohort) with
-the same text. Nothing has been started or written then, not even the run directory. `DIR` stands for a folder, `N` for
-a number that depends on the machine. The rows are made by running them: `python -m tests.cohort.refusals`.
+Each row is a command that is refused, and its error message. The command line prints the message to standard error and
+ends with exit code 2, without a stack trace; Python raises an `NDreamerError` (`CohortError` for the cohort) with the
+same text. Nothing has been started or written then, not even the run directory. `DIR` stands for a folder, `N` for a
+number that depends on the machine. `python -m tests.cohort.refusals` generates the rows by running the commands.
 
 | refused | message |
 |---|---|
 """
 ON_THE_WAY_HEAD = """
-Some things only all values together tell. They are refused on the first pass over the matrix, when the run directory
-has been made; it holds no result then, and takes the same command with the mended cohort:
+Some errors show only when all values are read. They are raised on the first pass over the matrix, after the run
+directory has been created. It holds no results then, and the same command with the corrected cohort can use it:
 
 | refused on the first pass | message |
 |---|---|
 """
 IN_PYTHON_HEAD = """
-No file holds these; an AnnData in memory does:
+These cannot be stored in a file and occur only in an AnnData in memory:
 
 | refused in Python | message |
 |---|---|
 """
 TAIL = """
-## What is not refused, but said
+## What is reported, but not refused
 
-Groups of fewer than `min_group_cells` cells (left out or kept, by name and size; in a screen merged), cells without a single count (left
-out), and batches without a control ("k of B batches hold no control: their controls come from the other batches",
-which is ordinary; where a condition and the control have no batch in common and one of them has a single batch, that its effect cannot
-be told from a difference between batches), and names such as `nan` are logged and kept in `cohort/summary.json`; `dropped.parquet` names every cell left out, with the
-reason. Fewer genes than `num_hvg` is fine: all are kept.
+These are logged and kept in `cohort/summary.json`:
+
+- groups of fewer than `min_group_cells` cells, by name and size: left out or kept, or merged in a screen;
+- cells without a single count, which are left out;
+- batches without a control ("k of B batches hold no control: their controls come from the other batches"), which is ordinary;
+- a condition that shares no batch with the control, if one of the two has a single batch: its effect cannot be told from a
+  difference between batches;
+- names of conditions and batches such as `nan`.
+
+`dropped.parquet` names every cell left out, with the reason. If there are fewer genes than `num_hvg`, all are kept.
 """
 NAMES = {"condition_key": "condition", "control": "ctrl", "batch_key": "donor"}
 SETTINGS = {"cohort.min_group_cells": 10, "run.serial": True, "run.progress": False, "hvg.num_hvg": 20}
 
 Work = Callable[[], object]
 Case = Callable[[Path], Work]
-"""Prepares what a refusal needs in a folder, and returns the work that is refused."""
+"""Prepares the input of a refusal in a folder, and returns the command that is refused."""
 
 
 def _words(cohort: Path | str, out: Path | str, *more: str, **names: str | None) -> Work:
-    """Return the work of a `run` command; a name of None is not given."""
+    """Return a `run` command as a function; options with the value None are omitted."""
     given = {name: value for name, value in {**NAMES, **names}.items() if value is not None}
     options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     sets = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
@@ -85,7 +90,7 @@ def _write(adata: ad.AnnData, path: Path) -> Path:
 def _cohort(
     change: Callable[[ad.AnnData], object] | None = None, *more: str, cells: int = 200, **names: str | None
 ) -> Case:
-    """Return a case: a small cohort, changed, stored, and run with these words."""
+    """Return a case: change and store a small cohort, and run it with further options."""
 
     def case(folder: Path) -> Work:
         adata = counts(cells, 30)
@@ -97,7 +102,7 @@ def _cohort(
 
 
 def _stored(name: str, damage: Callable[[Path], object], *more: str) -> Case:
-    """Return a case: a stored cohort, damaged, and run."""
+    """Return a case: store a cohort, damage the file or folder, and run it."""
 
     def case(folder: Path) -> Work:
         path = _write(counts(200, 30), folder / name)
@@ -108,7 +113,7 @@ def _stored(name: str, damage: Callable[[Path], object], *more: str) -> Case:
 
 
 def _begun(change: Callable[[Path], object] = lambda _: None, *more: str) -> Case:
-    """Return a case: a run whose first stage is done, what stands there changed, and the command given again."""
+    """Return a case: run the first stage, change the cohort or the run directory, and repeat the command."""
 
     def case(folder: Path) -> Work:
         path, out = _write(counts(200, 30), folder / "cohort.h5ad"), folder / "run"
@@ -181,7 +186,7 @@ def _folder(name: str, *files: str) -> Case:
 HOLD = """
 import fcntl, sys
 with open(sys.argv[1], "rb") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)  # as HDF5 does for whoever writes
+    fcntl.flock(file, fcntl.LOCK_EX)  # as HDF5 does for a writer
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -367,9 +372,9 @@ TABLES: tuple[tuple[str, Mapping[str, Case]], ...] = (
 
 
 def row_of(name: str, told: Said, folder: Path) -> str:
-    """Return the row of the page: what was said, less what differs from one machine and folder to the next."""
+    """Return a row of the page: the message, with folders and numbers that depend on the machine replaced."""
     text = told.refusal.removeprefix("error: ").replace(str(folder), "DIR")
-    text = re.sub(r"(eof = )\d+", r"\1N", text)  # of a file that anndata writes
+    text = re.sub(r"(eof = )\d+", r"\1N", text)  # the size of a file depends on anndata's version
     text = re.sub(r"\d+\.\d+ GB", "N GB", re.sub(r"\(\{.*?\}\)", "(...)", text))
     return f"| {name} | `{text.replace('|', chr(92) + '|')}` |"
 

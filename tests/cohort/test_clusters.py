@@ -1,4 +1,4 @@
-"""Clusters are those of scanpy's graph and leidenalg, one array per group, 0 the largest, defined for any group size."""
+"""Clusters equal those of scanpy's graph and Leiden, 0 is the largest, and groups of any size have labels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_graph_is_scanpys_own(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     clouds = {cells: rng.normal(size=(cells, 10)).astype(np.float32) for cells in (150, 9)}
     np.savez(tmp_path / "points.npz", **{str(cells): points for cells, points in clouds.items()})
-    # Without numba's compiler umap is slow, but it starts at once.
+    # Without its compiler, numba runs slowly but starts at once.
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     subprocess.run([sys.executable, "-c", SCANPY_GRAPH, tmp_path], check=True, env=environment, capture_output=True)
     for cells, points in clouds.items():
@@ -74,7 +74,7 @@ def test_leiden_is_scanpys_own(flavor: str, iterations: int) -> None:
     how: dict[str, Any] = {"flavor": flavor, "directed": flavor == "leidenalg", "n_iterations": iterations}
     for resolution in (0.5, 7.0):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scanpy's word for the other flavour
+            warnings.simplefilter("ignore")  # scanpy recommends the other flavour
             sc.tl.leiden(adata, resolution, adjacency=graph, random_state=3, **how)
         expected = largest_first(adata.obs["leiden"].astype(int).to_numpy())
         np.testing.assert_array_equal(leiden(graph, resolution, iterations, 3, flavor), expected)

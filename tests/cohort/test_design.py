@@ -1,4 +1,4 @@
-"""The design says which group each cell is in, by names and in order of appearance."""
+"""The design assigns each cell to the group of its names; names are numbered in order of appearance."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_text_is_no_number() -> None:
 
 
 def screen() -> pd.DataFrame:
-    """Return a screen: a control, two knock-outs of many cells, three of few."""
+    """Return a screen: a control, two knock-outs with many cells and three with few."""
     sizes = {"ctrl": 60, "KO A": 40, "KO B": 40, "KO rare": 5, "KO once": 1, "KO two": 2}
     return pd.DataFrame({"condition": np.repeat(list(sizes), list(sizes.values()))})
 
@@ -209,7 +209,7 @@ BY_CONDITION = {"condition_key": "condition", "control": "ctrl", "batch_keys": [
 
 
 def lanes(sizes: dict[str, list[int]]) -> pd.DataFrame:
-    """Return cells of conditions in lanes L0, L1 and on, so many of each."""
+    """Return cells of conditions in lanes L0, L1, ..., with these numbers per condition and lane."""
     cells = [(name, f"L{lane}") for name, counts in sizes.items() for lane, n in enumerate(counts) for _ in range(n)]
     return pd.DataFrame(cells, columns=["condition", "lane"])
 

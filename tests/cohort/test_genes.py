@@ -1,4 +1,4 @@
-"""Genes, totals and kept cells are those that scanpy finds in memory; the matrix is passed over by spans."""
+"""Selected genes, totals and kept cells equal those of scanpy in memory, while the matrix is read by spans."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_genes_are_those_of_scanpy_in_memory(num_hvg: int, seed: int, tmp_pa
 def test_by_batch_or_without_the_genes_are_scanpys_too(by: str, num_hvg: int, seed: int, tmp_path: Path) -> None:
     adata = counts(500, 90, donors=3, conditions=("stim", "ctrl", "drug"), seed=seed)
     x = adata.X.toarray()
-    x[:, [11, 30]] = 0  # nobody's genes: without a batch key scanpy bins them with the others
+    x[:, [11, 30]] = 0  # genes that no cell expresses: without a batch key scanpy bins them with the others
     adata.X = sparse.csr_matrix(x)
     settings = settings_of(hvg__num_hvg=num_hvg, hvg__by=by)
     run, source, key = opened(tmp_path, adata, settings)

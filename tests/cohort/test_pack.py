@@ -1,4 +1,4 @@
-"""The packed store holds each kept cell once, normalised, in its group's shuffled rows, and is repaired block by block."""
+"""The packed store holds each kept cell once, normalised, shuffled inside its group; blocks are repaired singly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every bad input is refused in one line of the command line, the one that docs/refusals.md shows, and leaves no trace."""
+"""Each bad input is refused on the command line with the line that docs/refusals.md shows, and nothing is written."""
 
 from __future__ import annotations
 

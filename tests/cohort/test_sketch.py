@@ -1,4 +1,4 @@
-"""A sketch stands for cells too many for one graph: its cells keep their labels, the others take their neighbours'."""
+"""A sketch labels cells that are too many for one graph: its cells keep their labels, others take the nearest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPES = 4
 
 
 def typed_cohort(folder: Path) -> tuple[Packed, np.ndarray]:
-    """Return a packed cohort of four cell types, each with ten genes of its own, and every cell's type."""
+    """Return a packed cohort of four cell types, each with ten marker genes, and the type of each cell."""
     packed = Packed.open(packed_cohort(folder, cells=CELLS, genes=40, block_rows=64).run, 64)
     rng = np.random.default_rng(5)
     types = rng.integers(TYPES, size=packed.n_rows)
@@ -88,7 +88,9 @@ def test_a_group_too_large_for_one_graph_has_a_sketch_of_its_own_and_that_is_sai
     found = clustered(packed, settings_of(**how))
     (told,) = (message for message in caplog.messages if message.startswith("clusters:"))
     large = packed.design.groups[2]
-    assert told.startswith(f"clusters: of '{large.name}', too large for one graph (clusters.max_cells), 100 cells each")
+    assert told.startswith(
+        f"clusters: '{large.name}': too large for one graph (clusters.max_cells), so 100 cells of each are clustered"
+    )
     whole, _ = typed_cohort(tmp_path / "apart")
     clustered(whole, settings_of(clusters__within="group"))
     high, high_of_all = (one.clusters(keys.PACKED_HIGH) for one in (packed, whole))

@@ -1,4 +1,4 @@
-"""A cohort is read the same from everywhere, by rows, and nothing of the caller's is changed."""
+"""A cohort has the same rows and tables from every kind of input, and the caller's object is not changed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from anndata.io import write_elem
 from anndata.tests.helpers import assert_equal
 from scipy import sparse
 
-from ndreamer_dist.cohort.source import fingerprint, open_source
+from ndreamer_dist.cohort.source import fingerprint, open_cohort, open_source
 from ndreamer_dist.errors import CohortError
-from tests.cohort.inputs import PLACES, as_h5ad, as_zarr, counts
+from tests.cohort.inputs import PLACES, as_h5ad, as_zarr, cohort_settings, counts
 
 MATRICES = {
     "csr": sparse.csr_matrix,
@@ -73,6 +73,21 @@ def test_a_source_can_be_sent_to_a_task(place: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_several_condition_keys_make_one_column_wherever_the_cohort_is(place: str, tmp_path: Path) -> None:
+    adata = counts(30, 10)
+    adata.obs["site"] = ["s", "t"] * 15
+    settings = cohort_settings(condition_key=["condition", "site"], control="ctrl:s")
+    source = open_cohort(PLACES[place](adata, tmp_path), settings)
+    expected = adata.obs.assign(
+        **{"condition:site": adata.obs["condition"].astype(str) + ":" + adata.obs["site"].astype(str)}
+    )
+    pd.testing.assert_frame_equal(
+        source.cells.sample().iloc[:1], expected.iloc[:1], check_categorical=False, check_dtype=False
+    )
+    pd.testing.assert_frame_equal(source.obs, expected, check_categorical=False, check_dtype=False)
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_layer_is_read_instead_of_x(place: str, tmp_path: Path) -> None:
     adata = counts(30, 10)
     adata.layers["raw counts"] = adata.X * 3
@@ -106,7 +121,7 @@ def test_other_data_have_another_fingerprint(change: Callable[[ad.AnnData], None
 
 
 def lazily(adata: ad.AnnData, folder: Path) -> ad.AnnData:
-    """Return a cohort whose matrix and tables stay in a store until they are wanted."""
+    """Return a lazy AnnData, whose matrix and tables stay in a store."""
     return ad.experimental.read_lazy(as_zarr(3)(adata, folder))
 
 
@@ -163,7 +178,7 @@ def test_of_a_dask_array_only_the_blocks_asked_for_are_computed() -> None:
 
 
 class MuData:
-    """What a MuData is to those that have none installed: modalities by name."""
+    """A stand-in for `mudata.MuData`: modalities by name."""
 
     def __init__(self, **mod: ad.AnnData) -> None:
         self.mod = mod

@@ -1,4 +1,4 @@
-"""Stores as R, Julia, old and new anndata write them are read, each kind with the values that it holds."""
+"""Stores written by R, Julia, and old and new versions of anndata are read with the right values."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_an_analysed_cohort_in_zarr_is_read_though_its_uns_is_not(tmp_path: Path
 
 
 def split_values(adata: ad.AnnData) -> ad.AnnData:
-    """Return a cohort in which a cell's gene that has more than one count is there twice."""
+    """Return a cohort in which each entry above 1 is stored as two entries of the same cell and gene."""
     made, x = adata.copy(), adata.X.tocoo()
     several = x.data > 1
     data = np.concatenate([np.where(several, x.data - 1, x.data), np.ones(several.sum(), np.float32)])
@@ -136,17 +136,27 @@ def test_added_values_are_said_in_the_notes(tmp_path: Path) -> None:
     run_cohort(run, settings, source, SERIAL, key["cohort"])
     repeated = adata.X.nnz - counts(300, 40).X.nnz
     assert (
-        f"{repeated} values stood beside another of the same cell and gene; they were added up"
+        f"{repeated} duplicate entries of a cell and gene were added to the first"
         in run.read_json(keys.COHORT_SUMMARY)["notes"]
     )
 
 
-def test_a_filter_that_hdf5_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = as_h5ad(counts(60, 20), tmp_path)
-    monkeypatch.setattr(
-        hdf5, "_missing", lambda dataset: "HDF5 zstd filter (32015)" if dataset.name == "/X/data" else None
-    )
-    with pytest.raises(CohortError, match=r"X is compressed by 'HDF5 zstd filter \(32015\)'.* pip install hdf5plugin$"):
+@pytest.mark.parametrize(
+    ("modality", "dataset"), [("", "X/data"), ("", "obs/age"), ("mod/rna/", "X/data"), ("mod/rna/", "obs/age")]
+)
+def test_a_filter_that_hdf5_lacks_is_named(
+    modality: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(as_h5ad(counts(60, 20), tmp_path))
+    if modality:
+        with h5py.File(path) as adata, h5py.File(path := tmp_path / "in.h5mu", "w") as mudata:
+            adata.copy("/", mudata.create_group("mod"), "rna")
+            adata.copy("obs", mudata)
+    lacking = f"/{modality}{dataset}"
+    monkeypatch.setattr(hdf5, "_missing", lambda item: "HDF5 zstd filter (32015)" if item.name == lacking else None)
+    element = dataset.split("/")[0]
+    words = rf"{element} is compressed by 'HDF5 zstd filter \(32015\)'.* pip install hdf5plugin$"
+    with pytest.raises(CohortError, match=words):
         open_source(path)
 
 

@@ -1,4 +1,4 @@
-"""Genes go by their ids or by their symbols, whichever a user gives; names that several have are kept apart."""
+"""Genes are found by id or by symbol; names that several genes share are made unique."""
 
 from __future__ import annotations
 

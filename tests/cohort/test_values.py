@@ -1,4 +1,4 @@
-"""What the values of a cohort are is seen on a sample: counts, scaled counts, logarithms to a base; what else, refused."""
+"""A sample shows whether values are counts, scaled counts or logarithms to some base; other values are refused."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_log2_values_give_the_genes_and_the_numbers_of_natural_ones(store, tmp_p
 
 
 def with_raw(x: str) -> ad.AnnData:
-    """Return a cohort whose counts of all genes are in `.raw`, and of 70 genes something else in X."""
+    """Return a cohort with counts of all genes in `.raw`, and `X` of 70 genes that are logged, scaled or missing."""
     full = counts(200, 90)
     made = logged(full)
     made.raw = full

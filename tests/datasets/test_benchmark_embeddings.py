@@ -1,4 +1,4 @@
-"""The benchmark of matching spaces measures what it says, and skips by name what is not there."""
+"""The benchmark of matching spaces computes its measures correctly, and names unknown spaces that it skips."""
 
 from __future__ import annotations
 

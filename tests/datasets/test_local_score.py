@@ -1,4 +1,4 @@
-"""What the score of single cells' effects promises: near 1 for a space that holds the state, about 0 for one that does not."""
+"""The score of single cells' effects is near 1 for a space that represents the state, and about 0 without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
 
 
 def noisy(truth: Truth, positions: np.ndarray, seed: int = 0):
-    """Return a reader of the true effects with a cell's own noise, much larger than they vary."""
+    """Return a reader of the true effects plus noise per cell that is much larger than their variation."""
     noise = np.random.default_rng(seed).normal(0, 1, (len(positions), len(truth.genes))).astype(np.float32)
 
     def read(start: int, stop: int) -> np.ndarray:

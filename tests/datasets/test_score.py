@@ -1,4 +1,4 @@
-"""What the scores promise: 1 for the truth itself, less for noise, and honest variances between donors."""
+"""Scores are 1 for the truth and lower for noise; variances between donors exclude sampling variance."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_noise_scores_lower_and_calls_genes_where_there_is_no_effect(truth):
 
 
 def test_genes_that_are_called_by_chance_are_counted(truth):
-    """Cells without any effect: as many genes differ between conditions as the score expects of that many cells."""
+    """Without any effect, the number of false genes is the number that `by_chance` expects from sampling noise."""
     obs, genes = truth.obs(), truth.genes[:300]
     values = np.random.default_rng(4).normal(0, 2, (len(truth), 300))
     control = obs["condition"] == "control"
@@ -96,7 +96,7 @@ def test_nothing_removed_scores_zero(truth):
 
 
 def test_sampling_variance_is_taken_off_the_variance_between_donors(truth):
-    """Independent cells without any donor effect: the plain variance is positive, the corrected one about 0."""
+    """For independent cells without donor effects the plain variance is positive and the corrected one about 0."""
     values = np.random.default_rng(1).normal(0, 1, (len(truth), 300))
     scores = recovery(truth, lambda layer, a, b: values[a:b], genes=truth.genes[:300], **labels(truth))
     plain = np.mean([b.before_plain for b in scores.batches])

@@ -1,4 +1,4 @@
-"""What `simulate` promises: a plain store, the design asked for, negative binomial counts, and a truth that is true."""
+"""`simulate` writes a plain AnnData store with the requested design, negative binomial counts and an exact truth."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_fold_changes_have_both_signs_and_cancel():
 
 
 def test_expression_is_what_counts_average_to():
-    """Brute force: draw many counts of the same three cells, normalise them as a user would, and average."""
+    """Brute force: draw many counts of the same three cells, normalise and average them."""
     model = model_of(genes=300)
     kinds = np.array([0, 2, 5])
     base = SimulatedCells(
@@ -261,7 +261,7 @@ import sys, tracemalloc
 from ndreamer_dist.datasets import simulate, writing
 
 writing.CELLS_CHUNK, writing.ENTRIES_CHUNK = 512, 4096
-for cells in (600, 2000, 16_000):  # the first for imports and caches
+for cells in (600, 2000, 16_000):  # the first run fills imports and caches
     tracemalloc.start()
     simulate(f"{sys.argv[1]}/{cells}.zarr", cells=cells, genes=200, chunk_rows=512, threads=1)
     print(tracemalloc.get_traced_memory()[1])
@@ -271,7 +271,7 @@ for cells in (600, 2000, 16_000):  # the first for imports and caches
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_cells(tmp_path):
-    # In a process of its own: what threads of other tests take would be counted too.
+    # In its own process, because tracemalloc counts the memory of all threads.
     told = subprocess.run([sys.executable, "-c", PEAKS, str(tmp_path)], capture_output=True, text=True, check=True)
     _, few, many = map(int, told.stdout.split())
     assert many < few * 1.15
@@ -290,6 +290,12 @@ def test_truth_opens_again_and_refuses_what_is_not_there(cohort, tmp_path):
         opened.expression([0], genes=["NOPE"])
     with pytest.raises(QueryError, match="3000 cells"):
         opened.expression([3000])
+    with pytest.raises(QueryError, match="mask of cells has shape"):
+        opened.expression(np.ones(5, bool))
+    mask = np.isin(np.arange(3000), [2990, 2995])
+    last, back = opened.expression([2990, 2995]), opened.expression([9, 7, 5])
+    for rows, expected in ((mask, last), (slice(-10, None, 5), last), (slice(9, 3, -2), back)):
+        assert (opened.expression(rows) == expected).all()
     with pytest.raises(CohortError, match="was not simulated"):
         load_truth(tmp_path / "none.zarr")
     with pytest.raises(CohortError, match="exists already"):
@@ -337,7 +343,7 @@ def stateful(tmp_path_factory):
 
 
 def test_gains_and_losses_of_counts_grow_with_the_state_and_cancel():
-    """Brute force: the share of counts is the control's plus a part of what the condition adds, by the state."""
+    """Brute force: shares are those of the control plus a part of the condition's change that depends on the state."""
     plain = model_of()
     model = Model(plain.parameters, StateLaw(effects=0.8))
     states = np.array([-2, -1, 0, 1, 2], np.float32)

@@ -1,4 +1,4 @@
-"""Covariates of donors."""
+"""Covariates of donors are constant columns of obs, centred and scaled over the replicates that are compared."""
 
 from __future__ import annotations
 

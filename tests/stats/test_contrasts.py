@@ -43,8 +43,10 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> anndata.AnnData:
 
 @pytest.fixture(scope="module")
 def results(cohort: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("contrasts")
+    cohort.write_h5ad(folder / "cohort.h5ad")
     run = nd.run(
-        cohort, out=tmp_path_factory.mktemp("contrasts") / "run", condition_key=["drug", "genotype"], control="none:wt",
+        folder / "cohort.h5ad", out=folder / "run", condition_key=["drug", "genotype"], control="none:wt",
         batch_key="donor", embedding="pca", settings={**SETTINGS, "match.hubs": "csls"},
     )  # fmt: skip
     return run.results
