@@ -1,7 +1,7 @@
-"""The input cohort, opened again: expression of any of its genes for the cells of a finished run.
+"""Read the input cohort of a finished run again, for expression of any of its genes.
 
-Input: a cohort, and the description of the run's cohort in the results. Output: expression by packed row, normalised with
-the arithmetic of the run, so the selected genes have the bits of results.zarr. A different cohort is refused.
+Input: a cohort, and the description of the run's cohort in the results. Output: expression by packed row, normalised
+exactly as in the run, so that modelled genes have the same bits as in results.zarr. Any other cohort is refused.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ndreamer_dist.errors import CohortError, StoreError, listing
 from ndreamer_dist.settings import CohortSettings
 
 READ_ROWS_AT_ONCE = 4096
-"""Input rows read at a time at most."""
+"""Largest number of input rows that are read at a time."""
 
 
 @dataclass(frozen=True)
 class GivenExpression:
-    """The input cohort's expression, by packed row.
+    """Expression of the input cohort by packed row; implements `Expression`.
 
     Attributes
     ----------
     input_row
         (cells,) input row of every packed row.
     totals
-        (cells,) counts that each cell is scaled by; none where the cohort is log-normalised.
+        (cells,) total counts by which cells are normalised; `None` if the cohort is log-normalised.
     """
 
     source: Source
@@ -49,7 +49,7 @@ class GivenExpression:
         return self.source.nnz / (self.source.n_cells * self.source.n_genes)
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        """See `Expression.read`; the cohort is read in its own order."""
+        """See `Expression.read`; rows are read in the order of the cohort."""
         order = np.argsort(self.input_row[rows], kind="stable")
         parts = _by_rows(self.source, self.input_row[rows][order], columns)
         found = sparse.vstack(list(parts), format="csr")[np.argsort(order, kind="stable")]
@@ -60,21 +60,22 @@ Cohort: TypeAlias = str | os.PathLike[str] | anndata.AnnData | Source | GivenExp
 
 
 def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFrame) -> GivenExpression:
-    """Open a cohort as the one that results were made from.
+    """Open the input cohort of some results, and check that it is the same.
 
     Parameters
     ----------
     cohort
-        What `run` was given: an AnnData, or the path or URL of an h5ad file or a zarr store; or what this returned.
+        The input of `run`: an AnnData, or the path or URL of an h5ad file or a zarr store. A cohort that this function
+        returned is checked and returned.
     told
-        `Results.uns`, which has looked at what it says.
+        `Results.uns`, whose entries have been checked.
     cells
-        Their `obs`, in packed order.
+        `obs` of the results in packed order.
 
     Raises
     ------
     CohortError
-        It is another cohort; the message says in what.
+        It is a different cohort; the message names the difference.
     StoreError
         The results do not say how the cohort was normalised.
     """
@@ -135,7 +136,7 @@ def _check_fingerprint(source: Source, expected: Mapping[str, Any], settings: Co
 
 
 def _by_rows(source: Source, wanted: np.ndarray, columns: np.ndarray) -> Iterator[sparse.csr_matrix]:
-    """Give the wanted input rows (ascending), read in chunks that hold some of them."""
+    """Yield the wanted input rows (ascending) in pieces; every piece is cut from one range of rows that is read."""
     for chunk in np.split(wanted, np.flatnonzero(np.diff(wanted // READ_ROWS_AT_ONCE)) + 1):
         first = int(chunk[0])
         rows = source.read_rows(first, int(chunk[-1]) + 1)
