@@ -55,10 +55,10 @@ def pack_seconds(design: Design, size: CohortSize, settings: Settings) -> float:
 
 def clusters_seconds(design: Design, size: CohortSize, settings: Settings) -> float:
     """Return the seconds to build the neighbour graphs and cluster them."""
-    asked = settings.clusters
-    sketched = clustered_by(asked, size.cells, len(design.groups)) == "sketch"
-    cells = min(size.cells, asked.sketch_cells) if sketched else size.cells
-    return cells * GRAPH_SECONDS[asked.flavor, asked.iterations < 0] + sketched * size.cells * 10 * CELL_SECONDS
+    clusters = settings.clusters
+    sketched = clustered_by(clusters, size.cells, len(design.groups)) == "sketch"
+    cells = min(size.cells, clusters.sketch_cells) if sketched else size.cells
+    return cells * GRAPH_SECONDS[clusters.flavor, clusters.iterations < 0] + sketched * size.cells * 10 * CELL_SECONDS
 
 
 def train_seconds(design: Design, size: CohortSize, settings: Settings) -> float:
@@ -102,8 +102,8 @@ def match_seconds(design: Design, size: CohortSize, settings: Settings) -> float
     cells = {c: sum(group.cells for group in design.with_condition(c)) for c in range(len(design.conditions))}
     pairs = 0.0
     for group in design.groups:
-        asked = cells if settings.match.edges == "all" else {0, group.condition}
-        shares = {c: _taken(design, c, group) / max(len(design.with_condition(c)), 1) for c in asked}
+        conditions = cells if settings.match.edges == "all" else {0, group.condition}
+        shares = {c: _taken(design, c, group) / max(len(design.with_condition(c)), 1) for c in conditions}
         pairs += group.cells * sum(share * cells[c] for c, share in shares.items())
     return pairs * pair + size.edges * edge
 

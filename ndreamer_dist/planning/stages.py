@@ -175,12 +175,12 @@ def _chunk_bytes(size: CohortSize, settings: Settings) -> float:
 
 def _graph_bytes(size: CohortSize, settings: Settings) -> float:
     """Return the bytes of the largest neighbour graph and of its cells."""
-    asked = settings.clusters
+    clusters = settings.clusters
     most = {
-        "auto": max(asked.max_cells, asked.sketch_cells), "group": size.largest_group, "all": size.cells,
-        "sketch": asked.sketch_cells,
-    }[asked.within]  # fmt: skip
-    per_cell = size.modelled_per_cell(settings) * 24 + asked.n_neighbors * 60 + 50 * 12
+        "auto": max(clusters.max_cells, clusters.sketch_cells), "group": size.largest_group, "all": size.cells,
+        "sketch": clusters.sketch_cells,
+    }[clusters.within]  # fmt: skip
+    per_cell = size.modelled_per_cell(settings) * 24 + clusters.n_neighbors * 60 + 50 * 12
     return min(size.cells, most) * per_cell
 
 
@@ -320,8 +320,8 @@ def _search_bytes(size: CohortSize, settings: Settings) -> float:
 
 def _coordinate_bytes(size: CohortSize, settings: Settings) -> float:
     """Return the bytes of the coordinates, which one task reads and all tasks share."""
-    given = settings.embed.method.startswith(keys.OBSM_PREFIX)
-    return size.cells * (GIVEN_DIMENSIONS if given else settings.embed.dimensions) * 5
+    from_input = settings.embed.method.startswith(keys.OBSM_PREFIX)
+    return size.cells * (GIVEN_DIMENSIONS if from_input else settings.embed.dimensions) * 5
 
 
 def _matching(cohort: DesignedCohort) -> Work:
@@ -516,19 +516,19 @@ def stage_keys(
         Checksums of other parts of the input: coordinates of `obsm` and columns of `obs` for the space stage, and the
         labels (`match.within`) for the match stage.
     """
-    given = dict(from_input or {})
-    taken = {"input": dict(fingerprint), "labels": given.pop(keys.MATCH_WITHIN, None), "from_input": given}
-    found: dict[str, str] = {}
+    checksums = dict(from_input or {})
+    taken = {"input": dict(fingerprint), "labels": checksums.pop(keys.MATCH_WITHIN, None), "from_input": checksums}
+    by_stage: dict[str, str] = {}
     for name, stage in stages_of(settings).items():
         content: dict[str, Any] = {
             "format": keys.FORMAT_VERSION,
             "stage": name,
             "settings": stage.bearing(settings),
-            "reads": {other: found[other] for other in stage.reads(settings)},
+            "reads": {other: by_stage[other] for other in stage.reads(settings)},
         }
         if stage.seeded(settings):
             content["seed"] = settings.seed
         if stage.takes is not None and taken[stage.takes] is not None:
             content[stage.takes] = taken[stage.takes]
-        found[name] = digest(canonical_json(content).encode())
-    return found
+        by_stage[name] = digest(canonical_json(content).encode())
+    return by_stage

@@ -140,8 +140,8 @@ def annotation_of(
         raise QueryError(msg) from error
     new = tuple(str(name) for name in aligned if name not in cells)
     changed = tuple(str(name) for name in aligned if name in cells and differ(cells[name], aligned[name]))
-    known = int(table.index.isin(cells.index).sum())
-    return aligned[[*new, *changed]], Annotation(new, changed, len(cells) - known, len(table) - known)
+    labelled = int(table.index.isin(cells.index).sum())
+    return aligned[[*new, *changed]], Annotation(new, changed, len(cells) - labelled, len(table) - labelled)
 
 
 def population_labels(by: Any) -> str | pd.Series | None:

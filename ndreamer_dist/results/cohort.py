@@ -52,14 +52,14 @@ class GivenExpression:
         """See `Expression.read`; rows are read in the order of the cohort."""
         order = np.argsort(self.input_row[rows], kind="stable")
         parts = _by_rows(self.source, self.input_row[rows][order], columns)
-        found = sparse.vstack(list(parts), format="csr")[np.argsort(order, kind="stable")]
-        return found if self.totals is None else normalised(found, self.totals[rows])
+        values = sparse.vstack(list(parts), format="csr")[np.argsort(order, kind="stable")]
+        return values if self.totals is None else normalised(values, self.totals[rows])
 
 
 Cohort: TypeAlias = str | os.PathLike[str] | anndata.AnnData | Source | GivenExpression
 
 
-def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFrame) -> GivenExpression:
+def given_expression(cohort: Cohort, description: Mapping[str, Any], cells: pd.DataFrame) -> GivenExpression:
     """Open the input cohort of some results, and check that it is the same.
 
     Parameters
@@ -67,7 +67,7 @@ def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFram
     cohort
         The input of `run`: an AnnData, or the path or URL of an h5ad file or a zarr store. A cohort that this function
         returned is checked and returned.
-    told
+    description
         `Results.uns`, whose entries have been checked.
     cells
         `obs` of the results in packed order.
@@ -83,16 +83,16 @@ def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFram
     if isinstance(cohort, GivenExpression):
         _check_cells(cohort.source, rows, cells.index)
         return cohort
-    settings = _cohort_settings(told)
+    settings = _cohort_settings(description)
     source = open_cohort(cohort, settings)
     _check_cells(source, rows, cells.index)
-    if "input" in told:
-        _check_fingerprint(source, json.loads(told["input"]), settings)
-    if "normalise" not in told or (told["normalise"] == "counts" and keys.OBS_TOTAL not in cells):
+    if "input" in description:
+        _check_fingerprint(source, json.loads(description["input"]), settings)
+    if "normalise" not in description or (description["normalise"] == "counts" and keys.OBS_TOTAL not in cells):
         msg = "the results do not say how the cohort was normalised; run their effects again (`run --redo`)"
         raise StoreError(msg)
-    counts = told["normalise"] == "counts"
-    source = source.in_natural_logs(float(told["log_base"]) if "log_base" in told else None)
+    counts = description["normalise"] == "counts"
+    source = source.in_natural_logs(float(description["log_base"]) if "log_base" in description else None)
     return GivenExpression(source, rows, cells[keys.OBS_TOTAL].to_numpy(dtype=np.float64) if counts else None)
 
 
@@ -110,13 +110,13 @@ def _check_cells(source: Source, rows: np.ndarray, names: pd.Index) -> None:
         raise CohortError(msg)
 
 
-def _cohort_settings(told: Mapping[str, Any]) -> CohortSettings:
-    values = json.loads(told["settings"]).get("cohort", {})
+def _cohort_settings(description: Mapping[str, Any]) -> CohortSettings:
+    values = json.loads(description["settings"]).get("cohort", {})
     try:
         held = {name: values[name] for name in ("gene_names", "normalise") if name in values}
         return CohortSettings(**held, **{name: values[name] for name in ("layer", "condition_key", "batch_key")})
     except (KeyError, TypeError, ValueError) as error:
-        msg = f"what the results tell of their settings is damaged ({type(error).__name__})"
+        msg = f"the entry 'settings' of uns['{keys.UNS}'] is damaged ({type(error).__name__})"
         raise StoreError(msg) from error
 
 

@@ -129,14 +129,14 @@ def save(adata: anndata.AnnData, path: str | os.PathLike[str]) -> None:
         WRITERS[target.suffix.lower()](adata, part)
 
 
-def save_table(told: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+def save_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     """Write a table without its index to a `.csv`, `.tsv` or `.parquet` file; raises what `save` raises."""
     target = checked(path, TABLES)
     with replaced(target) as part:
         if (separator := SEPARATORS.get(target.suffix.lower())) is not None:
-            told.to_csv(part, index=False, sep=separator)
+            frame.to_csv(part, index=False, sep=separator)
         else:
-            told.to_parquet(part, index=False)
+            frame.to_parquet(part, index=False)
 
 
 @contextmanager

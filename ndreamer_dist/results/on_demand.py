@@ -273,7 +273,7 @@ class Counterparts:
                 raise StoreError(msg)
         return found
 
-    def known(self, row: int) -> FoundMatches:
+    def of_cell(self, row: int) -> FoundMatches:
         """Return the matches of one packed row along all edges that were searched."""
         (group, _), *_ = segments(self.design, np.array([row]))
         pairs = [(group.code, target.code) for target in self.design.groups]
@@ -301,7 +301,7 @@ class Counterparts:
         return Matches(store) if there else None
 
     @cached_property
-    def _seen(self) -> dict[tuple[int, int], Matches]:
+    def _checked(self) -> dict[tuple[int, int], Matches]:
         """The matches.zarr of every edge that was found and checked."""
         return {}
 
@@ -347,31 +347,31 @@ class Counterparts:
         """Return the matches of rows of a query group along one edge, from matches.zarr or from a search now."""
         pair = (query.code, target.code)
         if self.search is not None and not self.holds(*pair):
-            found, distances = self._found_now(query, target)
+            found, distances = self._search_now(query, target)
             return found[rows - query.start], distances[rows - query.start]
-        if pair not in self._seen:
-            self._seen[pair] = self._matches(query, target)
-            self._check_same(self._seen[pair], query, int(rows.min()))
-        matches = self._seen[pair]
+        if pair not in self._checked:
+            self._checked[pair] = self._matches(query, target)
+            self._check_same(self._checked[pair], query, int(rows.min()))
+        matches = self._checked[pair]
         local = rows - query.start
         first, last = int(local.min()), int(local.max()) + 1
         found, distances = matches.edge(query.code, target.code, first, last)
         return found[local - first], distances[local - first]
 
     @cached_property
-    def _now(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-        """Cache of `_found_now`: the edges of one query group."""
+    def _search_cache(self) -> FoundMatches:
+        """Cache of `_search_now`: the edges of one query group."""
         return {}
 
-    def _found_now(self, query: Group, target: Group) -> tuple[np.ndarray, np.ndarray]:
+    def _search_now(self, query: Group, target: Group) -> tuple[np.ndarray, np.ndarray]:
         """Search an edge for the whole query group; the edges of the last query group are cached."""
         pair = (query.code, target.code)
-        if any(other != query.code for other, _ in self._now):
-            self._now.clear()
-        if pair not in self._now and self.search is not None:
+        if any(other != query.code for other, _ in self._search_cache):
+            self._search_cache.clear()
+        if pair not in self._search_cache and self.search is not None:
             k = max(self.neighbours, self.denoise_neighbours)
-            self._now[pair] = self.search.edge(self.design, query, target, k)
-        return self._now[pair]
+            self._search_cache[pair] = self.search.edge(self.design, query, target, k)
+        return self._search_cache[pair]
 
     def _matches(self, query: Group, target: Group) -> Matches:
         """Return the matches.zarr; raise `StoreError` if it does not exist or does not hold the edge."""
@@ -401,13 +401,13 @@ class Counterparts:
 
 
 def counterparts_of(
-    storage: Storage, design: Design, told: Mapping[str, Any], stored: Counterparts | None
+    storage: Storage, design: Design, settings: Mapping[str, Any], stored: Counterparts | None
 ) -> Counterparts:
     """Return the matches of results.
 
     Parameters
     ----------
-    told
+    settings
         Settings of the run, as the results hold them.
     stored
         For cells that are mapped onto a finished run: the matches of that run.
@@ -418,9 +418,9 @@ def counterparts_of(
         The settings are damaged.
     """
     try:
-        kept = told["match"]  # results of an earlier version have neither denoise.neighbours nor match.hubs
-        match = MatchSettings(**{name: kept[name] for name in MatchSettings.model_fields if name in kept})
-        denoise = DenoiseSettings(**told.get("denoise", {"neighbours": kept["neighbours"]}))
+        values = settings["match"]  # results of an earlier version have neither denoise.neighbours nor match.hubs
+        match = MatchSettings(**{name: values[name] for name in MatchSettings.model_fields if name in values})
+        denoise = DenoiseSettings(**settings.get("denoise", {"neighbours": values["neighbours"]}))
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{storage.url}: the settings of the matches are damaged ({type(error).__name__})"
         raise StoreError(msg) from error

@@ -28,7 +28,7 @@ def matches_table(counterparts: Counterparts, names: pd.Index, row: int) -> pd.D
     design = counterparts.design
     own = design.groups[int(design.group_of(np.array([row]))[0])]
     lines = [(row, own.code, 0, 0.0, 1.0)]
-    for (_, target), stored in counterparts.known(row).items():
+    for (_, target), stored in counterparts.of_cell(row).items():
         rows, distances = (values[:, : counterparts.neighbours] for values in stored)
         share = design.stands_for(design.groups[target].condition, own) if target != own.code else 0.0
         weights, there = share * kernel_weights(distances, counterparts.bandwidth)[0], np.flatnonzero(rows[0] >= 0)

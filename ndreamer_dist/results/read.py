@@ -168,11 +168,11 @@ def _written_since(storage: ConsolidatedStorage) -> bool:
     """Return whether `obs` has other columns than the root's metadata says, or an index of another program."""
     files = Storage(storage.url)
 
-    def told(nodes: Callable[[str], Mapping[str, Any]]) -> tuple[Any, Any]:
+    def columns_and_index(nodes: Callable[[str], Mapping[str, Any]]) -> tuple[Any, Any]:
         return nodes("obs")["attributes"]["column-order"], nodes("obs/_index").get("codecs")
 
     try:
-        return told(files.metadata) != told(storage.nodes.__getitem__)
+        return columns_and_index(files.metadata) != columns_and_index(storage.nodes.__getitem__)
     except (OSError, StoreError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 

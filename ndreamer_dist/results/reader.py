@@ -29,7 +29,13 @@ from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, shown,
 from ndreamer_dist.matching.labels import Inside
 from ndreamer_dist.results.annotations import annotation_of, population_labels, read_annotations
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
-from ndreamer_dist.results.names import SUGGEST_AMONG, cells_of_query, places_of_cells, places_of_genes
+from ndreamer_dist.results.names import (
+    SUGGEST_AMONG,
+    cells_of_query,
+    places_of_cells,
+    places_of_genes,
+    with_backticks,
+)
 from ndreamer_dist.results.on_demand import (
     Counterparts,
     Expression,
@@ -204,17 +210,16 @@ class ResultsReader:
     @cached_property
     def uns(self) -> dict[str, Any]:
         """Description of the run: settings, versions, seed, groups, sign convention, numbers of dropped cells."""
-        told = self._table("uns").get(keys.UNS)
-        if not isinstance(told, dict) or not told.keys() >= REQUIRED:
+        description = self._table("uns").get(keys.UNS)
+        if not isinstance(description, dict) or not description.keys() >= REQUIRED:
             msg = f"{self.url}: uns['{keys.UNS}'] does not say what made the results; it is damaged, or not of this package"
             raise StoreError(msg)
-        for name in OBJECTS.keys() & told.keys():
-            self._object(name, told[name])
-        for name in SCALARS.keys() & told.keys():
-            if not isinstance(told[name], SCALARS[name]):
-                msg = f"{self.url}: what it tells of its {name} is damaged (it is {type(told[name]).__name__})"
-                raise StoreError(msg)
-        return told
+        for name in OBJECTS.keys() & description.keys():
+            self._object(name, description[name])
+        for name in SCALARS.keys() & description.keys():
+            if not isinstance(description[name], SCALARS[name]):
+                raise _damaged_entry(self.url, name, f"it is {type(description[name]).__name__}")
+        return description
 
     @cached_property
     def design(self) -> Design:
@@ -432,11 +437,11 @@ class ResultsReader:
         columns = self._columns(genes, table)
         token = lazy.token_of(self.url, str(self._fact("key")), rows, columns, cohort is None)
         block_rows = int(open_array(self.storage, f"obsm/{self.embedding_key}").chunks[0])
-        asked = lazy.conditional_questions(effects, counterfactuals, self.design.condition_code)
+        conditional = lazy.conditional_questions(effects, counterfactuals, self.design.condition_code)
         return lazy.lazy_anndata(
             self, (self._cells.iloc[rows].copy(), table.iloc[columns].copy()),
             lazy.LazyParts(rows, columns, block_rows, token), expression, stored=cohort is None,
-            questions={name: layer_question(name, self._keep_bits) for name in keys.LAYERS} | asked,
+            questions={name: layer_question(name, self._keep_bits) for name in keys.LAYERS} | conditional,
         )  # fmt: skip
 
     def open_cohort(self, cohort: Cohort) -> GivenExpression:
@@ -485,8 +490,7 @@ class ResultsReader:
         """Name of the array in `obsm` with the coordinates of the matching space."""
         name = str(self._fact_or(keys.UNS_EMBEDDING_KEY, keys.OBSM_PCA))
         if name not in keys.SPACES.values():
-            msg = f"{self.url}: what it tells of its {keys.UNS_EMBEDDING_KEY} is damaged (it is {quoted(name)})"
-            raise StoreError(msg)
+            raise _damaged_entry(self.url, keys.UNS_EMBEDDING_KEY, f"it is {quoted(name)}")
         return name
 
     @counted
@@ -529,8 +533,8 @@ class ResultsReader:
         for name in ("_cells", "_input_cells", "_all_cells"):
             other.__dict__.pop(name, None)
         before = pd.DataFrame(index=self._cells.index) if self.labels is None else self.labels
-        kept = pd.concat([before.drop(columns=table.columns, errors="ignore"), table], axis=1)
-        object.__setattr__(other, "labels", kept)
+        joined = pd.concat([before.drop(columns=table.columns, errors="ignore"), table], axis=1)
+        object.__setattr__(other, "labels", joined)
         return other, str(labels.name)
 
     # --- implementation ----------------------------------------------------------------------------------------------
@@ -592,11 +596,9 @@ class ResultsReader:
     def _object(self, name: str, text: Any) -> dict[str, Any]:
         """Parse an entry that is a JSON object; raise `StoreError` if it is damaged."""
         try:
-            found = dict(json.loads(text))
-            return {key: OBJECTS[name](value) for key, value in found.items()}
+            return {key: OBJECTS[name](value) for key, value in dict(json.loads(text)).items()}
         except (ValueError, TypeError, RecursionError) as error:
-            msg = f"{self.url}: what it tells of its {name} is damaged ({type(error).__name__}: {error})"
-            raise StoreError(msg) from error
+            raise _damaged_entry(self.url, name, f"{type(error).__name__}: {error}") from error
 
     @cached_property
     def matched_inside(self) -> Inside | None:
@@ -655,10 +657,10 @@ class ResultsReader:
         if self.stored is not None:
             msg = f"{self.url}: cells mapped onto a run are answered for the modelled genes alone; leave out the cohort"
             raise QueryError(msg)
-        given = self.open_cohort(cohort)
-        table = given.source.var.copy()
-        table.index = pd.Index(given.source.gene_names, name=table.index.name)
-        return given, table
+        opened = self.open_cohort(cohort)
+        table = opened.source.var.copy()
+        table.index = pd.Index(opened.source.gene_names, name=table.index.name)
+        return opened, table
 
     def _computed(
         self,
@@ -696,14 +698,22 @@ class ResultsReader:
     def _near_value(self, query: str) -> str:
         """Return a hint for a query that selects nothing: the value of a column that was probably meant; or nothing."""
         table = self._cells
-        for column, value in re.findall(r"`?([\w ]+?)`?\s*==\s*[\"'](.+?)[\"']", query):
-            levels = table[column].dropna().unique() if column in table else []
-            if len(levels) <= SUGGEST_AMONG and value not in set(levels):
+        marked = with_backticks(query, map(str, table.columns))
+        for odd, plain, value in re.findall(r"(?:`([^`]+)`|(\w+))\s*==\s*[\"'](.+?)[\"']", marked):
+            column = odd or plain
+            levels = table[column].dropna().unique() if column in table else None
+            if levels is not None and len(levels) <= SUGGEST_AMONG and value not in set(levels):
                 return f" Column {column!r} has no {quoted(value)}.{suggest(value, map(str, levels))}"
         return ""
 
     def _listed(self, cells: Any) -> np.ndarray:
-        """Return the packed rows of a mask over the cells in input order, or of a list of names."""
+        """Return the packed rows of a mask, or of a list of names.
+
+        A mask is in input order, unless it is a Series that names all cells: then it may be in any order.
+        """
+        if isinstance(cells, pd.Series) and pd.api.types.is_bool_dtype(cells.dtype):
+            named = len(cells) == len(self._cells) and cells.index.isin(self._cells.index).all()
+            cells = (cells.reindex(self._input_cells.index) if named else cells).fillna(value=False).astype(bool)
         values = np.asarray(cells)
         if values.dtype == bool:
             if values.shape != (len(self._cells),):
@@ -733,6 +743,10 @@ class ResultsReader:
             )
             raise QueryError(msg)
         return rows[treated]
+
+
+def _damaged_entry(url: str, name: str, why: str) -> StoreError:
+    return StoreError(f"{url}: the entry {name!r} of uns['{keys.UNS}'] is damaged ({why})")
 
 
 def _refuse_other_cells(stored: pd.DataFrame, design: Design, url: str) -> None:

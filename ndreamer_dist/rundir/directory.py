@@ -8,7 +8,6 @@ key of the stage and every file that it lists exists at its full size, so a dele
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import re
 import shutil
@@ -25,8 +24,6 @@ from ndreamer_dist.errors import DamagedError, RunError
 from ndreamer_dist.rundir.lock import file_lock, lease
 from ndreamer_dist.storage.checksums import seal, unseal
 from ndreamer_dist.storage.files import Storage, open_storage
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,9 +85,9 @@ class RunDirectory:
 
     def spaces(self) -> dict[str, RunDirectory]:
         """Return the directories of a run's matching spaces by name, beginning with the space of the run itself."""
-        told = self.read_run()
-        first = told["settings"].get("embed", {}).get("method", keys.NDREAMER)
-        return {first: self, **{name: self.space(name) for name in told.get("spaces", ())}}
+        content = self.read_run()
+        first = content["settings"].get("embed", {}).get("method", keys.NDREAMER)
+        return {first: self, **{name: self.space(name) for name in content.get("spaces", ())}}
 
     def embedding(self, array: str) -> Storage:
         """Return the store of an array of coordinates; all spaces of a run share those of the trained network."""
@@ -109,11 +106,11 @@ class RunDirectory:
         DamagedError
             The file is damaged, or one of its entries `input`, `settings` and `keys` is not a JSON object.
         """
-        told, url = self.read_json(keys.RUN_JSON), f"{self.url}/{keys.RUN_JSON}"
+        content, url = self.read_json(keys.RUN_JSON), f"{self.url}/{keys.RUN_JSON}"
         for name in ("input", "settings", "keys"):
-            if not isinstance(told.get(name), dict):
+            if not isinstance(content.get(name), dict):
                 raise DamagedError.of(url, f"it holds no object '{name}'")
-        return told
+        return content
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file atomically, with its checksum."""
@@ -189,8 +186,8 @@ class RunDirectory:
         for top in tops:
             sizes.update(self.storage.list(top))
         names = {shard.name: f"{keys.DONE}/{stage}/{shard.name}.json" for shard in shards}
-        told = self.storage.read_all([name for name in names.values() if name in markers])
-        todo = [shard for shard in shards if not _is_done(key, shard, told.get(names[shard.name]), sizes)]
+        contents = self.storage.read_all([name for name in names.values() if name in markers])
+        todo = [shard for shard in shards if not _is_done(key, shard, contents.get(names[shard.name]), sizes)]
         if todo and self.before:
             msg = f"stage {stage!r} of {self.url} is not finished; run it before {self.before!r}, or the whole job"
             raise RunError(msg)
@@ -205,9 +202,10 @@ class RunDirectory:
             raise RunError(msg)
         if not self.storage.is_local:
             return
-        there = next(path for path in (Path(self.storage.root), *Path(self.storage.root).parents) if path.exists())
-        if not there.is_dir():
-            msg = f"{self.url} cannot be made: {there} is a file and no folder; choose another --out"
+        root = Path(self.storage.root)
+        existing = next(path for path in (root, *root.parents) if path.exists())
+        if not existing.is_dir():
+            msg = f"{self.url} cannot be made: {existing} is a file and no folder; choose another --out"
             raise RunError(msg)
 
     @contextmanager
@@ -271,25 +269,25 @@ class ArrayFile:
     @classmethod
     def of(cls, name: str) -> ArrayFile | None:
         """Parse a path below the run directory; `None` for a file that belongs to no array."""
-        found = re.fullmatch(r"([^/]+\.zarr)/(.+?)/(zarr\.json|c((?:/\d+)*))", name)
-        if found is None:
+        match = re.fullmatch(r"([^/]+\.zarr)/(.+?)/(zarr\.json|c((?:/\d+)*))", name)
+        if match is None:
             return None
-        place = None if found[4] is None else tuple(int(part) for part in found[4].split("/")[1:])
-        return cls(found[1], found[2], place)
+        chunk = None if match[4] is None else tuple(int(part) for part in match[4].split("/")[1:])
+        return cls(match[1], match[2], chunk)
 
 
-def _is_done(key: str, shard: Shard, told: bytes | None, sizes: Mapping[str, int]) -> bool:
+def _is_done(key: str, shard: Shard, data: bytes | None, sizes: Mapping[str, int]) -> bool:
     """Return whether a shard's marker has this key and lists the shard's files with the sizes that they have.
 
     Parameters
     ----------
-    told
+    data
         Bytes of the marker; `None` if there is none.
     sizes
         Sizes of the existing files by path.
     """
     try:
-        marker = unseal(told or b"{}", "")
+        marker = unseal(data or b"{}", "")
         files = dict(marker.get("files", {}))
     except (DamagedError, ValueError, TypeError):
         return False

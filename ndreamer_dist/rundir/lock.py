@@ -69,7 +69,7 @@ def _lease_in(storage: Storage, name: str = keys.LOCK) -> dict[str, Any]:
     """Return the lease in a file, by default in the lock; empty if the file is missing or unreadable."""
     try:
         return dict(json.loads(storage.read_if_there(name) or b"{}"))
-    except ValueError:
+    except (ValueError, TypeError):
         return {}
 
 

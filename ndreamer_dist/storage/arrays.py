@@ -93,25 +93,25 @@ def _metadata(**layout: Unpack[ArrayLayout]) -> bytes:
     )
     if attributes is not None:
         return bytes(files["zarr.json"].to_bytes())
-    told = json.loads(files["zarr.json"].to_bytes())
-    told["attributes"][METADATA_SEAL] = metadata_digest(told)
-    return json.dumps(told, indent=2).encode()
+    document = json.loads(files["zarr.json"].to_bytes())
+    document["attributes"][METADATA_SEAL] = metadata_digest(document)
+    return json.dumps(document, indent=2).encode()
 
 
-def metadata_digest(told: Mapping[str, Any]) -> str:
+def metadata_digest(metadata: Mapping[str, Any]) -> str:
     """Return the checksum of an array's metadata without the checksum attribute itself."""
-    own = {name: value for name, value in told.get("attributes", {}).items() if name != METADATA_SEAL}
-    text = json.dumps({**told, "attributes": own}, sort_keys=True)
+    attributes = {name: value for name, value in metadata.get("attributes", {}).items() if name != METADATA_SEAL}
+    text = json.dumps({**metadata, "attributes": attributes}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def opened_with(told: Mapping[str, Any], where: StorePath) -> zarr.AsyncArray[Any]:
-    """Open an array by its metadata; raise `ValueError` if the metadata does not have its checksum."""
-    if told.get("attributes", {}).get(METADATA_SEAL, "") not in ("", metadata_digest(told)):
+def opened_with(metadata: Mapping[str, Any], where: StorePath) -> zarr.AsyncArray[Any]:
+    """Open an array by its metadata; raise `ValueError` if the checksum in the metadata does not fit."""
+    if metadata.get("attributes", {}).get(METADATA_SEAL, "") not in ("", metadata_digest(metadata)):
         msg = "the metadata's checksum is that of another content"
         raise ValueError(msg)
-    metadata: Any = dict(told)
-    return zarr.AsyncArray(metadata, where)
+    document: Any = dict(metadata)
+    return zarr.AsyncArray(document, where)
 
 
 def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
@@ -209,10 +209,9 @@ def open_array(storage: Storage, name: str, *, mode: str = "r") -> zarr.Array[An
     """
     try:
         store = _Unseen(storage.store(name)) if mode == "w" else storage.store(name, read_only=mode == "r")
-        known = storage.node(name) if mode == "r" else None
-        if known is None:
-            known = storage.metadata(name)
-        array = sensible(zarr.Array(opened_with(known, StorePath(store))))
+        cached = storage.node(name) if mode == "r" else None
+        metadata = storage.metadata(name) if cached is None else cached
+        array = sensible(zarr.Array(opened_with(metadata, StorePath(store))))
         return array if mode == "r" else _writable(array)
     except StoreError:
         raise
@@ -297,8 +296,8 @@ def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwa
     chunks = kwargs.pop("chunks", values.shape)
     layout: ArrayLayout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}  # type: ignore[typeddict-item]
     create_array(storage, name, **layout)
-    known = json.loads(_metadata(**layout))  # the metadata just written; it need not be read back
-    array = _writable(zarr.Array(opened_with(known, StorePath(storage.store(name)))))
+    metadata = json.loads(_metadata(**layout))  # just written, so it need not be read back
+    array = _writable(zarr.Array(opened_with(metadata, StorePath(storage.store(name)))))
     with _writing(storage, name):
         array[...] = values
 
@@ -319,9 +318,9 @@ def _touched(spans: Sequence[range], unit: Sequence[int]) -> list[Position]:
 
 def _spans(array: zarr.Array[Any], selection: Any) -> list[range]:
     """Return the range of places that a selection of slices covers on each axis."""
-    given = [] if selection is ... else list(selection if isinstance(selection, tuple) else (selection,))
-    given += [slice(None)] * (array.ndim - len(given))
-    spans = [range(*part.indices(length)) for part, length in zip(given, array.shape, strict=True)]
+    parts = [] if selection is ... else list(selection if isinstance(selection, tuple) else (selection,))
+    parts += [slice(None)] * (array.ndim - len(parts))
+    spans = [range(*part.indices(length)) for part, length in zip(parts, array.shape, strict=True)]
     if any(span.step != 1 for span in spans):
         msg = f"a selection is slices without steps, found {selection!r}"
         raise ValueError(msg)

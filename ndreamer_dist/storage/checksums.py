@@ -48,17 +48,17 @@ def unseal(data: bytes, url: str) -> dict[str, Any]:
         value = dict(json.loads(data))
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedError.of(url, error) from error
-    told, found = value.pop(SEAL, None), _TAIL.search(data)
-    if found or told is not None:
-        text = data[: found.start()] + found[3] + b"}" if found else b""
-        if told != digest(text):
+    checksum, entry = value.pop(SEAL, None), _TAIL.search(data)
+    if entry or checksum is not None:
+        text = data[: entry.start()] + entry[3] + b"}" if entry else b""
+        if checksum != digest(text):
             raise DamagedError.of(url, "its checksum is that of another content")
     return value
 
 
-def check_digest(data: bytes, told: str | None, url: str) -> bytes:
-    """Return a file's bytes; raise `DamagedError` if their sha256 differs from `told` (`None`: not checked)."""
-    if told is not None and digest(data) != told:
+def check_digest(data: bytes, expected: str | None, url: str) -> bytes:
+    """Return a file's bytes; raise `DamagedError` if their sha256 is not `expected` (`None`: not checked)."""
+    if expected is not None and digest(data) != expected:
         raise DamagedError.of(url, "its sha256 is not the one that was written down")
     return data
 
@@ -71,6 +71,6 @@ def read_model(storage: Storage) -> tuple[dict[str, Any], bytes]:
     DamagedError
         One of the two files is damaged.
     """
-    told = unseal(storage.read(keys.MODEL_JSON), f"{storage.url}/{keys.MODEL_JSON}")
+    model = unseal(storage.read(keys.MODEL_JSON), f"{storage.url}/{keys.MODEL_JSON}")
     weights = storage.read(keys.MODEL_WEIGHTS)
-    return told, check_digest(weights, told.get(WEIGHTS_DIGEST), f"{storage.url}/{keys.MODEL_WEIGHTS}")
+    return model, check_digest(weights, model.get(WEIGHTS_DIGEST), f"{storage.url}/{keys.MODEL_WEIGHTS}")

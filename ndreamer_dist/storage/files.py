@@ -320,11 +320,11 @@ class Storage:
         """Return a text that changes whenever the file does: the size, dates and checksums that the server reports."""
         self._refresh()
         try:
-            told = self._ask("", "looked for", "info", self.root)
+            facts = self._ask("", "looked for", "info", self.root)
         except ABSENT:
             msg = f"{self.url} does not exist"
             raise StoreError(msg) from None
-        return str(sorted((name, str(value)) for name, value in told.items()))
+        return str(sorted((name, str(value)) for name, value in facts.items()))
 
     def store(self, name: str = "", *, read_only: bool = False) -> Store:
         """Return the zarr store of a folder below this one, by default of this one."""
@@ -392,9 +392,9 @@ class ConsolidatedStorage(Storage):
     @cached_property
     def root_metadata(self) -> dict[str, Any] | None:
         """The root's `zarr.json`, or `None` if there is none; raises `StoreError` if it cannot be read."""
-        found = self.read_if_there("zarr.json")
+        data = self.read_if_there("zarr.json")
         try:
-            return None if found is None else _root_of(json.loads(found))
+            return None if data is None else _root_of(json.loads(data))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedError.of(self.url + "/zarr.json", error) from error
 
@@ -408,14 +408,14 @@ class ConsolidatedStorage(Storage):
         return self.nodes.get(name)
 
 
-def _root_of(told: Any) -> dict[str, Any]:
+def _root_of(root: Any) -> dict[str, Any]:
     """Return a root's metadata; raise `TypeError` if its attributes or nodes are not JSON objects."""
-    nodes = (told.get("consolidated_metadata") or {}).get("metadata", {})
-    for part in (told.get("attributes", {}), *nodes.values()):
+    nodes = (root.get("consolidated_metadata") or {}).get("metadata", {})
+    for part in (root.get("attributes", {}), *nodes.values()):
         if not isinstance(part, dict):
             msg = f"an object is expected, found {type(part).__name__}"
             raise TypeError(msg)
-    return dict(told)
+    return dict(root)
 
 
 def open_storage(address: str | os.PathLike[str] | Storage) -> Storage:

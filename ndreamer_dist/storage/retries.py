@@ -120,8 +120,8 @@ def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
         if not own_tries:
             config["retries"] = {"mode": "standard", "total_max_attempts": 1}
         # With a higher concurrency s3fs asks for the size of every object before it reads the whole object.
-        asked = {"max_concurrency": 1, "config_kwargs": config | _configured(protocol, "config_kwargs")}
-        return asked if _has_credentials(protocol) else asked | {"anon": True}
+        s3_options = {"max_concurrency": 1, "config_kwargs": config | _configured(protocol, "config_kwargs")}
+        return s3_options if _has_credentials(protocol) else s3_options | {"anon": True}
     if protocol in ("http", "https"):
         return {"client_kwargs": {"timeout": silent} | _configured(protocol, "client_kwargs")}
     # `without_own_retries` changes the instance that fsspec caches, so own retries need an instance of their own.
@@ -150,12 +150,12 @@ def _found_credentials(environment: tuple[tuple[str, str], ...]) -> bool:  # noq
     except ImportError:  # the file system raises the error that names the missing package
         return True
     try:
-        known = botocore.session.Session().get_credentials() is not None
+        available = botocore.session.Session().get_credentials() is not None
     except Exception:  # noqa: BLE001 - such as a missing profile, which the file system explains better
         return True
-    if not known:
+    if not available:
         logger.info("there are no credentials for S3: buckets are asked anonymously, as public ones allow")
-    return known
+    return available
 
 
 def _configured(protocol: str, option: str) -> dict[str, Any]:
@@ -297,11 +297,11 @@ def status(error: BaseException) -> int | None:
     for one in (error, error.__cause__):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
-            told = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            code = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
-            told = next((getattr(one, name) for name in ("status", "status_code", "code") if hasattr(one, name)), None)
-        if str(told).isdigit():
-            return int(str(told))
+            code = next((getattr(one, name) for name in ("status", "status_code", "code") if hasattr(one, name)), None)
+        if str(code).isdigit():
+            return int(str(code))
     return None
 
 

@@ -376,8 +376,8 @@ class _Reading:
         spans = [self._span(index, position) for position in wanted]
         if whole or len(sent) > tail.suffix:  # a server that ignores ranges has sent the whole shard
             return [None if span is None else sent[span[0] : span[1]] for span in spans]
-        known = [span for span in spans if span is not None]
-        runs = merged(known, SPARE_SHARE * sum(stop - start for start, stop in known))
+        present = [span for span in spans if span is not None]
+        runs = merged(present, SPARE_SHARE * sum(stop - start for start, stop in present))
         bodies = await asyncio.gather(*(self._range(shard, run) for run in runs))
         return [None if span is None else _within(runs, bodies, span) for span in spans]
 

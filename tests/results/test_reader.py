@@ -92,6 +92,17 @@ def test_cells_are_queried_on_obs_and_genes_are_named(results, whole, query, sel
     )
 
 
+def test_a_mask_that_names_cells_is_aligned_with_obs(results):
+    expected = results.denoised(cells='kind == "B cell"')
+    for mask in (results.packed_obs["kind"] == "B cell", (results.obs["kind"] == "B cell").astype("boolean")):
+        np.testing.assert_array_equal(results.denoised(cells=mask).X, expected.X)
+    unnamed = pd.Series((results.obs["kind"] == "B cell").to_numpy())
+    np.testing.assert_array_equal(results.denoised(cells=unnamed).X, expected.X)
+    gaps = results.obs["perhaps"]
+    assert gaps.isna().any()
+    np.testing.assert_array_equal(results.denoised(cells=gaps).X, results.denoised(cells="perhaps").X)
+
+
 def test_listed_cells_come_in_their_order(results, whole):
     names = list(whole.obs_names[[200, 3, 77]])
     part = results.denoised(cells=names, genes=["G10", "G2"] if "G10" in whole.var_names else None)
@@ -129,6 +140,7 @@ def test_only_the_chunks_that_hold_the_answer_are_read(copied):
         ({"cells": "kind =="}, "cannot be read"),
         ({"cells": "score"}, "does not say yes or no"),
         ({"cells": 'kind == "Q"'}, "no cell is selected by"),
+        ({"cells": 'kind == "T cell" and kind == "B cel"'}, "Column 'kind' has no 'B cel'. Did you mean 'B cell'"),
         ({"cells": []}, "no cell is selected"),
         ({"cells": ["cell-1x"]}, "there is no cell 'cell-1x'.*Did you mean"),
         ({"cells": [True, False]}, r"needs shape \(244,\)"),
