@@ -1,4 +1,4 @@
-"""A part of the results is written as its suffix says, and read back equal."""
+"""A part of the results is written in the format of the suffix, and is equal when read back."""
 
 import anndata
 import numpy as np

@@ -1,4 +1,4 @@
-"""Cells are asked for by queries in which any column may stand, genes by their names, their ids or their symbols."""
+"""Cells are selected by queries on any column, genes by names, ids or symbols."""
 
 from __future__ import annotations
 
