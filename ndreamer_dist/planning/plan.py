@@ -209,7 +209,7 @@ class Plan:
         memory = ("memory", self.memory, self.memory_free, self.memory_source)
         disk = ("disk", self.disk, self.disk_free, "")
         lines = [
-            f"{name:<7}{_gb(need)} needed" + ("" if free is None else f", {_gb(free)} there{_in_brackets(source)}")
+            f"{name:<7}{_gb(need)} needed" + ("" if free is None else f", {_gb(free)} available{_in_brackets(source)}")
             for name, need, free, source in (memory, disk)
         ]
         whole = f"time   ~{duration(self.seconds)} in all, estimated"

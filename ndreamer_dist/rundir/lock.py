@@ -1,4 +1,4 @@
-"""Hold the one lock of a run directory: `flock` on a local disk, a renewed lease on object storage."""
+"""Hold the one lock of a run directory: `flock` on a local disk, a renewed lease on storage without locks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ndreamer_dist import keys
 from ndreamer_dist.errors import RunError, StoreError
 from ndreamer_dist.settings import canonical_json
-from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.storage.files import NO_LOCKS, Storage
 from ndreamer_dist.storage.retries import hurry
 
 logger = logging.getLogger(__name__)
@@ -49,19 +49,30 @@ def _locked_message(storage: Storage, holder: str) -> str:
 
 @contextmanager
 def file_lock(storage: Storage) -> Iterator[None]:
-    """Lock a local directory with `flock`, which the system releases whenever and however the holder ends."""
+    """Lock a local directory with `flock`, which the system releases whenever and however the holder ends.
+
+    On a file system without locks, as some clusters mount theirs, it is locked with a lease.
+
+    Raises
+    ------
+    RunError
+        Another run holds the lock.
+    """
     path = Path(storage.path(keys.LOCK))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+") as file, ExitStack() as stack:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.seek(0)
+                raise RunError(_locked_message(storage, file.read().strip() or "unknown")) from None
+            stack.enter_context(lease(storage))
+        else:
             file.seek(0)
-            raise RunError(_locked_message(storage, file.read().strip() or "unknown")) from None
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps(_holder()))
-        file.flush()
+            file.truncate()
+            file.write(json.dumps(_holder()))
+            file.flush()
         yield
 
 
@@ -116,7 +127,7 @@ def _await_holder(storage: Storage) -> dict[str, Any]:
 
 
 class _Lease:
-    """A lease on a remote directory: a file that names the holder and that the holder renews."""
+    """A lease on a directory: a file that names the holder and that the holder renews."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -184,7 +195,7 @@ def _interrupt() -> None:
 
 @contextmanager
 def lease(storage: Storage) -> Iterator[None]:
-    """Lock a remote directory with a lease that a thread renews during the `with` block.
+    """Lock a directory with a lease that a thread renews during the `with` block.
 
     Raises
     ------

@@ -7,6 +7,7 @@ storage it writes the whole file again.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -39,6 +40,8 @@ from ndreamer_dist.storage.shards import HttpStore, Reads, count
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 """Extra of this package that installs the file system of a protocol."""
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524})
+"""Error numbers of local file systems that do not support locks; 524 is the Linux kernel's ENOTSUPP."""
 
 
 @dataclass(frozen=True)

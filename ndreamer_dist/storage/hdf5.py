@@ -5,7 +5,6 @@ Input: a path. Output: an open `h5py.File`, or an error that says what to do.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.util
 import mmap
@@ -20,6 +19,7 @@ from typing import Any
 import h5py
 
 from ndreamer_dist.errors import CohortError
+from ndreamer_dist.storage.files import NO_LOCKS
 
 HDF5_SECONDS = 60.0
 """Seconds that HDF5 may take to read the attributes of a file that looks damaged."""
@@ -33,8 +33,6 @@ LOOKED_AT = 2**27
 """Bytes at the beginning and at the end of a file that are searched for global heaps."""
 HEAP = b"GCOL\x01\0\0\0"
 """Signature and version of a global heap, in which HDF5 keeps texts of variable length."""
-NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524})
-"""Error numbers of file systems that do not support locks; 524 is the Linux kernel's ENOTSUPP."""
 
 
 def open_file(path: str, url: str) -> h5py.File:

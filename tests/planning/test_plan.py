@@ -155,7 +155,7 @@ def test_the_command_line_tells_everything_and_writes_nothing(
         f"not known before the values are read: {unknown}",
         f"matching   {3 * 3 + 3 * 6} pairs of groups",
         f"training   {plan.steps:,} steps of 1,024 cells, in {plan.epochs} epochs",
-        f"memory {plan.memory / 1e9:.1f} GB needed, 7.0 GB there (run.memory_gb)",
+        f"memory {plan.memory / 1e9:.1f} GB needed, 7.0 GB available (run.memory_gb)",
         f"cpus   {plan.cpus} ({plan.cpus_source})",
     ]
     assert (for_programs["cells"], for_programs["memory"], for_programs["steps"]) == (893, plan.memory, plan.steps)
@@ -164,7 +164,7 @@ def test_the_command_line_tells_everything_and_writes_nothing(
     lines = told.splitlines()
     assert [line for line in expected if line not in lines] == []
     (disk,) = (line for line in lines if line.startswith("disk"))
-    assert re.fullmatch(rf"disk   {plan.disk / 1e9:.1f} GB needed, \d+\.\d GB there", disk)
+    assert re.fullmatch(rf"disk   {plan.disk / 1e9:.1f} GB needed, \d+\.\d GB available", disk)
     for stage in plan.stages:
         (line,) = (line for line in lines if line.startswith(f"{stage.name} "))
         work = ", then ".join(f"{tasks} {unit}" for tasks, unit in stage.work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import subprocess
 import sys
@@ -116,6 +117,19 @@ def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(tmp_path: 
         holder.kill()
     with run.locked():
         pass
+
+
+def test_a_file_system_without_locks_is_locked_by_a_lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    run = RunDirectory.at(tmp_path)
+    with run.locked(), pytest.raises(RunError, match="is being worked on by another run"), run.locked():
+        pass
+    with run.locked():
+        pass
+    assert not run.storage.list()
 
 
 def test_a_remote_lock_is_held_while_its_holder_lives(tmp_path: Path) -> None:
