@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist.cohort.tables import gene_places
-from ndreamer_dist.errors import QueryError, listing, suggest
+from ndreamer_dist.errors import QueryError, listing, quoted, suggest
 
 SUGGEST_AMONG = 50_000
 """With more names than this, no similar name is suggested for an unknown one: the search would take minutes."""
@@ -67,6 +67,17 @@ def with_backticks(query: str, columns: Any) -> str:
     pattern = re.compile(r"(?<![\w.`])(" + "|".join(map(re.escape, odd)) + r")(?![\w`])")
     parts = QUOTED.split(query)
     return "".join(part if place % 2 else pattern.sub(r"`\1`", part) for place, part in enumerate(parts))
+
+
+def near_value(table: pd.DataFrame, query: str) -> str:
+    """Return a hint for a query that selects no cell: the value of a column that was probably meant; or nothing."""
+    marked = with_backticks(query, map(str, table.columns))
+    for odd, plain, value in re.findall(r"(?:`([^`]+)`|(\w+))\s*==\s*[\"'](.+?)[\"']", marked):
+        column = odd or plain
+        levels = table[column].dropna().unique() if column in table else None
+        if levels is not None and len(levels) <= SUGGEST_AMONG and value not in set(levels):
+            return f" Column {column!r} has no {quoted(value)}.{suggest(value, map(str, levels))}"
+    return ""
 
 
 def _is_plain(name: str) -> bool:

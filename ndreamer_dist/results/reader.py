@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -29,13 +28,7 @@ from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, shown,
 from ndreamer_dist.matching.labels import Inside
 from ndreamer_dist.results.annotations import annotation_of, population_labels, read_annotations
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
-from ndreamer_dist.results.names import (
-    SUGGEST_AMONG,
-    cells_of_query,
-    places_of_cells,
-    places_of_genes,
-    with_backticks,
-)
+from ndreamer_dist.results.names import cells_of_query, near_value, places_of_cells, places_of_genes
 from ndreamer_dist.results.on_demand import (
     Counterparts,
     Expression,
@@ -210,7 +203,7 @@ class ResultsReader:
     @cached_property
     def uns(self) -> dict[str, Any]:
         """Description of the run: settings, versions, seed, groups, sign convention, numbers of dropped cells."""
-        description = self._table("uns").get(keys.UNS)
+        description = read_element(self.storage, "uns").get(keys.UNS)
         if not isinstance(description, dict) or not description.keys() >= REQUIRED:
             msg = f"{self.url}: uns['{keys.UNS}'] does not say what made the results; it is damaged, or not of this package"
             raise StoreError(msg)
@@ -561,7 +554,7 @@ class ResultsReader:
 
     @cached_property
     def _genes(self) -> pd.DataFrame:
-        return self._table("var")
+        return read_element(self.storage, "var")
 
     @cached_property
     def _input_order(self) -> np.ndarray:
@@ -583,7 +576,7 @@ class ResultsReader:
 
     def _fact(self, name: str) -> Any:
         """Read one entry of `uns["ndreamer"]`."""
-        return self._table(f"uns/{keys.UNS}/{name}")
+        return read_element(self.storage, f"uns/{keys.UNS}/{name}")
 
     def _fact_or(self, name: str, default: str) -> Any:
         """Read one entry of `uns["ndreamer"]`; the default if an earlier version did not write it."""
@@ -609,9 +602,6 @@ class ResultsReader:
     def _keep_bits(self) -> int | None:
         """Number of bits of the mantissa that layers keep (`effects.keep_bits`); `None` for all."""
         return self._told("settings").get("effects", {}).get("keep_bits")
-
-    def _table(self, name: str) -> Any:
-        return read_element(self.storage, name)
 
     def _part(self, values: Any, rows: np.ndarray, genes: pd.DataFrame) -> anndata.AnnData:
         obs = self._input_cells if rows is self._input_order else self._cells.iloc[rows]
@@ -691,20 +681,9 @@ class ResultsReader:
         if not len(chosen):
             msg = "no cell is selected"
             if isinstance(cells, str):
-                msg += f" by {cells!r}.{self._near_value(cells)}"
+                msg += f" by {cells!r}.{near_value(self._cells, cells)}"
             raise QueryError(msg)
         return np.sort(chosen) if order == "packed" else chosen
-
-    def _near_value(self, query: str) -> str:
-        """Return a hint for a query that selects nothing: the value of a column that was probably meant; or nothing."""
-        table = self._cells
-        marked = with_backticks(query, map(str, table.columns))
-        for odd, plain, value in re.findall(r"(?:`([^`]+)`|(\w+))\s*==\s*[\"'](.+?)[\"']", marked):
-            column = odd or plain
-            levels = table[column].dropna().unique() if column in table else None
-            if levels is not None and len(levels) <= SUGGEST_AMONG and value not in set(levels):
-                return f" Column {column!r} has no {quoted(value)}.{suggest(value, map(str, levels))}"
-        return ""
 
     def _listed(self, cells: Any) -> np.ndarray:
         """Return the packed rows of a mask, or of a list of names.
