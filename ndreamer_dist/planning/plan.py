@@ -279,7 +279,7 @@ def _unknown(cohort: CohortSettings) -> str:
     """Return what may also be dropped once the values are read."""
     genes = f" or fewer than {cohort.min_genes:,} genes" if cohort.min_genes else ""
     more = f", genes in fewer than {cohort.min_cells:,} cells" if cohort.min_cells else ""
-    return f"cells without counts{genes}{more}, and groups that get too small by it"
+    return f"cells without counts{genes}{more}, and groups that become too small"
 
 
 def _group(group: tuple[str, int]) -> str:

@@ -193,14 +193,14 @@ def _check_columns(table: pd.DataFrame, design: Design) -> None:
 
 def _check_names(rows: pd.Index, cells: pd.Index) -> None:
     if rows.empty:
-        msg = "the table has no rows; expected one a cell"
+        msg = "the table has no rows; expected one per cell"
         raise QueryError(msg)
     if str(rows.name) in cells:
         msg = f"the table's line of column names is the cell {quoted(rows.name)}; write one before it: cell,cell_type"
         raise QueryError(msg)
     twice = rows[rows.duplicated()]
     if len(twice):
-        msg = f"the table names {len(twice)} cells twice, first {quoted(twice[0])}; expected one row a cell"
+        msg = f"the table names {len(twice)} cells twice, first {quoted(twice[0])}; expected one row per cell"
         raise QueryError(msg)
     if not rows.isin(cells).any():
         hint = "its index (of a file: the first column) must hold their names"
@@ -269,7 +269,7 @@ def table_of_file(path: str | os.PathLike[str], columns: Sequence[str] | None = 
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        msg = f"{path}: the suffix {suffix!r} says no format; there are {listing(SUFFIXES)}"
+        msg = f"{path}: unknown suffix {suffix!r}; expected one of {listing(SUFFIXES)}"
         raise QueryError(msg)
     try:
         if suffix in CONTAINERS:

@@ -154,13 +154,13 @@ def checked(path: str | os.PathLike[str], suffixes: Collection[str] = FORMATS) -
     """Return the absolute path of a file to write; raise `QueryError` if it cannot be written."""
     target = Path(path).expanduser().absolute()
     if target.suffix.lower() not in suffixes:
-        msg = f"{target.name}: the suffix {target.suffix!r} says no format; there are {listing(suffixes)}"
+        msg = f"{target.name}: unknown suffix {target.suffix!r}; expected one of {listing(suffixes)}"
         raise QueryError(msg)
     if not target.parent.is_dir():
-        msg = f"{target.parent} is no folder; make it, or choose another file"
+        msg = f"{target.parent} is not a folder; create it, or choose another file"
         raise QueryError(msg)
     if target.is_dir():
-        msg = f"{target} is there already and is a folder; delete it, or choose another name"
+        msg = f"{target} is an existing folder; delete it, or choose another name"
         raise QueryError(msg)
     return target
 

@@ -47,7 +47,7 @@ def cells_of_query(table: pd.DataFrame, query: str) -> np.ndarray:
         msg = f"the query {query!r} cannot be read ({error});{near} the columns are {listing(names, limit=30)}{hint}"
         raise QueryError(msg) from error
     if not isinstance(mask, pd.Series) or not pd.api.types.is_bool_dtype(mask.dtype):
-        msg = f"the query {query!r} does not say yes or no of every cell; compare a column with a value"
+        msg = f"the query {query!r} is not true or false for every cell; compare a column with a value"
         raise QueryError(msg)
     return mask.fillna(value=False).to_numpy(dtype=bool)
 

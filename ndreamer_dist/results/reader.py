@@ -93,7 +93,7 @@ def results_storage(address: str | os.PathLike[str] | Storage, embedding: str | 
         if (storage.root_metadata or {}).get("attributes", {}).get("encoding-type") == "anndata":
             return storage
     if any(folder.exists(name) for name in (keys.RUN_JSON, keys.RESULTS, "X")):
-        msg = f"the run in {folder.url} has not finished; give the same `run` command again and it goes on"
+        msg = f"the run in {folder.url} has not finished; give the same `run` command again to continue it"
         raise StoreError(msg)
     msg = f"{folder.url} holds no results: expected a run directory or a results.zarr"
     raise StoreError(msg)
@@ -645,7 +645,7 @@ class ResultsReader:
             before, _ = self.stored._expression(None)
             return JoinedExpression(before, self._own_expression, self.design.first_row), self._genes
         if self.stored is not None:
-            msg = f"{self.url}: cells mapped onto a run are answered for the modelled genes alone; leave out the cohort"
+            msg = f"{self.url}: only modelled genes can be computed for mapped cells; leave out `cohort`"
             raise QueryError(msg)
         opened = self.open_cohort(cohort)
         table = opened.source.var.copy()

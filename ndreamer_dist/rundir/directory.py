@@ -205,7 +205,7 @@ class RunDirectory:
         root = Path(self.storage.root)
         existing = next(path for path in (root, *root.parents) if path.exists())
         if not existing.is_dir():
-            msg = f"{self.url} cannot be made: {existing} is a file and no folder; choose another --out"
+            msg = f"{self.url} cannot be created: {existing} is a file and no folder; choose another --out"
             raise RunError(msg)
 
     @contextmanager

@@ -108,7 +108,7 @@ def metadata_digest(metadata: Mapping[str, Any]) -> str:
 def opened_with(metadata: Mapping[str, Any], where: StorePath) -> zarr.AsyncArray[Any]:
     """Open an array by its metadata; raise `ValueError` if the checksum in the metadata does not fit."""
     if metadata.get("attributes", {}).get(METADATA_SEAL, "") not in ("", metadata_digest(metadata)):
-        msg = "the metadata's checksum is that of another content"
+        msg = "the checksum of the metadata does not match"
         raise ValueError(msg)
     document: Any = dict(metadata)
     return zarr.AsyncArray(document, where)
@@ -322,6 +322,6 @@ def _spans(array: zarr.Array[Any], selection: Any) -> list[range]:
     parts += [slice(None)] * (array.ndim - len(parts))
     spans = [range(*part.indices(length)) for part, length in zip(parts, array.shape, strict=True)]
     if any(span.step != 1 for span in spans):
-        msg = f"a selection is slices without steps, found {selection!r}"
+        msg = f"expected a selection of slices without steps, found {selection!r}"
         raise ValueError(msg)
     return [range(span.start, max(span.start, span.stop)) for span in spans]

@@ -52,7 +52,7 @@ def unseal(data: bytes, url: str) -> dict[str, Any]:
     if entry or checksum is not None:
         text = data[: entry.start()] + entry[3] + b"}" if entry else b""
         if checksum != digest(text):
-            raise DamagedError.of(url, "its checksum is that of another content")
+            raise DamagedError.of(url, "its checksum does not match")
     return value
 
 

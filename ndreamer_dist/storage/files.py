@@ -77,7 +77,7 @@ class Storage:
             msg = f"{self.url} cannot be reached: a package for such addresses is missing: {help_with}"
             raise StoreError(msg) from error
         except ValueError as error:
-            msg = f"{self.url} cannot be reached: {error}; there are paths, s3://, gs://, az:// and https://"
+            msg = f"{self.url} cannot be reached: {error}; expected a path or an address of s3://, gs://, az:// or https://"
             raise StoreError(msg) from error
         return fs, root
 
@@ -305,10 +305,10 @@ class Storage:
             try:
                 data = bytes(file.read(stop - start))
             except ValueError as error:  # from fsspec: the web server ignores ranges and sends the whole file
-                msg = f"{what} by ranges (the server sends whole files alone); download it first"
+                msg = f"{what} by ranges (the server does not support range requests); download it first"
                 raise StoreError(msg) from error
             if len(data) != stop - start:
-                msg = f"{len(data)} bytes came in place of {stop - start}"
+                msg = f"{len(data)} bytes came instead of {stop - start}"
                 raise ConnectionError(msg)
             count(Reads(requests=1, bytes=len(data)))
             return data
@@ -433,7 +433,7 @@ def open_storage(address: str | os.PathLike[str] | Storage) -> Storage:
         return address
     text = os.fspath(address)
     if has_controls(text):
-        msg = f"address {text!r} holds characters that no address has"
+        msg = f"address {text!r} holds control characters"
         raise StoreError(msg)
     if re.match(r"(?!https?:)[^/]*://.*[*?\[\]]", text):
         msg = f"address {text!r} holds one of * ? [ ], which file systems read as a pattern of several names"

@@ -154,7 +154,7 @@ def _found_credentials(environment: tuple[tuple[str, str], ...]) -> bool:  # noq
     except Exception:  # noqa: BLE001 - such as a missing profile, which the file system explains better
         return True
     if not available:
-        logger.info("there are no credentials for S3: buckets are asked anonymously, as public ones allow")
+        logger.info("no credentials for S3 found: buckets are read anonymously")
     return available
 
 

@@ -423,7 +423,7 @@ def _decode_into(chunk: np.ndarray, data: np.ndarray) -> None:
     """Decode bytes of `arrays.COMPRESSORS` into a chunk; raise `ValueError` if they are damaged."""
     body = data[:-4]
     if crc32c(body) != data[-4:].tobytes():
-        msg = "the checksum is that of another content"
+        msg = "the checksum does not match"
         raise ValueError(msg)
     if int.from_bytes(body[BLOSC_BYTES].tobytes(), "little") != chunk.nbytes:
         msg = f"it does not hold the {chunk.nbytes} bytes of a chunk"

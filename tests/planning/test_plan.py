@@ -142,7 +142,7 @@ def test_the_command_line_tells_everything_and_writes_nothing(
     smallest, largest = (pick(plan.groups, key=lambda group: group[1]) for pick in (min, max))
     assert (plan.cells, plan.dropped, len(plan.groups), len(plan.dropped_groups)) == (893, 7, 6, 4)
     unknown = (
-        "cells without counts or fewer than 5 genes, genes in fewer than 2 cells, and groups that get too small by it"
+        "cells without counts or fewer than 5 genes, genes in fewer than 2 cells, and groups that become too small"
     )
     expected = [
         "cells      893 kept, 7 dropped",

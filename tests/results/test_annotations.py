@@ -89,7 +89,7 @@ def test_a_series_of_labels_names_populations_without_being_kept(run: Path) -> N
     ("change", "said"),
     [
         pytest.param(lambda t: t.set_axis("x" + t.index), "none of the table's", id="other_names"),
-        pytest.param(lambda t: t.iloc[:0], "^the table has no rows; expected one a cell$", id="no_rows"),
+        pytest.param(lambda t: t.iloc[:0], "^the table has no rows; expected one per cell$", id="no_rows"),
         pytest.param(lambda t: pd.concat([t, t]), "twice", id="a_cell_twice"),
         pytest.param(lambda t: t.iloc[1:].rename_axis(t.index[0]), "line of column names", id="no_line_of_names"),
         pytest.param(lambda t: t["kind"].rename(None), "no name", id="series_without_a_name"),

@@ -138,7 +138,7 @@ def test_only_the_chunks_that_hold_the_answer_are_read(copied):
     [
         ({"cells": 'kin == "B"'}, "cannot be read .*'kind'"),
         ({"cells": "kind =="}, "cannot be read"),
-        ({"cells": "score"}, "does not say yes or no"),
+        ({"cells": "score"}, "is not true or false"),
         ({"cells": 'kind == "Q"'}, "no cell is selected by"),
         ({"cells": 'kind == "T cell" and kind == "B cel"'}, "Column 'kind' has no 'B cel'. Did you mean 'B cell'"),
         ({"cells": []}, "no cell is selected"),

@@ -290,7 +290,7 @@ def test_a_file_behind_a_server_without_ranges_is_refused_in_one_line(h5ad: Path
     with serving(Plain, h5ad.parent) as web, pytest.raises(StoreError) as refused:
         nd.plan(f"{web.url}/cohort.h5ad", preset="small", settings=JOB, **NAMES)
     assert str(refused.value) == (
-        f"{web.url}/cohort.h5ad cannot be read by ranges (the server sends whole files alone); download it first"
+        f"{web.url}/cohort.h5ad cannot be read by ranges (the server does not support range requests); download it first"
     )
 
 
