@@ -182,9 +182,7 @@ class Plan:
         if len(self.conditions) < SCREEN_CONDITIONS:
             return []
         others = f"{len(self.conditions) - 2:,} (the control's cells: all)"
-        return [
-            f"stored     effects of every cell's own condition; of the other {others} they are computed when asked for"
-        ]
+        return [f"stored     effects of every cell's own condition; of the other {others} they are computed on demand"]
 
     def _training(self) -> str:
         if not self.steps:

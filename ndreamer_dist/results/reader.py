@@ -124,7 +124,7 @@ class CellsTable(pd.DataFrame):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         logger.warning(
-            "column %s is in this copy of obs alone; results.annotate(series) keeps it, and `by` takes a Series", key
+            "column %s is only in this copy of obs; results.annotate(series) stores it, and `by` takes a Series", key
         )
         super().__setitem__(key, value)
 
@@ -217,7 +217,7 @@ class ResultsReader:
     @cached_property
     def design(self) -> Design:
         """Conditions, batches and groups; the cells of a group are consecutive rows in packed order."""
-        made = Design.from_json(self._told("design"))
+        made = Design.from_json(self._json_fact("design"))
         pointers = self.storage.node(f"X/{keys.INDPTR}")
         if pointers is None or list(pointers.get("shape", ())) != [made.own_cells + 1]:
             msg = f"{self.url}: the design is of {made.n_cells} cells and X is not; the store is damaged"
@@ -582,7 +582,7 @@ class ResultsReader:
         """Read one entry of `uns["ndreamer"]`; the default if an earlier version did not write it."""
         return self._fact(name) if self.storage.node(f"uns/{keys.UNS}/{name}") is not None else default
 
-    def _told(self, name: str) -> dict[str, Any]:
+    def _json_fact(self, name: str) -> dict[str, Any]:
         """Read an entry of `uns["ndreamer"]` that is a JSON object."""
         return self._object(name, self._fact(name))
 
@@ -601,7 +601,7 @@ class ResultsReader:
     @cached_property
     def _keep_bits(self) -> int | None:
         """Number of bits of the mantissa that layers keep (`effects.keep_bits`); `None` for all."""
-        return self._told("settings").get("effects", {}).get("keep_bits")
+        return self._json_fact("settings").get("effects", {}).get("keep_bits")
 
     def _part(self, values: Any, rows: np.ndarray, genes: pd.DataFrame) -> anndata.AnnData:
         obs = self._input_cells if rows is self._input_order else self._cells.iloc[rows]
@@ -611,7 +611,7 @@ class ResultsReader:
     def counterparts(self) -> Counterparts:
         """The matches behind the effects."""
         stored = None if self.stored is None else self.stored.counterparts
-        found = counterparts_of(self.storage, self.design, self._told("settings"), stored)
+        found = counterparts_of(self.storage, self.design, self._json_fact("settings"), stored)
         # Missing matches are searched on demand for mapped cells (`match` cannot add any), for a screen (there would be
         # too many) and for results without a matches.zarr, such as those of all genes.
         if stored is None and not self.design.is_screen and found.searched is not None:

@@ -248,10 +248,10 @@ def with_retries(
         except StoreError:
             raise
         except Exception as error:
-            if isinstance(error, absent) and _told(error) is error:
+            if isinstance(error, absent) and _failure_behind(error) is error:
                 tries.answered()
                 raise
-            pause = tries.after(_told(error))
+            pause = tries.after(_failure_behind(error))
         else:
             tries.answered()
             return answer
@@ -267,14 +267,14 @@ async def with_retries_async(fs: fsspec.AbstractFileSystem, what: str, ask: Call
         except StoreError:
             raise
         except Exception as error:  # noqa: BLE001 - every cloud has its own exceptions
-            pause = tries.after(_told(error))
+            pause = tries.after(_failure_behind(error))
         else:
             tries.answered()
             return answer
         await asyncio.sleep(pause)
 
 
-def _told(error: Exception) -> Exception:
+def _failure_behind(error: Exception) -> Exception:
     """Return the failure behind an error: some file systems report a failed request as a missing file."""
     cause = error.__cause__
     hidden = (
