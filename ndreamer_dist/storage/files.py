@@ -77,7 +77,7 @@ class Storage:
             msg = f"{self.url} cannot be reached: a package for such addresses is missing: {help_with}"
             raise StoreError(msg) from error
         except ValueError as error:
-            msg = f"{self.url} cannot be reached: {error}; expected a path or an address of s3://, gs://, az:// or https://"
+            msg = f"{self.url} cannot be reached: {error}; expected a path, s3://, gs://, az:// or https://"
             raise StoreError(msg) from error
         return fs, root
 

@@ -321,7 +321,7 @@ def no_clouds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        pytest.param("foo://bucket/cohort.h5ad", "s3://, gs://, az:// and https://", id="unknown_protocol"),
+        pytest.param("foo://bucket/cohort.h5ad", "s3://, gs://, az:// or https://", id="unknown_protocol"),
         pytest.param("gs://bucket/cohort.h5ad", "pip install 'ndreamer-dist[gs]'", id="gs_without_its_package"),
         pytest.param("az://container/cohort.h5ad", "pip install 'ndreamer-dist[az]'", id="az_without_its_package"),
         pytest.param("https://me:secret@127.0.0.1/cohort.h5ad", "holds a password", id="password"),

@@ -51,7 +51,7 @@ def test_other_suffixes_and_taken_names_are_refused(part, tmp_path):
     with pytest.raises(QueryError, match="is not a folder"):
         save(part, tmp_path / "nowhere" / "ite.csv")
     (tmp_path / "taken.zarr").mkdir()
-    with pytest.raises(QueryError, match="is there already"):
+    with pytest.raises(QueryError, match="is an existing folder"):
         save(part, tmp_path / "taken.zarr")
     save(part, tmp_path / "ite.csv")
     save(part[:3], tmp_path / "ite.csv")
