@@ -215,7 +215,7 @@ def test_a_directory_below_a_file_is_refused_by_name(cohort: Path, tmp_path: Pat
     file.write_text("cells")
     for out in (file, file / "sub", file / "sub" / "run"):
         with pytest.raises(
-            RunError, match=rf"^{out} cannot be made: {file} is a file and no folder; choose another --out$"
+            RunError, match=rf"^{out} cannot be created: {file} is a file and no folder; choose another --out$"
         ):
             again(cohort, out)
     assert file.read_text() == "cells"

@@ -1,1 +1,1 @@
-"""What a run will do and need, computed before it starts."""
+"""Plan a run before it starts: its stages, memory, disk and time."""

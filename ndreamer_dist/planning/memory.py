@@ -1,7 +1,7 @@
-"""Compute the memory of every stage and the disk of a run from sizes alone. Pure.
+"""Compute the memory of every stage and the disk space of a run from sizes alone. Pure.
 
-The memory of a stage is `workers x (base + shard + tile) + object store`, plus what the driver holds per cell, and with Ray
-what its idle processes hold. The base is the memory of a Python process that has only imported this package's libraries.
+The memory of a stage is `workers x (base + shard + tile) + object store`, plus the driver's memory per cell and, with
+Ray, its idle workers. The base is the memory of a process that has only imported the libraries.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ from ndreamer_dist.planning.stages import stages_of
 from ndreamer_dist.settings import Settings
 
 DRIVER_BYTES = 700e6
-"""The driver and Ray's own processes."""
+"""Memory of the driver and of Ray's own processes."""
 DRIVER_BYTES_PER_CELL = 150
-"""One column of obs at a time, with what encodes it; codes, totals and counts of every cell."""
-
+"""Memory of the driver per cell: one column of obs at a time with its encoding, and codes, totals and counts."""
 IDLE_BYTES = 600e6
-"""A worker between two tasks. Ray keeps as many of them as there are processors, and one that spills."""
+"""Memory of an idle worker. Ray keeps one per processor, and one that spills objects."""
 FRAME_BYTES_PER_CELL = 1500
-"""`obs` as a data frame, of names and a few dozen columns, which questions of finished results read."""
+"""Memory per cell of `obs` as a data frame with names and a few dozen columns, which the results reader loads."""
 
 
 def stage_memory(size: CohortSize, settings: Settings, *, cpus: int, object_store: int) -> dict[str, int]:
-    """Return the promised peak memory of every stage, in bytes, over all processes of one machine.
+    """Return the promised peak memory in bytes of every stage, summed over all processes of one machine.
 
     Parameters
     ----------
     cpus
-        Tasks that run at once.
+        Number of tasks that run concurrently.
     object_store
-        Bytes of Ray's shared memory.
+        Size of Ray's object store in bytes; 0 without Ray.
     """
     tasks = task_memory(size, settings)
     idle = (cpus + 1) * IDLE_BYTES if object_store else 0.0
@@ -46,23 +45,23 @@ def stage_memory(size: CohortSize, settings: Settings, *, cpus: int, object_stor
 
 
 def task_memory(size: CohortSize, settings: Settings) -> dict[str, int]:
-    """Return the bytes of one task of every stage, its process included; of training those of a reader."""
+    """Return the memory in bytes of one task of every stage, with its process; for training, of one read task."""
     return {name: int(BASE_BYTES + stage.task_bytes(size, settings)) for name, stage in stages_of(settings).items()}
 
 
 def driver_memory(size: CohortSize) -> int:
-    """Return the bytes of the driver, Ray's own processes on its machine included."""
+    """Return the memory in bytes of the driver and of Ray's own processes on its machine."""
     return int(DRIVER_BYTES + DRIVER_BYTES_PER_CELL * size.cells)
 
 
 def disk_bytes(size: CohortSize, settings: Settings) -> int:
-    """Return the bytes that the run directory will take, before compression."""
+    """Return the disk space in bytes of the run directory, before compression."""
     modelled = size.modelled(settings)
     own = size.cells * size.modelled_per_cell(settings)
     embedding = _coordinate_bytes(size, settings, modelled)
     pairs = (
         size.cells * size.groups if keeps_matches(size.cells, size.groups, size.edges) else 0
-    )  # in obsm of the results
+    )  # obsm of results.zarr
     matches = (size.cells * _matches_per_cell(size, settings) + pairs) * 8
     layers = len(settings.effects.store) * size.cells * modelled * 4
     checkpoints = 3 * 3 * parameter_count(settings, modelled) * 4
@@ -70,9 +69,10 @@ def disk_bytes(size: CohortSize, settings: Settings) -> int:
 
 
 def _matches_per_cell(size: CohortSize, settings: Settings) -> float:
-    """Return how many matches of a cell are kept, at the most: as many of each group as `denoised` averages.
+    """Return the largest number of matches that are stored per cell.
 
-    A sample holds as many groups of each condition; of other conditions than a cell's own, fewer matches of each.
+    For every group that a cell is matched with, as many neighbours are stored as `denoised` averages. If groups are
+    sampled (`match.groups`), groups of other conditions than the cell's own have only `match.neighbours`.
     """
     averaged = max(settings.match.neighbours, settings.denoise.counted(size.fewest_groups))
     most, sampled = size.edges / size.groups * averaged, settings.match.groups
@@ -83,7 +83,7 @@ def _matches_per_cell(size: CohortSize, settings: Settings) -> float:
 
 
 def _coordinate_bytes(size: CohortSize, settings: Settings, genes: int) -> int:
-    """Return the bytes of the coordinates, in embedding.zarr and in results.zarr, and of the sums behind them."""
+    """Return the bytes of the coordinates in embedding.zarr and results.zarr, and of the sums behind them."""
     method, width = settings.embed.method, settings.embed.dimensions
     trained = size.cells * (2 * settings.model.latent + 100) * 4 if keys.is_trained(method) else 0
     if method == keys.NDREAMER:
@@ -95,7 +95,7 @@ def _coordinate_bytes(size: CohortSize, settings: Settings, genes: int) -> int:
 
 
 def needs(size: CohortSize, settings: Settings, *, cpus: int, object_store: int) -> Needs:
-    """Return the run's peak memory and disk."""
+    """Return the peak memory and the disk space of a run, in bytes."""
     memory = max(stage_memory(size, settings, cpus=cpus, object_store=object_store).values())
     return Needs(memory=memory, disk=disk_bytes(size, settings))
 
@@ -103,12 +103,12 @@ def needs(size: CohortSize, settings: Settings, *, cpus: int, object_store: int)
 def all_genes_needs(
     cells: int, genes: int, density: float, settings: Settings, *, cpus: int, object_store: int
 ) -> Needs:
-    """Return peak memory and disk of a store of all genes: packed blocks of all of them, and shards of a span of them.
+    """Return the peak memory and the disk space, in bytes, of writing the layers for all genes of the cohort.
 
     Parameters
     ----------
     density
-        Share of the values that are stored.
+        Share of the matrix entries that are stored (not zero).
     """
     rows, values = settings.pack.block_rows, density * genes
     task = rows * (min(genes, SHARD_GENES) * 24 + values * 36) + settings.cohort.chunk_rows * values * 40
@@ -118,7 +118,7 @@ def all_genes_needs(
 
 
 def largest_task(size: CohortSize, settings: Settings) -> TaskNeed:
-    """Return the stage and the bytes of the largest of all tasks."""
+    """Return the stage whose tasks need the most memory, and that memory."""
     tasks = task_memory(size, settings)
     stage = max(tasks, key=tasks.__getitem__)
     return TaskNeed(stage, tasks[stage])

@@ -1,7 +1,7 @@
-"""Plan a run: what it will do and need, shown before anything runs.
+"""Plan a run: what it will do and need, printed before anything runs.
 
-Input: the design and the sizes of a checked cohort, and the settings. Output: a `Plan`, which prints as tables. Pure:
-the printed numbers are the numbers by which `run` refuses.
+Input: the design and the sizes of a checked cohort, and the settings. Output: a `Plan`, which prints as tables. `run`
+refuses to start by the same numbers. Pure.
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ from ndreamer_dist.settings import CohortSettings, Settings
 from ndreamer_dist.training.sampling import SamplingPlan
 
 NAMED_GROUPS = 3
-"""Groups that are left out are named up to so many."""
+"""Number of dropped groups that a plan names."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its work, the most memory it will take with the processors given, in bytes, and the seconds, estimated."""
+    """One stage of a plan.
+
+    Attributes
+    ----------
+    memory
+        Promised peak memory of the stage in bytes, with the processors of the plan.
+    seconds
+        Estimated duration.
+    """
 
     name: str
     work: Work
@@ -36,50 +44,54 @@ class StagePlan:
 
     @property
     def workers(self) -> int:
-        """Most workers that the stage can use."""
+        """Largest number of workers that the stage can use."""
         return max(tasks for tasks, _ in self.work)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """What a run will do and need.
 
     Attributes
     ----------
     cells, dropped
-        Cells kept and left out.
+        Number of kept and of dropped cells.
     genes, modelled
-        Genes of the cohort and of the model.
+        Number of genes of the cohort and of the model.
+    conditions
+        Names of the conditions, the control first.
     groups, dropped_groups
-        Name and cells of every (batch, condition) group that is kept, in packed order, and of those that are left out.
+        Name and number of cells of every kept (batch, condition) group in packed order, and of every dropped one.
     unknown
-        What may be left out as well, which only the values tell.
+        What may also be dropped, which is only known once the values are read.
     edges
         Pairs of groups to match.
-    embedding
-        The space that cells are matched in.
     epochs, steps, batch_cells
-        Training: optimiser steps in all, cells of one step; 0 in a space that needs none.
+        Training: epochs, optimiser steps in all, and cells of one step; all 0 without a network.
+    stages
+        Stages in the order of the run.
+    memory, disk
+        Peak memory over all stages and disk space, in bytes.
+    memory_free, disk_free
+        Available memory and disk space in bytes; `None` if unknown.
+    embedding
+        Name of the matching space.
     left_out
         Stages that this space does not need.
-    stages
-        In order.
     notes
-        What was seen of the values, and decided.
-    memory, disk
-        Most bytes over all stages; `memory_free` and `disk_free` are what there is (none where it cannot be known).
+        Observations about the values, and decisions that follow from them.
     cpus, cpus_source, memory_source
-        Processors that the promise counts with, and who limits them and the memory: SLURM, a cgroup, a setting, ...
+        Number of processors, and what limits them and the memory: SLURM, a cgroup, a setting, ...
     runtime
-        Where the work is done, and why.
+        Where tasks run, and why.
     engines
-        What computes on this machine: builds of torch and FAISS, and whether there is a GPU.
+        Builds of torch and FAISS, and whether there is a GPU.
     took
-        Seconds that stages took in the run directory before, or will take by their speed there: in place of the estimates.
+        Seconds of stages, measured in the run directory or extrapolated from their speed there; replace the estimates.
     within
-        Column of labels that cells are matched inside, if any.
+        Column of labels inside which cells are matched, if any.
     sampled
-        Seconds of matching with a sample of the groups, estimated, where that is worth it; else 0.
+        Estimated seconds of matching with a sample of the groups, if that is worth while; else 0.
     """
 
     cells: int
@@ -113,7 +125,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole run: what its stages took or will by their speed, of the others the estimates."""
+        """Seconds of the whole run: for every stage `took` if it is there, else the estimate."""
         took = dict(self.took)
         return sum(took.get(stage.name, stage.seconds) for stage in self.stages)
 
@@ -121,7 +133,7 @@ class Plan:
         return "\n".join([*self._cohort_lines(), "", *self._stage_lines(), "", *self._resource_lines()])
 
     def to_json(self) -> str:
-        """Return the plan as a JSON object: attributes by name, sizes in bytes, times in seconds, groups and stages as objects."""
+        """Return the plan as a JSON object by attribute name: sizes in bytes, times in seconds."""
         named = {
             name: [{"name": group, "cells": cells} for group, cells in groups]
             for name, groups in (("groups", self.groups), ("dropped_groups", self.dropped_groups))
@@ -166,13 +178,11 @@ class Plan:
         return inside if self.embedding == keys.NDREAMER else f", in {shown(self.embedding)}{inside}"
 
     def _screen_lines(self) -> list[str]:
-        """Say what is stored of many conditions."""
+        """Return lines that say, for a screen of many conditions, which effects are stored."""
         if len(self.conditions) < SCREEN_CONDITIONS:
             return []
         others = f"{len(self.conditions) - 2:,} (the control's cells: all)"
-        return [
-            f"stored     effects of every cell's own condition; of the other {others} they are computed when asked for"
-        ]
+        return [f"stored     effects of every cell's own condition; of the other {others} they are computed on demand"]
 
     def _training(self) -> str:
         if not self.steps:
@@ -197,7 +207,7 @@ class Plan:
         memory = ("memory", self.memory, self.memory_free, self.memory_source)
         disk = ("disk", self.disk, self.disk_free, "")
         lines = [
-            f"{name:<7}{_gb(need)} needed" + ("" if free is None else f", {_gb(free)} there{_in_brackets(source)}")
+            f"{name:<7}{_gb(need)} needed" + ("" if free is None else f", {_gb(free)} available{_in_brackets(source)}")
             for name, need, free, source in (memory, disk)
         ]
         whole = f"time   ~{duration(self.seconds)} in all, estimated"
@@ -213,14 +223,14 @@ def plan_of(
     cpus: int,
     object_store: int,
 ) -> Plan:
-    """Return the plan of a cohort; the caller adds what there is on the machine, and in the run directory.
+    """Return the plan of a cohort; the caller adds facts about the machine and the run directory.
 
     Parameters
     ----------
     input_groups
-        Cells of every group of the input, those that are left out among them.
+        Number of cells of every group of the input, dropped groups included.
     cpus, object_store
-        Tasks that run at once, and bytes of Ray's shared memory: the promise grows with both.
+        Number of concurrent tasks, and size of Ray's object store in bytes; the promised memory grows with both.
     """
     schedule = SamplingPlan.for_cohort(design.starts, settings.train, settings.seed)
     needs = memory.needs(size, settings, cpus=cpus, object_store=object_store)
@@ -255,7 +265,7 @@ def plan_of(
 
 
 def _stage_plan(stage: Stage, designed: DesignedCohort, memory: int, cpus: int) -> StagePlan:
-    """Return the plan of one stage; its seconds are those of one processor, shared by as many as it can use."""
+    """Return the plan of one stage; its processor seconds are divided by the processors that it can use."""
     settings, work = designed.settings, stage.work(designed)
     train = settings.train.workers * settings.train.threads
     at_once = train if stage.name == keys.STAGE_TRAIN else min(cpus, max(tasks for tasks, _ in work))
@@ -264,10 +274,10 @@ def _stage_plan(stage: Stage, designed: DesignedCohort, memory: int, cpus: int) 
 
 
 def _unknown(cohort: CohortSettings) -> str:
-    """Say what else may be left out, which only the values tell."""
+    """Return what may also be dropped once the values are read."""
     genes = f" or fewer than {cohort.min_genes:,} genes" if cohort.min_genes else ""
     more = f", genes in fewer than {cohort.min_cells:,} cells" if cohort.min_cells else ""
-    return f"cells without counts{genes}{more}, and groups that get too small by it"
+    return f"cells without counts{genes}{more}, and groups that become too small"
 
 
 def _group(group: tuple[str, int]) -> str:

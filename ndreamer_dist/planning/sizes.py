@@ -1,4 +1,4 @@
-"""Count the sizes of a cohort and of the network that determine memory, disk and numbers of tasks. Pure."""
+"""Compute the sizes of a cohort and of the network, which determine memory, disk and numbers of tasks. Pure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,28 @@ from ndreamer_dist.cohort.statistics import spans_of
 from ndreamer_dist.settings import Settings
 
 BASE_BYTES = 450e6
-"""A worker process with torch, scanpy and Ray loaded."""
+"""Memory of a worker process that has imported torch, scanpy and Ray."""
 GIVEN_DIMENSIONS = 100
-"""Dimensions that the input's own coordinates are taken to have, before they are read."""
+"""Assumed number of dimensions of coordinates from the input's `obsm`, which are not read for a plan."""
 
 
 @dataclass(frozen=True)
 class CohortSize:
-    """The sizes that a plan is computed from; `fewest_groups` is the number of groups of the condition with the fewest."""
+    """The sizes that a plan is computed from.
+
+    Attributes
+    ----------
+    cells, genes
+        Kept cells, and genes of the cohort.
+    stored_values
+        Entries of the matrix that are stored.
+    groups, largest_group
+        Number of groups, and cells of the largest one.
+    edges
+        Pairs of a query group and a target group to match.
+    fewest_groups
+        Smallest number of groups of one condition that a cell is matched with.
+    """
 
     cells: int
     genes: int
@@ -45,7 +59,7 @@ class CohortSize:
 
     @property
     def stored_per_cell(self) -> float:
-        """Stored values of a cell."""
+        """Mean number of stored values of a cell."""
         return self.stored_values / max(self.cells, 1)
 
     def modelled(self, settings: Settings) -> int:
@@ -53,11 +67,11 @@ class CohortSize:
         return min(self.genes, settings.hvg.num_hvg)
 
     def modelled_per_cell(self, settings: Settings) -> float:
-        """Return a cell's stored values of modelled genes: these are expressed above average."""
+        """Return the estimated stored values of a cell in the modelled genes, which are expressed above average."""
         return self.stored_per_cell * min(1.0, 2.5 * self.modelled(settings) / self.genes)
 
     def partition_cells(self, settings: Settings) -> int:
-        """Return the cells of one of packing's partitions, at the most."""
+        """Return the largest number of cells of one partition of packing."""
         rows = settings.pack.block_rows
         blocks = -(-self.cells // rows)
         partitions = partition_count(blocks, self.stored_values, len(spans_of(self.cells)))
@@ -65,7 +79,7 @@ class CohortSize:
 
 
 def parameter_count(settings: Settings, genes: int) -> int:
-    """Return the number of parameters of the network."""
+    """Return the number of weights of the network, without biases and the embeddings of conditions and batches."""
     model = settings.model
     widths = [genes, *model.encoder]
     encoder = sum(a * b for a, b in itertools.pairwise(widths))

@@ -1,7 +1,6 @@
-"""Declare the stages of a run, each once: their sequence, keys, memory, work, titles and jobs follow from here.
+"""Declare the stages of a run in one table: their order, keys, memory, work and durations follow from it.
 
-A new stage is one more `Stage` in `ALL_STAGES`, and its name in `keys`. `rundir/stage.py` does what all stages have in
-common.
+A new stage is one more `Stage` in `ALL_STAGES`, and its name in `keys`. `rundir/stage.py` holds what all stages share.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ from ndreamer_dist.storage.checksums import digest
 from ndreamer_dist.training.sampling import SamplingPlan
 
 Work = tuple[tuple[int, str], ...]
-"""What a stage does one after the other: numbers of tasks that can run at once, and what each of them does."""
+"""Consecutive steps of a stage: for each, the number of tasks that can run concurrently, and the unit of a task."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the stages of a run work with.
+    """Arguments that all stages of a run share.
 
     Attributes
     ----------
     home
-        The run's directory; that of a space which was added to it is another.
+        The directory of the run. An added matching space has a directory of its own, below it.
     from_input
-        What the matching space takes from the input.
+        Coordinates and columns of the input that the matching space uses.
     """
 
     home: RunDirectory
@@ -57,18 +56,18 @@ class Job:
 
     @cached_property
     def packed(self) -> Packed:
-        """The packed cohort; its design must be there."""
+        """The packed cohort; the cohort stage must be finished."""
         return Packed.open(self.home, self.settings.pack.block_rows, self.settings.match.groups)
 
 
 @dataclass(frozen=True)
 class DesignedCohort:
-    """What the work of stages is planned from.
+    """A cohort and its settings, from which the work of stages is planned.
 
     Attributes
     ----------
     input_cells
-        Cells of the input, those that are left out among them.
+        Number of cells of the input, dropped ones included.
     """
 
     design: Design
@@ -83,7 +82,7 @@ class DesignedCohort:
 
     @property
     def spans(self) -> int:
-        """Number of spans of rows that the input is read in."""
+        """Number of spans of rows in which the input is read."""
         return len(spans_of(self.input_cells))
 
 
@@ -98,29 +97,29 @@ class Stage:
     Attributes
     ----------
     settings
-        Parts of the settings that bear on it, less those fields that it does not heed.
+        Sections of the settings that can change its result; `heeds` excludes single fields.
     reads
-        Stages that it reads, by the settings.
+        Names of the stages whose stores it reads, given the settings.
     run
-        Does what is missing of it in a directory, under a key.
+        Does the unfinished shards in a directory, under a key.
     task_bytes
-        Memory of one task of it beside the process itself; of training that of a reader.
+        Memory of one task in bytes, without the process itself; for training, of one read task.
     work
-        Its tasks.
+        Its steps and numbers of tasks.
     seconds
-        What it takes of one processor, estimated.
+        Estimated seconds on one processor.
     needed
-        Whether a run with these settings has it.
+        Whether a run with these settings has the stage.
     heeds
-        Whether a setting, by its dotted name, bears on it.
+        Whether a setting, given by its dotted name, can change its result.
     seeded
-        Whether the seed bears on it.
+        Whether the seed can change its result.
     beside_bytes
-        Memory that is held beside its tasks.
+        Memory in bytes that is held besides its tasks.
     takes
-        What it takes of the input that its key must tell: `input`, `from_input`, `labels` or nothing.
+        Part of the input whose checksum belongs to its key: `input`, `from_input`, `labels` or none.
     shared
-        Whether all matching spaces of a run share it.
+        Whether all matching spaces of a run share its result.
     """
 
     name: str
@@ -138,7 +137,7 @@ class Stage:
     shared: bool = True
 
     def bearing(self, settings: Settings) -> dict[str, dict[str, Any]]:
-        """Return the settings that bear on this stage, by part."""
+        """Return the settings that can change this stage's result, by section and name."""
         return {
             part: {
                 name: value
@@ -150,7 +149,7 @@ class Stage:
 
 
 def _placed_by_clusters(settings: Settings) -> bool:
-    """Return whether the clusters bear on where cells are."""
+    """Return whether the coordinates depend on the clusters."""
     return keys.is_clustered(settings.embed.method, settings.state.by)
 
 
@@ -170,18 +169,18 @@ def _placed_apart(settings: Settings) -> bool:
 
 
 def _chunk_bytes(size: CohortSize, settings: Settings) -> float:
-    """Return the bytes of a chunk of rows and its copies on the way."""
+    """Return the bytes of a chunk of rows and of its temporary copies."""
     return settings.cohort.chunk_rows * size.stored_per_cell * 40
 
 
 def _graph_bytes(size: CohortSize, settings: Settings) -> float:
-    """Return the bytes of the largest graph, with the cells that it is of."""
-    asked = settings.clusters
+    """Return the bytes of the largest neighbour graph and of its cells."""
+    clusters = settings.clusters
     most = {
-        "auto": max(asked.max_cells, asked.sketch_cells), "group": size.largest_group, "all": size.cells,
-        "sketch": asked.sketch_cells,
-    }[asked.within]  # fmt: skip
-    per_cell = size.modelled_per_cell(settings) * 24 + asked.n_neighbors * 60 + 50 * 12
+        "auto": max(clusters.max_cells, clusters.sketch_cells), "group": size.largest_group, "all": size.cells,
+        "sketch": clusters.sketch_cells,
+    }[clusters.within]  # fmt: skip
+    per_cell = size.modelled_per_cell(settings) * 24 + clusters.n_neighbors * 60 + 50 * 12
     return min(size.cells, most) * per_cell
 
 
@@ -213,9 +212,10 @@ def _block_bytes(size: CohortSize, settings: Settings) -> float:
 
 
 def _trainer_bytes(size: CohortSize, settings: Settings) -> float:
-    """Return the bytes of the training workers.
+    """Return the bytes of all training workers.
 
-    Weights, gradients and moments; activations of a mini-batch; the row labels; the stream's read-ahead.
+    Each holds weights, gradients and moments, the activations of a mini-batch, the row labels, and the mini-batches
+    that are read ahead.
     """
     genes, model, cells = size.modelled(settings), settings.model, 2 * settings.train.batch_size
     activations = cells * (4 * genes + 8 * sum(model.encoder) + 40 * model.latent) * 4
@@ -261,7 +261,7 @@ def _pca(job: Job, run: RunDirectory, key: str) -> None:
 # --- space -----------------------------------------------------------------------------------------------------------
 
 OTHER_SPACES = ("embed.method", "embed.harmony_keys", "embed.signal_share", "embed.state_weight")
-"""Settings of `embed` that say nothing to the trained embedding."""
+"""Settings of `embed` that do not change the trained embedding."""
 SPACE_HEEDS: dict[str, tuple[str, ...]] = {
     keys.SPACE_PCA: ("embed.dimensions",),
     keys.HARMONY: ("embed.dimensions", "embed.harmony_keys", "embed.signal_share"),
@@ -269,11 +269,11 @@ SPACE_HEEDS: dict[str, tuple[str, ...]] = {
     keys.NDREAMER_STATE: ("embed.dimensions", "embed.state_weight", "state.by", "state.k", "state.shrink"),
     keys.OBSM_PREFIX: (),
 }
-"""Settings that bear on the coordinates of a space, besides its name."""
+"""Settings that can change the coordinates of a space, besides its name."""
 
 
 def _kind(settings: Settings) -> str:
-    """Return the matching space without the name of the input's coordinates."""
+    """Return the kind of the matching space: its name, or `obsm:` for any coordinates of the input."""
     method = settings.embed.method
     return keys.OBSM_PREFIX if method.startswith(keys.OBSM_PREFIX) else method
 
@@ -288,9 +288,9 @@ def _placing_bytes(size: CohortSize, settings: Settings) -> float:
 
 
 def _space_bytes(size: CohortSize, settings: Settings) -> float:
-    """Return what the driver holds to place cells without a network, beside its tables.
+    """Return the bytes that the driver holds to compute a space without a network, besides its tables.
 
-    That is the covariance of the genes and its eigenvectors; all that Harmony holds; or the input's own coordinates.
+    These are the covariance of the genes and its eigenvectors, the memory of Harmony, or the input's coordinates.
     """
     kind = _kind(settings)
     if kind == keys.OBSM_PREFIX:
@@ -299,7 +299,7 @@ def _space_bytes(size: CohortSize, settings: Settings) -> float:
 
 
 def _placing(cohort: DesignedCohort) -> Work:
-    """Return the work of placing cells without a network; the populations of a state space follow one another."""
+    """Return the work of the space stage; the populations of a state space are processed one after another."""
     kind, by_block = _kind(cohort.settings), _by_block(cohort)
     if kind == keys.OBSM_PREFIX:
         return by_block
@@ -311,28 +311,28 @@ def _placing(cohort: DesignedCohort) -> Work:
 
 
 def _search_bytes(size: CohortSize, settings: Settings) -> float:
-    """Return the bytes of a target group's index and its copies on the way, a batch of queries, a tile per thread."""
+    """Return the bytes of a target group's index and its temporary copies, a batch of queries, and a tile per thread."""
     queries = min(size.cells, settings.match.query_rows + 65_536)
-    # Inside labels: the indexes of the labels, beside that of all cells for those that have too few.
+    # Inside labels there is an index per label, and one of all cells for labels with too few.
     indexes = 1 if settings.match.within is None else 2
     return size.largest_group * 50 * 20 * indexes + queries * 50 * 8 + settings.run.task_threads * 80e6
 
 
 def _coordinate_bytes(size: CohortSize, settings: Settings) -> float:
-    """Return the bytes of the coordinates, which one task reads and all share."""
-    given = settings.embed.method.startswith(keys.OBSM_PREFIX)
-    return size.cells * (GIVEN_DIMENSIONS if given else settings.embed.dimensions) * 5
+    """Return the bytes of the coordinates, which one task reads and all tasks share."""
+    from_input = settings.embed.method.startswith(keys.OBSM_PREFIX)
+    return size.cells * (GIVEN_DIMENSIONS if from_input else settings.embed.dimensions) * 5
 
 
 def _matching(cohort: DesignedCohort) -> Work:
-    """Return how many units the edges are gathered in where there are workers for all of them."""
+    """Return the work of matching: the units of edges, with as many workers as tiles."""
     design, settings = cohort.design, cohort.settings
     tiles = edge_shards(settings, design, design.needed_edges(settings.match.edges))
     return ((len(units(tiles, settings, design, workers=len(tiles))), "unit(s) of edges"),)
 
 
 def _packed_labels(settings: Settings, packed: Packed, from_input: SpaceInput) -> CellLabels | None:
-    """Return the labels that cells are matched inside, in packed order; none where their label is not looked at."""
+    """Return the labels inside which cells are matched, in packed order; `None` if matching ignores labels."""
     if settings.match.within == keys.OBS_LOW:
         codes = packed.clusters(keys.PACKED_LOW)
         return CellLabels(codes, tuple(map(str, range(int(codes.max()) + 1))))
@@ -346,7 +346,7 @@ def _match(job: Job, run: RunDirectory, key: str) -> None:
 
 
 def _heeds_labels(name: str, settings: Settings) -> bool:
-    """Return whether a setting bears on matching: those of labels do only where cells are matched inside some."""
+    """Return whether a setting can change the matches; those of labels do only if cells are matched inside labels."""
     return settings.match.within is not None or name not in (keys.MATCH_WITHIN, "match.within_cells")
 
 
@@ -358,7 +358,7 @@ def _effects(job: Job, run: RunDirectory, key: str) -> None:
 
 
 def _kept_bytes(size: CohortSize, settings: Settings) -> float:
-    """Return the bytes of the expression that one process keeps; with Ray its object store does."""
+    """Return the bytes of the expression that a serial run keeps in its process; Ray keeps it in its object store."""
     return (
         min(size.cells * size.modelled_per_cell(settings) * ENTRY_BYTES, MOST_SHARED_BYTES)
         if settings.run.serial
@@ -490,13 +490,13 @@ ALL_STAGES = (
         seconds=speeds.effects_seconds,
     ),
 )
-"""Every stage there is, in the order of the flow; a run has those that its matching space needs."""
+"""All stages in the order of the flow; a run has those that its matching space needs."""
 SHARED = tuple(stage.name for stage in ALL_STAGES if stage.shared)
-"""Stages that all matching spaces of a run directory share."""
+"""Names of the stages whose results all matching spaces of a run share."""
 
 
 def stages_of(settings: Settings) -> dict[str, Stage]:
-    """Return the stages that a run with these settings has, in the order of the flow."""
+    """Return the stages of a run with these settings by name, in the order of the flow."""
     return {stage.name: stage for stage in ALL_STAGES if stage.needed(settings)}
 
 
@@ -505,28 +505,30 @@ def stage_keys(
 ) -> dict[str, str]:
     """Return the key of every stage, in the order of the flow.
 
-    A key is the sha256 of the stage's settings that bear on results, the keys of the stages it reads, the format
-    version, the seed where it bears, and what it takes of the input.
+    A key is the sha256 of everything that can change the stage's result: its settings, the keys of the stages that it
+    reads, the format version, the seed, and the parts of the input that it uses.
 
     Parameters
     ----------
+    fingerprint
+        Fingerprint of the input cohort.
     from_input
-        Checksums of what the space stage takes from the input (coordinates of `obsm`, columns of `obs`), and the match
-        stage (the labels that cells are matched inside).
+        Checksums of other parts of the input: coordinates of `obsm` and columns of `obs` for the space stage, and the
+        labels (`match.within`) for the match stage.
     """
-    given = dict(from_input or {})
-    taken = {"input": dict(fingerprint), "labels": given.pop(keys.MATCH_WITHIN, None), "from_input": given}
-    found: dict[str, str] = {}
+    checksums = dict(from_input or {})
+    taken = {"input": dict(fingerprint), "labels": checksums.pop(keys.MATCH_WITHIN, None), "from_input": checksums}
+    by_stage: dict[str, str] = {}
     for name, stage in stages_of(settings).items():
         content: dict[str, Any] = {
             "format": keys.FORMAT_VERSION,
             "stage": name,
             "settings": stage.bearing(settings),
-            "reads": {other: found[other] for other in stage.reads(settings)},
+            "reads": {other: by_stage[other] for other in stage.reads(settings)},
         }
         if stage.seeded(settings):
             content["seed"] = settings.seed
         if stage.takes is not None and taken[stage.takes] is not None:
             content[stage.takes] = taken[stage.takes]
-        found[name] = digest(canonical_json(content).encode())
-    return found
+        by_stage[name] = digest(canonical_json(content).encode())
+    return by_stage

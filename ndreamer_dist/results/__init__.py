@@ -1,1 +1,1 @@
-"""The results that users keep: how the store is read, and how parts of it are exported."""
+"""Read results.zarr, the store that users keep, and export parts of it."""

@@ -1,6 +1,6 @@
-"""Columns of obs that users add after the run, for example labels of cell types.
+"""Store columns of obs that users add after the run, for example cell types.
 
-One file beside results.zarr holds them by cell name. Nothing that the run wrote is changed.
+One file beside results.zarr holds them by cell name. No file of the run is changed.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ CELL_COLUMN = "cell"
 
 @dataclass(frozen=True)
 class Annotation:
-    """What became of a table of labels.
+    """What a table of labels changes in the results.
 
     Attributes
     ----------
     new, changed
-        Columns that obs did not have, and those whose values differ from what it had.
+        Names of the columns that obs did not have, and of those whose values differ from obs.
     unlabelled
-        Cells of the results that the table does not name; their values are missing.
+        Number of cells without a row in the table; their values are missing.
     unknown
-        Rows of the table that name no cell of the results: cells that were dropped, say.
+        Number of rows of the table that name no cell of the results, for example dropped cells.
     """
 
     new: tuple[str, ...]
@@ -61,14 +61,14 @@ class Annotation:
 
 
 def beside(results: Storage) -> tuple[Storage, str]:
-    """Return the folder of a results.zarr, and the name of the file that holds what was annotated later."""
+    """Return the folder of a results.zarr, and the name of the file of annotations in it."""
     folder, _, name = results.url.rpartition("/")
-    folder = re.sub(f"/{keys.SPACES_DIR}/[^/]+$", "", folder)  # all matching spaces of a run share them
+    folder = re.sub(f"/{keys.SPACES_DIR}/[^/]+$", "", folder)  # all matching spaces of a run share the annotations
     return Storage(folder or "."), f"{name.removesuffix('.zarr')}.{keys.ANNOTATIONS}"
 
 
 def read_annotations(results: Storage, cells: pd.Index) -> pd.DataFrame:
-    """Return the columns that were annotated, a row per cell in the order given; no columns where there are none.
+    """Read the annotated columns: one row per cell, in the order of `cells`; without annotations, no columns.
 
     Raises
     ------
@@ -89,7 +89,15 @@ def read_annotations(results: Storage, cells: pd.Index) -> pd.DataFrame:
 
 
 def write_annotations(results: Storage, table: pd.DataFrame) -> None:
-    """Keep columns, a row per cell of the results, beside them; what was annotated before is replaced."""
+    """Write annotated columns, one row per cell of the results; the file with earlier annotations is replaced.
+
+    Raises
+    ------
+    StoreError
+        The results are on a web server.
+    QueryError
+        A column cannot be stored.
+    """
     folder, name = beside(results)
     if folder.is_read_only:
         msg = f"{folder.url} can only be read; annotate a copy, or give `by` a Series"
@@ -106,19 +114,20 @@ def write_annotations(results: Storage, table: pd.DataFrame) -> None:
 def annotation_of(
     labels: pd.DataFrame | pd.Series | anndata.AnnData, cells: pd.DataFrame, design: Design
 ) -> tuple[pd.DataFrame, Annotation]:
-    """Return the columns of a table of labels that `obs` lacks or has otherwise, and what is to be said of them.
+    """Compare a table of labels with `obs`; return its new and changed columns, and a summary.
 
     Parameters
     ----------
     labels
-        A row per cell, by its name; of an AnnData, `obs`.
+        A table with one row per cell, indexed by cell name, or an AnnData, of which `obs` is used.
     cells
-        `obs` of the results: its index orders the answer.
+        `obs` of the results; the returned columns have its index.
 
     Raises
     ------
     QueryError
-        No cell is named, a name stands twice, or a column is ours or bears on the design.
+        The table names no cell of the results, or a cell or column twice; or a column starts with `ndreamer_`, is the
+        condition or a batch, or cannot be stored.
     """
     table = _table_of(labels, cells)
     _check_columns(table, design)
@@ -131,17 +140,17 @@ def annotation_of(
         raise QueryError(msg) from error
     new = tuple(str(name) for name in aligned if name not in cells)
     changed = tuple(str(name) for name in aligned if name in cells and differ(cells[name], aligned[name]))
-    known = int(table.index.isin(cells.index).sum())
-    return aligned[[*new, *changed]], Annotation(new, changed, len(cells) - known, len(table) - known)
+    labelled = int(table.index.isin(cells.index).sum())
+    return aligned[[*new, *changed]], Annotation(new, changed, len(cells) - labelled, len(table) - labelled)
 
 
 def population_labels(by: Any) -> str | pd.Series | None:
-    """Return what names populations: a column of obs, labels by cell as a Series with a name, or None.
+    """Check the argument `by`: return the name of a column of obs, a named Series of labels by cell, or `None`.
 
     Raises
     ------
     QueryError
-        It is neither: several columns, or labels that say no cell.
+        `by` is something else, for example a table of several columns or an array of labels without cell names.
     """
     one = by.iloc[:, 0] if isinstance(by, pd.DataFrame) and by.shape[1] == 1 else by
     if not isinstance(one, str | pd.Series | None):
@@ -151,6 +160,7 @@ def population_labels(by: Any) -> str | pd.Series | None:
 
 
 def _table_of(labels: pd.DataFrame | pd.Series | anndata.AnnData, cells: pd.DataFrame) -> pd.DataFrame:
+    """Return labels as a table; of an AnnData, the columns of `obs` that differ from those of the results."""
     if isinstance(labels, pd.Series):
         if labels.name is None:
             msg = "the Series has no name; give it that of the column: labels.rename('cell_type')"
@@ -183,14 +193,14 @@ def _check_columns(table: pd.DataFrame, design: Design) -> None:
 
 def _check_names(rows: pd.Index, cells: pd.Index) -> None:
     if rows.empty:
-        msg = "the table has no rows; expected one a cell"
+        msg = "the table has no rows; expected one per cell"
         raise QueryError(msg)
     if str(rows.name) in cells:
         msg = f"the table's line of column names is the cell {quoted(rows.name)}; write one before it: cell,cell_type"
         raise QueryError(msg)
     twice = rows[rows.duplicated()]
     if len(twice):
-        msg = f"the table names {len(twice)} cells twice, first {quoted(twice[0])}; expected one row a cell"
+        msg = f"the table names {len(twice)} cells twice, first {quoted(twice[0])}; expected one row per cell"
         raise QueryError(msg)
     if not rows.isin(cells).any():
         hint = "its index (of a file: the first column) must hold their names"
@@ -199,7 +209,7 @@ def _check_names(rows: pd.Index, cells: pd.Index) -> None:
 
 
 def _categorical(values: pd.Series) -> pd.Series:
-    """Return text as categories, and True and False with gaps as such, the way anndata keeps them."""
+    """Convert text to categories, and a column of True, False and gaps to Booleans, as anndata stores them."""
     if values.dtype != object and not pd.api.types.is_string_dtype(values.dtype):
         return values
     if values.dropna().map(lambda value: isinstance(value, bool)).all() and values.notna().any():
@@ -208,7 +218,7 @@ def _categorical(values: pd.Series) -> pd.Series:
 
 
 def differ(one: pd.Series, other: pd.Series) -> bool:
-    """Return whether two columns of the same cells hold other values, whatever types they are stored as."""
+    """Return whether two columns of the same cells differ in a value; their dtypes may differ."""
     missing = one.isna().to_numpy(), other.isna().to_numpy()
     if not np.array_equal(*missing):
         return True
@@ -219,16 +229,16 @@ def differ(one: pd.Series, other: pd.Series) -> bool:
 
 
 def changed_columns(stored: pd.DataFrame, cells: pd.DataFrame, now: pd.DataFrame, design: Design) -> list[str]:
-    """Return the columns of a cohort's `obs` that have changed since the run, or are new.
+    """Return the names of the columns of a cohort's `obs` that are new or have changed since the run.
 
-    A column that was annotated by hand stays as it is where the cohort's is still that of the run.
+    A column that the cohort has as the run read it is left out, even if it has been annotated since.
 
     Parameters
     ----------
     stored, cells
-        `obs` as the run wrote it, and with what was annotated later.
+        `obs` as the run wrote it, and `obs` with the annotations.
     now
-        `obs` of the cohort, by cell; cells that were dropped may be in it.
+        `obs` of the cohort, indexed by cell name; it may hold cells that the run dropped.
     """
     fixed = {design.condition_key, *design.batch_keys}
     names = [name for name in now.columns if name not in fixed and not str(name).startswith(keys.OBS_PREFIX)]
@@ -238,16 +248,19 @@ def changed_columns(stored: pd.DataFrame, cells: pd.DataFrame, now: pd.DataFrame
 
 
 def table_of_file(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Any:
-    """Read a table of labels: `.csv` or `.tsv` with the cells' names in the first column, `.parquet`, `.h5ad` or `.zarr`.
+    """Read a table of labels from a file.
 
     Parameters
     ----------
+    path
+        A `.csv`, `.tsv` or `.txt` file with cell names in the first column, a `.parquet` file, or an AnnData in `.h5ad`
+        or `.zarr`, of which only `obs` is read.
     columns
-        Those to take; by default all.
+        Names of the columns to return; by default all.
 
     Returns
     -------
-    A data frame, or of `.h5ad` and `.zarr` an AnnData that holds `obs` alone.
+    A data frame; for `.h5ad` and `.zarr`, an AnnData that holds only `obs`.
 
     Raises
     ------
@@ -256,7 +269,7 @@ def table_of_file(path: str | os.PathLike[str], columns: Sequence[str] | None = 
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        msg = f"{path}: the suffix {suffix!r} says no format; there are {listing(SUFFIXES)}"
+        msg = f"{path}: unknown suffix {suffix!r}; expected one of {listing(SUFFIXES)}"
         raise QueryError(msg)
     try:
         if suffix in CONTAINERS:
@@ -270,7 +283,7 @@ def table_of_file(path: str | os.PathLike[str], columns: Sequence[str] | None = 
         msg = f"{path} cannot be read ({error})"
         raise QueryError(msg) from error
     marks = [mark for mark in ";,\t|" if mark in str(table.index.name)] if suffix in LABEL_SEPARATORS else []
-    if marks and table.columns.empty:  # whole lines were read as names of cells
+    if marks and table.columns.empty:  # whole lines were read as cell names
         msg = f"{path} has {marks[0]!r} between its columns; a {suffix} file has {LABEL_SEPARATORS[suffix]!r}, so write it with that"
         raise QueryError(msg)
     absent = [name for name in columns or () if name not in table]

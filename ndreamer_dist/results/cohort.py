@@ -1,7 +1,7 @@
-"""The input cohort, opened again: expression of any of its genes for the cells of a finished run.
+"""Read the input cohort of a finished run again, for expression of any of its genes.
 
-Input: a cohort, and the description of the run's cohort in the results. Output: expression by packed row, normalised with
-the arithmetic of the run, so the selected genes have the bits of results.zarr. A different cohort is refused.
+Input: a cohort, and the description of the run's cohort in the results. Output: expression by packed row, normalised
+exactly as in the run, so that modelled genes have the same bits as in results.zarr. Any other cohort is refused.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ndreamer_dist.errors import CohortError, StoreError, listing
 from ndreamer_dist.settings import CohortSettings
 
 READ_ROWS_AT_ONCE = 4096
-"""Input rows read at a time at most."""
+"""Largest number of input rows that are read at a time."""
 
 
 @dataclass(frozen=True)
 class GivenExpression:
-    """The input cohort's expression, by packed row.
+    """Expression of the input cohort by packed row; implements `Expression`.
 
     Attributes
     ----------
     input_row
         (cells,) input row of every packed row.
     totals
-        (cells,) counts that each cell is scaled by; none where the cohort is log-normalised.
+        (cells,) total counts by which cells are normalised; `None` if the cohort is log-normalised.
     """
 
     source: Source
@@ -49,32 +49,33 @@ class GivenExpression:
         return self.source.nnz / (self.source.n_cells * self.source.n_genes)
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        """See `Expression.read`; the cohort is read in its own order."""
+        """See `Expression.read`; rows are read in the order of the cohort."""
         order = np.argsort(self.input_row[rows], kind="stable")
         parts = _by_rows(self.source, self.input_row[rows][order], columns)
-        found = sparse.vstack(list(parts), format="csr")[np.argsort(order, kind="stable")]
-        return found if self.totals is None else normalised(found, self.totals[rows])
+        values = sparse.vstack(list(parts), format="csr")[np.argsort(order, kind="stable")]
+        return values if self.totals is None else normalised(values, self.totals[rows])
 
 
 Cohort: TypeAlias = str | os.PathLike[str] | anndata.AnnData | Source | GivenExpression
 
 
-def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFrame) -> GivenExpression:
-    """Open a cohort as the one that results were made from.
+def given_expression(cohort: Cohort, description: Mapping[str, Any], cells: pd.DataFrame) -> GivenExpression:
+    """Open the input cohort of some results, and check that it is the same.
 
     Parameters
     ----------
     cohort
-        What `run` was given: an AnnData, or the path or URL of an h5ad file or a zarr store; or what this returned.
-    told
-        `Results.uns`, which has looked at what it says.
+        The input of `run`: an AnnData, or the path or URL of an h5ad file or a zarr store. A cohort that this function
+        returned is checked and returned.
+    description
+        `Results.uns`, whose entries have been checked.
     cells
-        Their `obs`, in packed order.
+        `obs` of the results in packed order.
 
     Raises
     ------
     CohortError
-        It is another cohort; the message says in what.
+        It is a different cohort; the message names the difference.
     StoreError
         The results do not say how the cohort was normalised.
     """
@@ -82,16 +83,16 @@ def given_expression(cohort: Cohort, told: Mapping[str, Any], cells: pd.DataFram
     if isinstance(cohort, GivenExpression):
         _check_cells(cohort.source, rows, cells.index)
         return cohort
-    settings = _cohort_settings(told)
+    settings = _cohort_settings(description)
     source = open_cohort(cohort, settings)
     _check_cells(source, rows, cells.index)
-    if "input" in told:
-        _check_fingerprint(source, json.loads(told["input"]), settings)
-    if "normalise" not in told or (told["normalise"] == "counts" and keys.OBS_TOTAL not in cells):
+    if "input" in description:
+        _check_fingerprint(source, json.loads(description["input"]), settings)
+    if "normalise" not in description or (description["normalise"] == "counts" and keys.OBS_TOTAL not in cells):
         msg = "the results do not say how the cohort was normalised; run their effects again (`run --redo`)"
         raise StoreError(msg)
-    counts = told["normalise"] == "counts"
-    source = source.in_natural_logs(float(told["log_base"]) if "log_base" in told else None)
+    counts = description["normalise"] == "counts"
+    source = source.in_natural_logs(float(description["log_base"]) if "log_base" in description else None)
     return GivenExpression(source, rows, cells[keys.OBS_TOTAL].to_numpy(dtype=np.float64) if counts else None)
 
 
@@ -109,13 +110,13 @@ def _check_cells(source: Source, rows: np.ndarray, names: pd.Index) -> None:
         raise CohortError(msg)
 
 
-def _cohort_settings(told: Mapping[str, Any]) -> CohortSettings:
-    values = json.loads(told["settings"]).get("cohort", {})
+def _cohort_settings(description: Mapping[str, Any]) -> CohortSettings:
+    values = json.loads(description["settings"]).get("cohort", {})
     try:
         held = {name: values[name] for name in ("gene_names", "normalise") if name in values}
         return CohortSettings(**held, **{name: values[name] for name in ("layer", "condition_key", "batch_key")})
     except (KeyError, TypeError, ValueError) as error:
-        msg = f"what the results tell of their settings is damaged ({type(error).__name__})"
+        msg = f"the entry 'settings' of uns['{keys.UNS}'] is damaged ({type(error).__name__})"
         raise StoreError(msg) from error
 
 
@@ -135,7 +136,7 @@ def _check_fingerprint(source: Source, expected: Mapping[str, Any], settings: Co
 
 
 def _by_rows(source: Source, wanted: np.ndarray, columns: np.ndarray) -> Iterator[sparse.csr_matrix]:
-    """Give the wanted input rows (ascending), read in chunks that hold some of them."""
+    """Yield the wanted input rows (ascending) in pieces; every piece is cut from one range of rows that is read."""
     for chunk in np.split(wanted, np.flatnonzero(np.diff(wanted // READ_ROWS_AT_ONCE)) + 1):
         first = int(chunk[0])
         rows = source.read_rows(first, int(chunk[-1]) + 1)

@@ -1,7 +1,7 @@
-"""Write a part of the results to a file: h5ad or zarr for scverse, csv or parquet for other tools.
+"""Write a part of the results to a file: h5ad or zarr for scverse, csv, tsv or parquet for other tools.
 
-The suffix is the format. A table has one row per cell: the column `cell` with its name, then one column per gene. The
-AnnData formats also hold the tables of cells and genes.
+The suffix determines the format. A table has one row per cell: the column `cell` with its name, then one column per
+gene. The AnnData formats also hold `obs` and `var`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ TABLES = (".csv", ".parquet", ".tsv")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 CONDITIONAL = ("effect", "counterfactual")
 LARGE_BYTES = 2**30
-"""Values beyond this many bytes are not held in memory."""
+"""Values of more bytes than this are held in a temporary file and not in memory."""
 BLOCK_VALUES = 2**24
-"""Values of a table that are written at a time."""
+"""Number of values of a table that are written at a time."""
 
 
 def export_part(
@@ -50,20 +50,35 @@ def export_part(
     condition: str | None = None,
     baseline: str | None = None,
 ) -> tuple[tuple[int, int], Reads]:
-    """Write a part of some results to a file; return its numbers of cells and genes, and what was read for it.
+    """Write a part of some results to a file.
 
-    Values beyond `LARGE_BYTES` pass through a file beside it, so that memory holds one block of them at a time.
+    Values of more than `LARGE_BYTES` pass through a temporary file, so that memory holds only one block of them.
 
     Parameters
     ----------
+    address
+        A run directory, a results.zarr, or the URL of either.
+    path
+        The file; its suffix determines the format.
     what
-        The name of a layer, or `expression`, `effect` or `counterfactual`.
+        Name of a layer, or `expression`, `effect` or `counterfactual`.
+    cells, genes
+        Selection of cells and genes, as for the methods of `Results`.
     embedding
-        Add the coordinates that cells were matched in to `obsm`, where the format has room for it.
+        Add the coordinates of the matching space to `obsm`, in the AnnData formats.
     cohort
         The input cohort, for genes that were not modelled.
     condition, baseline
-        Of an `effect` (the latter: the control if not given) or a `counterfactual` (which has no baseline).
+        Condition of an `effect` or a `counterfactual`; baseline of an `effect`, by default the control.
+
+    Returns
+    -------
+    The shape (cells, genes) of the part, and the counts of what was read.
+
+    Raises
+    ------
+    QueryError
+        The file cannot be written, a name is unknown, or a condition is missing or out of place.
     """
     target = checked(path)
     if (condition is not None) != (what in CONDITIONAL):
@@ -87,46 +102,46 @@ def export_part(
 
 @contextmanager
 def room_beside(target: Path) -> Iterator[Callable[[tuple[int, int]], np.ndarray]]:
-    """Give what makes an array of float32: in memory, or where it is large, in a file that is gone at the end."""
+    """Provide a function that allocates a float32 array: in memory or, if large, in a temporary file near a target."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
 
         def room(shape: tuple[int, int]) -> np.ndarray:
             if shape[0] * shape[1] * 4 <= LARGE_BYTES:
                 return np.empty(shape, dtype=np.float32)
-            # As a plain array: anndata writes no other.
+            # As a plain array, since anndata cannot write a memmap.
             return np.memmap(Path(folder) / "values", dtype=np.float32, mode="w+", shape=shape).view(np.ndarray)
 
         yield room
 
 
 def save(adata: anndata.AnnData, path: str | os.PathLike[str]) -> None:
-    """Write an AnnData to a file whose suffix says how: `.h5ad`, `.zarr`, `.csv`, `.tsv` or `.parquet`.
+    """Write an AnnData to a `.h5ad`, `.zarr`, `.csv`, `.tsv` or `.parquet` file.
 
-    The object is not changed. A file of that name is replaced, once the new one is complete.
+    The object is not changed. An existing file is replaced once the new one is complete.
 
     Raises
     ------
     QueryError
-        The suffix is another one, the folder does not exist, or the name is taken by a folder.
+        The suffix is unknown, the parent folder does not exist, or the path is a folder.
     """
     target = checked(path)
     with replaced(target) as part:
         WRITERS[target.suffix.lower()](adata, part)
 
 
-def save_table(told: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table, a row per line, to `.csv`, `.tsv` or `.parquet`; errors as of `save`."""
+def save_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Write a table without its index to a `.csv`, `.tsv` or `.parquet` file; raises what `save` raises."""
     target = checked(path, TABLES)
     with replaced(target) as part:
         if (separator := SEPARATORS.get(target.suffix.lower())) is not None:
-            told.to_csv(part, index=False, sep=separator)
+            frame.to_csv(part, index=False, sep=separator)
         else:
-            told.to_parquet(part, index=False)
+            frame.to_parquet(part, index=False)
 
 
 @contextmanager
 def replaced(target: Path) -> Iterator[Path]:
-    """Give a path to write to; what is there at the end takes the target's name."""
+    """Provide a temporary path in the target's folder; at the end, the file written there replaces the target."""
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="."))
     try:
         yield scratch / target.name
@@ -136,22 +151,22 @@ def replaced(target: Path) -> Iterator[Path]:
 
 
 def checked(path: str | os.PathLike[str], suffixes: Collection[str] = FORMATS) -> Path:
-    """Return a path that can be written; `QueryError` says why one cannot."""
+    """Return the absolute path of a file to write; raise `QueryError` if it cannot be written."""
     target = Path(path).expanduser().absolute()
     if target.suffix.lower() not in suffixes:
-        msg = f"{target.name}: the suffix {target.suffix!r} says no format; there are {listing(suffixes)}"
+        msg = f"{target.name}: unknown suffix {target.suffix!r}; expected one of {listing(suffixes)}"
         raise QueryError(msg)
     if not target.parent.is_dir():
-        msg = f"{target.parent} is no folder; make it, or choose another file"
+        msg = f"{target.parent} is not a folder; create it, or choose another file"
         raise QueryError(msg)
     if target.is_dir():
-        msg = f"{target} is there already and is a folder; delete it, or choose another name"
+        msg = f"{target} is an existing folder; delete it, or choose another name"
         raise QueryError(msg)
     return target
 
 
 def table(adata: anndata.AnnData) -> pd.DataFrame:
-    """Return the values as a table: (cells, genes), with the cells' names as index."""
+    """Return `X` as a dense table (cells, genes), indexed by cell name."""
     values = adata.X.toarray() if sparse.issparse(adata.X) else adata.X
     return pd.DataFrame(values, index=pd.Index(adata.obs_names, name=CELL), columns=adata.var_names)
 
@@ -163,10 +178,10 @@ def _write_h5ad(adata: anndata.AnnData, path: Path) -> None:
 
 @contextmanager
 def plain_zarr() -> Iterator[None]:
-    """Let anndata write zarr format 3 with nullable strings, and without announcing its next defaults."""
+    """Make anndata write zarr format 3 with nullable strings, without warnings about future defaults."""
     settings = {"allow_write_nullable_strings": True, "zarr_write_format": 3, "auto_shard_zarr_v3": False}
     with anndata.settings.override(**settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZarrUserWarning)  # that consolidation is not in the specification yet
+        warnings.simplefilter("ignore", ZarrUserWarning)  # consolidated metadata is not in the specification
         yield
 
 
@@ -190,7 +205,7 @@ def _write_parquet(adata: anndata.AnnData, path: Path) -> None:
 
 
 def _blocks(adata: anndata.AnnData) -> Iterator[tuple[int, pd.DataFrame]]:
-    """Give the table in blocks of cells, so that only one is in memory; one empty block where there is no cell."""
+    """Yield the table in blocks of cells, each with its first row number; one empty block if there are no cells."""
     step = max(1, BLOCK_VALUES // max(1, adata.n_vars))
     for start in range(0, max(1, adata.n_obs), step):
         yield start, table(adata[start : start + step])

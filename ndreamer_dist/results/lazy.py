@@ -1,8 +1,8 @@
-"""Results as an AnnData of dask arrays: every layer, stored or computed, is read block by block on demand.
+"""Represent results as an AnnData of dask arrays, whose blocks are read or computed on demand.
 
-Input: a reader, cells and genes. Output: an AnnData whose `X`, layers and `obsm` are dask arrays, for use out of core in
-scanpy, anndata and dask. Stored layers have the chunks of the store; computed layers have blocks of its rows. The values
-are those of the reader, bit by bit.
+Input: a reader, cells and genes. Output: an AnnData whose `X`, layers and `obsm` are dask arrays, for work out of core
+with scanpy, anndata and dask. Stored layers have the chunks of the store; computed layers have its row blocks. The
+values equal those of the reader bit by bit.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.files import Storage
 
 COMPUTED_VALUES = 2**23
-"""Values of a computed block at most, about: 32 MB."""
+"""Approximate largest number of values of a computed block: 32 MB."""
 
 
 class LazyBlocks(Protocol):
-    """What a block of an array is read by."""
+    """Source of the blocks of a dask array."""
 
     def read(self, rows: np.ndarray, columns: np.ndarray) -> Any:
-        """Return some packed rows and columns."""
+        """Return packed rows and columns of the array, in the order of the arguments."""
         ...
 
 
 @dataclass(frozen=True)
 class StoredBlocks:
-    """An array of the store."""
+    """Blocks of a stored array."""
 
     storage: Storage
     name: str
@@ -57,7 +57,7 @@ class StoredBlocks:
 
 @dataclass(frozen=True)
 class ComputedBlocks:
-    """What is computed through the matches."""
+    """Blocks that are computed through the matches."""
 
     question: Question
     counterparts: Counterparts
@@ -71,7 +71,7 @@ class ComputedBlocks:
 
 @dataclass(frozen=True)
 class ExpressionBlocks:
-    """The expression that went in, sparse; of cells that are mapped onto others after the rows of these."""
+    """Blocks of the input expression, CSR; `first` is the row of the first cell, not 0 for mapped cells."""
 
     expression: Expression
     first: int = 0
@@ -84,16 +84,16 @@ class ExpressionBlocks:
 
 @dataclass(frozen=True)
 class LazyParts:
-    """Cells and genes of a lazy AnnData, and how its blocks are cut.
+    """Cells and genes of a lazy AnnData, and the shape of its blocks.
 
     Attributes
     ----------
     rows, columns
-        Packed rows of the cells and places of the genes, in the order asked for.
+        Packed rows of the cells and positions of the genes, in the order of the AnnData.
     block_rows
-        Rows of a block, those of the store.
+        Rows of a block, as in the store.
     token
-        What tells these results, cells and genes from others.
+        Text that identifies the results, cells and genes; part of the names of the dask arrays.
     """
 
     rows: np.ndarray
@@ -104,13 +104,21 @@ class LazyParts:
     def array(
         self, name: str, blocks: LazyBlocks, *, genes: int | None = None, columns: np.ndarray | None = None
     ) -> da.Array:
-        """Return an array of dask whose blocks are dense; `genes` of them in one, by default as many as are held well."""
+        """Return a dask array of dense blocks.
+
+        Parameters
+        ----------
+        genes
+            Columns of a block; by default as many as give blocks of about `COMPUTED_VALUES`.
+        columns
+            Positions of the columns; by default those of the genes.
+        """
         places = self.columns if columns is None else columns
         step = genes or max(1, COMPUTED_VALUES // self.block_rows)
         return self._mapped(name, blocks, places, step, np.empty((0, 0), dtype=np.float32))
 
     def sparse_array(self, name: str, blocks: LazyBlocks) -> da.Array:
-        """Return an array of dask whose blocks are CSR and hold all genes."""
+        """Return a dask array of CSR blocks, each of which holds all genes."""
         meta = sparse.csr_matrix((0, 0), dtype=np.float32)
         return self._mapped(name, blocks, self.columns, len(self.columns), meta)
 
@@ -139,16 +147,18 @@ def lazy_anndata(
     stored: bool,
     questions: dict[str, Question],
 ) -> anndata.AnnData:
-    """Return cells and genes of results as an AnnData of dask arrays.
+    """Return a part of some results as an AnnData of dask arrays.
 
     Parameters
     ----------
+    reader
+        The `ResultsReader`.
     tables
-        `obs` and `var` of these cells and genes.
+        `obs` and `var` of the cells and genes.
     stored
-        Whether the genes are the modelled ones, so that layers may be read where they are stored.
+        Whether the genes are modelled ones, so that stored layers can be read.
     questions
-        What is computed, by the name of its layer.
+        Question of every layer by name; it is only computed if the layer is not stored.
     """
     layers = {}
     for name, question in questions.items():
@@ -159,7 +169,7 @@ def lazy_anndata(
             layers[name] = parts.array(name, ComputedBlocks(question, reader.counterparts, expression))
     obsm = {}
     for name in (keys.OBSM_MU, reader.embedding_key):
-        if reader.storage.node(f"obsm/{name}") is None:  # a space that was not trained has none of a network's
+        if reader.storage.node(f"obsm/{name}") is None:  # a space without a network has no X_ndreamer
             continue
         width = np.arange(int(open_array(reader.storage, f"obsm/{name}").shape[1]))
         obsm[name] = parts.array(name, StoredBlocks(reader.storage, f"obsm/{name}"), columns=width)
@@ -176,11 +186,11 @@ def lazy_anndata(
 def conditional_questions(
     effects: Sequence[str], counterfactuals: Sequence[str], code: Callable[[str], int]
 ) -> dict[str, Question]:
-    """Return the questions for effects of conditions and for expression under them, by the names of their layers."""
+    """Return the questions for effects of and expression under conditions, by the names of their layers."""
     questions = {f"effect_{name}": effect_question(code(name), 0) for name in effects}
     return questions | {f"counterfactual_{name}": counterfactual_question(code(name)) for name in counterfactuals}
 
 
 def token_of(*what: Any) -> str:
-    """Return a text that is the same for the same results, cells and genes."""
+    """Return a text that identifies results, cells and genes: equal for equal arguments."""
     return str(tokenize(*what))

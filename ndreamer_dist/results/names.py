@@ -1,7 +1,7 @@
-"""Find cells and genes by users' words: queries on `obs`, names of cells, names and symbols of genes.
+"""Find cells and genes by name: queries on `obs`, names of cells, names and symbols of genes.
 
-Input: tables of cells and genes, and a user's words. Output: positions in the tables, or an error that lists the names
-that exist.
+Input: tables of cells and genes, and a query or names. Output: positions in the tables, or an error that suggests or
+lists existing names.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import numpy as np
 import pandas as pd
 
 from ndreamer_dist.cohort.tables import gene_places
-from ndreamer_dist.errors import QueryError, listing, suggest
+from ndreamer_dist.errors import QueryError, listing, quoted, suggest
 
 SUGGEST_AMONG = 50_000
-"""Beyond this many names, none is suggested for a misspelt one: looking for it would take minutes."""
+"""With more names than this, no similar name is suggested for an unknown one: the search would take minutes."""
 QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`[^`]*`)""")
-"""Parts of a query in which no column is named anew: texts, and names in backticks."""
+"""Parts of a query that stay as they are: strings, and names in backticks."""
 
 
 def cells_of_query(table: pd.DataFrame, query: str) -> np.ndarray:
-    """Return for which rows of `obs` a pandas query holds: (cells,) bool.
+    """Evaluate a pandas query on `obs`: (cells,) bool.
 
-    Columns whose names are no Python names (`orig.ident`, `Donor ID`, `class`) are understood with and without backticks.
+    Columns whose names are not Python identifiers (`orig.ident`, `Donor ID`, `class`) may be written with or without
+    backticks.
 
     Raises
     ------
     QueryError
-        The query cannot be read, or does not say yes or no of every cell.
+        The query cannot be evaluated, or its value is not one Boolean per cell.
     """
     mask, error = _evaluated(table, query)
     if error is not None and (plainer := with_backticks(query, map(str, table.columns))) != query:
@@ -46,7 +47,7 @@ def cells_of_query(table: pd.DataFrame, query: str) -> np.ndarray:
         msg = f"the query {query!r} cannot be read ({error});{near} the columns are {listing(names, limit=30)}{hint}"
         raise QueryError(msg) from error
     if not isinstance(mask, pd.Series) or not pd.api.types.is_bool_dtype(mask.dtype):
-        msg = f"the query {query!r} does not say yes or no of every cell; compare a column with a value"
+        msg = f"the query {query!r} is not true or false for every cell; compare a column with a value"
         raise QueryError(msg)
     return mask.fillna(value=False).to_numpy(dtype=bool)
 
@@ -54,12 +55,12 @@ def cells_of_query(table: pd.DataFrame, query: str) -> np.ndarray:
 def _evaluated(table: pd.DataFrame, query: str) -> tuple[Any, Exception | None]:
     try:
         return table.eval(query, engine="python", local_dict={}, global_dict={}), None
-    except Exception as error:  # noqa: BLE001 - pandas raises whatever it meets in a query
+    except Exception as error:  # noqa: BLE001 - a query can raise anything
         return None, error
 
 
 def with_backticks(query: str, columns: Any) -> str:
-    """Return a query in which columns whose names are no Python names stand in backticks."""
+    """Put backticks around the columns of a query whose names are not Python identifiers."""
     odd = sorted((name for name in columns if name and not _is_plain(name)), key=len, reverse=True)
     if not odd:
         return query
@@ -68,12 +69,23 @@ def with_backticks(query: str, columns: Any) -> str:
     return "".join(part if place % 2 else pattern.sub(r"`\1`", part) for place, part in enumerate(parts))
 
 
+def near_value(table: pd.DataFrame, query: str) -> str:
+    """Return a hint for a query that selects no cell: the value of a column that was probably meant; or nothing."""
+    marked = with_backticks(query, map(str, table.columns))
+    for odd, plain, value in re.findall(r"(?:`([^`]+)`|(\w+))\s*==\s*[\"'](.+?)[\"']", marked):
+        column = odd or plain
+        levels = table[column].dropna().unique() if column in table else None
+        if levels is not None and len(levels) <= SUGGEST_AMONG and value not in set(levels):
+            return f" Column {column!r} has no {quoted(value)}.{suggest(value, map(str, levels))}"
+    return ""
+
+
 def _is_plain(name: str) -> bool:
     return name.isidentifier() and not keyword.iskeyword(name)
 
 
 def places_of_cells(index: pd.Index, names: Sequence[Any]) -> np.ndarray:
-    """Return where cells stand: (names,) int64; `QueryError` names those that are not there."""
+    """Return the positions of cells: (names,) int64; raise `QueryError` if one is unknown."""
     places = index.get_indexer(pd.Index(names, dtype=object))
     absent = [str(name) for name, place in zip(names, places, strict=True) if place < 0]
     if absent:
@@ -82,12 +94,17 @@ def places_of_cells(index: pd.Index, names: Sequence[Any]) -> np.ndarray:
 
 
 def places_of_genes(table: pd.DataFrame, names: Sequence[Any]) -> np.ndarray:
-    """Return where genes stand in their table, by name, by Ensembl id with or without version, or by symbol: (names,) int64.
+    """Return the positions of genes: (names,) int64.
+
+    Parameters
+    ----------
+    names
+        Names, Ensembl ids with or without version, or symbols.
 
     Raises
     ------
     QueryError
-        A gene is not there, or several are called so.
+        A gene is unknown, or several genes have the name.
     """
     places_by_name = gene_places(table.index, table, names)
     absent = [name for name, places in places_by_name.items() if not places]

@@ -1,8 +1,8 @@
-"""Layers computed on demand: effects of any condition on any cell, for any gene of the input (METHOD sections 6, 8).
+"""Compute layers on demand: effects of any condition on any cell, for any gene of the input (METHOD sections 6, 8).
 
 Input: a question (which averages, and how to combine them), the matches of a finished run, and expression of the run or
-of the input cohort. Output: float32 values of cells and genes, with the bits of a stored layer. The size of the answer
-bounds the memory: expression is held for as many genes at a time as fit, and cells are processed in parts.
+of the input cohort. Output: float32 values of cells and genes, equal to a stored layer bit by bit. Memory beyond the
+answer is bounded: expression is held for a limited number of genes at a time, and cells are processed in parts.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
 
 SUM_VALUES = 2**22
-"""Cells times genes that are summed at a time."""
+"""Largest number of averages (cells x genes) that are computed at a time."""
 PART_ENTRIES = 2**20
-"""Cells times groups times neighbours whose matches are held at a time."""
+"""Largest number of matches (cells x groups x neighbours) that are held at a time."""
 BATCH_ENTRIES = 2**22
-"""Stored values of the expression that are read at a time, before genes are chosen."""
+"""Stored values of the expression that are read at a time, before genes are selected."""
 
 GroupPairs = Iterable[tuple[int, int]]
 FoundMatches = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
@@ -50,14 +50,16 @@ FoundMatches = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every cell.
+    """A value to compute for every cell and gene.
 
     Attributes
     ----------
+    terms
+        Averages over matched cells that the value is made from.
     answer
-        Makes (cells, genes) float32 of the cells' own expression and the terms' averages.
+        Computes the values (cells, genes) float32 from the cells' own expression and the averages of the terms.
     expression
-        Whether it looks at the cells' own expression.
+        Whether `answer` uses the cells' own expression.
     """
 
     terms: tuple[Term, ...]
@@ -66,7 +68,13 @@ class Question:
 
 
 def layer_question(name: str, keep_bits: int | None = None) -> Question:
-    """Return the question that a stored layer answers."""
+    """Return the question whose answer is a layer.
+
+    Parameters
+    ----------
+    keep_bits
+        Bits of the mantissa that the values keep; `None` for all.
+    """
 
     def answer(values: sparse.csr_matrix, sums: Sequence[np.ndarray]) -> np.ndarray:
         return layer_values(name, values.toarray(), sums[0], sums[1] if len(sums) > 1 else None, keep_bits)
@@ -75,23 +83,25 @@ def layer_question(name: str, keep_bits: int | None = None) -> Question:
 
 
 def effect_question(condition: int, baseline: int) -> Question:
-    """Return the question for one condition minus another, on any cell."""
+    """Return the question for the effect of one condition against another on any cell."""
     return Question((Term(condition), Term(baseline)), lambda _, sums: (sums[0] - sums[1]).astype(np.float32))
 
 
 def counterfactual_question(condition: int) -> Question:
-    """Return the question for the expected expression under a condition, on any cell."""
+    """Return the question for the expected expression of any cell under a condition."""
     return Question((Term(condition),), lambda _, sums: sums[0].astype(np.float32))
 
 
 @dataclass(frozen=True)
 class StoredExpression:
-    """The `X` of a results.zarr.
+    """The expression `X` of a results.zarr; implements `Expression`.
 
     Attributes
     ----------
     pointers
-        Its `indptr`, (cells + 1,).
+        `indptr` of `X`, (cells + 1,).
+    genes
+        Number of genes of `X`.
     """
 
     storage: Storage
@@ -114,28 +124,38 @@ class StoredExpression:
 
 
 def read_batches(rows: np.ndarray, stored: np.ndarray) -> Iterator[np.ndarray]:
-    """Cut rows into batches of a bounded number of stored values, of which each row has `stored`."""
+    """Yield rows in batches of a bounded number of stored values.
+
+    Parameters
+    ----------
+    stored
+        (rows,) number of stored values of every row.
+    """
     number = np.cumsum(stored) // BATCH_ENTRIES
     yield from np.split(rows, np.flatnonzero(np.diff(number)) + 1)
 
 
 @dataclass(frozen=True)
 class Counterparts:
-    """The matches of a finished run: in results.zarr where it holds them, else in the matches.zarr beside it.
+    """The matches of a finished run, read from results.zarr or from the matches.zarr beside it.
 
     Attributes
     ----------
+    storage
+        The results.zarr.
     neighbours, denoise_neighbours
-        How many of a cell's matches in a group count, for effects and for `denoised`.
+        Number of a cell's matches in a group that are averaged, for effects and for `denoised`.
+    bandwidth
+        Bandwidth of the kernel that weights several neighbours (`match.bandwidth`).
     hubs
-        Which distances the matches are nearest by: `match.hubs`.
+        Correction of the distances for hubs (`match.hubs`).
     within, within_cells
-        The labels that cells are matched inside, if any, and how many cells of one are enough: `match.within` and
-        `match.within_cells`.
+        Column of the labels inside which cells are matched, if any, and how many cells of a label are enough
+        (`match.within` and `match.within_cells`).
     search
-        Finds matches that are nowhere when they are needed; without it, they are an error that says how to add them.
+        Searches matches that are not stored when they are needed; without it, missing matches raise an error.
     stored
-        Of cells that are mapped onto a finished run: the matches of that run, whose rows come first.
+        For cells that are mapped onto a finished run: the matches of that run, whose rows precede theirs.
     """
 
     storage: Storage
@@ -151,7 +171,7 @@ class Counterparts:
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """Codes of the labels that cells are matched inside, in packed order, -1 for none: (cells,), or there are none."""
+        """Codes of the labels inside which cells are matched, (cells,) in packed order, -1 for none; or `None`."""
         if self.within is None:
             return None
         labels = pd.Categorical(read_element(self.storage, f"obs/{keys.OBS_MATCH_LABEL}"))
@@ -160,7 +180,7 @@ class Counterparts:
         return own if before is None else np.concatenate([before, own])
 
     def dense(self, name: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Return packed rows (ascending) of an array, from the store that holds each: (rows, columns)."""
+        """Read packed rows (ascending) of an array: (rows, columns), also of the run that cells are mapped onto."""
         cut = int(np.searchsorted(rows, self.design.first_row))
         own = rows[cut:] - self.design.first_row
         if self.stored is None or not cut:
@@ -169,13 +189,13 @@ class Counterparts:
         return np.concatenate([before, read_dense(self.storage, name, own, columns)]) if len(own) else before
 
     def holds(self, query: int, target: int) -> bool:
-        """Return whether the matches of a group in another are in a matches.zarr."""
+        """Return whether a matches.zarr holds the matches of a query group in a target group."""
         if query < self.design.onto:
             return self.stored is not None and target < self.design.onto and self.stored.holds(query, target)
         return self.searched is not None and self.searched.holds(query, target)
 
     def keeps(self, query: int, target: int) -> bool:
-        """Return whether the results hold the matches of a group in another: those that effects need, or were added."""
+        """Return whether the matches of a query group in a target group are stored: needed by effects, or added."""
         groups, stored = self.design.groups, self.design.stored_for(query)
         if query < self.design.onto:
             return self.stored is not None and target < self.design.onto and self.stored.keeps(query, target)
@@ -183,7 +203,7 @@ class Counterparts:
         return (needed and (target < stored or target == query)) or self.holds(query, target)
 
     def between(self, embedding: str) -> SearchBetween:
-        """Return a search between any cells by an array of `obsm`: that which they were matched in."""
+        """Return a search between any groups of cells by their coordinates in `obsm[embedding]`."""
         name = f"obsm/{embedding}"
         columns = np.arange(open_array(self.storage, name).shape[1])
 
@@ -193,12 +213,12 @@ class Counterparts:
         return SearchBetween(points, self.labels, self.within_cells, self.hubs == "csls")
 
     def averages(self, rows: np.ndarray, terms: Sequence[Term]) -> list[Average]:
-        """Return what each term averages for some packed rows (ascending).
+        """Return, for every term, the matched cells and weights that it averages for some packed rows (ascending).
 
         Raises
         ------
         StoreError
-            A needed edge is nowhere; the message says how to add it.
+            Matches of an edge are missing; the message says how to add them.
         """
         pairs = {pair for term in terms for pair in self._pairs(rows, term)}
         most = max((self._counted(term) for term in terms), default=1)
@@ -206,14 +226,27 @@ class Counterparts:
         return [average_over(self.design, edges, rows, term, self.bandwidth, self._counted(term)) for term in terms]
 
     def _counted(self, term: Term) -> int:
+        """Return the number of neighbours that a term averages in a group."""
         return self.denoise_neighbours if term.denoised else self.neighbours
 
     def edges(
         self, rows: np.ndarray, pairs: GroupPairs, *, distances: bool = True, neighbours: int | None = None
     ) -> FoundMatches:
-        """Return the matches of some packed rows (ascending) along pairs of groups; without distances, these are 0.
+        """Return the matches of some packed rows (ascending) along edges.
 
-        They are at least the first `neighbours` of each, or as many as effects average.
+        Parameters
+        ----------
+        pairs
+            Edges, each a query group and a target group.
+        distances
+            Whether to read the distances; otherwise they may be 0.
+        neighbours
+            Number of neighbours that is needed at least; by default as many as effects average.
+
+        Returns
+        -------
+        For every edge of a group that holds some of the rows: rows and distances of the matches, both (rows of the
+        query group, k).
         """
         parts = {group.code: (group, here) for group, here in segments(self.design, rows)}
         wanted = sorted(pair for pair in pairs if pair[0] in parts)
@@ -233,22 +266,22 @@ class Counterparts:
         return self._inside(found)
 
     def _inside(self, found: FoundMatches) -> FoundMatches:
-        """Return matches, all of them rows of the store: they come from a file."""
+        """Return matches; raise `StoreError` if they name rows that do not exist, since their file may be damaged."""
         for (query, target), (near, _) in found.items():
             if near.size and not -1 <= near.min() <= near.max() < self.design.n_cells:
                 msg = f"{self.storage.url}: the matches of group {query} in group {target} are damaged: no such cells"
                 raise StoreError(msg)
         return found
 
-    def known(self, row: int) -> FoundMatches:
-        """Return the matches of one packed row along every edge that was searched."""
+    def of_cell(self, row: int) -> FoundMatches:
+        """Return the matches of one packed row along all edges that were searched."""
         (group, _), *_ = segments(self.design, np.array([row]))
         pairs = [(group.code, target.code) for target in self.design.groups]
         if self.neighbours == 1 and self.nearest_stored:
             found = self._nearest(np.array([row]), pairs, {group.code: slice(0, 1)}, True)
         else:
             found = {}
-            self._matches(group, group)  # they must be there
+            self._matches(group, group)  # raises if there is no matches.zarr
         if self.searched is not None:
             there = [pair for pair in pairs if pair not in found and self.searched.holds(*pair)]
             found |= {pair: self._searched(group, self.design.groups[pair[1]], np.array([row])) for pair in there}
@@ -261,18 +294,19 @@ class Counterparts:
 
     @cached_property
     def searched(self) -> Matches | None:
-        """The matches.zarr beside results.zarr, if there is one."""
+        """The matches.zarr beside results.zarr; `None` if there is none."""
         folder = self.storage.url.rpartition("/")[0]
         store = Storage(f"{folder}/{keys.MATCHES}")
         there = store.exists(f"{keys.block_name(self.design.onto)}/{keys.MATCH_ROW}/zarr.json")
         return Matches(store) if there else None
 
     @cached_property
-    def _seen(self) -> dict[tuple[int, int], Matches]:
-        """Edges that were seen to be in a matches.zarr, which is looked at once."""
+    def _checked(self) -> dict[tuple[int, int], Matches]:
+        """The matches.zarr of every edge that was found and checked."""
         return {}
 
     def _pairs(self, rows: np.ndarray, term: Term) -> Iterator[tuple[int, int]]:
+        """Yield the edges that a term needs for some packed rows; a group needs none to itself."""
         for group, _ in segments(self.design, rows):
             if group.condition == term.without:
                 continue
@@ -283,11 +317,17 @@ class Counterparts:
     def _nearest(
         self, rows: np.ndarray, pairs: Sequence[tuple[int, int]], parts: Mapping[int, slice], distances: bool
     ) -> FoundMatches:
-        """Return what results.zarr holds along the pairs; edges that it has nothing of are left out."""
+        """Return the nearest neighbours in results.zarr along edges; edges that it does not hold are left out.
+
+        Parameters
+        ----------
+        parts
+            Slice of `rows` of every query group.
+        """
         if not pairs:
             return {}
         columns = np.unique([target for _, target in pairs])
-        first = int(np.searchsorted(rows, self.design.first_row))  # what comes before is in another store
+        first = int(np.searchsorted(rows, self.design.first_row))  # earlier rows are in the store of another run
         own = rows[first:] - self.design.first_row
         near = np.full((len(rows), len(columns)), -1, dtype=np.int64)
         near[first:] = read_dense(self.storage, f"obsm/{keys.OBSM_MATCH}", own, columns)
@@ -304,37 +344,37 @@ class Counterparts:
         return found
 
     def _searched(self, query: Group, target: Group, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return what matches.zarr holds along one edge for some rows of the query group, or what is searched now."""
+        """Return the matches of rows of a query group along one edge, from matches.zarr or from a search now."""
         pair = (query.code, target.code)
         if self.search is not None and not self.holds(*pair):
-            found, distances = self._found_now(query, target)
+            found, distances = self._search_now(query, target)
             return found[rows - query.start], distances[rows - query.start]
-        if pair not in self._seen:
-            self._seen[pair] = self._matches(query, target)
-            self._check_same(self._seen[pair], query, int(rows.min()))
-        matches = self._seen[pair]
+        if pair not in self._checked:
+            self._checked[pair] = self._matches(query, target)
+            self._check_same(self._checked[pair], query, int(rows.min()))
+        matches = self._checked[pair]
         local = rows - query.start
         first, last = int(local.min()), int(local.max()) + 1
         found, distances = matches.edge(query.code, target.code, first, last)
         return found[local - first], distances[local - first]
 
     @cached_property
-    def _now(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-        """Matches of one group that were searched when they were needed."""
+    def _search_cache(self) -> FoundMatches:
+        """Cache of `_search_now`: the edges of one query group."""
         return {}
 
-    def _found_now(self, query: Group, target: Group) -> tuple[np.ndarray, np.ndarray]:
-        """Search an edge of the whole query group, whose edges are kept until another group asks."""
+    def _search_now(self, query: Group, target: Group) -> tuple[np.ndarray, np.ndarray]:
+        """Search an edge for the whole query group; the edges of the last query group are cached."""
         pair = (query.code, target.code)
-        if any(other != query.code for other, _ in self._now):
-            self._now.clear()
-        if pair not in self._now and self.search is not None:
+        if any(other != query.code for other, _ in self._search_cache):
+            self._search_cache.clear()
+        if pair not in self._search_cache and self.search is not None:
             k = max(self.neighbours, self.denoise_neighbours)
-            self._now[pair] = self.search.edge(self.design, query, target, k)
-        return self._now[pair]
+            self._search_cache[pair] = self.search.edge(self.design, query, target, k)
+        return self._search_cache[pair]
 
     def _matches(self, query: Group, target: Group) -> Matches:
-        """Return the matches.zarr; `StoreError` says what to do where it is not there or does not hold the edge."""
+        """Return the matches.zarr; raise `StoreError` if it does not exist or does not hold the edge."""
         edge = f"the matches of group {query.name!r} in group {target.name!r}"
         if self.searched is None:
             msg = f"{edge} are not in {self.storage.url}, nor is a {keys.MATCHES} beside it; open the run directory"
@@ -347,7 +387,7 @@ class Counterparts:
         return self.searched
 
     def _check_same(self, matches: Matches, query: Group, row: int) -> None:
-        """Refuse a matches.zarr made for other results: the two must agree on a cell's neighbour in its own group."""
+        """Raise `StoreError` if matches.zarr is of other results: then a cell's neighbour in its own group differs."""
         if not self.nearest_stored or query.cells == 1:
             return
         place = np.array([row - self.design.first_row]), np.array([query.code])
@@ -361,13 +401,26 @@ class Counterparts:
 
 
 def counterparts_of(
-    storage: Storage, design: Design, told: Mapping[str, Any], stored: Counterparts | None
+    storage: Storage, design: Design, settings: Mapping[str, Any], stored: Counterparts | None
 ) -> Counterparts:
-    """Return the matches behind results, by the settings that these tell of; `StoreError` where those are damaged."""
+    """Return the matches of results.
+
+    Parameters
+    ----------
+    settings
+        Settings of the run, as the results hold them.
+    stored
+        For cells that are mapped onto a finished run: the matches of that run.
+
+    Raises
+    ------
+    StoreError
+        The settings are damaged.
+    """
     try:
-        kept = told["match"]  # results of an earlier version tell of one number of neighbours, and of no hubs
-        match = MatchSettings(**{name: kept[name] for name in MatchSettings.model_fields if name in kept})
-        denoise = DenoiseSettings(**told.get("denoise", {"neighbours": kept["neighbours"]}))
+        values = settings["match"]  # results of an earlier version have neither denoise.neighbours nor match.hubs
+        match = MatchSettings(**{name: values[name] for name in MatchSettings.model_fields if name in values})
+        denoise = DenoiseSettings(**settings.get("denoise", {"neighbours": values["neighbours"]}))
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{storage.url}: the settings of the matches are damaged ({type(error).__name__})"
         raise StoreError(msg) from error
@@ -393,18 +446,18 @@ def compute(
     rows
         Packed rows of the cells, in any order.
     columns
-        Genes, as the expression numbers them.
+        Columns of the genes in the expression.
     out
-        Where the answer goes, (rows, columns) float32, if not into new memory: a `numpy.memmap`, say.
+        Array (rows, columns) float32 for the answer, for example a `numpy.memmap`; by default a new one.
 
     Returns
     -------
-    (rows, columns) float32; NaN where a cell has no answer.
+    (rows, columns) float32; NaN for a cell without an answer.
 
     Raises
     ------
     StoreError
-        A needed edge is nowhere, or a chunk is missing or damaged.
+        Matches of an edge are missing, or a chunk is missing or damaged.
     """
     order = np.argsort(rows, kind="stable")
     ordered, values = rows[order], np.empty((len(rows), len(columns)), dtype=np.float32) if out is None else out
@@ -415,7 +468,7 @@ def compute(
     step = _part_rows(len(columns), groups * most)
     parts = [slice(start, start + step) for start in range(0, len(rows), step)]
 
-    @functools.lru_cache(maxsize=1)  # one part, the usual case, is looked up once
+    @functools.lru_cache(maxsize=1)  # usually there is one part, whose matches are then read once
     def averages(number: int) -> list[Average]:
         return counterparts.averages(ordered[parts[number]], question.terms)
 
@@ -435,17 +488,20 @@ def compute(
 
 
 def _conditions_of(design: Design, question: Question) -> list[int]:
-    """Return the conditions of a question's terms; the largest where a term is of each cell's own."""
+    """Return the condition of every term of a question; for a cell's own condition, the one with most groups."""
     largest = max(range(len(design.conditions)), key=lambda code: len(design.with_condition(code)))
     return [largest if term.condition is None else term.condition for term in question.terms]
 
 
 def _part_rows(genes: int, counterparts: int) -> int:
-    """Return how many cells are gone through at a time."""
+    """Return the number of cells of a part, given the numbers of genes and of counterparts per cell."""
     return max(1, min(SUM_VALUES // max(genes, 1), PART_ENTRIES // max(counterparts, 1)))
 
 
 def _gene_spans(genes: int, rows: int, density: float) -> list[slice]:
-    """Return spans of genes whose expression in these rows can be held; genes asked for are often above the mean."""
+    """Return spans of genes whose expression in so many rows can be held in memory.
+
+    Genes that users select are often expressed above average, hence the factor 4.
+    """
     step = max(1, int(HELD_VALUES // max(1.0, rows * min(1.0, 4 * density))))
     return [slice(start, min(start + step, genes)) for start in range(0, genes, step)]

@@ -1,4 +1,4 @@
-"""The origin of a cell's numbers: its counterparts by name, with their weights in the effects (METHOD section 6)."""
+"""List the counterparts of a cell by name, with their weights in its effects (METHOD section 6)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ COLUMNS = ("cell", "batch", "condition", "group", "neighbour", "distance", "weig
 
 
 def matches_table(counterparts: Counterparts, names: pd.Index, row: int) -> pd.DataFrame:
-    """Return the counterparts of one cell, by group and then by distance.
+    """Return the counterparts of one cell, sorted by group and then by distance.
 
     Parameters
     ----------
     names
-        Cell names, in packed order.
+        Names of all cells in packed order.
     row
         Packed row of the cell.
 
     Returns
     -------
-    Columns as `Results.matches` tells them.
+    One row per counterpart; `Results.matches` describes the columns.
     """
     design = counterparts.design
     own = design.groups[int(design.group_of(np.array([row]))[0])]
     lines = [(row, own.code, 0, 0.0, 1.0)]
-    for (_, target), stored in counterparts.known(row).items():
+    for (_, target), stored in counterparts.of_cell(row).items():
         rows, distances = (values[:, : counterparts.neighbours] for values in stored)
         share = design.stands_for(design.groups[target].condition, own) if target != own.code else 0.0
         weights, there = share * kernel_weights(distances, counterparts.bandwidth)[0], np.flatnonzero(rows[0] >= 0)

@@ -1,7 +1,7 @@
-"""Read parts of a store: rows and columns of dense layers, rows of sparse expression, whole tables.
+"""Read parts of a results store: rows and columns of dense arrays, rows of sparse expression, whole tables.
 
-Only the chunks that hold the answer are read, from a disk or an object store. A chunk that is missing or fails its
-checksum is an error that names it, never a wrong number.
+Only the chunks of these parts are read, from disk or object storage. A chunk that is missing or fails its checksum
+raises an error that names it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,25 @@ from ndreamer_dist.storage.files import ConsolidatedStorage, Storage
 from ndreamer_dist.storage.shards import Place, Position, read_chunks, read_files
 
 MOST_OF_TABLE = 2**22
-"""No table has more chunks than that: rows are cut by the 100 000."""
+"""Largest number of chunks of a table, far above real ones; damaged metadata may claim more."""
 
 
 def read_dense(
     storage: Storage, name: str, rows: np.ndarray, columns: np.ndarray, *, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Read rows and columns of a two-dimensional array, in the order given, each chunk that holds some once.
+    """Read rows and columns of a two-dimensional array: (rows, columns), in the order of the arguments.
+
+    Every chunk that holds some of them is read once.
 
     Parameters
     ----------
     out
-        Where they go, (rows, columns), if not into new memory: a `numpy.memmap`, say.
+        Array (rows, columns) for the values, for example a `numpy.memmap`; by default a new one.
+
+    Raises
+    ------
+    StoreError
+        A chunk is missing or damaged, or the array is too small for the rows and columns.
     """
     array = open_array(storage, name)
     _check_holds(array, f"{storage.url}: array '{name}'", rows, columns)
@@ -54,7 +61,7 @@ def read_dense(
 
 
 def _check_holds(array: zarr.Array[Any], where: str, *places: np.ndarray) -> None:
-    """Raise `StoreError` where an array is too small for the places wanted: it is not the one that the tables tell of."""
+    """Raise `StoreError` if an array is too small for the wanted positions: then it does not fit the tables."""
     ends = tuple(int(wanted.max(initial=-1)) + 1 for wanted in places)
     if array.ndim != len(ends) or any(end > size for end, size in zip(ends, array.shape, strict=True)):
         msg = f"{where} is of shape {array.shape}, too small for the cells and genes of the store; it is damaged"
@@ -65,7 +72,7 @@ Places = slice | np.ndarray
 
 
 def _wanted(places: np.ndarray, size: int) -> dict[int, tuple[Places, Places]]:
-    """Return, for each chunk along an axis that holds some of the places, where they go and where they are in it."""
+    """Group positions on an axis by chunk: for each chunk, positions in the answer and positions in the chunk."""
     order = np.argsort(places, kind="stable")
     numbers, starts = np.unique(places[order] // size, return_index=True)
     parts = np.split(order, starts)[1:]
@@ -76,25 +83,26 @@ def _wanted(places: np.ndarray, size: int) -> dict[int, tuple[Places, Places]]:
 
 
 def _sliced(places: np.ndarray) -> Places:
-    """Return places as a slice where they follow each other, which is faster to copy through."""
+    """Return consecutive positions as a slice, which is faster to copy with."""
     if len(places) and (np.diff(places) == 1).all():
         return slice(int(places[0]), int(places[-1]) + 1)
     return places
 
 
 def _crossed(rows: Places, columns: Places) -> tuple[Any, Any]:
+    """Return an index of all pairs of rows and columns."""
     if isinstance(rows, np.ndarray) and isinstance(columns, np.ndarray):
         return rows[:, None], columns[None, :]
     return rows, columns
 
 
 def read_sparse(storage: Storage, rows: np.ndarray, pointers: np.ndarray, genes: int) -> sparse.csr_matrix:
-    """Read rows of the expression, in the order given: (rows, genes) CSR float32.
+    """Read rows of the expression `X`: (rows, genes) CSR float32, in the order of the argument.
 
     Parameters
     ----------
     pointers
-        Its `indptr`, (all rows + 1,).
+        `indptr` of `X`, (all rows + 1,).
     """
     wanted = np.unique(rows)
     starts, stops = pointers[wanted], pointers[wanted + 1]
@@ -107,7 +115,7 @@ def read_sparse(storage: Storage, rows: np.ndarray, pointers: np.ndarray, genes:
 
 
 def _read_stretches(storage: Storage, name: str, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Read stretches of a one-dimensional array, in ascending order, end to end."""
+    """Read ascending stretches `starts[i]:stops[i]` of a one-dimensional array and concatenate them."""
     array = open_array(storage, name)
     _check_holds(array, f"{storage.url}: array '{name}'", stops - 1)
     (size,), offsets = array.chunks, _ends(stops - starts)
@@ -127,12 +135,12 @@ def _read_stretches(storage: Storage, name: str, starts: np.ndarray, stops: np.n
 
 
 def _ends(lengths: np.ndarray) -> np.ndarray:
-    """Return where stretches that are laid end to end begin, and where the last ends."""
+    """Return the offsets of concatenated stretches: the start of each, and the end of the last."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def _held(starts: np.ndarray, stops: np.ndarray, size: int) -> list[Position]:
-    """Return the chunks that hold some of the stretches."""
+    """Return the chunks that hold a part of a stretch."""
     filled = stops > starts
     first, last = starts[filled] // size, (stops[filled] - 1) // size
     longest = int((last - first).max(initial=0))
@@ -141,36 +149,36 @@ def _held(starts: np.ndarray, stops: np.ndarray, size: int) -> list[Position]:
 
 
 def read_cells(storage: ConsolidatedStorage) -> tuple[pd.DataFrame, bool]:
-    """Read `obs`, on this machine's disk with the columns that another program has put into it since.
+    """Read `obs`; on a local disk also columns that another program has added to it.
 
-    Such a program may leave the root's metadata, which the reader goes by, as it was; then what the table's own files
-    say counts.
+    Such a program may not have updated the consolidated metadata of the root. The metadata files of the table itself
+    are then used.
 
     Returns
     -------
-    The table, and whether it was read as another program left it.
+    The table, and whether another program changed it.
     """
     if storage.is_local and _written_since(storage):
-        with suppress(StoreError):  # its own metadata is damaged: the root's is not
+        with suppress(StoreError):  # if the table's own metadata is damaged, the root's is used
             return read_element(storage, "obs", _own_nodes(storage, "obs")), True
     return read_element(storage, "obs"), False
 
 
 def _written_since(storage: ConsolidatedStorage) -> bool:
-    """Return whether obs has other columns than the root says, or its index was written by another program."""
+    """Return whether `obs` has other columns than the root's metadata says, or an index of another program."""
     files = Storage(storage.url)
 
-    def told(nodes: Callable[[str], Mapping[str, Any]]) -> tuple[Any, Any]:
+    def columns_and_index(nodes: Callable[[str], Mapping[str, Any]]) -> tuple[Any, Any]:
         return nodes("obs")["attributes"]["column-order"], nodes("obs/_index").get("codecs")
 
     try:
-        return told(files.metadata) != told(storage.nodes.__getitem__)
+        return columns_and_index(files.metadata) != columns_and_index(storage.nodes.__getitem__)
     except (OSError, StoreError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
 def _own_nodes(storage: Storage, name: str) -> dict[str, dict[str, Any]]:
-    """Return what the arrays and groups of an element say of themselves; `StoreError` where one cannot be read."""
+    """Read the metadata files of the arrays and groups of an element; raise `StoreError` if one is damaged."""
     files = storage.read_all([file for file in storage.list(name) if file.endswith(f"/{ROOT}")])
     try:
         return {file.removesuffix(f"/{ROOT}"): dict(json.loads(data)) for file, data in files.items()}
@@ -180,12 +188,12 @@ def _own_nodes(storage: Storage, name: str) -> dict[str, dict[str, Any]]:
 
 
 def read_element(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
-    """Read `obs`, `var`, `uns` or a part of them by anndata, from files that were checked to be all there.
+    """Read `obs`, `var`, `uns` or a part of them with anndata, after a check that all chunks exist.
 
     Parameters
     ----------
     nodes
-        Metadata of the arrays and groups, by path; by default what the root says of them.
+        Metadata of the arrays and groups by path; by default the consolidated metadata of the root.
 
     Raises
     ------
@@ -197,7 +205,7 @@ def read_element(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, A
     for file, data in zip(chunks, read_files(storage.store(read_only=True), storage.url, list(chunks)), strict=True):
         if data is not None:
             files[file] = data
-        elif (chunk := chunks[file]).ours:  # zarr of another program stores no chunk of fill values
+        elif (chunk := chunks[file]).ours:  # other programs do not store chunks of fill values
             how = f", chunk {chunk.position} is missing"
             raise Place(storage.url, chunk.array).damaged(how, file.removeprefix(f"{chunk.array}/"))
     root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
@@ -208,7 +216,7 @@ def read_element(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, A
 
 
 class _Chunk(NamedTuple):
-    """A chunk of an array, and whether it is this package that wrote the array: it ends every chunk in a checksum."""
+    """A chunk of an array, and whether this package wrote the array, with a checksum in every chunk."""
 
     array: str
     position: Position
@@ -216,7 +224,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks_below(storage: Storage, name: str, files: dict[str, bytes]) -> dict[str, _Chunk]:
-    """Return every chunk of an element, by its file; the metadata comes from a file and may lie."""
+    """Return all chunks of an element by file; raise `StoreError` if the metadata, which may be damaged, is absurd."""
     try:
         root = zarr.open_group(memory_store(files), mode="r", zarr_format=3)
         arrays = [sensible(member) for _, member in root.members(max_depth=None) if isinstance(member, zarr.Array)]
@@ -238,7 +246,7 @@ def _is_ours(array: zarr.Array) -> bool:
 
 
 def _metadata(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, Any]] | None) -> dict[str, bytes]:
-    """Return the metadata files of an element, which the store's root holds all of."""
+    """Return the metadata of an element, of its parents and of all below it as zarr.json files, by path."""
     if nodes is None:
         nodes = (storage if isinstance(storage, ConsolidatedStorage) else ConsolidatedStorage(storage.url)).nodes
     found = {
@@ -250,7 +258,7 @@ def _metadata(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, Any]
         msg = f"{storage.url} has no '{name}'; it is not a results.zarr"
         raise StoreError(msg)
     for node in found.values():
-        node.pop("consolidated_metadata", None)  # an inner group's is empty, and would hide what it holds
+        node.pop("consolidated_metadata", None)  # that of an inner group is empty and would hide its members
     plain = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     return {ROOT: json.dumps(plain).encode()} | {
         f"{path}/{ROOT}": json.dumps(node).encode() for path, node in found.items()
@@ -258,14 +266,14 @@ def _metadata(storage: Storage, name: str, nodes: Mapping[str, Mapping[str, Any]
 
 
 def _named_damage(storage: Storage, name: str, root: zarr.Group, error: Exception) -> StoreError:
-    """Find which chunk of an element is at fault by reading them one by one."""
+    """Return an error that names the damaged chunk of an element, found by reading its chunks one by one."""
     for _, member in root.members(max_depth=None):
         if isinstance(member, zarr.Array):
             for position in touched_shards(member, ...):
                 part = tuple(slice(p * u, (p + 1) * u) for p, u in zip(position, member.chunks, strict=True))
                 try:
                     member[part]
-                except Exception as cause:  # noqa: BLE001 - whatever the codec says of this chunk is the finding
+                except Exception as cause:  # noqa: BLE001 - any error of a codec means damage
                     file = member.metadata.encode_chunk_key(position)
                     return Place(storage.url, member.path).damaged(f", chunk {position} is damaged ({cause})", file)
     return StoreError(f"{storage.url}: '{name}' cannot be read ({type(error).__name__}: {error})")

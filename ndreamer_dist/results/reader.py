@@ -1,8 +1,7 @@
-"""Read results.zarr in pieces, by name: cells by a query on `obs`, genes by name.
+"""Read parts of results.zarr by name: cells by a query on `obs`, genes by name.
 
-Only the chunks that hold the answer are read, from a disk or an object store. Input and output are names. Cells are in
-the order of the input cohort unless packed order is requested. A chunk that is missing or fails its checksum is an error
-that names it, never a wrong number.
+Only the chunks of these parts are read, from disk or object storage. Cells come in the order of the input cohort unless
+packed order is requested. A chunk that is missing or fails its checksum raises an error that names it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -30,7 +28,7 @@ from ndreamer_dist.errors import QueryError, StoreError, listing, quoted, shown,
 from ndreamer_dist.matching.labels import Inside
 from ndreamer_dist.results.annotations import annotation_of, population_labels, read_annotations
 from ndreamer_dist.results.cohort import Cohort, GivenExpression, given_expression
-from ndreamer_dist.results.names import SUGGEST_AMONG, cells_of_query, places_of_cells, places_of_genes
+from ndreamer_dist.results.names import cells_of_query, near_value, places_of_cells, places_of_genes
 from ndreamer_dist.results.on_demand import (
     Counterparts,
     Expression,
@@ -55,20 +53,20 @@ logger = logging.getLogger(__name__)
 Order = Literal["input", "packed"]
 Cells = str | Sequence[str] | np.ndarray | pd.Series | None
 PopulationLabels = str | pd.Series | pd.DataFrame | None
-"""Populations: the name of a column of `obs`, a label per cell by name (a Series, or a table of one column), or none for all
-cells together."""
+"""Populations: the name of a column of `obs`, labels by cell name (a Series, or a table of one column), or `None` for
+all cells together."""
 Room = Callable[[tuple[int, int]], np.ndarray]
 
 REQUIRED = {"design", "key", "seed", "settings", "version", "versions"}
-"""What every `uns["ndreamer"]` tells."""
+"""Entries that every `uns["ndreamer"]` has."""
 OBJECTS: dict[str, Callable[[Any], Any]] = {
     "settings": dict, "versions": str, "dropped": int, "effective_controls": float, "design": lambda value: value, "input": lambda value: value,
 }  # fmt: skip
-"""Entries of it that are objects in JSON, and what the values of these are."""
+"""Entries of `uns["ndreamer"]` that are JSON objects, and the type of their values."""
 SCALARS: dict[str, type] = {
     "seed": Integral, "key": str, "version": str, "normalise": str, keys.UNS_EMBEDDING: str, keys.UNS_EMBEDDING_KEY: str,
 }  # fmt: skip
-"""Entries of it that are plain."""
+"""Entries of `uns["ndreamer"]` that are scalars, and their types."""
 
 
 def results_storage(address: str | os.PathLike[str] | Storage, embedding: str | None = None) -> ConsolidatedStorage:
@@ -79,13 +77,13 @@ def results_storage(address: str | os.PathLike[str] | Storage, embedding: str | 
     address
         A run directory, a results.zarr, or the URL of either (`s3://`, `https://`, ...).
     embedding
-        The matching space whose results are wanted, where a run directory holds several: `harmony`, say. By default
-        those of the space that the run was begun with.
+        Name of the matching space whose results to open, if the run directory holds several, for example `harmony`. By
+        default the space that the run began with.
 
     Raises
     ------
     StoreError
-        There are no results, or none of that space, or the run that makes them has not finished.
+        There are no results, the space does not exist, or the run has not finished.
     """
     folder = open_storage(address)
     if embedding is not None:
@@ -95,14 +93,14 @@ def results_storage(address: str | os.PathLike[str] | Storage, embedding: str | 
         if (storage.root_metadata or {}).get("attributes", {}).get("encoding-type") == "anndata":
             return storage
     if any(folder.exists(name) for name in (keys.RUN_JSON, keys.RESULTS, "X")):
-        msg = f"the run in {folder.url} has not finished; give the same `run` command again and it goes on"
+        msg = f"the run in {folder.url} has not finished; give the same `run` command again to continue it"
         raise StoreError(msg)
     msg = f"{folder.url} holds no results: expected a run directory or a results.zarr"
     raise StoreError(msg)
 
 
 def _of_space(folder: Storage, method: str) -> Storage:
-    """Return where the results of a matching space are."""
+    """Return the folder with the results of a matching space; raise `StoreError` if there is no such space."""
     if not folder.exists(keys.RUN_JSON):
         found = ResultsReader(results_storage(folder)).space
         if found == method:
@@ -118,7 +116,7 @@ def _of_space(folder: Storage, method: str) -> Storage:
 
 
 class CellsTable(pd.DataFrame):
-    """A copy of `obs` that says so where a column is put into it; what is made of it is an ordinary table."""
+    """A copy of `obs` that warns if a column is set, which does not change the results; derived tables are ordinary."""
 
     @property
     def _constructor(self) -> type[pd.DataFrame]:
@@ -126,35 +124,45 @@ class CellsTable(pd.DataFrame):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         logger.warning(
-            "column %s is in this copy of obs alone; results.annotate(series) keeps it, and `by` takes a Series", key
+            "column %s is only in this copy of obs; results.annotate(series) stores it, and `by` takes a Series", key
         )
         super().__setitem__(key, value)
 
 
 @dataclass(frozen=True)
 class ResultsReader:
-    """The results of a run, read in pieces; `stats.results.Results` adds the statistics.
+    """The results of a run, read part by part; `Results` adds the statistics.
 
-    In every method that takes them:
+    Methods share these arguments:
 
-    - `cells` is a pandas query on `obs` (`'cell_type == "Microglia"'`), a list of cell names (which then come in that
-      order), a Boolean mask over `obs`, or none for all cells;
-    - `genes` is a list of gene names, which come in that order, or none for all modelled genes;
-    - `cohort`, the input cohort (an AnnData, a path or a URL), lets `genes` name any of its genes, or none for all;
-      `open_cohort` opens and checks one for many questions;
-    - `order` is `"input"`, the input cohort's, or `"packed"`, the store's (by group). Dropped cells are in neither.
+    - `cells` is a pandas query on `obs` (`'cell_type == "Microglia"'`), a list of cell names, a Boolean mask over
+      `obs`, or `None` for all cells. A list of names determines the order of the cells.
+    - `genes` is a list of gene names, which determines their order, or `None` for all genes: those that were modelled,
+      or with `cohort` those of the cohort.
+    - `cohort` is the input cohort (an AnnData, a path or a URL). With it, `genes` may name any of its genes. Use
+      `open_cohort` to open and check it once for many calls.
+    - `order` is `"input"`, the order of the input cohort, or `"packed"`, the order of the store (by group). Cells that
+      the run dropped are in neither.
 
-    A layer that is not stored, and everything of a cohort given, is computed through the matches, with the same bits:
-    `StoreError` says where the matches must be added first. `QueryError` is raised where a name is unknown or no cell
-    is selected, `StoreError` where a chunk is damaged, `CohortError` where a cohort is not the one of these results.
+    A layer that is not stored, and every layer with `cohort`, is computed through the matches, bit by bit as if it were
+    stored.
+
+    Raises
+    ------
+    QueryError
+        A name is unknown, or no cell is selected.
+    StoreError
+        A chunk is missing or damaged, or matches are missing; the message says how to add them.
+    CohortError
+        The cohort is not the input of these results.
     """
 
     storage: ConsolidatedStorage
     labels: pd.DataFrame | None = field(default=None, repr=False, compare=False)
-    """Columns by cell that take part as those of `obs` do, for this process alone; see `labelled`."""
+    """Columns by cell that are used like those of `obs`, in this process only; see `labelled`."""
 
     def __repr__(self) -> str:
-        """Return what the results are of, for a notebook."""
+        """Return a summary for notebooks: cells, genes, conditions, layers and columns of obs."""
         design = self.design
         others = ", ".join(map(shown, design.conditions[1:4])) + (", ..." if len(design.conditions) > 4 else "")
         return (
@@ -166,25 +174,25 @@ class ResultsReader:
 
     @property
     def url(self) -> str:
-        """The store's address."""
+        """Address of the store."""
         return self.storage.url
 
     @property
     def obs(self) -> pd.DataFrame:
-        """The cells' table, in input order: the input's columns and ours, which start with `ndreamer_`.
+        """Table of the cells in input order, with the input's columns and those of the run (`ndreamer_...`).
 
-        It is a copy: `Results.annotate` keeps a column.
+        It is a copy; use `Results.annotate` to store a column.
         """
         return CellsTable(self._input_cells)
 
     @property
     def packed_obs(self) -> pd.DataFrame:
-        """The cells' table in the order of the store, by group: reading stretches of it reads each chunk once."""
+        """Table of the cells in packed order (by group), in which consecutive cells share chunks of the store."""
         return self._cells.copy()
 
     @property
     def var(self) -> pd.DataFrame:
-        """The modelled genes' table."""
+        """Table of the modelled genes; a copy."""
         return self._genes.copy()
 
     @property
@@ -194,23 +202,22 @@ class ResultsReader:
 
     @cached_property
     def uns(self) -> dict[str, Any]:
-        """What the run said of itself: settings, versions, seed, groups, sign convention, counts of dropped cells."""
-        told = self._table("uns").get(keys.UNS)
-        if not isinstance(told, dict) or not told.keys() >= REQUIRED:
+        """Description of the run: settings, versions, seed, groups, sign convention, numbers of dropped cells."""
+        description = read_element(self.storage, "uns").get(keys.UNS)
+        if not isinstance(description, dict) or not description.keys() >= REQUIRED:
             msg = f"{self.url}: uns['{keys.UNS}'] does not say what made the results; it is damaged, or not of this package"
             raise StoreError(msg)
-        for name in OBJECTS.keys() & told.keys():
-            self._object(name, told[name])
-        for name in SCALARS.keys() & told.keys():
-            if not isinstance(told[name], SCALARS[name]):
-                msg = f"{self.url}: what it tells of its {name} is damaged (it is {type(told[name]).__name__})"
-                raise StoreError(msg)
-        return told
+        for name in OBJECTS.keys() & description.keys():
+            self._object(name, description[name])
+        for name in SCALARS.keys() & description.keys():
+            if not isinstance(description[name], SCALARS[name]):
+                raise _damaged_entry(self.url, name, f"it is {type(description[name]).__name__}")
+        return description
 
     @cached_property
     def design(self) -> Design:
-        """Conditions, batches and groups; groups own contiguous rows of the packed order."""
-        made = Design.from_json(self._told("design"))
+        """Conditions, batches and groups; the cells of a group are consecutive rows in packed order."""
+        made = Design.from_json(self._json_fact("design"))
         pointers = self.storage.node(f"X/{keys.INDPTR}")
         if pointers is None or list(pointers.get("shape", ())) != [made.own_cells + 1]:
             msg = f"{self.url}: the design is of {made.n_cells} cells and X is not; the store is damaged"
@@ -234,7 +241,7 @@ class ResultsReader:
 
     @property
     def last_read(self) -> Reads:
-        """What the last query read of the store: bytes, requests, chunks, and bytes of what it touched."""
+        """Counts of what the last query read from the store: requests, bytes and chunks."""
         return getattr(self, "_last_read", Reads())
 
     def ite(
@@ -246,12 +253,12 @@ class ResultsReader:
         order: Order = "input",
         drop_undefined: bool = True,
     ) -> anndata.AnnData:
-        """Return individual treatment effects, own condition minus control (METHOD section 6).
+        """Return individual treatment effects: own condition minus control (METHOD section 6).
 
         Parameters
         ----------
         drop_undefined
-            Leave out control cells, which have no effect of a treatment; otherwise their rows are NaN.
+            Leave out control cells, which have no treatment effect; otherwise their rows are NaN.
         """
         return self.layer(keys.LAYER_ITE, cells, genes, cohort=cohort, order=order, drop_undefined=drop_undefined)
 
@@ -263,7 +270,7 @@ class ResultsReader:
         cohort: Cohort | None = None,
         order: Order = "input",
     ) -> anndata.AnnData:
-        """Return denoised expression: each cell's expected expression over its condition's batches (section 6)."""
+        """Return denoised expression, a cell's expected expression over its condition's batches (METHOD section 6)."""
         return self.layer(keys.LAYER_DENOISED, cells, genes, cohort=cohort, order=order)
 
     def batch_effect(
@@ -274,7 +281,7 @@ class ResultsReader:
         cohort: Cohort | None = None,
         order: Order = "input",
     ) -> anndata.AnnData:
-        """Return the batch effect that was removed, and with it the cell's own noise (METHOD section 6)."""
+        """Return the removed batch effect, which also holds the cell's own noise (METHOD section 6)."""
         return self.layer(keys.LAYER_BATCH_EFFECT, cells, genes, cohort=cohort, order=order)
 
     @counted
@@ -289,14 +296,18 @@ class ResultsReader:
         drop_undefined: bool = False,
         room: Room | None = None,
     ) -> anndata.AnnData:
-        """Return a part of a layer: `X` (cells, genes) float32, with the tables' rows that belong to it.
+        """Return a part of a layer as an AnnData: `X` (cells, genes) float32, with `obs` and `var`.
 
-        It is read where it is stored, else computed.
+        A stored layer is read, any other is computed.
 
         Parameters
         ----------
+        name
+            `denoised`, `batch_effect` or `ite`.
+        drop_undefined
+            Of `ite`, leave out control cells; otherwise their rows are NaN.
         room
-            Makes the array that what is read goes into, by its shape: a `numpy.memmap` for what memory cannot hold.
+            Allocates the array for the values, given its shape, for example a `numpy.memmap`; by default in memory.
         """
         if name not in keys.LAYERS:
             msg = f"there is no layer {name!r}; there are {listing(keys.LAYERS)}.{suggest(name, keys.LAYERS)}"
@@ -323,22 +334,22 @@ class ResultsReader:
         order: Order = "input",
         room: Room | None = None,
     ) -> anndata.AnnData:
-        """Return the effect of a condition on any cells, controls included (METHOD section 6 and 8).
+        """Return the effect of a condition on any cells, controls included (METHOD sections 6 and 8).
 
-        It is the expected expression of cells like each under the condition, minus that under the baseline. On cells of
-        the condition, with the control as baseline, it is the `ite`.
+        It is a cell's expected expression under the condition minus that under the baseline. For cells of the condition
+        and the control as baseline, it equals `ite` before its rounding by `effects.keep_bits`.
 
         Parameters
         ----------
         baseline
             The condition to compare with; by default the control.
         room
-            Makes the array that the values go to; by default memory.
+            Allocates the array for the values, given its shape; by default in memory.
 
         Raises
         ------
         StoreError
-            The matches between the cells' groups and those of either condition have not been searched.
+            Matches of the cells' groups in groups of one of the conditions are missing.
         """
         codes = self.design.condition_code(condition), self.design.condition_code(baseline or self.control)
         return self._computed(effect_question(*codes), self._rows(cells, order), genes, cohort, room)
@@ -354,19 +365,19 @@ class ResultsReader:
         order: Order = "input",
         room: Room | None = None,
     ) -> anndata.AnnData:
-        """Return the expected expression of cells like each under a condition (METHOD section 6).
+        """Return the expected expression of any cells under a condition (METHOD section 6).
 
-        On cells of that condition it is `denoised`.
+        For cells of that condition, and as many neighbours for effects as for `denoised`, it equals `denoised`.
 
         Parameters
         ----------
         room
-            Makes the array that the values go to; by default memory.
+            Allocates the array for the values, given its shape; by default in memory.
 
         Raises
         ------
         StoreError
-            The matches between the cells' groups and the condition's have not been searched.
+            Matches of the cells' groups in groups of the condition are missing.
         """
         question = counterfactual_question(self.design.condition_code(condition))
         return self._computed(question, self._rows(cells, order), genes, cohort, room)
@@ -380,7 +391,7 @@ class ResultsReader:
         cohort: Cohort | None = None,
         order: Order = "input",
     ) -> anndata.AnnData:
-        """Return the log-normalised expression that went in: `X` (cells, genes) CSR float32."""
+        """Return the log-normalised input expression: `X` (cells, genes) CSR float32."""
         rows = self._rows(cells, order)
         expression, table = (self._own_expression, self._genes) if cohort is None else self._expression(cohort)
         columns = self._columns(genes, table)
@@ -397,19 +408,20 @@ class ResultsReader:
         cohort: Cohort | None = None,
         order: Order = "packed",
     ) -> anndata.AnnData:
-        """Return an AnnData of dask arrays: `X`, all layers and the embedding, read by blocks when they are wanted.
+        """Return an AnnData of dask arrays, whose blocks are read or computed on demand.
 
-        scanpy, anndata and dask go on with it out of core. Blocks are the store's in packed order, which is the default.
+        It can be used out of core by scanpy, anndata and dask. In packed order, the default, its blocks are those of
+        the store.
 
         Parameters
         ----------
         effects, counterfactuals
-            Conditions whose effect, and expected expression, are layers as well: `effect_NAME`, `counterfactual_NAME`.
+            Conditions whose effect or expected expression is added as a layer: `effect_NAME`, `counterfactual_NAME`.
 
         Returns
         -------
-        Layers `denoised`, `batch_effect` and `ite` (NaN on control cells) besides, stored or not. A block that cannot be
-        computed, for want of its matches, raises `StoreError` when it is wanted.
+        `X`, the layers `denoised`, `batch_effect` and `ite` (NaN for control cells), stored or not, and the coordinates
+        in `obsm`. Computing a block whose matches are missing raises `StoreError`.
         """
         from ndreamer_dist.results import lazy
 
@@ -418,65 +430,72 @@ class ResultsReader:
         columns = self._columns(genes, table)
         token = lazy.token_of(self.url, str(self._fact("key")), rows, columns, cohort is None)
         block_rows = int(open_array(self.storage, f"obsm/{self.embedding_key}").chunks[0])
-        asked = lazy.conditional_questions(effects, counterfactuals, self.design.condition_code)
+        conditional = lazy.conditional_questions(effects, counterfactuals, self.design.condition_code)
         return lazy.lazy_anndata(
             self, (self._cells.iloc[rows].copy(), table.iloc[columns].copy()),
             lazy.LazyParts(rows, columns, block_rows, token), expression, stored=cohort is None,
-            questions={name: layer_question(name, self._keep_bits) for name in keys.LAYERS} | asked,
+            questions={name: layer_question(name, self._keep_bits) for name in keys.LAYERS} | conditional,
         )  # fmt: skip
 
     def open_cohort(self, cohort: Cohort) -> GivenExpression:
-        """Open and check the input cohort once, to be given as `cohort` in many questions.
+        """Open and check the input cohort once; pass the result as `cohort` to other methods.
 
         Raises
         ------
         CohortError
-            It is not the cohort that these results were made from.
+            It is not the input of these results.
         """
         return given_expression(cohort, self.uns, self._cells)
 
     @counted
     def matches(self, cell: str) -> pd.DataFrame:
-        """Return the counterparts of a cell in every group that it was matched with, by name (METHOD section 6).
+        """Return the counterparts of a cell: its nearest neighbours in every matched group (METHOD section 6).
 
-        The expected expression under a condition is the mean, over the condition's groups, of the sum of `weight` times
-        the counterpart's expression.
+        The cell's expected expression under a condition is the sum, over the counterparts in a group, of `weight` times
+        their expression, averaged over the groups of the condition.
 
         Returns
         -------
-        A row per counterpart: `cell`, its name; `batch`, `condition` and `group`, where it is from; `neighbour`, 1 for
-        the nearest in its group, 0 for the cell itself; `distance` in the embedding's principal components; `weight` in
-        its group's mean, in a sample of the groups times how many it stands for. In its own group a cell is its own
-        counterpart, and its nearest other cells have weight 0.
+        One row per counterpart, with the columns
+
+        - `cell`, `batch`, `condition`, `group`: its name and origin;
+        - `neighbour`: 1 for the nearest in its group, 2 for the next, ...; 0 for the cell itself;
+        - `distance`: distance in the matching space;
+        - `weight`: weight in the mean of its group; in a sample of the groups, times the number of groups that its
+          group stands for. In its own group a cell is its own counterpart, and its nearest other cells have weight 0.
 
         Raises
         ------
         StoreError
-            More than one neighbour is averaged, or results.zarr holds none, and there is no matches.zarr beside it.
+            results.zarr does not hold the matches (it only holds nearest neighbours, and not in large cohorts), and
+            there is no matches.zarr beside it.
         """
         (row,) = places_of_cells(self._cells.index, [cell])
         return matches_table(self.counterparts, self._all_cells.index, int(row) + self.design.first_row)
 
     @cached_property
     def space(self) -> str:
-        """Name of the space that cells were matched in: `ndreamer`, `pca`, `harmony`, ... (METHOD section 9)."""
+        """Name of the matching space: `ndreamer`, `pca`, `harmony`, ... (METHOD section 9)."""
         return str(self._fact_or(keys.UNS_EMBEDDING, keys.NDREAMER))
 
     @cached_property
     def embedding_key(self) -> str:
-        """Name of the array in `obsm` that holds the coordinates cells were matched in."""
+        """Name of the array in `obsm` with the coordinates of the matching space."""
         name = str(self._fact_or(keys.UNS_EMBEDDING_KEY, keys.OBSM_PCA))
         if name not in keys.SPACES.values():
-            msg = f"{self.url}: what it tells of its {keys.UNS_EMBEDDING_KEY} is damaged (it is {quoted(name)})"
-            raise StoreError(msg)
+            raise _damaged_entry(self.url, keys.UNS_EMBEDDING_KEY, f"it is {quoted(name)}")
         return name
 
     @counted
     def embedding(self, cells: Cells = None, *, pca: bool = False, order: Order = "input") -> pd.DataFrame:
-        """Return coordinates of cells: one row a cell, by name.
+        """Return coordinates of cells: one row per cell, indexed by name.
 
-        They are those that cells were matched in; where these are principal components of the trained effect modifier,
-        they come with `pca`, and the effect modifier itself without it.
+        Parameters
+        ----------
+        pca
+            Only matters in the space `ndreamer`: False returns the trained effect modifier (`X_ndreamer`), True its
+            principal components, in which cells were matched. In other spaces, the coordinates of the matching space
+            are returned.
         """
         rows = self._rows(cells, order)
         whole = self.space == keys.NDREAMER and not pca
@@ -486,13 +505,13 @@ class ResultsReader:
         return pd.DataFrame(values, index=self._cells.index[rows])
 
     def add_embedding(self, adata: anndata.AnnData) -> None:
-        """Add the coordinates cells were matched in to a part of these results, as `obsm[results.embedding_key]`."""
+        """Add the coordinates of the matching space to a part of these results, as `obsm[results.embedding_key]`."""
         adata.obsm[self.embedding_key] = self.embedding(list(adata.obs_names), pca=True).to_numpy()
 
     def labelled(self, by: PopulationLabels) -> tuple[Self, str | None]:
-        """Return the results with a Series of labels among the columns of `obs`, and the column's name.
+        """Return results whose `obs` has a Series of labels as a column, and the name of the column.
 
-        Nothing is stored. The name of a column, or none, comes back with these results themselves.
+        Nothing is stored. If `by` is the name of a column or `None`, these results and `by` are returned.
 
         Raises
         ------
@@ -507,19 +526,19 @@ class ResultsReader:
         for name in ("_cells", "_input_cells", "_all_cells"):
             other.__dict__.pop(name, None)
         before = pd.DataFrame(index=self._cells.index) if self.labels is None else self.labels
-        kept = pd.concat([before.drop(columns=table.columns, errors="ignore"), table], axis=1)
-        object.__setattr__(other, "labels", kept)
+        joined = pd.concat([before.drop(columns=table.columns, errors="ignore"), table], axis=1)
+        object.__setattr__(other, "labels", joined)
         return other, str(labels.name)
 
-    # --- what is behind them -----------------------------------------------------------------------------------------
+    # --- implementation ----------------------------------------------------------------------------------------------
 
     def refuse_damaged(self) -> None:
-        """Read the tables that every question rests on, before anything is made of them; `StoreError` where one is damaged."""
+        """Read the tables that all queries need; raise `StoreError` if one is damaged."""
         _ = self.counterparts, self._cells, self._genes
 
     @cached_property
     def _cells(self) -> pd.DataFrame:
-        """`obs` in packed order, with what was annotated after the run."""
+        """`obs` in packed order, with the annotations."""
         stored, by_others = read_cells(self.storage)
         if by_others:
             _refuse_other_cells(stored, self.design, self.url)
@@ -530,12 +549,12 @@ class ResultsReader:
 
     @cached_property
     def _input_cells(self) -> pd.DataFrame:
-        """`obs` in input order, kept: its index then knows that its names differ."""
+        """`obs` in input order; cached, so that its index is checked for duplicates only once."""
         return self._cells.iloc[self._input_order]
 
     @cached_property
     def _genes(self) -> pd.DataFrame:
-        return self._table("var")
+        return read_element(self.storage, "var")
 
     @cached_property
     def _input_order(self) -> np.ndarray:
@@ -544,6 +563,7 @@ class ResultsReader:
 
     @cached_property
     def _pointers(self) -> np.ndarray:
+        """`indptr` of `X`, (cells + 1,) int64."""
         name = f"X/{keys.INDPTR}"
         array = open_array(self.storage, name)
         pointers = np.array([1])
@@ -555,37 +575,33 @@ class ResultsReader:
         return pointers
 
     def _fact(self, name: str) -> Any:
-        """Return one entry of `uns["ndreamer"]`, without reading the others."""
-        return self._table(f"uns/{keys.UNS}/{name}")
+        """Read one entry of `uns["ndreamer"]`."""
+        return read_element(self.storage, f"uns/{keys.UNS}/{name}")
 
     def _fact_or(self, name: str, default: str) -> Any:
-        """Return one entry of `uns["ndreamer"]`, or what stands for it in results of a version that wrote none."""
+        """Read one entry of `uns["ndreamer"]`; the default if an earlier version did not write it."""
         return self._fact(name) if self.storage.node(f"uns/{keys.UNS}/{name}") is not None else default
 
-    def _told(self, name: str) -> dict[str, Any]:
-        """Return an entry of `uns["ndreamer"]` that is an object in JSON."""
+    def _json_fact(self, name: str) -> dict[str, Any]:
+        """Read an entry of `uns["ndreamer"]` that is a JSON object."""
         return self._object(name, self._fact(name))
 
     def _object(self, name: str, text: Any) -> dict[str, Any]:
+        """Parse an entry that is a JSON object; raise `StoreError` if it is damaged."""
         try:
-            found = dict(json.loads(text))
-            return {key: OBJECTS[name](value) for key, value in found.items()}
+            return {key: OBJECTS[name](value) for key, value in dict(json.loads(text)).items()}
         except (ValueError, TypeError, RecursionError) as error:
-            msg = f"{self.url}: what it tells of its {name} is damaged ({type(error).__name__}: {error})"
-            raise StoreError(msg) from error
+            raise _damaged_entry(self.url, name, f"{type(error).__name__}: {error}") from error
 
     @cached_property
     def matched_inside(self) -> Inside | None:
-        """The labels that cells were matched inside (`match.within`), and how many matches are; none without."""
+        """The labels inside which cells were matched (`match.within`) and the share of such matches; `None` without."""
         return Inside.read(self._fact_or(keys.UNS_WITHIN, "null"), self.url)
 
     @cached_property
     def _keep_bits(self) -> int | None:
-        """Bits of the layers' mantissa that were kept; none for all."""
-        return self._told("settings").get("effects", {}).get("keep_bits")
-
-    def _table(self, name: str) -> Any:
-        return read_element(self.storage, name)
+        """Number of bits of the mantissa that layers keep (`effects.keep_bits`); `None` for all."""
+        return self._json_fact("settings").get("effects", {}).get("keep_bits")
 
     def _part(self, values: Any, rows: np.ndarray, genes: pd.DataFrame) -> anndata.AnnData:
         obs = self._input_cells if rows is self._input_order else self._cells.iloc[rows]
@@ -595,26 +611,26 @@ class ResultsReader:
     def counterparts(self) -> Counterparts:
         """The matches behind the effects."""
         stored = None if self.stored is None else self.stored.counterparts
-        found = counterparts_of(self.storage, self.design, self._told("settings"), stored)
-        # To mapped cells no matches are added later, those of a screen would be too many, and results apart from their run
-        # (of all genes, say) have but the nearest ones: what is missing is searched when it is asked for.
+        found = counterparts_of(self.storage, self.design, self._json_fact("settings"), stored)
+        # Missing matches are searched on demand for mapped cells (`match` cannot add any), for a screen (there would be
+        # too many) and for results without a matches.zarr, such as those of all genes.
         if stored is None and not self.design.is_screen and found.searched is not None:
             return found
         return replace(found, search=found.between(self.embedding_key))
 
     @cached_property
     def stored(self) -> Self | None:
-        """Of cells that were mapped onto a finished run: the results of that run; none of a run's own."""
+        """For cells that were mapped onto a finished run: the results of that run; otherwise `None`."""
         return None if self.mapped is None else type(self)(self.mapped.found(self.storage, results_storage))
 
     @property
     def mapped(self) -> Onto | None:
-        """Of cells that were mapped onto a finished run: which, and how far they are from it (`nd.map`)."""
+        """For cells that were mapped with `nd.map`: the run and how far the cells are from it; otherwise `None`."""
         return Onto.read(self._fact_or(keys.UNS_ONTO, "null"), self.url)
 
     @cached_property
     def _all_cells(self) -> pd.DataFrame:
-        """`obs` of all cells that statistics are of, those of a run that these are mapped onto first."""
+        """`obs` of all cells in packed order: those of the run that cells are mapped onto, if any, then these."""
         return self._cells if self.stored is None else pd.concat([self.stored._all_cells, self._cells])
 
     @property
@@ -622,19 +638,19 @@ class ResultsReader:
         return StoredExpression(self.storage, self._pointers, len(self._genes))
 
     def _expression(self, cohort: Cohort | None) -> tuple[Expression, pd.DataFrame]:
-        """Return the expression to compute with, and the table of its genes."""
+        """Return the expression for computed layers, and the table of its genes."""
         if cohort is None:
             if self.stored is None:
                 return self._own_expression, self._genes
             before, _ = self.stored._expression(None)
             return JoinedExpression(before, self._own_expression, self.design.first_row), self._genes
         if self.stored is not None:
-            msg = f"{self.url}: cells mapped onto a run are answered for the modelled genes alone; leave out the cohort"
+            msg = f"{self.url}: only modelled genes can be computed for mapped cells; leave out `cohort`"
             raise QueryError(msg)
-        given = self.open_cohort(cohort)
-        table = given.source.var.copy()
-        table.index = pd.Index(given.source.gene_names, name=table.index.name)
-        return given, table
+        opened = self.open_cohort(cohort)
+        table = opened.source.var.copy()
+        table.index = pd.Index(opened.source.gene_names, name=table.index.name)
+        return opened, table
 
     def _computed(
         self,
@@ -652,7 +668,7 @@ class ResultsReader:
         return self._part(values, rows, table.iloc[columns])
 
     def _rows(self, cells: Cells, order: Order) -> np.ndarray:
-        """Return the packed rows that a selection means, in the order asked for: (rows,) int64."""
+        """Return the packed rows of a selection of cells, in the requested order: (rows,) int64."""
         if order not in ("input", "packed"):
             msg = f"order is 'input' or 'packed', found {order!r}"
             raise QueryError(msg)
@@ -665,20 +681,18 @@ class ResultsReader:
         if not len(chosen):
             msg = "no cell is selected"
             if isinstance(cells, str):
-                msg += f" by {cells!r}.{self._near_value(cells)}"
+                msg += f" by {cells!r}.{near_value(self._cells, cells)}"
             raise QueryError(msg)
         return np.sort(chosen) if order == "packed" else chosen
 
-    def _near_value(self, query: str) -> str:
-        """Return what value of a column was meant by a query that selects nothing; empty where none is near."""
-        table = self._cells
-        for column, value in re.findall(r"`?([\w ]+?)`?\s*==\s*[\"'](.+?)[\"']", query):
-            levels = table[column].dropna().unique() if column in table else []
-            if len(levels) <= SUGGEST_AMONG and value not in set(levels):
-                return f" Column {column!r} has no {quoted(value)}.{suggest(value, map(str, levels))}"
-        return ""
-
     def _listed(self, cells: Any) -> np.ndarray:
+        """Return the packed rows of a mask, or of a list of names.
+
+        A mask is in input order, unless it is a Series that names all cells: then it may be in any order.
+        """
+        if isinstance(cells, pd.Series) and pd.api.types.is_bool_dtype(cells.dtype):
+            named = len(cells) == len(self._cells) and cells.index.isin(self._cells.index).all()
+            cells = (cells.reindex(self._input_cells.index) if named else cells).fillna(value=False).astype(bool)
         values = np.asarray(cells)
         if values.dtype == bool:
             if values.shape != (len(self._cells),):
@@ -688,7 +702,7 @@ class ResultsReader:
         return places_of_cells(self._cells.index, values.tolist())
 
     def _columns(self, genes: Sequence[str] | None, among: pd.DataFrame | None = None) -> np.ndarray:
-        """Return where genes stand among the modelled ones, or others that are given."""
+        """Return the positions of genes in a table, by default that of the modelled genes."""
         table = self._genes if among is None else among
         if genes is None:
             return np.arange(len(table))
@@ -699,6 +713,7 @@ class ResultsReader:
         return chosen
 
     def _with_effect(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows that are not control cells; raise `QueryError` if there are none."""
         treated = self.design.group_conditions[self.design.group_of(rows + self.design.first_row)] != 0
         if not treated.any():
             msg = (
@@ -709,8 +724,12 @@ class ResultsReader:
         return rows[treated]
 
 
+def _damaged_entry(url: str, name: str, why: str) -> StoreError:
+    return StoreError(f"{url}: the entry {name!r} of uns['{keys.UNS}'] is damaged ({why})")
+
+
 def _refuse_other_cells(stored: pd.DataFrame, design: Design, url: str) -> None:
-    """Refuse an `obs` that another program wrote for other cells, or in another order."""
+    """Raise `StoreError` if another program wrote `obs` with other cells or in another order."""
     names = np.array([group.name for group in design.own_groups], dtype=object)
     expected = np.repeat(names, [group.cells for group in design.own_groups])
     if not np.array_equal(stored.get(keys.OBS_GROUP, pd.Series(dtype=object)).astype(str), expected):

@@ -1,1 +1,1 @@
-"""A run directory: finished work, its settings, and the process that works on it."""
+"""Manage a run directory: its finished shards, its settings and its lock."""

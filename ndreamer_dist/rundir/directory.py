@@ -1,14 +1,13 @@
-"""Read and write a run directory: the finished shards, and the stage key of each.
+"""Read and write a run directory and the markers of its finished shards.
 
-A stage is cut into shards, the units of work, retry and resume. The driver writes the array metadata of a stage. A task
-writes the files of its shard and then its marker `done/<stage>/<shard>.json`. A marker counts only if it has the key of
-the stage and every listed file exists at its full size. So a deleted or truncated shard is simply done again.
+A stage is split into shards, the units of work, retry and resume. The driver writes the array metadata of a stage. A
+task writes the files of its shard and then the marker `done/<stage>/<shard>.json`. A marker is valid only if it has the
+key of the stage and every file that it lists exists at its full size, so a deleted or truncated shard is done again.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import re
 import shutil
@@ -26,12 +25,20 @@ from ndreamer_dist.rundir.lock import file_lock, lease
 from ndreamer_dist.storage.checksums import seal, unseal
 from ndreamer_dist.storage.files import Storage, open_storage
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Shard:
-    """One unit of work: its name, and the files it writes, by their path in the run directory."""
+    """One unit of work of a stage.
+
+    Attributes
+    ----------
+    name
+        Name of the shard, unique in its stage.
+    files
+        Files that the shard writes, as paths in the run directory.
+    task
+        What the task function is called with, for example the number of a row block.
+    """
 
     name: str
     files: tuple[str, ...]
@@ -40,16 +47,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run's folder, local or remote; cheap to make, safe to send to a task.
+    """The local or remote folder of a run; cheap to create and safe to send to a task.
 
     Attributes
     ----------
     before
-        The stage that is run alone: those before it must be finished, so that `pending` refuses where they are not.
+        Name of a stage that is run alone. `pending` then raises an error if a stage before it has unfinished shards.
     home
-        For a space that was added to a run: the run's folder, which holds what all its spaces share.
+        For a matching space that was added to a run: the run's folder, which holds what all spaces share.
     onto
-        For cells that are mapped onto a finished run: the directories of the cells whose rows come before theirs.
+        For cells that are mapped onto a finished run: the directories of the cells whose rows precede theirs.
     """
 
     storage: Storage
@@ -59,7 +66,7 @@ class RunDirectory:
 
     @classmethod
     def at(cls, address: str | os.PathLike[str] | Storage) -> RunDirectory:
-        """Return the run directory of an address, whether or not anything is there yet."""
+        """Return the run directory at an address; the folder need not exist."""
         return cls(open_storage(address))
 
     @property
@@ -73,42 +80,48 @@ class RunDirectory:
         return self.storage.name
 
     def space(self, method: str) -> RunDirectory:
-        """Return the directory of a matching space that is added to this run, whether or not it is there yet."""
+        """Return the directory of a matching space that is added to this run; the folder need not exist."""
         return RunDirectory(self.storage / keys.space_folder(method), self.before, home=self.storage)
 
     def spaces(self) -> dict[str, RunDirectory]:
-        """Return the matching spaces of a run by name, the first that it was begun with; what is in them, they say."""
-        told = self.read_run()
-        first = told["settings"].get("embed", {}).get("method", keys.NDREAMER)
-        return {first: self, **{name: self.space(name) for name in told.get("spaces", ())}}
+        """Return the directories of a run's matching spaces by name, beginning with the space of the run itself."""
+        content = self.read_run()
+        first = content["settings"].get("embed", {}).get("method", keys.NDREAMER)
+        return {first: self, **{name: self.space(name) for name in content.get("spaces", ())}}
 
     def embedding(self, array: str) -> Storage:
-        """Return the store that holds an array of coordinates: those of the trained network are the run's."""
+        """Return the store of an array of coordinates; all spaces of a run share those of the trained network."""
         trained = array in (keys.MU, keys.PCA)
         return ((self.home or self.storage) if trained else self.storage) / keys.EMBEDDING
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file's content; `DamagedError` where it is not what was written."""
+        """Return the content of a JSON file; raise `DamagedError` if its checksum does not fit."""
         return unseal(self.storage.read(name), f"{self.url}/{name}")
 
     def read_run(self) -> dict[str, Any]:
-        """Return what run.json says: `input`, `settings` and `keys`, each an object; `DamagedError` where it does not."""
-        told, url = self.read_json(keys.RUN_JSON), f"{self.url}/{keys.RUN_JSON}"
+        """Return the content of run.json.
+
+        Raises
+        ------
+        DamagedError
+            The file is damaged, or one of its entries `input`, `settings` and `keys` is not a JSON object.
+        """
+        content, url = self.read_json(keys.RUN_JSON), f"{self.url}/{keys.RUN_JSON}"
         for name in ("input", "settings", "keys"):
-            if not isinstance(told.get(name), dict):
+            if not isinstance(content.get(name), dict):
                 raise DamagedError.of(url, f"it holds no object '{name}'")
-        return told
+        return content
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a JSON file, whole or not at all, with its checksum."""
+        """Write a JSON file atomically, with its checksum."""
         self.storage.write_atomic(name, seal(value))
 
     def free_disk(self) -> int:
-        """Return the bytes that this directory may take in all."""
+        """Return the bytes that this directory may occupy: free disk space, and what its files occupy already."""
         if not self.storage.is_local:
             return 2**62
         folder = Path(self.storage.root)
-        while not folder.is_dir():  # the nearest that exists
+        while not folder.is_dir():  # the nearest existing parent
             folder = folder.parent
         used = sum(self.storage.list().values()) if self.storage.exists() else 0
         return shutil.disk_usage(folder).free + used
@@ -122,12 +135,14 @@ class RunDirectory:
         *,
         sizes: Mapping[str, int] | None = None,
     ) -> None:
-        """Write a shard's marker, with facts for `facts` to give back; the shard's files must be complete.
+        """Write the marker of a shard, whose files must be complete.
 
         Parameters
         ----------
+        facts
+            Results of the shard to keep in its marker, as JSON; the method `facts` returns them.
         sizes
-            Bytes of the files, by path, where the caller knows them; else they are asked for.
+            Sizes of the files in bytes by path, if the caller knows them; otherwise they are looked up.
         """
         sizes = dict(sizes or self.storage.sizes(shard.files))
         marker = {"key": key, "attempt": _attempt(), "bytes": sum(sizes.values()), "files": sizes}
@@ -137,7 +152,7 @@ class RunDirectory:
         events.wrote(self.name, stage, sum(sizes.values()))
 
     def facts(self, stage: str, shard: Shard) -> dict[str, Any]:
-        """Return the facts that were put into a finished shard's marker."""
+        """Return the facts in the marker of a finished shard."""
         return dict(self.read_json(f"{keys.DONE}/{stage}/{shard.name}.json")["facts"])
 
     def unmark(self, stage: str) -> None:
@@ -145,7 +160,7 @@ class RunDirectory:
         self.storage.delete(f"{keys.DONE}/{stage}")
 
     def done_key(self, stage: str) -> str | None:
-        """Return the key of a stage's markers; none if there are none, or none can be read."""
+        """Return the key in the first readable marker of a stage; `None` if there is no such marker."""
         for name in self.storage.list(f"{keys.DONE}/{stage}"):
             try:
                 return str(self.read_json(name)["key"])
@@ -154,25 +169,25 @@ class RunDirectory:
         return None
 
     def pending(self, stage: str, key: str, shards: Sequence[Shard]) -> list[Shard]:
-        """Return the shards still to be done: without a marker of this key, or with files missing or cut short.
+        """Return the unfinished shards: those without a marker of this key, and those with missing or truncated files.
 
         Raises
         ------
         RunError
-            There are some, and only a later stage is to be run.
+            A shard is unfinished, but only a later stage is to be run (`before`).
         """
         return self.pending_and_there(stage, key, shards)[0]
 
     def pending_and_there(self, stage: str, key: str, shards: Sequence[Shard]) -> tuple[list[Shard], Collection[str]]:
-        """Return what `pending` does, and the files that lie in the stores of the shards."""
+        """Return the result of `pending`, and the paths of all files in the stores of the shards."""
         markers = self.storage.list(f"{keys.DONE}/{stage}")
         tops = sorted({name.split("/")[0] for shard in shards for name in shard.files})
         sizes: dict[str, int] = {}
         for top in tops:
             sizes.update(self.storage.list(top))
         names = {shard.name: f"{keys.DONE}/{stage}/{shard.name}.json" for shard in shards}
-        told = self.storage.read_all([name for name in names.values() if name in markers])
-        todo = [shard for shard in shards if not _is_done(key, shard, told.get(names[shard.name]), sizes)]
+        contents = self.storage.read_all([name for name in names.values() if name in markers])
+        todo = [shard for shard in shards if not _is_done(key, shard, contents.get(names[shard.name]), sizes)]
         if todo and self.before:
             msg = f"stage {stage!r} of {self.url} is not finished; run it before {self.before!r}, or the whole job"
             raise RunError(msg)
@@ -181,27 +196,28 @@ class RunDirectory:
         return todo, sizes.keys()
 
     def refuse_unwritable(self) -> None:
-        """Raise `RunError` where nothing can be written: on a web server, at a file or below one."""
+        """Raise `RunError` if the address is on a web server, is a file, or is below a file."""
         if self.storage.is_read_only:
             msg = f"{self.url} can only be read; choose a folder or an object store (s3://, gs://, az://) to write to"
             raise RunError(msg)
         if not self.storage.is_local:
             return
-        there = next(path for path in (Path(self.storage.root), *Path(self.storage.root).parents) if path.exists())
-        if not there.is_dir():
-            msg = f"{self.url} cannot be made: {there} is a file and no folder; choose another --out"
+        root = Path(self.storage.root)
+        existing = next(path for path in (root, *root.parents) if path.exists())
+        if not existing.is_dir():
+            msg = f"{self.url} cannot be created: {existing} is a file and no folder; choose another --out"
             raise RunError(msg)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory's one lock; `RunError` where another live process holds it."""
+        """Hold the lock of the directory in the `with` block; raise `RunError` if another live process holds it."""
         self.refuse_unwritable()
         with file_lock(self.storage) if self.storage.is_local else lease(self.storage), self._deleting_damage():
             yield
 
     @contextmanager
     def _deleting_damage(self) -> Iterator[None]:
-        """Delete a file of this directory that turns out to be damaged, so that the same command makes it again."""
+        """Delete a file of this directory that the block finds damaged, so that the same command makes it again."""
         try:
             yield
         except DamagedError as error:
@@ -211,10 +227,10 @@ class RunDirectory:
             raise DamagedError(error.what, error.url, "the same command makes it again") from error
 
     def remove_damaged(self, name: str) -> None:
-        """Delete a damaged file that the run made, and whatever must be rebuilt with it.
+        """Delete a damaged file that the run made, and the files that must be rebuilt with it.
 
-        A checkpoint takes all checkpoints with it. The metadata of an array takes a chunk with it, since some stages
-        write metadata only if there is work. Files that the run did not make stay.
+        With a checkpoint, all checkpoints are deleted. With the metadata of an array, one of its chunks is deleted,
+        since some stages write metadata only if they have shards to do. Files that the run did not make are kept.
         """
         top = name.partition("/")[0]
         if top == keys.SPACES_DIR:
@@ -225,7 +241,7 @@ class RunDirectory:
             self.storage.delete(keys.TRAIN_DIR)
         elif top in keys.MADE:
             file = ArrayFile.of(name)
-            # A chunk that never was is one that damaged metadata asks for.
+            # A damaged chunk that does not exist is one that damaged metadata claims.
             if file and (file.chunk is None or not self.storage.exists(name)):
                 array = f"{file.store}/{file.array}"
                 chunks = (other for other in self.storage.list(array) if not other.endswith("zarr.json"))
@@ -236,7 +252,15 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """A file of an array of a run, by its name below the run directory; no chunk: its metadata."""
+    """A file of an array of a run.
+
+    Attributes
+    ----------
+    store, array
+        Name of the store in the run directory, and path of the array in the store.
+    chunk
+        Position of the file's chunk (or shard) in the array; `None` for the file of the metadata.
+    """
 
     store: str
     array: str
@@ -244,18 +268,26 @@ class ArrayFile:
 
     @classmethod
     def of(cls, name: str) -> ArrayFile | None:
-        """Return what a name means; none for a file of no array."""
-        found = re.fullmatch(r"([^/]+\.zarr)/(.+?)/(zarr\.json|c((?:/\d+)*))", name)
-        if found is None:
+        """Parse a path below the run directory; `None` for a file that belongs to no array."""
+        match = re.fullmatch(r"([^/]+\.zarr)/(.+?)/(zarr\.json|c((?:/\d+)*))", name)
+        if match is None:
             return None
-        place = None if found[4] is None else tuple(int(part) for part in found[4].split("/")[1:])
-        return cls(found[1], found[2], place)
+        chunk = None if match[4] is None else tuple(int(part) for part in match[4].split("/")[1:])
+        return cls(match[1], match[2], chunk)
 
 
-def _is_done(key: str, shard: Shard, told: bytes | None, sizes: Mapping[str, int]) -> bool:
-    """Return whether a shard's marker is one of this key, and the files that it lists have the sizes it lists."""
+def _is_done(key: str, shard: Shard, data: bytes | None, sizes: Mapping[str, int]) -> bool:
+    """Return whether a shard's marker has this key and lists the shard's files with the sizes that they have.
+
+    Parameters
+    ----------
+    data
+        Bytes of the marker; `None` if there is none.
+    sizes
+        Sizes of the existing files by path.
+    """
     try:
-        marker = unseal(told or b"{}", "")
+        marker = unseal(data or b"{}", "")
         files = dict(marker.get("files", {}))
     except (DamagedError, ValueError, TypeError):
         return False
@@ -264,7 +296,7 @@ def _is_done(key: str, shard: Shard, told: bytes | None, sizes: Mapping[str, int
 
 
 def _attempt() -> int:
-    """Return which attempt of its Ray task this is; 0 outside Ray."""
+    """Return the number of the current Ray task's attempt; 0 for the first one and outside Ray."""
     if "ray" not in sys.modules:
         return 0
     import ray

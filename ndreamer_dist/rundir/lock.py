@@ -1,4 +1,4 @@
-"""Hold the one lock of a run directory: `flock` on a local disk, a renewed lease on object storage."""
+"""Hold the one lock of a run directory: `flock` on a local disk, a renewed lease on storage without locks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ndreamer_dist import keys
 from ndreamer_dist.errors import RunError, StoreError
 from ndreamer_dist.settings import canonical_json
-from ndreamer_dist.storage.files import Storage
+from ndreamer_dist.storage.files import NO_LOCKS, Storage
 from ndreamer_dist.storage.retries import hurry
 
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 120.0
-"""A lock on object storage that was not renewed for this long is taken over."""
+"""Lifetime of a lease; a lease that was not renewed for this long may be taken over."""
 LOOKS = 40
-"""How often a waiting run reads the lock; the holder renews it a tenth as often."""
+"""Number of times that a waiting run reads the lock in a lease's lifetime; the holder renews it four times."""
 
 
 def _holder() -> dict[str, Any]:
@@ -36,7 +36,7 @@ def _holder() -> dict[str, Any]:
 
 
 def _process_space() -> str:
-    """Return what tells this container's process ids from those of others; empty where the system does not tell."""
+    """Return the name of this process's PID namespace, which tells containers apart; empty if it cannot be read."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -49,55 +49,68 @@ def _locked_message(storage: Storage, holder: str) -> str:
 
 @contextmanager
 def file_lock(storage: Storage) -> Iterator[None]:
-    """Lock a local directory by `flock`, which the system lets go when its holder dies, however it dies."""
+    """Lock a local directory with `flock`, which the system releases whenever and however the holder ends.
+
+    On a file system without locks, as some clusters mount theirs, it is locked with a lease.
+
+    Raises
+    ------
+    RunError
+        Another run holds the lock.
+    """
     path = Path(storage.path(keys.LOCK))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+") as file, ExitStack() as stack:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.seek(0)
+                raise RunError(_locked_message(storage, file.read().strip() or "unknown")) from None
+            stack.enter_context(lease(storage))
+        else:
             file.seek(0)
-            raise RunError(_locked_message(storage, file.read().strip() or "unknown")) from None
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps(_holder()))
-        file.flush()
+            file.truncate()
+            file.write(json.dumps(_holder()))
+            file.flush()
         yield
 
 
 def _lease_in(storage: Storage, name: str = keys.LOCK) -> dict[str, Any]:
-    """Return the lease that a file holds, by default the lock; empty if there is none that can be read."""
+    """Return the lease in a file, by default in the lock; empty if the file is missing or unreadable."""
     try:
         return dict(json.loads(storage.read_if_there(name) or b"{}"))
-    except ValueError:
+    except (ValueError, TypeError):
         return {}
 
 
 def _seconds_left(held: Mapping[str, Any]) -> float:
-    """Return the seconds that a lease still lasts; at most those of a new one, however the clocks differ."""
+    """Return the remaining seconds of a lease; at most a whole lifetime, even if the holder's clock is ahead."""
     return min(LEASE_SECONDS, float(held.get("time", 0)) + LEASE_SECONDS - time.time())
 
 
 def _is_of_here(held: Mapping[str, Any]) -> bool:
-    """Return whether a lease's holder is of this machine and container, so that its process can be seen."""
+    """Return whether the holder of a lease is in this container on this machine, so that its process is visible."""
     return bool(held.get("space")) and (held.get("host"), held["space"]) == (socket.gethostname(), _process_space())
 
 
 def _is_held(held: Mapping[str, Any]) -> bool:
-    """Return whether the holder of a lease may be alive; on this machine and in this container, whether its process is."""
+    """Return whether a lease has time left and its holder may be alive; a visible holder must have a process."""
     gone = _is_of_here(held) and not Path(f"/proc/{held.get('pid')}").exists()
     return _seconds_left(held) > 0 and not gone
 
 
 def _await_holder(storage: Storage) -> dict[str, Any]:
-    """Wait until a lease is let go or has run out, so that a retry on another machine goes on after a killed run.
+    """Wait until the lease is released or expires, so that a killed run can be continued on another machine.
 
-    Returns the lease that has run out; nothing where there is none.
+    Returns
+    -------
+    The expired lease; empty if there is none.
 
     Raises
     ------
     RunError
-        The holder lives: it can be seen, or it renews the lease meanwhile.
+        The holder is alive: its process is visible, or it renewed the lease while this run waited.
     """
     first = held = _lease_in(storage)
     seconds = _seconds_left(first)
@@ -114,7 +127,7 @@ def _await_holder(storage: Storage) -> dict[str, Any]:
 
 
 class _Lease:
-    """A lease on a remote directory: a file that its holder renews, and that says who the holder is."""
+    """A lease on a directory: a file that names the holder and that the holder renews."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -122,7 +135,7 @@ class _Lease:
         self.lost = False
 
     def is_ours(self) -> bool:
-        """Return whether the lock names this holder."""
+        """Return whether the lock on the store is this lease."""
         return _lease_in(self._storage).get("token") == self._token
 
     def write(self) -> None:
@@ -133,16 +146,16 @@ class _Lease:
         return json.dumps(_holder() | {"token": self._token}).encode()
 
     def take(self, expired: Mapping[str, Any]) -> None:
-        """Write the lock in place of one that has run out, unless another run writes it at the same moment.
+        """Replace an expired lock by this one, unless another run takes it at the same moment.
 
-        A run first announces itself in a file of its own, then looks for other announcements and for a lock. Of two
-        runs, the one that announces itself later sees the other's announcement or, once that is gone, its lock; so
-        never do both go on.
+        A run first announces itself in a file of its own and then looks for other announcements and for a lock. Of two
+        runs, the one that announces itself later sees either the announcement of the other or, if that has been
+        deleted, its lock. So at most one of them continues.
 
         Raises
         ------
         RunError
-            Another run holds the lock, or is about to.
+            Another run holds the lock or is taking it.
         """
         own = f"{keys.LOCK_ANNOUNCED}/{self._token}"
         self._storage.write_atomic(own, self._content())
@@ -156,14 +169,14 @@ class _Lease:
             self._storage.delete_file(own)
 
     def renew_until(self, stop: threading.Event) -> None:
-        """Renew the lock until `stop`; where another run has taken it over, interrupt this one."""
+        """Renew the lock until `stop` is set; interrupt this run if another one has taken over the lock."""
         while not stop.wait(LEASE_SECONDS / 4):
             try:
                 with hurry():
                     if self.is_ours():
                         self.write()
                         continue
-            except Exception as error:  # noqa: BLE001 - a store that is away for a moment must not end the lease
+            except Exception as error:  # noqa: BLE001 - a temporary failure must not end the lease
                 logger.warning("the lock of %s could not be renewed; trying again (%s)", self._storage.url, error)
                 continue
             self.lost = True
@@ -172,7 +185,7 @@ class _Lease:
 
 
 def _interrupt() -> None:
-    """Interrupt the main thread; where Ctrl-C is ignored, as under nohup, at its next step in Python."""
+    """Raise `KeyboardInterrupt` in the main thread, even where SIGINT is ignored, as under nohup."""
     if callable(signal.getsignal(signal.SIGINT)):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         return
@@ -182,12 +195,12 @@ def _interrupt() -> None:
 
 @contextmanager
 def lease(storage: Storage) -> Iterator[None]:
-    """Lock a remote directory by a lease that is renewed while its holder lives.
+    """Lock a directory with a lease that a thread renews during the `with` block.
 
     Raises
     ------
     RunError
-        Another run holds the lock, or took it over because this one could not renew it.
+        Another run holds the lock, or took it over because this run could not renew it.
     """
     held, stop = _Lease(storage), threading.Event()
     held.take(_await_holder(storage))
@@ -207,7 +220,7 @@ def lease(storage: Storage) -> Iterator[None]:
 
 
 def _let_go(storage: Storage, is_ours: Callable[[], bool]) -> None:
-    """Delete a lease; where the store does not answer it runs out by itself, and must not hide why the run ended."""
+    """Delete the lock if it is ours; if the store fails, only warn, since the lease expires by itself."""
     try:
         with hurry():
             if is_ours():

@@ -1,7 +1,7 @@
-"""Drive a stage: find the shards to do, do them, and mark them.
+"""Drive a stage: find its unfinished shards, do them and mark them.
 
-Where all shards are missing, it deletes what another key left and the stage begins anew. Where some are missing, it does
-these alone. `planning/stages.py` lists the stages.
+If no shard is finished, what an earlier key left is deleted and the stage starts anew. Otherwise only the unfinished
+shards are done. `planning/stages.py` lists the stages.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from ndreamer_dist.rundir.directory import RunDirectory, Shard
 
 @dataclass(frozen=True)
 class StageRun:
-    """A stage of a run, under its key; cheap to make, safe to send to a task."""
+    """A stage of a run with its key; cheap to create and safe to send to a task."""
 
     run: RunDirectory
     name: str
     key: str
 
     def begin(self, shards: Sequence[Shard], stale: Sequence[str] = ()) -> list[Shard]:
-        """Return the shards that are to be done.
+        """Return the unfinished shards of the stage.
 
         Parameters
         ----------
         stale
-            Files and folders, in the stores of the shards, that are deleted if no shard is done under this key.
+            Files and folders in the stores of the shards, which are deleted if no shard is finished under this key.
         """
         todo, there = self.run.pending_and_there(self.name, self.key, shards)
         if todo and len(todo) == len(shards):
             self.run.unmark(self.name)
             for name in stale:
-                if any(f"{file}/".startswith(f"{name}/") for file in there):  # on object storage each look costs
+                if any(f"{file}/".startswith(f"{name}/") for file in there):  # a delete in vain costs requests
                     self.run.storage.delete(name)
         return todo
 
@@ -58,12 +58,14 @@ class StageRun:
         title: str = "",
         num_gpus: float = 0,
     ) -> None:
-        """Do shards as tasks of a runtime, `function(shard.task, *shared)` each, and mark each when it is done.
+        """Call `function(shard.task, *shared)` for every shard, as tasks of a runtime; each task marks its shard.
 
         Parameters
         ----------
         title
-            Of the progress bar; the stage's name by default.
+            Title of the progress bar; by default the name of the stage.
+        num_gpus
+            GPUs that every task needs.
         """
         for _ in runtime.map(_Task(self, function), shards, *shared, title=title or self.name, num_gpus=num_gpus):
             pass
@@ -71,7 +73,7 @@ class StageRun:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a task does with a shard; it loads what its function does (see `executor.loads`)."""
+    """The work of a task: do one shard and mark it. It imports what its function imports (see `executor.loads`)."""
 
     stage: StageRun
     function: Callable[..., object]

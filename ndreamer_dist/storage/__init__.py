@@ -1,1 +1,1 @@
-"""Bytes and arrays, on a disk or an object store; nothing here knows of cells."""
+"""Read and write files and arrays on local disks and object stores; nothing here depends on the method."""

@@ -1,7 +1,8 @@
 """Create, read and write zarr arrays.
 
-Every array is created here, so every chunk ends in a `crc32c`. Every array is read here, so a damaged or missing chunk is
-an error that names store, array and chunk, never a wrong number.
+All arrays of this package are created here, so that every chunk ends in a `crc32c` checksum. They are also read here,
+so that a damaged or missing chunk raises an error that names the store, the array and the chunk, and never becomes a
+wrong number.
 """
 
 from __future__ import annotations
@@ -27,30 +28,30 @@ from ndreamer_dist.storage.retries import ABSENT, reason
 from ndreamer_dist.storage.shards import NOT_WRITTEN, Place, Position, chunks_in, chunks_of_shard, crc32c, read_chunks
 
 METADATA_SEAL = "ndreamer_sha256"
-"""Attribute of arrays that are ours alone: the checksum of their metadata."""
+"""Attribute that holds the checksum of the metadata; only arrays that no other tool changes have it."""
 COMPRESSORS = (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec())
-"""Codec chain of our arrays. The checksum comes last, so it covers the very bytes that are stored.
+"""Codecs of this package's arrays. The checksum comes last, so that it covers the stored bytes.
 
-They are read and written by zarr's own codec pipeline: zarrs 0.2.3 lets flipped bits through when it decodes a whole
-shard, and leaves empty chunks out whatever the setting.
+zarr's own codec pipeline reads and writes the arrays: zarrs 0.2.3 misses flipped bits when it decodes a whole shard,
+and it never writes empty chunks, whatever the setting.
 """
-
-
 MOST_CHUNKS = 2**31
-"""Most chunks of an array; a damaged one that claims more would be walked through for ever."""
+"""Largest number of chunks of an array. Damaged metadata may claim far more, and a loop over them would not end."""
 
 
 class ArrayLayout(TypedDict):
-    """What an array is created with.
+    """Properties of a new array.
 
     Attributes
     ----------
     chunks, shards
-        Shapes of the unit of reading and of the unit of writing (whole chunks; none: a chunk is its own shard).
+        Shapes of the unit of reading and of the unit of writing. A shard holds whole chunks; without `shards`, every
+        chunk is a file of its own.
     fill_value
         0 by default.
     attributes
-        Of an array that other tools read or change too; none: it is ours alone, and its metadata carries a checksum.
+        zarr attributes, for arrays that other tools read or change. `None` means that only this package uses the array;
+        its metadata then carries a checksum.
     """
 
     shape: Sequence[int]
@@ -62,14 +63,15 @@ class ArrayLayout(TypedDict):
 
 
 def create_array(storage: Storage, name: str, **layout: Unpack[ArrayLayout]) -> None:
-    """Write an array's metadata over whatever stood there; its shards are written by their owners, each whole.
+    """Write the metadata of a new array, which replaces any old array; tasks write its shards later.
 
     Parameters
     ----------
     storage, name
-        The store and the array's path in it. No parent's metadata is touched, so the root stays unmade until the end.
+        The store and the array's path in it. The metadata of parent groups is not written, so that the store cannot be
+        opened before the driver writes its root.
     """
-    if storage.is_local:  # on object storage, where each look costs, what stood there is written over or not read
+    if storage.is_local:  # on object storage a listing costs requests; old chunks are overwritten or never read
         storage.delete(name)
     storage.write_atomic(f"{name}/zarr.json", _metadata(**layout))
 
@@ -91,31 +93,31 @@ def _metadata(**layout: Unpack[ArrayLayout]) -> bytes:
     )
     if attributes is not None:
         return bytes(files["zarr.json"].to_bytes())
-    told = json.loads(files["zarr.json"].to_bytes())
-    told["attributes"][METADATA_SEAL] = metadata_digest(told)
-    return json.dumps(told, indent=2).encode()
+    document = json.loads(files["zarr.json"].to_bytes())
+    document["attributes"][METADATA_SEAL] = metadata_digest(document)
+    return json.dumps(document, indent=2).encode()
 
 
-def metadata_digest(told: Mapping[str, Any]) -> str:
-    """Return the checksum of an array's metadata, itself left out."""
-    own = {name: value for name, value in told.get("attributes", {}).items() if name != METADATA_SEAL}
-    text = json.dumps({**told, "attributes": own}, sort_keys=True)
+def metadata_digest(metadata: Mapping[str, Any]) -> str:
+    """Return the checksum of an array's metadata without the checksum attribute itself."""
+    attributes = {name: value for name, value in metadata.get("attributes", {}).items() if name != METADATA_SEAL}
+    text = json.dumps({**metadata, "attributes": attributes}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def opened_with(told: Mapping[str, Any], where: StorePath) -> zarr.AsyncArray[Any]:
-    """Open an array by its metadata, which must be what was written; `ValueError` where it is not."""
-    if told.get("attributes", {}).get(METADATA_SEAL, "") not in ("", metadata_digest(told)):
-        msg = "the metadata's checksum is that of another content"
+def opened_with(metadata: Mapping[str, Any], where: StorePath) -> zarr.AsyncArray[Any]:
+    """Open an array by its metadata; raise `ValueError` if the checksum in the metadata does not fit."""
+    if metadata.get("attributes", {}).get(METADATA_SEAL, "") not in ("", metadata_digest(metadata)):
+        msg = "the checksum of the metadata does not match"
         raise ValueError(msg)
-    metadata: Any = dict(told)
-    return zarr.AsyncArray(metadata, where)
+    document: Any = dict(metadata)
+    return zarr.AsyncArray(document, where)
 
 
 def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
-    """Write the metadata of an array unless it is there already; its chunks stay.
+    """Write the metadata of an array unless the same metadata is already stored; keep its chunks.
 
-    So a stage that was interrupted, or lost a shard, goes on without disturbing what is done.
+    A stage that was interrupted, or that lost a shard, can thus continue with the shards that it has.
     """
     wanted = _metadata(**layout)
     path = f"{name}/zarr.json"
@@ -124,7 +126,7 @@ def ensure_array(storage: Storage, name: str, **layout: Any) -> None:
 
 
 class _Unseen(WrapperStore[Store]):
-    """A store that shows metadata and no chunks: zarr reads a shard before it writes it, and it may be damaged."""
+    """A store that hides its chunks: zarr reads a shard before it overwrites it, and an old shard may be damaged."""
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """See zarr's `Store.get`."""
@@ -132,29 +134,29 @@ class _Unseen(WrapperStore[Store]):
 
 
 def write_part(storage: Storage, name: str, selection: Any, values: np.ndarray[Any, Any]) -> None:
-    """Write the whole shards of a selection by slices, whatever, damaged or not, stood there before."""
+    """Write a selection of whole shards, given as slices; old shards, even damaged ones, are replaced."""
     array = open_array(storage, name, mode="w")
     with _writing(storage, name):
         array[selection] = values
 
 
 def write_chunk(storage: Storage, name: str, position: Position, chunk: np.ndarray[Any, Any]) -> None:
-    """Write one whole chunk, in its full shape, of an array without shards; several times faster than `write_part`."""
+    """Write one chunk, in its full shape, of an array without shards; several times faster than `write_part`."""
     storage.write_atomic(shard_files(name, *position), *_encoded(np.ascontiguousarray(chunk)))
 
 
 def write_shard(storage: Storage, name: str, shard: Position, chunks: Iterable[np.ndarray[Any, Any]]) -> None:
-    """Write one whole shard, chunk by chunk, whatever stood there before.
+    """Write one shard, chunk by chunk; an old shard is replaced.
 
-    Nothing but the encoded chunks is held, and nothing is copied on the way: several times faster than `write_part`,
-    where a shard is many chunks.
+    Only the encoded chunks are held in memory and values are not copied. For a shard of many chunks this is several
+    times faster than `write_part`.
 
     Parameters
     ----------
     shard
-        Its position in the array's grid of shards.
+        Position of the shard in the array's grid of shards.
     chunks
-        The chunks of the shard, in the order of the grid, less what of them lies outside the array.
+        The chunks of the shard in C order of the grid. A chunk at the array's end holds only the part inside the array.
     """
     array = open_array(storage, name, mode="w")
     index = np.full([*chunks_of_shard(array), 2], NOT_WRITTEN, dtype="<u8")
@@ -169,7 +171,7 @@ def write_shard(storage: Storage, name: str, shard: Position, chunks: Iterable[n
 
 
 def _padded(values: np.ndarray[Any, Any], array: zarr.Array[Any]) -> np.ndarray[Any, Any]:
-    """Return a chunk in its full shape: beyond the array's end it holds the fill value."""
+    """Return a chunk padded to its full shape with the fill value."""
     missing = [(0, size - length) for size, length in zip(array.chunks, values.shape, strict=True)]
     if not any(after for _, after in missing):
         return np.ascontiguousarray(values, dtype=array.dtype)
@@ -177,14 +179,14 @@ def _padded(values: np.ndarray[Any, Any], array: zarr.Array[Any]) -> np.ndarray[
 
 
 def _encoded(chunk: np.ndarray[Any, Any]) -> tuple[bytes, bytes]:
-    """Return a chunk as `COMPRESSORS` encodes it, its checksum apart."""
+    """Return a chunk as `COMPRESSORS` encodes it: the compressed bytes, and their checksum."""
     body = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE, typesize=chunk.itemsize).encode(chunk)
     return body, crc32c(body)
 
 
 @contextmanager
 def _writing(storage: Storage, name: str) -> Iterator[None]:
-    """Name the array that was being written in an error of the system."""
+    """Convert an `OSError` of the block to a `StoreError` that names the array."""
     try:
         yield
     except OSError as error:
@@ -193,19 +195,23 @@ def _writing(storage: Storage, name: str) -> Iterator[None]:
 
 
 def open_array(storage: Storage, name: str, *, mode: str = "r") -> zarr.Array[Any]:
-    """Open an array by its path; `StoreError` names it where it is missing or its metadata cannot be read.
+    """Open an array by its path.
 
     Parameters
     ----------
     mode
-        `r`, `r+`, or `w` to write whole shards only, without a look at what stands there.
+        `r` to read, `r+` to read and write, `w` to write whole shards without reading the old ones.
+
+    Raises
+    ------
+    StoreError
+        The array is missing, or its metadata cannot be read.
     """
     try:
         store = _Unseen(storage.store(name)) if mode == "w" else storage.store(name, read_only=mode == "r")
-        known = storage.node(name) if mode == "r" else None
-        if known is None:
-            known = storage.metadata(name)
-        array = sensible(zarr.Array(opened_with(known, StorePath(store))))
+        cached = storage.node(name) if mode == "r" else None
+        metadata = storage.metadata(name) if cached is None else cached
+        array = sensible(zarr.Array(opened_with(metadata, StorePath(store))))
         return array if mode == "r" else _writable(array)
     except StoreError:
         raise
@@ -214,7 +220,7 @@ def open_array(storage: Storage, name: str, *, mode: str = "r") -> zarr.Array[An
 
 
 def unopened(where: Place, error: Exception) -> StoreError:
-    """Return what to raise where an array cannot be opened: its metadata is damaged, or may not be read."""
+    """Return the error to raise for an array that cannot be opened: a damaged one, or one that cannot be reached."""
     what = f" cannot be opened ({type(error).__name__}: {error})"
     if isinstance(error, OSError) and not isinstance(error, ABSENT):
         return StoreError(f"{where}{what}")
@@ -222,7 +228,7 @@ def unopened(where: Place, error: Exception) -> StoreError:
 
 
 def sensible(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """Refuse an array whose metadata cannot be true: it comes from a file."""
+    """Return an array; raise `ValueError` if its metadata, which may be damaged, cannot be true."""
     if min((*array.chunks, *(array.shards or ())), default=1) < 1:
         msg = f"its chunks are {array.chunks}"
         raise ValueError(msg)
@@ -233,31 +239,31 @@ def sensible(array: zarr.Array[Any]) -> zarr.Array[Any]:
 
 
 def _writable(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """Return an array that stores empty chunks too, so that a missing one can be told from one full of zeros."""
+    """Return an array that also stores chunks of fill values, so that a missing chunk is always an error."""
     return array.with_config({"write_empty_chunks": True})
 
 
 def shard_files(name: str, *positions: int) -> str:
-    """Return the path, below the store, of the shard (or unsharded chunk) at a position of an array."""
+    """Return the path, below the store, of the shard at a position; of the chunk where an array has no shards."""
     return f"{name}/c/{'/'.join(str(p) for p in positions)}" if positions else f"{name}/c"
 
 
 def array_files(*names: str, axes: int = 1) -> tuple[str, ...]:
-    """Return the paths, below the store, of arrays of one shard each: their metadata and their values."""
+    """Return the files, below the store, of arrays of one shard each: metadata and values of every array."""
     return tuple(path for name in names for path in (f"{name}/zarr.json", shard_files(name, *[0] * axes)))
 
 
 def read_array(
     storage: Storage, name: str, selection: Any = ..., *, opened: zarr.Array[Any] | None = None
 ) -> np.ndarray[Any, Any]:
-    """Read a part of an array, or all of it, from the chunks that hold it.
+    """Read an array, or a part of it; only the chunks of that part are read.
 
     Parameters
     ----------
     selection
-        Slices, one per axis (a single slice for the first), or `...` for everything.
+        One slice per axis, a single slice for the first axis, or `...` for the whole array.
     opened
-        The array, where the caller has opened it before; opening takes a request.
+        The array, if the caller has already opened it; opening it takes a request.
 
     Raises
     ------
@@ -270,7 +276,7 @@ def read_array(
     touched, whole = _touched(spans, array.chunks), [values]
 
     def place(position: Position, chunk: np.ndarray[Any, Any]) -> None:
-        if len(touched) == 1 and chunk.shape == values.shape and chunk.flags.owndata:  # it is all that is wanted
+        if len(touched) == 1 and chunk.shape == values.shape and chunk.flags.owndata:  # no copy is needed
             whole[0] = chunk
             return
         cuts = [
@@ -286,22 +292,23 @@ def read_array(
 
 
 def write_array(storage: Storage, name: str, values: np.ndarray[Any, Any], **kwargs: Any) -> None:
-    """Create an array and write all of it: for what is small and has one writer."""
+    """Create an array and write all its values; meant for small arrays with one writer."""
     chunks = kwargs.pop("chunks", values.shape)
     layout: ArrayLayout = {"shape": values.shape, "dtype": values.dtype, "chunks": chunks, **kwargs}  # type: ignore[typeddict-item]
     create_array(storage, name, **layout)
-    known = json.loads(_metadata(**layout))  # written just now, so it need not be read
-    array = _writable(zarr.Array(opened_with(known, StorePath(storage.store(name)))))
+    metadata = json.loads(_metadata(**layout))  # just written, so it need not be read back
+    array = _writable(zarr.Array(opened_with(metadata, StorePath(storage.store(name)))))
     with _writing(storage, name):
         array[...] = values
 
 
 def touched_shards(array: zarr.Array[Any], selection: Any) -> list[Position]:
-    """Return the positions of the shards (chunks where there are none) that a selection by slices touches."""
+    """Return the positions of the shards that a selection of slices touches; of chunks if there are no shards."""
     return _touched(_spans(array, selection), array.shards or array.chunks)
 
 
 def _touched(spans: Sequence[range], unit: Sequence[int]) -> list[Position]:
+    """Return the positions, in the grid of a unit's shape, that ranges of places touch."""
     touched = (
         range(span.start // size, -(-span.stop // size) if span.stop > span.start else span.start // size)
         for span, size in zip(spans, unit, strict=True)
@@ -310,11 +317,11 @@ def _touched(spans: Sequence[range], unit: Sequence[int]) -> list[Position]:
 
 
 def _spans(array: zarr.Array[Any], selection: Any) -> list[range]:
-    """Return the first place and the one after the last that a selection by slices means on each axis."""
-    given = [] if selection is ... else list(selection if isinstance(selection, tuple) else (selection,))
-    given += [slice(None)] * (array.ndim - len(given))
-    spans = [range(*part.indices(length)) for part, length in zip(given, array.shape, strict=True)]
+    """Return the range of places that a selection of slices covers on each axis."""
+    parts = [] if selection is ... else list(selection if isinstance(selection, tuple) else (selection,))
+    parts += [slice(None)] * (array.ndim - len(parts))
+    spans = [range(*part.indices(length)) for part, length in zip(parts, array.shape, strict=True)]
     if any(span.step != 1 for span in spans):
-        msg = f"a selection is slices without steps, found {selection!r}"
+        msg = f"expected a selection of slices without steps, found {selection!r}"
         raise ValueError(msg)
     return [range(span.start, max(span.start, span.stop)) for span in spans]

@@ -1,8 +1,8 @@
 """Write and verify checksums (sha256) of files that are not zarr arrays.
 
-A JSON file ends in its own (`seal`, `unseal`); that of another file stands in a JSON file (`digest`, `check_digest`). A
-flipped byte in weights, a checkpoint, a marker or `run.json` is an error that names the file, never a wrong number. Files
-without a checksum, from other versions, are read as they are.
+A JSON file ends in its own checksum (`seal`, `unseal`). The checksum of any other file is an entry of a JSON file
+(`digest`, `check_digest`). A flipped byte in weights, a checkpoint, a marker or `run.json` thus raises an error that
+names the file. Files without a checksum, which other versions wrote, are read unchecked.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ndreamer_dist.storage.files import Storage
 
 SEAL = "sha256"
 WEIGHTS_DIGEST = "weights_sha256"
-"""Entry of model.json: the checksum of the weights, which have none of their own."""
-_TAIL = re.compile(rb',\s*"([^"]{6})": "([0-9a-f]{64})"(\s*)\}\Z')  # any name: it may be damaged
+"""Entry of model.json: the checksum of the weights file, which holds none itself."""
+_TAIL = re.compile(rb',\s*"([^"]{6})": "([0-9a-f]{64})"(\s*)\}\Z')  # any name of six letters: the name may be damaged
 
 
 def digest(data: bytes) -> str:
@@ -29,7 +29,7 @@ def digest(data: bytes) -> str:
 
 
 def seal(value: Mapping[str, Any], *, indent: int | None = 1) -> bytes:
-    """Return a JSON object's text, whose last entry is the checksum of the text before it."""
+    """Return the text of a JSON object, with the checksum of that text as an added last entry."""
     text = json.dumps(dict(value), indent=indent, sort_keys=True).encode()
     end = b"}" if indent is None else b"\n}"
     space = b" " if indent is None else b"\n" + b" " * indent
@@ -37,40 +37,40 @@ def seal(value: Mapping[str, Any], *, indent: int | None = 1) -> bytes:
 
 
 def unseal(data: bytes, url: str) -> dict[str, Any]:
-    """Return the JSON object that `seal` made a file of.
+    """Return the JSON object in a text of `seal`, without the checksum.
 
     Raises
     ------
     DamagedError
-        It is no JSON object, or not the one that was written; the message names the file.
+        The text is not a JSON object, or its checksum does not fit; the message names the file.
     """
     try:
         value = dict(json.loads(data))
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedError.of(url, error) from error
-    told, found = value.pop(SEAL, None), _TAIL.search(data)
-    if found or told is not None:
-        text = data[: found.start()] + found[3] + b"}" if found else b""
-        if told != digest(text):
-            raise DamagedError.of(url, "its checksum is that of another content")
+    checksum, entry = value.pop(SEAL, None), _TAIL.search(data)
+    if entry or checksum is not None:
+        text = data[: entry.start()] + entry[3] + b"}" if entry else b""
+        if checksum != digest(text):
+            raise DamagedError.of(url, "its checksum does not match")
     return value
 
 
-def check_digest(data: bytes, told: str | None, url: str) -> bytes:
-    """Return a file's bytes; `DamagedError` if `told`, where there is one, is not their sha256."""
-    if told is not None and digest(data) != told:
+def check_digest(data: bytes, expected: str | None, url: str) -> bytes:
+    """Return a file's bytes; raise `DamagedError` if their sha256 is not `expected` (`None`: not checked)."""
+    if expected is not None and digest(data) != expected:
         raise DamagedError.of(url, "its sha256 is not the one that was written down")
     return data
 
 
 def read_model(storage: Storage) -> tuple[dict[str, Any], bytes]:
-    """Return what `model/` says of a network, and its weights, checked.
+    """Return the description of a network (`model/model.json`) and the bytes of its weights, both verified.
 
     Raises
     ------
     DamagedError
-        One of the two files is not what was written.
+        One of the two files is damaged.
     """
-    told = unseal(storage.read(keys.MODEL_JSON), f"{storage.url}/{keys.MODEL_JSON}")
+    model = unseal(storage.read(keys.MODEL_JSON), f"{storage.url}/{keys.MODEL_JSON}")
     weights = storage.read(keys.MODEL_WEIGHTS)
-    return told, check_digest(weights, told.get(WEIGHTS_DIGEST), f"{storage.url}/{keys.MODEL_WEIGHTS}")
+    return model, check_digest(weights, model.get(WEIGHTS_DIGEST), f"{storage.url}/{keys.MODEL_WEIGHTS}")

@@ -1,4 +1,4 @@
-"""Count and log the bytes that a query reads of a store."""
+"""Count and log the bytes that a query reads from a store."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _P = ParamSpec("_P")
 _Answer = TypeVar("_Answer")
 _Reader = TypeVar("_Reader")
 _in_query: ContextVar[bool] = ContextVar("in_query", default=False)
-"""Whether this thread is in a query, whose own queries say nothing."""
+"""Whether this thread is inside a query; a query that another query calls is not logged."""
 
 
 def counted(query: Callable[Concatenate[_Reader, _P], _Answer]) -> Callable[Concatenate[_Reader, _P], _Answer]:
-    """Make a query keep what it read as `last_read`, and log it unless another query called it."""
+    """Decorate a method that reads a store: keep its counts as `_last_read`, and log them for the outermost query."""
 
     @functools.wraps(query)
     def counting_query(self: _Reader, *args: _P.args, **kwargs: _P.kwargs) -> _Answer:

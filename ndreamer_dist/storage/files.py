@@ -1,11 +1,13 @@
 """Read, write, list and delete files at an address: a path, `s3://`, `gs://`, `az://` or `https://` (read-only).
 
-`Storage` is a root address with five verbs (exists, read, write_atomic, list, delete), so that a local disk and an object
-store share one code path. It has no rename. A log grows by `append_at`, which an object store has to do by writing anew.
+`Storage` is an address with five verbs (exists, read, write_atomic, list, delete), so that local disks and object
+stores share one code path. There is no rename, since object stores have none. `append_at` appends to a log; on object
+storage it writes the whole file again.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -37,12 +39,14 @@ from ndreamer_dist.storage.retries import (
 from ndreamer_dist.storage.shards import HttpStore, Reads, count
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
-"""The extra of this package that brings what an address needs."""
+"""Extra of this package that installs the file system of a protocol."""
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524})
+"""Error numbers of local file systems that do not support locks; 524 is the Linux kernel's ENOTSUPP."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder, local or remote, by its address; cheap to make, safe to pickle."""
+    """A local or remote folder, given by its address; cheap to create and safe to pickle."""
 
     url: str
 
@@ -73,18 +77,18 @@ class Storage:
             msg = f"{self.url} cannot be reached: a package for such addresses is missing: {help_with}"
             raise StoreError(msg) from error
         except ValueError as error:
-            msg = f"{self.url} cannot be reached: {error}; there are paths, s3://, gs://, az:// and https://"
+            msg = f"{self.url} cannot be reached: {error}; expected a path, s3://, gs://, az:// or https://"
             raise StoreError(msg) from error
         return fs, root
 
     @property
     def is_read_only(self) -> bool:
-        """Whether the address is a web server's, which only gives."""
+        """Whether the address is on a web server, which cannot be written to."""
         return self.url.startswith(("http://", "https://"))
 
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
-        """The fsspec file system with its own retries, for callers that use it directly, as Ray Train does."""
+        """The fsspec file system with its own retries, for callers that use it directly, such as Ray Train."""
         return self._connect(options(self.url, own_tries=True))[0]
 
     @property
@@ -96,13 +100,13 @@ class Storage:
         return Storage(f"{self.url}/{name}")
 
     def __getstate__(self) -> dict[str, str]:
-        return {"url": self.url}  # the file system of a process stays in that process
+        return {"url": self.url}  # every process opens its own file system
 
     def __setstate__(self, state: dict[str, str]) -> None:
         object.__setattr__(self, "url", state["url"])
 
     def path(self, name: str) -> str:
-        """Return the file system's path of a name below this folder."""
+        """Return the path of a name below this folder, as the file system spells it."""
         return f"{self.root}/{name}" if name else self.root
 
     def _ask(
@@ -115,7 +119,19 @@ class Storage:
         absent: Any = ABSENT,
         **more: Any,
     ) -> Any:
-        """Make a request of the file system, with retries; an error says what cannot be done with which file."""
+        """Call a method of the file system with retries.
+
+        Parameters
+        ----------
+        name, cannot
+            For the error message: the file, and what cannot be done with it, for example "read".
+        verb
+            Name of the method; the other arguments are passed on.
+        limit
+            Timeout of the whole call in seconds; by default none, or the short one inside `hurry`.
+        absent
+            Exceptions that are answers: they are raised unchanged.
+        """
         fs = self._fs_and_root[0]
 
         def ask() -> Any:
@@ -126,7 +142,7 @@ class Storage:
         return with_retries(fs, self._cannot(name, cannot), ask, absent)
 
     def _cannot(self, name: str, what: str) -> str:
-        """Return how an error about a name begins."""
+        """Return the beginning of an error message about a name."""
         return f"{self.url}/{name} cannot be {what}" if name else f"{self.url} cannot be {what}"
 
     def _refresh(self) -> None:
@@ -134,15 +150,15 @@ class Storage:
         self._fs_and_root[0].invalidate_cache()
 
     def exists(self, name: str = "") -> bool:
-        """Return whether a file or a folder of this name is there."""
+        """Return whether a file or a folder of this name exists."""
         return self._kind(name) is not None
 
     def is_file(self, name: str = "") -> bool:
-        """Return whether a file of this name is there."""
+        """Return whether a file of this name exists."""
         return self._kind(name) == "file"
 
     def _kind(self, name: str) -> str | None:
-        """Return `file` or `directory`; none where there is neither."""
+        """Return `file` or `directory`; `None` if nothing has this name."""
         self._refresh()
         try:
             return str(self._ask(name, "looked for", "info", self.path(name))["type"])
@@ -150,7 +166,7 @@ class Storage:
             return None
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes; `StoreError` where there is none."""
+        """Return a file's bytes; raise `StoreError` if there is no such file."""
         data = self.read_if_there(name)
         if data is None:
             msg = f"{self.url}/{name} does not exist"
@@ -158,12 +174,12 @@ class Storage:
         return data
 
     def read_if_there(self, name: str, *, counted: bool = True) -> bytes | None:
-        """Return a file's bytes; none where there is no such file.
+        """Return a file's bytes; `None` if there is no such file.
 
         Parameters
         ----------
         counted
-            Count it among what a query reads; not what is looked for beside a store, as metadata is not.
+            Add the request to the counts of a query. Metadata, and files beside a store, are not counted.
         """
         data = None
         with suppress(*ABSENT):
@@ -173,11 +189,11 @@ class Storage:
         return data
 
     def metadata(self, name: str) -> dict[str, Any]:
-        """Return the metadata of an array, uncounted as when zarr asks for it; `FileNotFoundError` where there is none."""
+        """Return the metadata of an array, without counting the request; `FileNotFoundError` if there is none."""
         return metadata_of(self.read_if_there(f"{name}/zarr.json", counted=False))
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Return the bytes of those of some files that are there, read side by side."""
+        """Read files concurrently and return their bytes by name; files that do not exist are left out."""
         found: dict[str, bytes] = {}
         left = list(names)
 
@@ -199,23 +215,23 @@ class Storage:
         return {name: found[name] for name in names if name in found}
 
     def _cat(self, paths: list[str]) -> list[Any]:
-        """Return the bytes of files, or the errors that came instead."""
+        """Return, for every path, the file's bytes or the exception of its request."""
         return list(self._fs_and_root[0].cat_ranges(paths, None, None, on_error="return"))
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
-        """Return the bytes of files that are all there, asked for side by side."""
+        """Return the sizes in bytes of files, all of which must exist; the requests are concurrent."""
         what = os.path.commonpath(names) if names else ""
         found = self._ask(what, "looked for", "sizes", [self.path(name) for name in names], absent=())
         return dict(zip(names, map(int, found), strict=True))
 
-    def node(self, name: str) -> dict[str, Any] | None:  # noqa: ARG002 - for those that know
-        """Return the metadata of an array or a group, if it is cached; here it is not."""
+    def node(self, name: str) -> dict[str, Any] | None:  # noqa: ARG002 - subclasses use it
+        """Return the metadata of an array or a group if it is cached, else `None`; this class caches none."""
         return None
 
     def write_atomic(self, name: str, data: bytes, *more: bytes) -> None:
-        """Write a file, of one or more pieces end to end, so that a reader sees all of it or none.
+        """Write a file, given as one or more consecutive pieces, so that a reader sees all of it or nothing.
 
-        An object store does this by itself; on a local disk the bytes go to a neighbour that takes the name at the end.
+        Object stores write atomically. On a local disk a temporary file is renamed at the end.
         """
         target = self.path(name)
         if not self.is_local:
@@ -229,7 +245,7 @@ class Storage:
             raise StoreError(msg) from error
 
     def list(self, name: str = "") -> dict[str, int]:
-        """Return every file below a name with its size in bytes, in one listing; empty where there is nothing."""
+        """List the files below a name: size in bytes by path, sorted; empty if there are none."""
         top, cut = self.path(name), len(self.root) + 1
         if self.is_local:
             try:
@@ -242,27 +258,40 @@ class Storage:
             found = self._ask(name, "listed", "find", top, detail=True)
         except ABSENT:
             found = {}
-        # s3fs answers with the folder itself where its first file comes between two of its requests.
+        # s3fs returns the folder itself if its first file is written between two of its requests.
         files = {path: entry for path, entry in found.items() if entry.get("type") != "directory"}
         return {path[cut:]: int(entry["size"] or 0) for path, entry in sorted(files.items())}
 
     def delete(self, name: str = "") -> None:
-        """Delete a file or a folder with all below it; nothing happens where there is none."""
+        """Delete a file, or a folder with all files below it; do nothing if there is none."""
         self._refresh()
         with suppress(*ABSENT):
             self._ask(name, "deleted", "rm", self.path(name), recursive=True)
-            # S3 answers "done" for many files at once, whatever became of each.
+            # S3 reports success for a bulk deletion even if single files could not be deleted.
             if not self.is_local and (left := self.list(name)):
                 msg = f"{self._cannot(next(iter(left)), 'deleted')} (it is still there: is deleting permitted?)"
                 raise StoreError(msg)
 
     def delete_file(self, name: str) -> None:
-        """Delete one file, in one request; nothing happens where there is none."""
+        """Delete one file in one request; do nothing if there is none."""
         with suppress(*ABSENT):
             self._ask(name, "deleted", "rm_file", self.path(name))
 
     def open_file(self, block: int, blocks: int) -> RangedFile:
-        """Open the one file that this address is, to be read by ranges; the last `blocks` blocks are kept."""
+        """Open the file at this address for reading by byte ranges.
+
+        Parameters
+        ----------
+        block
+            Bytes of a block, the unit of requests.
+        blocks
+            Number of the last used blocks that are cached.
+
+        Raises
+        ------
+        StoreError
+            The server cannot send ranges, or does not say how long the file is.
+        """
         fs, root = self._fs_and_root
         what = self._cannot("", "read")
 
@@ -275,11 +304,11 @@ class Storage:
             file.seek(start)
             try:
                 data = bytes(file.read(stop - start))
-            except ValueError as error:  # fsspec's, of a web server that sends all of a file for a part of it
-                msg = f"{what} by ranges (the server sends whole files alone); download it first"
+            except ValueError as error:  # from fsspec: the web server ignores ranges and sends the whole file
+                msg = f"{what} by ranges (the server does not support range requests); download it first"
                 raise StoreError(msg) from error
             if len(data) != stop - start:
-                msg = f"{len(data)} bytes came in place of {stop - start}"
+                msg = f"{len(data)} bytes came instead of {stop - start}"
                 raise ConnectionError(msg)
             count(Reads(requests=1, bytes=len(data)))
             return data
@@ -291,17 +320,17 @@ class Storage:
         return RangedFile(lambda a, b: with_retries(fs, what, lambda: fetch(a, b), ()), int(size), block, blocks)
 
     def version(self) -> str:
-        """Return a text that changes with the file at this address: size, dates and checksums, as the server gives them."""
+        """Return a text that changes whenever the file does: the size, dates and checksums that the server reports."""
         self._refresh()
         try:
-            told = self._ask("", "looked for", "info", self.root)
+            facts = self._ask("", "looked for", "info", self.root)
         except ABSENT:
             msg = f"{self.url} does not exist"
             raise StoreError(msg) from None
-        return str(sorted((name, str(value)) for name, value in told.items()))
+        return str(sorted((name, str(value)) for name, value in facts.items()))
 
     def store(self, name: str = "", *, read_only: bool = False) -> Store:
-        """Return the zarr store of a folder."""
+        """Return the zarr store of a folder below this one, by default of this one."""
         where = self / name if name else self
         if where.is_local:
             return LocalStore(where.root, read_only=read_only)
@@ -312,7 +341,7 @@ class Storage:
 
 
 def _write_whole(target: Path, pieces: Iterable[bytes]) -> None:
-    """Write a local file by a neighbour that takes its name at the end."""
+    """Write a temporary file in the same folder and rename it, so that the target is never incomplete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, neighbour = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
     try:
@@ -326,10 +355,10 @@ def _write_whole(target: Path, pieces: Iterable[bytes]) -> None:
 
 
 def append_at(storage: Storage, name: str, start: int, data: bytes) -> None:
-    """Write `data` behind a file's first `start` bytes; what was behind these, as a killed process's half a line, is gone.
+    """Write `data` after the first `start` bytes of a file; drop what follows them.
 
-    A local file is written in place, at the cost of what is new, but for its beginning, which is there whole or not at all.
-    An object cannot grow: its first bytes are read, and all is written anew.
+    So half a line, written by a process that was killed, is dropped. A local file is extended in place; with `start` 0
+    it is written atomically. An object cannot grow: its first bytes are read and the whole object is written again.
     """
     if not start or not storage.is_local:
         storage.write_atomic(name, storage.read(name)[:start] if start else b"", data)
@@ -346,7 +375,7 @@ def append_at(storage: Storage, name: str, start: int, data: bytes) -> None:
 
 
 def _files_below(top: str) -> Iterator[tuple[str, int]]:
-    """Yield the local files below a folder, or the file itself, with their sizes; a folder that may not be read raises."""
+    """Yield path and size of the local files below a folder, or of the file itself; an unreadable folder raises."""
     with suppress(*ABSENT):
         if not Path(top).is_dir():
             yield top, Path(top).stat().st_size
@@ -356,49 +385,55 @@ def _files_below(top: str) -> Iterator[tuple[str, int]]:
                 if entry.is_dir(follow_symlinks=False):
                     yield from _files_below(entry.path)
                 else:
-                    with suppress(FileNotFoundError):  # it was there a moment ago
+                    with suppress(FileNotFoundError):  # deleted since the folder was listed
                         yield entry.path, entry.stat().st_size
 
 
 class ConsolidatedStorage(Storage):
-    """A finished zarr store, whose root holds the metadata of all below it: arrays open without a request."""
+    """A finished zarr store: its root holds all metadata, so arrays open without further requests."""
 
     @cached_property
     def root_metadata(self) -> dict[str, Any] | None:
-        """The root's `zarr.json`; none where there is none. `StoreError` where it cannot be read."""
-        found = self.read_if_there("zarr.json")
+        """The root's `zarr.json`, or `None` if there is none; raises `StoreError` if it cannot be read."""
+        data = self.read_if_there("zarr.json")
         try:
-            return None if found is None else _root_of(json.loads(found))
+            return None if data is None else _root_of(json.loads(data))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedError.of(self.url + "/zarr.json", error) from error
 
     @property
     def nodes(self) -> dict[str, dict[str, Any]]:
-        """Metadata of every array and group, by path; empty where the root holds none."""
+        """Metadata of every array and group by path; empty if the root holds none."""
         return ((self.root_metadata or {}).get("consolidated_metadata") or {}).get("metadata", {})
 
     def node(self, name: str) -> dict[str, Any] | None:
-        """Return the metadata of an array or a group; none where there is no such."""
+        """Return the metadata of an array or a group; `None` if there is no such node."""
         return self.nodes.get(name)
 
 
-def _root_of(told: Any) -> dict[str, Any]:
-    """Return a root's metadata, where objects are what is read as objects."""
-    nodes = (told.get("consolidated_metadata") or {}).get("metadata", {})
-    for part in (told.get("attributes", {}), *nodes.values()):
+def _root_of(root: Any) -> dict[str, Any]:
+    """Return a root's metadata; raise `TypeError` if its attributes or nodes are not JSON objects."""
+    nodes = (root.get("consolidated_metadata") or {}).get("metadata", {})
+    for part in (root.get("attributes", {}), *nodes.values()):
         if not isinstance(part, dict):
             msg = f"an object is expected, found {type(part).__name__}"
             raise TypeError(msg)
-    return dict(told)
+    return dict(root)
 
 
 def open_storage(address: str | os.PathLike[str] | Storage) -> Storage:
-    """Return the storage of an address; a relative path becomes absolute, since tasks run in other folders."""
+    """Return the storage of an address; a relative path becomes absolute, because tasks run in other folders.
+
+    Raises
+    ------
+    StoreError
+        The address holds control characters, a pattern of file names, or a password.
+    """
     if isinstance(address, Storage):
         return address
     text = os.fspath(address)
     if has_controls(text):
-        msg = f"address {text!r} holds characters that no address has"
+        msg = f"address {text!r} holds control characters"
         raise StoreError(msg)
     if re.match(r"(?!https?:)[^/]*://.*[*?\[\]]", text):
         msg = f"address {text!r} holds one of * ? [ ], which file systems read as a pattern of several names"
@@ -410,7 +445,7 @@ def open_storage(address: str | os.PathLike[str] | Storage) -> Storage:
 
 
 def metadata_of(data: bytes | None) -> dict[str, Any]:
-    """Return the metadata that a `zarr.json` holds; `FileNotFoundError` where there is none."""
+    """Return the metadata in the bytes of a `zarr.json`; raise `FileNotFoundError` for `None`, a missing file."""
     if data is None:
         msg = "there is no zarr.json"
         raise FileNotFoundError(msg)

@@ -1,6 +1,7 @@
-"""Recognise files and folders that are no AnnData store, and name the command that converts them.
+"""Recognise files and folders that are not AnnData stores, and name the command that converts them.
 
-Only the first bytes, the names and the outermost groups are read. Output: a sentence for an error, or nothing.
+Only the first bytes of a file, the file names of a folder and the top-level groups of a store are read. Output: part of
+an error message, or `None`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from ndreamer_dist.storage.files import Storage
 
 HEAD_BYTES = 2048
 MODALITY = "rna"
-"""The modality of a MuData that is read where there are several."""
+"""The modality that is read from a MuData."""
 WEB_PAGE = (b"<!doctype html", b"<html", b"<?xml")
 
 
 def recognised_format(storage: Storage, root: Any = None) -> str | None:
-    """Return what something is that is no AnnData store, and what to do with it; none where nobody can tell.
+    """Return what a file or folder that is no AnnData store is, and how to convert it; `None` if it is unknown.
 
     Parameters
     ----------
     root
-        The outermost group, where it could be opened as HDF5 or zarr.
+        The root group, if the file or folder could be opened as HDF5 or zarr.
     """
     name = posixpath.basename(storage.url.split("?")[0].rstrip("/"))
     if root is not None:
@@ -43,7 +44,7 @@ def _head(storage: Storage) -> bytes:
 
 
 def of_bytes(head: bytes, name: str) -> str | None:
-    """Return what a file is by its first bytes."""
+    """Recognise a file by its first bytes and its name."""
     stem, text = name.split(".")[0] or "cohort", head.lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
         return "a pointer of git-lfs and not the file itself; get it: git lfs pull"
@@ -66,7 +67,7 @@ def of_bytes(head: bytes, name: str) -> str | None:
 
 
 def of_names(names: Iterable[str], name: str) -> str | None:
-    """Return what a folder is by the names in it."""
+    """Recognise a folder by the paths of the files in it."""
     held = sorted(names)
     own = {posixpath.basename(path) for path in held if path.count("/") == 0}
     stem = name.split(".")[0] or "cohort"
@@ -87,7 +88,7 @@ def of_names(names: Iterable[str], name: str) -> str | None:
 
 
 def of_groups(names: list[str], name: str, root: Any) -> str | None:
-    """Return what an HDF5 file or a zarr store is by its outermost groups."""
+    """Recognise an HDF5 file or a zarr store by its top-level groups."""
     stem = name.split(".")[0] or "cohort"
     if "mod" in names:
         held = list(root["mod"])
@@ -109,11 +110,11 @@ def of_groups(names: list[str], name: str, root: Any) -> str | None:
 
 
 def _scanpy(reader: str, name: str, stem: str) -> str:
-    """Return the line that turns a file into an h5ad file by a reader of scanpy."""
+    """Return the shell command that converts a file to h5ad with a reader of scanpy."""
     needs, mended = {
         "read_loom": ("pip install loompy && ", ""),
         "read_10x_h5": ("", "; a.var_names_make_unique()"),
-        "read_10x_mtx": ("", "; a.var_names_make_unique(); a.X = a.X.tocsr()"),  # it is read by columns
+        "read_10x_mtx": ("", "; a.var_names_make_unique(); a.X = a.X.tocsr()"),  # scanpy returns CSC
     }[reader]
     return (
         f'turn it into an h5ad file: {needs}python -c "import scanpy as sc; a = sc.{reader}({name!r}){mended}; '

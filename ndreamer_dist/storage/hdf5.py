@@ -1,11 +1,10 @@
-"""Open HDF5 files that other programs wrote: locked files, damaged files, files with their own filters.
+"""Open HDF5 files that other programs wrote; they may be locked, damaged, or compressed by filters that HDF5 lacks.
 
-Input: a path or a file object. Output: an open `h5py.File`, or an error that says what to do.
+Input: a path. Output: an open `h5py.File`, or an error that says what to do.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.util
 import mmap
@@ -20,9 +19,10 @@ from typing import Any
 import h5py
 
 from ndreamer_dist.errors import CohortError
+from ndreamer_dist.storage.files import NO_LOCKS
 
 HDF5_SECONDS = 60.0
-"""How long HDF5 may take to read the attributes of a suspicious file."""
+"""Seconds that HDF5 may take to read the attributes of a file that looks damaged."""
 WALK = """
 import sys, h5py
 with h5py.File(sys.argv[1], "r") as file:
@@ -30,10 +30,9 @@ with h5py.File(sys.argv[1], "r") as file:
     file.visititems(lambda name, item: dict(item.attrs) and None)
 """
 LOOKED_AT = 2**27
-"""Bytes at the file's beginning and at its end in which heaps are looked at."""
+"""Bytes at the beginning and at the end of a file that are searched for global heaps."""
 HEAP = b"GCOL\x01\0\0\0"
-NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524})
-"""Errors of file systems that know no locks; 524 is the Linux kernel's own ENOTSUPP."""
+"""Signature and version of a global heap, in which HDF5 keeps texts of variable length."""
 
 
 def open_file(path: str, url: str) -> h5py.File:
@@ -42,7 +41,7 @@ def open_file(path: str, url: str) -> h5py.File:
     Raises
     ------
     CohortError
-        Another program holds it open for writing, or HDF5 cannot read it to an end.
+        Another program has the file open for writing, or HDF5 hangs or crashes on the file.
     """
     use_plugins()
     if looks_damaged(path):
@@ -64,21 +63,21 @@ def open_file(path: str, url: str) -> h5py.File:
 
 
 def lock_error(error: BaseException) -> int | None:
-    """Return the number of the system's error where HDF5 could not lock a file; none where something else happened."""
+    """Return the system's error number if an error says that HDF5 could not lock a file; `None` for other errors."""
     match = re.search(r"unable to lock file, errno = (\d+)", str(error))
     return int(match.group(1)) if match else None
 
 
 @lru_cache(maxsize=1)
 def use_plugins() -> None:
-    """Load hdf5plugin where it is installed: HDF5 then reads what its filters wrote."""
+    """Import hdf5plugin if it is installed, so that HDF5 can read data that its filters compressed."""
     if importlib.util.find_spec("hdf5plugin") is not None:
         with suppress(ImportError):
             importlib.import_module("hdf5plugin")
 
 
 def missing_filter(element: Any) -> str | None:
-    """Return the name of a filter that a dataset, or one below a group, needs and HDF5 does not have; else none."""
+    """Return the name of a filter that HDF5 lacks and that a dataset, or one in a group, needs; `None` without one."""
     if isinstance(element, h5py.Dataset):
         return _missing(element)
     lacking: list[str] = []
@@ -101,9 +100,9 @@ def _missing(dataset: h5py.Dataset) -> str | None:
 
 
 def looks_damaged(path: str) -> bool:
-    """Return whether a heap of texts in the file does not add up: HDF5 would go through it for ever.
+    """Return whether a global heap of a file is inconsistent, which can send HDF5 into an endless loop.
 
-    Other damage HDF5 answers with an error.
+    HDF5 reports other damage as an error.
     """
     if not Path(path).is_file() or not Path(path).stat().st_size:
         return False
@@ -114,6 +113,7 @@ def looks_damaged(path: str) -> bool:
 
 
 def _heaps(data: Any, start: int, stop: int) -> list[int]:
+    """Return where global heaps begin in the bytes `start:stop`."""
     places, place = [], data.find(HEAP, start, stop)
     while place >= 0:
         places.append(place)
@@ -122,7 +122,7 @@ def _heaps(data: Any, start: int, stop: int) -> list[int]:
 
 
 def _heap_adds_up(data: Any, start: int) -> bool:
-    """Return whether the objects of a global heap follow each other to its end (HDF5 file format, III.E)."""
+    """Return whether the objects of a global heap fill it without gaps (HDF5 file format, III.E)."""
     end = start + int.from_bytes(data[start + 8 : start + 16], "little")
     if not start + 16 <= end <= len(data):
         return False
@@ -130,7 +130,7 @@ def _heap_adds_up(data: Any, start: int) -> bool:
     while place + 16 <= end:
         index = int.from_bytes(data[place : place + 2], "little")
         size = int.from_bytes(data[place + 8 : place + 16], "little")
-        step = 16 + -(-size // 8) * 8 if index else size  # of free space the size counts its own head
+        step = 16 + -(-size // 8) * 8 if index else size  # the size of free space includes its own header
         if step < 16 or place + step > end:
             return False
         place += step
@@ -138,12 +138,12 @@ def _heap_adds_up(data: Any, start: int) -> bool:
 
 
 def let_another_read(path: str, url: str) -> None:
-    """Read a file's attributes in another process first: in some damaged files HDF5 loops or crashes.
+    """Read a file's attributes in a subprocess first, since HDF5 loops or crashes on some damaged files.
 
     Raises
     ------
     CohortError
-        The other process did not come to an end. What it found beside that is found again, and said better.
+        The subprocess crashed or ran into the timeout. Other errors are left to the reader, which explains them better.
     """
     command = [sys.executable, "-P", "-c", WALK, path]
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)

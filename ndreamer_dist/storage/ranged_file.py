@@ -1,6 +1,6 @@
-"""Read a file on a server as HDF5 reads files: a few bytes in many places, then long stretches.
+"""Read a remote file by blocks, for HDF5, which reads a few bytes in many places and then long stretches.
 
-Whole blocks are fetched, and the last used ones are kept. Adjacent missing blocks are one request.
+Whole blocks are fetched, and the last used ones are cached. Adjacent missing blocks are fetched in one request.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Callable
 
 
 class RangedFile(io.RawIOBase):
-    """A file that is only read.
+    """A read-only file whose blocks are fetched on demand and cached.
 
     Parameters
     ----------
     fetch
-        Returns the bytes `start:stop`.
+        Returns the bytes `start:stop` of the file.
     size
         Bytes of the file.
     block, blocks
-        Bytes of a block, and how many blocks are kept.
+        Bytes of a block, and the number of blocks that are cached.
     """
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int, block: int, blocks: int) -> None:
@@ -29,25 +29,25 @@ class RangedFile(io.RawIOBase):
         self._place = 0
 
     def readable(self) -> bool:
-        """Return that it can be read."""
+        """Return True: the file can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Return that it can be read at any place."""
+        """Return True: the file can be read at any position."""
         return True
 
     def tell(self) -> int:
-        """Return where the next read begins."""
+        """Return the position of the next read."""
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place and return it."""
+        """Set the position of the next read and return it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
         self._place = max(0, base + offset)
         return self._place
 
     def readinto(self, buffer: object) -> int:
-        """Fill a buffer, as far as the file goes, and return how many bytes that were."""
+        """Fill a buffer from the current position and return the number of bytes read; fewer at the file's end."""
         out = memoryview(buffer).cast("B")  # type: ignore[arg-type]
         start, stop = self._place, min(self._place + len(out), self._size)
         if stop <= start:
@@ -62,7 +62,7 @@ class RangedFile(io.RawIOBase):
         return stop - start
 
     def _held(self, numbers: range) -> dict[int, memoryview]:
-        """Return blocks, those that are missing fetched."""
+        """Return blocks by number; fetch those that are not cached."""
         held = {number: self._kept[number] for number in numbers if number in self._kept}
         for first, last in _runs([number for number in numbers if number not in held]):
             data = memoryview(self._fetch(first * self._block, min((last + 1) * self._block, self._size)))
@@ -71,7 +71,7 @@ class RangedFile(io.RawIOBase):
                 held[number] = data[place : place + self._block]
         for number in numbers[-self._most :]:
             if number not in self._kept:
-                self._kept[number] = memoryview(bytes(held[number]))  # a copy, lest it hold on to its neighbours
+                self._kept[number] = memoryview(bytes(held[number]))  # a copy, so that the rest of the run is freed
             self._kept.move_to_end(number)
         while len(self._kept) > self._most:
             self._kept.popitem(last=False)
@@ -79,7 +79,7 @@ class RangedFile(io.RawIOBase):
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """Return the first and last of each run of ascending numbers."""
+    """Return the first and last number of each run of consecutive numbers."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

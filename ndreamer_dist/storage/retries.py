@@ -1,9 +1,9 @@
 """Make requests to object storage and web servers: timeouts, retries and error messages.
 
-One number sets them all, the timeout (`NDREAMER_STORAGE_TIMEOUT`, in seconds). A request is retried if no byte arrives
-for so long, if the server refuses it for the moment (500, 503 and the like), or if its connection breaks. After the fifth
-try, some five and a half timeouts after the first, a `StoreError` names the file and the reason. Errors that waiting
-cannot mend, such as a lost permission, are raised at once.
+All waits follow from one timeout (`NDREAMER_STORAGE_TIMEOUT`, in seconds). A request is retried if no byte arrives
+within the timeout, if the server refuses it temporarily (500, 503 and similar), or if the connection breaks. After the
+fifth try, about five and a half timeouts after the first, a `StoreError` names the file and the reason. Errors that
+waiting cannot mend, such as a lost permission, are raised at once.
 """
 
 from __future__ import annotations
@@ -29,49 +29,49 @@ from ndreamer_dist.errors import SettingsError, StoreError
 
 VARIABLE = "NDREAMER_STORAGE_TIMEOUT"
 TIME_LIMIT = 60.0
-"""Seconds without a byte after which a request fails; a large shard over a slow line sends some all the time."""
+"""Default timeout: seconds without a byte after which a request fails. A large shard on a slow line does not hit it."""
 PAUSES = (1 / 128, 1 / 32, 1 / 8, 1 / 2)
-"""Waits between one try and the next, in time limits: half a second, 2, 8 and 30."""
+"""Waits between tries as parts of the timeout: by default 0.5, 2, 8 and 30 seconds."""
 CONNECT_SECONDS = 20.0
 """Longest wait for a connection."""
 SLOWEST = 2**18
-"""Slowest upload in bytes a second: the whole of it has a timeout, since nothing tells that it stands still."""
+"""Slowest accepted upload in bytes per second. Uploads have a timeout in all, since a stalled one cannot be noticed."""
 HURRY_SECONDS = 10.0
-"""Timeout of requests that the work does not depend on."""
+"""Timeout of requests inside `hurry`."""
 AZURE = frozenset({"az", "abfs", "abfss"})
 SERVED = AZURE | {"s3", "gs", "http", "https"}
-"""Protocols of file systems that ask a server."""
+"""Protocols of file systems that send requests to a server."""
 ABSENT = (FileNotFoundError, NotADirectoryError)
-"""What is raised where there is no such file, and no failure."""
+"""Exceptions that mean that a file does not exist; they are answers and not failures."""
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Answers of a server that may be others a moment later."""
+"""HTTP statuses of temporary failures."""
 BROKEN = frozenset(
     {
         "ConnectionError", "ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteReadError",
         "ServiceRequestError", "ServiceResponseError",
     }
 )  # fmt: skip
-"""Errors of lines and not of files, by the names of their classes: the package of a cloud need not be installed."""
+"""Class names of connection errors; names, because the package that defines a class need not be installed."""
 UNREACHED = frozenset(
     {"ClientConnectorError", "EndpointConnectionError", "ConnectTimeoutError", "ConnectionTimeoutError"}
 )
-"""Those among them of servers that may not exist."""
+"""Class names of errors that also occur if the server does not exist."""
 STRANGER_TRIES = 3
-"""Tries to reach a server of which this process has heard nothing yet: its address may be wrong."""
+"""Tries to reach a server that has never answered this process, since its address may be wrong."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _in_a_hurry: ContextVar[bool] = ContextVar("in_a_hurry", default=False)
-_heard_from: set[str] = set()  # servers that have answered, and buckets
+_heard_from: set[str] = set()  # servers and buckets that have answered this process
 
 
 def time_limit() -> float:
-    """Return the seconds without a byte after which a request is given up.
+    """Return the timeout: seconds without a byte after which a request fails.
 
     Raises
     ------
     SettingsError
-        The environment says something that is no number of seconds.
+        The environment variable is not a positive number.
     """
     text = os.environ.get(VARIABLE, "")
     try:
@@ -85,13 +85,13 @@ def time_limit() -> float:
 
 
 def upload_limit(size: int) -> float:
-    """Return the seconds that an upload may take in all."""
+    """Return the timeout in seconds of a whole upload of `size` bytes."""
     return short_limit() or time_limit() + size / SLOWEST
 
 
 @contextmanager
 def hurry() -> Iterator[None]:
-    """Make requests of this block once and with a short timeout: the work does not depend on them."""
+    """Make the requests of this block only once and with a short timeout; for requests that may fail without harm."""
     token = _in_a_hurry.set(True)
     try:
         yield
@@ -100,17 +100,17 @@ def hurry() -> Iterator[None]:
 
 
 def short_limit() -> float | None:
-    """Return the seconds that any request may take inside `hurry`; none outside."""
+    """Return the timeout in seconds of a whole request inside `hurry`; `None` outside."""
     return min(HURRY_SECONDS, time_limit()) if _in_a_hurry.get() else None
 
 
 def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
-    """Return the options of the file system of an address: timeouts, and no retries of its own.
+    """Return fsspec's options for an address: timeouts, and no retries by the file system itself.
 
     Parameters
     ----------
     own_tries
-        Keep the file system's own retries, for callers that use it directly, as Ray Train does.
+        Keep the file system's own retries, for callers that use it directly, such as Ray Train.
     """
     limit = time_limit()
     connect, protocol = min(limit, CONNECT_SECONDS), url.partition("://")[0]
@@ -119,12 +119,12 @@ def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
         config: dict[str, Any] = {"connect_timeout": connect, "read_timeout": limit}
         if not own_tries:
             config["retries"] = {"mode": "standard", "total_max_attempts": 1}
-        # At more than one it would ask for the size of every object before it reads it whole.
-        asked = {"max_concurrency": 1, "config_kwargs": config | _configured(protocol, "config_kwargs")}
-        return asked if _has_credentials(protocol) else asked | {"anon": True}
+        # With a higher concurrency s3fs asks for the size of every object before it reads the whole object.
+        s3_options = {"max_concurrency": 1, "config_kwargs": config | _configured(protocol, "config_kwargs")}
+        return s3_options if _has_credentials(protocol) else s3_options | {"anon": True}
     if protocol in ("http", "https"):
         return {"client_kwargs": {"timeout": silent} | _configured(protocol, "client_kwargs")}
-    # `without_own_retries` changes a file system, so that whoever wants its own tries needs another than the one that fsspec keeps.
+    # `without_own_retries` changes the instance that fsspec caches, so own retries need an instance of their own.
     apart = {"skip_instance_cache": True} if own_tries else {}
     if protocol in ("gs", "gcs"):
         return {"requests_timeout": silent} | apart
@@ -134,7 +134,7 @@ def options(url: str, *, own_tries: bool = False) -> dict[str, Any]:
 
 
 def _has_credentials(protocol: str) -> bool:
-    """Return whether S3 would be asked as somebody: without credentials a public bucket is still to be read."""
+    """Return whether there are credentials for S3; without them, buckets are read anonymously, as public ones allow."""
     configured = fsspec.config.conf.get(protocol, {}) | fsspec.config.conf.get("s3", {})
     if configured.keys() & {"key", "secret", "token", "anon", "profile", "client_kwargs"}:
         return True
@@ -144,34 +144,34 @@ def _has_credentials(protocol: str) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _found_credentials(environment: tuple[tuple[str, str], ...]) -> bool:  # noqa: ARG001 - what they depend on
+def _found_credentials(environment: tuple[tuple[str, str], ...]) -> bool:  # noqa: ARG001 - key of the cache
     try:
         import botocore.session
-    except ImportError:  # the file system will say what is missing
+    except ImportError:  # the file system raises the error that names the missing package
         return True
     try:
-        known = botocore.session.Session().get_credentials() is not None
-    except Exception:  # noqa: BLE001 - a profile that is not there, say: the file system says it better
+        available = botocore.session.Session().get_credentials() is not None
+    except Exception:  # noqa: BLE001 - such as a missing profile, which the file system explains better
         return True
-    if not known:
-        logger.info("there are no credentials for S3: buckets are asked anonymously, as public ones allow")
-    return known
+    if not available:
+        logger.info("no credentials for S3 found: buckets are read anonymously")
+    return available
 
 
 def _configured(protocol: str, option: str) -> dict[str, Any]:
-    """Return an option that the user has set for fsspec, by its files or the environment."""
+    """Return an option that the user has set for fsspec in its configuration files or the environment."""
     return dict(fsspec.config.conf.get(protocol, {}).get(option, {}))
 
 
 def without_own_retries(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
-    """Switch off the own retries of a file system made with `options`, so that ours do not multiply with them."""
+    """Disable the retries inside a file system made with `options`, which would multiply with those of this module."""
     protocols = set(_protocols(fs))
     if "s3" in protocols:
         fs.retries = 1
     elif "gs" in protocols:
-        fs._request = partial(type(fs)._request.__wrapped__, fs)  # without the decorator that tries again
+        fs._request = partial(type(fs)._request.__wrapped__, fs)  # without its decorator that retries
     elif protocols & AZURE:
-        # adlfs does not pass retries on, and passes timeouts on for reads and writes of data alone.
+        # adlfs does not pass on the number of retries, and passes timeouts on only for reading and writing data.
         client, once = fs.service_client, {"retry_total": 0} | options("az://")
         fs.service_client = type(client)(client.url, credential=client.credential, **once)
     return fs
@@ -182,7 +182,7 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 
 def _pauses(fs: fsspec.AbstractFileSystem) -> tuple[float, ...]:
-    """Return the waits between tries, in seconds; none in a hurry, nor where there is no server."""
+    """Return the waits between tries in seconds; empty, hence no retry, inside `hurry` and for local files."""
     if _in_a_hurry.get() or not SERVED & set(_protocols(fs)):
         return ()
     limit = time_limit()
@@ -190,23 +190,23 @@ def _pauses(fs: fsspec.AbstractFileSystem) -> tuple[float, ...]:
 
 
 class Tries:
-    """The attempts of one request so far."""
+    """The failed tries of one request; decides whether and when to try again."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, what: str) -> None:
-        self._server = "/".join(what.split("/", 3)[:3])  # the address begins what is said
+        self._server = "/".join(what.split("/", 3)[:3])  # the message begins with the address
         self._what, self._pauses, self._failed = what, _pauses(fs), 0
 
     def answered(self) -> None:
-        """Note that the server is there."""
+        """Record that the server exists."""
         _heard_from.add(self._server)
 
     def after(self, error: Exception) -> float:
-        """Return how many seconds to wait before the next try.
+        """Return the seconds to wait before the next try.
 
         Raises
         ------
         StoreError
-            There is to be none: it would not help, or there have been enough.
+            No further try is made: it would not help, or this was the last one.
         """
         self._failed += 1
         most = len(self._pauses) + 1
@@ -216,7 +216,7 @@ class Tries:
             times = f"; tried {self._failed} times" if self._failed > 1 else ""
             msg = f"{self._what} ({reason(error)}{times})"
             raise StoreError(msg) from error
-        pause = self._pauses[self._failed - 1] * (0.5 + random.random() / 2)  # noqa: S311 - that not all come at once
+        pause = self._pauses[self._failed - 1] * (0.5 + random.random() / 2)  # noqa: S311 - spreads retries in time
         level = logging.DEBUG if self._failed == 1 else logging.WARNING
         logger.log(level, "%s (%s); trying again in %.1f s", self._what, reason(error), pause)
         return pause
@@ -225,19 +225,21 @@ class Tries:
 def with_retries(
     fs: fsspec.AbstractFileSystem, what: str, ask: Callable[[], T], absent: tuple[type[Exception], ...] = ABSENT
 ) -> T:
-    """Make a request, and retry it while that may help.
+    """Make a request, and repeat it after temporary failures.
 
     Parameters
     ----------
     what
-        Begins the error's text: the file, and what cannot be done with it.
+        Beginning of the error message: the file, and what cannot be done with it.
+    ask
+        Makes the request.
     absent
-        Errors that are answers, and are raised as they are.
+        Exceptions that are answers; they are raised unchanged.
 
     Raises
     ------
     StoreError
-        There is no answer, or one that waiting does not mend.
+        All tries failed, or the failure is permanent.
     """
     tries = Tries(fs, what)
     while True:
@@ -246,10 +248,10 @@ def with_retries(
         except StoreError:
             raise
         except Exception as error:
-            if isinstance(error, absent) and _told(error) is error:
+            if isinstance(error, absent) and _failure_behind(error) is error:
                 tries.answered()
                 raise
-            pause = tries.after(_told(error))
+            pause = tries.after(_failure_behind(error))
         else:
             tries.answered()
             return answer
@@ -257,23 +259,23 @@ def with_retries(
 
 
 async def with_retries_async(fs: fsspec.AbstractFileSystem, what: str, ask: Callable[[], Awaitable[T]]) -> T:
-    """Do what `with_retries` does, inside an event loop; no error is an answer."""
+    """Do what `with_retries` does inside an event loop; every exception is a failure."""
     tries = Tries(fs, what)
     while True:
         try:
             answer = await asyncio.wait_for(ask(), short_limit())
         except StoreError:
             raise
-        except Exception as error:  # noqa: BLE001 - each cloud has its own
-            pause = tries.after(_told(error))
+        except Exception as error:  # noqa: BLE001 - every cloud has its own exceptions
+            pause = tries.after(_failure_behind(error))
         else:
             tries.answered()
             return answer
         await asyncio.sleep(pause)
 
 
-def _told(error: Exception) -> Exception:
-    """Return the failure that some file systems take for an absent file."""
+def _failure_behind(error: Exception) -> Exception:
+    """Return the failure behind an error: some file systems report a failed request as a missing file."""
     cause = error.__cause__
     hidden = (
         isinstance(error, ABSENT) and isinstance(cause, Exception) and (may_pass(cause) or status(cause) in (401, 403))
@@ -282,7 +284,7 @@ def _told(error: Exception) -> Exception:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Return whether the same request may be answered a moment later."""
+    """Return whether an error is temporary, so that the same request may succeed later."""
     return isinstance(error, TimeoutError) or bool(_names(error) & BROKEN) or status(error) in PASSING
 
 
@@ -291,20 +293,20 @@ def _names(error: BaseException) -> set[str]:
 
 
 def status(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error, if there is one."""
+    """Return the HTTP status of an error or of its cause; `None` if there is none."""
     for one in (error, error.__cause__):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
-            told = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            code = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
-            told = next((getattr(one, name) for name in ("status", "status_code", "code") if hasattr(one, name)), None)
-        if str(told).isdigit():
-            return int(str(told))
+            code = next((getattr(one, name) for name in ("status", "status_code", "code") if hasattr(one, name)), None)
+        if str(code).isdigit():
+            return int(str(code))
     return None
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says, on one line."""
+    """Return the message of an error on one line, with its class; a timeout is put in words."""
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"no answer for {short_limit() or time_limit():g} s"
     text = " ".join(str(error).split())
@@ -312,7 +314,7 @@ def reason(error: BaseException) -> str:
 
 
 class RemoteStore(FsspecStore):
-    """A zarr store on a server, with retries; its errors name the file."""
+    """A zarr store on a server: requests are retried, and errors name the file."""
 
     def _what(self, key: str, cannot: str) -> str:
         return f"{self.fs.unstrip_protocol(f'{self.path}/{key}'.rstrip('/'))} cannot be {cannot}"

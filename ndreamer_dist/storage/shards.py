@@ -1,8 +1,8 @@
-"""Read chunks of arrays by the byte ranges that hold them: each chunk once, and nothing else.
+"""Read chunks of arrays by byte ranges: each chunk once, and little else.
 
-Input: an open array and positions in its grid of chunks. Output: the chunks, decoded and checked, one by one. The index of
-a shard is one request; adjacent chunks of a shard are one more; a whole shard is one in all. Shards are read in parallel.
-`counting` counts the bytes where the store returns them.
+Input: an open array and positions in its grid of chunks. Output: the decoded and verified chunks, one by one. Reading a
+shard's index takes one request, and every run of adjacent chunks one more; a whole shard takes one request in all.
+Shards are read concurrently. `counting` counts requests and bytes.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from zarr.abc.codec import Codec
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import cpu, default_buffer_prototype
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
-from zarr.core.array_spec import ArraySpec  # what zarr's codecs take has no public name
-from zarr.core.sync import sync  # zarr has no public way to wait for its event loop
+from zarr.core.array_spec import ArraySpec  # the argument of zarr's codecs, which has no public name
+from zarr.core.sync import sync  # there is no public way to wait for zarr's event loop
 from zarr.dtype import UInt64
 
 from ndreamer_dist.errors import DamagedError, StoreError
 from ndreamer_dist.storage.retries import RemoteStore
 
 GAP_BYTES = 16_384
-"""Widest gap between two ranges of a shard that is read along rather than starting another request."""
+"""Widest gap between two byte ranges of a shard that is read along to save a request."""
 SPARE_SHARE = 0.05
-"""Share of the wanted bytes of a shard that its gaps may add."""
+"""Largest total of the gaps that are read along, as a share of the wanted bytes of a shard."""
 CONCURRENT_SHARDS = 32
-"""Shards that are read side by side."""
+"""Largest number of shards that are read concurrently."""
 DECODED_BYTES = 128 * 2**20
-"""Decoded values of the shards that are read side by side."""
+"""Largest total of the decoded bytes of shards that are read concurrently."""
 NOT_WRITTEN = 2**64 - 1
-"""What a shard's index says of a chunk that holds nothing but the fill value and was not written."""
+"""Offset and length, in a shard's index, of a chunk that was not written because it holds only fill values."""
 BLOSC_BYTES = slice(4, 8)
-"""Where blosc's header says how many bytes a chunk decodes to."""
+"""Position, in blosc's header, of the number of bytes that a chunk decodes to."""
 SMALL_BYTES = 2**18
-"""A chunk of so few bytes is decoded in less time than another thread takes to begin."""
+"""Chunks of up to so many decoded bytes are decoded in the event loop: a thread would take longer to start."""
 
 Position = tuple[int, ...]
 ByteRange = tuple[int, int]
@@ -55,14 +55,14 @@ ByteRange = tuple[int, int]
 
 @dataclass
 class Reads:
-    """What was read from stores.
+    """Counts of what was read from stores.
 
     Attributes
     ----------
     requests, bytes
-        Requests made, and bytes that came back.
+        Requests made, and bytes received.
     chunks, touched
-        Chunks that were needed, and the bytes that they and the indexes of their shards take in the store.
+        Chunks needed, and the stored bytes of these chunks and of the indexes of their shards.
     """
 
     requests: int = 0
@@ -86,7 +86,7 @@ _counters: ContextVar[tuple[Reads, ...]] = ContextVar("counters", default=())
 
 @contextmanager
 def counting() -> Iterator[Reads]:
-    """Count what this thread reads, inside the `with` block, of the stores that `Storage` and `read_array` read."""
+    """Count what this thread reads with `Storage` and `read_array` inside the `with` block."""
     reads = Reads()
     token = _counters.set((*_counters.get(), reads))
     try:
@@ -96,14 +96,14 @@ def counting() -> Iterator[Reads]:
 
 
 def count(reads: Reads) -> None:
-    """Add to the counts under way in this thread."""
+    """Add to all counts that are under way in this thread."""
     for counter in _counters.get():
         counter.add(reads)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which array an error is about: the address of its store, and its name there."""
+    """Address of a store and name of an array in it, for error messages."""
 
     store: str
     array: str
@@ -112,19 +112,19 @@ class Place:
         return f"{self.store}: array '{self.array}'"
 
     def damaged(self, what: str, file: str) -> DamagedError:
-        """Return the error that a file of the array, by its name below the array, is damaged or missing."""
+        """Return the error for a damaged or missing file of the array; `file` is its path below the array."""
         return DamagedError(f"{self}{what}", f"{self.store}/{self.array}/{file}")
 
 
 class HttpStore(RemoteStore):
-    """A store behind a web server, which may ignore that only a part of a file is asked for and send all of it."""
+    """A store on a web server, which may ignore a range request and send the whole file."""
 
     async def sent(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return what the server sends: the range asked for, or the whole file."""
+        """Return what the server sends: the requested range, or the whole file."""
         return await super().get(key, prototype, byte_range)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return a file's bytes, or the range asked for."""
+        """Return a file's bytes, or the requested range of them."""
         found = await self.sent(key, prototype, byte_range)
         if found is None:
             return found
@@ -136,6 +136,7 @@ class HttpStore(RemoteStore):
 
 
 def _cut(sent: Buffer, start: int, stop: int) -> Buffer:
+    """Return the bytes `start:stop` of a file, given these bytes or the whole file."""
     return sent if len(sent) <= stop - start else sent[start:stop]
 
 
@@ -147,14 +148,14 @@ def read_chunks(
     Parameters
     ----------
     where
-        What an error calls the array.
+        Name of the array in error messages.
     place
-        Takes a position and its chunk, of the full chunk shape; called for each, in any order, one at a time.
+        Called with every position and its chunk, in the full chunk shape; in any order, one call at a time.
 
     Raises
     ------
     StoreError
-        A shard is missing, truncated or fails a checksum: the message names it by its position.
+        A shard is missing, truncated or fails a checksum; the message gives its position.
     """
     reading = _Reading(array, where, place)
     try:
@@ -169,7 +170,7 @@ async def fetch_chunks(
     positions: Iterable[Position],
     place: Callable[[Position, np.ndarray], None],
 ) -> None:
-    """Do what `read_chunks` does, uncounted, inside zarr's event loop: for those who read many arrays at once."""
+    """Do what `read_chunks` does, uncounted and inside zarr's event loop, to read many arrays concurrently."""
     reading = _Reading(array, where, place)
     await reading.run(reading.shards_of(positions))
 
@@ -182,12 +183,12 @@ def chunks_in(array: zarr.Array[Any] | zarr.AsyncArray[Any], shard: Position) ->
 
 
 def chunks_of_shard(array: zarr.Array[Any] | zarr.AsyncArray[Any]) -> tuple[int, ...]:
-    """Return how many chunks a shard has along each axis; 1 where a chunk is a file of its own."""
+    """Return the number of chunks of a shard along each axis; ones for an array without shards."""
     return tuple(u // c for u, c in zip(array.shards or array.chunks, array.chunks, strict=True))
 
 
 def read_files(store: Store, where: str, names: Sequence[str]) -> list[bytes | None]:
-    """Read whole files, each one chunk of an array, side by side; none where there is no such file."""
+    """Read whole files concurrently, each of them one chunk of an array; `None` for a file that does not exist."""
     reads = Reads(chunks=len(names))
 
     async def read(turn: asyncio.Semaphore, name: str) -> bytes | None:
@@ -207,7 +208,7 @@ def read_files(store: Store, where: str, names: Sequence[str]) -> list[bytes | N
 
 
 async def _ask(store: Store, key: str, where: str, reads: Reads, part: ByteRequest | None = None) -> Buffer | None:
-    """Return what a store sends of a file, counted; none where there is no such file."""
+    """Return what a store sends of a file, and count it; `None` if there is no such file."""
     get = store.sent if isinstance(store, HttpStore) else store.get
     try:
         sent = await get(key, default_buffer_prototype(), part)
@@ -222,7 +223,7 @@ async def _ask(store: Store, key: str, where: str, reads: Reads, part: ByteReque
 
 
 def merged(spans: Iterable[ByteRange], spare: float) -> list[ByteRange]:
-    """Join byte ranges over the smallest gaps between them, as long as these add up to at most `spare` bytes."""
+    """Join byte ranges across the smallest gaps between them, as long as the gaps add up to at most `spare` bytes."""
     spans = sorted(spans)
     gaps = [max(0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(spans)]
     joined = set()
@@ -242,7 +243,7 @@ def merged(spans: Iterable[ByteRange], spare: float) -> list[ByteRange]:
 
 @dataclass
 class _Room:
-    """Lets shards in while what they decode to fits and they are not too many; one always may."""
+    """Limits the number and the decoded bytes of the shards in work; a single shard is always admitted."""
 
     shards: int = 0
     bytes: int = 0
@@ -266,7 +267,7 @@ class _Room:
 
 @dataclass
 class _Reading:
-    """One call of `read_chunks`: what it reads from, and what it counted."""
+    """One call of `read_chunks`: its array, its receiver of chunks, and its counts."""
 
     array: zarr.Array[Any] | zarr.AsyncArray[Any]
     where: Place
@@ -279,13 +280,13 @@ class _Reading:
 
     @cached_property
     def sharding(self) -> ShardingCodec | None:
-        """The codec that puts chunks into shards; none where a chunk is a file of its own."""
+        """The codec that packs chunks into shards; `None` for an array without shards."""
         first = self._metadata.codecs[0]
         return first if isinstance(first, ShardingCodec) else None
 
     @cached_property
     def per_shard(self) -> tuple[int, ...]:
-        """Chunks of a shard along each axis."""
+        """Number of chunks of a shard along each axis."""
         return chunks_of_shard(self.array)
 
     @cached_property
@@ -297,7 +298,7 @@ class _Reading:
         return self.sharding.index_codecs if self.sharding else ()
 
     def shards_of(self, positions: Iterable[Position]) -> dict[Position, list[Position]]:
-        """Return the positions by the shard that holds them."""
+        """Return the positions of chunks, grouped by the position of their shard."""
         shards: dict[Position, list[Position]] = {}
         for position in positions:
             shard = tuple(p // n for p, n in zip(position, self.per_shard, strict=True))
@@ -305,6 +306,7 @@ class _Reading:
         return shards
 
     async def run(self, shards: dict[Position, list[Position]]) -> None:
+        """Read the chunks of all shards; raise the first error."""
         room, size = _Room(), math.prod(self.array.chunks) * self.array.dtype.itemsize
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -320,7 +322,7 @@ class _Reading:
         async with room.take(size):
             try:
                 found = await self._read(shard, wanted)
-            except (StoreError, AttributeError):  # the latter is of code, never of bytes
+            except (StoreError, AttributeError):  # an AttributeError is a bug, never damage
                 raise
             except Exception as cause:
                 raise self._damaged(shard, f"is damaged ({cause})") from cause
@@ -341,13 +343,13 @@ class _Reading:
 
     @cached_property
     def _ours(self) -> bool:
-        """Whether chunks are encoded as this package's are (`arrays.COMPRESSORS`)."""
+        """Whether chunks have the encoding of this package (`arrays.COMPRESSORS`)."""
         first, *others = self._codecs
         native = isinstance(first, BytesCodec) and self.array.dtype.isnative and _little(first)
         return native and [type(codec) for codec in others] == [BloscCodec, Crc32cCodec]
 
     async def _chunk(self, data: Buffer) -> np.ndarray:
-        """Decode a chunk; one of this package's straight into an array, a small one without a change of thread."""
+        """Decode a chunk; with this package's encoding straight into the array, and if small without a thread."""
         if not self._ours:
             return await _decoded(self._codecs, data, self._spec)
         encoded, chunk = data.as_numpy_array(), np.empty(self.array.chunks, dtype=self.array.dtype)
@@ -358,11 +360,11 @@ class _Reading:
         return chunk
 
     def _empty(self) -> np.ndarray:
-        """Return a chunk that was not written, since it holds nothing but the fill value."""
+        """Return a chunk of fill values, for one that was not written."""
         return np.full(self.array.chunks, self._metadata.fill_value, dtype=self.array.dtype)
 
     async def _pieces(self, shard: Position, wanted: list[Position]) -> list[Buffer | None]:
-        """Return the encoded chunks of a shard; none for one that its index says is absent."""
+        """Return the encoded chunks of a shard; `None` for a chunk that was not written."""
         size = 16 * math.prod(self.per_shard)
         for codec in self._index_codecs:
             size = codec.compute_encoded_size(size, self._spec)
@@ -372,21 +374,22 @@ class _Reading:
         index = await self._index(sent[-tail.suffix :])
         self.reads.touched += tail.suffix
         spans = [self._span(index, position) for position in wanted]
-        if whole or len(sent) > tail.suffix:  # a server that ignores ranges has sent all there is
+        if whole or len(sent) > tail.suffix:  # a server that ignores ranges has sent the whole shard
             return [None if span is None else sent[span[0] : span[1]] for span in spans]
-        known = [span for span in spans if span is not None]
-        runs = merged(known, SPARE_SHARE * sum(stop - start for start, stop in known))
+        present = [span for span in spans if span is not None]
+        runs = merged(present, SPARE_SHARE * sum(stop - start for start, stop in present))
         bodies = await asyncio.gather(*(self._range(shard, run) for run in runs))
         return [None if span is None else _within(runs, bodies, span) for span in spans]
 
     async def _index(self, data: Buffer) -> np.ndarray:
-        """Return a shard's index, checked: (chunks along each axis, offset and length) uint64."""
+        """Decode and verify a shard's index: (chunks along each axis, 2) uint64, offset and length of every chunk."""
         spec = replace(
             self._spec, shape=(*self.per_shard, 2), dtype=UInt64(endianness="little"), fill_value=NOT_WRITTEN
         )
         return await _decoded(self._index_codecs, data, spec)
 
     def _span(self, index: np.ndarray, position: Position) -> ByteRange | None:
+        """Return the byte range of a chunk in its shard; `None` for a chunk that was not written."""
         offset, length = index[tuple(p % n for p, n in zip(position, self.per_shard, strict=True))].tolist()
         return None if offset == NOT_WRITTEN else (offset, offset + length)
 
@@ -394,7 +397,7 @@ class _Reading:
         return _cut(await self._get(shard, RangeByteRequest(*run)), *run)
 
     async def _get(self, shard: Position, part: ByteRequest | None = None) -> Buffer:
-        """Return what the store sends of a shard's file, counted."""
+        """Return what the store sends of a shard's file, and count it; raise `DamagedError` if the file is missing."""
         key = f"{self.array.path}/{self.array.metadata.encode_chunk_key(shard)}".lstrip("/")
         sent = await _ask(self.array.store, key, f"{self.where}, chunk {shard}", self.reads, part)
         if sent is None:
@@ -406,21 +409,21 @@ class _Reading:
 
 
 def _little(codec: BytesCodec) -> bool:
-    """Return whether numbers are stored as this processor holds them, and that is by their last byte first."""
-    order = getattr(codec.endian, "value", codec.endian)  # a string since zarr 3.4, a member of an Enum before
+    """Return whether both this processor and the stored numbers are little-endian."""
+    order = getattr(codec.endian, "value", codec.endian)  # a string since zarr 3.4, an Enum member before
     return sys.byteorder == "little" and order in (None, "little")
 
 
 def crc32c(data: Any) -> bytes:
-    """Return the checksum that ends every chunk."""
+    """Return the CRC-32C checksum of data as the four bytes that end every chunk."""
     return int(crc32c_checksum(data, 0)).to_bytes(4, "little")
 
 
 def _decode_into(chunk: np.ndarray, data: np.ndarray) -> None:
-    """Undo `arrays.COMPRESSORS`; `ValueError` where the bytes are not those of such a chunk."""
+    """Decode bytes of `arrays.COMPRESSORS` into a chunk; raise `ValueError` if they are damaged."""
     body = data[:-4]
     if crc32c(body) != data[-4:].tobytes():
-        msg = "the checksum is that of another content"
+        msg = "the checksum does not match"
         raise ValueError(msg)
     if int.from_bytes(body[BLOSC_BYTES].tobytes(), "little") != chunk.nbytes:
         msg = f"it does not hold the {chunk.nbytes} bytes of a chunk"
@@ -429,7 +432,7 @@ def _decode_into(chunk: np.ndarray, data: np.ndarray) -> None:
 
 
 async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: Any) -> np.ndarray:
-    """Undo the codecs of a chunk one by one: by zarr's own ones, whatever pipeline a user has chosen for them."""
+    """Decode a chunk by its codecs, one after another, independently of the codec pipeline in zarr's configuration."""
     specs = list(itertools.accumulate(codecs, lambda spec, codec: codec.resolve_metadata(spec), initial=spec))
     values: Any = data
     for codec, own in zip(reversed(codecs), reversed(specs[:-1]), strict=True):
@@ -438,7 +441,13 @@ async def _decoded(codecs: Sequence[Codec], data: Buffer, spec: Any) -> np.ndarr
 
 
 def uncompressed(array: zarr.Array[Any], data: bytes) -> np.ndarray:
-    """Return a chunk that is a file of its own as it was before it was compressed, after the first codec: (bytes,) uint8."""
+    """Return the bytes that the first codec made of a chunk of an array without shards: (bytes,) uint8.
+
+    Parameters
+    ----------
+    data
+        The chunk's file.
+    """
     metadata: Any = array.metadata
     if metadata.zarr_format == 2:
         plain = data if metadata.compressor is None else metadata.compressor.decode(data)
@@ -447,13 +456,13 @@ def uncompressed(array: zarr.Array[Any], data: bytes) -> np.ndarray:
 
 
 def _chunk_spec(array: zarr.Array[Any] | zarr.AsyncArray[Any]) -> Any:
-    """Return the description of a chunk that zarr's codecs take; zarr's own is of a whole shard."""
+    """Return the description of a chunk that zarr's codecs need; the array's own describes a whole shard."""
     metadata: Any = array.metadata
     return ArraySpec(array.chunks, metadata.dtype, metadata.fill_value, array.config, default_buffer_prototype())
 
 
 def _within(runs: Sequence[ByteRange], bodies: Sequence[Buffer], span: ByteRange) -> Buffer:
-    """Return the bytes of a range from the run that holds it."""
+    """Return the bytes of a range, cut from the run that contains it."""
     for (start, stop), body in zip(runs, bodies, strict=True):
         if start <= span[0] and span[1] <= stop:
             return body[span[0] - start : span[1] - start]

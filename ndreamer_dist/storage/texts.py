@@ -1,7 +1,7 @@
-"""Read columns of text as Arrow, which holds their bytes and where each begins; no Python object is made per row.
+"""Read columns of text as Arrow arrays, which need no Python object per row.
 
-Input: a one-dimensional array of text in a zarr store or an HDF5 file. Output: its text, block by block. anndata writes such
-a column of a zarr store as one chunk, however many rows it has.
+Input: a one-dimensional array of text in a zarr store or an HDF5 file. Output: its text, block by block. anndata writes
+such a column of a zarr store as one chunk, however many rows it has.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from zarr.codecs import VLenUTF8Codec
 from ndreamer_dist.storage.shards import read_files, uncompressed
 
 TEXT_BLOCK = 16_384
-"""Rows that are read at a time, where chunks are not larger."""
+"""Rows that are read at a time; larger chunks are read whole."""
 VLEN = "vlen-utf8"
 LENGTH = struct.Struct("<I")
 
 
 def joined(blocks: list[pa.Array]) -> pa.LargeStringArray:
-    """Return blocks of text as one array; the list is emptied."""
+    """Concatenate blocks of text; the list is emptied to free them."""
     made = pa.concat_arrays(blocks) if len(blocks) > 1 else (*blocks, pa.array([], pa.large_string()))[0]
     blocks.clear()
     return made
@@ -43,7 +43,7 @@ def text_blocks(element: Any) -> Iterator[pa.LargeStringArray]:
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         files = _files(element, start, stop) if _is_plain(element) else []
-        if not files:  # shards, other encodings, or a chunk that holds nothing
+        if not files:  # sharded, encoded otherwise, or a chunk was not written: zarr reads it
             yield as_texts(element[start:stop])
             continue
         left = stop - start
@@ -54,12 +54,12 @@ def text_blocks(element: Any) -> Iterator[pa.LargeStringArray]:
 
 
 def as_texts(values: Any) -> pa.LargeStringArray:
-    """Return an array of text as Arrow."""
+    """Convert an array of text to Arrow."""
     return pa.array(np.asarray(values).astype(object), pa.large_string())
 
 
 def _files(array: zarr.Array[Any], start: int, stop: int) -> list[bytes]:
-    """Return the files of the chunks that hold some rows; none of them where one is not there."""
+    """Return the files of the chunks that hold the rows `start:stop`; an empty list if one of them does not exist."""
     size = array.chunks[0]
     keys = [array.metadata.encode_chunk_key((number,)) for number in range(start // size, -(-stop // size))]
     files = read_files(array.store, str(array.store), [f"{array.path}/{key}".lstrip("/") for key in keys])
@@ -68,7 +68,7 @@ def _files(array: zarr.Array[Any], start: int, stop: int) -> list[bytes]:
 
 
 def _is_plain(array: zarr.Array[Any]) -> bool:
-    """Return whether each chunk is a file of text that was at most compressed."""
+    """Return whether every chunk is a file of its own that holds text in zarr's vlen-utf8 encoding."""
     metadata: Any = array.metadata
     if metadata.zarr_format == 2:
         return [codec.codec_id for codec in metadata.filters or ()] == [VLEN]
@@ -76,12 +76,12 @@ def _is_plain(array: zarr.Array[Any]) -> bool:
 
 
 def parse_texts(data: np.ndarray) -> Iterator[pa.LargeStringArray]:
-    """Yield the texts of a chunk by blocks; it holds their number, then each behind its length.
+    """Yield the texts of a vlen-utf8 chunk in blocks: the chunk holds their number, then length and bytes of each.
 
     Raises
     ------
     ValueError, struct.error
-        The lengths do not fit, or what they enclose is no text.
+        The lengths do not fit the chunk, or the bytes are not UTF-8.
     """
     memory: Any = data
     (count,), place = LENGTH.unpack_from(memory, 0), LENGTH.size
@@ -99,7 +99,15 @@ def parse_texts(data: np.ndarray) -> Iterator[pa.LargeStringArray]:
 
 
 def _block(data: np.ndarray, lengths: np.ndarray) -> pa.LargeStringArray:
-    """Return texts whose lengths stand before them."""
+    """Return the texts of a block as Arrow.
+
+    Parameters
+    ----------
+    data
+        (bytes,) uint8, the block's part of the chunk: every text follows its length.
+    lengths
+        (texts,) int64 lengths in bytes.
+    """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     inside = np.ones(len(data), dtype=bool)
     for byte in range(LENGTH.size):

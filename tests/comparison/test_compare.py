@@ -252,7 +252,7 @@ def test_what_was_compared_is_kept_for_these_results_alone(run: Path, results: d
         pytest.param(["{run}", "--control", "control"], "is a finished run, and 'control' would be", id="of_a_cohort"),
         pytest.param(["{tiny}", "--control", "control"], "name it with --out", id="no_out"),
         pytest.param(["{tiny}", "--out", "{run}", "--embedding", "pca,nonsense"], "nonsense", id="no_such_space"),
-        pytest.param(["{run}", "--table", "x.png"], "'.png' says no format", id="suffix"),
+        pytest.param(["{run}", "--table", "x.png"], "unknown suffix '.png'", id="suffix"),
         pytest.param(["{run}", "--by", "cell_typ"], "Did you mean 'cell_type'", id="column"),
     ],
 )  # fmt: skip

@@ -321,13 +321,13 @@ def no_clouds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        pytest.param("foo://bucket/cohort.h5ad", "s3://, gs://, az:// and https://", id="unknown_protocol"),
+        pytest.param("foo://bucket/cohort.h5ad", "s3://, gs://, az:// or https://", id="unknown_protocol"),
         pytest.param("gs://bucket/cohort.h5ad", "pip install 'ndreamer-dist[gs]'", id="gs_without_its_package"),
         pytest.param("az://container/cohort.h5ad", "pip install 'ndreamer-dist[az]'", id="az_without_its_package"),
         pytest.param("https://me:secret@127.0.0.1/cohort.h5ad", "holds a password", id="password"),
         pytest.param("http://127.0.0.1:9/cohort.h5ad", "127.0.0.1:9", id="nobody_there"),
-        pytest.param("a\nb.h5ad", "characters that no address has", id="newline"),
-        pytest.param("a\0b.h5ad", "characters that no address has", id="nul"),
+        pytest.param("a\nb.h5ad", "holds control characters", id="newline"),
+        pytest.param("a\0b.h5ad", "holds control characters", id="nul"),
     ],
 )
 def test_an_address_that_will_not_do_is_refused(address: str, message: str) -> None:
@@ -344,7 +344,7 @@ def test_an_address_that_will_not_do_is_refused(address: str, message: str) -> N
         pytest.param("{file}", "is a file and no folder", id="a_file"),
         pytest.param("{file}/run", "is a file and no folder", id="below_a_file"),
         pytest.param("{tmp}/" + "x" * 300, "File name too long", id="long"),
-        pytest.param("{tmp}/a\0b", "characters that no address has", id="nul"),
+        pytest.param("{tmp}/a\0b", "holds control characters", id="nul"),
         pytest.param("gs://bucket/run", "ndreamer-dist[gs]", id="gs_without_its_package"),
     ],
 )

@@ -151,7 +151,7 @@ def escaping(root: dict[str, Any]) -> None:
 TEXTS = {"empty": "", "cut": '{"a": ', "list": "[]", "null": "null", "deep": "[" * 100_000, "binary": bytes(range(256))}
 CASES: dict[str, tuple[Damage, str, str]] = {
     **{f"root_{name}": (text(ROOT, content), "info", "zarr.json") for name, content in TEXTS.items()},
-    **{f"design_{name}": (told(DESIGN, lambda _, t=content: t), "info", "design is damaged|what it tells of its design")
+    **{f"design_{name}": (told(DESIGN, lambda _, t=content: t), "info", "design is damaged|the entry 'design' of")
        for name, content in TEXTS.items() if isinstance(content, str) and content},
     "nodes_are_a_list": (edited(ROOT, lambda r: r["consolidated_metadata"].update(metadata=[1])), "get", "is damaged"),
     "nodes_are_numbers": (edited(ROOT, lambda r: nodes(r).update(obs=3)), "get", "an object is expected, found int"),
@@ -181,25 +181,25 @@ CASES: dict[str, tuple[Damage, str, str]] = {
     "groups_beyond_the_cells": (told(DESIGN, lambda d: d["groups"][-1].update(stop=2**50)), "effect", "damaged"),
     "a_group_of_no_condition": (told(DESIGN, lambda d: d["groups"][0].update(condition=99)), "effect", "do not fit"),
     "a_group_with_more": (told(DESIGN, lambda d: d["groups"][0].update(evil=1)), "cate", "design is damaged"),
-    "settings_that_are_none": (told("uns/ndreamer/settings", lambda _: "[1]"), "effect", "its settings is damaged"),
+    "settings_that_are_none": (told("uns/ndreamer/settings", lambda _: "[1]"), "effect", "the entry 'settings' of"),
     "neighbours_below_zero": (
         told("uns/ndreamer/settings", lambda s: s["match"].update(neighbours=-3)), "effect", "settings of the matches",
     ),
-    "settings_of_numbers": (told("uns/ndreamer/settings", lambda s: s.update(cohort=3)), "report", "its settings is damaged"),
-    "settings_of_lists": (told("uns/ndreamer/settings", lambda s: s.update(effects=[1])), "all-genes", "its settings is dam"),
+    "settings_of_numbers": (told("uns/ndreamer/settings", lambda s: s.update(cohort=3)), "report", "the entry 'settings' of"),
+    "settings_of_lists": (told("uns/ndreamer/settings", lambda s: s.update(effects=[1])), "all-genes", "the entry 'settings' of"),
     "a_layer_of_the_cohort_that_is_a_number": (
         told("uns/ndreamer/settings", lambda s: s["cohort"].update(layer=3)), "all-genes", "has no layer '3'",
     ),
     "a_condition_of_no_column": (
         told("uns/ndreamer/settings", lambda s: s["cohort"].update(condition_key="x")), "all-genes", "obs has no 'x'",
     ),
-    "a_seed_of_letters": (fact("seed", "x"), "null", "its seed is damaged"),
-    "a_normalisation_of_two": (fact("normalise", np.array(["a", "b"])), "all-genes", "its normalise is damaged"),
-    "versions_that_are_none": (fact("versions", "1"), "report", "its versions is damaged"),
-    "cells_dropped_by_lists": (told("uns/ndreamer/dropped", lambda d: d.update(x=[1])), "report", "its dropped is damaged"),
+    "a_seed_of_letters": (fact("seed", "x"), "null", "the entry 'seed' of"),
+    "a_normalisation_of_two": (fact("normalise", np.array(["a", "b"])), "all-genes", "the entry 'normalise' of"),
+    "versions_that_are_none": (fact("versions", "1"), "report", "the entry 'versions' of"),
+    "cells_dropped_by_lists": (told("uns/ndreamer/dropped", lambda d: d.update(x=[1])), "report", "the entry 'dropped' of"),
     "results_of_nobody": (edited(ROOT, silent), "cate", "it is not a results.zarr"),
-    "an_export_of_no_design": (told(DESIGN, lambda _: "null"), "export", "its design is damaged"),
-    "all_genes_of_no_design": (told(DESIGN, lambda _: "null"), "all-genes", "its design is damaged"),
+    "an_export_of_no_design": (told(DESIGN, lambda _: "null"), "export", "the entry 'design' of"),
+    "all_genes_of_no_design": (told(DESIGN, lambda _: "null"), "all-genes", "the entry 'design' of"),
     "more_matches_of_another_run": (text(keys.RUN_JSON, "{}"), "match", "run.json is damaged"),
     "a_root_that_is_another_file": (linked(ROOT, "/etc/passwd"), "get", "is damaged"),
     "results_that_are_themselves": (linked(keys.RESULTS, keys.RESULTS), "info", ""),

@@ -1,4 +1,4 @@
-"""The driver's own memory stays below what is promised of it, whatever columns the cells' table has."""
+"""The memory of the driver stays below its promise, whatever columns obs has."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ driver = loaded()
 
 
 def peak_of_tables(folder: Path, count: int) -> int:
-    """Return the bytes that opening a cohort of some cells, checking it and writing its cells' table take at the most."""
+    """Return the peak memory in bytes of opening and checking a cohort and writing its obs."""
     settings = Settings.build(preset="small", overrides=driver.SETTINGS)
     rows = np.random.default_rng(0).permutation(count)
     tracemalloc.start()
@@ -48,12 +48,12 @@ def peak_of_tables(folder: Path, count: int) -> int:
 
 
 def test_a_cell_more_takes_less_of_the_driver_than_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells, "TEXT_ROWS", 4096)  # blocks of text are of a fixed size, and count once
+    monkeypatch.setattr(cells, "TEXT_ROWS", 4096)  # blocks of text have a fixed size and count once
     monkeypatch.setattr(texts, "TEXT_BLOCK", 4096)
-    for count in (5_000, 25_000):  # before memory is counted: pandas 3 holds text by pyarrow
+    for count in (5_000, 25_000):  # before memory is counted, since pandas 3 holds text with pyarrow
         driver.write_cohort(tmp_path / f"{count}.zarr", count)
     before, counted = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
-    pa.set_memory_pool(counted)  # other tests of this process have used the default one
+    pa.set_memory_pool(counted)  # other tests of this process use the default pool
     try:
         few, many = (peak_of_tables(tmp_path, count) for count in (5_000, 25_000))
     finally:

@@ -1,4 +1,4 @@
-"""The promise grows with what it should grow with, and a million cells fit a small machine."""
+"""The promised memory grows with the sizes it depends on, and a million cells fit a small machine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_sizes_are_those_of_the_design(small: Settings) -> None:
     size = CohortSize.of(design_of([300, 200, 150]), small, genes=50, stored_values=7000)
     assert (size.cells, size.groups, size.largest_group, size.conditions) == (650, 3, 300, 2)
     assert size.fewest_groups == 1
-    assert size.edges == 2 + 3 + 2  # controls meet the two controls, the treated group itself and both controls
+    assert size.edges == 2 + 3 + 2  # controls: both control groups; treated: itself and both control groups
 
 
 def test_a_million_cells_are_promised_less_than_16_gb_on_two_processors(small: Settings) -> None:
@@ -82,7 +82,7 @@ def test_a_wider_network_needs_more_to_train_and_fewer_layers_less_disk(small: S
 
 
 def test_the_condition_with_the_fewest_groups_says_how_many_neighbours_are_stored(small: Settings) -> None:
-    uneven = dataclasses.replace(MILLION, fewest_groups=9)  # 14 neighbours and not 3
+    uneven = dataclasses.replace(MILLION, fewest_groups=9)  # 14 neighbours instead of 3
     assert disk_bytes(uneven, small) > disk_bytes(MILLION, small)
 
 
@@ -93,7 +93,7 @@ def test_matches_that_obsm_leaves_out_take_no_disk(small: Settings) -> None:
 
 
 def before_tasks(size: CohortSize) -> int:
-    """Return what is promised beside the tasks."""
+    """Return the promised memory without that of the tasks."""
     return int(DRIVER_BYTES + DRIVER_BYTES_PER_CELL * size.cells)
 
 
@@ -137,4 +137,4 @@ def test_all_genes_need_memory_by_span_and_disk_by_gene(small: Settings) -> None
     few, many = (all_genes_needs(10**6, genes, 0.1, small, cpus=2, object_store=0) for genes in (2000, 20_000))
     layers = len(small.effects.store) * 10**6 * 4 * 18_000
     assert many.disk - few.disk == layers + 2 * 10**6 * 1800 * 8
-    assert few.memory < many.memory < 10 * few.memory  # of dense shards, one span of genes is held at a time
+    assert few.memory < many.memory < 10 * few.memory  # only one span of genes of a dense shard is held at a time

@@ -1,4 +1,4 @@
-"""What is told before a run is what the run then does."""
+"""A plan states what the run then does."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def made(sizes: list[int], **overrides: object) -> Plan:
 
 
 class Counting(SerialRuntime):
-    """A runtime that writes down how many tasks it is given at once, by the title or the name of their work."""
+    """A runtime that records the number of concurrent tasks by the title, or the function, of their work."""
 
-    cpus = 1000  # as a plan has it: workers for all tasks
+    cpus = 1000  # as in a plan: a worker for every task
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.run)
@@ -68,7 +68,7 @@ def test_groups_edges_and_steps_are_those_of_the_run() -> None:
     assert (plan.cells, plan.dropped, plan.genes, plan.modelled) == (1800, 50, 30, 30)
     assert [cells for _, cells in plan.groups] == [700, 600, 500]
     assert plan.dropped_groups == (("donor9|treated", 50),)
-    assert plan.epochs == 3 * 1800 // (64 * 3) + 1 + 30 - 29 - 2  # enough passes, moved away from a reset
+    assert plan.epochs == 3 * 1800 // (64 * 3) + 1 + 30 - 29 - 2  # enough passes, and the end not near a code reset
     assert plan.steps == 2 * plan.epochs
 
 
@@ -76,7 +76,7 @@ def test_groups_edges_and_steps_are_those_of_the_run() -> None:
 def test_the_tasks_of_a_stage_are_those_that_it_is_seen_to_run(
     edges: str, within: str, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ndreamer_dist.matching.stage.LEAST_DISTANCES", 20_000_000)  # else one unit holds all edges
+    monkeypatch.setattr("ndreamer_dist.matching.stage.LEAST_DISTANCES", 20_000_000)  # else one unit holds all
     changes = {"train.epochs": 1, "match.edges": edges, "clusters.within": within, "clusters.sketch_cells": 300}
     settings = Settings.build(
         preset="small", overrides=SETTINGS | changes | {f"cohort.{k}": v for k, v in NAMES.items()}
@@ -142,7 +142,7 @@ def test_the_command_line_tells_everything_and_writes_nothing(
     smallest, largest = (pick(plan.groups, key=lambda group: group[1]) for pick in (min, max))
     assert (plan.cells, plan.dropped, len(plan.groups), len(plan.dropped_groups)) == (893, 7, 6, 4)
     unknown = (
-        "cells without counts or fewer than 5 genes, genes in fewer than 2 cells, and groups that get too small by it"
+        "cells without counts or fewer than 5 genes, genes in fewer than 2 cells, and groups that become too small"
     )
     expected = [
         "cells      893 kept, 7 dropped",
@@ -155,7 +155,7 @@ def test_the_command_line_tells_everything_and_writes_nothing(
         f"not known before the values are read: {unknown}",
         f"matching   {3 * 3 + 3 * 6} pairs of groups",
         f"training   {plan.steps:,} steps of 1,024 cells, in {plan.epochs} epochs",
-        f"memory {plan.memory / 1e9:.1f} GB needed, 7.0 GB there (run.memory_gb)",
+        f"memory {plan.memory / 1e9:.1f} GB needed, 7.0 GB available (run.memory_gb)",
         f"cpus   {plan.cpus} ({plan.cpus_source})",
     ]
     assert (for_programs["cells"], for_programs["memory"], for_programs["steps"]) == (893, plan.memory, plan.steps)
@@ -164,7 +164,7 @@ def test_the_command_line_tells_everything_and_writes_nothing(
     lines = told.splitlines()
     assert [line for line in expected if line not in lines] == []
     (disk,) = (line for line in lines if line.startswith("disk"))
-    assert re.fullmatch(rf"disk   {plan.disk / 1e9:.1f} GB needed, \d+\.\d GB there", disk)
+    assert re.fullmatch(rf"disk   {plan.disk / 1e9:.1f} GB needed, \d+\.\d GB available", disk)
     for stage in plan.stages:
         (line,) = (line for line in lines if line.startswith(f"{stage.name} "))
         work = ", then ".join(f"{tasks} {unit}" for tasks, unit in stage.work)
@@ -176,7 +176,7 @@ def test_the_command_line_tells_everything_and_writes_nothing(
 
 
 def test_estimated_times_are_those_that_were_measured_up_to_a_factor_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A million cells in 80 groups, as `docs/benchmarks-log.md` has them; searches and pairs of groups are counted."""
+    """The case is the million cells in 80 groups of `docs/benchmarks-log.md`."""
     monkeypatch.setitem(speeds.MATCH_SECONDS, "none", (1e-10, 1e-3))
     settings = Settings.build(preset="small", overrides={"run.serial": False})
     design = design_of([12_500] * 80)

@@ -1,4 +1,4 @@
-"""A stage is declared once: its key, its place, its memory and its tasks follow, and a run runs it."""
+"""A stage is declared once: its key, order, memory and tasks follow from that, and a run runs it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A results.zarr recomputed from its own `X`, embedding and `obs` alone, by numpy and in a few lines.
+"""Recompute a results.zarr from its own `X`, embedding and `obs`, in a few lines of numpy.
 
-`check(path)` works on any results of default edges that fit in memory, also on those of real cohorts.
+`check(path)` works on all results with default edges that fit in memory, also on those of real cohorts.
 """
 
 import json
@@ -45,21 +45,21 @@ def corrected_rows(queries, targets, remote, k):
 
 
 def matched_rows(queries, targets, k, exclude=None, hubs="none"):
-    """Return the k matches of every query as a run finds them: inside a group the nearest other cells."""
+    """Return the k matches of every query as a run defines them: in its own group, the nearest other cells."""
     if hubs == "none" or exclude is not None:
         return nearest_rows(queries, targets, k, exclude)
     return corrected_rows(queries, targets, mean_nearest(targets, queries, 10), k)
 
 
 def weighed(rows, distances, bandwidth, x):
-    """Return each cell's mean of its matches' expression, by the kernel's weights."""
+    """Return, for every cell, the mean of its matches' expression with the weights of the kernel."""
     weights = np.exp(-(distances - np.nanmin(distances, axis=1, keepdims=True)) / bandwidth)
     weights = np.nan_to_num(weights / np.nansum(weights, axis=1, keepdims=True))
     return np.einsum("ck,ckg->cg", weights, x[np.where(rows < 0, 0, rows)])
 
 
 def check(path, *, atol=1e-4):
-    """Compare matches, distances and the stored layers of a results.zarr with their recomputation."""
+    """Compare the matches, distances and stored layers of a results.zarr with recomputed ones."""
     stored = anndata.read_zarr(path)
     told = stored.uns["ndreamer"]
     settings = json.loads(told["settings"])

@@ -1,4 +1,4 @@
-"""A finished run directory, made once a session; tests that change it take a copy."""
+"""A finished run directory, shared by all tests of a session; tests that change it use a copy."""
 
 import shutil
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ SIZES = {(0, 0): 90, (0, 1): 70, (1, 0): 1, (1, 1): 50, (1, 2): 33}
 
 
 def finish(made, runtime=None):
-    """Run matching and effects on what `fabricate` made."""
+    """Run matching and effects on the stores that `fabricate` wrote."""
     runtime = runtime or SerialRuntime(made.settings.run)
     run_match(made.run, made.settings, made.design, runtime, "key of match")
     run_effects(made.run, made.settings, made.packed, made.source, runtime, "key of effects", made.summary)
@@ -26,7 +26,7 @@ def finish(made, runtime=None):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A finished run that no test may change."""
+    """A finished run; tests must not change it."""
     return finish(fabricate(tmp_path_factory.mktemp("finished"), SIZES))
 
 
@@ -41,7 +41,7 @@ WAYS = {
 
 @pytest.fixture(scope="session", params=WAYS.values(), ids=WAYS)
 def every_edge(request, tmp_path_factory):
-    """A run with the matches of all edges, which no test may change."""
+    """A run with the matches of all edges; tests must not change it."""
     overrides = {"match.edges": "all", "match.bandwidth": 0.5, **request.param}
     return finish(fabricate(tmp_path_factory.mktemp("every_edge"), SIZES, overrides=overrides))
 

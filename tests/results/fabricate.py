@@ -1,4 +1,4 @@
-"""A small run directory made by hand: what the stages before matching would have left, and no more."""
+"""Write a small run directory as the stages before matching would leave it, without running them."""
 
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ def design_of(sizes, levels):
 
 
 def fabricate(folder, sizes, *, levels=("a", "b+c"), genes=37, latent=6, dims=4, seed=0, crowds=0, overrides=None):
-    """Write the stores before matching into a folder; return what the stages take: run, settings, packed, source."""
+    """Write the stores that matching reads; return the arguments of stages: run, settings, packed, source."""
     rng = np.random.default_rng(seed)
     settings = Settings.build(
         overrides={"run.serial": True, "pack.block_rows": 64, "embed.tile_rows": 64, **(overrides or {})}
@@ -80,7 +80,7 @@ def fabricate(folder, sizes, *, levels=("a", "b+c"), genes=37, latent=6, dims=4,
 
 
 def from_cohort(folder, adata, settings, *, latent=6, dims=4, seed=0):
-    """Run the stages that read a cohort and make up the others before matching; return what the stages take."""
+    """Run the stages that read a cohort and fabricate the embedding; return the arguments of stages."""
     rng = np.random.default_rng(seed)
     source, runtime = open_source(adata, layer=settings.cohort.layer), SerialRuntime(settings.run)
     told = fingerprint(source, settings.cohort.condition_key, settings.cohort.batch_key)

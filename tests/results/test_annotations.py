@@ -1,4 +1,4 @@
-"""Labels made after the run are found everywhere, are checked by name, and change nothing that the run wrote."""
+"""Annotations are used everywhere, are checked by cell name, and change no file of the run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def labels_of(results: Results) -> pd.Series:
-    """Return labels of all cells but the first ten, in another order than the results'."""
+    """Return labels of all cells but the first ten, not in the order of the results."""
     names = results.obs.index[10:][::-1]
     return pd.Series(np.where(np.arange(len(names)) % 2, "odd", "even"), index=names, name="kind")
 
@@ -89,7 +89,7 @@ def test_a_series_of_labels_names_populations_without_being_kept(run: Path) -> N
     ("change", "said"),
     [
         pytest.param(lambda t: t.set_axis("x" + t.index), "none of the table's", id="other_names"),
-        pytest.param(lambda t: t.iloc[:0], "^the table has no rows; expected one a cell$", id="no_rows"),
+        pytest.param(lambda t: t.iloc[:0], "^the table has no rows; expected one per cell$", id="no_rows"),
         pytest.param(lambda t: pd.concat([t, t]), "twice", id="a_cell_twice"),
         pytest.param(lambda t: t.iloc[1:].rename_axis(t.index[0]), "line of column names", id="no_line_of_names"),
         pytest.param(lambda t: t["kind"].rename(None), "no name", id="series_without_a_name"),
@@ -163,7 +163,7 @@ def test_the_same_cells_with_other_columns_are_taken_over_by_run(
     assert times == {path: path.stat().st_mtime_ns for path in (run / keys.DONE).rglob("*.json")}
     assert made.results.obs["cell_type"].str.endswith(" (new)").all()
     assert nd.run(relabelled, out=run, preset="small", settings=SETTINGS, **NAMES).annotation is None
-    # What the cohort says as it did is no reason to undo labels of later.
+    # The unchanged column of the cohort does not undo the later annotation.
     assert nd.run(cohort, out=run, preset="small", settings=SETTINGS, **NAMES).annotation is None
     assert nd.open_results(run).obs["cell_type"].str.endswith(" (new)").all()
 
@@ -193,7 +193,7 @@ def test_the_command_takes_a_file(run: Path, tmp_path: Path, suffix: str, capsys
 
 
 def add_column(run: Path, *, whole: bool, consolidated: bool) -> None:
-    """Add a column to the stored obs by anndata: it alone, or all of obs written anew."""
+    """Add a column to the stored obs with anndata: only the column, or by writing all of obs."""
     root = zarr.open_group(str(run / keys.RESULTS), mode="r+", use_consolidated=False)
     obs = anndata.io.read_elem(root["obs"])
     obs["leiden"] = pd.Categorical(np.where(np.arange(len(obs)) % 2, "0", "1"))

@@ -1,4 +1,4 @@
-"""Lazy results hold the reader's bits, block by block, and scanpy, anndata and dask go on with them."""
+"""Lazy results equal the reader's bit by bit, and scanpy, anndata and dask can use them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_matches_that_are_not_there_are_said_when_they_are_wanted(finished):
 
 def test_scanpy_goes_on_with_it(results, tmp_path):
     lazy, whole = results.lazy(), results.layer("denoised", order="packed")
-    # scanpy aggregates what is in memory: a span of genes at a time, as the store is cut.
+    # scanpy aggregates in memory only: one span of genes at a time, as in the store.
     genes = lazy.n_vars // 2
     for span in (slice(0, genes), slice(genes, lazy.n_vars)):
         part = lazy[:, span].to_memory()
@@ -111,7 +111,7 @@ def test_scanpy_goes_on_with_it(results, tmp_path):
         expected = whole.to_df().groupby(whole.obs["ndreamer_group"], observed=True).mean().iloc[:, span]
         np.testing.assert_allclose(means.to_df("mean"), expected.loc[means.obs_names], rtol=1e-5, atol=1e-6)
     made = results.lazy()
-    made.X = made.layers["denoised"].rechunk({1: -1})  # scanpy wants all genes of a block of cells
+    made.X = made.layers["denoised"].rechunk({1: -1})  # scanpy needs all genes of a block of cells
     sc.pp.pca(made, n_comps=3, svd_solver="covariance_eigh")
     dense = whole.copy()
     sc.pp.pca(dense, n_comps=3, svd_solver="full")

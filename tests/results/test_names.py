@@ -1,4 +1,4 @@
-"""Cells are asked for by queries in which any column may stand, genes by their names, their ids or their symbols."""
+"""Cells are selected by queries on any column, genes by names, ids or symbols."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_what_is_quoted_stays_as_it_is(obs: pd.DataFrame) -> None:
 def test_a_query_that_cannot_be_read_names_backticks_and_columns(obs: pd.DataFrame) -> None:
     with pytest.raises(QueryError, match=r"the columns are 'orig.ident'.*in backticks: `orig.ident` =="):
         cells_of_query(obs, "nope == 1")
-    with pytest.raises(QueryError, match="does not say yes or no"):
+    with pytest.raises(QueryError, match="is not true or false"):
         cells_of_query(obs, "größe + 1")
 
 

@@ -1,4 +1,4 @@
-"""Any run's results are written in the published layout, group by group, without disturbing what else is there."""
+"""Results of any run are exported in the published layout, group by group; other files are kept."""
 
 import json
 

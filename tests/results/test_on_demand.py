@@ -1,4 +1,4 @@
-"""Effects computed on demand have the bits of the stored ones, follow METHOD by brute force, and reach any gene."""
+"""Computed effects equal stored ones bit by bit, agree with brute force, and cover any gene of the cohort."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ LAYERS = ("denoised", "batch_effect", "ite")
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """The finished run, with no layer stored, and its expression in small chunks."""
+    """The finished run without stored layers, and with expression in small chunks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "CHUNK_ENTRIES", 50)
         patch.setattr(tables, "SHARD_ENTRIES", 500)
@@ -37,14 +37,14 @@ def bare(tmp_path_factory):
 
 
 def as_if_not_stored(folder):
-    """Open results whose layers are all computed."""
+    """Open results so that all layers are computed."""
     results = open_results(folder)
     results.__dict__["layers"] = ()
     return results
 
 
 def by_hand(stored):
-    """Return F of every condition for every cell, in packed order, from the store's own coordinates and expression."""
+    """Return the expected expression F of every cell under every condition, computed from the store by brute force."""
     told = stored.uns["ndreamer"]
     match, names = json.loads(told["settings"])["match"], [str(name) for name in told["groups"]]
     group = np.asarray(stored.obs["ndreamer_group"].astype(str))
@@ -227,7 +227,7 @@ def test_matches_of_another_run_are_refused(copied, tmp_path):
 
 
 def cohort_of():
-    """Return counts of more genes than are modelled; one cell is empty and is dropped."""
+    """Return counts of more genes than are modelled; one cell is empty and gets dropped."""
     adata = counts(400, 90, conditions=("stim", "ctrl", "sick"))
     x = adata.X.toarray()
     x[7] = 0
@@ -237,7 +237,7 @@ def cohort_of():
 
 @pytest.fixture(scope="module")
 def from_counts(tmp_path_factory):
-    """A run on counts, with a filter of genes, and the cohort it was made from."""
+    """A run on counts with a gene filter, and its cohort."""
     adata = cohort_of()
     settings = settings_of(hvg__num_hvg=20, cohort__min_cells=150, match__edges="all")
     made = finish(from_cohort(tmp_path_factory.mktemp("from_counts"), adata, settings))
@@ -246,7 +246,7 @@ def from_counts(tmp_path_factory):
 
 
 def written(adata, folder, how):
-    """Return the cohort as a user may give it."""
+    """Return the cohort in one of the forms that users may pass."""
     if how == "memory":
         return adata
     made = adata.copy()
@@ -256,7 +256,7 @@ def written(adata, folder, how):
 
 
 def normalised_by_hand(made):
-    """Return all genes of the kept cells in packed order, scaled over the genes that were left, in float32."""
+    """Return all genes of the kept cells in packed order, normalised by the genes that passed the filter, float32."""
     adata, table = made.adata.copy(), pd.read_parquet(f"{made.run.url}/{keys.GENES_TABLE}")
     left = (table["cells"] >= made.settings.cohort.min_cells).to_numpy()
     assert 20 < left.sum() < 90

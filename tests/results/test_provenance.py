@@ -1,4 +1,4 @@
-"""A cell's counterparts are named, counted, and enough to recompute its effect by hand."""
+"""The counterparts of a cell have names and weights from which its effect can be recomputed."""
 
 import json
 import shutil
@@ -79,10 +79,10 @@ def test_the_count_is_of_the_named_matches(finished):
     queries = obs.index[(obs["ndreamer_condition"] == "sick").to_numpy()]
     named = pd.concat(results.matches(cell).assign(query=cell) for cell in queries)
     counterparts = named[(named["group"] == r"b\+c|ctrl") & (named["neighbour"] > 0)]
-    assert list(counterparts["cell"].unique()) == [obs.index[160]]  # the only cell there
+    assert list(counterparts["cell"].unique()) == [obs.index[160]]  # the only cell of the group
     others = (obs["ndreamer_group"] != r"b\+c|ctrl").sum()
     assert len(counterparts) == 33
-    assert obs["ndreamer_times_matched"].iloc[160] == others  # every cell is compared with the control
+    assert obs["ndreamer_times_matched"].iloc[160] == others  # every cell is matched with the control
 
 
 def test_matches_of_the_whole_run_are_named_from_results_alone(finished, tmp_path):
@@ -113,7 +113,7 @@ def test_edges_added_later_are_named_too(copied, every_edge):
     add_edges(copied.run, copied.settings, copied.design, SerialRuntime(copied.settings.run), "key of match", "all")
     after = open_results(copied.folder)
     assert set(after.matches(cell)["condition"]) == {"ctrl", "stim", "sick"}
-    if every_edge.settings.match.hubs == "none":  # as those of the run that edges are added to
+    if every_edge.settings.match.hubs == "none":  # the same hub correction as in the run that edges are added to
         nearest = open_results(every_edge.run.url).matches(cell).query("neighbour <= 1").reset_index(drop=True)
         columns = ["cell", "group", "neighbour", "distance"]
         pd.testing.assert_frame_equal(after.matches(cell)[columns], nearest[columns])

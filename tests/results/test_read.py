@@ -1,4 +1,4 @@
-"""Any rows and columns are what numpy makes of them, and each chunk that holds some is read once."""
+"""Any rows and columns equal numpy's selection, and every chunk that holds some is read once."""
 
 from enum import Enum
 

@@ -1,4 +1,4 @@
-"""Queries by name return what the full arrays hold, and read no more than they need."""
+"""Queries by name return the values of the full arrays, and read only the chunks that they need."""
 
 import functools
 import http.server
@@ -22,7 +22,7 @@ def results(finished):
 
 @pytest.fixture(scope="module")
 def whole(finished):
-    """The whole store in input order, by anndata."""
+    """The whole store in input order, read with anndata."""
     stored = anndata.read_zarr(f"{finished.run.url}/{keys.RESULTS}")
     with anndata.settings.override(remove_unused_categories=False):
         return stored[np.argsort(stored.obs[keys.OBS_INPUT_ROW])].copy()
@@ -63,7 +63,7 @@ def test_a_layer_is_the_stored_one(results, whole, name, order):
 
 
 def packed_order(results):
-    """Return where the cells of the packed order stand in input order."""
+    """Return the positions in input order of the cells in packed order."""
     stored = anndata.read_zarr(results.url)
     return np.argsort(np.argsort(stored.obs[keys.OBS_INPUT_ROW]))
 
@@ -92,6 +92,17 @@ def test_cells_are_queried_on_obs_and_genes_are_named(results, whole, query, sel
     )
 
 
+def test_a_mask_that_names_cells_is_aligned_with_obs(results):
+    expected = results.denoised(cells='kind == "B cell"')
+    for mask in (results.packed_obs["kind"] == "B cell", (results.obs["kind"] == "B cell").astype("boolean")):
+        np.testing.assert_array_equal(results.denoised(cells=mask).X, expected.X)
+    unnamed = pd.Series((results.obs["kind"] == "B cell").to_numpy())
+    np.testing.assert_array_equal(results.denoised(cells=unnamed).X, expected.X)
+    gaps = results.obs["perhaps"]
+    assert gaps.isna().any()
+    np.testing.assert_array_equal(results.denoised(cells=gaps).X, results.denoised(cells="perhaps").X)
+
+
 def test_listed_cells_come_in_their_order(results, whole):
     names = list(whole.obs_names[[200, 3, 77]])
     part = results.denoised(cells=names, genes=["G10", "G2"] if "G10" in whole.var_names else None)
@@ -113,7 +124,7 @@ def test_small_reads_change_nothing(results, whole, monkeypatch):
 def test_only_the_chunks_that_hold_the_answer_are_read(copied):
     folder = copied.folder / keys.RESULTS / "layers" / "ite" / "c"
     results = open_results(copied.folder)
-    stim = copied.design.groups[4]  # the last of the packed rows: blocks 3 and, in part, none else
+    stim = copied.design.groups[4]  # the last packed rows, all in block 3
     assert stim.start // 64 == 3
     for block in ("0", "1", "2"):
         (folder / block / "0").unlink()
@@ -127,8 +138,9 @@ def test_only_the_chunks_that_hold_the_answer_are_read(copied):
     [
         ({"cells": 'kin == "B"'}, "cannot be read .*'kind'"),
         ({"cells": "kind =="}, "cannot be read"),
-        ({"cells": "score"}, "does not say yes or no"),
+        ({"cells": "score"}, "is not true or false"),
         ({"cells": 'kind == "Q"'}, "no cell is selected by"),
+        ({"cells": 'kind == "T cell" and kind == "B cel"'}, "Column 'kind' has no 'B cel'. Did you mean 'B cell'"),
         ({"cells": []}, "no cell is selected"),
         ({"cells": ["cell-1x"]}, "there is no cell 'cell-1x'.*Did you mean"),
         ({"cells": [True, False]}, r"needs shape \(244,\)"),

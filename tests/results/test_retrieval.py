@@ -1,4 +1,4 @@
-"""Results are asked from a disk, a web server and S3 alike, each chunk touched is read once, and files come out."""
+"""Results are read alike from disk, a web server and S3, every needed chunk once, and exported to files."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def local(wide):
 
 @pytest.fixture(params=["disk", "ranges", "s3"])
 def place(request, wide, monkeypatch):
-    """An address of the results, and the server's own counts where there is one."""
+    """An address of the results, and the counts of its server, if there is one."""
     folder = f"{wide.run.url}/{keys.RESULTS}"
     if request.param == "disk":
         yield folder, None
@@ -64,7 +64,7 @@ def place(request, wide, monkeypatch):
 
 
 def lengths(wide, layer, block):
-    """Return the stored bytes of each chunk of a shard and of its index, read from the file itself."""
+    """Return the stored bytes of every chunk of a shard and of its index, read from the file."""
     shard = (wide.run.storage / keys.RESULTS).read(f"layers/{layer}/c/{block}/0")
     count = -(-GENES // WIDTH)
     return np.frombuffer(shard[-16 * count - 4 : -4], dtype="<u8").reshape(count, 2)[:, 1].astype(int), 16 * count + 4
@@ -208,7 +208,7 @@ def test_get_writes_every_format_in_input_order(local, tmp_path, capsys, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # scanpy's use of matplotlib
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # raised by scanpy's use of matplotlib
 def test_scanpy_plots_what_get_wrote(local, tmp_path):
     import matplotlib as mpl
 

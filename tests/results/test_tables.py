@@ -1,4 +1,4 @@
-"""results.zarr is plain AnnData, right, checksummed throughout, and repaired without touching what is done."""
+"""results.zarr is a correct AnnData store with checksums, and is repaired without rewriting finished shards."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_uns_tells_the_run_in_plain_values(finished):
     assert json.loads(told["versions"])["ndreamer-dist"]
     text = json.dumps({name: str(value) for name, value in told.items()})
     assert os.uname().nodename not in text
-    assert "chunk_rows" not in text  # a setting that only says how
+    assert "chunk_rows" not in text  # a setting that does not change results
 
 
 def test_every_array_ends_in_a_checksum(finished):
@@ -152,7 +152,7 @@ def test_a_gene_over_all_cells_is_a_narrow_chunk(finished):
 
 
 def read_everything(folder):
-    """Read all that a results.zarr holds, by the reader."""
+    """Read everything in a results.zarr with the reader."""
     results = open_results(folder)
     _ = results.obs, results.var, results.uns
     for name in results.layers:
@@ -301,7 +301,7 @@ def test_shards_of_expression_span_blocks(copied, monkeypatch, finished):
 
 
 def written_by_spans(copied, finished):
-    """Write the results by spans of 16 genes, look at every bit, and return the settings."""
+    """Write the results in spans of 16 genes, compare every bit, and return the settings."""
     effects = copied.settings.effects.model_copy(update={"chunk_genes": 8})
     settings = copied.settings.model_copy(update={"effects": effects})
     run_effects(copied.run, settings, copied.packed, copied.source, SerialRuntime(settings.run), "another key")
@@ -331,17 +331,17 @@ def test_much_expression_is_read_by_spans_of_genes_and_once_each(copied, monkeyp
     monkeypatch.setattr(stage, "load_block", lambda *asked: read.append(asked[1:]) or load(*asked))
     written_by_spans(copied, finished)
     assert len({genes for _, genes in read}) == 3
-    assert max(Counter(read).values()) <= 2  # as a counterpart's block, and as the cells' own
+    assert max(Counter(read).values()) <= 2  # once as counterparts and once as the cells' own expression
 
 
 def test_a_task_sums_where_the_last_one_of_its_process_did(copied, monkeypatch):
     write, average, sums = stage._write_part, stage.average_through, []
 
     def written(part, target, blocks):
-        write(part, pickle.loads(pickle.dumps(target)), blocks)  # as a worker gets it
+        write(part, pickle.loads(pickle.dumps(target)), blocks)  # as it arrives in a worker
 
     def averaged(*asked):
-        sums.append(average(*asked)[0])  # what is kept here, new memory cannot lie on
+        sums.append(average(*asked)[0])  # kept alive, so that new memory cannot reuse its address
         return sums[-1:] + list(asked[3][1:])
 
     monkeypatch.setattr(stage, "_write_part", written)
@@ -350,7 +350,7 @@ def test_a_task_sums_where_the_last_one_of_its_process_did(copied, monkeypatch):
     assert len(sums) == copied.packed.n_blocks > 2
     assert len({values.__array_interface__["data"] for values in sums}) == 1
     assert not stage._sums.cache_info().currsize
-    one, other = (stage.SharedBlocks({}).name for _ in range(2))  # two stores that two threads write at once
+    one, other = (stage.SharedBlocks({}).name for _ in range(2))  # two stores that two threads write concurrently
     assert not np.shares_memory(stage._sums(one, 1, 2, 3), stage._sums(other, 1, 2, 3))
     stage._sums.cache_clear()
 

@@ -1,8 +1,9 @@
-"""The run directory: markers that can be trusted, keys that say what a result depends on, one lock."""
+"""A run directory has reliable markers, stage keys that cover all that results depend on, and one lock."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import subprocess
 import sys
@@ -118,6 +119,19 @@ def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(tmp_path: 
         pass
 
 
+def test_a_file_system_without_locks_is_locked_by_a_lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    run = RunDirectory.at(tmp_path)
+    with run.locked(), pytest.raises(RunError, match="is being worked on by another run"), run.locked():
+        pass
+    with run.locked():
+        pass
+    assert not run.storage.list()
+
+
 def test_a_remote_lock_is_held_while_its_holder_lives(tmp_path: Path) -> None:
     run = RunDirectory(open_storage(f"memory://{tmp_path.name}"))
     with run.locked(), pytest.raises(RunError, match="is being worked on"), run.locked():
@@ -137,7 +151,7 @@ def test_a_remote_lock_that_nobody_renews_is_waited_for_and_taken_over(
     with run.locked():
         assert 0.9 < time.monotonic() - started < 10
     assert caplog.messages == [f"{run.url} is locked by process 1 on gone; waiting 1 s for a sign of life"]
-    with run.locked():  # it was let go
+    with run.locked():  # the lock was released
         pass
     assert len(caplog.messages) == 1
 
@@ -164,7 +178,7 @@ def test_a_remote_lock_that_is_renewed_meanwhile_or_let_go_is_seen_at_once(
 def test_of_two_runs_that_begin_at_once_never_do_both_hold_a_remote_lock(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # Both have seen that there is no lock before either writes one.
+    # Both runs see that there is no lock before either writes one.
     seen = threading.Barrier(2)
     looked = lock._await_holder
     monkeypatch.setattr(lock, "_await_holder", lambda storage: (looked(storage), seen.wait(10))[0])
@@ -195,7 +209,7 @@ def test_of_two_runs_that_begin_at_once_never_do_both_hold_a_remote_lock(
 def test_a_run_whose_remote_lock_was_taken_over_stops(
     handler: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    before = signal.signal(signal.SIGINT, handler)  # a shell's background job ignores Ctrl-C
+    before = signal.signal(signal.SIGINT, handler)  # background jobs of a shell ignore Ctrl-C
     monkeypatch.setattr(lock, "LEASE_SECONDS", 0.4)
     run = RunDirectory(open_storage(f"memory://{tmp_path.name}"))
     other = {"host": "elsewhere", "pid": 1, "space": "a", "time": time.time() + 60, "token": "other"}
@@ -211,4 +225,4 @@ def test_a_run_whose_remote_lock_was_taken_over_stops(
             work()
     finally:
         signal.signal(signal.SIGINT, before)
-    assert run.storage.exists(keys.LOCK)  # the other's stays
+    assert run.storage.exists(keys.LOCK)  # the lock of the other run is kept

@@ -1,4 +1,4 @@
-"""A file that carries a checksum is read as it was written, or refused by name."""
+"""A file with a checksum is read as it was written, or refused with an error that names it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""gs:// and az://: the bits of a local run, and servers that are silent or refuse, named in one line in bounded time.
+"""Runs on gs:// and az:// equal local ones bit by bit; silent or refusing servers raise an error in bounded time.
 
-The packages and the emulators are not among the tests' own; what is missing is skipped. To have all of it:
+The tests need packages and emulators that are not installed by default; without them they are skipped. To install all:
 `pip install gcsfs adlfs gcp-storage-emulator` and `npm install -g azurite`.
 """
 
@@ -27,12 +27,12 @@ from ndreamer_dist.storage import retries
 from ndreamer_dist.storage.files import Storage, open_storage
 from tests.tiny import NAMES, SETTINGS, assert_same_bits, tiny_cohort
 
-# What the clouds' own packages leave for the collector when the file systems go.
+# gcsfs and adlfs leave open connections to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore")
 JOB = SETTINGS | {"train.epochs": 2}
 PACKAGES = {"gs": "gcsfs", "az": "adlfs"}
 LIMIT = 0.3
-# Azurite's only account; its key is printed in its manual.
+# Azurite's only account; its key is public, in Azurite's manual.
 AZURITE = (
     "DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey=Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6"
     "IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==;BlobEndpoint={url}/devstoreaccount1;"
@@ -41,7 +41,7 @@ AZURITE = (
 
 @pytest.fixture(params=PACKAGES)
 def cloud(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A protocol whose package is there."""
+    """A protocol whose package is installed."""
     pytest.importorskip(PACKAGES[request.param])
     fsspec.get_filesystem_class(request.param).clear_instance_cache()
     yield request.param
@@ -49,7 +49,7 @@ def cloud(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def told_of(url: str, patch: pytest.MonkeyPatch) -> None:
-    """Let clients find a server."""
+    """Point the clients of both clouds to a server."""
     patch.setenv("STORAGE_EMULATOR_HOST", url)
     patch.setenv("AZURE_STORAGE_CONNECTION_STRING", AZURITE.format(url=url))
 
@@ -62,7 +62,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def emulated(cloud: str) -> Iterator[str]:
-    """Serve an empty bucket; the test is skipped where the emulator is missing."""
+    """Run an emulator with an empty bucket; skip the test if the emulator is missing."""
     port = free_port()
     if cloud == "gs":
         emulator = pytest.importorskip("gcp_storage_emulator.server")
@@ -96,7 +96,7 @@ def test_the_whole_job_gives_the_bits_of_a_local_one(
     nd.run(cohort, out=tmp_path / "local", preset="small", settings=JOB, **NAMES)
     with emulated(cloud) as url:
         told_of(url, monkeypatch)
-        with contextlib.suppress(Exception):  # one emulator begins with a bucket
+        with contextlib.suppress(Exception):  # one emulator starts with a bucket
             fsspec.filesystem(cloud).mkdir("bucket")
         there = open_storage(f"{cloud}://bucket/cohort.zarr")
         for path in cohort.rglob("*"):
@@ -114,7 +114,7 @@ def test_the_whole_job_gives_the_bits_of_a_local_one(
 
 
 class Unwell(http.server.BaseHTTPRequestHandler):
-    """Answers that it cannot, or never."""
+    """A server that answers with an error, or never."""
 
     silent = False
 
@@ -156,7 +156,7 @@ def test_a_server_that_is_unwell_is_asked_five_times_and_named(
             with pytest.raises(StoreError, match=rf"^{cloud}://bucket/run.* cannot be .*tried 5 times"):
                 ask(open_storage(f"{cloud}://bucket/run"))
             assert time.monotonic() - started < 30 * LIMIT + 5
-            assert server.asked in (5, 10)  # some verbs are two requests
+            assert server.asked in (5, 10)  # some methods make two requests
         finally:
             server.ended.set()
             server.shutdown()

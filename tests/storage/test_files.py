@@ -1,4 +1,4 @@
-"""Storage: files appear whole, and no damaged or missing chunk passes for data."""
+"""Files are written atomically, and no damaged or missing chunk is read as data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ndreamer_dist.storage.shards import counting, merged
 
 @pytest.fixture(params=["local", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """A local folder, and one that is only reached through fsspec."""
+    """A local folder, and one that is reached through fsspec."""
     return open_storage(tmp_path if request.param == "local" else f"memory://{tmp_path.name}")
 
 
@@ -182,7 +182,7 @@ LAYOUTS = [((7, 5), (21, 15)), ((7, 5), (7, 45)), ((7, 5), None)]
 
 @functools.cache
 def made(layout: int) -> tuple[Storage, np.ndarray]:
-    """Return an array of one layout, kept for the session, and its values."""
+    """Return an array of one layout, cached for the session, and its values."""
     chunk, shard = LAYOUTS[layout]
     storage = open_storage(tempfile.mkdtemp())
     values = np.random.default_rng(layout).normal(size=(50, 42)).astype(np.float32)

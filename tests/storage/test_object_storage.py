@@ -1,4 +1,4 @@
-"""The whole job on servers: the bits of a local run, whatever is interrupted, by few requests."""
+"""A run on object storage equals a local one bit by bit, also after interruptions, and makes few requests."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cohort(tiny: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def h5ad(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same cohort in a file that takes many blocks, beside its store."""
+    """The same cohort as an h5ad file of many blocks, beside the zarr store."""
     path = tmp_path_factory.mktemp("served") / "cohort.h5ad"
     shutil.copytree(cohort, path.with_suffix(".zarr"))
     as_memory(cohort).write_h5ad(path)
@@ -60,7 +60,7 @@ def h5ad(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def blocks_of(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes in which a remote h5ad file is read: so few that this one has to be read by ranges."""
+    """Block size of remote h5ad files: so small that this file is read by ranges."""
     monkeypatch.setattr(stored, "REMOTE_BLOCK", 2**16)
     monkeypatch.setattr(stored, "REMOTE_BLOCKS", 4)
     return 2**16
@@ -76,7 +76,7 @@ def local(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(cohort: Path) -> Iterator[SimpleNamespace]:
-    """S3 with the cohort in it; its address and its credentials are in the environment and nowhere else."""
+    """An S3 server with the cohort; only the environment holds its address and credentials."""
     with s3() as serving, pytest.MonkeyPatch.context() as patch:
         for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": serving.url}).items():
             patch.setenv(name, value)
@@ -95,7 +95,7 @@ def fetched(url: str, folder: Path) -> Path:
 
 
 def counted(asked: list[tuple[float, str, str, str]], run: str) -> dict[str, tuple[int, int]]:
-    """Return how many listings and requests in all each stage of a run made, and what was made around them."""
+    """Return the numbers of listings and of all requests of every stage of a run, and of those outside stages."""
     lines = map(json.loads, open_storage(run).read(keys.STAGES_LOG).splitlines()[: len(keys.STAGES)])
     spans = {line["stage"]: (line["started"], line["started"] + line["seconds"]) for line in lines}
     listed, found = collections.Counter(), collections.Counter()
@@ -108,7 +108,7 @@ def counted(asked: list[tuple[float, str, str, str]], run: str) -> dict[str, tup
 
 @pytest.fixture(scope="module")
 def remote_and_asked(server: SimpleNamespace) -> tuple[str, dict[str, tuple[int, int]]]:
-    """A finished run on S3, of the cohort on S3, and what it asked for."""
+    """A finished run on S3 of the cohort on S3, and its numbers of requests."""
     before = len(server.asked)
     nd.run("s3://bucket/cohort.zarr", out="s3://bucket/run", preset="small", settings=JOB, **NAMES)
     return "s3://bucket/run", counted(server.asked[before:], "s3://bucket/run")
@@ -153,16 +153,16 @@ def test_requests_grow_with_shards_and_not_with_cells(
     files = {str(path.relative_to(twice)): path.read_bytes() for path in twice.rglob("*") if path.is_file()}
     for name, data in files.items():
         open_storage("s3://bucket/twice.zarr").write_atomic(name, data)
-    larger = {"pack.block_rows": 512, "embed.tile_rows": 256, "train.batch_size": 128}  # as many shards and steps
+    larger = {"pack.block_rows": 512, "embed.tile_rows": 256, "train.batch_size": 128}  # equal numbers of shards, steps
     before = len(server.asked)
     nd.run("s3://bucket/twice.zarr", out="s3://bucket/twice", preset="small", settings=JOB | larger, **NAMES)
     asked = counted(server.asked[before:], "s3://bucket/twice")
-    # The fingerprint looks at no more than so many places of the input, however long it is.
+    # The fingerprint samples a bounded number of places of the input, however long it is.
     samples = asked.pop(AROUND)[1] - remote_and_asked[1][AROUND][1]
     assert 0 < samples <= 3 * source.SAMPLES
     for stage, numbers in asked.items():
         for now, once in zip(numbers, remote_and_asked[1][stage], strict=True):
-            assert now <= once + 8, stage  # how far a stage is, and that the lock is held, is told by the clock
+            assert now <= once + 8, stage  # progress and the lock are written by the clock
 
 
 def test_a_finished_run_on_s3_does_nothing_and_says_so_in_few_requests(server: SimpleNamespace, remote: str) -> None:
@@ -194,7 +194,7 @@ def test_a_job_killed_on_s3_never_looks_finished_and_goes_on(
     with pytest.raises(StoreError, match="has not finished"):
         nd.open_results("s3://bucket/killed")
     done = open_storage("s3://bucket/killed").list(keys.DONE)
-    # The dead job's lease is known to be dead, since it was taken on this machine.
+    # The lease of the killed job is taken over at once, since its process was on this machine.
     nd.run(cohort, out="s3://bucket/killed", preset="small", settings=JOB, **NAMES)
     run = fetched("s3://bucket/killed", tmp_path / "run")
     assert_same_bits(local, run)
@@ -274,9 +274,7 @@ def test_a_cohort_behind_a_web_server_gives_the_bits_of_a_local_one(
         nd.run(f"{web.url}/{name}", out=tmp_path / "run", preset="small", settings=JOB, **NAMES)
         for_the_run = web.sent - for_the_plan
     assert planned == nd.plan(h5ad.parent / name, preset="small", settings=JOB, **NAMES)
-    assert (
-        0 < for_the_plan < for_the_run / 2
-    )  # a sample, which is all of so few cells; the run passes over them twice more
+    assert 0 < for_the_plan < for_the_run / 2  # the plan reads a sample, here all cells; the run reads them twice more
     assert_same_bits(local, tmp_path / "run")
 
 
@@ -292,7 +290,7 @@ def test_a_file_behind_a_server_without_ranges_is_refused_in_one_line(h5ad: Path
     with serving(Plain, h5ad.parent) as web, pytest.raises(StoreError) as refused:
         nd.plan(f"{web.url}/cohort.h5ad", preset="small", settings=JOB, **NAMES)
     assert str(refused.value) == (
-        f"{web.url}/cohort.h5ad cannot be read by ranges (the server sends whole files alone); download it first"
+        f"{web.url}/cohort.h5ad cannot be read by ranges (the server does not support range requests); download it first"
     )
 
 

@@ -1,4 +1,4 @@
-"""A public bucket is read without credentials, and asked as somebody where there are some."""
+"""A public bucket is read without credentials; credentials are used if there are any."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns of text are read as Arrow with the values that zarr and h5py read, by blocks, however they are stored."""
+"""Columns of text are read in blocks as Arrow, with the values that zarr and h5py read, in every encoding."""
 
 from __future__ import annotations
 
