@@ -1,4 +1,4 @@
-"""The trained model as files: the weights, and everything needed to use them on other cells."""
+"""Write and load the trained model: the weights, and all that is needed to use them on other cells."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from ndreamer_dist.storage.files import Storage
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network with the names it was trained on.
+    """A trained network with the names of its inputs.
 
     Attributes
     ----------
     network
-        In evaluation mode, on the device it was loaded to.
+        In evaluation mode.
     genes
-        Names of the genes it reads, in order.
+        Names of the genes, in the order of the input's columns.
+    conditions, batch_levels
+        Names of the conditions, and of the levels of each batch covariate, in the order of their codes.
     """
 
     network: NDreamerNetwork
@@ -39,7 +41,7 @@ class TrainedModel:
 
     @classmethod
     def load(cls, storage: Storage, device: str = "cpu") -> TrainedModel:
-        """Load `model/` of a run directory; nothing else of the run is needed."""
+        """Load `model/` of a run directory, which needs no other file of the run."""
         told, weights = read_model(storage)
         network = NDreamerNetwork(
             genes=len(told["genes"]),
@@ -54,16 +56,16 @@ class TrainedModel:
     def embed(
         self, x: sparse.csr_matrix, tile_rows: int = 1024, *, codes: CodeChoice = "probable", key: Sequence[int] = (0,)
     ) -> np.ndarray:
-        """Return the effect-modifier embedding mu of log-normalised cells.
+        """Return the effect-modifier embedding mu of log-normalised cells (METHOD section 5).
 
         Parameters
         ----------
         x
             (cells, genes), columns as in `genes`.
         tile_rows
-            Cells encoded at once. The same number gives the same bits, whatever the number of cells.
+            Cells encoded at once; the last tile is padded. Equal `tile_rows` give equal bits for any number of cells.
         codes, key
-            What stands for a cell (`EmbedSettings.codes`), and what the draws of `sampled` codes are keyed by.
+            How codes are chosen (`EmbedSettings.codes`), and the key of the random draws of `sampled` codes.
 
         Returns
         -------
@@ -86,7 +88,7 @@ class TrainedModel:
 
 
 def save_model(storage: Storage, network: NDreamerNetwork, packed: Packed, settings: Settings) -> None:
-    """Write `model/`: the weights, and what is needed to use them, readable."""
+    """Write `model/`: the weights, and as JSON all that is needed to use them."""
     told = {
         "format": keys.FORMAT_VERSION,
         "settings": settings.model.model_dump(mode="json"),
