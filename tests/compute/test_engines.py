@@ -1,4 +1,4 @@
-"""A GPU is tried before it is trusted, keeps its process, and what is wrong with it is one line."""
+"""A GPU is tried before it is used, one process keeps it, and a failure is reported in one line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def at_work(_: int, shared: list[int]) -> tuple[int, str, int]:
 
 @pytest.fixture
 def runtime(ray_token: None) -> Iterator[RayRuntime]:
-    """A Ray that counts two GPUs, on a machine that has none."""
+    """A Ray that believes to have two GPUs, on a machine without any."""
     import ray
 
     ray.shutdown()
@@ -48,7 +48,7 @@ def test_on_ray_a_process_keeps_its_gpu_and_one_that_torch_cannot_use_is_one_lin
     answers = list(runtime.map(at_work, range(12), [0], title="work", num_gpus=1))
     assert len(answers) == 12
     assert {device for _, device, _ in answers} == {"0", "1"}
-    assert len(set(answers)) == 2  # a process, its device, and what is shared, made once
+    assert len(set(answers)) == 2  # one process per GPU, with one device and one copy of the shared values
     if torch.version.cuda is None:
         started = time.monotonic()
         with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""Signals stop a program at once, or where deferred work ends; ignored ones stay ignored."""
+"""Signals stop a program at once, or when deferred work ends; ignored signals stay ignored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ndreamer_dist.compute.signals import deferred_stop, stop_signals
 
 @pytest.fixture(autouse=True)
 def _heard() -> Iterator[None]:
-    """Let Ctrl-C interrupt, also where the tests run in the background of a shell, which ignores it."""
+    """Restore the default handler of Ctrl-C, which shells ignore in background processes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

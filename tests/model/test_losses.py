@@ -89,7 +89,7 @@ def test_independence_of_the_batch_inside_conditions_equals_the_sum_over_cells()
         for covariate in batch.batch.T
         for name in names
     )
-    # The helper's sums are of float32, hence of the golden tolerance.
+    # The helper sums in float32, hence the tolerance of the golden values.
     close(losses.independence_batch_within(quantised_of(probs, labels), labels), float(expected))
 
 
@@ -335,5 +335,5 @@ def test_terms_and_total_are_clamped_from_above() -> None:
     found = losses.weigh(huge, loss, CONDITIONS)
     assert found.weighted.kl == 10
     assert found.total == 10
-    # 10 of reconstruction, 10 of kl, less 25 of dependence: each is clamped before they are added.
+    # 10 (reconstruction) + 10 (kl) - 25 (dependence): each term is clamped before the sum.
     assert losses.weigh(replace(huge, dependence=torch.tensor(1.0)), loss, CONDITIONS).total == -5

@@ -1,4 +1,4 @@
-"""A checkpoint is due by steps or by minutes, and half a checkpoint is none."""
+"""A checkpoint is due by steps or by minutes, and an incomplete checkpoint is ignored."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_checkpoints_by_time_take_a_small_share_of_a_training_whatever_one_costs
     for step in range(1, 100_001):
         now += 0.01
         if schedule.due(step):
-            cost = 0.1 + 2e-5 * step  # each holds a row for every step so far
+            cost = 0.1 + 2e-5 * step  # a checkpoint that grows with every step
             with schedule.saving():
                 now += cost
             waited, last = waited + cost, step

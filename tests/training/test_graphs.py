@@ -1,4 +1,4 @@
-"""Steps that are recorded and done again, on the memory of the recorded one, are the steps that are taken plainly."""
+"""Replaying a recorded step, on the memory of its recording, gives the same bits as an ordinary step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 
 @pytest.fixture(autouse=True)
 def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pad mini-batches on the processor, and draw their noise, as for a GPU."""
+    """Pad mini-batches and draw their noise on the CPU as on a GPU."""
     for padded in (
         batches.ROWS_TO, batches.MEMBERS_TO, batches.GROUPS_TO, batches.MOST_PADDING, batches.PAIRS_AT_ONCE,
     ):  # fmt: skip
@@ -50,7 +50,7 @@ def made(cohort: Cohort) -> Iterator[MiniBatch]:
 
 @dataclass
 class Recorder:
-    """Stands for CUDA's recording: a replay does the recorded step again, on the mini-batch that it was recorded with."""
+    """Test double of CUDA's recorder: a replay runs the recorded step again on its recorded mini-batch."""
 
     recorded: int = 0
     replayed: int = 0
@@ -77,7 +77,7 @@ def trained(cohort: Cohort, take: Any = None, steps: int = STEPS) -> tuple[list[
 
 
 def spoilt(batch: MiniBatch) -> MiniBatch:
-    """Spoil all but what is copied to a graph: it is gone when a graph is started."""
+    """Overwrite what is not copied to the memory of a graph, which must not read it."""
     if batch.step <= 4:
         return batch
     nothing = torch.full_like(batch.condition, -1)
@@ -91,8 +91,9 @@ def test_recorded_steps_have_the_bits_of_plain_ones_and_read_nothing_but_what_is
     (ours, losses), (plain, known) = trained(cohort, GraphedSteps(recorder)), trained(cohort)
     assert losses == known
     assert all(map(torch.equal, ours, plain))
-    # An epoch has two steps, the second half as long: the first of each length is taken plainly, the others again.
-    assert (recorder.recorded, recorder.replayed) == (2, STEPS - 2 + 2)  # one of each length to compare
+    # An epoch has two steps, the second with half as many cells. The first step of each size is ordinary, the second is
+    # recorded; recording replays a step once, to compare it.
+    assert (recorder.recorded, recorder.replayed) == (2, STEPS - 2 + 2)  # 2 ordinary steps, 2 comparisons
 
 
 def test_a_recording_that_does_something_else_is_noticed_and_not_used(
