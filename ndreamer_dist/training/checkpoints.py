@@ -56,30 +56,34 @@ class Schedule:
         self._stop = stop
         self._last = clock()
         self._cost = 0.0
-        self._unheard: Copied | None = None
+        self._pending: Copied | None = None
+        self._pending_is_old = False
         self.stopping = False
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint follows this step, equally on all workers; all must call it after every step."""
-        late, self.stopping = self._asked(step)
+        late, self.stopping = self._agreed(step)
         by_steps = self._steps is not None and step % self._steps == 0
         if not by_steps and not late and not self.stopping:
             return False
         self._last = self._clock()
+        self._pending_is_old = self._pending is not None
         return True
 
-    def _asked(self, step: int) -> tuple[bool, bool]:
+    def _agreed(self, step: int) -> tuple[bool, bool]:
         """Return whether a checkpoint is overdue and whether training must stop, equally on all workers."""
         if self._collective.world == 1:
             return self._overdue(step), self._stop()
         if step % ASK_EVERY:
             return False, False
-        asked = [float(self._collective.rank == 0 and flag) for flag in (self._overdue(step), self._stop())]
-        sums = self._collective.all_sum(torch.tensor(asked).to(self._device, non_blocking=True))
-        heard: Copied | None = Copied.of(sums)
+        flags = [float(self._collective.rank == 0 and flag) for flag in (self._overdue(step), self._stop())]
+        sums = self._collective.all_sum(torch.tensor(flags).to(self._device, non_blocking=True))
+        answer: Copied | None = Copied.of(sums)
         if sums.is_cuda:  # do not wait for the GPU: read the previous answer
-            heard, self._unheard = self._unheard, heard
-        late, stopping = (value > 0 for value in (heard.tolist() if heard is not None else (0.0, 0.0)))
+            answer, self._pending = self._pending, answer
+        late, stopping = (value > 0 for value in (answer.tolist() if answer is not None else (0.0, 0.0)))
+        # An answer that was pending at the last checkpoint calls for that checkpoint, not for another one.
+        late, self._pending_is_old = late and not self._pending_is_old, False
         return late, stopping
 
     def _overdue(self, step: int) -> bool:

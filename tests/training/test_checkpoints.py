@@ -12,6 +12,7 @@ from ndreamer_dist.settings import TrainSettings
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.training.checkpoints import Schedule, latest_serial, save_serial
 from ndreamer_dist.training.loop import STATE_FILE
+from tests.double import CUDA, Device, pretended
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,38 @@ def test_checkpoints_by_time_take_a_small_share_of_a_training_whatever_one_costs
             waited, last = waited + cost, step
     assert last > 90_000
     assert waited <= 0.02 * now
+
+
+class Pair(Single):
+    """The first of two workers; the other one has nothing to say."""
+
+    world = 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        pytest.param(None, [40, 80, 120, 160], id="minutes_alone"),
+        pytest.param(35, [35, 70, 105, 140, 175], id="steps_are_sooner"),
+    ],
+)
+def test_on_gpus_whose_answers_come_one_look_later_one_checkpoint_is_written_for_each_time(
+    steps: int | None, expected: list[int]
+) -> None:
+    now = 0.0
+    settings = TrainSettings(checkpoint_steps=steps, checkpoint_minutes=0.5)
+    with pretended(), Device() as device:
+        schedule = Schedule(settings, Pair(), CUDA, clock=lambda: now, stop=lambda: now > 180)
+        found = []
+        for step in range(1, 192):
+            now = float(step)
+            if schedule.due(step):
+                found.append(step)
+            assert not schedule.stopping
+        assert schedule.due(192)
+        assert schedule.stopping
+    assert found == expected
+    assert device.waits == []
 
 
 def test_checkpoints_by_neither_steps_nor_time_are_refused() -> None:
