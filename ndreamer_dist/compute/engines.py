@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 def faiss_builds() -> list[str]:
     """Return the installed builds of FAISS with their versions."""
-    return [f"{name} {found}" for name in FAISS_BUILDS if (found := _version(name))]
+    return [f"{name} {number}" for name in FAISS_BUILDS if (number := _version(name))]
 
 
 def require_faiss() -> None:
@@ -133,8 +133,8 @@ def tried_apart(finding: Finding, seconds: float = TRIAL_SECONDS) -> str | None:
     answers = [line.removeprefix(MARK) for line in child.stdout.splitlines() if line.startswith(MARK)]
     if child.returncode == 0 and answers:
         return answers[-1] or None
-    said = (child.stderr.strip().splitlines() or ["nothing was said"])[-1]
-    return f"the trial of the GPU ended with code {child.returncode} ({said[:300]})"
+    last_line = (child.stderr.strip().splitlines() or ["nothing was said"])[-1]
+    return f"the trial of the GPU ended with code {child.returncode} ({last_line[:300]})"
 
 
 # --- trials, each in a process of its own ----------------------------------------------------------------------------
@@ -148,8 +148,8 @@ def torch_finding() -> str | None:
 
     if not torch.cuda.is_available():
         needed = OLDEST_DRIVER.get(int((torch.version.cuda or "0").split(".")[0]))
-        asked = f", which needs NVIDIA driver {needed} or later" if needed else ""
-        return f"torch {torch.__version__} is built for CUDA {torch.version.cuda}{asked}; found driver {_driver() or 'none'}"
+        requirement = f", which needs NVIDIA driver {needed} or later" if needed else ""
+        return f"torch {torch.__version__} is built for CUDA {torch.version.cuda}{requirement}; found driver {_driver() or 'none'}"
     try:
         free, _ = torch.cuda.mem_get_info()
         if free < LEAST_GPU_BYTES:
@@ -176,10 +176,10 @@ def product_finding(device: str) -> str | None:
 def _driver() -> str | None:
     """Return the version of the NVIDIA driver, if the system shows one."""
     try:
-        found = re.search(r"\s(\d{3}\.[\d.]+)\s", DRIVER_FILE.read_text())
+        match = re.search(r"\s(\d{3}\.[\d.]+)\s", DRIVER_FILE.read_text())
     except OSError:
         return None
-    return found and found.group(1)
+    return match and match.group(1)
 
 
 def _version(package: str) -> str | None:

@@ -39,7 +39,7 @@ class Lines(logging.Formatter):
         if not self.as_json:
             text = printable(record.getMessage())
             return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
-        told = {
+        entries = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname,
             "logger": record.name,
@@ -47,8 +47,8 @@ class Lines(logging.Formatter):
             **getattr(record, FACTS, {}),
         }
         if record.exc_info:
-            told["trace"] = self.formatException(record.exc_info)
-        return json.dumps(told)
+            entries["trace"] = self.formatException(record.exc_info)
+        return json.dumps(entries)
 
 
 def choose_format(log_format: Literal["text", "json"]) -> None:

@@ -595,6 +595,6 @@ def check_layout(settings: TrainSettings, cpus: int, gpus: Callable[[], int]) ->
             f"use at most --workers {max(1, int((cpus - READER_CPUS) / WORKER_CPUS))}"
         )
         raise ResourceError(msg)
-    if settings.device == "cuda" and (found := gpus()) < workers:
-        msg = f"{workers} training workers need {workers} GPUs and Ray has {found}; use --set train.device=cpu"
+    if settings.device == "cuda" and (present := gpus()) < workers:
+        msg = f"{workers} training workers need {workers} GPUs and Ray has {present}; use --set train.device=cpu"
         raise ResourceError(msg)

@@ -74,11 +74,11 @@ def _handled(handler: Handler) -> Iterator[dict[int, object]]:
     if threading.current_thread() is threading.main_thread():
         earlier = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         # A handler of None was not set from Python and could not be restored.
-        before |= {number: kept for number, kept in earlier.items() if kept not in (None, signal.SIG_IGN)}
+        before |= {number: old for number, old in earlier.items() if old not in (None, signal.SIG_IGN)}
     for number in before:
         signal.signal(number, handler)
     try:
         yield before
     finally:
-        for number, kept in before.items():
-            signal.signal(number, kept)  # type: ignore[arg-type]
+        for number, old in before.items():
+            signal.signal(number, old)  # type: ignore[arg-type]

@@ -22,15 +22,15 @@ from ndreamer_dist.settings import NOISE_ROWS
 
 PAIRS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 """Cell pairs, padding included, that are compared at a time; a single group may exceed it."""
-MOST_PADDING = {"cpu": 0.8, "cuda": 0.0}
+LEAST_RELATIVE_SIZE = {"cpu": 0.8, "cuda": 0.0}
 """Groups are compared together only if the smallest has at least this fraction of the largest group's cells."""
-ROWS_TO = {"cpu": 1, "cuda": 256}
+ROW_MULTIPLE = {"cpu": 1, "cuda": 256}
 """The row count of each half of the joint tables is padded to a multiple of this."""
-MEMBERS_TO = {"cpu": 1, "cuda": 32}
+MEMBER_MULTIPLE = {"cpu": 1, "cuda": 32}
 """The number of cells per group is padded to a multiple of this in the losses inside groups."""
-GROUPS_TO = {"cpu": 1, "cuda": 16}
+GROUP_MULTIPLE = {"cpu": 1, "cuda": 16}
 """The number of groups is padded to a multiple of this."""
-Thing = TypeVar("Thing")
+Nest = TypeVar("Nest")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MiniBatch:
         Labels of the global mini-batch if computed ahead of the step, else None.
     key
         Key of the step's noise, (), int64, on the device; None if the step computes it.
-    sent
+    device_bytes
         Bytes on the device that hold all of its tensors except `x`; None if they were not sent in one copy.
     """
 
@@ -71,7 +71,7 @@ class MiniBatch:
     cells: int
     labels: Labels | None = None
     key: Tensor | None = None
-    sent: Tensor | None = None
+    device_bytes: Tensor | None = None
 
     @property
     def blocks(self) -> range:
@@ -127,7 +127,7 @@ class Labels:
         (global cells,), cluster labels.
     group_cells
         (groups,), cells of each group, float64; 1 for padding groups, which have no cells.
-    more
+    padding_ratio
         Number of groups with padding divided by that without, (), float32; None without padding.
     condition, batches
         Merges of the groups by condition, and by each batch covariate.
@@ -145,7 +145,7 @@ class Labels:
     low: Tensor
     high: Tensor
     group_cells: Tensor
-    more: Tensor | None
+    padding_ratio: Tensor | None
     condition: Merge
     batches: tuple[Merge, ...]
     within: tuple[Nested, ...]
@@ -159,10 +159,10 @@ class Labels:
         """Slice of the worker's own cells among the global ones."""
         return slice(self.first, self.first + self.own)
 
-    def sent(self, send: Callable[[Tensor], Tensor]) -> Labels:
-        """Return a copy in which `send` was applied to every tensor that the step reads."""
-        names = ("group_cells", "more", "condition", "batches", "within", "segments", "rows")
-        parts = with_tensors(tuple(getattr(self, name) for name in names), send)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Labels:
+        """Return a copy in which `move` was applied to every tensor that the step reads."""
+        names = ("group_cells", "padding_ratio", "condition", "batches", "within", "segments", "rows")
+        parts = with_tensors(tuple(getattr(self, name) for name in names), move)
         return replace(self, **dict(zip(names, parts, strict=True)))
 
 
@@ -176,19 +176,19 @@ class Merge:
         (groups,), index of the sum that each group is added to.
     sums
         Number of sums, padding included.
-    more
-        `sums` divided by its value without padding, as `Labels.more`.
+    padding_ratio
+        `sums` divided by its value without padding, as `Labels.padding_ratio`.
     """
 
     row: Tensor
     sums: int
-    more: Tensor | None = None
+    padding_ratio: Tensor | None = None
 
     @classmethod
     def by(cls, label: Tensor, sums: int = 0) -> Merge:
         """Merge groups by their labels, (groups,), padded to `sums` sums."""
         names, row = torch.unique(label, return_inverse=True)
-        return cls(row, sums or len(names), _more(sums, len(names)))
+        return cls(row, sums or len(names), _padding_ratio(sums, len(names)))
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,10 @@ class Nested:
         """Merge groups by their labels, (groups,) each, padded to `sums` pairs and `sums` outer labels."""
         pairs, row = torch.unique(torch.stack([outer, inner]), dim=1, return_inverse=True)
         of_pair = torch.cat([pairs[0], pairs[0, -1:].expand(max(sums - pairs.shape[1], 0))])
-        return cls(Merge(row, len(of_pair), _more(sums, pairs.shape[1])), Merge.by(of_pair, sums))
+        return cls(Merge(row, len(of_pair), _padding_ratio(sums, pairs.shape[1])), Merge.by(of_pair, sums))
 
 
-def _more(padded: int, count: int) -> Tensor | None:
+def _padding_ratio(padded: int, count: int) -> Tensor | None:
     return torch.tensor(padded / count, dtype=torch.float32) if padded else None
 
 
@@ -284,7 +284,7 @@ class Segments:
         return len(self.row_group)
 
 
-def with_tensors(thing: Thing, change: Callable[[Tensor], Tensor]) -> Thing:
+def with_tensors(nest: Nest, change: Callable[[Tensor], Tensor]) -> Nest:
     """Apply a function to every tensor of nested dataclasses and tuples; a tensor that occurs twice is changed once."""
     changed: dict[int, Tensor] = {}
 
@@ -299,20 +299,20 @@ def with_tensors(thing: Thing, change: Callable[[Tensor], Tensor]) -> Thing:
             return replace(part, **{field.name: visit(getattr(part, field.name)) for field in fields(part)})
         return part
 
-    result: Thing = visit(thing)
+    result: Nest = visit(nest)
     return result
 
 
 def tensors_of(labels: Labels) -> list[torch.Tensor]:
     """Return the tensors of labels that the step reads, without repetition."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
 
     def note(part: torch.Tensor) -> torch.Tensor:
-        found.append(part)
+        tensors.append(part)
         return part
 
-    labels.sent(note)
-    return found
+    labels.moved(note)
+    return tensors
 
 
 def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
@@ -334,7 +334,7 @@ def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
     everyone = collective.all_gather_rows(packed).cpu()
     _check_shares(everyone[:, 0], batch.cells)
     mine, device = slice(max(first, 0), max(first, 0) + own), batch.x.device
-    return labels_of(everyone[:, 1:], mine, device.type).sent(lambda part: part.to(device, non_blocking=True))
+    return labels_of(everyone[:, 1:], mine, device.type).moved(lambda part: part.to(device, non_blocking=True))
 
 
 def labels_of(
@@ -360,7 +360,7 @@ def labels_of(
     # A group is one (batch, condition) pair, so any of its cells gives the condition and batch of the group.
     cell_of_group = torch.zeros_like(names).scatter_(0, group, torch.arange(len(group)))
     # Padding groups have no cells, so they may take the condition and batch of any group.
-    multiple = GROUPS_TO.get(device, 1)
+    multiple = GROUP_MULTIPLE.get(device, 1)
     padded = up_to(len(names), multiple, least.groups)
     sums = padded if multiple > 1 else 0
     cell_of_group = torch.cat([cell_of_group, cell_of_group[-1:].expand(padded - len(names))])
@@ -370,11 +370,11 @@ def labels_of(
         compared = (replace(rows, anchors=rows.at) for rows in compared)  # the worker owns all cells
     return Labels(
         group=group, low=low, high=high, group_cells=functional.pad(cells, (0, padded - len(cells)), value=1).double(),
-        more=_more(sums, len(names)),
+        padding_ratio=_padding_ratio(sums, len(names)),
         condition=Merge.by(conditions, sums),
         batches=tuple(Merge.by(batch, sums) for batch in batches),
         within=tuple(Nested.by(conditions, batch, sums) for batch in batches),
-        segments=find_segments(group, low, high, mine, ROWS_TO.get(device, 1), replace(least, groups=padded)),
+        segments=find_segments(group, low, high, mine, ROW_MULTIPLE.get(device, 1), replace(least, groups=padded)),
         rows=tuple(compared),
         first=mine.start, own=mine.stop - mine.start,
     )  # fmt: skip
@@ -437,15 +437,15 @@ def rows_of_groups(
     everyone, anchoring = _ByGroup.of(group, groups), _ByGroup.of(group[mine], groups)
     own = anchoring.counts.tolist()
     present = [each for each in everyone.counts.argsort(descending=True, stable=True).tolist() if own[each]]
-    for run in _alike(present, everyone.counts.tolist(), own, device, at_once):
-        multiples, more = MEMBERS_TO.get(device, 1), up_to(len(run), GROUPS_TO.get(device, 1), 0) - len(run)
-        members, is_member = everyone.padded(run, multiples, least.members, more)
+    for run in _runs_of_like_size(present, everyone.counts.tolist(), own, device, at_once):
+        multiples, empty = MEMBER_MULTIPLE.get(device, 1), up_to(len(run), GROUP_MULTIPLE.get(device, 1), 0) - len(run)
+        members, is_member = everyone.padded(run, multiples, least.members, empty)
         alone = mine == slice(0, len(group))
-        anchors, is_anchor = (members, is_member) if alone else anchoring.padded(run, multiples, 0, more)
+        anchors, is_anchor = (members, is_member) if alone else anchoring.padded(run, multiples, 0, empty)
         at = members if alone else anchors + mine.start
         yield GroupRows(
             anchors, members, at, is_anchor, is_member, low[at], high[at], low[members], high[members],
-            functional.pad(everyone.counts[run], (0, more), value=1),
+            functional.pad(everyone.counts[run], (0, empty), value=1),
         )  # fmt: skip
 
 
@@ -462,25 +462,25 @@ class _ByGroup:
         counts = torch.bincount(group, minlength=groups)
         return cls(group.argsort(stable=True), counts, counts.cumsum(0) - counts)
 
-    def padded(self, groups: list[int], multiple: int, least: int, more: int) -> tuple[Tensor, Tensor]:
-        """Return the cells of `groups` and of `more` empty groups, (groups, largest size), and which are no padding."""
+    def padded(self, groups: list[int], multiple: int, least: int, empty: int) -> tuple[Tensor, Tensor]:
+        """Return the cells of `groups` and of `empty` empty groups, (groups, largest size), and which are no padding."""
         column = torch.arange(up_to(int(self.counts[groups].max()), multiple, least))
-        counts, starts = (functional.pad(part[groups], (0, more))[:, None] for part in (self.counts, self.starts))
+        counts, starts = (functional.pad(part[groups], (0, empty))[:, None] for part in (self.counts, self.starts))
         filled = column < counts
         return torch.where(filled, self.order[(starts + column) * filled], 0), filled
 
 
-def _alike(
+def _runs_of_like_size(
     groups: list[int], sizes: list[int], own: list[int], device: str, at_once: int | None
 ) -> Iterator[list[int]]:
     """Cut groups, sorted by descending size, into runs of similar size that hold at most `at_once` padded pairs."""
-    most = at_once or PAIRS_AT_ONCE.get(device, PAIRS_AT_ONCE["cpu"])
-    smallest = MOST_PADDING.get(device, MOST_PADDING["cpu"])
+    limit = at_once or PAIRS_AT_ONCE.get(device, PAIRS_AT_ONCE["cpu"])
+    fraction = LEAST_RELATIVE_SIZE.get(device, LEAST_RELATIVE_SIZE["cpu"])
     run: list[int] = []
     for group in groups:
         if run:
             largest, anchors = sizes[run[0]], max(own[member] for member in [*run, group])
-            if (len(run) + 1) * largest * anchors > most or sizes[group] < smallest * largest:
+            if (len(run) + 1) * largest * anchors > limit or sizes[group] < fraction * largest:
                 yield run
                 run = []
         run.append(group)
@@ -498,16 +498,16 @@ class _Pairs:
 
     def padded(self, multiple: int, least: int) -> _Pairs:
         """Return a copy with empty pairs of the last group appended, up to a multiple of `multiple` and to `least`."""
-        more = up_to(len(self.cells), multiple, least) - len(self.cells)
+        empty = up_to(len(self.cells), multiple, least) - len(self.cells)
         return _Pairs(
-            self.row, torch.cat([self.group, self.group[-1:].expand(more)]), functional.pad(self.cells, (0, more))
+            self.row, torch.cat([self.group, self.group[-1:].expand(empty)]), functional.pad(self.cells, (0, empty))
         )
 
 
 def _pairs(group: Tensor, label: Tensor) -> _Pairs:
     names, dense = torch.unique(label, return_inverse=True)
-    found, row, cells = torch.unique(group * len(names) + dense, return_inverse=True, return_counts=True)
-    return _Pairs(row=row, group=torch.div(found, len(names), rounding_mode="floor"), cells=cells)
+    pairs, row, cells = torch.unique(group * len(names) + dense, return_inverse=True, return_counts=True)
+    return _Pairs(row=row, group=torch.div(pairs, len(names), rounding_mode="floor"), cells=cells)
 
 
 def _check_shares(positions: Tensor, cells: int) -> None:

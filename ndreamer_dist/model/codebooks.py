@@ -197,8 +197,8 @@ class Quantiser(nn.Module):
     def join(self, quantised: Quantised, workers: ByBooks) -> Quantised:
         """Gather the gradient of the codes and their usage from workers that share the codebooks."""
         own, gradient = workers.books(len(self.embedding)), gradient_of(self.embedding)
-        known = torch.cat([gradient[own], quantised.usage[..., None].to(gradient.dtype)], -1)
-        everyone = workers.joined(known, len(self.embedding))
+        shares = torch.cat([gradient[own], quantised.usage[..., None].to(gradient.dtype)], -1)
+        everyone = workers.joined(shares, len(self.embedding))
         self.embedding.grad = everyone[..., :-1].contiguous()
         return replace(quantised, usage=everyone[..., -1])
 
@@ -279,15 +279,15 @@ def in_time(exponentials: Tensor, marks: Tensor, temperature: float, *, keep_all
     times = exponentials[..., :draws].cumsum(-1)
     weights = ((times[..., :1] / times).log_() / temperature).exp_().flatten()
     if keep_all:
-        kept = torch.arange(marks.numel(), device=marks.device)
+        chosen = torch.arange(marks.numel(), device=marks.device)
         starts = [book * cells * draws for book in range(books + 1)]
     else:
-        kept = (weights >= torch.finfo(weights.dtype).eps * NO_WEIGHT).nonzero().squeeze(1)
-        starts = torch.searchsorted(kept, torch.arange(books + 1, device=kept.device) * (cells * draws)).tolist()
-    race = torch.div(kept, max(draws, 1), rounding_mode="floor")
+        chosen = (weights >= torch.finfo(weights.dtype).eps * NO_WEIGHT).nonzero().squeeze(1)
+        starts = torch.searchsorted(chosen, torch.arange(books + 1, device=chosen.device) * (cells * draws)).tolist()
+    race = torch.div(chosen, max(draws, 1), rounding_mode="floor")
     if keep_all:
         return Arrivals(race, marks.flatten(), weights, starts, marks.shape, whole=True)
-    return Arrivals(race, marks.flatten()[kept], weights[kept], starts, marks.shape)
+    return Arrivals(race, marks.flatten()[chosen], weights[chosen], starts, marks.shape)
 
 
 def race(x: Tensor, embedding: Tensor, arrivals: Arrivals, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

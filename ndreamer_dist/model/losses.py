@@ -140,7 +140,10 @@ def independence_batch_within(quantised: Quantised, labels: Labels) -> Tensor:
     If each donor has one condition, this does not penalise what all donors of a condition have in common. A condition
     with a single batch counts as 0.
     """
-    terms = [_without(batch.outer.more, nmi_within(quantised.group_probs, batch).mean()) for batch in labels.within]
+    terms = [
+        _unpadded_mean(batch.outer.padding_ratio, nmi_within(quantised.group_probs, batch).mean())
+        for batch in labels.within
+    ]
     return torch.stack([quantised.group_probs.new_zeros(()), *terms]).sum()
 
 
@@ -177,12 +180,12 @@ def dependence(quantised: Quantised, labels: Labels) -> Tensor:
         sums = row_terms.new_zeros((len(row_terms), groups))
         entropies = -sums.index_add(1, segments.row_group[half], row_terms[:, half])
         total = total + nmi_from_entropies(entropies[0], of_code, entropies[1:]).mean()
-    return _without(labels.more, total)
+    return _unpadded_mean(labels.padding_ratio, total)
 
 
-def _without(more: Tensor | None, mean: Tensor) -> Tensor:
-    """Correct a mean over padded entries, which are 0; `more` is the ratio of sizes with and without padding."""
-    return mean if more is None else mean * more
+def _unpadded_mean(padding_ratio: Tensor | None, mean: Tensor) -> Tensor:
+    """Correct a mean over padded entries, which are 0; the ratio is that of sizes with and without padding."""
+    return mean if padding_ratio is None else mean * padding_ratio
 
 
 def _merge_groups(group_probs: Tensor, merge: Merge) -> Tensor:
@@ -243,8 +246,8 @@ def neighbourhood(
     across
         The weight is 1 + `across` for pairs that cross clusters, else 1.
     """
-    found = others.sum(-1)
-    count = torch.minimum(found.clamp_max(neighbours) + 1, found)
+    available = others.sum(-1)
+    count = torch.minimum(available.clamp_max(neighbours) + 1, available)
     most = min(neighbours + 1, others.shape[-1])
     near = nearest_mask(expression, others, count, most) | nearest_mask(embedding.detach(), others, count, most)
     # For an anchor without neighbours P and Q are both uniform, so both value and gradient are 0.
@@ -398,7 +401,9 @@ def pair_losses(
             neighbours=loss.neighbours, sigma=loss.sigma, across=loss.across,
         )  # fmt: skip
         means = near.sum(-1) / rows.sizes
-        total = total + torch.cat([pairs, _without(labels.more, means.sum()[None] / len(labels.group_cells))])
+        total = total + torch.cat(
+            [pairs, _unpadded_mean(labels.padding_ratio, means.sum()[None] / len(labels.group_cells))]
+        )
     return total
 
 

@@ -121,11 +121,11 @@ class Checkpoint:
 
 def latest_serial(storage: Storage) -> Checkpoint | None:
     """Return the last complete checkpoint of the serial runtime, if any."""
-    found = _complete(storage)
-    if not found:
+    folders = _complete(storage)
+    if not folders:
         return None
-    names = storage.list(found[-1])
-    return Checkpoint(f"{storage.url}/{found[-1]}", {name.rpartition("/")[2]: storage.read(name) for name in names})
+    names = storage.list(folders[-1])
+    return Checkpoint(f"{storage.url}/{folders[-1]}", {name.rpartition("/")[2]: storage.read(name) for name in names})
 
 
 def _complete(storage: Storage) -> list[str]:

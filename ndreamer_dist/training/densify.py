@@ -46,8 +46,8 @@ class RowLabels:
     def codes(self, rows: np.ndarray) -> np.ndarray:
         """Return condition, group, low and high cluster, and batches of packed rows: (rows, 4 + covariates) int64."""
         group = np.searchsorted(self.group_starts, rows, side="right") - 1
-        known = (self.group_condition[group], group, self.low[rows], self.high[rows])
-        return np.concatenate([np.stack(known, axis=1), self.group_batch[group]], axis=1).astype(np.int64)
+        columns = (self.group_condition[group], group, self.low[rows], self.high[rows])
+        return np.concatenate([np.stack(columns, axis=1), self.group_batch[group]], axis=1).astype(np.int64)
 
     @classmethod
     def of(cls, packed: Packed) -> RowLabels:
@@ -116,12 +116,14 @@ class Resident:
 
 
 def resident_batches(
-    kept: Resident, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], first_step: int
+    resident: Resident, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], first_step: int
 ) -> Iterator[MiniBatch]:
     """Yield a worker's mini-batches from `first_step` on, from the matrix on its device."""
     least = sizes_ahead(labels, plan)
     for step in range(first_step, plan.steps):
-        yield densify(Share(step, plan.share_rows(step, 0, 1), kept), labels, plan, place, kept.data.device, least)
+        yield densify(
+            Share(step, plan.share_rows(step, 0, 1), resident), labels, plan, place, resident.data.device, least
+        )
 
 
 def sizes_ahead(labels: RowLabels, plan: SamplingPlan) -> Sizes:
@@ -146,7 +148,7 @@ def densify(
         Minimum sizes to pad labels to for a GPU (`sizes_ahead`).
     """
     if torch.device(device).type != "cpu":
-        return sent(share, labels, plan, place, torch.device(device), least)
+        return densify_for_gpu(share, labels, plan, place, torch.device(device), least)
     condition, group, low, high, *batch = torch.from_numpy(labels.codes(share.rows)).unbind(1)
     return MiniBatch(
         x=dense(share.x, device),
@@ -161,7 +163,7 @@ def densify(
     )
 
 
-def sent(
+def densify_for_gpu(
     share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: torch.device, least: Sizes
 ) -> MiniBatch:
     """Build the mini-batch of a GPU: compute its labels ahead, and send everything in one copy.
@@ -171,37 +173,37 @@ def sent(
     codes = torch.from_numpy(labels.codes(share.rows))
     anchors = plan.share(share.step, *place)
     own = slice(anchors.start * NOISE_ROWS, anchors.stop * NOISE_ROWS) if place[1] > 1 else None
-    found = labels_of(codes, slice(0, len(codes)), device.type, anchors=own, least=least)
+    ahead = labels_of(codes, slice(0, len(codes)), device.type, anchors=own, least=least)
     key = torch.tensor(step_key(plan.seed, "train", share.step + 1))
-    kept = share.x if isinstance(share.x, Resident) else None
-    matrix = kept.places(share.rows) if kept else of_csr(share.x)
-    parts = [key, codes[:, 0], codes[:, 4:], *tensors_of(found), *matrix]  # the matrix comes last: its size varies
-    there, everything = sent_together(parts, device)
-    known, arrived = len(parts) - len(matrix), there[-len(matrix) :]
-    by_id = dict(zip(map(id, parts[3:known]), there[3:known], strict=True))
+    resident = share.x if isinstance(share.x, Resident) else None
+    matrix = resident.places(share.rows) if resident else of_csr(share.x)
+    parts = [key, codes[:, 0], codes[:, 4:], *tensors_of(ahead), *matrix]  # the matrix comes last: its size varies
+    received, device_bytes = sent_together(parts, device)
+    others, csr = len(parts) - len(matrix), received[-len(matrix) :]
+    by_id = dict(zip(map(id, parts[3:others]), received[3:others], strict=True))
     return MiniBatch(
-        x=kept.rows(arrived, int(matrix[0].sum())) if kept else spread(arrived, share.x.shape),
-        condition=there[1],
-        batch=there[2],
+        x=resident.rows(csr, int(matrix[0].sum())) if resident else spread(csr, share.x.shape),
+        condition=received[1],
+        batch=received[2],
         group=codes[:, 1],
         low=codes[:, 2],
         high=codes[:, 3],
         first_block=0,
         step=share.step + 1,
         cells=plan.cells(share.step),
-        labels=found.sent(lambda part: by_id[id(part)]),
-        key=there[0],
-        sent=everything[: sum(map(room, parts[:known]))],
+        labels=ahead.moved(lambda part: by_id[id(part)]),
+        key=received[0],
+        device_bytes=device_bytes[: sum(map(room, parts[:others]))],
     )
 
 
-def made_ahead(batches: Iterator[MiniBatch]) -> Iterator[MiniBatch]:
+def prepared_ahead(batches: Iterator[MiniBatch]) -> Iterator[MiniBatch]:
     """Yield mini-batches that a thread prepares, with copies on a CUDA stream of its own, during the steps before."""
     side = torch.cuda.Stream()
     ready: Queue[Any] = Queue(AHEAD)
     stopped = threading.Event()
 
-    def make() -> None:
+    def prepare() -> None:
         try:
             with torch.cuda.stream(side):
                 for batch in batches:
@@ -210,15 +212,15 @@ def made_ahead(batches: Iterator[MiniBatch]) -> Iterator[MiniBatch]:
         except BaseException as error:  # noqa: BLE001 - raised again by the consumer
             _put(ready, error, stopped)
 
-    threading.Thread(target=make, daemon=True, name="ndreamer-ahead").start()
+    threading.Thread(target=prepare, daemon=True, name="ndreamer-ahead").start()
     try:
-        while (made := ready.get()) is not None:
-            if isinstance(made, BaseException):
-                raise made
-            batch, copied = made
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            batch, copied = item
             stream = torch.cuda.current_stream()
             stream.wait_event(copied)
-            with_tensors(batch, partial(_kept_for, stream=stream))
+            with_tensors(batch, partial(_used_on, stream=stream))
             yield batch
     finally:
         stopped.set()
@@ -232,7 +234,7 @@ def _put(queue: Queue[Any], value: Any, stopped: threading.Event) -> None:
             return
 
 
-def _kept_for(part: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
+def _used_on(part: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
     """Keep the memory of a tensor from being reused before the work queued on a stream is done."""
     if part.is_cuda:
         part.record_stream(stream)

@@ -45,9 +45,9 @@ class Recorded:
 
     def take(self, batch: MiniBatch) -> Outcome:
         """Take a step on a mini-batch of the same sizes."""
-        for known, new in ((self.inputs.x, batch.x), (self.inputs.sent, batch.sent)):
-            if known is not None and new is not None:
-                known.copy_(new, non_blocking=True)
+        for target, new in ((self.inputs.x, batch.x), (self.inputs.device_bytes, batch.device_bytes)):
+            if target is not None and new is not None:
+                target.copy_(new, non_blocking=True)
         return self.replay()
 
 
@@ -62,7 +62,7 @@ class GraphedSteps:
 
     def __init__(self, record: Recorder | None = None) -> None:
         self._record = record or CudaRecorder()
-        self._known: dict[Hashable, Recorded | None] = {}
+        self._graphs: dict[Hashable, Recorded | None] = {}
         self._plain = False
 
     def __call__(
@@ -81,14 +81,14 @@ class GraphedSteps:
     ) -> Recorded | None:
         """Return the recorded step for the sizes of a mini-batch, or None; record the second one of each size."""
         sizes = sizes_of(batch)
-        if self._plain or batch.sent is None:
+        if self._plain or batch.device_bytes is None:
             return None
-        if sizes not in self._known:
-            if len(self._known) < MOST_GRAPHS:
-                self._known[sizes] = None
+        if sizes not in self._graphs:
+            if len(self._graphs) < MOST_GRAPHS:
+                self._graphs[sizes] = None
             return None
-        if self._known[sizes] is None:
-            inputs = of_own_memory(batch, batch.sent)
+        if self._graphs[sizes] is None:
+            inputs = of_own_memory(batch, batch.device_bytes)
             try:
                 with capturable(state.optimiser):
                     replay = self._record(lambda: detached(optimise(state, inputs, settings, collective)))
@@ -99,8 +99,8 @@ class GraphedSteps:
                 logger.warning("train: steps are taken without a CUDA graph: %s", str(error).partition("\n")[0])
                 self._plain = True
                 return None
-            self._known[sizes] = Recorded(inputs, replay)
-        return self._known[sizes]
+            self._graphs[sizes] = Recorded(inputs, replay)
+        return self._graphs[sizes]
 
 
 class CudaRecorder:
@@ -134,21 +134,21 @@ def capturable(optimiser: torch.optim.Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        for group, known in zip(optimiser.param_groups, before, strict=True):
-            group["capturable"] = known
+        for group, value in zip(optimiser.param_groups, before, strict=True):
+            group["capturable"] = value
 
 
 def leaves_the_same(state: TrainState, one: Callable[[], Outcome], other: Callable[[], Outcome]) -> bool:
     """Return whether two step functions give the same loss, weights and moments, bit for bit; restore the state."""
-    moments = itertools.chain(*(known.values() for known in state.optimiser.state.values()))
+    moments = itertools.chain(*(values.values() for values in state.optimiser.state.values()))
     held = [*state.network.parameters(), *state.network.buffers(), *filter(torch.is_tensor, moments)]
     before, ends = [tensor.detach().clone() for tensor in held], []
     for step in (one, other):
         loss = step()[0].total
         ends.append([tensor.detach().clone() for tensor in (*held, loss)])
         with torch.no_grad():
-            for tensor, known in zip(held, before, strict=True):
-                tensor.copy_(known)
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
     return all(map(torch.equal, *ends))
 
 
@@ -157,17 +157,17 @@ def detached(outcome: Outcome) -> Outcome:
     return with_tensors(outcome, torch.Tensor.detach)
 
 
-def of_own_memory(batch: MiniBatch, sent: torch.Tensor) -> MiniBatch:
-    """Copy the device tensors of a mini-batch to new memory, at the same offsets in its `sent`."""
-    there, base = sent.clone(), sent.data_ptr()
+def of_own_memory(batch: MiniBatch, device_bytes: torch.Tensor) -> MiniBatch:
+    """Copy the device tensors of a mini-batch to new memory, at the same offsets of its `device_bytes`."""
+    copy, base = device_bytes.clone(), device_bytes.data_ptr()
 
     def moved(part: torch.Tensor) -> torch.Tensor:
         start = part.data_ptr() - base
-        if not 0 <= start < there.nbytes:  # a label that stays on the host
+        if not 0 <= start < copy.nbytes:  # a label that stays on the host
             return part
-        return there[start : start + part.nbytes].view(part.dtype).view(part.shape)
+        return copy[start : start + part.nbytes].view(part.dtype).view(part.shape)
 
-    return replace(with_tensors(replace(batch, x=batch.x.new_empty(0)), moved), x=batch.x.clone(), sent=there)
+    return replace(with_tensors(replace(batch, x=batch.x.new_empty(0)), moved), x=batch.x.clone(), device_bytes=copy)
 
 
 def sizes_of(thing: Any) -> Hashable:

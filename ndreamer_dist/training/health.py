@@ -39,28 +39,28 @@ def concerns(epochs: Sequence[Row], settings: Settings, planned: int) -> dict[st
     window = max(math.ceil(FEWEST_STEPS / steps_per_epoch), len(epochs) // 5)
     if len(epochs) < 2 * window:
         return {}
-    found = {
+    texts = {
         "independence": _independence(epochs, window, settings.loss),
         "codes": _codes(epochs, window, settings.model.codes),
     }
-    return {kind: text for kind, text in found.items() if text is not None}
+    return {kind: text for kind, text in texts.items() if text is not None}
 
 
 def _independence(epochs: Sequence[Row], window: int, loss: LossSettings) -> str | None:
     """Return a warning if an independence loss has not fallen since the first epochs."""
-    asked = {
+    losses = {
         "independence_condition": (loss.condition_weight, "conditions"),
         "independence_batch": (loss.batch_weight, "batches"),
         "independence_batch_within": (loss.independence_batch_within, "batches inside a condition"),
     }
-    kept = [name for name, (weight, _) in asked.items() if weight and _stays(epochs, window, name)]
-    if not kept:
+    stuck = [name for name, (weight, _) in losses.items() if weight and _stays(epochs, window, name)]
+    if not stuck:
         return None
-    name = kept[0]
+    name = stuck[0]
     first, last = _first_and_last(epochs, window, name)
     return (
         f"the independence loss does not fall: {name} {first:.4f} over epochs 1 to {window}, {last:.4f} over epochs "
-        f"{len(epochs) - window + 1} to {len(epochs)}, so the embedding still tells {asked[name][1]} apart; raise "
+        f"{len(epochs) - window + 1} to {len(epochs)}, so the embedding still tells {losses[name][1]} apart; raise "
         f"--set loss.{name}, or lower --set loss.dependence"
     )
 

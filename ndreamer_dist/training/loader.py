@@ -17,7 +17,7 @@ import torch
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.compute.executor import READER_CPUS
 from ndreamer_dist.model.batch import UNPADDED, MiniBatch
-from ndreamer_dist.training.densify import RowLabels, densify, made_ahead, sizes_ahead
+from ndreamer_dist.training.densify import RowLabels, densify, prepared_ahead, sizes_ahead
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import PlanSource, from_arrow, windows
 
@@ -39,10 +39,10 @@ def mini_batches(
     Parameters
     ----------
     place
-        Rank of the worker, and number of workers. Every GPU worker reads all cells (`densify.sent`).
+        Rank of the worker, and number of workers. Every GPU worker reads all cells (`densify_for_gpu`).
     """
-    made = _read(packed, plan, place, first_step, device)
-    return made_ahead(made) if torch.device(device).type == "cuda" else made
+    batches = _read(packed, plan, place, first_step, device)
+    return prepared_ahead(batches) if torch.device(device).type == "cuda" else batches
 
 
 def _read(

@@ -136,9 +136,9 @@ class TrainState:
         }
         weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         files = {"weights.safetensors": save_tensors(weights), "optimiser.safetensors": save_tensors(moments)}
-        told = {name: getattr(self, name) for name in ("step", "measures", "perplexities", "device")}
-        told |= {"logged": asdict(self.logged), "files": {name: digest(data) for name, data in files.items()}}
-        return files | {STATE_FILE: seal(told, indent=None)}
+        record = {name: getattr(self, name) for name in ("step", "measures", "perplexities", "device")}
+        record |= {"logged": asdict(self.logged), "files": {name: digest(data) for name, data in files.items()}}
+        return files | {STATE_FILE: seal(record, indent=None)}
 
     def load_bytes(self, files: Mapping[str, bytes], where: str = "") -> None:
         """Restore the state from the files of `to_bytes`.
@@ -153,9 +153,9 @@ class TrainState:
         DamagedError
             A file is missing or fails its checksum.
         """
-        told = unseal(files.get(STATE_FILE, b""), f"{where}/{STATE_FILE}")
-        for name, known in dict(told.get("files", {})).items():
-            check_digest(files.get(name, b""), known, f"{where}/{name}")
+        record = unseal(files.get(STATE_FILE, b""), f"{where}/{STATE_FILE}")
+        for name, checksum in dict(record.get("files", {})).items():
+            check_digest(files.get(name, b""), checksum, f"{where}/{name}")
         self.network.load_state_dict(load_tensors(files["weights.safetensors"]))
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in load_tensors(files["optimiser.safetensors"]).items():
@@ -163,10 +163,10 @@ class TrainState:
             state.setdefault(int(index), {})[moment] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.step, self.perplexities = told["step"], told["perplexities"]
-        self.measures = [{name: row[name] for name in MEASURED} for row in told["measures"]]
-        self.logged = Logged(**told.get("logged", {}))
-        if (before := told.get("device", self.device)) != self.device:
+        self.step, self.perplexities = record["step"], record["perplexities"]
+        self.measures = [{name: row[name] for name in MEASURED} for row in record["measures"]]
+        self.logged = Logged(**record.get("logged", {}))
+        if (before := record.get("device", self.device)) != self.device:
             text = f"{where} was made on {before} and training goes on on {self.device}"
             logger.warning("%s: noise and sums have other bits there", text)
 

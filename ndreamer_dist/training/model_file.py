@@ -42,15 +42,19 @@ class TrainedModel:
     @classmethod
     def load(cls, storage: Storage, device: str = "cpu") -> TrainedModel:
         """Load `model/` of a run directory, which needs no other file of the run."""
-        told, weights = read_model(storage)
+        description, weights = read_model(storage)
         network = NDreamerNetwork(
-            genes=len(told["genes"]),
-            conditions=len(told["conditions"]),
-            batch_levels=tuple(len(levels) for levels in told["batch_levels"]),
-            settings=ModelSettings.model_validate(told["settings"]),
+            genes=len(description["genes"]),
+            conditions=len(description["conditions"]),
+            batch_levels=tuple(len(levels) for levels in description["batch_levels"]),
+            settings=ModelSettings.model_validate(description["settings"]),
         )
         network.load_state_dict(load_tensors(weights))
-        names = tuple(told["genes"]), tuple(told["conditions"]), tuple(tuple(b) for b in told["batch_levels"])
+        names = (
+            tuple(description["genes"]),
+            tuple(description["conditions"]),
+            tuple(tuple(b) for b in description["batch_levels"]),
+        )
         return cls(network.to(device).eval(), *names)
 
     def embed(
@@ -89,7 +93,7 @@ class TrainedModel:
 
 def save_model(storage: Storage, network: NDreamerNetwork, packed: Packed, settings: Settings) -> None:
     """Write `model/`: the weights, and as JSON all that is needed to use them."""
-    told = {
+    description = {
         "format": keys.FORMAT_VERSION,
         "settings": settings.model.model_dump(mode="json"),
         "training": {part: getattr(settings, part).bearing() for part in ("loss", "train")},
@@ -105,4 +109,4 @@ def save_model(storage: Storage, network: NDreamerNetwork, packed: Packed, setti
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     weights = save_tensors(tensors)
     storage.write_atomic(keys.MODEL_WEIGHTS, weights)
-    storage.write_atomic(keys.MODEL_JSON, seal(told | {WEIGHTS_DIGEST: digest(weights)}))
+    storage.write_atomic(keys.MODEL_JSON, seal(description | {WEIGHTS_DIGEST: digest(weights)}))

@@ -51,10 +51,10 @@ def choose_interface() -> None:
 
 def interface_of(address: str) -> str | None:
     """Return the name of the network interface with an IPv4 address, if any."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # the interface has no address, or the system is not Linux
-                told = fcntl.ioctl(asked, GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(told[20:24]) == address:
+                reply = fcntl.ioctl(probe, GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(reply[20:24]) == address:
                     return name
     return None

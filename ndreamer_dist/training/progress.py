@@ -22,14 +22,14 @@ from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.training.sampling import SamplingPlan
 
 POLL_SECONDS = 1.0
-TELL_SECONDS = 0.5
+REPORT_SECONDS = 0.5
 """Least time between two reports of a worker: a step may be shorter than the remote call."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Told:
+class Progress:
     """The progress of a training, as the first worker reported it.
 
     Attributes
@@ -87,12 +87,12 @@ class OwnScreen:
             with tqdm.external_write_mode():
                 logger.log(level, "%s", text)
 
-    def show(self, told: Told) -> None:
+    def show(self, progress: Progress) -> None:
         """Show the progress that an actor received."""
         if self._stage is not None:
-            self._stage.note_peak(told.peak)
-        self.reached(told.step, told.measures)
-        for kind, (text, level) in told.warnings.items():
+            self._stage.note_peak(progress.peak)
+        self.reached(progress.step, progress.measures)
+        for kind, (text, level) in progress.warnings.items():
             self.warn(kind, text, level)
 
 
@@ -108,12 +108,12 @@ class TrainingProgress:
     """Actor that keeps the reports of the first worker for the driver, and the driver's stop request for the worker."""
 
     def __init__(self) -> None:
-        self._told = Told()
+        self._progress = Progress()
         self._stop_asked = False
 
     def reached(self, step: int, measures: Mapping[str, float] | None = None, peak: int = 0) -> bool:
         """Note a finished step, its measures and the worker's peak memory; return whether the worker must stop."""
-        self._told.step, self._told.measures, self._told.peak = step, dict(measures or {}), peak
+        self._progress.step, self._progress.measures, self._progress.peak = step, dict(measures or {}), peak
         return self._stop_asked
 
     def stop(self) -> None:
@@ -122,11 +122,11 @@ class TrainingProgress:
 
     def warn(self, kind: str, text: str, level: int = logging.WARNING) -> None:
         """See `Display.warn`."""
-        self._told.warnings.setdefault(kind, (text, level))
+        self._progress.warnings.setdefault(kind, (text, level))
 
-    def told(self) -> Told:
+    def progress(self) -> Progress:
         """Return the progress reported so far."""
-        return self._told
+        return self._progress
 
 
 @dataclass
@@ -141,19 +141,19 @@ class RemoteDisplay:
         Number of steps of the training.
     answers
         Handles of the calls of `reached` that were not read yet.
-    told_at
+    reported_at
         Time of the last report.
     """
 
     actor: Any
     steps: int
     answers: list[Any] = field(default_factory=list)
-    told_at: float = 0.0
+    reported_at: float = 0.0
 
     def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
         """See `Display.reached`; this does not wait for the actor."""
-        if step == self.steps or time.monotonic() - self.told_at >= TELL_SECONDS:
-            self.told_at = time.monotonic()
+        if step == self.steps or time.monotonic() - self.reported_at >= REPORT_SECONDS:
+            self.reported_at = time.monotonic()
             self.answers.append(self.actor.reached.remote(step, measures, peak_bytes()))
 
     def stop_asked(self) -> bool:
@@ -194,7 +194,7 @@ def remote_screen(
             with suppress(ray.exceptions.RayActorError):
                 if stop_asked():
                     actor.stop.remote()
-                shown.show(ray.get(actor.told.remote()))
+                shown.show(ray.get(actor.progress.remote()))
 
         def watch() -> None:
             while not stop.wait(POLL_SECONDS):

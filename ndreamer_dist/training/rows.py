@@ -50,11 +50,11 @@ def stretches(rows: np.ndarray, block_rows: int) -> dict[int, list[Stretch]]:
     blocks = rows // block_rows
     cuts = np.flatnonzero((np.diff(rows) != 1) | (np.diff(blocks) != 0)) + 1
     edges = [0, *cuts.tolist(), len(rows)] if len(rows) else []
-    found: dict[int, list[Stretch]] = {}
+    by_block: dict[int, list[Stretch]] = {}
     for start, stop in itertools.pairwise(edges):
         block = int(blocks[start])
-        found.setdefault(block, []).append(Stretch(start, int(rows[start]) - block * block_rows, stop - start))
-    return dict(sorted(found.items()))
+        by_block.setdefault(block, []).append(Stretch(start, int(rows[start]) - block * block_rows, stop - start))
+    return dict(sorted(by_block.items()))
 
 
 def read_rows(packed: Packed, rows: np.ndarray) -> sparse.csr_matrix:
@@ -135,9 +135,9 @@ class _Gathering:
         path = f"{keys.block_name(block)}/{name}"
         where = Place(self.packed.storage.url, f"{keys.PACKED_X}/{path}")
         try:
-            found = await self.store.get(f"{path}/zarr.json", default_buffer_prototype())
-            told = metadata_of(None if found is None else found.to_bytes())
-            array = opened_with(told, StorePath(self.store, path))
+            content = await self.store.get(f"{path}/zarr.json", default_buffer_prototype())
+            metadata = metadata_of(None if content is None else content.to_bytes())
+            array = opened_with(metadata, StorePath(self.store, path))
         except Exception as error:
             raise unopened(where, error) from error
         await fetch_chunks(array, where, [(chunk,) for chunk in touched(array.chunks[0])], place)

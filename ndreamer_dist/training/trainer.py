@@ -31,7 +31,7 @@ from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.training.checkpoints import Checkpoint, Schedule, latest_serial, save_serial
-from ndreamer_dist.training.densify import Resident, RowLabels, densify, made_ahead, resident_batches
+from ndreamer_dist.training.densify import Resident, RowLabels, densify, prepared_ahead, resident_batches
 from ndreamer_dist.training.graphs import GraphedSteps
 from ndreamer_dist.training.health import concerns
 from ndreamer_dist.training.loader import LATE, LATE_SECONDS, mini_batches, watched
@@ -74,8 +74,7 @@ def _keep_own_checkpoints(run: RunDirectory, key: str) -> None:
     name = f"{keys.TRAIN_DIR}/{KEY_FILE}"
     if run.storage.read_if_there(name) == key.encode():
         return
-    told = (keys.METRICS, keys.EPOCHS)
-    for stale in (keys.TRAIN_DIR, keys.MODEL_WEIGHTS, keys.MODEL_JSON, *told):
+    for stale in (keys.TRAIN_DIR, keys.MODEL_WEIGHTS, keys.MODEL_JSON, keys.METRICS, keys.EPOCHS):
         run.storage.delete(stale)
     run.storage.write_atomic(name, key.encode())
 
@@ -223,7 +222,7 @@ def _train_on_ray(
             f"use at most --workers {settings.model.codebooks}"
         )
         raise ResourceError(msg)
-    with remote_screen(plan, runtime, run.name, stop) as display, _failures_told(run):
+    with remote_screen(plan, runtime, run.name, stop) as display, _failures_explained(run):
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan, "display": display},
@@ -245,11 +244,11 @@ def _train_on_ray(
                 **_train_storage(run.storage),
             ),
         )
-        finding = _fitted(trainer.fit, stop).return_value
-    if finding == STOPPED:
+        outcome = _fitted(trainer.fit, stop).return_value
+    if outcome == STOPPED:
         raise TrainingStopped
-    if finding:
-        raise TrainingError(finding)
+    if outcome:
+        raise TrainingError(outcome)
 
 
 def _fitted(fit: Callable[[], Any], stop: StopRequest) -> Any:
@@ -289,7 +288,7 @@ def _stopped_by_hand() -> Iterator[None]:
 
 
 @contextmanager
-def _failures_told(run: RunDirectory) -> Iterator[None]:
+def _failures_explained(run: RunDirectory) -> Iterator[None]:
     """Raise the package's own error inside a Ray Train failure; `DamagedError` if Ray Train cannot read its files."""
     import ray.train
 
@@ -333,20 +332,20 @@ def _worker(config: dict[str, Any]) -> str | None:
     if device.type == "cuda":
         add_in_order()
         torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs cannot be recorded on the default stream
-    together, collective = shared_by(place[1], device.type)
+    together, collective = collectives_of(place[1], device.type)
     state = _fresh(settings, packed, device)
     checkpoint = _ray_checkpoint(run) or latest_serial(run.storage)
     if checkpoint is not None:
         state.load_bytes(checkpoint.files, checkpoint.url)
     schedule = Schedule(settings.train, together, device, stop=display.stop_asked)
     reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
-    kept = kept_on_gpu(settings, packed, device)
-    if kept is None:
+    resident = resident_matrix(settings, packed, device)
+    if resident is None:
         batches = mini_batches(packed, plan, place, state.step, device)
         batches = watched(batches, lambda: display.warn("late", LATE), LATE_SECONDS)
     else:
-        display.warn("resident", f"train: {kept.nbytes / 1e9:.1f} GB of expression stay on the GPU", logging.INFO)
-        batches = made_ahead(resident_batches(kept, RowLabels.of(packed), plan, place, state.step))
+        display.warn("resident", f"train: {resident.nbytes / 1e9:.1f} GB of expression stay on the GPU", logging.INFO)
+        batches = prepared_ahead(resident_batches(resident, RowLabels.of(packed), plan, place, state.step))
     alone_on_gpu = device.type == "cuda" and place[1] == 1
     try:
         reporter.train(batches, packed, collective, GraphedSteps() if alone_on_gpu and settings.train.graphs else None)
@@ -360,19 +359,19 @@ def _worker(config: dict[str, Any]) -> str | None:
     return None
 
 
-def shared_by(workers: int, device: str) -> tuple[Collective, Collective]:
+def collectives_of(workers: int, device: str) -> tuple[Collective, Collective]:
     """Return the collective for checkpoints, and that of a step: by cells, or on GPUs by codebooks."""
     together = Distributed() if workers > 1 else Single()
     return together, ByBooks() if workers > 1 and device == "cuda" else together
 
 
-def kept_on_gpu(settings: Settings, packed: Packed, device: torch.device) -> Resident | None:
+def resident_matrix(settings: Settings, packed: Packed, device: torch.device) -> Resident | None:
     """Copy the packed matrix to a GPU if half of the free memory holds it."""
     if device.type != "cuda" or not settings.train.resident:
         return None
-    kept = Resident.of(packed, device, torch.cuda.mem_get_info(device)[0] // 2)
+    resident = Resident.of(packed, device, torch.cuda.mem_get_info(device)[0] // 2)
     torch.cuda.synchronize(device)  # another stream reads it
-    return kept
+    return resident
 
 
 def _ray_checkpoint(run: RunDirectory) -> Checkpoint | None:

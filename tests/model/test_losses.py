@@ -203,7 +203,7 @@ def test_correlation_of_small_variances_equals_the_reference() -> None:
 @pytest.mark.parametrize("at_once", [1, 300, 10**9], ids=["group_by_group", "some_groups", "all_groups_padded"])
 @pytest.mark.parametrize("cross_cluster", ["published", "clusters"])
 def test_pair_losses_equal_brute_force(cross_cluster: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(batches.MOST_PADDING, "cpu", 0.0)
+    monkeypatch.setitem(batches.LEAST_RELATIVE_SIZE, "cpu", 0.0)
     batch = random_batch(130)
     loss = LossSettings.model_validate({"cross_cluster": cross_cluster, "neighbours": 4, "triplet_pairs": 3})
     z, keys = torch.randn(130, 4, dtype=torch.float64), torch.rand(130, 130)

@@ -25,7 +25,7 @@ from ndreamer_dist.training import loop
 from ndreamer_dist.training.densify import Resident, densify, resident_batches, sizes_ahead
 from ndreamer_dist.training.loop import Measured, TrainingError, TrainState, training_step
 from ndreamer_dist.training.model_file import TrainedModel
-from ndreamer_dist.training.trainer import kept_on_gpu, shared_by
+from ndreamer_dist.training.trainer import collectives_of, resident_matrix
 from ndreamer_dist.training.windows import Share, read_window, windows
 from tests.double import CUDA, Device, OnDevice, moved, pretended
 from tests.training.helpers import OVERRIDES, SETTINGS, Cohort, fresh, weights
@@ -162,15 +162,15 @@ def test_a_matrix_stays_on_a_gpu_where_half_of_its_free_memory_holds_it(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], 10**12))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     with Device():
-        kept = kept_on_gpu(SETTINGS, cohort.packed, CUDA)
+        kept = resident_matrix(SETTINGS, cohort.packed, CUDA)
         assert kept is not None
         assert kept.nbytes == 6 * values
         free[0] -= 2
-        assert kept_on_gpu(SETTINGS, cohort.packed, CUDA) is None
-        assert kept_on_gpu(SETTINGS, cohort.packed, torch.device("cpu")) is None
+        assert resident_matrix(SETTINGS, cohort.packed, CUDA) is None
+        assert resident_matrix(SETTINGS, cohort.packed, torch.device("cpu")) is None
         free[0] += 2
         never = Settings.build(preset="small", overrides=OVERRIDES | {"train.resident": False})
-        assert kept_on_gpu(never, cohort.packed, CUDA) is None
+        assert resident_matrix(never, cohort.packed, CUDA) is None
 
 
 def travelled(batch: MiniBatch) -> list[Any]:
@@ -247,7 +247,7 @@ def test_workers_share_codebooks_on_gpus_and_cells_elsewhere(
 ) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        together, collective = shared_by(workers, device)
+        together, collective = collectives_of(workers, device)
     finally:
         dist.destroy_process_group()
     assert type(collective) is kind
@@ -286,7 +286,7 @@ def test_padding_changes_no_loss(cohort: Cohort) -> None:
     with Device():
         there = densify(next(shares(cohort)), cohort.labels, cohort.plan, (0, 1), CUDA)
     assert there.labels is not None
-    padded = there.labels.sent(lambda part: part.inner if isinstance(part, OnDevice) else part)
+    padded = there.labels.moved(lambda part: part.inner if isinstance(part, OnDevice) else part)
     assert len(padded.segments.row_cells) % 256 == 0
     found = [losses_of(each) for each in (batch, replace(batch, labels=padded))]
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)

@@ -16,7 +16,7 @@ from ndreamer_dist.model import noise
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.collectives import Single
 from ndreamer_dist.training import loop
-from ndreamer_dist.training.densify import sent, sizes_ahead
+from ndreamer_dist.training.densify import densify_for_gpu, sizes_ahead
 from ndreamer_dist.training.graphs import GraphedSteps
 from ndreamer_dist.training.windows import read_window, windows
 from tests.training.helpers import SETTINGS, Cohort, fresh, weights
@@ -33,7 +33,8 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pad mini-batches and draw their noise on the CPU as on a GPU."""
     for padded in (
-        batches.ROWS_TO, batches.MEMBERS_TO, batches.GROUPS_TO, batches.MOST_PADDING, batches.PAIRS_AT_ONCE,
+        batches.ROW_MULTIPLE, batches.MEMBER_MULTIPLE, batches.GROUP_MULTIPLE, batches.LEAST_RELATIVE_SIZE,
+        batches.PAIRS_AT_ONCE,
     ):  # fmt: skip
         monkeypatch.setitem(padded, "cpu", padded["cuda"])
     monkeypatch.setattr(noise, "draw", noise.draw_on_device)
@@ -45,7 +46,7 @@ def made(cohort: Cohort) -> Iterator[MiniBatch]:
         share for steps in windows(cohort.plan, 0) for share in read_window(cohort.packed, cohort.plan, steps, 0, 1)
     )
     for share in shares:
-        yield sent(share, cohort.labels, cohort.plan, (0, 1), torch.device("cpu"), least)
+        yield densify_for_gpu(share, cohort.labels, cohort.plan, (0, 1), torch.device("cpu"), least)
 
 
 @dataclass
