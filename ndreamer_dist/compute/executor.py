@@ -41,7 +41,7 @@ Measured in processor seconds on a busy machine (docs/benchmarks-log.md).
 """
 LONGEST_LOSS = 400
 """Largest number of characters shown of an error of Ray."""
-TRIES = 3
+RETRIES = 3
 """Retries of a task whose process or node is lost."""
 ITEMS_AT_ONCE = 2
 """Items queued at the process of a GPU, so that it does not wait for the driver."""
@@ -87,12 +87,18 @@ class Runtime(Protocol):
 
 
 def fetch(handle: Any) -> Any:
-    """Return the value behind a handle, in the driver or in a task, under either runtime."""
+    """Return the value behind a handle, in the driver or in a task, under either runtime.
+
+    If the task failed with an error of this package or of the system, that error is raised, without Ray's traceback.
+    """
     if isinstance(handle, Deferred):
         return handle.value()
     import ray
 
-    return _unwrapped(lambda: ray.get(handle))
+    try:
+        return ray.get(handle)
+    except ray.exceptions.RayTaskError as error:
+        raise own_cause(error) or error from None
 
 
 class Deferred:
@@ -213,7 +219,7 @@ class RayRuntime:
             return
         import ray
 
-        how = Way(title, self.cpus, _stage_name(), self._settings.task_threads)
+        how = RoundOptions(title, self.cpus, _stage_name(), self._settings.task_threads)
         deal = self._by_gpus if num_gpus else self._by_tasks
         ends = deal(function, waiting, [ray.put(value) for value in shared], how)
         with progress_bar(waiting, title, self.progress) as advance, closing(ends):
@@ -223,12 +229,12 @@ class RayRuntime:
                 advance(peak)
 
     def _by_tasks(
-        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: Way
+        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: RoundOptions
     ) -> Generator[Any, None, None]:
         """Yield handles of finished tasks; two tasks per processor are submitted, so that none waits for the driver."""
         import ray
 
-        remote = ray.remote(_with_peak).options(name=how.title, max_retries=TRIES, **self._needs())
+        remote = ray.remote(_with_peak).options(name=how.title, max_retries=RETRIES, **self._needs())
         queue = iter(items)
         running: set[Any] = set()
         try:
@@ -244,7 +250,7 @@ class RayRuntime:
             _end(running)
 
     def _by_gpus(
-        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: Way
+        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: RoundOptions
     ) -> Generator[Any, None, None]:
         """Yield handles of finished items; the process of a GPU gets the next item when it has finished one.
 
@@ -253,22 +259,24 @@ class RayRuntime:
         import ray
 
         count = max(1, min(self.gpus, len(items)))
-        tries = {"max_restarts": TRIES, "max_task_retries": TRIES}
-        remote = ray.remote(GpuWorker).options(num_gpus=1, **tries, **self._needs())
-        workers = [remote.remote(how.stage, how.threads, shared) for _ in range(count)]
+        retries = {"max_restarts": RETRIES, "max_task_retries": RETRIES}
+        remote = ray.remote(GpuWorker).options(num_gpus=1, **retries, **self._needs())
+        workers = [remote.remote(how.stage, how.threads) for _ in range(count)]
+        share = min(ITEMS_AT_ONCE, -(-len(items) // count))  # no process takes the only item of another
         starting = {worker.ready.remote(): worker for worker in workers}
         running: dict[Any, Any] = {}
         queue = deque(items)
         try:
             while queue or running:
                 done = _first_of([*starting, *running], late=not running)
-                worker, dealt = (starting.pop(done), ITEMS_AT_ONCE) if done in starting else (running.pop(done), 1)
-                for item in [queue.popleft() for _ in range(min(dealt, len(queue)))]:
-                    running[worker.do.options(name=how.title).remote(function, item)] = worker
-                if dealt == 1:
-                    yield done
+                is_new = done in starting
+                worker = (starting if is_new else running).pop(done)
+                for _ in range(min(share if is_new else 1, len(queue))):
+                    running[worker.do.options(name=how.title).remote(function, queue.popleft(), shared)] = worker
+                if is_new:
+                    fetch(done)  # raises if the process could not start
                 else:
-                    fetch(done)
+                    yield done
         finally:
             _end_workers(workers, list(running))
 
@@ -290,13 +298,13 @@ class RayRuntime:
 
         self._resources  # noqa: B018 - connects
         options = {"name": function.__name__.strip("_"), "num_returns": returns}
-        remote = ray.remote(_counted).options(max_retries=TRIES, **options, **self._needs())
+        remote = ray.remote(_counted).options(max_retries=RETRIES, **options, **self._needs())
         handles = remote.remote(_stage_name(), self._settings.task_threads, function, *args)
         return [handles] if returns == 1 else list(handles)
 
 
 @dataclass(frozen=True)
-class Way:
+class RoundOptions:
     """The options of a round of tasks: title, number of processors, stage, and threads per task."""
 
     title: str
@@ -311,15 +319,21 @@ class GpuWorker:
     Tasks are no alternative: Ray may give a reused process another GPU, but CUDA stays on the first one.
     """
 
-    def __init__(self, stage: str, threads: int, shared: list[Any]) -> None:
+    def __init__(self, stage: str, threads: int) -> None:
         self._stage, self._threads = stage, threads
-        self._shared = [fetch(handle) for handle in shared]  # once, for all items
+        self._shared: list[Any] | None = None
 
     def ready(self) -> None:
         """Do nothing: an answer means that the process has its GPU."""
 
-    def do(self, function: Callable[..., Any], item: Any) -> tuple[int, Any]:
-        """Return the peak memory of this process in the stage, and the answer for an item."""
+    def do(self, function: Callable[..., Any], item: Any, shared: list[Any]) -> tuple[int, Any]:
+        """Return the peak memory of this process in the stage, and the answer for an item.
+
+        The values behind the handles `shared` are fetched once. Handles given to the actor's constructor would not
+        outlive a restart of the actor.
+        """
+        if self._shared is None:
+            self._shared = [fetch(handle) for handle in shared]
         return _with_peak(self._stage, self._threads, function, item, *self._shared)
 
 
@@ -407,16 +421,6 @@ def _end(running: set[Any]) -> None:
         if running:
             _, left = ray.wait(list(running), num_returns=len(running), timeout=seconds)
             running = set(left)
-
-
-def _unwrapped(call: Callable[[], Any]) -> Any:
-    """Run a Ray call; raise the original error of a failed task, without Ray's traceback around it."""
-    import ray
-
-    try:
-        return call()
-    except ray.exceptions.RayTaskError as error:
-        raise own_cause(error) or error from None
 
 
 def own_cause(error: BaseException) -> Exception | None:

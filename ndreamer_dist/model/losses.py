@@ -48,10 +48,6 @@ class Terms:
     neighbourhood: Tensor
     commitment: Tensor
 
-    def as_floats(self) -> dict[str, float]:
-        """Return the value of each term by name."""
-        return _as_floats({field.name: getattr(self, field.name) for field in fields(self)})
-
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -67,12 +63,9 @@ class LossTerms:
 
     def as_floats(self) -> dict[str, float]:
         """Return `as_tensors` as numbers; this waits for a GPU."""
-        return _as_floats(self.as_tensors())
-
-
-def _as_floats(values: dict[str, Tensor]) -> dict[str, float]:
-    """Copy values to the host in one transfer, since each transfer waits for the device."""
-    return dict(zip(values, torch.stack([value.detach() for value in values.values()]).tolist(), strict=True))
+        values = self.as_tensors()
+        # One transfer to the host for all, since each waits for the device.
+        return dict(zip(values, torch.stack([value.detach() for value in values.values()]).tolist(), strict=True))
 
 
 def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
