@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FATAL = 128
@@ -55,8 +56,10 @@ def deferred_stop() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request() and callable(earlier := before[number]):
-            earlier(number, frame)
+        del frame
+        if request():
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
         request.number = request.number or number
 
     try:
@@ -68,9 +71,9 @@ def deferred_stop() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def _handled(handler: Handler) -> Iterator[dict[int, object]]:
+def _handled(handler: Handler) -> Iterator[dict[int, Any]]:
     """Replace the handlers of both signals until the block ends; yield the replaced ones by signal."""
-    before: dict[int, object] = {}
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         earlier = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         # A handler of None was not set from Python and could not be restored.
@@ -81,4 +84,4 @@ def _handled(handler: Handler) -> Iterator[dict[int, object]]:
         yield before
     finally:
         for number, old in before.items():
-            signal.signal(number, old)  # type: ignore[arg-type]
+            signal.signal(number, old)

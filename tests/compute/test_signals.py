@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -57,6 +59,22 @@ def test_a_second_signal_does_not_wait() -> None:
     with stop_signals(), pytest.raises(KeyboardInterrupt):
         work()
     assert not done
+
+
+SECOND = """
+import signal
+from ndreamer_dist.compute.signals import deferred_stop
+with deferred_stop():
+    signal.raise_signal(signal.SIGTERM)
+    print("goes on", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("not reached", flush=True)
+"""
+
+
+def test_a_second_signal_ends_a_program_that_handles_none() -> None:
+    ended = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "goes on\n"), ended.stderr
 
 
 def test_what_is_ignored_stays_ignored() -> None:
