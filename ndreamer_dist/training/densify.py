@@ -121,9 +121,8 @@ def resident_batches(
     """Yield a worker's mini-batches from `first_step` on, from the matrix on its device."""
     least = sizes_ahead(labels, plan)
     for step in range(first_step, plan.steps):
-        yield densify(
-            Share(step, plan.share_rows(step, 0, 1), resident), labels, plan, place, resident.data.device, least
-        )
+        share = Share(step, plan.share_rows(step, 0, 1), resident)
+        yield densify(share, labels, plan, place, resident.data.device, least)
 
 
 def sizes_ahead(labels: RowLabels, plan: SamplingPlan) -> Sizes:

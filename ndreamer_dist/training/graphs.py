@@ -20,18 +20,15 @@ from typing import Any
 import torch
 
 from ndreamer_dist.model.batch import MiniBatch, with_tensors
-from ndreamer_dist.model.codebooks import Quantised
 from ndreamer_dist.model.collectives import Collective
-from ndreamer_dist.model.losses import LossTerms
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.training.loop import TrainState, finish_step, optimise, training_step
+from ndreamer_dist.training.loop import Outcome, TrainState, finish_step, optimise, training_step
 
 MOST_GRAPHS = 8
 """Largest number of different mini-batch sizes to record; all graphs share one memory pool."""
 
 logger = logging.getLogger(__name__)
 
-Outcome = tuple[LossTerms, Quantised]
 Recorder = Callable[[Callable[[], Outcome]], Callable[[], Outcome]]
 """Records a step without executing it, and returns a function that executes it."""
 
@@ -65,9 +62,7 @@ class GraphedSteps:
         self._graphs: dict[Hashable, Recorded | None] = {}
         self._plain = False
 
-    def __call__(
-        self, state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
-    ) -> tuple[LossTerms, Quantised]:
+    def __call__(self, state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective) -> Outcome:
         """Take one step, as `training_step` does."""
         recorded = self._recorded(state, batch, settings, collective)
         if recorded is None:

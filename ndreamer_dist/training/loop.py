@@ -36,7 +36,10 @@ from ndreamer_dist.training.log import RATES, Logged, Row
 logger = logging.getLogger(__name__)
 
 
-Step = Callable[["TrainState", MiniBatch, Settings, Collective], tuple[LossTerms, Quantised]]
+Outcome = tuple[LossTerms, Quantised]
+"""What a step returns."""
+Step = Callable[["TrainState", MiniBatch, Settings, Collective], Outcome]
+"""Takes one training step, see `training_step`."""
 MEASURED = ("step", "total", *(term.name for term in fields(Terms)), "learning_rate", "perplexity", *RATES, "seconds")
 """Names of a step's measures in the order of the logs; the JSON of a checkpoint sorts them."""
 STATE_FILE = "state.json"
@@ -203,18 +206,14 @@ def train(
     state.catch_up()
 
 
-def training_step(
-    state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
-) -> tuple[LossTerms, Quantised]:
+def training_step(state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective) -> Outcome:
     """Take one optimiser step, count the usage of codes, and reset rarely used codes when a reset is due."""
     terms, quantised = optimise(state, batch, settings, collective)
     finish_step(state, batch.step, quantised, settings, collective)
     return terms, quantised
 
 
-def optimise(
-    state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
-) -> tuple[LossTerms, Quantised]:
+def optimise(state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective) -> Outcome:
     """Take one optimiser step, and count the usage of codes.
 
     On a GPU this never waits for the host, and runs the same operations on the same memory for all mini-batches of one

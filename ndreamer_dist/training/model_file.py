@@ -42,19 +42,15 @@ class TrainedModel:
     @classmethod
     def load(cls, storage: Storage, device: str = "cpu") -> TrainedModel:
         """Load `model/` of a run directory, which needs no other file of the run."""
-        description, weights = read_model(storage)
+        stored, weights = read_model(storage)
         network = NDreamerNetwork(
-            genes=len(description["genes"]),
-            conditions=len(description["conditions"]),
-            batch_levels=tuple(len(levels) for levels in description["batch_levels"]),
-            settings=ModelSettings.model_validate(description["settings"]),
+            genes=len(stored["genes"]),
+            conditions=len(stored["conditions"]),
+            batch_levels=tuple(len(levels) for levels in stored["batch_levels"]),
+            settings=ModelSettings.model_validate(stored["settings"]),
         )
         network.load_state_dict(load_tensors(weights))
-        names = (
-            tuple(description["genes"]),
-            tuple(description["conditions"]),
-            tuple(tuple(b) for b in description["batch_levels"]),
-        )
+        names = tuple(stored["genes"]), tuple(stored["conditions"]), tuple(tuple(b) for b in stored["batch_levels"])
         return cls(network.to(device).eval(), *names)
 
     def embed(
@@ -93,7 +89,7 @@ class TrainedModel:
 
 def save_model(storage: Storage, network: NDreamerNetwork, packed: Packed, settings: Settings) -> None:
     """Write `model/`: the weights, and as JSON all that is needed to use them."""
-    description = {
+    stored = {
         "format": keys.FORMAT_VERSION,
         "settings": settings.model.model_dump(mode="json"),
         "training": {part: getattr(settings, part).bearing() for part in ("loss", "train")},
@@ -109,4 +105,4 @@ def save_model(storage: Storage, network: NDreamerNetwork, packed: Packed, setti
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     weights = save_tensors(tensors)
     storage.write_atomic(keys.MODEL_WEIGHTS, weights)
-    storage.write_atomic(keys.MODEL_JSON, seal(description | {WEIGHTS_DIGEST: digest(weights)}))
+    storage.write_atomic(keys.MODEL_JSON, seal(stored | {WEIGHTS_DIGEST: digest(weights)}))

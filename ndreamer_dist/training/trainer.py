@@ -94,6 +94,10 @@ def _train_serially(
     run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime, stop: StopRequest
 ) -> None:
     """Train in this process."""
+
+    def save(state: TrainState) -> None:
+        save_serial(run.storage, state.step, state.to_bytes())
+
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.train.threads)
     try:
@@ -106,14 +110,10 @@ def _train_serially(
         batches = (densify(share, labels, plan, (0, 1), "cpu") for share in shares)
         with own_screen(plan, runtime, stop) as shown:
             schedule = Schedule(settings.train, Single(), stop=stop)
-            reporter = Reporter(run, settings, plan, state, schedule, shown, _save_serially(run))
+            reporter = Reporter(run, settings, plan, state, schedule, shown, save)
             reporter.train(batches, packed, Single())
     finally:
         torch.set_num_threads(threads)
-
-
-def _save_serially(run: RunDirectory) -> Callable[[TrainState], None]:
-    return lambda state: save_serial(run.storage, state.step, state.to_bytes())
 
 
 class Reporter:
