@@ -97,7 +97,7 @@ def chosen_device(wanted: str, setting: str, runtime: Runtime, finding: Finding,
         msg = f"{why}; processors do the same work: --set {setting}=cpu"
         raise ResourceError(msg)
     if wanted == "auto" and why and runtime.gpus:
-        logger.warning("%s: processors take over: %s", setting, why)
+        logger.warning("%s: processors are used instead of GPUs: %s", setting, why)
     engine = f"{runtime.gpus} GPU{'s' if runtime.gpus > 1 else ''}" if device == "cuda" else "processors"
     if (stage := stage_now()) is not None:
         stage.engine = engine  # logged in stages.jsonl
@@ -133,7 +133,7 @@ def tried_apart(finding: Finding, seconds: float = TRIAL_SECONDS) -> str | None:
     answers = [line.removeprefix(MARK) for line in child.stdout.splitlines() if line.startswith(MARK)]
     if child.returncode == 0 and answers:
         return answers[-1] or None
-    last_line = (child.stderr.strip().splitlines() or ["nothing was said"])[-1]
+    last_line = (child.stderr.strip().splitlines() or ["no output"])[-1]
     return f"the trial of the GPU ended with code {child.returncode} ({last_line[:300]})"
 
 

@@ -344,7 +344,8 @@ def _first_of(handles: list[Any], *, late: bool) -> Any:
     ready, _ = ray.wait(handles, num_returns=1, timeout=NO_GPU_SECONDS if late else None)
     if not ready:
         logger.warning(
-            "no GPU has come for %.0f s; without one: --set STAGE.device=cpu (train, embed, match)", NO_GPU_SECONDS
+            "no GPU was free for %.0f s; to go on without one: --set STAGE.device=cpu (train, embed, match)",
+            NO_GPU_SECONDS,
         )
         ready, _ = ray.wait(handles, num_returns=1)
     return ready[0]

@@ -88,7 +88,7 @@ class GraphedSteps:
                 with capturable(state.optimiser):
                     replay = self._record(lambda: detached(optimise(state, inputs, settings, collective)))
                 if not leaves_the_same(state, replay, lambda: optimise(state, inputs, settings, collective)):
-                    msg = "a recorded step had other bits than a plain one"
+                    msg = "a recorded step differs from an ordinary one"
                     raise RuntimeError(msg)  # noqa: TRY301 - handled like a failed recording
             except RuntimeError as error:
                 logger.warning("train: steps are taken without a CUDA graph: %s", str(error).partition("\n")[0])

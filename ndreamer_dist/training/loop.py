@@ -170,8 +170,10 @@ class TrainState:
         self.measures = [{name: row[name] for name in MEASURED} for row in record["measures"]]
         self.logged = Logged(**record.get("logged", {}))
         if (before := record.get("device", self.device)) != self.device:
-            text = f"{where} was made on {before} and training goes on on {self.device}"
-            logger.warning("%s: noise and sums have other bits there", text)
+            logger.warning(
+                "%s was written on %s and training resumes on %s: noise and rounding differ there",
+                where, before, self.device,
+            )  # fmt: skip
 
 
 def train(

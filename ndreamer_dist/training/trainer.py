@@ -355,7 +355,7 @@ def _worker(config: dict[str, Any]) -> str | None:
     except TrainingStopped:
         return STOPPED
     except torch.OutOfMemoryError as error:  # a retry would run out of memory again
-        return f"the GPU's memory will not do ({str(error).splitlines()[0]}); use fewer cells a step: train.batch_size"
+        return f"the GPU has too little memory ({str(error).splitlines()[0]}); use a smaller --set train.batch_size"
     return None
 
 

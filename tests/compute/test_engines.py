@@ -66,7 +66,7 @@ def test_on_ray_a_process_keeps_its_gpu_and_one_that_torch_cannot_use_is_one_lin
         started = time.monotonic()
         with caplog.at_level(logging.WARNING):
             assert chosen_device("auto", "match.device", runtime, torch_finding) == "cpu"
-        assert "match.device: processors take over: torch" in caplog.text
+        assert "match.device: processors are used instead of GPUs: torch" in caplog.text
         with pytest.raises(ResourceError, match=r"built for processors; .*--set train.device=cpu"):
             chosen_device("cuda", "train.device", runtime, torch_finding)
         assert time.monotonic() - started < 20

@@ -108,7 +108,7 @@ def test_a_recording_that_does_something_else_is_noticed_and_not_used(
     assert losses == known
     assert all(map(torch.equal, ours, plain))
     (line,) = (record.getMessage() for record in caplog.records)
-    assert line.endswith("a recorded step had other bits than a plain one")
+    assert line.endswith("a recorded step differs from an ordinary one")
 
 
 def test_what_cannot_be_recorded_is_said_once_and_steps_are_plain(

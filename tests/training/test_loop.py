@@ -49,7 +49,7 @@ def test_going_on_on_another_device_is_warned_of(
     monkeypatch.setattr(TrainState, "device", "cuda")
     with caplog.at_level(logging.WARNING):
         fresh().load_bytes(files, "run/train/5")
-    assert "run/train/5 was made on cpu and training goes on on cuda" in caplog.text
+    assert "run/train/5 was written on cpu and training resumes on cuda" in caplog.text
 
 
 def test_the_seed_decides_the_weights_and_the_callers_generator_is_left_alone() -> None:
