@@ -1,7 +1,7 @@
-"""A double of a CUDA device: tensors in this machine's memory that say `cuda:0`.
+"""A test double of a CUDA device: tensors in host memory that claim the device `cuda:0`.
 
-What is done with them is counted: operations of the device, copies between it and the host with their bytes, and where the
-host would wait for the device, or hand an operation tensors of both. Times and memory it does not tell.
+It counts what is done with them: operations on the device, copies between device and host with their bytes, places
+where the host would wait for the device, and operations that mix tensors of both. It measures neither times nor memory.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ WAITS = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::unique_dim", "aten::masked_select",
     "aten::equal", "aten::is_nonzero",
 }  # fmt: skip
-"""Operations whose answer, or its shape, the host must know."""
+"""Operations whose result, or its shape, is needed on the host."""
 
 
 class OnDevice(torch.Tensor):
-    """A tensor of the double."""
+    """A tensor on the double."""
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> OnDevice:
@@ -66,7 +66,7 @@ def unwrapped(value: Any) -> Any:
 
 
 def place() -> str:
-    """Return the line of the package that is at work."""
+    """Return file and line of the innermost frame of the package."""
     for frame in reversed(traceback.extract_stack()[:-2]):
         if "ndreamer_dist" in frame.filename:
             return f"{frame.filename.split('ndreamer_dist/')[-1]}:{frame.lineno}"
@@ -75,9 +75,20 @@ def place() -> str:
 
 @dataclass
 class Counts:
-    """What was seen: operations by name, and in order with their shapes; waits, mixed devices and copies with their places.
+    """What a `Device` has counted.
 
-    `began` and `sizes` are for the caller to note where something began, and of what sizes it was.
+    Attributes
+    ----------
+    operations, order
+        Operations by name, and in order with the shapes and dtypes of their tensors.
+    waits, mixed
+        Waits for the device, and operations with tensors of both devices: what, and where in the package.
+    copies
+        Direction (`in` to the device or `out`), bytes, and place in the package of each copy.
+    bytes
+        Bytes read and written by operations.
+    began, sizes
+        For the caller's notes: where in `order` something began, and the sizes of its input.
     """
 
     operations: collections.Counter = field(default_factory=collections.Counter)
@@ -90,12 +101,12 @@ class Counts:
     sizes: tuple[int, ...] = ()
 
     def copied(self, way: str) -> list[int]:
-        """Return the bytes of each copy `in` to the device or `out` of it."""
+        """Return the bytes of each copy in one direction."""
         return [size for direction, size, _ in self.copies if direction == way]
 
 
 class Device(Counts, TorchDispatchMode):
-    """Counts while it is entered."""
+    """Counts while its context is entered."""
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
@@ -115,7 +126,7 @@ class Device(Counts, TorchDispatchMode):
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with self:  # in inference mode it comes in one piece
+            with self:  # in inference mode composite operations are not decomposed before
                 return func.decompose(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
@@ -160,7 +171,7 @@ class Device(Counts, TorchDispatchMode):
         return OnDevice(out)
 
     def _note(self, name: str, args: Any, kwargs: Any, leaves: list[torch.Tensor]) -> None:
-        """Note what the host waits for, and tensors of both places."""
+        """Record whether the host waits for an operation, and whether it mixes tensors of both devices."""
         if name in WAITS or (name == "aten::repeat_interleave" and kwargs.get("output_size") is None and len(args) < 3):
             self.waits.append((name, place()))
         host = [leaf for leaf in leaves if not isinstance(leaf, OnDevice) and leaf.dim() > 0]
@@ -192,7 +203,7 @@ IDLE = Device()
 
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
-    """Let `device="cuda"` pass without CUDA."""
+    """Make `device="cuda"` work without CUDA until the block ends."""
     before = torch.cuda._lazy_init, torch.as_tensor, torch.tensor
     torch.cuda._lazy_init = lambda: None
     torch.as_tensor, torch.tensor = map(_maker, before[1:])
@@ -218,7 +229,7 @@ def _maker(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def moved(network: nn.Module) -> nn.Module:
-    """Bring a network's parameters and buffers to the double."""
+    """Move a network's parameters and buffers to the double."""
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

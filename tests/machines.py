@@ -1,8 +1,8 @@
-"""Machines made of Linux namespaces: each with a name, an address, disks and a process table of its own.
+"""Simulated machines from Linux namespaces, each with its own name, address, disks and process table.
 
-They are joined by a bridge and reach nothing else. A machine can read this one's files and write none of them: all it
-can write is its home and its /dev/shm, disks in memory that no other machine sees. Killing its first process cuts its
-power. Only root may make machines.
+A bridge connects them to each other and to nothing else. A machine can read the files of the host but not write them;
+it can write only to its home and its /dev/shm, in-memory disks that no other machine sees. Killing its first process
+ends all of its processes, like a power cut. Only root can create machines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 NETWORK = "10.77.0."
 SPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
-# Every file system but its own is made read-only; /proc, /sys and /dev are the kernel's.
+# Remount every file system read-only except the machine's own, and /proc, /sys and /dev.
 BORN = r"""
 set -eo pipefail
 hostname "$1"
@@ -35,7 +35,7 @@ exec env --ignore-signal=CHLD sleep infinity
 
 
 class CannotBe(Exception):
-    """Machines cannot be made here."""
+    """The system does not allow to create machines."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Machine:
     Attributes
     ----------
     pid
-        Its first process, as this machine counts processes.
+        Its first process, by its number on the host.
     home
-        Where its own disk is; the path is the same on every machine, the disk is not.
+        Path of its own disk; the path may be the same on every machine, the disk is not.
     env
-        Environment of what is started on it, where its home is added.
+        Environment of the commands started on it, to which HOME and TMPDIR are added.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Machine:
         return self.started[-1]
 
     def run(self, *words: str) -> str:
-        """Run a command on the machine and return what it said; `CalledProcessError` where it fails."""
+        """Run a command on the machine and return its output; raise `CalledProcessError` if it fails."""
         with self.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
             out, error = command.communicate(timeout=300)
         if command.returncode:
@@ -75,11 +75,11 @@ class Machine:
         return out.decode()
 
     def disk(self) -> Path:
-        """Return the machine's home as this machine can see it."""
+        """Return the path of the machine's home on the host."""
         return Path(f"/proc/{self.pid}/root{self.home}")
 
     def processes(self) -> dict[int, str]:
-        """Return the title of every process that runs on the machine, by its number here."""
+        """Return the command line of every process of the machine, by its number on the host."""
         space, found = Path(f"/proc/{self.pid}/ns/pid").readlink(), {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended
@@ -94,12 +94,12 @@ class Machine:
 
 @contextlib.contextmanager
 def machine(name: str, number: int, home: Path, env: Mapping[str, str]) -> Iterator[Machine]:
-    """Make a machine without a network, until the block ends.
+    """Create a machine without a network, which exists until the block ends.
 
     Raises
     ------
     CannotBe
-        The system does not let us.
+        The system does not allow it.
     """
     command = ["setpriv", "--pdeathsig=SIGKILL", "unshare", *SPACES, "--fork", "--kill-child", "--mount-proc"]
     try:
@@ -119,15 +119,15 @@ def machine(name: str, number: int, home: Path, env: Mapping[str, str]) -> Itera
         try:
             yield made
         finally:
-            unshare.kill()  # and its child, and so all of the machine
+            unshare.kill()  # which kills its child, and so all processes of the machine
             for process in made.started:
                 with process:
                     process.wait(30)
 
 
 def join(hub: Machine, others: Sequence[Machine]) -> None:
-    """Lay a cable from every machine to a bridge on the hub; `CannotBe` where the system does not let us."""
-    ours = ["nsenter", f"--target={hub.pid}", "--net"]  # without its process table: cables go by number
+    """Connect every machine to the bridge of the hub; raise `CannotBe` if the system does not allow it."""
+    ours = ["nsenter", f"--target={hub.pid}", "--net"]  # `netns` takes a process number of the host
     lines = [f"link add {other.name} type veth peer name eth0 netns {other.pid}" for other in others]
     lines += [f"link set {other.name} master bridge up" for other in others]
     try:
@@ -136,13 +136,13 @@ def join(hub: Machine, others: Sequence[Machine]) -> None:
         for other in others:
             other.run("ip", "address", "add", f"{other.address}/24", "dev", "eth0")
             other.run("ip", "link", "set", "eth0", "up")
-            other.run("ip", "route", "add", "default", "via", hub.address)  # Ray asks for the way out, and takes none
+            other.run("ip", "route", "add", "default", "via", hub.address)  # Ray looks for a default route
     except subprocess.CalledProcessError as error:
         raise CannotBe(error.stderr.decode().strip()) from None
 
 
 def make_hub(hub: Machine) -> None:
-    """Give a machine the bridge that cables come together in."""
+    """Create the bridge on a machine."""
     try:
         hub.run("ip", "link", "add", "bridge", "type", "bridge")
         hub.run("ip", "address", "add", f"{hub.address}/24", "dev", "bridge")
@@ -152,7 +152,7 @@ def make_hub(hub: Machine) -> None:
 
 
 def wait_until(condition: Any, process: subprocess.Popen[bytes], seconds: float, said: Path) -> Any:
-    """Wait for something to be true while a process runs, and return it."""
+    """Wait until a condition is true while a process runs, and return its value."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert process.poll() is None, said.read_text()

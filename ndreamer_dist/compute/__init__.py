@@ -1,1 +1,1 @@
-"""Where work runs, and how it is observed."""
+"""Where tasks run, and how their progress and cost are observed."""

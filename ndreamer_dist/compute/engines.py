@@ -1,8 +1,8 @@
 """Choose between processors and GPUs, and try a GPU in a child process before it is used.
 
-A GPU that Ray counts may be of no use: the driver may be too old for torch, or a wheel may hold no code for the GPU. FAISS
-then ends its process without an exception. The child process says in one line what is wrong. With `auto` processors do the
-work then; with `cuda` the run ends with that line.
+A GPU that Ray counts may not work: the driver may be too old for torch, or a wheel may hold no code for this GPU, in
+which case FAISS aborts its process without an exception. The child process reports what is wrong in one line. With
+`auto` the work then runs on processors; with `cuda` the run ends with that line.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from ndreamer_dist.errors import ResourceError
 
 Device = Literal["cpu", "cuda"]
 Finding = Callable[[], str | None]
-"""Returns why a GPU cannot be used, or none; called in a child process."""
+"""Returns why a GPU cannot be used, or None; called in a child process."""
 
 TRIAL_SECONDS = 90
-"""How long a trial of a GPU may take; it loads torch or FAISS and makes a CUDA context, seconds each."""
+"""Timeout of a trial of a GPU, which loads torch or FAISS and creates a CUDA context (seconds each)."""
 LEAST_GPU_BYTES = 3 * 2**30
-"""Free memory that a GPU must have: a training step of the paper's size takes half of it."""
+"""Free memory that a GPU must have: twice what a training step of the `paper` preset takes."""
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""The NVIDIA driver that each CUDA needs at least."""
+"""Oldest NVIDIA driver for each major version of CUDA."""
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 FAISS_BUILDS = ("faiss-cpu", "faiss-gpu")
 MARK = "finding: "
-"""What stands before a trial's answer on its standard output."""
+"""Prefix of a trial's answer on its standard output."""
 
 logger = logging.getLogger(__name__)
 
 
 def faiss_builds() -> list[str]:
-    """Return which builds of FAISS are installed, with their versions."""
-    return [f"{name} {found}" for name in FAISS_BUILDS if (found := _version(name))]
+    """Return the installed builds of FAISS with their versions."""
+    return [f"{name} {number}" for name in FAISS_BUILDS if (number := _version(name))]
 
 
 def require_faiss() -> None:
-    """Refuse to begin where no FAISS is installed.
+    """Raise an error if FAISS is not installed.
 
     Raises
     ------
     ResourceError
-        The message says which of the two builds to install.
+        The message says which build to install.
     """
     if find_spec("faiss") is None:
         msg = (
@@ -64,7 +64,7 @@ def require_faiss() -> None:
 
 
 def engines_here() -> str:
-    """Return what would compute on this machine, in one line, without loading it."""
+    """Describe torch, FAISS and GPU of this machine in one line, without importing them."""
     faiss = " and ".join(faiss_builds()) or "FAISS of another package"
     gpu = f"an NVIDIA GPU, driver {_driver() or 'unknown'}" if gpu_is_shown() else "no GPU"
     return f"torch {_version('torch')}, {faiss}; {gpu}"
@@ -76,18 +76,18 @@ def chosen_device(wanted: str, setting: str, runtime: Runtime, finding: Finding,
     Parameters
     ----------
     wanted
-        `cpu`, `cuda`, or `auto`, which takes GPUs where there are enough that work.
+        `cpu`, `cuda`, or `auto`, which means GPUs if enough of them work.
     setting
-        Name of the setting that says so.
+        Name of the setting with the value `wanted`.
     finding
         Tries a GPU.
     least
-        GPUs that are needed.
+        Number of GPUs needed.
 
     Raises
     ------
     ResourceError
-        GPUs are asked for, and there are too few or they do not work.
+        `wanted` is `cuda`, and there are too few GPUs or they do not work.
     """
     device: Device = "cpu"
     why = f"{setting} is cpu"
@@ -98,17 +98,17 @@ def chosen_device(wanted: str, setting: str, runtime: Runtime, finding: Finding,
         msg = f"{why}; processors do the same work: --set {setting}=cpu"
         raise ResourceError(msg)
     if wanted == "auto" and why and runtime.gpus:
-        logger.warning("%s: processors take over: %s", setting, why)
+        logger.warning("%s: processors are used instead of GPUs: %s", setting, why)
     engine = f"{runtime.gpus} GPU{'s' if runtime.gpus > 1 else ''}" if device == "cuda" else "processors"
     if (stage := stage_now()) is not None:
-        stage.engine = engine  # for the stage's line in the log of stages
+        stage.engine = engine  # logged in stages.jsonl
         level = logging.INFO if runtime.gpus else logging.DEBUG  # without a GPU there is nothing to choose
         logger.log(level, "%s: works on %s", stage.name, engine)
     return device
 
 
 def _what_is_wrong(runtime: Runtime, finding: Finding, least: int) -> str:
-    """Return why GPUs cannot be used; empty where they can."""
+    """Return why GPUs cannot be used; empty if they can."""
     if runtime.gpus < least:
         return f"{least} GPU{'s are' if least > 1 else ' is'} needed and Ray has {runtime.gpus}"
     return "; ".join(_tried(cast("Hashable", runtime), finding))
@@ -116,13 +116,13 @@ def _what_is_wrong(runtime: Runtime, finding: Finding, least: int) -> str:
 
 @lru_cache(maxsize=8)
 def _tried(runtime: Any, finding: Finding) -> tuple[str, ...]:
-    """Return what is wrong with GPUs, from one trial for each; stages of a run share it."""
+    """Try every GPU once and return what is wrong with them; the stages of a run share the answer."""
     answers = set(runtime.map(tried_apart, [finding] * runtime.gpus, title="trial of GPUs", num_gpus=1))
     return tuple(sorted(answer for answer in answers if answer))
 
 
 def tried_apart(finding: Finding, seconds: float = TRIAL_SECONDS) -> str | None:
-    """Call a finding in a child process; return its answer, or that the process ended or hung."""
+    """Call a finding in a child process; return its answer, or a description of how the process failed."""
     module, name = finding.__module__, finding.__qualname__
     program = f"from {module} import {name}; print({MARK!r} + ({name}() or ''))"
     try:
@@ -134,35 +134,35 @@ def tried_apart(finding: Finding, seconds: float = TRIAL_SECONDS) -> str | None:
     answers = [line.removeprefix(MARK) for line in child.stdout.splitlines() if line.startswith(MARK)]
     if child.returncode == 0 and answers:
         return answers[-1] or None
-    said = (child.stderr.strip().splitlines() or ["nothing was said"])[-1]
-    return f"the trial of the GPU ended with code {child.returncode} ({said[:300]})"
+    last_line = (child.stderr.strip().splitlines() or ["no output"])[-1]
+    return f"the trial of the GPU ended with code {child.returncode} ({last_line[:300]})"
 
 
 # --- trials, each in a process of its own ----------------------------------------------------------------------------
 
 
 def torch_finding() -> str | None:
-    """Return what keeps torch from this process's GPU: its build, the driver, missing code, memory, or rounding."""
+    """Return why torch cannot use this process's GPU (build, driver, GPU code, memory, rounding); None if it can."""
     if (_version("torch") or "").endswith("+cpu"):
         return f"torch {_version('torch')} is built for processors; install the build for CUDA (pip install torch)"
     import torch
 
     if not torch.cuda.is_available():
         needed = OLDEST_DRIVER.get(int((torch.version.cuda or "0").split(".")[0]))
-        asked = f", which needs NVIDIA driver {needed} or later" if needed else ""
-        return f"torch {torch.__version__} is built for CUDA {torch.version.cuda}{asked}; found driver {_driver() or 'none'}"
+        requirement = f", which needs NVIDIA driver {needed} or later" if needed else ""
+        return f"torch {torch.__version__} is built for CUDA {torch.version.cuda}{requirement}; found driver {_driver() or 'none'}"
     try:
         free, _ = torch.cuda.mem_get_info()
         if free < LEAST_GPU_BYTES:
             return f"the GPU has {free / 1e9:.1f} GB of memory free, and {LEAST_GPU_BYTES / 1e9:.1f} GB are needed"
         return product_finding("cuda")
-    except RuntimeError as error:  # no code for this GPU, a lost device
+    except RuntimeError as error:  # such as no code for this GPU, or a lost device
         name = torch.cuda.get_device_name()
         return f"torch {torch.__version__} does not run on {name}: {str(error).splitlines()[0]}"
 
 
 def product_finding(device: str) -> str | None:
-    """Return whether float32 products on a device round coarser than IEEE allows, as with TF32."""
+    """Return a message if float32 products on a device are rounded more coarsely than IEEE allows, as with TF32."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -175,12 +175,12 @@ def product_finding(device: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Return the version of the NVIDIA driver; none where there is none to be seen."""
+    """Return the version of the NVIDIA driver, if the system shows one."""
     try:
-        found = re.search(r"\s(\d{3}\.[\d.]+)\s", DRIVER_FILE.read_text())
+        match = re.search(r"\s(\d{3}\.[\d.]+)\s", DRIVER_FILE.read_text())
     except OSError:
         return None
-    return found and found.group(1)
+    return match and match.group(1)
 
 
 def _version(package: str) -> str | None:

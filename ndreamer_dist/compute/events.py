@@ -1,9 +1,9 @@
-"""Record the progress of the stage under way, and put it into words: log lines, and metrics for Prometheus through Ray.
+"""Record the progress of the current stage, and export it as log lines and as Prometheus metrics of Ray.
 
-The runtime and the training progress report their work here; tasks write nothing. The answer of a task includes the peak
-memory of its process. Every few seconds a thread of the driver (`monitors`) collects these and writes them where
-Prometheus and `ndreamer-dist info`, also on another machine, find them. A log is text, or one JSON object per line with
-`run.log_format=json`.
+In the driver, the runtime and the training progress report to a `StageProgress`; the answer of each task brings the
+peak memory of its process along. Every few seconds a thread of the driver (`monitors`) writes the progress to a file
+and to the metrics, where `ndreamer-dist info` and Prometheus read it, also from other machines. Log lines are text, or
+JSON objects with `run.log_format=json`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ FACTS = "facts"
 
 
 class Lines(logging.Formatter):
-    """One line per record: its message, or a JSON object of it."""
+    """Formats a log record as its message or as a JSON object, in one line."""
 
     as_json = False
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; a trace, where there is one, follows in text and is a field in JSON."""
+        """Return the line; a traceback follows the text, or is a field of the JSON."""
         if not self.as_json:
             text = printable(record.getMessage())
             return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
-        told = {
+        entries = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname,
             "logger": record.name,
@@ -47,12 +47,12 @@ class Lines(logging.Formatter):
             **getattr(record, FACTS, {}),
         }
         if record.exc_info:
-            told["trace"] = self.formatException(record.exc_info)
-        return json.dumps(told)
+            entries["trace"] = self.formatException(record.exc_info)
+        return json.dumps(entries)
 
 
 def choose_format(log_format: Literal["text", "json"]) -> None:
-    """Write the lines of the command line's own log, if there is one, in this format from now on."""
+    """Set the format of the command line's log handlers."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, Lines):
             handler.formatter.as_json = log_format == "json"
@@ -60,20 +60,28 @@ def choose_format(log_format: Literal["text", "json"]) -> None:
 
 @dataclass
 class StageProgress:
-    """The progress of the stage under way, as its tasks and its training report it.
+    """The progress of a stage, as its tasks and the training report it.
 
     Attributes
     ----------
+    name, cells
+        Name of the stage, and number of cells that it processes.
     place
-        Which stage of how many it is: `2/8`; empty where it is none of a run.
+        Position of the stage in the run, such as `2/8`; empty outside a run.
+    started
+        Time at which the stage started, in seconds since the epoch.
     shards, had
-        Shards of the stage, and how many of them were there before it began.
-    title, done, total
-        The round of tasks under way, and how many of it are done.
+        Number of shards of the stage, and how many of them existed before it started.
+    title, done, total, began
+        The current round of tasks: its title, the numbers of finished and of all tasks, and its start time.
+    step, steps
+        The last finished training step, and the number of all steps.
+    before
+        The training step from which the training continued, and the time of its report.
     measures
-        Of the last training step.
+        Measures of the last training step.
     worker_peak
-        Peak memory of one worker process on any machine; 0 before one has reported.
+        Largest peak memory of a worker process on any machine, bytes; 0 before the first report.
     engine
         Processors or GPUs, if there is a choice.
     """
@@ -90,27 +98,27 @@ class StageProgress:
     began: float = field(default_factory=time.time)
     step: int = 0
     steps: int = 0
-    before: tuple[int, float] | None = None  # the step that training went on from, and when
+    before: tuple[int, float] | None = None
     measures: dict[str, float] = field(default_factory=dict)
     worker_peak: int = 0
     engine: str = ""
 
     @property
     def has_work(self) -> bool:
-        """Whether there was anything to do."""
+        """Whether the stage has tasks or training steps."""
         return self.total > 0 or self.steps > 0
 
     def note_shards(self, stage: str, shards: int, todo: int) -> None:
-        """Note how many shards of a stage are to be done."""
+        """Note how many shards a stage has, and how many of them it has to write."""
         if stage == self.name:
             self.shards, self.had = shards, shards - todo
 
     def begin(self, title: str, total: int) -> None:
-        """Note that a round of tasks begins."""
+        """Start a round of tasks."""
         self.title, self.done, self.total, self.began = title, 0, total, time.time()
 
     def advance(self) -> None:
-        """Note that a task is done."""
+        """Count a finished task."""
         self.done += 1
 
     def note_peak(self, peak: int) -> None:
@@ -118,27 +126,27 @@ class StageProgress:
         self.worker_peak = max(self.worker_peak, peak)
 
     def note_step(self, step: int, steps: int, measures: Mapping[str, float]) -> None:
-        """Note that a training step is done."""
+        """Note a finished training step."""
         self.before = self.before or (step, time.time())
         self.step, self.steps = step, steps
         self.measures.update(measures)
 
     @property
     def new_cells(self) -> int:
-        """Cells that this round of tasks has done."""
+        """Cells that this round of tasks has processed."""
         fresh = self.cells * (self.shards - self.had) / self.shards if self.shards else self.cells
         return int(fresh * self.done / self.total) if self.total else 0
 
     @property
     def cells_per_second(self) -> float:
-        """Cells a second: of the last training step, or of this round of tasks so far."""
+        """Cells per second of the last training step, or of this round of tasks so far."""
         if self.steps:
             return float(self.measures.get("cells_per_second", 0.0))
         return self.new_cells / max(time.time() - self.began, 1e-3)
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds that this round of tasks or the training will still take at its speed so far; none before it has one."""
+        """Seconds that this round of tasks or the training will still take; None before anything is finished."""
         if self.steps:
             first, started = self.before or (self.step, 0.0)
             done, left = self.step - first, self.steps - self.step
@@ -168,13 +176,13 @@ _now: ContextVar[StageProgress | None] = ContextVar("stage", default=None)
 
 
 def stage_now() -> StageProgress | None:
-    """Return the stage under way in this thread, if any."""
+    """Return the current stage of this thread, if any."""
     return _now.get()
 
 
 @contextmanager
 def staged(name: str, cells: int, place: str = "") -> Iterator[StageProgress]:
-    """Watch a stage until the block ends."""
+    """Make a stage the current one until the block ends."""
     stage = StageProgress(name, cells, place)
     token = _now.set(stage)
     try:
@@ -184,7 +192,7 @@ def staged(name: str, cells: int, place: str = "") -> Iterator[StageProgress]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Format a duration in days, hours, minutes or seconds."""
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             amount = seconds / size
@@ -193,7 +201,7 @@ def duration(seconds: float) -> str:
 
 
 def titled(title: str) -> str:
-    """Return the title of a bar, with the place of the stage under way among all stages."""
+    """Return the title of a progress bar, prefixed by the position of the current stage in the run."""
     stage = stage_now()
     return f"{stage.place} {title}" if stage and stage.place else title
 
@@ -218,11 +226,11 @@ def log_progress(facts: Mapping[str, Any]) -> None:
 
 
 _counted = ""
-"""The stage that the peak memory of this process is of."""
+"""The stage in which the peak memory of this process is measured."""
 
 
 def count_peak(stage: str) -> None:
-    """Reset the peak memory of this process when it begins with another stage (Linux only)."""
+    """Reset the peak memory of this process if `stage` is another one than before (Linux only)."""
     global _counted
     if stage != _counted:
         _counted = stage
@@ -231,7 +239,7 @@ def count_peak(stage: str) -> None:
 
 
 def peak_bytes() -> int:
-    """Return the peak memory of this process in bytes, since `count_peak` if the system can, shared pages included."""
+    """Return the peak memory of this process in bytes, shared pages included; on Linux since the last reset."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -244,7 +252,7 @@ def peak_bytes() -> int:
 
 
 class Metric(NamedTuple):
-    """A metric as Ray takes it; the label `run` is the run directory's last part."""
+    """Definition of a Ray metric; the label `run` is the last part of the run directory's path."""
 
     kind: Literal["Counter", "Gauge"]
     name: str
@@ -266,7 +274,7 @@ PROMETHEUS_METRICS = {
 
 @lru_cache(maxsize=1)
 def _metrics() -> dict[str, Any]:
-    """Return this process's metrics, which Ray hands to Prometheus."""
+    """Return this process's metrics, which Ray exports to Prometheus."""
     from ray.util import metrics
 
     return {
@@ -276,12 +284,12 @@ def _metrics() -> dict[str, Any]:
 
 
 def on_ray() -> bool:
-    """Return whether this process is connected to a Ray."""
+    """Return whether this process is connected to Ray."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def wrote(run: str, stage: str, size: int) -> None:
-    """Count the bytes of a finished shard; in a task this costs microseconds."""
+    """Count the bytes of a finished shard; this takes microseconds."""
     if size and on_ray():
         _metrics()["bytes"].inc(size, {"run": run, "stage": stage})
 
@@ -315,4 +323,4 @@ class Exporter:
 
 
 NO_LOSSES = {"step", "seconds", "cells_per_second", "waiting", "learning_rate", "perplexity"}
-"""Measures of a training step that are no losses."""
+"""Measures of a training step that are not losses."""

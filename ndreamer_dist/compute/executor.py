@@ -1,8 +1,8 @@
 """Run tasks on Ray, or one after the other in this process.
 
-Both runtimes have the same verbs, so each stage is written once. `map` runs idempotent tasks and yields their answers in
-order of completion. `put` shares a value. `submit` starts one task and leaves its answers where they were made; `fetch`
-gets them. The serial runtime serves small data, debugging and most tests.
+Both runtimes have the same methods, so each stage is written once. `map` runs idempotent tasks and yields their answers
+in order of completion. `put` shares a value. `submit` starts one task and leaves its answers on the node that computed
+them; `fetch` gets them. The serial runtime serves small data, debugging and most tests.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from ndreamer_dist.errors import NDreamerError, ResourceError, RunError
 from ndreamer_dist.settings import RunSettings, Settings, TrainSettings
 
 WORKER_CPUS = 0.5
-"""Processors a training worker reserves: the rest stay free for the readers that feed it."""
+"""Processors that a training worker reserves; the rest stay free for the readers that feed it."""
 READER_CPUS = 0.5
-"""Processors a reader reserves: with a training worker's half, two processors hold three readers."""
+"""Processors that a reader reserves: two processors hold one training worker and three readers."""
 CANCEL_SECONDS = 5
-"""How long a cancelled task may take to end by itself."""
+"""How long a cancelled task may take to end before its process is killed."""
 LEAST_SHARED_CELLS = 30_000
-"""Cells whose work outside training, done on other processors, saves as much time as a local Ray costs.
+"""Break-even number of cells processed in parallel outside training: they save as much time as a local Ray costs.
 
 Measured in processor seconds on a busy machine (docs/benchmarks-log.md).
 """
 LONGEST_LOSS = 400
-"""Most characters of one of Ray's errors that are shown."""
-TRIES = 3
-"""Retries of a task whose process or machine is lost."""
+"""Largest number of characters shown of an error of Ray."""
+RETRIES = 3
+"""Retries of a task whose process or node is lost."""
 ITEMS_AT_ONCE = 2
-"""Items that are queued at the process of a GPU, so that it does not wait for the driver."""
+"""Items queued at the process of a GPU, so that it does not wait for the driver."""
 NO_GPU_SECONDS = 120.0
 """Seconds to wait for a GPU before a warning."""
 Task = TypeVar("Task", bound=Callable[..., Any])
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 class Runtime(Protocol):
-    """What a stage runs in: it runs tasks and shares values."""
+    """Runs the tasks of a stage, and shares values among them."""
 
     progress: bool | None
 
@@ -78,7 +78,7 @@ class Runtime(Protocol):
         ...
 
     def put(self, value: Any) -> Any:
-        """Share a value; `fetch` gives it back in any task."""
+        """Share a value and return a handle, which `fetch` resolves in any task."""
         ...
 
     def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
@@ -87,29 +87,35 @@ class Runtime(Protocol):
 
 
 def fetch(handle: Any) -> Any:
-    """Return the value behind a handle, in the driver or in a task, under either runtime."""
+    """Return the value behind a handle, in the driver or in a task, under either runtime.
+
+    If the task failed with an error of this package or of the system, that error is raised, without Ray's traceback.
+    """
     if isinstance(handle, Deferred):
         return handle.value()
     import ray
 
-    return _unwrapped(lambda: ray.get(handle))
+    try:
+        return ray.get(handle)
+    except ray.exceptions.RayTaskError as error:
+        raise own_cause(error) or error from None
 
 
 class Deferred:
-    """The serial runtime's handle: one answer of a call that runs when it is first wanted."""
+    """The serial runtime's handle: an answer of a call that `value` runs."""
 
     def __init__(self, call: Callable[[], Any], index: int | None = None) -> None:
         self._call = call
         self._index = index
 
     def value(self) -> Any:
-        """Return the answer."""
+        """Run the call, and return its answer, or the one at `index`."""
         answer = self._call()
         return answer if self._index is None else answer[self._index]
 
 
 class SerialRuntime:
-    """Everything in this process, one after the other."""
+    """Runs tasks in this process, one after the other."""
 
     serial = True
     cpus = 1
@@ -140,7 +146,7 @@ class SerialRuntime:
         return Deferred(lambda: value)
 
     def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
-        """See `Runtime.submit`; nothing is kept, so that memory is what one task needs."""
+        """See `Runtime.submit`; a single answer is not cached, which keeps memory to that of one task."""
         call = partial(function, *args)
         if returns == 1:
             return [Deferred(call)]
@@ -149,10 +155,10 @@ class SerialRuntime:
 
 
 class RayRuntime:
-    """Tasks on a Ray cluster, or on a local Ray that ends with the run; connected when a stage first has work.
+    """Runs tasks on a Ray cluster, or on a local Ray that ends with the run; connects when a stage first has work.
 
-    A Ray that is already connected is used as it is; `RAY_ADDRESS` (set inside a submitted job) and `run.address` name
-    a cluster; otherwise a local Ray is started with the container's processors and a modest object store.
+    An existing connection to Ray is used as it is. `RAY_ADDRESS` (set inside a submitted job) or `run.address` names a
+    cluster. Otherwise a local Ray is started with the container's processors and a modest object store.
     """
 
     serial = False
@@ -165,7 +171,7 @@ class RayRuntime:
 
     @cached_property
     def _resources(self) -> dict[str, float]:
-        """Resources of the cluster; connects to it."""
+        """Resources of the cluster; the first access connects to it."""
         import ray
 
         self._clustered = on_a_cluster(self._settings)
@@ -179,16 +185,16 @@ class RayRuntime:
 
     @property
     def cpus(self) -> int:
-        """Processors of the cluster; an autoscaled one grows as it is asked to, so of what it may become."""
+        """Processors of the cluster, or `run.cpus` if larger: an autoscaled cluster grows on demand."""
         return max(1, int(self._resources.get("CPU", 1)), self._settings.cpus or 0)
 
     @property
     def gpus(self) -> int:
-        """GPUs of the cluster, or of what it may become."""
+        """GPUs of the cluster, or `run.gpus` if larger."""
         return max(int(self._resources.get("GPU", 0)), self._settings.gpus or 0)
 
     def close(self) -> None:
-        """End a local Ray that was started here."""
+        """Shut down a local Ray that this runtime started."""
         if self._started:
             import ray
 
@@ -205,15 +211,15 @@ class RayRuntime:
     def map(
         self, function: Callable[..., Any], items: Iterable[Any], *shared: Any, title: str, num_gpus: float = 0
     ) -> Iterator[Any]:
-        """See `Runtime.map`. Without items nothing is started.
+        """See `Runtime.map`; without items Ray is not started.
 
-        With `num_gpus` a process for each GPU does one item after the other (`GpuWorker`).
+        With `num_gpus`, one process per GPU works through the items (`GpuWorker`).
         """
         if not (waiting := list(items)):
             return
         import ray
 
-        how = Way(title, self.cpus, _stage_name(), self._settings.task_threads)
+        how = RoundOptions(title, self.cpus, _stage_name(), self._settings.task_threads)
         deal = self._by_gpus if num_gpus else self._by_tasks
         ends = deal(function, waiting, [ray.put(value) for value in shared], how)
         with progress_bar(waiting, title, self.progress) as advance, closing(ends):
@@ -223,12 +229,12 @@ class RayRuntime:
                 advance(peak)
 
     def _by_tasks(
-        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: Way
+        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: RoundOptions
     ) -> Generator[Any, None, None]:
-        """Yield handles of finished tasks; twice as many as processors are under way, so that none waits for the driver."""
+        """Yield handles of finished tasks; two tasks per processor are submitted, so that none waits for the driver."""
         import ray
 
-        remote = ray.remote(_with_peak).options(name=how.title, max_retries=TRIES, **self._needs())
+        remote = ray.remote(_with_peak).options(name=how.title, max_retries=RETRIES, **self._needs())
         queue = iter(items)
         running: set[Any] = set()
         try:
@@ -244,36 +250,38 @@ class RayRuntime:
             _end(running)
 
     def _by_gpus(
-        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: Way
+        self, function: Callable[..., Any], items: list[Any], shared: list[Any], how: RoundOptions
     ) -> Generator[Any, None, None]:
-        """Yield handles of finished items; the process of a GPU gets the next item when one is done.
+        """Yield handles of finished items; the process of a GPU gets the next item when it has finished one.
 
-        A process that still waits for its GPU, as on a cluster that grows, gets none.
+        A process that still waits for its GPU, as on a growing cluster, gets no items.
         """
         import ray
 
         count = max(1, min(self.gpus, len(items)))
-        tries = {"max_restarts": TRIES, "max_task_retries": TRIES}
-        remote = ray.remote(GpuWorker).options(num_gpus=1, **tries, **self._needs())
-        workers = [remote.remote(how.stage, how.threads, shared) for _ in range(count)]
+        retries = {"max_restarts": RETRIES, "max_task_retries": RETRIES}
+        remote = ray.remote(GpuWorker).options(num_gpus=1, **retries, **self._needs())
+        workers = [remote.remote(how.stage, how.threads) for _ in range(count)]
+        share = min(ITEMS_AT_ONCE, -(-len(items) // count))  # no process takes the only item of another
         starting = {worker.ready.remote(): worker for worker in workers}
         running: dict[Any, Any] = {}
         queue = deque(items)
         try:
             while queue or running:
                 done = _first_of([*starting, *running], late=not running)
-                worker, dealt = (starting.pop(done), ITEMS_AT_ONCE) if done in starting else (running.pop(done), 1)
-                for item in [queue.popleft() for _ in range(min(dealt, len(queue)))]:
-                    running[worker.do.options(name=how.title).remote(function, item)] = worker
-                if dealt == 1:
-                    yield done
+                is_new = done in starting
+                worker = (starting if is_new else running).pop(done)
+                for _ in range(min(share if is_new else 1, len(queue))):
+                    running[worker.do.options(name=how.title).remote(function, queue.popleft(), shared)] = worker
+                if is_new:
+                    fetch(done)  # raises if the process could not start
                 else:
-                    fetch(done)
+                    yield done
         finally:
             _end_workers(workers, list(running))
 
     def _needs(self) -> dict[str, Any]:
-        """Return what Ray reserves for a task: on a cluster its memory too, so that no node takes more than it holds."""
+        """Return what Ray reserves for a task: a processor, and on a cluster its memory, so that no node runs out."""
         memory = self._task.memory if self._task is not None and self._clustered else 0
         return {"num_cpus": 1, "memory": memory or None}
 
@@ -290,14 +298,14 @@ class RayRuntime:
 
         self._resources  # noqa: B018 - connects
         options = {"name": function.__name__.strip("_"), "num_returns": returns}
-        remote = ray.remote(_counted).options(max_retries=TRIES, **options, **self._needs())
+        remote = ray.remote(_counted).options(max_retries=RETRIES, **options, **self._needs())
         handles = remote.remote(_stage_name(), self._settings.task_threads, function, *args)
         return [handles] if returns == 1 else list(handles)
 
 
 @dataclass(frozen=True)
-class Way:
-    """The options of a round of tasks: its title, processors, the stage, and threads of one task."""
+class RoundOptions:
+    """The options of a round of tasks: title, number of processors, stage, and threads per task."""
 
     title: str
     cpus: int
@@ -306,38 +314,45 @@ class Way:
 
 
 class GpuWorker:
-    """A process that keeps one GPU, and what it has put there, for all items of a round that are dealt to it.
+    """Actor that holds one GPU, and the data it has sent there, for all items of a round that it receives.
 
-    Tasks would not do: Ray lets a process that has worked on one GPU go on with another, which CUDA does not follow.
+    Tasks are no alternative: Ray may give a reused process another GPU, but CUDA stays on the first one.
     """
 
-    def __init__(self, stage: str, threads: int, shared: list[Any]) -> None:
+    def __init__(self, stage: str, threads: int) -> None:
         self._stage, self._threads = stage, threads
-        self._shared = [fetch(handle) for handle in shared]  # once: the same objects for every item
+        self._shared: list[Any] | None = None
 
     def ready(self) -> None:
-        """Return once the process has its GPU."""
+        """Do nothing: an answer means that the process has its GPU."""
 
-    def do(self, function: Callable[..., Any], item: Any) -> tuple[int, Any]:
-        """Return the most memory that this process has held in the stage, and the answer."""
+    def do(self, function: Callable[..., Any], item: Any, shared: list[Any]) -> tuple[int, Any]:
+        """Return the peak memory of this process in the stage, and the answer for an item.
+
+        The values behind the handles `shared` are fetched once. Handles given to the actor's constructor would not
+        outlive a restart of the actor.
+        """
+        if self._shared is None:
+            self._shared = [fetch(handle) for handle in shared]
         return _with_peak(self._stage, self._threads, function, item, *self._shared)
 
 
 def _first_of(handles: list[Any], *, late: bool) -> Any:
-    """Return the first handle that is ready; with `late`, warn if no GPU comes for long."""
+    """Wait for the first ready handle; with `late`, warn if none is ready after `NO_GPU_SECONDS`."""
     import ray
 
     ready, _ = ray.wait(handles, num_returns=1, timeout=NO_GPU_SECONDS if late else None)
     if not ready:
         logger.warning(
-            "no GPU has come for %.0f s; without one: --set STAGE.device=cpu (train, embed, match)", NO_GPU_SECONDS
+            "no GPU was free for %.0f s; to go on without one: --set STAGE.device=cpu (train, embed, match)",
+            NO_GPU_SECONDS,
         )
         ready, _ = ray.wait(handles, num_returns=1)
     return ready[0]
 
 
 def _end_workers(workers: list[Any], running: list[Any]) -> None:
-    """End the processes of GPUs, and wait until nothing of theirs is under way."""
+    """Kill the processes of GPUs, and wait until none of their items is running."""
     import ray
 
     for worker in workers:
@@ -347,9 +362,9 @@ def _end_workers(workers: list[Any], running: list[Any]) -> None:
 
 
 def loads(*modules: str) -> Callable[[Task], Task]:
-    """Declare modules that a worker imports before it limits the threads of a task.
+    """Declare modules that a worker imports before it limits the threads of the decorated task.
 
-    threadpoolctl limits only libraries that are loaded already; the module of the task does not import them.
+    threadpoolctl limits only libraries that are already loaded, and the task's own module does not import these.
     """
 
     def marked(task: Task) -> Task:
@@ -360,11 +375,11 @@ def loads(*modules: str) -> Callable[[Task], Task]:
 
 
 def with_threads(threads: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function with BLAS, OpenMP and torch held to `threads` threads: sums then have one order everywhere."""
+    """Call a function with BLAS, OpenMP and torch limited to `threads` threads, which fixes the order of sums."""
     use_writable_caches()
     for name in getattr(function, "loads", ()):
         importlib.import_module(name)
-    torch = sys.modules.get("torch")  # a task that needs none does not wait for it
+    torch = sys.modules.get("torch")  # import it only if a task has done so
     if torch is None:
         with threadpool_limits(threads):
             return function(*args)
@@ -383,21 +398,21 @@ def _stage_name() -> str:
 
 
 def _counted(stage: str, threads: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a worker (see `with_threads`), which counts its memory for this stage."""
+    """Call a function in a worker (see `with_threads`), and measure the peak memory of the stage."""
     events.count_peak(stage)
     return with_threads(threads, function, *args)
 
 
 def _with_peak(*call: Any) -> tuple[int, Any]:
-    """Do what `_counted` does; return the most memory that this process has held in the stage, and the answer."""
+    """Call `_counted`; return the peak memory of this process in the stage, and the answer."""
     answer = _counted(*call)
     return events.peak_bytes(), answer
 
 
 def _end(running: set[Any]) -> None:
-    """Cancel tasks and wait until none is left: one that wrote on after an error could write into the next run.
+    """Cancel tasks and wait until all have ended: a task that outlives an error could write into the next run.
 
-    One that does not end, since it is inside a library's loop, loses its process.
+    A task that does not end in `CANCEL_SECONDS`, such as one in a library's loop, is killed with its process.
     """
     import ray
 
@@ -409,18 +424,8 @@ def _end(running: set[Any]) -> None:
             running = set(left)
 
 
-def _unwrapped(call: Callable[[], Any]) -> Any:
-    """Run a Ray call and raise what the task raised, without Ray's own trace around it."""
-    import ray
-
-    try:
-        return call()
-    except ray.exceptions.RayTaskError as error:
-        raise own_cause(error) or error from None
-
-
 def own_cause(error: BaseException) -> Exception | None:
-    """Return the error of this package or of the system inside Ray's wrapping; none if it is another one."""
+    """Return the `NDreamerError` or `OSError` inside Ray's wrapping; None for any other error."""
     import ray
 
     while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not error:
@@ -430,12 +435,12 @@ def own_cause(error: BaseException) -> Exception | None:
 
 @contextmanager
 def ray_failures() -> Iterator[None]:
-    """Turn an error of Ray itself into one line: it lost its own node, or retries did not help.
+    """Turn an error of Ray itself into one line, such as a lost node or a task that failed all its retries.
 
     Raises
     ------
     RunError
-        In place of Ray's error, which is behind it.
+        In place of Ray's error, which is its cause.
     """
     try:
         yield
@@ -448,7 +453,7 @@ def ray_failures() -> Iterator[None]:
 
 
 def _is_rays(error: Exception) -> bool:
-    """Return whether an error is Ray's own, and not that of a task or of the training."""
+    """Return whether an error is Ray's own; errors raised by a task are not."""
     if "ray" not in sys.modules:
         return False
     import ray
@@ -463,7 +468,9 @@ def _is_rays(error: Exception) -> bool:
 def progress_bar(items: list[Any], title: str, shown: bool | None) -> Iterator[Callable[[int], None]]:
     """Show a progress bar for a round of tasks, by default only on a terminal, and record its progress.
 
-    Yields a function to call after every item with the peak memory of its worker (0 in this process).
+    Yields
+    ------
+    A function to call after every item with the peak memory of its worker (0 in this process).
     """
     stage = events.stage_now() or events.StageProgress("")
     stage.begin(title, len(items))
@@ -490,17 +497,17 @@ class RuntimeChoice:
         return f"{'this process, without Ray' if self.serial else 'Ray'}: {self.why}"
 
     def applied(self, settings: Settings) -> Settings:
-        """Return the settings with the choice in the place of `auto`."""
+        """Return a copy of the settings with `run.serial` set to the choice."""
         return settings.model_copy(update={"run": settings.run.model_copy(update={"serial": self.serial})})
 
 
 def runtime_choice(settings: Settings, cells: int) -> RuntimeChoice:
-    """Choose where a run works: both ways give the same bits, and a local Ray costs time before it saves any.
+    """Choose between Ray and this process: both give the same bits, and starting a local Ray takes time.
 
     Parameters
     ----------
     cells
-        Cells of the run.
+        Number of cells of the run.
     """
     run, train = settings.run, settings.train
     if run.serial is not None:
@@ -513,7 +520,7 @@ def runtime_choice(settings: Settings, cells: int) -> RuntimeChoice:
     ):
         if needed:
             return RuntimeChoice(serial=False, why=why)
-    cpus = run.cpus or cpu_count()  # workflow managers name them for small data, too
+    cpus = run.cpus or cpu_count()  # set explicitly by workflow managers for small data, too
     if cpus == 1:
         return RuntimeChoice(serial=True, why="there is one processor")
     least = math.ceil(LEAST_SHARED_CELLS * cpus / (cpus - 1))
@@ -524,19 +531,19 @@ def runtime_choice(settings: Settings, cells: int) -> RuntimeChoice:
 
 
 def choose_runtime(settings: RunSettings, task: TaskNeed | None = None) -> SerialRuntime | RayRuntime:
-    """Return the runtime that the settings ask for; use it in a `with` block, which ends a local Ray started for it.
+    """Return the runtime of the settings; use it as a context manager, which shuts down a local Ray.
 
     Parameters
     ----------
     task
-        The largest task of the run; the nodes of a cluster are compared with it once it is connected.
+        The largest task of the run, which the nodes of a cluster must be able to hold.
     """
     return SerialRuntime(settings) if settings.serial else RayRuntime(settings, task)
 
 
 @dataclass(frozen=True)
 class TaskNeed:
-    """The largest of a run's tasks: its stage, and the bytes that it takes with its process."""
+    """The largest task of a run: its stage, and its memory in bytes, process included."""
 
     stage: str
     memory: int
@@ -544,7 +551,7 @@ class TaskNeed:
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of a Ray cluster: its address, its processors, and the bytes that its tasks may take."""
+    """A node of a Ray cluster: its address, its processors, and its memory for tasks in bytes."""
 
     address: str
     cpus: int
@@ -552,7 +559,7 @@ class Node:
 
 
 def cluster_nodes() -> list[Node]:
-    """Return the nodes that take tasks now, as Ray reports them."""
+    """Return the nodes that currently accept tasks, as Ray reports them."""
     import ray
 
     taking = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
@@ -560,12 +567,12 @@ def cluster_nodes() -> list[Node]:
 
 
 def check_nodes(task: TaskNeed, nodes: Iterable[Node]) -> None:
-    """Refuse a cluster of which no node can hold the largest task; Ray runs as many of them on a node as it can hold.
+    """Check that a node of the cluster can hold the largest task.
 
     Raises
     ------
     ResourceError
-        The message names the largest node, and says what to change.
+        No node can; the message names the largest node and says what to change.
     """
     node = max(nodes, key=lambda node: node.memory, default=None)
     if node is None or task.memory <= node.memory:
@@ -578,12 +585,13 @@ def check_nodes(task: TaskNeed, nodes: Iterable[Node]) -> None:
 
 
 def check_layout(settings: TrainSettings, cpus: int, gpus: Callable[[], int]) -> None:
-    """Refuse a layout in which readers could never start: training would wait for ever.
+    """Check that training workers leave processors to their readers, without which training would wait for ever.
 
     Raises
     ------
     ResourceError
-        More workers than processors leave room for, or `cuda` asked for where there is none; only then GPUs are counted.
+        Too many workers for the processors, or `train.device` is `cuda` and there are too few GPUs. `gpus` counts them,
+        and is called for `cuda` only.
     """
     workers = settings.workers
     if workers * WORKER_CPUS + READER_CPUS > cpus:
@@ -592,6 +600,6 @@ def check_layout(settings: TrainSettings, cpus: int, gpus: Callable[[], int]) ->
             f"use at most --workers {max(1, int((cpus - READER_CPUS) / WORKER_CPUS))}"
         )
         raise ResourceError(msg)
-    if settings.device == "cuda" and (found := gpus()) < workers:
-        msg = f"{workers} training workers need {workers} GPUs and Ray has {found}; use --set train.device=cpu"
+    if settings.device == "cuda" and (present := gpus()) < workers:
+        msg = f"{workers} training workers need {workers} GPUs and Ray has {present}; use --set train.device=cpu"
         raise ResourceError(msg)

@@ -26,17 +26,17 @@ TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 ANSWER_SECONDS = 10.0
 """Timeout of the connection to a cluster."""
 LONGEST_FOLDER = 40
-"""Characters of Ray's folder: with the names below it a socket's path has at most 107."""
+"""Longest path of Ray's folder: with the names that Ray appends, a socket's path has at most 107 characters."""
 IDLE_WORKER_SECONDS = 60
-"""How long a local Ray keeps a worker that has nothing to do. Ray's own second ends the readers of a training between
-two of their tasks, and each new one spends seconds of processor time on imports."""
+"""How long a local Ray keeps an idle worker process. Ray's default of one second ends the readers of a training between
+two of their tasks, and each new process spends seconds of processor time on imports."""
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Restore the SIGTERM handler, which `ray.init` replaces by one that says nothing."""
+    """Restore the SIGTERM handler after the block, since `ray.init` replaces it by a silent one."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     if callable(before) and threading.current_thread() is threading.main_thread():
@@ -70,17 +70,17 @@ def start_ray(settings: RunSettings) -> None:
 
 
 def check_reachable(address: str) -> None:
-    """Refuse the address of a Ray cluster that nobody answers at: Ray itself would try for ten minutes.
+    """Raise an error if no Ray cluster answers at an address; Ray itself would try for ten minutes.
 
     Raises
     ------
     RunError
-        There is no connection within `ANSWER_SECONDS`.
+        There was no connection within `ANSWER_SECONDS`.
     """
     where = address if address != "auto" else _started_here()
     host, _, port = where.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # Ray says what is wrong with it
+        return  # Ray's own error is clear
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
     except OSError as error:
@@ -97,7 +97,7 @@ def _unreachable(address: str, error: Exception) -> RunError:
 
 
 def _started_here() -> str:
-    """Return the address of the cluster that `ray start` made on this machine; empty where there is none."""
+    """Return the address of the cluster that `ray start` started on this machine; empty if there is none."""
     try:
         return (Path(_default_folder()) / "ray/ray_current_cluster").read_text().strip()
     except OSError:
@@ -109,12 +109,12 @@ def _default_folder() -> str:
 
 
 def _ray_folder() -> str | None:
-    """Return a folder for a local Ray; none where the one that Ray would take will do.
+    """Return a folder for a local Ray, or None if Ray's default folder is suitable.
 
     Raises
     ------
     RunError
-        `RAY_TMPDIR` names one that is too long for Ray's sockets or not writable, or nowhere can be written.
+        `RAY_TMPDIR` is too long for Ray's sockets or not writable, or no folder is writable.
     """
     if _is_fit(Path(_default_folder()) / "ray"):
         return None
@@ -124,7 +124,7 @@ def _ray_folder() -> str | None:
             f"{LONGEST_FOLDER} characters long; set RAY_TMPDIR to another folder"
         )
         raise RunError(msg)
-    for parent in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - short ones, as sockets need
+    for parent in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - short paths, as sockets need
         if os.access(parent, os.W_OK | os.X_OK):
             folder = tempfile.mkdtemp(prefix="ray-", dir=parent)
             atexit.register(_leave, folder)
@@ -143,7 +143,7 @@ def _leave(folder: str) -> None:
 
 
 def _is_fit(folder: Path) -> bool:
-    """Return whether Ray could make its sockets below a folder."""
+    """Return whether Ray can create its sockets below a folder."""
     there = folder if folder.exists() else folder.parent
     return (
         len(str(folder)) <= LONGEST_FOLDER and os.access(there, os.W_OK | os.X_OK) and there.is_dir() and _writes(there)
@@ -151,7 +151,7 @@ def _is_fit(folder: Path) -> bool:
 
 
 def _writes(folder: Path) -> bool:
-    """Return whether a file can be made in a folder; permissions do not tell of a read-only file system."""
+    """Return whether a file can be created in a folder; permissions do not show a read-only file system."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -181,10 +181,10 @@ def _token() -> AbstractContextManager[None]:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Make a local Ray listen on loopback only, as it does on macOS and Windows, unless the user has set its switch.
+    """Make a local Ray listen on loopback only, as on macOS and Windows, unless the user has set Ray's switch for it.
 
-    On Linux Ray binds the machine's address on all interfaces, even if it is asked for 127.0.0.1; this switch of its
-    own is the only way.
+    On Linux Ray listens at the machine's address on all interfaces, even with the address 127.0.0.1; this switch is the
+    only way to change that.
     """
     from ray._private import ray_constants
 
@@ -198,7 +198,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def on_a_cluster(settings: RunSettings) -> bool:
-    """Return whether tasks will run on a Ray that is there already, whose machines are not known here."""
+    """Return whether tasks will run on an existing Ray, whose machines may differ from this one."""
     if settings.serial:
         return False
     connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()

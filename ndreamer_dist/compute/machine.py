@@ -1,4 +1,4 @@
-"""Read what this process may use of the machine: processors and memory, within its container's and its SLURM job's limits."""
+"""Read how many processors and how much memory this process may use, within its container and its SLURM job."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ GIB = 2**30
 MIB = 2**20
 CGROUP = Path("/sys/fs/cgroup")
 CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
-"""Environment variables that name cache folders, and our folder for each."""
+"""Environment variables that name cache folders, and the subfolder for each."""
 OWN_CGROUP = Path("/proc/self/cgroup")
-"""Lines `number:controllers:path`: where in the tree of control groups this process is."""
+"""Lines `number:controllers:path`, the control groups of this process."""
 NO_LIMIT = 2**60
-"""Control groups of version 1 write a number near 2^63 where there is no limit."""
+"""Larger limits mean no limit: control groups of version 1 then write a number near 2^63."""
 
 
 @dataclass(frozen=True, order=True)
 class Allowance:
-    """How much of the machine this process may use, and who limits it: `16 (SLURM_CPUS_PER_TASK)`."""
+    """The amount of a resource that this process may use, and the source of the limit (`SLURM_CPUS_PER_TASK`)."""
 
     amount: int
     source: str
 
 
 def cpu_allowance() -> Allowance:
-    """Return the processors this process may use: the least of its affinity, its control groups and its SLURM job."""
+    """Return how many processors this process may use: the least of affinity, control groups and SLURM job."""
     if hasattr(os, "sched_getaffinity"):
         own = Allowance(len(os.sched_getaffinity(0)), "affinity")
     else:
@@ -43,13 +43,13 @@ def cpu_allowance() -> Allowance:
 
 
 def memory_allowance() -> Allowance:
-    """Return the bytes of memory this process may use: the least of the machine, its control groups and its SLURM job."""
+    """Return how many bytes of memory this process may use: the least of machine, control groups and SLURM job."""
     machine = Allowance(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine")
     return min([machine, *_cgroup_memory(), *_slurm_memory()], key=lambda each: each.amount)
 
 
 def cpu_count() -> int:
-    """Return the processors this process may use."""
+    """Return how many processors this process may use."""
     return cpu_allowance().amount
 
 
@@ -59,7 +59,7 @@ def gpu_is_shown() -> bool:
 
 
 def has_gpu() -> bool:
-    """Return whether torch can train on a GPU here; it is loaded only where the system shows one."""
+    """Return whether torch can use a GPU here; torch is imported only if the system shows one."""
     if not gpu_is_shown():
         return False
     import torch
@@ -68,12 +68,12 @@ def has_gpu() -> bool:
 
 
 def memory_limit() -> int:
-    """Return the bytes of memory this process may use."""
+    """Return how many bytes of memory this process may use."""
     return memory_allowance().amount
 
 
 def home_is_writable() -> bool:
-    """Return whether this user's home folder can be written; in a container it may not even be there."""
+    """Return whether the user's home folder is writable; in a container it may not exist."""
     try:
         home = Path.home()
     except RuntimeError:
@@ -83,15 +83,15 @@ def home_is_writable() -> bool:
 
 @cache
 def use_writable_caches() -> None:
-    """Give numba and matplotlib a cache folder of this process if the home folder is not writable.
+    """Give numba and matplotlib a temporary cache folder if the home folder is not writable.
 
-    numba would otherwise end a job in the middle: `cannot cache function`. The folder goes with the process; workers
-    that it starts use it too. Variables that are set already stay.
+    Without it numba would fail in the middle of a run (`cannot cache function`). The folder is deleted when the process
+    ends; workers that the process starts use it, too. Variables that are already set keep their values.
 
     Raises
     ------
     ResourceError
-        There is no folder for temporary files either.
+        The folder for temporary files is not writable either.
     """
     if home_is_writable() or all(name in os.environ for name in CACHES):
         return
@@ -115,14 +115,14 @@ def _remove(folder: str, owner: int) -> None:
 
 
 def _slurm_cpus() -> Iterator[Allowance]:
-    """Yield what a SLURM job gives to one task, or to all of its tasks on this node."""
+    """Yield the processors of a SLURM task, and of all of the job's tasks on this node."""
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
         if count := _slurm_number(name):
             yield Allowance(count, name)
 
 
 def _slurm_memory() -> Iterator[Allowance]:
-    """Yield what a SLURM job gives on this node; SLURM counts in MiB, and 0 (`--mem=0`) is all of the node."""
+    """Yield the memory of a SLURM job on this node; SLURM counts in MiB, and 0 (`--mem=0`) means the whole node."""
     if size := _slurm_number("SLURM_MEM_PER_NODE"):
         yield Allowance(size * MIB, "SLURM_MEM_PER_NODE")
     size, count = _slurm_number("SLURM_MEM_PER_CPU"), _slurm_number("SLURM_CPUS_ON_NODE")
@@ -131,13 +131,13 @@ def _slurm_memory() -> Iterator[Allowance]:
 
 
 def _slurm_number(name: str) -> int:
-    """Return a number that SLURM sets in a job; 0 outside of jobs and where it is no number."""
+    """Return a number that SLURM sets in a job; 0 outside jobs, or if the variable is not a number."""
     text = os.environ.get(name, "") if "SLURM_JOB_ID" in os.environ else ""
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def _cgroup_cpus() -> Iterator[Allowance]:
-    """Yield the processor quotas of this process's control groups, whole processors upwards."""
+    """Yield the processor quotas of this process's control groups, rounded up to whole processors."""
     for folder in _cgroup_folders("cpu"):
         quota = _words(folder / "cpu.max") or [
             *_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")
@@ -156,9 +156,9 @@ def _cgroup_memory() -> Iterator[Allowance]:
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """Yield the folders of a controller's groups around this process, versions 2 and 1, from the root inwards.
+    """Yield the folders of this process's control group and of all groups above it, root first, for versions 2 and 1.
 
-    A SLURM job's group lies deep below the root; a container usually sees its own group as the root.
+    The group of a SLURM job lies deep below the root; a container usually sees its own group as the root.
     """
     try:
         lines = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
@@ -174,7 +174,7 @@ def _cgroup_folders(controller: str) -> Iterator[Path]:
 
 
 def _words(path: Path) -> list[str]:
-    """Return the words of a file; none where it cannot be read."""
+    """Return the words of a file; an empty list if it cannot be read."""
     try:
         return path.read_text().split()
     except OSError:
@@ -183,19 +183,19 @@ def _words(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a plan asks of the machine, in bytes."""
+    """The memory and disk space that a plan needs, in bytes."""
 
     memory: int
     disk: int
 
 
 def check_resources(needs: Needs, *, memory: int, disk: int, where: str) -> None:
-    """Refuse a plan that memory or disk will not hold.
+    """Check that memory and disk are large enough for a plan.
 
     Raises
     ------
     ResourceError
-        The message says what is needed, what there is, and what to change.
+        They are not; the message says what is needed, what is available, and what to change.
     """
     if needs.memory > memory:
         msg = (

@@ -1,9 +1,9 @@
-"""Watch a stage from a thread: measure what it costs, and write logs/progress.json and logs/stages.jsonl.
+"""Measure the cost of a stage from a thread, and write logs/progress.json and logs/stages.jsonl.
 
-What it costs is seconds, peak memory, and bytes read and written, of this process and its children. Private pages are
-added over the process tree. Shared pages (libraries, Ray's object store) are counted once, as those of the process that
-has the most. Bytes are those that passed read and write calls, including pipes and sockets. On a cluster these are the
-share of the driver; the largest memory of a worker is reported beside them. `events` has the progress itself.
+The cost is seconds, peak memory, and bytes read and written, of this process and its descendants. Private pages are
+summed over the process tree. Shared pages (libraries, Ray's object store) are counted once, by the process that has the
+most. Bytes are those of read and write calls, including pipes and sockets. On a cluster this covers the driver's
+machine; the largest peak memory of a worker is reported in addition. The progress itself is recorded in `events`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,24 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 0.5
 LOCAL_SECONDS, REMOTE_SECONDS = 2.0, 15.0
-"""Time between two writings of logs/progress.json: on object storage each is a request."""
+"""Time between two writes of logs/progress.json; on object storage each write is a request."""
 LOG_SECONDS = 30.0
-"""Time between two lines of the log that say how far a stage is."""
+"""Time between two log lines about the progress of a stage."""
 
 
 class PeakMemory:
-    """Samples memory and traffic of the process tree until closed: `bytes` is the peak memory, `now` the last."""
+    """Samples memory and traffic of the process tree until it is closed.
+
+    Parameters
+    ----------
+    also
+        Called after every sample.
+
+    Attributes
+    ----------
+    bytes, now
+        Peak memory, and memory at the last sample, in bytes.
+    """
 
     def __init__(self, also: Callable[[PeakMemory], object] = lambda _: None) -> None:
         self.bytes = self.now = 0
@@ -51,7 +62,7 @@ class PeakMemory:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Bytes read and written since the beginning."""
+        """Bytes read and written since the start."""
         return self._moved[0] - self._before[0], self._moved[1] - self._before[1]
 
     def _sample(self) -> None:
@@ -68,27 +79,27 @@ class PeakMemory:
         self._moved = max(self._moved[0], read), max(self._moved[1], written)
 
     def close(self) -> None:
-        """Take a last sample."""
+        """Stop the thread and take a last sample."""
         self._stop.set()
         self._thread.join()
         self._look()
 
 
 def tree_memory(pid: int) -> int:
-    """Return the bytes that a process and its descendants hold together, the largest shared part counted once."""
+    """Return the memory of a process and its descendants in bytes, with the largest shared part counted once."""
     held = []
     for process in process_tree(pid):
         with suppress(psutil.Error):  # it has ended
-            # `memory_full_info` counts shares exactly, but it walks all pages and stops the process meanwhile.
+            # `memory_full_info` counts shared pages exactly, but it walks all pages and stops the process meanwhile.
             memory = process.memory_info()
             held.append((memory.rss, getattr(memory, "shared", 0)))
     return sum(resident - shared for resident, shared in held) + max((shared for _, shared in held), default=0)
 
 
 def tree_traffic(pid: int) -> tuple[int, int]:
-    """Return the bytes that a process and its descendants have read and written, those that have ended among them.
+    """Return the bytes that a process and its descendants, ended ones included, have read and written.
 
-    Linux adds what a process has moved to its parent's when it is waited for. Zeros where the system does not count.
+    Linux adds the bytes of an ended process to its parent. Zeros on systems that do not count.
     """
     read = written = 0
     for process in process_tree(pid):
@@ -99,7 +110,7 @@ def tree_traffic(pid: int) -> tuple[int, int]:
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
-    """Return a process and its descendants; none where it has ended."""
+    """Return a process and its descendants; an empty list if it has ended."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -108,7 +119,7 @@ def process_tree(pid: int) -> list[psutil.Process]:
 
 
 class Watcher:
-    """Writes the progress of a stage to logs/progress.json, the log and Ray's metrics."""
+    """Writes the progress of a stage to logs/progress.json, to the log and to Ray's metrics."""
 
     def __init__(self, run: Storage, stage: events.StageProgress) -> None:
         self._run, self._stage = run, stage
@@ -117,7 +128,7 @@ class Watcher:
         self._written, self._logged = 0.0, time.monotonic()
 
     def look(self, memory: PeakMemory, *, last: bool = False) -> None:
-        """Write what is due; a failure to write does not end the stage."""
+        """Write the outputs that are due; a failed write does not end the stage."""
         now = time.monotonic()
         if not self._stage.has_work or (now - self._written < self._every and not last):
             return
@@ -139,16 +150,16 @@ class Watcher:
 def metered(
     run: Storage, stage: str, cells: int = 0, promised: int | None = None, place: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Append a line to logs/stages.jsonl when a stage ends; the block may add facts to it.
+    """Watch a stage until the block ends, then append a line to logs/stages.jsonl; the block may add facts to it.
 
     Parameters
     ----------
     cells
-        Cells that the stage goes over, for its speed.
+        Cells that the stage processes, for its speed.
     promised
         Memory in bytes that the plan allows the stage, if known.
     place
-        Number of the stage among all: `2/8`.
+        Position of the stage in the run, such as `2/8`.
     """
     facts: dict[str, Any] = {"stage": stage, "started": time.time(), "host": socket.gethostname()}
     with events.staged(stage, cells, place) as now:
@@ -180,7 +191,7 @@ def progress_of(run: Storage) -> dict[str, Any]:
 
 
 def _stage_lines(run: Storage) -> Iterator[dict[str, Any]]:
-    """Yield the lines of logs/stages.jsonl, less damaged ones: they hold times and no results."""
+    """Yield the lines of logs/stages.jsonl; damaged lines are skipped, since the log holds no results."""
     for line in (run.read_if_there(keys.STAGES_LOG) or b"").splitlines():
         with suppress(ValueError, TypeError, RecursionError):
             facts = dict(json.loads(line))
@@ -190,16 +201,16 @@ def _stage_lines(run: Storage) -> Iterator[dict[str, Any]]:
 
 
 def last_call(run: Storage) -> tuple[str, float] | None:
-    """Return the input of the last logged call, and the time at which its last stage ended; none without a log."""
+    """Return the input of the last logged call and the end time of its last stage; None without a log."""
     lines = [line for line in _stage_lines(run) if isinstance(line.get("started"), int | float) and line.get("input")]
     return (str(lines[-1]["input"]), lines[-1]["started"] + lines[-1]["seconds"]) if lines else None
 
 
 def stage_costs(run: Storage) -> pd.DataFrame:
-    """Return what the finished stages of a run cost, a row each in their order, from logs/stages.jsonl.
+    """Return the cost of the finished stages of a run, one row each in their order, from logs/stages.jsonl.
 
-    A call that finds a stage finished logs it with next to no time, so the longest line of a stage is its own. Of a
-    stage that was interrupted this is the call that finished it.
+    A call logs a stage that was already finished with almost no time, so the longest line of a stage is the call that
+    computed it. The cost of interrupted calls is missing, since they log nothing.
     """
     lines = list(_stage_lines(run))
     rows = []

@@ -1,7 +1,7 @@
 """Handle Ctrl-C and SIGTERM: end the program, or finish a training step first.
 
-`stop_signals` is for the command line; `deferred_stop` is for work that must not be interrupted in the middle. Both
-change nothing outside the main thread, where Python allows no handlers, and where a signal is ignored (`nohup`).
+`stop_signals` is for the command line; `deferred_stop` is for work that must not be interrupted in the middle. Both do
+nothing outside the main thread, where Python allows no signal handlers, and leave ignored signals (`nohup`) alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FATAL = 128
@@ -21,23 +22,23 @@ Handler = Callable[[int, FrameType | None], object]
 
 @dataclass
 class StopRequest:
-    """The signal that asked the program to stop; 0 before one has come."""
+    """The number of the signal that asked the program to stop; 0 before one has arrived."""
 
     number: int = 0
 
     def __call__(self) -> bool:
-        """Return whether a signal has come."""
+        """Return whether a signal has arrived."""
         return self.number != 0
 
     @property
     def exit_code(self) -> int:
-        """The exit code that shells expect; that of Ctrl-C where an interrupt came without a signal."""
+        """The exit code that shells expect; that of Ctrl-C if a `KeyboardInterrupt` came without a signal."""
         return FATAL + (self.number or signal.SIGINT)
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Raise `KeyboardInterrupt` on SIGTERM as on Ctrl-C until the block ends, and note which of them came."""
+    """Raise `KeyboardInterrupt` on SIGTERM as on Ctrl-C until the block ends, and record the first signal."""
     request = StopRequest()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -51,12 +52,14 @@ def stop_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def deferred_stop() -> Iterator[StopRequest]:
-    """Note the first signal and go on; it is delivered where the block ends, a second one at once."""
+    """Record the first signal and deliver it when the block ends; pass a second one on at once."""
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request() and callable(earlier := before[number]):
-            earlier(number, frame)
+        del frame
+        if request():
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
         request.number = request.number or number
 
     try:
@@ -68,17 +71,17 @@ def deferred_stop() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def _handled(handler: Handler) -> Iterator[dict[int, object]]:
-    """Put a handler in the place of those of both signals until the block ends; yield the earlier ones by signal."""
-    before: dict[int, object] = {}
+def _handled(handler: Handler) -> Iterator[dict[int, Any]]:
+    """Replace the handlers of both signals until the block ends; yield the replaced ones by signal."""
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         earlier = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        # None: it was not set from Python and could not be put back.
-        before |= {number: kept for number, kept in earlier.items() if kept not in (None, signal.SIG_IGN)}
+        # A handler of None was not set from Python and could not be restored.
+        before |= {number: old for number, old in earlier.items() if old not in (None, signal.SIG_IGN)}
     for number in before:
         signal.signal(number, handler)
     try:
         yield before
     finally:
-        for number, kept in before.items():
-            signal.signal(number, kept)  # type: ignore[arg-type]
+        for number, old in before.items():
+            signal.signal(number, old)

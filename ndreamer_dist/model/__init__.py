@@ -1,1 +1,1 @@
-"""The model: network, codebooks, losses, and the sums over workers that make W workers compute the same as one."""
+"""The model: network, codebooks, losses, and communication that makes W workers compute the same as one."""

@@ -1,10 +1,10 @@
-"""The input of a training step: one worker's share of a global mini-batch, and the codes of all its cells.
+"""The input of a training step: one worker's share of a global mini-batch, and the labels of all cells in it.
 
-A global mini-batch is cut into blocks of `NOISE_ROWS` cells. A worker owns a run of whole blocks, perhaps none; later
-ranks own later blocks. Only the last block of the mini-batch may be short. `MiniBatch` is the share of one worker.
-`Labels` adds what follows from the codes of all cells: the sorted structure for sums over groups and clusters, and the groups
-padded to one size for the losses inside groups. It is found on the host. Before a GPU's step it is found ahead, padded so
-that the shapes are those of the step before, and lies on the device already.
+A global mini-batch is cut into blocks of `NOISE_ROWS` cells; only its last block may be short. Each worker owns zero or
+more consecutive whole blocks, in rank order. `MiniBatch` is the share of one worker. `Labels` holds what the losses
+derive from the labels of all cells: the index structure for sums over groups and clusters, and the groups padded to a
+common size for the losses inside groups. `Labels` is computed on the host. For a GPU it is computed ahead of the step,
+padded so that tensor shapes stay the same from step to step, and sent to the device together with the mini-batch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ndreamer_dist.model.collectives import Collective
 from ndreamer_dist.settings import NOISE_ROWS
 
 PAIRS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
-"""Pairs of cells, padding included, that are compared at a time, unless one group has more."""
-MOST_PADDING = {"cpu": 0.8, "cuda": 0.0}
-"""Groups smaller than this share of the largest beside them are compared apart."""
-ROWS_TO = {"cpu": 1, "cuda": 256}
-"""Rows of the joint tables, of each half, are made a multiple of this."""
-MEMBERS_TO = {"cpu": 1, "cuda": 32}
-"""Cells of a group that is compared, padding included, are made a multiple of this."""
-GROUPS_TO = {"cpu": 1, "cuda": 16}
-"""Groups, padding included, are made a multiple of this."""
-Thing = TypeVar("Thing")
+"""Cell pairs, padding included, that are compared at a time; a single group may exceed it."""
+LEAST_RELATIVE_SIZE = {"cpu": 0.8, "cuda": 0.0}
+"""Groups are compared together only if the smallest has at least this fraction of the largest group's cells."""
+ROW_MULTIPLE = {"cpu": 1, "cuda": 256}
+"""The row count of each half of the joint tables is padded to a multiple of this."""
+MEMBER_MULTIPLE = {"cpu": 1, "cuda": 32}
+"""The number of cells per group is padded to a multiple of this in the losses inside groups."""
+GROUP_MULTIPLE = {"cpu": 1, "cuda": 16}
+"""The number of groups is padded to a multiple of this."""
+Nest = TypeVar("Nest")
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,22 @@ class MiniBatch:
     x
         Expression, (cells, genes), floating.
     condition, group, low, high
-        Codes, (cells,), int64: condition, packed group, and the two cluster labels. On the device of x, or on the host,
-        where a GPU need not be waited for to read them.
+        Codes, (cells,), int64: condition, packed group, and the two cluster labels. On the device of `x`, or on the
+        host, where reading them does not wait for the GPU.
     batch
-        One code per batch covariate, (cells, covariates), int64; no columns where there is no batch.
+        One code per batch covariate, (cells, covariates), int64; no columns without a batch covariate.
     first_block
-        Number, in the global mini-batch, of the first block owned; of no meaning where no cell is owned.
+        Index of the first owned block in the global mini-batch; undefined if the worker owns no cell.
     step
         Training step, counted from 1.
     cells
-        Cells of the global mini-batch, all workers together.
+        Number of cells of the global mini-batch, over all workers.
     labels
-        Of the global mini-batch, where they were found ahead.
+        Labels of the global mini-batch if computed ahead of the step, else None.
     key
-        Of the step's noise, (), int64, where it lies on the device already.
-    sent
-        What came to the device with this mini-batch, bytes in which the device's tensors but x lie.
+        Key of the step's noise, (), int64, on the device; None if the step computes it.
+    device_bytes
+        Bytes on the device that hold all of its tensors except `x`; None if they were not sent in one copy.
     """
 
     x: Tensor
@@ -71,25 +71,25 @@ class MiniBatch:
     cells: int
     labels: Labels | None = None
     key: Tensor | None = None
-    sent: Tensor | None = None
+    device_bytes: Tensor | None = None
 
     @property
     def blocks(self) -> range:
-        """Global numbers of the blocks owned."""
+        """Indices of the owned blocks in the global mini-batch."""
         owned = -(-len(self.x) // NOISE_ROWS)
         return range(self.first_block, self.first_block + owned)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Least sizes of what is padded for a GPU, whose work is recorded for fixed sizes.
+    """Minimum sizes to pad labels to, since a CUDA graph needs fixed shapes.
 
     Attributes
     ----------
     groups, members
-        Groups of a mini-batch, and cells of the largest of them.
+        Number of groups of a mini-batch, and of cells in its largest group.
     low, high
-        The (group, low) and (group, high) pairs that occur.
+        Number of (group, low) and of (group, high) pairs that occur.
     """
 
     groups: int = 0
@@ -99,13 +99,13 @@ class Sizes:
 
     @classmethod
     def of(cls, labels: Labels) -> Sizes:
-        """Return the sizes that labels have."""
+        """Return the sizes of some labels."""
         members = max((rows.members.shape[1] for rows in labels.rows), default=0)
         low = labels.segments.low_rows
         return cls(len(labels.group_cells), members, low, labels.segments.rows - low)
 
     def at_least(self, other: Sizes) -> Sizes:
-        """Return the larger of both, each."""
+        """Return the element-wise maximum of both."""
         return Sizes(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
@@ -114,37 +114,38 @@ UNPADDED = Sizes()
 
 @dataclass(frozen=True)
 class Labels:
-    """Codes of all cells of the global mini-batch, the same on every worker but for `first` and `own`.
+    """Labels of all cells of the global mini-batch, and the index structure that the losses derive from them.
 
-    The codes lie on the host, whatever device trains; what follows from them and the step reads, on that device.
+    `group`, `low` and `high` lie on the host on any device; the tensors that the step reads lie on the training device.
+    `segments`, `rows`, `first` and `own` differ between workers.
 
     Attributes
     ----------
     group
-        (global cells,), groups of this mini-batch numbered from 0 without gaps.
+        (global cells,), index of each cell's group among the groups of this mini-batch.
     low, high
-        (global cells,), cluster labels as they came.
+        (global cells,), cluster labels.
     group_cells
-        (groups,), cells of each group, float64; 1 where a group is padding, which has no cells.
-    more
-        Where groups are padded: how many times as many they are with padding, (), float32.
+        (groups,), cells of each group, float64; 1 for padding groups, which have no cells.
+    padding_ratio
+        Number of groups with padding divided by that without, (), float32; None without padding.
     condition, batches
-        Groups of one condition, and, for every batch covariate, those of one batch.
+        Merges of the groups by condition, and by each batch covariate.
     within
-        For every batch covariate, the batches inside each condition.
+        For every batch covariate, merge of the groups by batch inside each condition.
     segments
         The (group, low) and (group, high) pairs that occur.
     rows
-        The groups in which this worker has a cell, in runs of those that are compared together.
+        The groups that hold a cell of this worker, in sets that are compared together.
     first, own
-        The worker's own cells are global cells `first` to `first + own`.
+        The worker owns the global cells `first` to `first + own`.
     """
 
     group: Tensor
     low: Tensor
     high: Tensor
     group_cells: Tensor
-    more: Tensor | None
+    padding_ratio: Tensor | None
     condition: Merge
     batches: tuple[Merge, ...]
     within: tuple[Nested, ...]
@@ -155,63 +156,75 @@ class Labels:
 
     @property
     def mine(self) -> slice:
-        """The worker's own rows among the global ones."""
+        """Slice of the worker's own cells among the global ones."""
         return slice(self.first, self.first + self.own)
 
-    def sent(self, send: Callable[[Tensor], Tensor]) -> Labels:
-        """Return the same with what the step reads brought to its device by `send`."""
-        names = ("group_cells", "more", "condition", "batches", "within", "segments", "rows")
-        parts = with_tensors(tuple(getattr(self, name) for name in names), send)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Labels:
+        """Return a copy in which `move` was applied to every tensor that the step reads."""
+        names = ("group_cells", "padding_ratio", "condition", "batches", "within", "segments", "rows")
+        parts = with_tensors(tuple(getattr(self, name) for name in names), move)
         return replace(self, **dict(zip(names, parts, strict=True)))
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Groups that are added up: (groups,) where each goes, how many sums there are, and `more` of padding as in `Labels`."""
+    """A map of groups to the sums they are added to.
+
+    Attributes
+    ----------
+    row
+        (groups,), index of the sum that each group is added to.
+    sums
+        Number of sums, padding included.
+    padding_ratio
+        `sums` divided by its value without padding, as `Labels.padding_ratio`.
+    """
 
     row: Tensor
     sums: int
-    more: Tensor | None = None
+    padding_ratio: Tensor | None = None
 
     @classmethod
     def by(cls, label: Tensor, sums: int = 0) -> Merge:
-        """Return which groups have the same label, (groups,), padded to so many sums."""
+        """Merge groups by their labels, (groups,), padded to `sums` sums."""
         names, row = torch.unique(label, return_inverse=True)
-        return cls(row, sums or len(names), _more(sums, len(names)))
+        return cls(row, sums or len(names), _padding_ratio(sums, len(names)))
 
 
 @dataclass(frozen=True)
 class Nested:
-    """Groups that are added up by inner labels inside outer ones, and the outer label of each such pair."""
+    """Merges of groups by pairs of outer and inner label, and of these pairs by outer label."""
 
     pairs: Merge
     outer: Merge
 
     @classmethod
     def by(cls, outer: Tensor, inner: Tensor, sums: int = 0) -> Nested:
-        """Return which groups have the same labels, (groups,) each, padded to so many pairs and outer labels."""
+        """Merge groups by their labels, (groups,) each, padded to `sums` pairs and `sums` outer labels."""
         pairs, row = torch.unique(torch.stack([outer, inner]), dim=1, return_inverse=True)
         of_pair = torch.cat([pairs[0], pairs[0, -1:].expand(max(sums - pairs.shape[1], 0))])
-        return cls(Merge(row, len(of_pair), _more(sums, pairs.shape[1])), Merge.by(of_pair, sums))
+        return cls(Merge(row, len(of_pair), _padding_ratio(sums, pairs.shape[1])), Merge.by(of_pair, sums))
 
 
-def _more(padded: int, count: int) -> Tensor | None:
+def _padding_ratio(padded: int, count: int) -> Tensor | None:
     return torch.tensor(padded / count, dtype=torch.float32) if padded else None
 
 
 @dataclass(frozen=True)
 class GroupRows:
-    """Some groups of the mini-batch, padded to one size: own cells that are anchors here, and all cells of the groups.
+    """Some groups of the mini-batch, padded to a common size: the worker's cells are anchors, all cells are members.
 
     Attributes
     ----------
-    anchors, members
-        Rows of the anchors among own cells, (groups, anchors), and of the members among all cells, (groups, members).
-        The same object where all cells are own. Padding is row 0.
+    anchors
+        (groups, anchors), rows of the anchors among the worker's cells; padding is row 0.
+    members
+        (groups, members), rows of the members among all cells; padding is row 0. The same object as `anchors` if the
+        worker owns all cells.
     at
         (groups, anchors), rows of the anchors among all cells.
     is_anchor, is_member
-        Which of them are no padding.
+        False for padding.
     anchor_low, anchor_high, low, high
         Cluster labels of anchors and members.
     sizes
@@ -241,11 +254,13 @@ class Segments:
     row_cells
         (rows,), cells of each row over all workers, float64.
     low_rows
-        How many of the rows are (group, low) pairs.
-    order, offsets
-        Own cells in row order, each cell once per half, and where each row starts among them.
+        Number of (group, low) rows.
+    order
+        (2 * own cells,), the worker's cells sorted by row; each cell occurs once per half.
+    offsets
+        (rows,), start of each row in `order`.
     rows_of_cell
-        (own cells, 3): a cell's (group, low) row, (group, high) row, and, counted from `rows` on, its group.
+        (own cells, 3): the (group, low) row and the (group, high) row of each cell, and `rows` plus its group.
     group_offsets
         (groups,), the first (group, low) row of each group.
     """
@@ -260,17 +275,17 @@ class Segments:
 
     @property
     def low_order(self) -> Tensor:
-        """The (group, low) rows one after the other, as `group_offsets` cuts them."""
+        """Indices of the (group, low) rows; `group_offsets` cuts them into groups."""
         return torch.arange(self.low_rows, device=self.order.device)
 
     @property
     def rows(self) -> int:
-        """Rows of the tables."""
+        """Number of rows of the tables."""
         return len(self.row_group)
 
 
-def with_tensors(thing: Thing, change: Callable[[Tensor], Tensor]) -> Thing:
-    """Return dataclasses and tuples of them with every tensor in them changed; what is one object stays one."""
+def with_tensors(nest: Nest, change: Callable[[Tensor], Tensor]) -> Nest:
+    """Apply a function to every tensor of nested dataclasses and tuples; a tensor that occurs twice is changed once."""
     changed: dict[int, Tensor] = {}
 
     def visit(part: Any) -> Any:
@@ -284,29 +299,29 @@ def with_tensors(thing: Thing, change: Callable[[Tensor], Tensor]) -> Thing:
             return replace(part, **{field.name: visit(getattr(part, field.name)) for field in fields(part)})
         return part
 
-    result: Thing = visit(thing)
+    result: Nest = visit(nest)
     return result
 
 
 def tensors_of(labels: Labels) -> list[torch.Tensor]:
-    """Return the tensors of labels that the step reads, each once."""
-    found: list[torch.Tensor] = []
+    """Return the tensors of labels that the step reads, without repetition."""
+    tensors: list[torch.Tensor] = []
 
     def note(part: torch.Tensor) -> torch.Tensor:
-        found.append(part)
+        tensors.append(part)
         return part
 
-    labels.sent(note)
-    return found
+    labels.moved(note)
+    return tensors
 
 
 def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
-    """Return the codes of the whole global mini-batch.
+    """Return the labels of the global mini-batch, gathered from all workers unless they were computed ahead.
 
     Raises
     ------
     ValueError
-        The workers' shares do not follow each other in rank order, or do not add up to `batch.cells`.
+        The workers' shares are not consecutive in rank order, or do not add up to `batch.cells`.
     """
     if batch.labels is not None:
         return batch.labels
@@ -319,66 +334,66 @@ def gather_labels(batch: MiniBatch, collective: Collective) -> Labels:
     everyone = collective.all_gather_rows(packed).cpu()
     _check_shares(everyone[:, 0], batch.cells)
     mine, device = slice(max(first, 0), max(first, 0) + own), batch.x.device
-    return labels_of(everyone[:, 1:], mine, device.type).sent(lambda part: part.to(device, non_blocking=True))
+    return labels_of(everyone[:, 1:], mine, device.type).moved(lambda part: part.to(device, non_blocking=True))
 
 
 def labels_of(
     codes: Tensor, mine: slice, device: str, *, anchors: slice | None = None, least: Sizes = UNPADDED
 ) -> Labels:
-    """Return what follows from the codes of all cells, on the host.
+    """Compute `Labels` from the codes of all cells, on the host.
 
     Parameters
     ----------
     codes
         (global cells, 4 + covariates), int64: condition, packed group, low and high cluster, and the batches.
     mine
-        The worker's own cells among them.
+        Slice of the worker's own cells.
     device
-        Type of the device that trains.
+        Type of the training device.
     anchors
-        Of a worker that has all cells: those that are its anchors. By default its own cells are.
+        Slice of the worker's anchors if it owns all cells but shares the anchors; `mine` by default.
     least
-        For a GPU: what is padded is padded to these sizes, where that is enough.
+        Minimum sizes to pad to on a GPU.
     """
     condition, packed_group, low, high = codes[:, :4].unbind(1)
     names, group, cells = torch.unique(packed_group, return_inverse=True, return_counts=True)
-    # Any cell of a group tells the group's condition and batch, since a group is one (batch, condition) pair.
+    # A group is one (batch, condition) pair, so any of its cells gives the condition and batch of the group.
     cell_of_group = torch.zeros_like(names).scatter_(0, group, torch.arange(len(group)))
-    # Groups that are padding have no cells; whose condition and batch they have is all the same.
-    multiple = GROUPS_TO.get(device, 1)
+    # Padding groups have no cells, so they may take the condition and batch of any group.
+    multiple = GROUP_MULTIPLE.get(device, 1)
     padded = up_to(len(names), multiple, least.groups)
     sums = padded if multiple > 1 else 0
     cell_of_group = torch.cat([cell_of_group, cell_of_group[-1:].expand(padded - len(names))])
     conditions, batches = condition[cell_of_group], codes[cell_of_group, 4:].unbind(1)
     compared = rows_of_groups((group, low, high), mine if anchors is None else anchors, device, least=least)
     if anchors is not None:
-        compared = (replace(rows, anchors=rows.at) for rows in compared)  # all cells are at hand
+        compared = (replace(rows, anchors=rows.at) for rows in compared)  # the worker owns all cells
     return Labels(
         group=group, low=low, high=high, group_cells=functional.pad(cells, (0, padded - len(cells)), value=1).double(),
-        more=_more(sums, len(names)),
+        padding_ratio=_padding_ratio(sums, len(names)),
         condition=Merge.by(conditions, sums),
         batches=tuple(Merge.by(batch, sums) for batch in batches),
         within=tuple(Nested.by(conditions, batch, sums) for batch in batches),
-        segments=find_segments(group, low, high, mine, ROWS_TO.get(device, 1), replace(least, groups=padded)),
+        segments=find_segments(group, low, high, mine, ROW_MULTIPLE.get(device, 1), replace(least, groups=padded)),
         rows=tuple(compared),
         first=mine.start, own=mine.stop - mine.start,
     )  # fmt: skip
 
 
 def up_to(count: int, multiple: int, least: int = 0) -> int:
-    """Return the next multiple, and at least so many."""
+    """Round a count up to a multiple, and to at least `least`."""
     return max(-(-count // multiple) * multiple, least)
 
 
 def find_segments(
     group: Tensor, low: Tensor, high: Tensor, mine: slice, multiple: int = 1, least: Sizes = UNPADDED
 ) -> Segments:
-    """Return the (group, low) and (group, high) pairs among all cells, and where the cells `mine` belong.
+    """Return the (group, low) and (group, high) pairs among all cells, and the rows of the worker's cells `mine`.
 
     Parameters
     ----------
-    multiple
-        Of each half, rows without a cell are added to the last group until there are a multiple of this, and `least`.
+    multiple, least
+        Each half is padded with empty rows of the last group to a multiple of `multiple`, and to the sizes `least`.
     """
     pairs = [_pairs(group, low).padded(multiple, least.low), _pairs(group, high).padded(multiple, least.high)]
     low_rows = len(pairs[0].cells)
@@ -406,37 +421,37 @@ def rows_of_groups(
     at_once: int | None = None,
     least: Sizes = UNPADDED,
 ) -> Iterator[GroupRows]:
-    """Yield the groups of the mini-batch in which this worker has a cell, in runs of those that are compared together.
+    """Yield the groups that hold a cell of this worker, in sets that are compared together.
 
     Parameters
     ----------
     cells
         Group, low and high cluster of all cells, (global cells,) each.
     at_once
-        Pairs, padding included, that may be compared together; by default as many as suit the device.
+        Largest number of pairs to compare together, padding included; by default `PAIRS_AT_ONCE` of the device.
     least
-        To what cells of a group are padded.
+        Minimum number of cells to pad a group to.
     """
     group, low, high = cells
     groups = int(group.max()) + 1
     everyone, anchoring = _ByGroup.of(group, groups), _ByGroup.of(group[mine], groups)
     own = anchoring.counts.tolist()
     present = [each for each in everyone.counts.argsort(descending=True, stable=True).tolist() if own[each]]
-    for run in _alike(present, everyone.counts.tolist(), own, device, at_once):
-        multiples, more = MEMBERS_TO.get(device, 1), up_to(len(run), GROUPS_TO.get(device, 1), 0) - len(run)
-        members, is_member = everyone.padded(run, multiples, least.members, more)
+    for run in _runs_of_like_size(present, everyone.counts.tolist(), own, device, at_once):
+        multiples, empty = MEMBER_MULTIPLE.get(device, 1), up_to(len(run), GROUP_MULTIPLE.get(device, 1), 0) - len(run)
+        members, is_member = everyone.padded(run, multiples, least.members, empty)
         alone = mine == slice(0, len(group))
-        anchors, is_anchor = (members, is_member) if alone else anchoring.padded(run, multiples, 0, more)
+        anchors, is_anchor = (members, is_member) if alone else anchoring.padded(run, multiples, 0, empty)
         at = members if alone else anchors + mine.start
         yield GroupRows(
             anchors, members, at, is_anchor, is_member, low[at], high[at], low[members], high[members],
-            functional.pad(everyone.counts[run], (0, more), value=1),
+            functional.pad(everyone.counts[run], (0, empty), value=1),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _ByGroup:
-    """Rows sorted by group, how many each group has, and where its rows start."""
+    """Cells sorted by group, the number of cells of each group, and where each group starts."""
 
     order: Tensor
     counts: Tensor
@@ -447,25 +462,25 @@ class _ByGroup:
         counts = torch.bincount(group, minlength=groups)
         return cls(group.argsort(stable=True), counts, counts.cumsum(0) - counts)
 
-    def padded(self, groups: list[int], multiple: int, least: int, more: int) -> tuple[Tensor, Tensor]:
-        """Return the rows of some groups, and of `more` empty ones, (groups, most rows), and which are no padding."""
+    def padded(self, groups: list[int], multiple: int, least: int, empty: int) -> tuple[Tensor, Tensor]:
+        """Return the cells of `groups` and of `empty` empty groups, (groups, largest size), and which are no padding."""
         column = torch.arange(up_to(int(self.counts[groups].max()), multiple, least))
-        counts, starts = (functional.pad(part[groups], (0, more))[:, None] for part in (self.counts, self.starts))
+        counts, starts = (functional.pad(part[groups], (0, empty))[:, None] for part in (self.counts, self.starts))
         filled = column < counts
         return torch.where(filled, self.order[(starts + column) * filled], 0), filled
 
 
-def _alike(
+def _runs_of_like_size(
     groups: list[int], sizes: list[int], own: list[int], device: str, at_once: int | None
 ) -> Iterator[list[int]]:
-    """Cut groups, largest first, in runs of groups of like size that are padded to few enough pairs."""
-    most = at_once or PAIRS_AT_ONCE.get(device, PAIRS_AT_ONCE["cpu"])
-    smallest = MOST_PADDING.get(device, MOST_PADDING["cpu"])
+    """Cut groups, sorted by descending size, into runs of similar size that hold at most `at_once` padded pairs."""
+    limit = at_once or PAIRS_AT_ONCE.get(device, PAIRS_AT_ONCE["cpu"])
+    fraction = LEAST_RELATIVE_SIZE.get(device, LEAST_RELATIVE_SIZE["cpu"])
     run: list[int] = []
     for group in groups:
         if run:
             largest, anchors = sizes[run[0]], max(own[member] for member in [*run, group])
-            if (len(run) + 1) * largest * anchors > most or sizes[group] < smallest * largest:
+            if (len(run) + 1) * largest * anchors > limit or sizes[group] < fraction * largest:
                 yield run
                 run = []
         run.append(group)
@@ -475,24 +490,24 @@ def _alike(
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The (group, label) pairs that occur, in order: each cell's pair, and each pair's group and number of cells."""
+    """The sorted (group, label) pairs that occur: the pair of each cell, and the group and cell count of each pair."""
 
     row: Tensor
     group: Tensor
     cells: Tensor
 
     def padded(self, multiple: int, least: int) -> _Pairs:
-        """Return the same with pairs without a cell behind, of the last group, a multiple of so many in all."""
-        more = up_to(len(self.cells), multiple, least) - len(self.cells)
+        """Return a copy with empty pairs of the last group appended, up to a multiple of `multiple` and to `least`."""
+        empty = up_to(len(self.cells), multiple, least) - len(self.cells)
         return _Pairs(
-            self.row, torch.cat([self.group, self.group[-1:].expand(more)]), functional.pad(self.cells, (0, more))
+            self.row, torch.cat([self.group, self.group[-1:].expand(empty)]), functional.pad(self.cells, (0, empty))
         )
 
 
 def _pairs(group: Tensor, label: Tensor) -> _Pairs:
     names, dense = torch.unique(label, return_inverse=True)
-    found, row, cells = torch.unique(group * len(names) + dense, return_inverse=True, return_counts=True)
-    return _Pairs(row=row, group=torch.div(found, len(names), rounding_mode="floor"), cells=cells)
+    pairs, row, cells = torch.unique(group * len(names) + dense, return_inverse=True, return_counts=True)
+    return _Pairs(row=row, group=torch.div(pairs, len(names), rounding_mode="floor"), cells=cells)
 
 
 def _check_shares(positions: Tensor, cells: int) -> None:

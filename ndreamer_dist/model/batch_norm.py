@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of the global mini-batch, whatever the number of workers."""
+"""Batch norm over the global mini-batch, for any number of workers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MOMENTUM = 0.1
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over rows; equal to `torch.nn.BatchNorm1d` for one worker (METHOD section 4: eps 1e-5, momentum 0.1).
+    """Batch norm over rows, equal to `torch.nn.BatchNorm1d` for one worker (METHOD section 4: eps 1e-5, momentum 0.1).
 
-    Given a collective it normalises by the statistics of all workers' rows and updates the running ones; given none,
-    which is inference, it normalises by the running ones.
+    With a collective (training), normalise by the statistics of all workers' rows and update the running statistics.
+    Without one (inference), normalise by the running statistics.
     """
 
     running_mean: Tensor
@@ -44,13 +44,13 @@ class BatchNorm(nn.Module):
         sums = collective.all_sum(torch.cat([x.sum(0), rows]))
         count = int(sums[-1].detach())
         mean = sums[:-1] / count
-        # The variance is taken around the mean in a second sum: the difference of two large sums would cancel.
+        # The variance takes a second sum, around the mean: E[x^2] - E[x]^2 would suffer from cancellation.
         centred = x - mean
         variance = collective.all_sum(centred.square().sum(0)) / count
         self._update(mean.detach(), variance.detach(), count)
         return centred * (variance + EPSILON).rsqrt() * self.weight + self.bias
 
     def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        # In place, as torch does, and with the unbiased variance; that of a single row is taken as it is, 0.
+        # As in torch: in place, with the unbiased variance. The variance of a single row is 0.
         self.running_mean.lerp_(mean, MOMENTUM)
         self.running_var.lerp_(variance * (count / max(count - 1, 1)), MOMENTUM)

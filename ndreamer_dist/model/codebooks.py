@@ -1,17 +1,21 @@
-"""All codebooks as one batched computation: projections in, quantised vectors and information about the codes out.
+"""All codebooks as one batched computation: projections in, quantised vectors and statistics of the codes out.
 
-Three things make it fast. The squared norm of x is the same for all codes of a codebook, so one product of x with the
-codes gives logits that softmax, Gumbel-softmax and arg-max cannot tell from `-||x - e||^2`. The information losses
-need the probabilities only summed over the cells of a cluster, so the (codebooks, cells, codes) tensor is never held:
-`CodeStatistics` walks over codebooks, as many at once as the device's cache (CPU) or launch times (GPU) make best, and
-computes their probabilities again on the way back. And the Gumbel-softmax is drawn as a race.
+Three ideas make it fast.
 
-**The race.** Gumbel noise is `-log E` with E standard exponential, so a Gumbel-softmax weighs code j by `t_j **
-(-1/tau)`, where `t_j = E_j / exp(l_j)` is the first arrival of a Poisson process of rate `exp(l_j)`. All J processes
-together are one process whose arrivals fall to code j with probability p_j, independently. So it is enough to draw that
-one process: waiting times, and a code for each arrival from p. At tau = 0.01 a code that comes 1.2 times as late as
-the first has weight below float32's rounding, and nine arrivals stand for 1024 Gumbel draws, from the same distribution.
-When they arrive is known before their codes are, so codes are drawn only for those that come in time: 1.2 per cell.
+1. The squared norm of x is the same for all codes of a codebook. One product of x with the codes gives the logits
+   `2 x e - |e|^2`, which have the same softmax, Gumbel-softmax and arg-max as `-||x - e||^2`.
+2. The information losses need the probabilities only summed over the cells of a cluster, so the whole (codebooks,
+   cells, codes) tensor is never held. `CodeStatistics` computes a few codebooks at a time, as many as suit the cache of
+   a CPU or the launch times of a GPU, and computes their probabilities again in the backward pass.
+3. The Gumbel-softmax is drawn as a race.
+
+**The race.** Gumbel noise is `-log E` with E standard exponential, so a Gumbel-softmax weighs code j by
+`t_j ** (-1/tau)`, where `t_j = E_j / exp(l_j)` is the first arrival of a Poisson process of rate `exp(l_j)`. The J
+processes together are one process whose arrivals belong to code j with probability p_j, independently. It is enough to
+draw that one process: waiting times, and a code from p for each arrival. At tau = 0.01 a code that arrives at 1.2 times
+the first arrival time has a weight below the rounding error of float32, so nine arrivals replace 1024 Gumbel draws from
+the same distribution. Arrival times do not depend on the codes, so codes are drawn only for arrivals that are early
+enough to have a weight: 1.2 per cell.
 """
 
 from __future__ import annotations
@@ -35,33 +39,33 @@ from ndreamer_dist.settings import CodeChoice, ModelSettings
 LOG_FLOOR = 1e-10
 """Added to probabilities inside the logarithm of an entropy (METHOD section 3)."""
 NO_WEIGHT = 1 / 64
-"""Assignment weights below this share of a rounding are 0."""
+"""Assignment weights below this fraction of the floating-point epsilon are set to 0."""
 CODE_BLOCK = 32
-"""Codes whose maximum, or sum, is taken together on the way to the arg-max, or to the code that a mark falls on."""
+"""Codes per block of the two-level arg-max (block maxima first) and the two-level draw (block sums first)."""
 LOG2_E = 1 / math.log(2)
-"""Probabilities are computed as powers of 2: half the time of powers of e."""
+"""Probabilities are computed as powers of 2, in half the time of powers of e."""
 BYTES_AT_ONCE = {"cpu": 2**23, "cuda": 2**30}
-"""Size of the (codebooks, cells, codes) tensor that is held: what a cache keeps, or what keeps a GPU busy."""
+"""Size of the (codebooks, cells, codes) tensor held at a time: what fits a CPU's cache, or keeps a GPU busy."""
 
 
 @dataclass(frozen=True)
 class Arrivals:
-    """The arrivals of all races that can have a weight, one race after the other, each in order of arrival.
+    """The arrivals that can have a weight, sorted by race and inside a race by time.
 
     Attributes
     ----------
     race
-        (arrivals,), which race: the cell's number counted through all codebooks.
+        (arrivals,), index of the race: codebook * cells + cell.
     marks
-        (arrivals,), uniform on [0, 1): which code it is.
+        (arrivals,), uniform on [0, 1): selects the code of the arrival.
     weights
         (arrivals,), weight relative to the first arrival of the race.
     starts
-        Where the arrivals of each codebook start, and where the last one's end.
+        Start of each codebook's arrivals, and the end of the last one's.
     shape
-        Codebooks, cells, and the most arrivals of one race.
+        Codebooks, cells, and the largest number of arrivals of a race.
     whole
-        Whether every race has as many arrivals, those without weight among them.
+        Whether every race has that number of arrivals, including those without weight.
     """
 
     race: Tensor
@@ -72,15 +76,15 @@ class Arrivals:
     whole: bool = False
 
     def of_books(self, books: slice) -> slice:
-        """Return where the arrivals of a run of codebooks are."""
+        """Return the slice of the arrivals of some codebooks."""
         return slice(self.starts[books.start], self.starts[books.stop])
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What the codebooks say about a worker's cells, and, summed over all workers, about the mini-batch.
+    """Quantised vectors of a worker's cells, and statistics of the codes, some of them over the global mini-batch.
 
-    Where workers share the codebooks, all but the projections is of the worker's own ones.
+    If workers share the codebooks, everything but the projections covers the worker's own codebooks only.
 
     Attributes
     ----------
@@ -89,14 +93,14 @@ class Quantised:
     projections
         x after batch norm, (codebooks, cells, dim).
     nearest
-        e*, the most probable code's embedding, (codebooks, cells, dim).
+        e*, the embedding of the most probable code, (codebooks, cells, dim).
     usage
-        Soft assignments of own cells, (codebooks, codes), without gradient.
+        Sum of the assignments of the worker's cells, (codebooks, codes), without gradient.
     negentropy
         (codebooks, rows), `sum over codes of p log p` of each row of the joint tables (`Segments`), where a row is
-        divided by the cells of its group; the same on all workers.
+        divided by the number of cells of its group; over the global mini-batch.
     group_probs
-        (codebooks, groups, codes), probabilities summed over the cells of a group; the same on all workers.
+        (codebooks, groups, codes), sum of the probabilities of a group's cells, over the global mini-batch.
     """
 
     vectors: Tensor
@@ -109,8 +113,8 @@ class Quantised:
 
 @torch.no_grad()
 def perplexities(quantised: Quantised) -> Tensor:
-    """Return how many codes of each codebook a mini-batch uses, (codebooks,): exp of the entropy of their mean."""
-    probs = quantised.group_probs.double().sum(1)  # (codebooks, codes), over all cells
+    """Return the perplexity of each codebook in the mini-batch, (codebooks,): exp(entropy of mean probabilities)."""
+    probs = quantised.group_probs.double().sum(1)  # (codebooks, codes)
     probs = probs / probs.sum(-1, keepdim=True)
     return torch.special.entr(probs).sum(-1).exp()
 
@@ -121,7 +125,9 @@ class Quantiser(nn.Module):
     Attributes
     ----------
     at_once
-        Codebooks computed together; by default as many as suit the device (`books_at_once`). The result is the same.
+        Number of codebooks computed together, by default `books_at_once`; the result does not depend on it.
+    usage
+        (codebooks, codes) float64, sum of the assignments since the start of training.
     """
 
     usage: Tensor
@@ -139,13 +145,13 @@ class Quantiser(nn.Module):
         self.register_buffer("usage", torch.zeros(books, settings.codes, dtype=torch.float64))
 
     def project(self, h: Tensor, collective: Collective | None) -> Tensor:
-        """Return x, (codebooks, cells, dim), of h, (cells, width); without collective by the running statistics."""
+        """Project h, (cells, width), to x, (codebooks, cells, dim); without a collective, by running statistics."""
         flat = functional.linear(h, self.projection.flatten(0, 1), self.bias.flatten())
         normed: Tensor = self.norm(flat, collective)
         return normed.unflatten(1, self.bias.shape).transpose(0, 1).contiguous()
 
     def forward(self, h: Tensor, segments: Segments, noise: StepNoise, collective: Collective) -> Quantised:
-        """Quantise h, (cells, width), with noise, and sum up what the losses need."""
+        """Quantise h, (cells, width), with noise, and compute the statistics that the losses need."""
         projections = self.project(h, collective)
         mine = collective.books(len(projections))
         x, noise = collective.own_books(projections), noise.of_books(mine)
@@ -164,15 +170,18 @@ class Quantiser(nn.Module):
         return Quantised(vectors, projections, nearest, usage, negentropy, group_probs)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Return the most probable code of each x, (codebooks, cells); of equals the first (METHOD section 8)."""
-        if x.is_cuda:  # few large operations
+        """Return the most probable code of each x, (codebooks, cells); the first one of ties (METHOD section 8)."""
+        if x.is_cuda:  # one large operation is faster than one per codebook
             return first_maximum(augment(x) @ code_columns(self.embedding).mT)[0]
         pairs = zip(augment(x), code_columns(self.embedding), strict=True)
         return torch.stack([first_maximum(book @ codes.T)[0] for book, codes in pairs])
 
     @torch.no_grad()
     def vectors(self, x: Tensor, choice: CodeChoice, generator: torch.Generator | None = None) -> Tensor:
-        """Return what stands for projections x at inference, (codebooks, cells, dim): see `settings.EmbedSettings.codes`."""
+        """Return the quantised vectors of projections x at inference, (codebooks, cells, dim).
+
+        `choice` is `EmbedSettings.codes`; `generator` draws `sampled` codes.
+        """
         if choice == "expected":
             return self.probabilities(x) @ self.embedding
         if choice == "probable":
@@ -181,29 +190,30 @@ class Quantiser(nn.Module):
         return look_up(self.embedding, torch.stack(drawn).to(x.device))
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """Return p, (codebooks, cells, codes), of projections x: softmax of the negative squared distances."""
+        """Return p, (codebooks, cells, codes), of projections x: the softmax of negative squared distances."""
         return (augment(x) @ code_columns(self.embedding).mT).softmax(-1)
 
     @torch.no_grad()
     def join(self, quantised: Quantised, workers: ByBooks) -> Quantised:
-        """Bring together what workers that share the codebooks know alone: the gradient of the codes, and their use."""
+        """Gather the gradient of the codes and their usage from workers that share the codebooks."""
         own, gradient = workers.books(len(self.embedding)), gradient_of(self.embedding)
-        known = torch.cat([gradient[own], quantised.usage[..., None].to(gradient.dtype)], -1)
-        everyone = workers.joined(known, len(self.embedding))
+        shares = torch.cat([gradient[own], quantised.usage[..., None].to(gradient.dtype)], -1)
+        everyone = workers.joined(shares, len(self.embedding))
         self.embedding.grad = everyone[..., :-1].contiguous()
         return replace(quantised, usage=everyone[..., -1])
 
     @torch.no_grad()
     def count_usage(self, used: Tensor, collective: Collective) -> None:
-        """Add a step's soft assignments, summed over workers, to the usage counted since the start."""
+        """Add a step's assignments, summed over workers, to the usage since the start of training."""
         self.usage += collective.all_sum(used.double())
 
     @torch.no_grad()
     def reset(self, projections: Tensor, collective: Collective, *, seed: int, step: int, below: float) -> Tensor:
         """Re-initialise the codes whose share of their codebook's usage is less than `below / codes`.
 
-        Each becomes the projection of a cell of the global mini-batch, drawn with replacement, and its usage 0
-        (METHOD sections 4, 8). In a codebook that was never used all codes are re-initialised.
+        Each becomes the projection of a cell drawn with replacement from the global mini-batch, and its usage becomes 0
+        (METHOD sections 4, 8). All codes of a codebook without any usage are re-initialised. All workers re-initialise
+        the same codes from the same cells.
 
         Parameters
         ----------
@@ -212,7 +222,7 @@ class Quantiser(nn.Module):
 
         Returns
         -------
-        How many codes were re-initialised; the same codes, from the same cells, on every worker.
+        The number of re-initialised codes, ().
         """
         books, codes = self.usage.shape
         unused = self.usage < below / codes * self.usage.sum(1, keepdim=True)
@@ -227,12 +237,12 @@ class Quantiser(nn.Module):
 
 
 def augment(x: Tensor) -> Tensor:
-    """Return (2x, 1): with `code_columns` one product gives `2 x e - |e|^2`."""
+    """Return (2x, 1), whose product with `code_columns` gives the logits `2 x e - |e|^2`."""
     return torch.cat([2 * x, torch.ones_like(x[..., :1])], -1)
 
 
 def code_columns(embedding: Tensor) -> Tensor:
-    """Return (e, -|e|^2) for every code, (codebooks, codes, dim + 1)."""
+    """Return (e, -|e|^2) of every code, (codebooks, codes, dim + 1)."""
     return torch.cat([embedding, -embedding.square().sum(-1, keepdim=True)], -1)
 
 
@@ -242,42 +252,42 @@ def look_up(embedding: Tensor, codes: Tensor) -> Tensor:
 
 
 def _flat_codes(embedding: Tensor, codes: Tensor) -> Tensor:
-    """Return codes numbered through all codebooks."""
+    """Return the indices of codes among the codes of all codebooks."""
     books, size = embedding.shape[:2]
     first = torch.arange(0, books * size, size, device=codes.device)
     return codes + first.view(-1, *[1] * (codes.dim() - 1))
 
 
 def gumbel_softmax(x: Tensor, embedding: Tensor, exponentials: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return q, (codebooks, cells, dim), and usage, (codebooks, codes), with one exponential per code."""
+    """Return q, (codebooks, cells, dim), and usage, (codebooks, codes), given one exponential per code."""
     logits = augment(x) @ code_columns(embedding).mT
     assignment = ((logits - exponentials.log()) / temperature).softmax(-1)
     return assignment @ embedding, assignment.detach().sum(1)
 
 
 def in_time(exponentials: Tensor, marks: Tensor, temperature: float, *, keep_all: bool = False) -> Arrivals:
-    """Return the arrivals that come early enough to have a weight: the first of each race, and seldom more.
+    """Return the arrivals early enough to have a weight: the first of each race, and rarely more.
 
     Parameters
     ----------
     exponentials, marks
         As in `StepNoise`, (codebooks, cells, draws).
     keep_all
-        Keep those without weight too. How many are kept is then known without waiting for a GPU.
+        Keep arrivals without weight, too; the number of arrivals is then known without waiting for a GPU.
     """
     books, cells, draws = marks.shape
     times = exponentials[..., :draws].cumsum(-1)
     weights = ((times[..., :1] / times).log_() / temperature).exp_().flatten()
     if keep_all:
-        kept = torch.arange(marks.numel(), device=marks.device)
+        chosen = torch.arange(marks.numel(), device=marks.device)
         starts = [book * cells * draws for book in range(books + 1)]
     else:
-        kept = (weights >= torch.finfo(weights.dtype).eps * NO_WEIGHT).nonzero().squeeze(1)
-        starts = torch.searchsorted(kept, torch.arange(books + 1, device=kept.device) * (cells * draws)).tolist()
-    race = torch.div(kept, max(draws, 1), rounding_mode="floor")
+        chosen = (weights >= torch.finfo(weights.dtype).eps * NO_WEIGHT).nonzero().squeeze(1)
+        starts = torch.searchsorted(chosen, torch.arange(books + 1, device=chosen.device) * (cells * draws)).tolist()
+    race = torch.div(chosen, max(draws, 1), rounding_mode="floor")
     if keep_all:
         return Arrivals(race, marks.flatten(), weights, starts, marks.shape, whole=True)
-    return Arrivals(race, marks.flatten()[kept], weights[kept], starts, marks.shape)
+    return Arrivals(race, marks.flatten()[chosen], weights[chosen], starts, marks.shape)
 
 
 def race(x: Tensor, embedding: Tensor, arrivals: Arrivals, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -286,7 +296,7 @@ def race(x: Tensor, embedding: Tensor, arrivals: Arrivals, codes: Tensor, temper
     Parameters
     ----------
     codes
-        The arrivals' codes, (arrivals,), drawn from p.
+        (arrivals,), the code of each arrival, drawn from p.
     """
     vectors: Tensor
     of_race = arrivals.shape[2] if arrivals.whole else 0
@@ -295,7 +305,7 @@ def race(x: Tensor, embedding: Tensor, arrivals: Arrivals, codes: Tensor, temper
 
 
 def race_weights(arrivals: Arrivals, codes: Tensor) -> Tensor:
-    """Return the assignment weight of each arrival, (arrivals,); only a code's first arrival in a race counts."""
+    """Return the assignment weight of each arrival, (arrivals,); later arrivals of the same code in a race get 0."""
     race, weights = arrivals.race, arrivals.weights.clone()
     if arrivals.whole:
         of_race = codes.view(-1, arrivals.shape[2])
@@ -311,9 +321,10 @@ def race_weights(arrivals: Arrivals, codes: Tensor) -> Tensor:
 
 
 def summed_by_race(values: Tensor, race: Tensor, races: int, of_race: int) -> Tensor:
-    """Return the sums of each race's values, (races, ...), of values, (arrivals, ...).
+    """Sum values, (arrivals, ...), over the arrivals of each race: (races, ...).
 
-    Where each race has `of_race` of them (0: it is not known), they are added in their order, which a GPU's atomics are not.
+    If every race has `of_race` arrivals (0: their number varies), they are added in a fixed order; `index_add_` on a
+    GPU adds by atomics, in no fixed order.
     """
     if of_race:
         return values.unflatten(0, (races, of_race)).sum(1)
@@ -321,9 +332,9 @@ def summed_by_race(values: Tensor, race: Tensor, races: int, of_race: int) -> Te
 
 
 class Race(torch.autograd.Function):
-    """`q = sum of a_j e_j` over the few arrivals with weight, differentiable as the Gumbel-softmax is.
+    """`q = sum of a_j e_j` over the arrivals with weight, with the gradient of the Gumbel-softmax.
 
-    The noise of an arrival, `log t + l`, is held fixed, so `da/dl = (diag(a) - a a^T) / tau`.
+    The noise of an arrival, `log t + l`, is constant, so `da/dl = (diag(a) - a a^T) / tau`.
     """
 
     @staticmethod
@@ -359,12 +370,13 @@ class Race(torch.autograd.Function):
 
 
 class CodeStatistics(torch.autograd.Function):
-    """What is needed of the probabilities, some codebooks at a time: joint tables, the best code, codes drawn from p.
+    """Statistics of the code probabilities, computed a few codebooks at a time.
 
-    Inputs are `augment(x)`, `code_columns(embedding)`, the rows of the tables, the arrivals of the race, the collective
-    and how many codebooks are held at a time; outputs are `Quantised.negentropy`, `Quantised.group_probs`, best codes
-    (codebooks, cells) and the arrivals' codes (arrivals,). Tables are summed over workers here; as every worker computes
-    the same loss from them, their gradient summed over workers is the own one times their number.
+    Inputs are `augment(x)`, `code_columns(embedding)`, the rows of the joint tables, the arrivals of the race, the
+    collective, and how many codebooks to hold at a time. Outputs are `Quantised.negentropy`, `Quantised.group_probs`,
+    the most probable codes, (codebooks, cells), and the arrivals' codes drawn from p, (arrivals,). Tables are summed
+    over workers. Every worker computes the same loss from them, so the sum over workers of their gradients is the
+    worker's own gradient times the number of workers.
     """
 
     @staticmethod
@@ -377,7 +389,7 @@ class CodeStatistics(torch.autograd.Function):
         collective: Collective,
         at_once: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Walk over the codebooks, holding the probabilities of `at_once` of them."""
+        """Compute the statistics, holding the probabilities of `at_once` codebooks at a time."""
         logits, powers = _buffers(x, columns, at_once)
         sizes = rows_per_group(segments).to(x.dtype)[segments.row_group, None]
         parts, slopes, log_totals = [], [], []
@@ -406,13 +418,13 @@ class CodeStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        """Return the gradients of x and columns, from probabilities computed again."""
+        """Compute the probabilities again, and return the gradients of x and columns."""
         x, columns, log_totals, *slopes = ctx.saved_tensors
         segments: Segments = ctx.segments
         sizes = rows_per_group(segments).to(x.dtype)
         d_rows = gradients[0] * (ctx.world / sizes[segments.row_group])
         d_groups = gradients[1] * ctx.world
-        # One product gives the logarithms of the probabilities: the total's is one more column.
+        # The logarithm of the total enters as one more column, so one product gives the log-probabilities.
         log_x = torch.cat([x * LOG2_E, -log_totals[..., None]], -1)
         log_columns = torch.cat([columns, torch.ones_like(columns[..., :1])], -1)
         probs, d_logits = _buffers(x, columns, ctx.at_once)
@@ -435,25 +447,25 @@ def books_at_once(x: Tensor, columns: Tensor) -> int:
 
 
 def runs(count: int, at_once: int) -> Iterator[slice]:
-    """Cut `count` codebooks in runs of `at_once`; the last may be short."""
+    """Cut `count` codebooks into runs of `at_once`; the last may be shorter."""
     return (slice(first, min(first + at_once, count)) for first in range(0, count, at_once))
 
 
 def _buffers(x: Tensor, columns: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
-    """Return two (codebooks, cells, codes) tensors to be used over and over: fresh pages cost more than sums."""
+    """Return two (codebooks, cells, codes) tensors to reuse: allocating fresh pages takes longer than the sums."""
     shape = (min(at_once, len(x)), x.shape[1], columns.shape[1])
     return x.new_empty(shape), x.new_empty(shape)
 
 
 def softmax_gradient(upstream: Tensor, probs: Tensor, *, out: Tensor) -> Tensor:
-    """Return `p (g - sum g p)`, the gradient of a softmax over the last dimension, in one pass and in place."""
-    # torch has no public name for it; written out it takes three passes over the codebooks' probabilities.
+    """Return `p (g - sum g p)`, the gradient of a softmax over the last dimension, written to `out` in one pass."""
+    # torch has no public function for it; elementary operations would take three passes over the probabilities.
     gradient: Tensor = torch.ops.aten._softmax_backward_data.out(upstream, probs, -1, probs.dtype, grad_input=out)
     return gradient
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """Bring (..., codes) to (..., blocks, codes of a block)."""
+    """Reshape (..., codes) to (..., blocks, codes of a block); one block if `CODE_BLOCK` does not divide the codes."""
     codes = values.shape[-1]
     size = CODE_BLOCK if codes % CODE_BLOCK == 0 else codes
     return values.unflatten(-1, (codes // size, size))
@@ -465,9 +477,9 @@ def block_sums(values: Tensor) -> Tensor:
 
 
 def first_maximum(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `values.argmax(-1)`, of equals the first, and the maximum itself.
+    """Return `values.argmax(-1)`, the first one of ties, and the maximum.
 
-    Three times as fast as `argmax`: maxima of blocks vectorise, indices do not.
+    Three times as fast as `argmax`, since block maxima are vectorised and index searches are not.
     """
     blocks = _blocks(values)
     maxima = blocks.amax(-1)
@@ -477,13 +489,13 @@ def first_maximum(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_of(blocks: Tensor, block: Tensor) -> Tensor:
-    """Return the block numbered `block`, (...,), of each of blocks, (..., blocks, size)."""
+    """Return the block with index `block`, (...,), of each row of blocks, (..., blocks, size)."""
     first = torch.arange(block.numel(), device=block.device).view_as(block) * blocks.shape[-2]
     return functional.embedding(first + block, blocks.flatten(0, -2))
 
 
 def segment_sums(values: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the weighed sums of `values[:, order]`, (books, segments, codes), over segments that start at `offsets`.
+    """Return the weighted sums of `values[:, order]` over segments that start at `offsets`, (books, segments, codes).
 
     Parameters
     ----------
@@ -504,7 +516,7 @@ def segment_sums(values: Tensor, order: Tensor, offsets: Tensor, weights: Tensor
 
 
 def cell_sums(table: Tensor, rows_of_cell: Tensor) -> Tensor:
-    """Return the sum of each cell's rows, (cells, rows of a cell), of a table, (books, rows, codes)."""
+    """Sum the rows of each cell, (cells, rows of a cell), of a table, (books, rows, codes): (books, cells, codes)."""
     books, rows, codes = table.shape
     number = torch.arange(books, device=table.device)[:, None, None]
     numbered = (rows_of_cell + number * rows).flatten(0, 1)
@@ -512,9 +524,11 @@ def cell_sums(table: Tensor, rows_of_cell: Tensor) -> Tensor:
 
 
 def row_negentropy(probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `sum of p log(p + 1e-10)` of each row, (..., rows), of probs, (..., rows, codes), and its slope.
+    """Return `sum of p log(p + 1e-10)` of each row of probs, (..., rows, codes), and its derivative.
 
-    The slope is the derivative with respect to each entry of probs, `log(p + 1e-10) + p / (p + 1e-10)`.
+    Returns
+    -------
+    The sums, (..., rows), and the derivative by each entry of probs, `log(p + 1e-10) + p / (p + 1e-10)`.
     """
     logs = probs + LOG_FLOOR
     slope = probs / logs
@@ -523,21 +537,22 @@ def row_negentropy(probs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rows_per_group(segments: Segments) -> Tensor:
-    """Return the cells of each group, (groups,), float64: what the probabilities of a group sum to."""
+    """Return the number of cells of each group, (groups,), float64, which is the sum of the group's probabilities."""
     sizes = segments.row_cells.new_zeros(len(segments.group_offsets))
     low = slice(segments.low_rows)
     return sizes.index_add_(0, segments.row_group[low], segments.row_cells[low])
 
 
 def draw_codes(powers: Tensor, below: Tensor, race: Tensor, marks: Tensor) -> Tensor:
-    """Return one code per mark, (arrivals,), drawn in proportion to the powers of the mark's race.
+    """Draw one code per mark, (arrivals,), with probabilities in proportion to the powers of the mark's race.
 
     Parameters
     ----------
     powers, below
-        (books, cells, codes), and the summed `block_sums` of them, (books, cells, blocks).
+        (books, cells, codes), unnormalised probabilities, and the cumulative sums of their `block_sums`, (books, cells,
+        blocks).
     race, marks
-        (arrivals,): which cell, counted through the books, and a uniform number in [0, 1).
+        (arrivals,): index of the race, book * cells + cell, and a uniform number in [0, 1).
     """
     blocks = _blocks(powers)
     summed = functional.embedding(race, below.flatten(0, 1))
@@ -551,6 +566,6 @@ def draw_codes(powers: Tensor, below: Tensor, race: Tensor, marks: Tensor) -> Te
 
 
 def _short_of(mark: Tensor, end: Tensor | float) -> Tensor:
-    """Keep rounding from moving a mark to the end, past the last code that has a probability."""
+    """Keep a mark below `end`: rounding could move it past the last code with a probability above 0."""
     short = 1 - torch.finfo(mark.dtype).eps
     return torch.minimum(mark, short * end) if isinstance(end, Tensor) else mark.clamp_max(short * end)

@@ -1,17 +1,17 @@
-"""Sums and gathers over all training workers, differentiable, with a stand-in for one worker.
+"""Differentiable sums and gathers over all training workers, with a stand-in for a single worker.
 
-Losses and batch norm are written once against `Collective`; the worker chooses the kind when it starts. There are two ways
-to share a step.
+Losses and batch norm use the `Collective` protocol only; a worker chooses the implementation when it starts. There are
+two ways to divide a step among workers.
 
-**By cells** (`Distributed`, for processors). Each worker has a share of the cells. Every worker computes the whole loss, and
-the gradient of a parameter is the **mean** over workers of their back-propagated gradients (`average_gradients`). So a sum
-whose backward is again the sum over workers is exact, without a factor.
+**By cells** (`Distributed`, for CPUs). Each worker has a share of the cells. Every worker computes the whole loss, and
+the gradient of a parameter is the **mean** over workers of their back-propagated gradients (`average_gradients`). A sum
+over workers whose backward is again the sum over workers is therefore exact, without a factor.
 
-**By codebooks** (`ByBooks`, for GPUs). Each worker has all cells and computes the network on them, as one worker alone
-does. Shared is what takes most time there: the codebooks, and the anchors of the losses inside groups. What workers send
-each other is then small, of a size that is known, and nothing of it depends on the number of groups: vectors of the cells,
-where sharing by cells sends tables of all codes and the gradient of every parameter. A GPU has most of a network's
-products done while these would travel. All workers' gradients come out the same, so there is nothing to average.
+**By codebooks** (`ByBooks`, for GPUs). Each worker has all cells and computes the whole network on them. Workers divide
+the most expensive parts: the codebooks, and the anchors of the losses inside groups. They exchange vectors of the
+cells, whose size is small, known in advance, and independent of the number of groups. Dividing by cells would send
+tables of all codes and the gradient of every parameter, which takes longer than a GPU takes for most of the network's
+products. All workers end up with the same gradients, so there is nothing to average.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 
 class Collective(Protocol):
-    """What model code may ask of the other workers."""
+    """The communication between workers that model code uses."""
 
     rank: int
     world: int
@@ -35,32 +35,32 @@ class Collective(Protocol):
         """Return the sum over workers; the gradient is summed over workers too."""
 
     def loss_sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over workers of something from which all workers compute the same loss.
+        """Return the sum over workers of a tensor from which all workers compute the same loss.
 
-        The gradient that reaches it is then the same on every worker, so their sum needs no communication.
+        The gradient of the sum is then equal on all workers, so the backward pass needs no communication.
         """
 
     def all_gather_rows(self, tensor: Tensor) -> Tensor:
-        """Return all workers' rows in rank order; row counts may differ. Differentiable where floating."""
+        """Concatenate the rows of all workers in rank order; row counts may differ. Differentiable if floating."""
 
     def books(self, count: int) -> slice:
-        """Return which of so many codebooks this worker computes."""
+        """Return which of `count` codebooks this worker computes."""
 
     def own_books(self, tensor: Tensor) -> Tensor:
-        """Return this worker's codebooks of (codebooks, ...), which all workers have; the gradients are put together."""
+        """Slice this worker's codebooks out of (codebooks, ...); backward, gather the gradients of all workers."""
 
     def all_books(self, tensor: Tensor, count: int) -> Tensor:
-        """Return all `count` codebooks, (codebooks, ...), of each worker's own; the gradient, equal on all, is cut again."""
+        """Gather all `count` codebooks from the workers, (codebooks, ...); backward, slice the gradient again."""
 
     def for_anchors(self, tensor: Tensor) -> Tensor:
-        """Return what all workers have, for each to use it for its own anchors; the gradient is summed over workers."""
+        """Return a tensor that each worker uses for its own anchors; backward, sum the gradients over workers."""
 
     def parts_sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over workers of what each has of its own codebooks and anchors; the gradient is passed on."""
+        """Sum the workers' parts, each of its own codebooks and anchors; backward, pass the gradient on unchanged."""
 
 
 class Single:
-    """One worker: every sum is what it was given."""
+    """A single worker: every method returns its argument."""
 
     rank = 0
     world = 1
@@ -78,7 +78,7 @@ class Single:
         return tensor
 
     def books(self, count: int) -> slice:
-        """Return all."""
+        """Return the slice of all codebooks."""
         return slice(count)
 
     def own_books(self, tensor: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Single:
 
 
 class Distributed(Single):
-    """Workers of a `torch.distributed` group (the default group where none is given), each with a share of the cells."""
+    """Workers of a `torch.distributed` group (by default the default group), each with a share of the cells."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -113,12 +113,12 @@ class Distributed(Single):
         return summed
 
     def loss_sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over workers; the gradient, equal on all of them, is multiplied by their number."""
+        """Return the sum over workers; its gradient, equal on all workers, is multiplied by their number."""
         summed: Tensor = _LossSum.apply(tensor, partial(_summed, group=self.group), self.world)
         return summed
 
     def all_gather_rows(self, tensor: Tensor) -> Tensor:
-        """Return all workers' rows in rank order; the gradient is summed over workers, each keeps its own rows'."""
+        """Concatenate the rows of all workers in rank order; backward, sum over workers and slice the own rows."""
         counts = torch.zeros(self.world, dtype=torch.int64, device=tensor.device)
         counts[self.rank] = len(tensor)
         dist.all_reduce(counts, group=self.group)
@@ -129,7 +129,7 @@ class Distributed(Single):
 class ByBooks(Single):
     """Workers of a `torch.distributed` group, each with all cells and a share of the codebooks and anchors.
 
-    Of sums over cells each worker has the whole, so `rank` and `world` are those of one worker alone.
+    `rank` and `world` are those of a single worker, since every worker has the whole of each sum over cells.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -137,31 +137,31 @@ class ByBooks(Single):
         self.place = (dist.get_rank(group), dist.get_world_size(group))
 
     def books(self, count: int) -> slice:
-        """Return which of so many codebooks this worker computes; shares differ by one at most."""
+        """Return which of `count` codebooks this worker computes; shares differ by at most one."""
         return self._share(count, self.place[0])
 
     def own_books(self, tensor: Tensor) -> Tensor:
-        """Return this worker's codebooks of (codebooks, ...); the gradients of all are put together."""
+        """Slice this worker's codebooks out of (codebooks, ...); backward, gather the gradients of all workers."""
         own: Tensor = _OwnBooks.apply(tensor, self)
         return own
 
     def all_books(self, tensor: Tensor, count: int) -> Tensor:
-        """Return all `count` codebooks of each worker's own; the gradient, equal on all workers, is cut again."""
+        """Gather all `count` codebooks from the workers; backward, slice the gradient, equal on all workers."""
         everyone: Tensor = _AllBooks.apply(tensor, self, count)
         return everyone
 
     def for_anchors(self, tensor: Tensor) -> Tensor:
-        """Return `tensor`; its gradient is summed over workers."""
+        """Return `tensor`; backward, sum the gradients over workers."""
         same: Tensor = _ForAnchors.apply(tensor, self)
         return same
 
     def parts_sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over workers; the gradient is passed on."""
+        """Return the sum over workers; backward, pass the gradient on unchanged."""
         summed: Tensor = _LossSum.apply(tensor, self.summed, 1)
         return summed
 
     def joined(self, tensor: Tensor, count: int) -> Tensor:
-        """Return all `count` codebooks of each worker's own, without a gradient."""
+        """Gather all `count` codebooks from the workers, without gradient."""
         world = self.place[1]
         shares = [self._share(count, rank) for rank in range(world)]
         own, most = len(tensor), max(share.stop - share.start for share in shares)
@@ -172,7 +172,7 @@ class ByBooks(Single):
         return torch.cat([everyone[rank * most :][: share.stop - share.start] for rank, share in enumerate(shares)])
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Return all workers' rows, as many of each, in rank order."""
+        """Concatenate the rows of all workers in rank order; every worker must have the same number of rows."""
         everyone = tensor.new_empty((len(tensor) * self.place[1], *tensor.shape[1:]))
         dist.all_gather_into_tensor(everyone, tensor, group=self.group)
         return everyone
@@ -187,7 +187,7 @@ class ByBooks(Single):
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter], collective: Collective) -> None:
-    """Replace every gradient by its mean over workers, in one sum; a parameter without gradient counts as zero."""
+    """Replace every gradient by its mean over workers, in one all-reduce; a missing gradient counts as zero."""
     if collective.world == 1:
         return
     held = [parameter for parameter in parameters if parameter.requires_grad]
@@ -198,7 +198,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter], collective: Coll
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> Tensor:
-    """Return a parameter's gradient, zeros where it has none."""
+    """Return the gradient of a parameter, zeros if it has none."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
@@ -267,7 +267,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None, rank: int, counts: list[int]) -> Tensor:
         ctx.group, ctx.start, ctx.rows = group, sum(counts[:rank]), counts[rank]
-        # Equal shapes are all that every backend gathers, so short shares are padded and cut again.
+        # Not every backend gathers tensors of different shapes, so shorter shares are padded and cut again.
         padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in counts]

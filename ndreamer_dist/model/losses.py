@@ -1,8 +1,8 @@
-"""The losses (METHOD section 3), each over the global mini-batch, whatever share of it this worker holds.
+"""The losses (METHOD section 3), each over the global mini-batch, whichever share of it this worker holds.
 
-The first half are pure functions of tensors. `total_loss` combines them. Sums over cells run over the worker's own cells
-and are then added over workers. The losses inside groups take the worker's own cells as anchors, and all cells as
-neighbours.
+The first half are pure functions of tensors; `total_loss` combines them. Sums over cells cover the worker's own cells
+and are then added over workers. The losses inside groups compare the worker's own cells (anchors) with all cells of the
+group.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ndreamer_dist.settings import LossSettings
 NORM_FLOOR = 1e-12
 VARIANCE_FLOOR = 1e-8
 NO_ENTROPY = 1e-8
-"""Entropies whose sum is below this are those of one label and one code, which the 1e-10 leaves not quite 0."""
+"""Sum of entropies below which there is one label and one code: the 1e-10 in the logarithm keeps it from being 0."""
 DIRECT_BELOW = 1e-3
-"""Squared distances below this share of the squared norms lose digits in the product form; they are taken directly."""
+"""Squared distances below this fraction of the squared norms are computed from differences: a product loses digits."""
 SAME_WITHIN = 1e-5
-"""Distances below this share of the norms count as 0."""
+"""Distances below this fraction of the norms are set to 0."""
 DIRECT_PAIRS = 16_384
-"""Pairs of cells whose difference is held at a time."""
+"""Cell pairs whose differences are held at a time."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """One value per loss; 0-dimensional tensors, the same on every worker."""
+    """The value of each loss, as 0-dimensional tensors that are equal on all workers."""
 
     reconstruction: Tensor
     cosine: Tensor
@@ -48,35 +48,28 @@ class Terms:
     neighbourhood: Tensor
     commitment: Tensor
 
-    def as_floats(self) -> dict[str, float]:
-        """Return name and value of each term, for logs."""
-        return _as_floats({field.name: getattr(self, field.name) for field in fields(self)})
-
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The total, which is what to differentiate, and its terms as METHOD defines them and as they were weighted."""
+    """The total loss, and its terms before and after weighting (METHOD section 3)."""
 
     total: Tensor
     unweighted: Terms
     weighted: Terms
 
     def as_tensors(self) -> dict[str, Tensor]:
-        """Return the total and the unweighted terms, for logs."""
+        """Return the total and the unweighted terms by name."""
         return {"total": self.total} | {f.name: getattr(self.unweighted, f.name) for f in fields(Terms)}
 
     def as_floats(self) -> dict[str, float]:
-        """Return the same as numbers, which waits for a GPU."""
-        return _as_floats(self.as_tensors())
-
-
-def _as_floats(values: dict[str, Tensor]) -> dict[str, float]:
-    """Read values off their device, all at once: each reading would wait for it."""
-    return dict(zip(values, torch.stack([value.detach() for value in values.values()]).tolist(), strict=True))
+        """Return `as_tensors` as numbers; this waits for a GPU."""
+        values = self.as_tensors()
+        # One transfer to the host for all, since each waits for the device.
+        return dict(zip(values, torch.stack([value.detach() for value in values.values()]).tolist(), strict=True))
 
 
 def squared_error(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Return each cell's mean squared error over genes, (cells,)."""
+    """Return the mean squared error over genes of each cell, (cells,)."""
     return (x - reconstruction).square().mean(1)
 
 
@@ -92,11 +85,11 @@ def kl_to_standard_normal(mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def correlation_penalty(values: Tensor, cells: int, collective: Collective) -> Tensor:
-    """Return the mean squared entry of (correlation matrix - I) of own rows of values, (own cells, z).
+    """Return the mean squared entry of (correlation matrix - I) over the mini-batch, given own values, (own cells, z).
 
-    Normalised by n - 1; 1e-8 is added to each variance. Of one cell all covariances are 0.
+    Covariances are normalised by n - 1, and 1e-8 is added to each variance. With a single cell all covariances are 0.
     """
-    # The covariance does not change with the centre to first order, so the centre needs no gradient.
+    # The derivative of the covariance by the centre is 0, so the centre needs no gradient.
     centre = collective.all_sum(values.detach().sum(0)) / cells
     centred = values - centre
     covariance = collective.loss_sum(centred.T @ centred) / max(cells - 1, 1)
@@ -111,50 +104,53 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def nmi_from_entropies(of_label: Tensor, of_code: Tensor, of_both: Tensor) -> Tensor:
-    """Return `2 (H_A + H_B - H_AB) / (H_A + H_B)`, and 0 where there is one label and one code."""
+    """Return `2 (H_A + H_B - H_AB) / (H_A + H_B)`, or 0 if there is one label and one code."""
     apart = of_label + of_code
     defined = apart > NO_ENTROPY
     return torch.where(defined, 2 * (apart - of_both) / torch.where(defined, apart, 1), 0)
 
 
 def nmi(joint: Tensor) -> Tensor:
-    """Return the normalised mutual information of joint tables, (..., labels, codes), of any positive sum."""
+    """Return the normalised mutual information of joint tables, (..., labels, codes), with any positive sum."""
     probs = joint / joint.sum((-1, -2), keepdim=True)
     return nmi_from_entropies(entropy(probs.sum(-1)), entropy(probs.sum(-2)), entropy(probs.flatten(-2)))
 
 
 def independence_condition(quantised: Quantised, labels: Labels) -> Tensor:
-    """Return the information of the codes about the condition."""
+    """Return the NMI of codes and condition, mean over codebooks."""
     return nmi(_merge_groups(quantised.group_probs, labels.condition)).mean()
 
 
 def independence_batch(quantised: Quantised, labels: Labels) -> Tensor:
-    """Return the information of the codes about each batch covariate, added; 0 where there is none."""
+    """Return the NMI of codes and batch, mean over codebooks, summed over batch covariates; 0 without covariates."""
     terms = [nmi(_merge_groups(quantised.group_probs, batch)).mean() for batch in labels.batches]
     return torch.stack([quantised.group_probs.new_zeros(()), *terms]).sum()
 
 
 def independence_batch_within(quantised: Quantised, labels: Labels) -> Tensor:
-    """Return the information of the codes about each batch covariate inside conditions, mean over conditions, added.
+    """Return the NMI of codes and batch inside conditions, mean over conditions, summed over batch covariates.
 
-    Where donors have one condition each, this leaves alone what the donors of one condition share and those of another
-    do not. A condition with one batch counts as 0.
+    If each donor has one condition, this does not penalise what all donors of a condition have in common. A condition
+    with a single batch counts as 0.
     """
-    terms = [_without(batch.outer.more, nmi_within(quantised.group_probs, batch).mean()) for batch in labels.within]
+    terms = [
+        _unpadded_mean(batch.outer.padding_ratio, nmi_within(quantised.group_probs, batch).mean())
+        for batch in labels.within
+    ]
     return torch.stack([quantised.group_probs.new_zeros(()), *terms]).sum()
 
 
 def nmi_within(group_probs: Tensor, labels: Nested) -> Tensor:
-    """Return the information of the codes about inner labels among the groups of each outer one, (codebooks, outer labels).
+    """Return the NMI of codes and inner labels inside each outer label, (codebooks, outer labels).
 
     Parameters
     ----------
     group_probs
-        (codebooks, groups, codes), of any positive sum.
+        (codebooks, groups, codes), with any positive sum.
     """
     joint, outer_of_pair = _merge_groups(group_probs, labels.pairs), labels.outer.row
     of_outer = _merge_groups(joint, labels.outer)
-    cells = of_outer.sum(-1).clamp_min(LOG_FLOOR)  # (codebooks, outer labels); those that are padding have none
+    cells = of_outer.sum(-1).clamp_min(LOG_FLOOR)  # (codebooks, outer labels); padding has none
     probs = joint / cells[:, outer_of_pair, None]
     terms = torch.stack([entropy(probs.sum(-1, keepdim=True)), entropy(probs)])
     of_label, of_both = terms.new_zeros((2, *cells.shape)).index_add(2, outer_of_pair, terms)
@@ -162,9 +158,9 @@ def nmi_within(group_probs: Tensor, labels: Nested) -> Tensor:
 
 
 def dependence(quantised: Quantised, labels: Labels) -> Tensor:
-    """Return the information of the codes about the low, and the high, cluster inside groups, mean over groups, added.
+    """Return the NMI of codes and low cluster plus that of codes and high cluster, inside groups, mean over groups.
 
-    A group with one label, or of one cell, counts as 0.
+    A group with a single label or a single cell counts as 0.
     """
     segments, dtype = labels.segments, quantised.group_probs.dtype
     groups = len(labels.group_cells)
@@ -177,22 +173,22 @@ def dependence(quantised: Quantised, labels: Labels) -> Tensor:
         sums = row_terms.new_zeros((len(row_terms), groups))
         entropies = -sums.index_add(1, segments.row_group[half], row_terms[:, half])
         total = total + nmi_from_entropies(entropies[0], of_code, entropies[1:]).mean()
-    return _without(labels.more, total)
+    return _unpadded_mean(labels.padding_ratio, total)
 
 
-def _without(more: Tensor | None, mean: Tensor) -> Tensor:
-    """Return a mean over what is padded as the mean without the padding, which is 0."""
-    return mean if more is None else mean * more
+def _unpadded_mean(padding_ratio: Tensor | None, mean: Tensor) -> Tensor:
+    """Correct a mean over padded entries, which are 0; the ratio is that of sizes with and without padding."""
+    return mean if padding_ratio is None else mean * padding_ratio
 
 
 def _merge_groups(group_probs: Tensor, merge: Merge) -> Tensor:
-    """Sum (codebooks, groups, codes) over the groups that are added up: (codebooks, sums, codes)."""
+    """Sum (codebooks, groups, codes) over the groups that `merge` joins: (codebooks, sums, codes)."""
     shape = (len(group_probs), merge.sums, group_probs.shape[2])
     return group_probs.new_zeros(shape).index_add(1, merge.row, group_probs)
 
 
 def commitment(quantised: Quantised) -> Tensor:
-    """Return `sum((sg(q) - e*)^2) + 0.25 sum((q - sg(e*))^2)` over codebooks, own cells and dimensions."""
+    """Return `sum((sg(q) - e*)^2) + 0.25 sum((q - sg(e*))^2)` over codebooks, own cells and dimensions (sg: detach)."""
     q, nearest = quantised.vectors, quantised.nearest
     return (q.detach() - nearest).square().sum() + 0.25 * (q - nearest.detach()).square().sum()
 
@@ -200,12 +196,13 @@ def commitment(quantised: Quantised) -> Tensor:
 def triplet(squared: Tensor, positive: Tensor, negative: Tensor, keys: Tensor, *, pairs: int, margin: float) -> Tensor:
     """Return the sum of `ReLU(||a-p||^2 - ||a-n||^2 + margin)` and the number of its terms, (2,).
 
-    Each anchor takes `m = min(pairs, positives, negatives)` of each, those of smallest key, paired in that order.
+    Each anchor takes the `m = min(pairs, #positives, #negatives)` positives and negatives with the smallest keys,
+    paired in the order of their keys.
 
     Parameters
     ----------
     squared, positive, negative, keys
-        (..., anchors, candidates): squared distances, who is a positive and who a negative, random numbers in [0, 1).
+        (..., anchors, candidates): squared distances, masks of positives and of negatives, random numbers in [0, 1).
     """
     m = torch.minimum(positive.sum(-1), negative.sum(-1)).clamp_max(pairs)
     taken = torch.arange(min(pairs, squared.shape[-1]), device=squared.device) < m[..., None]
@@ -227,22 +224,26 @@ def neighbourhood(
     sigma: float,
     across: float,
 ) -> Tensor:
-    """Return, per anchor, the sum over its neighbours of `((P - Q) * weight)^2`, (..., anchors).
+    """Return the sum over each anchor's neighbours of `((P - Q) * weight)^2`, (..., anchors).
 
     Parameters
     ----------
     expression, embedding
         Distances of anchors to cells, (..., anchors, cells).
     others, crosses
-        (..., anchors, cells): which cells are other cells of the anchor's group, and which pairs cross clusters.
+        (..., anchors, cells): masks of the other cells of the anchor's group, and of the pairs that cross clusters.
     neighbours
-        k; the k + 1 nearest by either distance are compared.
+        k; neighbours are the k + 1 nearest cells by either distance.
+    sigma
+        Temperature of P.
+    across
+        The weight is 1 + `across` for pairs that cross clusters, else 1.
     """
-    found = others.sum(-1)
-    count = torch.minimum(found.clamp_max(neighbours) + 1, found)
+    available = others.sum(-1)
+    count = torch.minimum(available.clamp_max(neighbours) + 1, available)
     most = min(neighbours + 1, others.shape[-1])
     near = nearest_mask(expression, others, count, most) | nearest_mask(embedding.detach(), others, count, most)
-    # Where there is no neighbour P and Q are both uniform, so that neither a value nor a gradient is left.
+    # For an anchor without neighbours P and Q are both uniform, so both value and gradient are 0.
     nowhere = torch.finfo(embedding.dtype).min
     p = (-expression / sigma).masked_fill(~near, nowhere).softmax(-1)
     q = (-embedding).masked_fill(~near, nowhere).softmax(-1)
@@ -250,10 +251,10 @@ def neighbourhood(
 
 
 def nearest_mask(distance: Tensor, others: Tensor, count: Tensor, most: int) -> Tensor:
-    """Mark the nearest `count`, (...,), of each row's `others`, (..., cells); of equals, and of nearly equals, the first.
+    """Mark the `count` nearest, (...,), of each row's `others`, (..., cells); of ties and near-ties the first columns.
 
-    Copies of a cell are ordinary, and rounding must not choose among them: distances are cut to 32 significant bits
-    (16 in single precision) and the column number is put in the bits below. `most` is the largest count there may be.
+    Copies of a cell are common, and rounding must not choose among them. So distances are rounded to 33 significant
+    bits (16 in single precision), and the column number goes into the bits below. `most` is an upper bound of `count`.
     """
     bits = 20 if distance.dtype == torch.float64 else 8
     scaled = distance * (2**bits + 1)
@@ -267,13 +268,14 @@ def nearest_mask(distance: Tensor, others: Tensor, count: Tensor, most: int) -> 
 class Distance(torch.autograd.Function):
     """Euclidean distances of rows a, (..., m, d), to rows b, (..., n, d); the gradient of a distance of 0 is 0.
 
-    Cells with the same codes have the same embedding but for rounding and traces of other codes. The direction
-    between them is noise, of full weight in the gradient and different on other hardware, so they count as equal.
+    Cells with the same codes have the same embedding up to rounding and small weights of other codes. The direction
+    between them is noise that depends on the hardware, yet it would have full weight in the gradient. So distances
+    below `SAME_WITHIN` are set to 0.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, wanted: Tensor) -> Tensor:
-        """Return the distances, those that are `wanted` to all digits."""
+        """Return the distances; those that are not `wanted` may lose digits."""
         same = SAME_WITHIN**2 * _squared_norms(a, b)
         centre = b.mean(-2, keepdim=True)
         a, b = a - centre, b - centre
@@ -298,7 +300,7 @@ def _squared_norms(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared_with_repairs(a: Tensor, b: Tensor, wanted: Tensor) -> Tensor:
-    """Return squared distances by a product, and directly where that loses digits and they are wanted."""
+    """Return squared distances by a product; where it loses digits and they are wanted, by differences."""
     scale = _squared_norms(a, b)
     squared = torch.baddbmm(scale, a, b.mT, alpha=-2)
     group, row, column = ((squared < DIRECT_BELOW * scale) & wanted).nonzero(as_tuple=True)
@@ -308,7 +310,7 @@ def squared_with_repairs(a: Tensor, b: Tensor, wanted: Tensor) -> Tensor:
 
 
 def squared_in_double(a: Tensor, b: Tensor) -> Tensor:
-    """Return squared distances by a product in double precision: no repairs, so no GPU is waited for."""
+    """Return squared distances by a product in float64, which needs no repairs and so no wait for the GPU."""
     squared = torch.baddbmm(_squared_norms(a.double(), b.double()), a.double(), b.double().mT, alpha=-2)
     return squared.clamp_min_(0).to(a.dtype)
 
@@ -316,7 +318,7 @@ def squared_in_double(a: Tensor, b: Tensor) -> Tensor:
 def pairwise_distance(a: Tensor, b: Tensor, wanted: Tensor | None = None) -> Tensor:
     """Return Euclidean distances, (groups, m, n), of rows a, (groups, m, d), to rows b, (groups, n, d).
 
-    Where `wanted`, (groups, m, n), is given and False, digits may be lost.
+    Distances for which the mask `wanted`, (groups, m, n), is False may lose digits.
     """
     everything = a.new_ones((1, 1, 1), dtype=torch.bool)
     distance: Tensor = Distance.apply(a, b, everything if wanted is None else wanted)
@@ -325,16 +327,16 @@ def pairwise_distance(a: Tensor, b: Tensor, wanted: Tensor | None = None) -> Ten
 
 @dataclass(frozen=True)
 class GroupCells:
-    """Some groups of the mini-batch, padded to one size, and how their cells stand to each other.
+    """Some groups of the mini-batch, padded to a common size, and the relations between their cells.
 
     Attributes
     ----------
     rows
         The anchors and the members.
     others
-        (groups, anchors, members), pairs of two different cells, neither of them padding.
+        (groups, anchors, members), pairs of two different cells without padding.
     same_low, same_high, crosses
-        (groups, anchors, members): label equality, and the chosen test of crossing clusters.
+        (groups, anchors, members): whether the labels are equal, and whether the pair crosses clusters.
     """
 
     rows: GroupRows
@@ -345,7 +347,7 @@ class GroupCells:
 
     @classmethod
     def of(cls, rows: GroupRows, cross_cluster: str) -> GroupCells:
-        """Compare the cells of some groups (METHOD sections 3 and 8 on crossing)."""
+        """Compare the cells of some groups; `cross_cluster` is the setting (METHOD sections 3, 8)."""
         low, high = rows.anchor_low[..., None], rows.anchor_high[..., None]
         same_low, same_high = low == rows.low[:, None], high == rows.high[:, None]
         across_high = low != rows.high[:, None] if cross_cluster == "published" else ~same_high
@@ -364,14 +366,18 @@ def pair_losses(
     *,
     at_once: int | None = None,
 ) -> Tensor:
-    """Return, over own anchors, the triplet sum, its number of pairs, and the neighbourhood term, (3,).
+    """Return the triplet sum, its number of pairs, and the neighbourhood term, over the worker's anchors, (3,).
 
     Parameters
     ----------
+    mean, all_means, x, all_x
+        Embedding and expression of own cells and of all cells, (own or global cells, z or genes).
+    keys
+        `StepNoise.keys`.
     at_once
-        Pairs, padding included, that may be compared together; by default as many as suit the device.
+        Largest number of pairs to compare together, padding included; by default as `labels.rows` are cut.
     """
-    # An empty slice ties the result to everyone's means on every worker, so that all take part in its backward sum.
+    # The empty slice makes the result depend on `all_means` on every worker, so that all join its backward sum.
     total = torch.stack([all_means[:0].sum()] * 3)
     everyone = labels.group, labels.low, labels.high
     cut = labels.rows if at_once is None else rows_of_groups(everyone, labels.mine, "cpu", at_once=at_once)
@@ -388,7 +394,9 @@ def pair_losses(
             neighbours=loss.neighbours, sigma=loss.sigma, across=loss.across,
         )  # fmt: skip
         means = near.sum(-1) / rows.sizes
-        total = total + torch.cat([pairs, _without(labels.more, means.sum()[None] / len(labels.group_cells))])
+        total = total + torch.cat(
+            [pairs, _unpadded_mean(labels.padding_ratio, means.sum()[None] / len(labels.group_cells))]
+        )
     return total
 
 
@@ -403,12 +411,12 @@ def _apart(group: GroupCells, own: Tensor, everyone: Tensor) -> Tensor:
 def total_loss(
     outputs: Outputs, batch: MiniBatch, noise: StepNoise, loss: LossSettings, *, conditions: int, collective: Collective
 ) -> LossTerms:
-    """Return the loss of the global mini-batch (METHOD section 3), the same on every worker.
+    """Return the loss of the global mini-batch (METHOD section 3), equal on all workers.
 
     Parameters
     ----------
     conditions
-        C, conditions of the cohort, whichever of them are in the mini-batch.
+        C, the number of conditions of the cohort, not of the mini-batch.
     """
     quantised, labels, cells = outputs.quantised, outputs.labels, batch.cells
     all_means = collective.for_anchors(collective.all_gather_rows(outputs.mean))
@@ -447,7 +455,7 @@ def total_loss(
 def _of_all(
     of_books: list[Tensor], pair_sums: list[Tensor], quantised: Quantised, collective: Collective
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return means over codebooks, and sums over anchors, of all workers, where each has those of its own."""
+    """Combine means over codebooks and sums over anchors of all workers if each computed those of its own share."""
     share = len(quantised.vectors) / len(quantised.projections)
     if share == 1:
         return of_books, pair_sums
@@ -457,12 +465,12 @@ def _of_all(
 
 
 def _learning(quantised: Quantised, weight: float) -> Quantised:
-    """Return what an information loss of this weight reads: without weight it is measured, and has no gradient."""
+    """Return the input of an information loss: a loss of weight 0 is only measured, so its input is detached."""
     return quantised if weight else replace(quantised, group_probs=quantised.group_probs.detach())
 
 
 def weigh(terms: Terms, loss: LossSettings, conditions: int) -> LossTerms:
-    """Weigh the terms, clamp those that METHOD clamps, and add them up; what is maximised enters negatively."""
+    """Weight the terms, clamp those that METHOD section 3 clamps, and add them up; dependence enters negatively."""
     weighted = Terms(
         reconstruction=loss.reconstruction * terms.reconstruction,
         cosine=loss.cosine * terms.cosine,

@@ -1,6 +1,6 @@
 """The network: encoder, codebooks, head and decoder (METHOD section 2).
 
-Input: a `MiniBatch` with its noise. Output: `Outputs`, from which `losses.total_loss` computes the loss. At inference
+Input: a `MiniBatch` and its noise. Output: `Outputs`, from which `losses.total_loss` computes the loss. At inference
 `embed` computes the effect modifiers of any cells, deterministically.
 """
 
@@ -26,7 +26,7 @@ SMALLEST_VARIANCE = 1e-6
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a training step's forward pass gives for a worker's cells.
+    """The result of a training step's forward pass for a worker's cells.
 
     Attributes
     ----------
@@ -35,9 +35,9 @@ class Outputs:
     reconstruction
         (cells, genes), from one sample of the latent.
     quantised
-        What the codebooks say.
+        The quantised vectors, and statistics of the codes.
     labels
-        Codes of the global mini-batch.
+        Labels of the global mini-batch.
     """
 
     mean: Tensor
@@ -53,22 +53,22 @@ class NDreamerNetwork(nn.Module):
     Parameters
     ----------
     genes, conditions
-        How many there are.
+        Number of genes and of conditions.
     batch_levels
-        Number of codes of each batch covariate; empty where there is no batch.
+        Number of codes of each batch covariate; empty without a batch covariate.
     settings
-        Widths.
+        Widths of the layers.
     nonnegative
-        Whether expression has no negative values; the reconstruction then has none either.
+        Whether expression has no negative values; a final ReLU then keeps the reconstruction nonnegative.
     seed
-        Of the initial parameters; torch's global generator is left as it was.
+        Seed of the initial parameters; torch's global generator keeps its state.
 
     Attributes
     ----------
     bf16
-        Whether the matrix products of a training step's head and decoder are taken in bfloat16. All else keeps the
-        precision of the parameters: the encoder, since with it in bfloat16 another code wins in 1 to 3 % of the
-        assignments, which moved single losses by up to 10 %; mean and variance, codebooks, losses; and inference.
+        Whether training takes the matrix products of head and decoder in bfloat16. Everything else keeps the precision
+        of the parameters: mean and variance, codebooks, losses, inference, and the encoder. (An encoder in bfloat16
+        changed 1 to 3 % of the code assignments, which moved single losses by up to 10 %.)
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class NDreamerNetwork(nn.Module):
             self.decoder = Decoder(settings.latent, settings.decoder, genes, conditions, batch_levels)
 
     def forward(self, batch: MiniBatch, noise: StepNoise, collective: Collective) -> Outputs:
-        """Run a training step's forward pass on a worker's share of the mini-batch."""
+        """Run the forward pass of a training step on a worker's share of the mini-batch."""
         labels, dtype = gather_labels(batch, collective), batch.x.dtype
         quantised: Quantised = self.quantiser(self.encoder(batch.x, collective), labels.segments, noise, collective)
         vectors = collective.all_books(quantised.vectors, len(quantised.projections))
@@ -105,29 +105,29 @@ class NDreamerNetwork(nn.Module):
 
     @torch.no_grad()
     def embed(self, x: Tensor, choice: CodeChoice = "probable", generator: torch.Generator | None = None) -> Tensor:
-        """Return the effect modifier, (cells, z), of expression x, (cells, genes).
+        """Return the effect modifier, (cells, z), of expression x, (cells, genes), without noise (METHOD section 8).
 
-        No noise and hard codes (section 8), unless another choice of codes is asked for; `generator` draws `sampled` ones.
+        `choice` says how codes are chosen, by default the most probable one; `generator` draws `sampled` codes.
         """
         return self.infer(self.project(x), choice, generator)[0]
 
     @torch.no_grad()
     def project(self, x: Tensor) -> Tensor:
-        """Return the projections, (codebooks, cells, dim), of expression x by the running statistics."""
+        """Return the projections, (codebooks, cells, dim), of expression x, with the running statistics."""
         return self.quantiser.project(self.encoder(x, None), None)
 
     @torch.no_grad()
     def infer(
         self, projections: Tensor, choice: CodeChoice = "probable", generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return mean and variance, (cells, z), of projections, by the most probable codes or as chosen."""
+        """Return mean and variance, (cells, z), of projections; see `embed`."""
         vectors = self.quantiser.vectors(projections, choice, generator)
         mean, variance = self.head(_side_by_side(vectors), None)
         return mean, variance
 
     @torch.no_grad()
     def reconstruct(self, mean: Tensor, condition: Tensor, batch: Tensor) -> Tensor:
-        """Return expression, (cells, genes), of effect modifiers under the given condition and batch codes."""
+        """Decode effect modifiers to expression, (cells, genes), under the given condition and batch codes."""
         return self._decode(mean, condition, batch)
 
     def _decode(self, latent: Tensor, condition: Tensor, batch: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class NDreamerNetwork(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Linear-BN-ReLU for every width but the last, then a Linear: (cells, genes) to h, (cells, width)."""
+    """Map expression, (cells, genes), to h, (cells, width): Linear-BN-ReLU for each width but the last, then Linear."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(width) for width in widths[1:-1])
 
     def forward(self, x: Tensor, collective: Collective | None) -> Tensor:
-        """Return h; without collective by the running statistics."""
+        """Return h; without a collective, use the running statistics."""
         for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
             x = functional.relu(norm(layer(x), collective))
         h: Tensor = self.layers[-1](x)
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
 
 
 class MomentsHead(nn.Module):
-    """Quantised vectors side by side, (cells, codebooks * dim), to mean and variance, (cells, z)."""
+    """Map concatenated quantised vectors, (cells, codebooks * dim), to mean and variance, (cells, z)."""
 
     def __init__(self, width: int, latent: int) -> None:
         super().__init__()
@@ -165,17 +165,17 @@ class MomentsHead(nn.Module):
         self.log_variance = nn.Linear(2 * latent, latent)
 
     def forward(self, q: Tensor, collective: Collective | None) -> tuple[Tensor, Tensor]:
-        """Return mean and variance; without collective by the running statistics."""
+        """Return mean and variance; without a collective, use the running statistics."""
         y = self.norm_in(functional.relu(self.merge(q)), collective)
         inner = self.narrow(functional.gelu(self.widen(y)))
         y = functional.relu(y + self.norm_out(inner, collective))
-        # Correlations are taken of these, and the variances hardly vary: bfloat16's rounding would be seen in the loss.
+        # The losses take correlations of both, and the variance hardly varies: rounding to bfloat16 would change them.
         with torch.autocast(y.device.type, enabled=False):
             return self.mean(y), self.log_variance(y).exp().clamp_min(SMALLEST_VARIANCE)
 
 
 class Decoder(nn.Module):
-    """Latent, (cells, z), with condition and batch codes, to expression before the last ReLU, (cells, genes)."""
+    """Map a latent sample, (cells, z), with condition and batch codes, to (cells, genes) before the last ReLU."""
 
     def __init__(
         self, latent: int, widths: Sequence[int], genes: int, conditions: int, batch_levels: Sequence[int]
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         self.layers = _linears((latent, *widths, genes))
 
     def forward(self, latent: Tensor, condition: Tensor, batch: Tensor) -> Tensor:
-        """Return (cells, genes); `batch` is (cells, covariates)."""
+        """Return expression, (cells, genes), of condition codes, (cells,), and batch codes, (cells, covariates)."""
         condition, batch = (codes.to(latent.device, non_blocking=True) for codes in (condition, batch))
         y = self.layers[0](latent) + self.condition(condition)
         for embedding, code in zip(self.batch, batch.unbind(1), strict=True):
@@ -202,5 +202,5 @@ def _linears(widths: Sequence[int]) -> nn.ModuleList:
 
 
 def _side_by_side(vectors: Tensor) -> Tensor:
-    """Bring (codebooks, cells, dim) to (cells, codebooks * dim)."""
+    """Concatenate the codebooks of each cell: (codebooks, cells, dim) to (cells, codebooks * dim)."""
     return vectors.transpose(0, 1).flatten(1)

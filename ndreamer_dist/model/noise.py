@@ -1,11 +1,12 @@
-"""All randomness of a training step, drawn so that it depends neither on workers nor on threads.
+"""All random numbers of a training step, independent of the number of workers and threads.
 
-A mini-batch is cut into blocks of `NOISE_ROWS` cells. Each block has its own generator, keyed by (seed, stage, step,
-block), and a worker draws the blocks it owns. On a CPU the numbers come from numpy's SFC64, in threads over blocks. On a
-GPU they are made from their places and the step's key (`draw_on_device`): other numbers, the same ones on every GPU.
+A mini-batch is cut into blocks of `NOISE_ROWS` cells. On a CPU each block has its own SFC64 generator, keyed by (seed,
+stage, step, block); a worker draws the blocks that it owns, in threads. On a GPU a counter-based generator computes
+each number from its position and the step's key (`draw_on_device`). CPU and GPU numbers differ; all GPUs give the same
+ones.
 
-The Gumbel noise of the code assignment is drawn as a *race* (see `codebooks.race`). At a low temperature only the first
-few codes to arrive can have a weight. So a few numbers per cell and codebook, `race_draws`, replace one per code.
+The Gumbel noise of the code assignment is drawn as a *race* (see `codebooks`). At a low temperature only the first few
+codes to arrive can have a weight, so `race_draws` numbers per cell and codebook replace one number per code.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from ndreamer_dist.settings import NOISE_ROWS, ModelSettings
 Noise = NDArray[np.float32]
 
 RACE_TEMPERATURE = 0.1
-"""Temperature up to which the assignment is drawn as a race; above it there is one number per code."""
+"""Highest temperature at which the assignment is drawn as a race; above it, one number per code is drawn."""
 SMALLEST_EXPONENTIAL = 2.0**-25
-"""Exponentials are drawn on a grid of about 2**-24 that includes 0, whose logarithm must stay finite."""
+"""Lower bound of exponentials: their grid of about 2**-24 includes 0, and their logarithm must be finite."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class StepNoise:
     Attributes
     ----------
     exponentials
-        (codebooks, cells, draws), standard exponential: waiting times of the race, or one per code (no `marks` then).
+        (codebooks, cells, draws), standard exponential: waiting times of the race; above `RACE_TEMPERATURE` one per
+        code.
     marks
-        (codebooks, cells, draws), uniform on [0, 1): which code each arrival is. No draws above `RACE_TEMPERATURE`.
+        (codebooks, cells, draws), uniform on [0, 1): select the code of each arrival. No draws above
+        `RACE_TEMPERATURE`.
     latent
         (2, cells, z), standard normal: eps and eta of the latent sample.
     keys
-        (cells, global cells), uniform: the order in which a cell's positives and negatives are taken.
+        (cells, global cells), uniform: the triplet loss takes the positives and negatives of the smallest keys.
     """
 
     exponentials: Tensor
@@ -54,21 +57,21 @@ class StepNoise:
     keys: Tensor
 
     def of_books(self, books: slice) -> StepNoise:
-        """Return the same for some of the codebooks."""
+        """Return the noise of some of the codebooks."""
         return replace(self, exponentials=self.exponentials[books], marks=self.marks[books])
 
 
 def block_generator(seed: int, stage: str, step: int, block: int = 0) -> np.random.Generator:
-    """Return the generator of one block of one step of a stage; blocks of a step are independent streams."""
+    """Return the generator of one block of a step; every (seed, stage, step, block) has an independent stream."""
     key = (zlib.crc32(stage.encode()), step, block)
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=key)))
 
 
 def race_draws(temperature: float) -> int:
-    """Return how many arrivals of the race are needed, or 0 where one number per code is.
+    """Return how many arrivals of the race to draw, or 0 if one number per code is drawn instead.
 
-    A code that arrives at f = exp(17 temperature) times the first arrival has weight exp(-17), less than float32's
-    rounding. n further arrivals all come before that with probability (1 - 1/f)**n; one in a million is accepted.
+    An arrival at f = exp(17 temperature) times the first arrival time has weight exp(-17), below the rounding error of
+    float32. All of n further arrivals come before that with probability (1 - 1/f)**n; n makes it at most 1e-6.
     """
     if temperature > RACE_TEMPERATURE:
         return 0
@@ -77,13 +80,14 @@ def race_draws(temperature: float) -> int:
 
 
 def draw(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "train") -> StepNoise:
-    """Return the noise of the cells of `batch`, on their device and in their floating type (METHOD sections 2, 3)."""
+    """Return the noise of the cells of `batch`, with the device and dtype of `batch.x` (METHOD sections 2, 3)."""
     draws = race_draws(model.temperature)
     if batch.x.is_cuda:
         return draw_on_device(batch, model, seed, stage=stage)
 
     def block_noise(rng: np.random.Generator) -> tuple[Noise, ...]:
-        # A short block draws for all its rows, so that a cell's noise never depends on how many cells follow it.
+        # A short block draws numbers for all `NOISE_ROWS` rows, so a cell's noise does not depend on the cells after
+        # it.
         latent = rng.standard_normal((NOISE_ROWS, 2, model.latent), np.float32)
         waits = rng.standard_exponential((NOISE_ROWS, model.codebooks, draws or model.codes), np.float32)
         marks = rng.random((NOISE_ROWS, model.codebooks, draws), np.float32)
@@ -103,9 +107,9 @@ def draw(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "tra
 
 
 def draw_on_device(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: str = "train") -> StepNoise:
-    """Return what `draw` does, other numbers from the same distributions, drawn where the cells of `batch` are.
+    """Return noise of the same distributions as `draw`, computed on the device of `batch.x`.
 
-    Each pair of numbers is made from its place (cell, column) and the step's key by whole-number operations, so the
+    Integer operations on the step's key and a number's position (cell, column) give each pair of numbers, so the
     numbers depend neither on the device nor on which cells a worker owns.
     """
     draws, like = race_draws(model.temperature), batch.x
@@ -134,9 +138,9 @@ def draw_on_device(batch: MiniBatch, model: ModelSettings, seed: int, *, stage: 
 
 
 def uniforms(places: Tensor, key: int | Tensor) -> Tensor:
-    """Return two uniform numbers in [0, 1), multiples of 2**-24, for each place: (2 places,) float32.
+    """Return two uniform numbers in [0, 1), multiples of 2**-24, for each place: (2 * places,) float32.
 
-    SplitMix64 with the place as its counter: 64 bits of the key and the place, of which 48 are used.
+    SplitMix64 with the place as its counter; 48 of its 64 bits are used.
     """
     mixed = places * _signed(0x9E3779B97F4A7C15) + key
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -146,19 +150,19 @@ def uniforms(places: Tensor, key: int | Tensor) -> Tensor:
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """Shift 64 bits to the right; torch's own shift would draw the sign along."""
+    """Shift 64 bits to the right and fill with zeros; torch's own shift fills with the sign bit."""
     return (bits >> by) & (2 ** (64 - by) - 1)
 
 
 def _signed(bits: int) -> int:
-    """Return the int64 of some 64 bits."""
+    """Reinterpret an unsigned 64-bit number as int64."""
     return bits - 2**64 if bits >= 2**63 else bits
 
 
 def _normals(uniform: Tensor) -> Tensor:
-    """Return standard normal numbers of as many uniform ones, (cells, even number), by Box and Muller.
+    """Turn uniform numbers, (cells, even number), into as many standard normal ones by the Box-Muller transform.
 
-    In float64 and then rounded, so that the last bit of a logarithm or a cosine, which devices compute otherwise, does not show.
+    Computed in float64 and rounded to float32: devices differ in the last bit of a logarithm or cosine.
     """
     first, second = uniform.double().unflatten(1, (-1, 2)).unbind(-1)
     radius, angle = (first.neg().log1p() * -2).sqrt(), second * (2 * math.pi)
@@ -166,7 +170,7 @@ def _normals(uniform: Tensor) -> Tensor:
 
 
 def step_key(seed: int, stage: str, step: int) -> int:
-    """Return the key of a step's noise on a GPU, 63 bits."""
+    """Return the 63-bit key of a step's noise on a GPU."""
     sequence = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(stage.encode()), step))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -179,6 +183,6 @@ def _per_block(
 
 
 def _rows(blocks: list[Noise], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Join blocks, cut them to the cells of `like`, and bring them to its device and type."""
+    """Concatenate blocks, cut them to the cells of `like`, and convert them to its device and dtype."""
     joined = np.concatenate(blocks) if blocks else np.empty((0, *shape), np.float32)
     return torch.from_numpy(joined[: len(like)]).to(device=like.device, dtype=like.dtype)

@@ -1,7 +1,7 @@
-"""What travels between the host and a GPU.
+"""Copies between the host and a GPU.
 
-Expression goes there as a CSR and becomes dense there. All that a step needs goes by one copy. What a step measured comes
-back while the host goes on.
+Expression is sent as a CSR and made dense on the device. All inputs of a step are sent in one copy. The measures of a
+step are copied back asynchronously.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from scipy import sparse
 from torch import Tensor
 
 ALIGNED = 64
-"""Bytes at whose multiples tensors begin that travel together."""
+"""Alignment, in bytes, of the tensors in one copy."""
 
 
 def dense(x: sparse.csr_matrix, device: Any) -> Tensor:
-    """Return a CSR as a dense tensor on a device, (cells, genes) float32."""
+    """Return a CSR as a dense tensor, (cells, genes) float32, on a device."""
     if torch.device(device).type == "cpu":
         return torch.from_numpy(x.toarray())
     return spread([part.to(device, non_blocking=True) for part in of_csr(x)], x.shape)
 
 
 def spread(csr: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """Return a CSR, in parts as `of_csr` gives them, as a dense tensor where these are."""
+    """Return the dense tensor of a CSR, given by its parts (see `of_csr`), on the device of the parts."""
     counts, indices, data = csr
     rows = torch.repeat_interleave(torch.arange(len(counts), device=data.device), counts, output_size=len(data))
     flat = torch.zeros(shape[0] * shape[1], dtype=torch.float32, device=data.device)
@@ -35,19 +35,21 @@ def spread(csr: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
 
 
 def of_csr(x: sparse.csr_matrix) -> list[Tensor]:
-    """Return what travels of a CSR: how many values each row has, their columns, and the values."""
+    """Return the parts of a CSR that are sent: the number of values of each row, their columns, and the values."""
     return [torch.tensor(part) for part in (np.diff(x.indptr), x.indices, x.data)]
 
 
 def room(part: Tensor) -> int:
-    """Return how many bytes a tensor takes among those that travel together."""
+    """Return how many bytes a tensor takes in `sent_together`, alignment included."""
     return -(-part.nbytes // ALIGNED) * ALIGNED
 
 
 def sent_together(parts: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Bring tensors to a GPU by one copy, from memory that it reads by itself while the host goes on.
+    """Send tensors to a GPU in one asynchronous copy from pinned memory.
 
-    Returns them, and the bytes in which they lie.
+    Returns
+    -------
+    The tensors on the device, and the bytes that they are views of.
     """
     starts = np.cumsum([0, *map(room, parts)]).tolist()
     pinned = device.type == "cuda" and torch.cuda.is_available()
@@ -64,21 +66,21 @@ def sent_together(parts: Sequence[Tensor], device: torch.device) -> tuple[list[T
 
 @dataclass(frozen=True)
 class Copied:
-    """A tensor on its way to the host, which waits for it only when it is read."""
+    """A tensor that is being copied to the host; only reading it waits for the copy."""
 
     values: Tensor
     there: torch.cuda.Event | None
 
     @classmethod
     def of(cls, tensor: Tensor) -> Copied:
-        """Send a tensor on its way."""
+        """Start to copy a tensor to the host."""
         values, there = tensor.to("cpu", non_blocking=True), None
         if tensor.is_cuda and torch.cuda.is_available():
             there = torch.cuda.current_stream().record_event()
         return cls(values, there)
 
     def tolist(self) -> list[float]:
-        """Return the numbers, (n,), when they have come."""
+        """Wait for the copy and return the numbers, (n,)."""
         if self.there is not None:
             self.there.synchronize()
         numbers: list[float] = self.values.tolist()

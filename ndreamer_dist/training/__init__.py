@@ -1,1 +1,1 @@
-"""Training: sampling plan, mini-batches, the loop, and Ray Train around it (METHOD section 4)."""
+"""Training: sampling plan, mini-batches, the training loop, and Ray Train around it (METHOD section 4)."""

@@ -1,8 +1,8 @@
 """Turn sparse shares into dense mini-batches on the training device.
 
-Input: a worker's share of a step, and the labels of all packed rows. Output: a `MiniBatch`. A GPU whose memory holds the
-packed matrix keeps it there (`Resident`): nothing is streamed then, and of expression only row numbers travel. This is a
-separate module so that processes that only read need not import torch.
+Input: a worker's share of a step, and the labels of all packed rows. Output: a `MiniBatch`. If the packed matrix fits
+into the memory of the GPU, it stays there (`Resident`): then nothing is streamed, and a step sends the places of its
+rows in place of expression values. This module is apart from `windows` so that reader processes need not import torch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import Share
 
 SIZED_STEPS = 64
-"""Steps whose mini-batches say to what all are padded."""
+"""Number of first steps that determine the padded sizes of all mini-batches."""
 AHEAD = 2
-"""Mini-batches that are made before a GPU asks for them."""
+"""Mini-batches prepared ahead for a GPU."""
 
 
 @dataclass(frozen=True)
 class RowLabels:
-    """What the losses need to know of every packed row: 8 bytes per cell and the groups' tables."""
+    """Labels of all packed rows, as the losses need them: 8 bytes per cell, and one table row per group."""
 
     group_starts: np.ndarray  # (groups + 1,)
     group_condition: np.ndarray  # (groups,)
@@ -44,10 +44,10 @@ class RowLabels:
     high: np.ndarray  # (rows,) int32
 
     def codes(self, rows: np.ndarray) -> np.ndarray:
-        """Return condition, group, low and high cluster, and batches of some rows: (rows, 4 + covariates) int64."""
+        """Return condition, group, low and high cluster, and batches of packed rows: (rows, 4 + covariates) int64."""
         group = np.searchsorted(self.group_starts, rows, side="right") - 1
-        known = (self.group_condition[group], group, self.low[rows], self.high[rows])
-        return np.concatenate([np.stack(known, axis=1), self.group_batch[group]], axis=1).astype(np.int64)
+        columns = (self.group_condition[group], group, self.low[rows], self.high[rows])
+        return np.concatenate([np.stack(columns, axis=1), self.group_batch[group]], axis=1).astype(np.int64)
 
     @classmethod
     def of(cls, packed: Packed) -> RowLabels:
@@ -69,11 +69,11 @@ class Resident:
     Attributes
     ----------
     starts
-        (rows + 1,) int64 on the host: where each row's values begin.
+        (rows + 1,) int64 on the host: start of each row's values.
     indices, data
-        (values,) on the device, int16 where that numbers all genes, and float32.
+        (values,) on the device: column numbers, int16 or, with more than 32 767 genes, int32; values, float32.
     genes
-        Columns.
+        Number of columns.
     """
 
     starts: np.ndarray
@@ -83,7 +83,7 @@ class Resident:
 
     @classmethod
     def of(cls, packed: Packed, device: Any, room: int) -> Resident | None:
-        """Bring a packed matrix to a device, block by block; none where it takes more than `room` bytes."""
+        """Copy a packed matrix to a device, block by block; return None if it takes more than `room` bytes."""
         names = [f"{keys.PACKED_X}/{keys.block_name(block)}/{keys.DATA}" for block in range(packed.n_blocks)]
         most = sum(int(packed.storage.metadata(name)["shape"][0]) for name in names)
         kind = torch.int16 if packed.n_genes <= torch.iinfo(torch.int16).max else torch.int32
@@ -100,15 +100,15 @@ class Resident:
 
     @property
     def nbytes(self) -> int:
-        """What it takes on the device."""
+        """Bytes on the device."""
         return self.indices.nbytes + self.data.nbytes
 
     def places(self, rows: np.ndarray) -> list[torch.Tensor]:
-        """Return what travels in place of some rows: how many values each has and where they begin, (rows,) int64."""
+        """Return the number of values of each row and where they start, (rows,) int64 each, as `rows` takes them."""
         return [torch.from_numpy(part) for part in (self.starts[rows + 1] - self.starts[rows], self.starts[rows])]
 
     def rows(self, places: Sequence[torch.Tensor], values: int) -> torch.Tensor:
-        """Return the rows at these places, which have so many values in all, dense: (rows, genes)."""
+        """Return the dense rows at some places, (rows, genes), which hold `values` values in total."""
         counts, starts = places
         shift = torch.repeat_interleave(starts - counts.cumsum(0) + counts, counts, output_size=values)
         place = shift + torch.arange(values, device=self.data.device)
@@ -116,16 +116,17 @@ class Resident:
 
 
 def resident_batches(
-    kept: Resident, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], first_step: int
+    resident: Resident, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], first_step: int
 ) -> Iterator[MiniBatch]:
-    """Yield a worker's mini-batches from `first_step` on, of a matrix that is on its device."""
+    """Yield a worker's mini-batches from `first_step` on, from the matrix on its device."""
     least = sizes_ahead(labels, plan)
     for step in range(first_step, plan.steps):
-        yield densify(Share(step, plan.share_rows(step, 0, 1), kept), labels, plan, place, kept.data.device, least)
+        share = Share(step, plan.share_rows(step, 0, 1), resident)
+        yield densify(share, labels, plan, place, resident.data.device, least)
 
 
 def sizes_ahead(labels: RowLabels, plan: SamplingPlan) -> Sizes:
-    """Return to what a GPU's mini-batches are padded: what the first ones of the plan need, so that nearly all are alike."""
+    """Return the sizes to pad a GPU's mini-batches to: the largest of the first ones, so that nearly all are alike."""
     sizes = UNPADDED
     for step in range(min(plan.steps, SIZED_STEPS)):
         codes = torch.from_numpy(labels.codes(plan.share_rows(step, 0, 1)))
@@ -136,15 +137,17 @@ def sizes_ahead(labels: RowLabels, plan: SamplingPlan) -> Sizes:
 def densify(
     share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: Any, least: Sizes = UNPADDED
 ) -> MiniBatch:
-    """Turn a sparse share into a mini-batch on a device; what travels there is the sparse form.
+    """Turn a sparse share into a mini-batch on a device; expression is sent sparse.
 
     Parameters
     ----------
+    place
+        Rank of the worker, and number of workers.
     least
-        To what labels are padded for a GPU (`sizes_ahead`).
+        Minimum sizes to pad labels to for a GPU (`sizes_ahead`).
     """
     if torch.device(device).type != "cpu":
-        return sent(share, labels, plan, place, torch.device(device), least)
+        return densify_for_gpu(share, labels, plan, place, torch.device(device), least)
     condition, group, low, high, *batch = torch.from_numpy(labels.codes(share.rows)).unbind(1)
     return MiniBatch(
         x=dense(share.x, device),
@@ -159,79 +162,79 @@ def densify(
     )
 
 
-def sent(
+def densify_for_gpu(
     share: Share, labels: RowLabels, plan: SamplingPlan, place: tuple[int, int], device: torch.device, least: Sizes
 ) -> MiniBatch:
-    """Do the same for a GPU, with the labels found ahead; all that travels makes one copy.
+    """Build the mini-batch of a GPU: compute its labels ahead, and send everything in one copy.
 
-    Workers on GPUs have all cells each, and share codebooks and anchors: `place` says which anchors are this worker's.
+    Every GPU worker has all cells; workers share codebooks and anchors, and `place` determines the worker's anchors.
     """
     codes = torch.from_numpy(labels.codes(share.rows))
     anchors = plan.share(share.step, *place)
     own = slice(anchors.start * NOISE_ROWS, anchors.stop * NOISE_ROWS) if place[1] > 1 else None
-    found = labels_of(codes, slice(0, len(codes)), device.type, anchors=own, least=least)
+    ahead = labels_of(codes, slice(0, len(codes)), device.type, anchors=own, least=least)
     key = torch.tensor(step_key(plan.seed, "train", share.step + 1))
-    kept = share.x if isinstance(share.x, Resident) else None
-    matrix = kept.places(share.rows) if kept else of_csr(share.x)
-    parts = [key, codes[:, 0], codes[:, 4:], *tensors_of(found), *matrix]  # the matrix, whose size varies, comes last
-    there, everything = sent_together(parts, device)
-    known, arrived = len(parts) - len(matrix), there[-len(matrix) :]
-    by_id = dict(zip(map(id, parts[3:known]), there[3:known], strict=True))
+    resident = share.x if isinstance(share.x, Resident) else None
+    matrix = resident.places(share.rows) if resident else of_csr(share.x)
+    parts = [key, codes[:, 0], codes[:, 4:], *tensors_of(ahead), *matrix]  # the matrix comes last: its size varies
+    received, device_bytes = sent_together(parts, device)
+    others, csr = len(parts) - len(matrix), received[-len(matrix) :]
+    by_id = dict(zip(map(id, parts[3:others]), received[3:others], strict=True))
     return MiniBatch(
-        x=kept.rows(arrived, int(matrix[0].sum())) if kept else spread(arrived, share.x.shape),
-        condition=there[1],
-        batch=there[2],
+        x=resident.rows(csr, int(matrix[0].sum())) if resident else spread(csr, share.x.shape),
+        condition=received[1],
+        batch=received[2],
         group=codes[:, 1],
         low=codes[:, 2],
         high=codes[:, 3],
         first_block=0,
         step=share.step + 1,
         cells=plan.cells(share.step),
-        labels=found.sent(lambda part: by_id[id(part)]),
-        key=there[0],
-        sent=everything[: sum(map(room, parts[:known]))],
+        labels=ahead.moved(lambda part: by_id[id(part)]),
+        key=received[0],
+        device_bytes=device_bytes[: sum(map(room, parts[:others]))],
     )
 
 
-def made_ahead(batches: Iterator[MiniBatch]) -> Iterator[MiniBatch]:
-    """Yield mini-batches that a thread makes, their copies on a stream of their own, while the step before is under way."""
+def prepared_ahead(batches: Iterator[MiniBatch]) -> Iterator[MiniBatch]:
+    """Yield mini-batches that a thread prepares, with copies on a CUDA stream of its own, during the steps before."""
     side = torch.cuda.Stream()
     ready: Queue[Any] = Queue(AHEAD)
     stopped = threading.Event()
 
-    def make() -> None:
+    def prepare() -> None:
         try:
             with torch.cuda.stream(side):
                 for batch in batches:
                     _put(ready, (batch, side.record_event()), stopped)
             _put(ready, None, stopped)
-        except BaseException as error:  # noqa: BLE001 - raised where the mini-batch is waited for
+        except BaseException as error:  # noqa: BLE001 - raised again by the consumer
             _put(ready, error, stopped)
 
-    threading.Thread(target=make, daemon=True, name="ndreamer-ahead").start()
+    threading.Thread(target=prepare, daemon=True, name="ndreamer-ahead").start()
     try:
-        while (made := ready.get()) is not None:
-            if isinstance(made, BaseException):
-                raise made
-            batch, copied = made
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            batch, copied = item
             stream = torch.cuda.current_stream()
             stream.wait_event(copied)
-            with_tensors(batch, partial(_kept_for, stream=stream))
+            with_tensors(batch, partial(_used_on, stream=stream))
             yield batch
     finally:
         stopped.set()
 
 
 def _put(queue: Queue[Any], value: Any, stopped: threading.Event) -> None:
-    """Put a value into a queue, unless nobody takes from it any more."""
+    """Put a value into a queue, unless the consumer has stopped."""
     while not stopped.is_set():
         with suppress(Full):
             queue.put(value, timeout=1.0)
             return
 
 
-def _kept_for(part: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
-    """Let the memory of a tensor be used again only after a stream has done what it was given so far."""
+def _used_on(part: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
+    """Keep the memory of a tensor from being reused before the work queued on a stream is done."""
     if part.is_cuda:
         part.record_stream(stream)
     return part

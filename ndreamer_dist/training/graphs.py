@@ -1,10 +1,11 @@
-"""Training steps as CUDA graphs: a step's thousand operations are recorded once, and then started by one call.
+"""Training steps as CUDA graphs: the thousand operations of a step are recorded once and then started by one call.
 
-A graph does what was recorded on the memory that was recorded, so the inputs of each step are copied to where those of the
-recorded one lay: one copy of the labels, and one of expression. It needs shapes that do not change. Mini-batches are
-padded (`model.batch.Sizes`), so that nearly all have the same; those of a size that was not seen before take their step
-plainly, which also warms up what a recording needs to be warm. A recording is trusted after it has left the bits of a plain
-step. What cannot be recorded, or does not, is said in one line, and all steps are plain from then on.
+A graph repeats the recorded operations on the recorded memory. So the inputs of each step are copied to the memory of
+the recorded inputs: one copy for labels, one for expression. A graph also needs fixed shapes. Mini-batches are padded
+(`model.batch.Sizes`), so nearly all have the same shapes. The first mini-batch of new shapes takes an ordinary step,
+which also serves as the warm-up that recording requires; the second is recorded. A recording is used only if it gives
+the same bits as an ordinary step. If recording fails or the bits differ, a warning is logged, and all later steps are
+ordinary.
 """
 
 from __future__ import annotations
@@ -19,55 +20,50 @@ from typing import Any
 import torch
 
 from ndreamer_dist.model.batch import MiniBatch, with_tensors
-from ndreamer_dist.model.codebooks import Quantised
 from ndreamer_dist.model.collectives import Collective
-from ndreamer_dist.model.losses import LossTerms
 from ndreamer_dist.settings import Settings
-from ndreamer_dist.training.loop import TrainState, finish_step, optimise, training_step
+from ndreamer_dist.training.loop import Outcome, TrainState, finish_step, optimise, training_step
 
 MOST_GRAPHS = 8
-"""Sizes of mini-batches whose step is recorded; what is recorded shares its memory."""
+"""Largest number of different mini-batch sizes to record; all graphs share one memory pool."""
 
 logger = logging.getLogger(__name__)
 
-Outcome = tuple[LossTerms, Quantised]
 Recorder = Callable[[Callable[[], Outcome]], Callable[[], Outcome]]
-"""Records a step without taking it, and returns what takes it."""
+"""Records a step without executing it, and returns a function that executes it."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A recorded step, and the mini-batch on whose memory it works."""
+    """A recorded step, and the mini-batch whose memory it reads."""
 
     inputs: MiniBatch
     replay: Callable[[], Outcome]
 
     def take(self, batch: MiniBatch) -> Outcome:
-        """Take the step of a mini-batch of the same sizes."""
-        for known, new in ((self.inputs.x, batch.x), (self.inputs.sent, batch.sent)):
-            if known is not None and new is not None:
-                known.copy_(new, non_blocking=True)
+        """Take a step on a mini-batch of the same sizes."""
+        for target, new in ((self.inputs.x, batch.x), (self.inputs.device_bytes, batch.device_bytes)):
+            if target is not None and new is not None:
+                target.copy_(new, non_blocking=True)
         return self.replay()
 
 
 class GraphedSteps:
-    """Takes training steps, recorded ones where a mini-batch has sizes that were seen before.
+    """Takes training steps, by a CUDA graph if the sizes of the mini-batch have occurred before.
 
     Parameters
     ----------
     record
-        For tests without a GPU.
+        Replaces `CudaRecorder` in tests without a GPU.
     """
 
     def __init__(self, record: Recorder | None = None) -> None:
         self._record = record or CudaRecorder()
-        self._known: dict[Hashable, Recorded | None] = {}
+        self._graphs: dict[Hashable, Recorded | None] = {}
         self._plain = False
 
-    def __call__(
-        self, state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
-    ) -> tuple[LossTerms, Quantised]:
-        """Do what `training_step` does."""
+    def __call__(self, state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective) -> Outcome:
+        """Take one step, as `training_step` does."""
         recorded = self._recorded(state, batch, settings, collective)
         if recorded is None:
             return training_step(state, batch, settings, collective)
@@ -78,32 +74,32 @@ class GraphedSteps:
     def _recorded(
         self, state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
     ) -> Recorded | None:
-        """Return the recorded step of such mini-batches, recorded now where this is the second; none where it is to be plain."""
+        """Return the recorded step for the sizes of a mini-batch, or None; record the second one of each size."""
         sizes = sizes_of(batch)
-        if self._plain or batch.sent is None:
+        if self._plain or batch.device_bytes is None:
             return None
-        if sizes not in self._known:
-            if len(self._known) < MOST_GRAPHS:
-                self._known[sizes] = None
+        if sizes not in self._graphs:
+            if len(self._graphs) < MOST_GRAPHS:
+                self._graphs[sizes] = None
             return None
-        if self._known[sizes] is None:
-            inputs = of_own_memory(batch, batch.sent)
+        if self._graphs[sizes] is None:
+            inputs = of_own_memory(batch, batch.device_bytes)
             try:
                 with capturable(state.optimiser):
                     replay = self._record(lambda: detached(optimise(state, inputs, settings, collective)))
                 if not leaves_the_same(state, replay, lambda: optimise(state, inputs, settings, collective)):
-                    msg = "a recorded step had other bits than a plain one"
-                    raise RuntimeError(msg)  # noqa: TRY301 - as where it cannot be recorded
+                    msg = "a recorded step differs from an ordinary one"
+                    raise RuntimeError(msg)  # noqa: TRY301 - handled like a failed recording
             except RuntimeError as error:
                 logger.warning("train: steps are taken without a CUDA graph: %s", str(error).partition("\n")[0])
                 self._plain = True
                 return None
-            self._known[sizes] = Recorded(inputs, replay)
-        return self._known[sizes]
+            self._graphs[sizes] = Recorded(inputs, replay)
+        return self._graphs[sizes]
 
 
 class CudaRecorder:
-    """Records on the stream that all steps are taken on; all graphs have their memory from one pool."""
+    """Records CUDA graphs on the current stream, with one memory pool for all."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -111,7 +107,7 @@ class CudaRecorder:
     def __call__(self, step: Callable[[], Outcome]) -> Callable[[], Outcome]:
         """Record a step."""
         graph = torch.cuda.CUDAGraph()
-        # The thread that makes the next mini-batches may go on with its copies: `thread_local`.
+        # `thread_local` lets the thread that prepares the next mini-batches go on with its copies.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
         ):
@@ -126,51 +122,51 @@ class CudaRecorder:
 
 @contextmanager
 def capturable(optimiser: torch.optim.Optimizer) -> Iterator[None]:
-    """Let an optimiser be recorded. The fused one is the same either way, and warns of a plain step where this is always set."""
+    """Set `capturable` of an optimiser until the block ends; if it were always set, ordinary steps would warn."""
     before = [group["capturable"] for group in optimiser.param_groups]
     for group in optimiser.param_groups:
         group["capturable"] = group["params"][0].is_cuda
     try:
         yield
     finally:
-        for group, known in zip(optimiser.param_groups, before, strict=True):
-            group["capturable"] = known
+        for group, value in zip(optimiser.param_groups, before, strict=True):
+            group["capturable"] = value
 
 
 def leaves_the_same(state: TrainState, one: Callable[[], Outcome], other: Callable[[], Outcome]) -> bool:
-    """Return whether two ways of a step give the same loss, weights and moments, bit for bit; these are put back."""
-    moments = itertools.chain(*(known.values() for known in state.optimiser.state.values()))
+    """Return whether two step functions give the same loss, weights and moments, bit for bit; restore the state."""
+    moments = itertools.chain(*(values.values() for values in state.optimiser.state.values()))
     held = [*state.network.parameters(), *state.network.buffers(), *filter(torch.is_tensor, moments)]
     before, ends = [tensor.detach().clone() for tensor in held], []
     for step in (one, other):
         loss = step()[0].total
         ends.append([tensor.detach().clone() for tensor in (*held, loss)])
         with torch.no_grad():
-            for tensor, known in zip(held, before, strict=True):
-                tensor.copy_(known)
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
     return all(map(torch.equal, *ends))
 
 
 def detached(outcome: Outcome) -> Outcome:
-    """Return what a step gives, without what was needed to differentiate it."""
+    """Return the outcome of a step without its autograd graph."""
     return with_tensors(outcome, torch.Tensor.detach)
 
 
-def of_own_memory(batch: MiniBatch, sent: torch.Tensor) -> MiniBatch:
-    """Return a mini-batch whose tensors on the device lie in memory of its own, at the same places of its `sent`."""
-    there, base = sent.clone(), sent.data_ptr()
+def of_own_memory(batch: MiniBatch, device_bytes: torch.Tensor) -> MiniBatch:
+    """Copy the device tensors of a mini-batch to new memory, at the same offsets of its `device_bytes`."""
+    copy, base = device_bytes.clone(), device_bytes.data_ptr()
 
     def moved(part: torch.Tensor) -> torch.Tensor:
         start = part.data_ptr() - base
-        if not 0 <= start < there.nbytes:  # a code that the host alone reads
+        if not 0 <= start < copy.nbytes:  # a label that stays on the host
             return part
-        return there[start : start + part.nbytes].view(part.dtype).view(part.shape)
+        return copy[start : start + part.nbytes].view(part.dtype).view(part.shape)
 
-    return replace(with_tensors(replace(batch, x=batch.x.new_empty(0)), moved), x=batch.x.clone(), sent=there)
+    return replace(with_tensors(replace(batch, x=batch.x.new_empty(0)), moved), x=batch.x.clone(), device_bytes=copy)
 
 
 def sizes_of(thing: Any) -> Hashable:
-    """Return the shapes of all tensors, and all whole numbers but the number of the step."""
+    """Return the shapes and dtypes of all tensors, and all other hashable fields except `step`."""
     if isinstance(thing, torch.Tensor):
         return tuple(thing.shape), thing.dtype
     if isinstance(thing, tuple):

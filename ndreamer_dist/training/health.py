@@ -1,7 +1,7 @@
-"""Warnings about a training that runs but does not learn what it should. Pure.
+"""Warnings about a training that runs but does not learn what it should. Pure functions.
 
-Input: the rows of the finished epochs. Output: sentences that say what is wrong and what to do. A loss that is not finite
-ends training at once; the loop raises that error.
+Input: the log rows of the finished epochs. Output: texts that say what is wrong and what to do. (A loss that is not
+finite is an error, which the loop raises.)
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from ndreamer_dist.settings import LossSettings, Settings
 from ndreamer_dist.training.log import Row
 
 FAIR_SHARE = 0.25
-"""Share of the planned epochs before which nothing is said."""
+"""Fraction of the planned epochs before which there are no warnings."""
 FEWEST_STEPS = 20
-"""Steps that a mean must be taken over: one mini-batch's information says little."""
+"""Smallest number of steps to average over: the information in a single mini-batch varies much."""
 NEGLIGIBLE_INFORMATION = 0.005
-"""An independence loss below this is as good as none, whether it has fallen or not (1.3e-3 to 1.4e-3 on Kang)."""
+"""An independence loss below this is negligible, even if it has not fallen (1.3e-3 to 1.4e-3 on the Kang cohort)."""
 DEAD_BELOW = 0.1
-"""Codes are mostly dead where the mean perplexity is below this share of them (0.3 to 0.9 on real cohorts)."""
+"""Most codes are dead if perplexity / codes is below this (0.3 to 0.9 on real cohorts)."""
 
 
 def concerns(epochs: Sequence[Row], settings: Settings, planned: int) -> dict[str, str]:
-    """Return what is wrong with a training so far, by kind; empty where all is well or it is too early to say.
+    """Return warnings about a training so far, by kind; empty if all is well or it is too early to say.
 
     Parameters
     ----------
     epochs
         One row per finished epoch (`log.epoch_row`).
     planned
-        Epochs that will be trained in all.
+        Number of epochs of the whole training.
     """
     if not epochs or len(epochs) < FAIR_SHARE * planned:
         return {}
@@ -39,45 +39,45 @@ def concerns(epochs: Sequence[Row], settings: Settings, planned: int) -> dict[st
     window = max(math.ceil(FEWEST_STEPS / steps_per_epoch), len(epochs) // 5)
     if len(epochs) < 2 * window:
         return {}
-    found = {
+    texts = {
         "independence": _independence(epochs, window, settings.loss),
         "codes": _codes(epochs, window, settings.model.codes),
     }
-    return {kind: text for kind, text in found.items() if text is not None}
+    return {kind: text for kind, text in texts.items() if text is not None}
 
 
 def _independence(epochs: Sequence[Row], window: int, loss: LossSettings) -> str | None:
-    """Return a warning where information that the losses are to remove is not below what it was at the start."""
-    asked = {
+    """Return a warning if an independence loss has not fallen since the first epochs."""
+    losses = {
         "independence_condition": (loss.condition_weight, "conditions"),
         "independence_batch": (loss.batch_weight, "batches"),
         "independence_batch_within": (loss.independence_batch_within, "batches inside a condition"),
     }
-    kept = [name for name, (weight, _) in asked.items() if weight and _stays(epochs, window, name)]
-    if not kept:
+    stuck = [name for name, (weight, _) in losses.items() if weight and _stays(epochs, window, name)]
+    if not stuck:
         return None
-    name = kept[0]
+    name = stuck[0]
     first, last = _first_and_last(epochs, window, name)
     return (
         f"the independence loss does not fall: {name} {first:.4f} over epochs 1 to {window}, {last:.4f} over epochs "
-        f"{len(epochs) - window + 1} to {len(epochs)}, so the embedding still tells {asked[name][1]} apart; raise "
+        f"{len(epochs) - window + 1} to {len(epochs)}, so the embedding still tells {losses[name][1]} apart; raise "
         f"--set loss.{name}, or lower --set loss.dependence"
     )
 
 
 def _stays(epochs: Sequence[Row], window: int, name: str) -> bool:
-    """Return whether a loss ends no lower than it began, and is not negligible."""
+    """Return whether a loss has not fallen and is not negligible."""
     first, last = _first_and_last(epochs, window, name)
     return last >= max(first, NEGLIGIBLE_INFORMATION)
 
 
 def _first_and_last(epochs: Sequence[Row], window: int, name: str) -> tuple[float, float]:
-    """Return the means of a loss over the first, and the last, epochs."""
+    """Return the mean of a loss over the first `window` epochs, and over the last."""
     return fmean(row[name] for row in epochs[:window]), fmean(row[name] for row in epochs[-window:])
 
 
 def _codes(epochs: Sequence[Row], window: int, codes: int) -> str | None:
-    """Return a warning where the last epochs used few of the codes."""
+    """Return a warning if the last epochs used few of the codes."""
     used = fmean(row["perplexity"] for row in epochs[-window:])
     if used >= DEAD_BELOW * codes:
         return None

@@ -1,7 +1,8 @@
-"""Mini-batches by Ray Data: readers on the cluster, delivery in the order of the plan, dense on the training device.
+"""Stream mini-batches through Ray Data: read on the cluster, in the order of the plan, dense on the training device.
 
-Input: a packed cohort, the plan, the rank of a worker and the first step. Output: an iterator of `MiniBatch`, read ahead.
-The loop of Ray Data runs in a thread of the training process, so its cost slows down training.
+Input: a packed cohort, the plan, the rank of a worker and the first step. Output: an iterator of `MiniBatch`, read
+ahead. The scheduling loop of Ray Data runs in a thread of the training process, so its processor time slows training
+down.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 from ndreamer_dist.cohort.packed import Packed
 from ndreamer_dist.compute.executor import READER_CPUS
 from ndreamer_dist.model.batch import UNPADDED, MiniBatch
-from ndreamer_dist.training.densify import RowLabels, densify, made_ahead, sizes_ahead
+from ndreamer_dist.training.densify import RowLabels, densify, prepared_ahead, sizes_ahead
 from ndreamer_dist.training.sampling import SamplingPlan
 from ndreamer_dist.training.windows import PlanSource, from_arrow, windows
 
 LOOP_PAUSE_SECONDS = 0.02
 READ_AHEAD = 2
-"""Steps that are fetched from the object store before they are asked for."""
+"""Steps to fetch from the object store ahead."""
 LATE_SECONDS = 120.0
 LATE = (
     f"no mini-batch has come for {LATE_SECONDS:.0f} s: the readers may have no processor, as when a machine is lost and the "
@@ -33,12 +34,15 @@ LATE = (
 def mini_batches(
     packed: Packed, plan: SamplingPlan, place: tuple[int, int], first_step: int, device: Any
 ) -> Iterator[MiniBatch]:
-    """Yield the shares of the worker `place` (rank, workers) from `first_step` on, read ahead by Ray Data.
+    """Yield the mini-batches of a worker from `first_step` on, read ahead by Ray Data.
 
-    Workers on GPUs read all cells each (`densify`).
+    Parameters
+    ----------
+    place
+        Rank of the worker, and number of workers. Every GPU worker reads all cells (`densify_for_gpu`).
     """
-    made = _read(packed, plan, place, first_step, device)
-    return made_ahead(made) if torch.device(device).type == "cuda" else made
+    batches = _read(packed, plan, place, first_step, device)
+    return prepared_ahead(batches) if torch.device(device).type == "cuda" else batches
 
 
 def _read(
@@ -55,7 +59,7 @@ def _read(
     on_gpu = torch.device(device).type == "cuda"
     rank, world = (0, 1) if on_gpu else place
     source = PlanSource(packed, plan, rank=rank, world=world, first_step=first_step)
-    # As many blocks as there are windows: asked for more, Ray Data would cut each window's output again.
+    # One block per window: with more blocks Ray Data would split the output of each window.
     dataset = ray.data.read_datasource(source, num_cpus=READER_CPUS, override_num_blocks=len(windows(plan, first_step)))
     dataset.set_name(f"mini_batches_of_{packed.run.name}_worker_{place[0]}")
     labels = RowLabels.of(packed)
@@ -65,7 +69,7 @@ def _read(
 
 
 def watched(batches: Iterator[MiniBatch], late: Callable[[], object], seconds: float) -> Iterator[MiniBatch]:
-    """Yield mini-batches; `late` is called, from another thread, where the first has not come in time."""
+    """Yield mini-batches; call `late` from another thread if the first takes longer than `seconds`."""
     timer = threading.Timer(seconds, late)
     timer.daemon = True
     timer.start()
@@ -78,9 +82,9 @@ def watched(batches: Iterator[MiniBatch], late: Callable[[], object], seconds: f
 
 
 def _rest_between_rounds() -> type:
-    """Return a callback that lets Ray Data's loop rest.
+    """Return a callback class that makes Ray Data's scheduling loop sleep between rounds.
 
-    With nothing to start it goes round without a pause: it took more of the processor than the training did.
+    The loop spins when it has nothing to start, and then used more processor time than the training itself.
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 

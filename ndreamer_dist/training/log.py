@@ -1,9 +1,9 @@
-"""The logs of training: a row per step and a row per epoch.
+"""The logs of training: one row per step, and one per epoch.
 
-Input: the rows that the loop measured since they were last written. Output: `logs/metrics.csv` and `logs/epochs.csv`, which
-grow: what a write costs does not depend on the steps before it, but at an object store, where both files are
-written anew. A checkpoint holds how long the files were. A resumed run cuts them there and goes on, so that neither half a
-line nor steps that are done again remain.
+Input: the rows measured since the last write. Output: `logs/metrics.csv` and `logs/epochs.csv`. Rows are appended, so a
+write does not cost more as the files grow (except on object storage, where both files are rewritten). A checkpoint
+holds the sizes of the files. A resumed run cuts the files to these sizes and goes on, so neither partial lines nor rows
+of repeated steps remain.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 COUNTS = ("epoch", "step")
 RATES = ("cells_per_second", "waiting")
-"""Measures that are shares of a step's seconds: their mean over an epoch is weighted by these."""
+"""Measures per second of a step; their mean over an epoch is weighted by the seconds of the steps."""
 
 
 @dataclass
 class Logged:
-    """What the files hold: the number of steps, and the bytes of each file."""
+    """What the log files hold: the number of steps, and the size of each file in bytes."""
 
     steps: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
@@ -41,14 +41,14 @@ def epoch_row(steps: Sequence[Row], perplexities: Sequence[Sequence[float]]) -> 
     Parameters
     ----------
     steps
-        Its steps' rows, as the loop measured them.
+        The rows of its steps.
     perplexities
-        Of each step, how many codes of each codebook were in use: (steps, codebooks).
+        (steps, codebooks), perplexity of each codebook.
 
     Returns
     -------
-    `epoch` (from 1), its last `step`, its `seconds`, the mean over its steps of everything else that a step's row
-    holds, and `perplexity_00`, `perplexity_01`, ... of each codebook.
+    `epoch` (from 1), its last `step`, its `seconds`, the means over its steps of all other measures, and the mean
+    perplexity of each codebook as `perplexity_00`, `perplexity_01`, ....
     """
     values = dict(zip(steps[0], np.array([[row[name] for name in steps[0]] for row in steps]).T, strict=True))
     seconds, last = values.pop("seconds"), values.pop("step")[-1]
@@ -59,7 +59,7 @@ def epoch_row(steps: Sequence[Row], perplexities: Sequence[Sequence[float]]) -> 
 
 
 def append_logs(storage: Storage, logged: Logged, steps: Sequence[Row], epochs: Sequence[Row], length: int) -> None:
-    """Add to metrics.csv and epochs.csv the rows that they lack, and note it; an epoch has `length` steps."""
+    """Append to metrics.csv and epochs.csv the rows they lack, and update `logged`; an epoch has `length` steps."""
     _forget_what_was_cut(storage, logged)
     numbered = [{"epoch": (int(row["step"]) - 1) // length + 1, **row} for row in steps]
     for name, rows in ((keys.METRICS, numbered), (keys.EPOCHS, epochs)):
@@ -74,7 +74,7 @@ def append_logs(storage: Storage, logged: Logged, steps: Sequence[Row], epochs: 
 
 
 def logged_epochs(storage: Storage, logged: Logged) -> list[Row]:
-    """Return the rows of epochs.csv as far as a checkpoint knows of them."""
+    """Return the rows of epochs.csv up to the size that a checkpoint holds."""
     _forget_what_was_cut(storage, logged)
     size = logged.sizes.get(keys.EPOCHS)
     text = storage.read(keys.EPOCHS)[:size].decode() if size else ""
@@ -82,7 +82,7 @@ def logged_epochs(storage: Storage, logged: Logged) -> list[Row]:
 
 
 def _forget_what_was_cut(storage: Storage, logged: Logged) -> None:
-    """Let files begin anew that are shorter than they were: somebody has cut or deleted them."""
+    """Start a log file anew if it is shorter than it was, since somebody has cut or deleted it."""
     there = storage.list(keys.LOGS) if logged.sizes else {}
     for name, size in list(logged.sizes.items()):
         if there.get(name, 0) < size:
@@ -92,7 +92,7 @@ def _forget_what_was_cut(storage: Storage, logged: Logged) -> None:
 
 
 def csv_bytes(rows: Sequence[Row], *, header: bool) -> bytes:
-    """Return rows as lines of a table, numbers in six digits; one pattern for all, since every step has its line."""
+    """Return rows as CSV lines with six significant digits, all by one format pattern, which is fast."""
     pattern = ",".join("%d" if name in COUNTS else "%.6g" for name in rows[0])
     lines = [",".join(rows[0])] * header + [pattern % tuple(row[name] for name in rows[0]) for row in rows]
     return "".join(f"{line}\n" for line in lines).encode()

@@ -1,9 +1,9 @@
-"""The training loop, on one screen (METHOD sections 2 to 4).
+"""The training loop (METHOD sections 2 to 4).
 
-Input: mini-batches in the order of the plan. Output: a trained network, and one row of measures per step. Nothing here
-knows Ray or zarr. With several workers, each runs this loop on its share and computes the gradient of the one global
-mini-batch. All randomness is keyed by the step, so the state of a run is the network, the optimiser and the number of
-finished steps.
+Input: mini-batches in the order of the plan. Output: a trained network, and one row of measures per step. This module
+uses neither Ray nor zarr. With several workers, each runs this loop on its share of the mini-batch and computes the
+gradient of the global mini-batch. All random numbers are keyed by the step, so the state of a run is the network, the
+optimiser, the number of finished steps and the measures that the logs lack.
 """
 
 from __future__ import annotations
@@ -36,31 +36,40 @@ from ndreamer_dist.training.log import RATES, Logged, Row
 logger = logging.getLogger(__name__)
 
 
-Step = Callable[["TrainState", MiniBatch, Settings, Collective], tuple[LossTerms, Quantised]]
+Outcome = tuple[LossTerms, Quantised]
+"""What a step returns."""
+Step = Callable[["TrainState", MiniBatch, Settings, Collective], Outcome]
+"""Takes one training step, see `training_step`."""
 MEASURED = ("step", "total", *(term.name for term in fields(Terms)), "learning_rate", "perplexity", *RATES, "seconds")
-"""What the row of a step holds, in the order in which the logs have it; the file of a checkpoint has another."""
+"""Names of a step's measures in the order of the logs; the JSON of a checkpoint sorts them."""
 STATE_FILE = "state.json"
-"""Of a checkpoint's files the one that holds the checksums of the others; written last: without it none counts."""
+"""The file of a checkpoint with the checksums of the others; written last, so a checkpoint without it is incomplete."""
 
 
 class TrainingError(NDreamerError, RuntimeError):
-    """Training cannot go on: a loss is not finite."""
+    """Training cannot go on: a loss is not finite, or the workers' losses differ."""
 
 
 class TrainingStopped(Exception):  # noqa: N818 - not an error
-    """Training ends before its last step, since it was asked to; its checkpoint is written."""
+    """Training ended before its last step because a stop was requested."""
 
 
 @dataclass
 class TrainState:
-    """All that a checkpoint holds.
+    """The state of a training; a checkpoint holds all of it except what is still unread.
 
     Attributes
     ----------
+    step
+        Number of finished steps.
     measures, perplexities
-        A row, and the codes in use of each codebook, for each step since the first that the logs still need.
+        The row and the perplexity of each codebook, for every step that the logs still need.
     logged
-        What the logs hold.
+        What the log files hold.
+    unread
+        Measures of the last steps, which may still be on their way from a GPU.
+    read_at
+        Time at which measures were last read.
     """
 
     network: NDreamerNetwork
@@ -69,14 +78,14 @@ class TrainState:
     measures: list[Row] = field(default_factory=list)
     perplexities: list[list[float]] = field(default_factory=list)
     logged: Logged = field(default_factory=Logged)
-    unread: deque[Measured] = field(default_factory=deque)  # of the last steps
+    unread: deque[Measured] = field(default_factory=deque)
     read_at: float = 0.0
 
     @classmethod
     def fresh(
         cls, settings: Settings, *, genes: int, conditions: int, batch_levels: tuple[int, ...], device: Any = "cpu"
     ) -> TrainState:
-        """Return an untrained state; the weights depend on the seed alone."""
+        """Return an untrained state; the initial weights depend on the seed alone."""
         network = NDreamerNetwork(genes, conditions, batch_levels, settings.model, seed=settings.seed).to(device)
         schedule = settings.train
         network.bf16 = schedule.precision == "bf16"
@@ -87,21 +96,21 @@ class TrainState:
 
     @property
     def device(self) -> str:
-        """Type of the device that trains."""
+        """Type of the training device."""
         return next(self.network.parameters()).device.type
 
     def catch_up(self, but: int = 0) -> None:
-        """Read what steps have measured, but for the last ones.
+        """Read the measures of all steps except the last `but`.
 
         Raises
         ------
         TrainingError
-            The loss of a step is not finite.
+            The loss of a step is not finite, or the workers' losses differ.
         """
         while len(self.unread) > but:
             measured = self.unread.popleft()
             losses, books = measured.read()
-            now = time.perf_counter()  # a GPU has done the step only now that its numbers are here
+            now = time.perf_counter()  # on a GPU a step is finished when its numbers have arrived
             seconds = now - max(measured.started, self.read_at)
             self.read_at = now
             self.measures.append({
@@ -115,13 +124,13 @@ class TrainState:
             self.perplexities.append(books)
 
     def forget(self, steps_per_epoch: int) -> None:
-        """Drop what was measured in epochs that have ended; the logs have it."""
+        """Drop the measures of finished epochs; the logs hold them."""
         if self.measures:
             ended = len(self.measures) - int(self.measures[-1]["step"]) % steps_per_epoch
             del self.measures[:ended], self.perplexities[:ended]
 
     def to_bytes(self) -> dict[str, bytes]:
-        """Return the files of a checkpoint: two of tensors, one of text; nothing is pickled."""
+        """Return the files of a checkpoint: two of tensors and one of JSON, without pickle."""
         self.catch_up()
         moments = {
             f"{index}.{name}": value.detach().cpu().contiguous()
@@ -130,26 +139,26 @@ class TrainState:
         }
         weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         files = {"weights.safetensors": save_tensors(weights), "optimiser.safetensors": save_tensors(moments)}
-        told = {name: getattr(self, name) for name in ("step", "measures", "perplexities", "device")}
-        told |= {"logged": asdict(self.logged), "files": {name: digest(data) for name, data in files.items()}}
-        return files | {STATE_FILE: seal(told, indent=None)}
+        record = {name: getattr(self, name) for name in ("step", "measures", "perplexities", "device")}
+        record |= {"logged": asdict(self.logged), "files": {name: digest(data) for name, data in files.items()}}
+        return files | {STATE_FILE: seal(record, indent=None)}
 
     def load_bytes(self, files: Mapping[str, bytes], where: str = "") -> None:
-        """Take up the state that `to_bytes` gave.
+        """Restore the state from the files of `to_bytes`.
 
         Parameters
         ----------
         where
-            Address of the checkpoint, for the error.
+            Address of the checkpoint, for error messages.
 
         Raises
         ------
         DamagedError
-            A file is missing or not what was written.
+            A file is missing or fails its checksum.
         """
-        told = unseal(files.get(STATE_FILE, b""), f"{where}/{STATE_FILE}")
-        for name, known in dict(told.get("files", {})).items():
-            check_digest(files.get(name, b""), known, f"{where}/{name}")
+        record = unseal(files.get(STATE_FILE, b""), f"{where}/{STATE_FILE}")
+        for name, checksum in dict(record.get("files", {})).items():
+            check_digest(files.get(name, b""), checksum, f"{where}/{name}")
         self.network.load_state_dict(load_tensors(files["weights.safetensors"]))
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in load_tensors(files["optimiser.safetensors"]).items():
@@ -157,12 +166,14 @@ class TrainState:
             state.setdefault(int(index), {})[moment] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        self.step, self.perplexities = told["step"], told["perplexities"]
-        self.measures = [{name: row[name] for name in MEASURED} for row in told["measures"]]
-        self.logged = Logged(**told.get("logged", {}))
-        if (before := told.get("device", self.device)) != self.device:
-            text = f"{where} was made on {before} and training goes on on {self.device}"
-            logger.warning("%s: noise and sums have other bits there", text)
+        self.step, self.perplexities = record["step"], record["perplexities"]
+        self.measures = [{name: row[name] for name in MEASURED} for row in record["measures"]]
+        self.logged = Logged(**record.get("logged", {}))
+        if (before := record.get("device", self.device)) != self.device:
+            logger.warning(
+                "%s was written on %s and training resumes on %s: noise and rounding differ there",
+                where, before, self.device,
+            )  # fmt: skip
 
 
 def train(
@@ -173,39 +184,42 @@ def train(
     after_step: Callable[[TrainState], object] = lambda _: None,
     take: Step | None = None,
 ) -> None:
-    """Take one optimiser step per mini-batch, from `state.step` on, as `take` does it; by default plainly.
+    """Take one optimiser step per mini-batch, from `state.step` on.
+
+    Parameters
+    ----------
+    after_step
+        Called after each step.
+    take
+        Takes one step; by default `training_step`.
 
     Raises
     ------
     TrainingError
-        The loss of a step is not finite.
+        The loss of a step is not finite, or the workers' losses differ.
     """
     state.network.train()
     take = take or training_step
     for batch, waited, started in _timed(batches):
         terms, quantised = take(state, batch, settings, collective)
         state.unread.append(Measured.of(batch, terms, quantised, collective, started=started, waited=waited))
-        state.catch_up(but=1 if batch.x.is_cuda else 0)  # a GPU always has a step to do while the host reads
+        state.catch_up(but=1 if batch.x.is_cuda else 0)  # a GPU computes the next step while the host reads
         after_step(state)
     state.catch_up()
 
 
-def training_step(
-    state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
-) -> tuple[LossTerms, Quantised]:
-    """Take one optimiser step; count the use of codes, and reset those that are hardly used when it is time to."""
+def training_step(state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective) -> Outcome:
+    """Take one optimiser step, count the usage of codes, and reset rarely used codes when a reset is due."""
     terms, quantised = optimise(state, batch, settings, collective)
     finish_step(state, batch.step, quantised, settings, collective)
     return terms, quantised
 
 
-def optimise(
-    state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective
-) -> tuple[LossTerms, Quantised]:
-    """Take one optimiser step, and count the use of codes.
+def optimise(state: TrainState, batch: MiniBatch, settings: Settings, collective: Collective) -> Outcome:
+    """Take one optimiser step, and count the usage of codes.
 
-    On a GPU this asks nothing of the host, and does the same operations on the same memory for all mini-batches of one
-    size: so it can be recorded once and done again (`graphs`).
+    On a GPU this never waits for the host, and runs the same operations on the same memory for all mini-batches of one
+    size, so a CUDA graph can record and repeat it (`graphs`).
     """
     network = state.network
     draws = noise.draw(batch, settings.model, settings.seed)
@@ -224,7 +238,7 @@ def optimise(
 
 
 def finish_step(state: TrainState, step: int, quantised: Quantised, settings: Settings, collective: Collective) -> None:
-    """Reset codes that are hardly used, when it is time to."""
+    """Reset rarely used codes if a reset is due, and count the step."""
     schedule = settings.train
     if schedule.reset_every and step % schedule.reset_every == 0:
         state.network.quantiser.reset(
@@ -234,16 +248,16 @@ def finish_step(state: TrainState, step: int, quantised: Quantised, settings: Se
 
 
 def add_in_order() -> None:
-    """Let operations on GPUs add in a fixed order in place of by atomics, so that a run gives the same bits twice.
+    """Make GPU operations add in a fixed order instead of by atomics, so that a repeated run gives the same bits.
 
-    What torch has no ordered way for it says in a warning; the step uses none of it.
+    torch warns of operations without a deterministic implementation; a training step uses none of them.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, float]]:
-    """Yield each mini-batch with the seconds it was waited for, and when its step (the wait included) began."""
+    """Yield each mini-batch, the seconds spent waiting for it, and the start time of its step (wait included)."""
     stream = iter(batches)
     while True:
         started = time.perf_counter()
@@ -255,9 +269,19 @@ def _timed(batches: Iterable[MiniBatch]) -> Iterator[tuple[MiniBatch, float, flo
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step has measured and nobody has read yet: the names of `values`, and the perplexities of `books` codebooks.
+    """The measures of a step that have not been read yet.
 
-    Where workers share the codebooks, the total that the worker of each codebook has comes behind.
+    Attributes
+    ----------
+    step, cells
+        Number of the step, and of cells in its mini-batch.
+    names, books
+        Names of the losses, and number of codebooks.
+    values
+        The losses, and the perplexity of each codebook. If workers share the codebooks, the total loss of the worker of
+        each codebook follows.
+    started, waited
+        Start time of the step, and seconds spent waiting for its mini-batch.
     """
 
     step: int
@@ -273,7 +297,7 @@ class Measured:
         cls, batch: MiniBatch, terms: LossTerms, quantised: Quantised, collective: Collective, *, started: float,
         waited: float,
     ) -> Measured:  # fmt: skip
-        """Note what a step measures, without waiting for it."""
+        """Start to copy the measures of a step to the host."""
         named, books = terms.as_tensors(), len(quantised.projections)
         values = torch.stack(list(named.values())).detach().double()
         of_books = perplexities(quantised)
@@ -284,7 +308,13 @@ class Measured:
         return cls(batch.step, batch.cells, tuple(named), books, copied, started, waited)
 
     def read(self) -> tuple[dict[str, float], list[float]]:
-        """Return losses by name and perplexities; `TrainingError` where a loss is not finite, or not one on all workers."""
+        """Return the losses by name, and the perplexities.
+
+        Raises
+        ------
+        TrainingError
+            A loss is not finite, or the workers' losses differ.
+        """
         numbers = self.values.tolist()
         losses = dict(zip(self.names, numbers, strict=False))
         perplexity, totals = numbers[len(losses) :][: self.books], numbers[len(losses) + self.books :]

@@ -1,4 +1,4 @@
-"""The trained model as files: the weights, and everything needed to use them on other cells."""
+"""Write and load the trained model: the weights, and all that is needed to use them on other cells."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from ndreamer_dist.storage.files import Storage
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network with the names it was trained on.
+    """A trained network with the names of its inputs.
 
     Attributes
     ----------
     network
-        In evaluation mode, on the device it was loaded to.
+        In evaluation mode.
     genes
-        Names of the genes it reads, in order.
+        Names of the genes, in the order of the input's columns.
+    conditions, batch_levels
+        Names of the conditions, and of the levels of each batch covariate, in the order of their codes.
     """
 
     network: NDreamerNetwork
@@ -39,31 +41,31 @@ class TrainedModel:
 
     @classmethod
     def load(cls, storage: Storage, device: str = "cpu") -> TrainedModel:
-        """Load `model/` of a run directory; nothing else of the run is needed."""
-        told, weights = read_model(storage)
+        """Load `model/` of a run directory, which needs no other file of the run."""
+        stored, weights = read_model(storage)
         network = NDreamerNetwork(
-            genes=len(told["genes"]),
-            conditions=len(told["conditions"]),
-            batch_levels=tuple(len(levels) for levels in told["batch_levels"]),
-            settings=ModelSettings.model_validate(told["settings"]),
+            genes=len(stored["genes"]),
+            conditions=len(stored["conditions"]),
+            batch_levels=tuple(len(levels) for levels in stored["batch_levels"]),
+            settings=ModelSettings.model_validate(stored["settings"]),
         )
         network.load_state_dict(load_tensors(weights))
-        names = tuple(told["genes"]), tuple(told["conditions"]), tuple(tuple(b) for b in told["batch_levels"])
+        names = tuple(stored["genes"]), tuple(stored["conditions"]), tuple(tuple(b) for b in stored["batch_levels"])
         return cls(network.to(device).eval(), *names)
 
     def embed(
         self, x: sparse.csr_matrix, tile_rows: int = 1024, *, codes: CodeChoice = "probable", key: Sequence[int] = (0,)
     ) -> np.ndarray:
-        """Return the effect-modifier embedding mu of log-normalised cells.
+        """Return the effect-modifier embedding mu of log-normalised cells (METHOD section 5).
 
         Parameters
         ----------
         x
             (cells, genes), columns as in `genes`.
         tile_rows
-            Cells encoded at once. The same number gives the same bits, whatever the number of cells.
+            Cells encoded at once; the last tile is padded. Equal `tile_rows` give equal bits for any number of cells.
         codes, key
-            What stands for a cell (`EmbedSettings.codes`), and what the draws of `sampled` codes are keyed by.
+            How codes are chosen (`EmbedSettings.codes`), and the key of the random draws of `sampled` codes.
 
         Returns
         -------
@@ -86,8 +88,8 @@ class TrainedModel:
 
 
 def save_model(storage: Storage, network: NDreamerNetwork, packed: Packed, settings: Settings) -> None:
-    """Write `model/`: the weights, and what is needed to use them, readable."""
-    told = {
+    """Write `model/`: the weights, and as JSON all that is needed to use them."""
+    stored = {
         "format": keys.FORMAT_VERSION,
         "settings": settings.model.model_dump(mode="json"),
         "training": {part: getattr(settings, part).bearing() for part in ("loss", "train")},
@@ -103,4 +105,4 @@ def save_model(storage: Storage, network: NDreamerNetwork, packed: Packed, setti
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     weights = save_tensors(tensors)
     storage.write_atomic(keys.MODEL_WEIGHTS, weights)
-    storage.write_atomic(keys.MODEL_JSON, seal(told | {WEIGHTS_DIGEST: digest(weights)}))
+    storage.write_atomic(keys.MODEL_JSON, seal(stored | {WEIGHTS_DIGEST: digest(weights)}))

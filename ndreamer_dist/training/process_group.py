@@ -1,8 +1,8 @@
 """The process group of training workers, on the network interface that Ray uses.
 
-By default, gloo listens at the address of the machine's own name, and NCCL at the first interface that is not loopback.
-On machines that write `127.0.1.1` beside their name this is a loopback address, and some machines have no address for it;
-other machines could not reach it. A single worker needs no process group.
+By default gloo listens at the address that the machine's host name resolves to, and NCCL on the first interface that is
+not loopback. On some machines the host name resolves to `127.0.1.1`, which other machines cannot reach, or to nothing.
+A single worker needs no process group.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import ray.util
 from ray.train.torch import TorchConfig
 
 INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
-"""Variables that name the interface, and what stands before it: NCCL would take all that begin with the name."""
+"""Variables that name the interface, and the prefix of the name: without `=` NCCL matches all names that begin so."""
 GET_ADDRESS = 0x8915
-"""Linux's SIOCGIFADDR."""
+"""The ioctl request SIOCGIFADDR of Linux."""
 
 
 class NodeNetwork(TorchConfig):
-    """Ray Train's process group, at the addresses of the Ray nodes."""
+    """Configures Ray Train's process group to use the addresses of the Ray nodes."""
 
     @property
     def backend_cls(self) -> type:
-        """See Ray's `BackendConfig`."""
+        """The backend class, see Ray's `BackendConfig`."""
         return _Backend
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Sets the interface of gloo and NCCL before Ray Train makes the workers' process group."""
+    """Sets the interface of gloo and NCCL before Ray Train creates the process group."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         if len(worker_group) > 1:
@@ -50,11 +50,11 @@ def choose_interface() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the network interface that has an IPv4 address; none where none has."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    """Return the name of the network interface with an IPv4 address, if any."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has no address, or the system is another
-                told = fcntl.ioctl(asked, GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(told[20:24]) == address:
+            with suppress(OSError):  # the interface has no address, or the system is not Linux
+                reply = fcntl.ioctl(probe, GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(reply[20:24]) == address:
                     return name
     return None

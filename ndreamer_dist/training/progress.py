@@ -1,7 +1,7 @@
-"""The progress of training, shown while it runs: one bar, and warnings as soon as there is a reason.
+"""Show the progress of training: one bar, and warnings as soon as they arise.
 
-The serial runtime shows them directly. On Ray, workers and driver share no screen, and log lines of workers stay in their
-files. So the first worker reports to an actor, and the driver asks the actor once a second.
+The serial runtime shows them directly. On Ray, workers have no access to the driver's terminal, and their log lines
+stay in files. So the first worker reports to an actor, which the driver polls once a second.
 """
 
 from __future__ import annotations
@@ -22,15 +22,25 @@ from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.training.sampling import SamplingPlan
 
 POLL_SECONDS = 1.0
-TELL_SECONDS = 0.5
-"""A worker tells of a step at most this often: a step may be shorter than the call."""
+REPORT_SECONDS = 0.5
+"""Least time between two reports of a worker: a step may be shorter than the remote call."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Told:
-    """What is known of a running training: the last step done, what it measured, the worker's memory, warnings and their levels by kind."""
+class Progress:
+    """The progress of a training, as the first worker reported it.
+
+    Attributes
+    ----------
+    step, measures
+        The last finished step, and its measures.
+    peak
+        Peak memory of the worker, bytes.
+    warnings
+        Text and log level of each warning, by kind.
+    """
 
     step: int = 0
     measures: dict[str, float] = field(default_factory=dict)
@@ -39,20 +49,20 @@ class Told:
 
 
 class Display(Protocol):
-    """Where a training worker shows how it gets on."""
+    """Where a training worker reports its progress."""
 
     def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
-        """Note that a step is done, and what it measured."""
+        """Report a finished step and its measures."""
 
     def warn(self, kind: str, text: str, level: int = logging.WARNING) -> None:
-        """Note that something is wrong, or, at another level of the log, is to be known; a kind is told once."""
+        """Log a text at the given level, the first one of each kind only."""
 
     def stop_asked(self) -> bool:
         """Return whether training must stop after this step."""
 
 
 class OwnScreen:
-    """One bar on this process's screen, and warnings in its log; `stop_asked` says whether training must stop."""
+    """Shows a progress bar on this process's terminal, and logs warnings."""
 
     def __init__(self, plan: SamplingPlan, runtime: Runtime, stop_asked: Callable[[], bool]) -> None:
         self.stop_asked = stop_asked
@@ -77,65 +87,77 @@ class OwnScreen:
             with tqdm.external_write_mode():
                 logger.log(level, "%s", text)
 
-    def show(self, told: Told) -> None:
-        """Show what an actor was told."""
+    def show(self, progress: Progress) -> None:
+        """Show the progress that an actor received."""
         if self._stage is not None:
-            self._stage.note_peak(told.peak)
-        self.reached(told.step, told.measures)
-        for kind, (text, level) in told.warnings.items():
+            self._stage.note_peak(progress.peak)
+        self.reached(progress.step, progress.measures)
+        for kind, (text, level) in progress.warnings.items():
             self.warn(kind, text, level)
 
 
 @contextmanager
 def own_screen(plan: SamplingPlan, runtime: Runtime, stop_asked: Callable[[], bool]) -> Iterator[OwnScreen]:
-    """Show a bar until the block ends."""
+    """Show a progress bar until the block ends."""
     shown = OwnScreen(plan, runtime, stop_asked)
     with shown.bar:
         yield shown
 
 
 class TrainingProgress:
-    """Keeps what the first worker told until the driver asks."""
+    """Actor that keeps the reports of the first worker for the driver, and the driver's stop request for the worker."""
 
     def __init__(self) -> None:
-        self._told = Told()
+        self._progress = Progress()
         self._stop_asked = False
 
     def reached(self, step: int, measures: Mapping[str, float] | None = None, peak: int = 0) -> bool:
-        """See `Display.reached`; `peak` is the most memory that the worker has held. Return whether it must stop."""
-        self._told.step, self._told.measures, self._told.peak = step, dict(measures or {}), peak
+        """Note a finished step, its measures and the worker's peak memory; return whether the worker must stop."""
+        self._progress.step, self._progress.measures, self._progress.peak = step, dict(measures or {}), peak
         return self._stop_asked
 
     def stop(self) -> None:
-        """Let training stop after its next step."""
+        """Ask training to stop after its next step."""
         self._stop_asked = True
 
     def warn(self, kind: str, text: str, level: int = logging.WARNING) -> None:
         """See `Display.warn`."""
-        self._told.warnings.setdefault(kind, (text, level))
+        self._progress.warnings.setdefault(kind, (text, level))
 
-    def told(self) -> Told:
-        """Return all that was told so far."""
-        return self._told
+    def progress(self) -> Progress:
+        """Return the progress reported so far."""
+        return self._progress
 
 
 @dataclass
 class RemoteDisplay:
-    """A worker's way to the driver's screen, for a training of so many steps. That the actor is gone is no reason to stop it."""
+    """Reports a worker's progress to the `TrainingProgress` actor; training goes on if the actor has died.
+
+    Attributes
+    ----------
+    actor
+        Handle of the actor.
+    steps
+        Number of steps of the training.
+    answers
+        Handles of the calls of `reached` that were not read yet.
+    reported_at
+        Time of the last report.
+    """
 
     actor: Any
     steps: int
     answers: list[Any] = field(default_factory=list)
-    told_at: float = 0.0
+    reported_at: float = 0.0
 
     def reached(self, step: int, measures: Mapping[str, float] | None = None) -> None:
-        """See `Display.reached`; nothing is waited for."""
-        if step == self.steps or time.monotonic() - self.told_at >= TELL_SECONDS:
-            self.told_at = time.monotonic()
+        """See `Display.reached`; this does not wait for the actor."""
+        if step == self.steps or time.monotonic() - self.reported_at >= REPORT_SECONDS:
+            self.reported_at = time.monotonic()
             self.answers.append(self.actor.reached.remote(step, measures, peak_bytes()))
 
     def stop_asked(self) -> bool:
-        """See `Display.stop_asked`; it is what the actor has answered by now."""
+        """See `Display.stop_asked`; this reads the answers that have arrived."""
         import ray
 
         if not self.answers:
@@ -146,7 +168,7 @@ class RemoteDisplay:
         return False
 
     def warn(self, kind: str, text: str, level: int = logging.WARNING) -> None:
-        """See `Display.warn`; rare, so it is waited for: training may end right after."""
+        """See `Display.warn`; this waits for the actor, since training may end right after."""
         import ray
 
         with suppress(ray.exceptions.RayActorError):
@@ -157,9 +179,9 @@ class RemoteDisplay:
 def remote_screen(
     plan: SamplingPlan, runtime: Runtime, run: str, stop_asked: Callable[[], bool]
 ) -> Iterator[RemoteDisplay]:
-    """Show, in the driver, what workers tell the display that is given, until the block ends.
+    """Yield a display for workers, and show what they report in the driver until the block ends.
 
-    The actor between them is named after the run; of two that began at once each has a name of its own.
+    The name of the actor holds the run's name and a random part, since runs may have the same name.
     """
     import ray
 
@@ -172,7 +194,7 @@ def remote_screen(
             with suppress(ray.exceptions.RayActorError):
                 if stop_asked():
                     actor.stop.remote()
-                shown.show(ray.get(actor.told.remote()))
+                shown.show(ray.get(actor.progress.remote()))
 
         def watch() -> None:
             while not stop.wait(POLL_SECONDS):

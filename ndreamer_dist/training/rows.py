@@ -1,8 +1,8 @@
-"""Chosen rows of packed.zarr, in any order, as one CSR.
+"""Read rows of packed.zarr, in any order, as one CSR.
 
-Input: packed row numbers in stretches (the runs of the plan). Output: their CSR. Each chunk is read and decoded once, and
-its values go straight to their places in the answer: nothing is sorted, stacked or copied twice. All arrays of a call are
-opened and read in one turn of zarr's event loop; a turn for each would cost more than the reading.
+Input: packed row numbers, mostly in contiguous stretches (the runs of the plan). Output: their CSR. Each chunk is read
+and decoded once, and its values are copied directly to their places in the result. All arrays of a call are opened and
+read by one coroutine on zarr's event loop, since one round trip to the loop per array would take longer than reading.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from ndreamer_dist.storage.files import metadata_of
 from ndreamer_dist.storage.shards import Place, Position, fetch_chunks, sync
 
 CONCURRENT_BLOCKS = 8
-"""Blocks under way at a time: enough to hide a remote store's latency, few enough to hold."""
+"""Blocks read at a time: enough to hide the latency of a remote store, few enough for memory."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Rows that follow each other in one block, wherever they were asked for."""
+    """Consecutive rows of one block that are requested one after the other."""
 
-    place: int  # of the first among the rows asked for
-    first: int  # row of the block
+    place: int  # index of the first one among the requested rows
+    first: int  # row inside the block
     rows: int
 
 
 def stretches(rows: np.ndarray, block_rows: int) -> dict[int, list[Stretch]]:
-    """Cut rows into stretches, by the block that holds them; blocks ascend.
+    """Cut rows into stretches; return the stretches of each block, blocks ascending.
 
     Parameters
     ----------
     rows
-        (rows,) packed rows in any order; any may come more than once.
+        (rows,) packed rows in any order, with repetitions or not.
     """
     blocks = rows // block_rows
     cuts = np.flatnonzero((np.diff(rows) != 1) | (np.diff(blocks) != 0)) + 1
     edges = [0, *cuts.tolist(), len(rows)] if len(rows) else []
-    found: dict[int, list[Stretch]] = {}
+    by_block: dict[int, list[Stretch]] = {}
     for start, stop in itertools.pairwise(edges):
         block = int(blocks[start])
-        found.setdefault(block, []).append(Stretch(start, int(rows[start]) - block * block_rows, stop - start))
-    return dict(sorted(found.items()))
+        by_block.setdefault(block, []).append(Stretch(start, int(rows[start]) - block * block_rows, stop - start))
+    return dict(sorted(by_block.items()))
 
 
 def read_rows(packed: Packed, rows: np.ndarray) -> sparse.csr_matrix:
-    """Read rows in the order asked for: (rows, genes) CSR float32 with sorted indices.
+    """Read rows in the given order: (rows, genes) CSR float32 with sorted indices.
 
-    Memory: the answer, and the chunks of a few blocks.
+    Memory: the result, and the chunks of a few blocks.
 
     Raises
     ------
@@ -104,7 +104,7 @@ class _Gathering:
         return sparse.csr_matrix((data, indices, indptr), shape=(self.rows, self.packed.n_genes), copy=False)
 
     async def _each(self, function: Callable[[int], Awaitable[Any]]) -> list[Any]:
-        """Call a function for every block, a few at a time."""
+        """Call a coroutine function for every block, `CONCURRENT_BLOCKS` at a time."""
 
         async def call(block: int) -> Any:
             async with self.room:
@@ -131,13 +131,13 @@ class _Gathering:
         touched: Callable[[int], Iterable[int]],
         place: Callable[[Position, np.ndarray], None],
     ) -> None:
-        """Open an array of a block and hand over the chunks that `touched` tells for their size."""
+        """Open an array of a block, and pass its chunks `touched(chunk size)` to `place`."""
         path = f"{keys.block_name(block)}/{name}"
         where = Place(self.packed.storage.url, f"{keys.PACKED_X}/{path}")
         try:
-            found = await self.store.get(f"{path}/zarr.json", default_buffer_prototype())
-            told = metadata_of(None if found is None else found.to_bytes())
-            array = opened_with(told, StorePath(self.store, path))
+            content = await self.store.get(f"{path}/zarr.json", default_buffer_prototype())
+            metadata = metadata_of(None if content is None else content.to_bytes())
+            array = opened_with(metadata, StorePath(self.store, path))
         except Exception as error:
             raise unopened(where, error) from error
         await fetch_chunks(array, where, [(chunk,) for chunk in touched(array.chunks[0])], place)
@@ -145,11 +145,11 @@ class _Gathering:
 
 @dataclass(frozen=True)
 class _Moves:
-    """Which entries of a block go where in the answer."""
+    """The copies of stored values from a block to the result, one per stretch."""
 
-    starts: np.ndarray  # (stretches,) first entry in the block
-    stops: np.ndarray  # (stretches,) entry after the last
-    places: np.ndarray  # (stretches,) where the first goes
+    starts: np.ndarray  # (stretches,) first value in the block
+    stops: np.ndarray  # (stretches,) end in the block
+    places: np.ndarray  # (stretches,) place of the first value in the result
 
     @classmethod
     def of(cls, parts: list[Stretch], indptr: np.ndarray, places: np.ndarray) -> _Moves:
@@ -157,13 +157,13 @@ class _Moves:
         return cls(indptr[first], indptr[first + rows], places[[part.place for part in parts]])
 
     def touched(self, size: int) -> Iterator[int]:
-        """Return the chunks of `size` entries that hold them."""
+        """Return the numbers of the chunks, of `size` values each, that hold the values to copy."""
         full = self.starts < self.stops
         spans = np.unique(np.stack([self.starts[full] // size, -(-self.stops[full] // size)]), axis=1)
         return iter(sorted(set(itertools.chain.from_iterable(range(a, b) for a, b in spans.T.tolist()))))
 
     def place(self, out: np.ndarray, position: Position, chunk: np.ndarray) -> None:
-        """Copy a chunk's entries to their places."""
+        """Copy values of a chunk to their places in `out`."""
         offset = position[0] * len(chunk)
         starts, stops = np.maximum(self.starts, offset), np.minimum(self.stops, offset + len(chunk))
         here = np.flatnonzero(starts < stops)

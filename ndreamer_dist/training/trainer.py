@@ -1,8 +1,8 @@
-"""The training loop under Ray Train, or in this process: workers, streaming, checkpoints and progress.
+"""Run the training loop under Ray Train or in this process: workers, streaming, checkpoints and progress.
 
-Each worker looks for a checkpoint and then builds its own Ray Data stream inside the train function, so a resumed run
-starts at its step. Checkpoints are in `DIR/train`. The first worker writes the trained model to `DIR/model` and the
-measures to `DIR/logs`.
+Each worker loads the last checkpoint and then builds its own Ray Data stream inside the train function, so a resumed
+run starts at the step of the checkpoint. Checkpoints are in `DIR/train`. The first worker writes the trained model to
+`DIR/model` and the measures to `DIR/logs`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ndreamer_dist.rundir.stage import StageRun
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.training.checkpoints import Checkpoint, Schedule, latest_serial, save_serial
-from ndreamer_dist.training.densify import Resident, RowLabels, densify, made_ahead, resident_batches
+from ndreamer_dist.training.densify import Resident, RowLabels, densify, prepared_ahead, resident_batches
 from ndreamer_dist.training.graphs import GraphedSteps
 from ndreamer_dist.training.health import concerns
 from ndreamer_dist.training.loader import LATE, LATE_SECONDS, mini_batches, watched
@@ -44,19 +44,19 @@ from ndreamer_dist.training.windows import read_window, windows
 
 KEY_FILE = "stage_key"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Where Ray Train keeps which checkpoints there are."""
+"""File in which Ray Train lists its checkpoints."""
 STOPPED = "stopped"
-"""What a worker returns that has stopped when it was asked to."""
+"""Return value of a worker that stopped on request."""
 STOP_SECONDS = 60.0
-"""How long Ray's training may take to end its step and write a checkpoint after it is asked to stop."""
+"""How long training on Ray may take to finish its step and write a checkpoint after a stop request."""
 HEALTH_LOOKS = 100
-"""Times that a training is looked at for what is wrong with it: each look goes over many epochs."""
+"""Number of health checks per training (`health.concerns`); each check goes over many epochs."""
 
 logger = logging.getLogger(__name__)
 
 
 def run_train(run: RunDirectory, settings: Settings, packed: Packed, runtime: Runtime, key: str) -> None:
-    """Train and write model/; a run that was stopped goes on from its last checkpoint."""
+    """Train and write model/; an interrupted training resumes from its last checkpoint."""
     stage, shard = StageRun(run, keys.STAGE_TRAIN, key), Shard("model", (keys.MODEL_WEIGHTS, keys.MODEL_JSON))
     if not stage.begin([shard]):
         return
@@ -70,12 +70,11 @@ def run_train(run: RunDirectory, settings: Settings, packed: Packed, runtime: Ru
 
 
 def _keep_own_checkpoints(run: RunDirectory, key: str) -> None:
-    """Delete checkpoints that were made under another stage key; those of this key are what a resume is for."""
+    """Delete the checkpoints, logs and model of another stage key, so that training resumes only from its own."""
     name = f"{keys.TRAIN_DIR}/{KEY_FILE}"
     if run.storage.read_if_there(name) == key.encode():
         return
-    told = (keys.METRICS, keys.EPOCHS)
-    for stale in (keys.TRAIN_DIR, keys.MODEL_WEIGHTS, keys.MODEL_JSON, *told):
+    for stale in (keys.TRAIN_DIR, keys.MODEL_WEIGHTS, keys.MODEL_JSON, keys.METRICS, keys.EPOCHS):
         run.storage.delete(stale)
     run.storage.write_atomic(name, key.encode())
 
@@ -95,6 +94,10 @@ def _train_serially(
     run: RunDirectory, settings: Settings, packed: Packed, plan: SamplingPlan, runtime: Runtime, stop: StopRequest
 ) -> None:
     """Train in this process."""
+
+    def save(state: TrainState) -> None:
+        save_serial(run.storage, state.step, state.to_bytes())
+
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.train.threads)
     try:
@@ -107,25 +110,21 @@ def _train_serially(
         batches = (densify(share, labels, plan, (0, 1), "cpu") for share in shares)
         with own_screen(plan, runtime, stop) as shown:
             schedule = Schedule(settings.train, Single(), stop=stop)
-            reporter = Reporter(run, settings, plan, state, schedule, shown, _save_serially(run))
+            reporter = Reporter(run, settings, plan, state, schedule, shown, save)
             reporter.train(batches, packed, Single())
     finally:
         torch.set_num_threads(threads)
 
 
-def _save_serially(run: RunDirectory) -> Callable[[TrainState], None]:
-    return lambda state: save_serial(run.storage, state.step, state.to_bytes())
-
-
 class Reporter:
-    """What a worker does beside the steps themselves: checkpoints, and on the first worker what is seen of a training.
+    """Writes the checkpoints of a worker, and on the first worker progress, logs and the model.
 
     Parameters
     ----------
     display
-        Where the first worker shows how it gets on; none for the others.
+        Where the first worker reports its progress; None on the others.
     save
-        Writes a checkpoint; called on all workers at the same step.
+        Writes a checkpoint; all workers call it at the same step.
     """
 
     def __init__(
@@ -149,18 +148,24 @@ class Reporter:
     def train(
         self, batches: Iterator[MiniBatch], packed: Packed, collective: Collective, take: Step | None = None
     ) -> None:
-        """Train to the end of the plan; the first worker writes the model and the logs."""
+        """Train to the end of the plan; on the first worker write the model and the logs."""
         try:
             train(self._state, batches, self._settings, collective, lambda _: self.after_step(), take)
         except TrainingError:
-            self._write_logs()  # the steps before the one that failed
+            self._write_logs()  # of the steps before the failed one
             raise
         self._write_logs()
         if self._display is not None:
             save_model(self._run.storage, self._state.network, packed, self._settings)
 
     def after_step(self) -> None:
-        """Show a finished step; write a checkpoint where one is due. `TrainingStopped` where training must stop."""
+        """Report a finished step, and write a checkpoint if one is due.
+
+        Raises
+        ------
+        TrainingStopped
+            A stop was requested; the checkpoint is written.
+        """
         if self._display is not None:
             self._show(self._display)
         step = self._state.step
@@ -179,7 +184,7 @@ class Reporter:
         self._add_epochs(display)
 
     def _add_epochs(self, display: Display) -> None:
-        """Sum up the epochs that have ended since, and warn where something is wrong."""
+        """Add the rows of newly finished epochs, and show warnings about the training."""
         state, length = self._state, self._plan.steps_per_epoch
         while state.measures and state.measures[-1]["step"] >= (self._ended + 1) * length:
             first = self._ended * length + 1 - int(state.measures[0]["step"])
@@ -217,7 +222,7 @@ def _train_on_ray(
             f"use at most --workers {settings.model.codebooks}"
         )
         raise ResourceError(msg)
-    with remote_screen(plan, runtime, run.name, stop) as display, _failures_told(run):
+    with remote_screen(plan, runtime, run.name, stop) as display, _failures_explained(run):
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"run": run, "settings": settings, "packed": packed, "plan": plan, "display": display},
@@ -226,37 +231,42 @@ def _train_on_ray(
                 num_workers=settings.train.workers,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if use_gpu else {})},
-                # GPUs of one machine hear each other best; threads are best off on a machine of their own.
+                # GPUs communicate fastest inside one machine; CPU workers do best on different machines.
                 placement_strategy="PACK" if use_gpu else "SPREAD",
             ),
             run_config=ray.train.RunConfig(
                 name=keys.TRAIN_DIR,
                 failure_config=ray.train.FailureConfig(max_failures=settings.train.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                # OpenMP threads that wait must not spin: the readers need the processor (10 times the time without).
-                # And sums on a GPU have one order (cuBLAS asks for its workspace by this variable).
+                # Idle OpenMP threads must not spin, since the readers need the processors (a step took 10 times as
+                # long). cuBLAS adds in a fixed order only with a workspace of this configuration.
                 worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}},
                 **_train_storage(run.storage),
             ),
         )
-        finding = _fitted(trainer.fit, stop).return_value
-    if finding == STOPPED:
+        outcome = _fitted(trainer.fit, stop).return_value
+    if outcome == STOPPED:
         raise TrainingStopped
-    if finding:
-        raise TrainingError(finding)
+    if outcome:
+        raise TrainingError(outcome)
 
 
 def _fitted(fit: Callable[[], Any], stop: StopRequest) -> Any:
-    """Call Ray Train's `fit` in a thread and return its result; `TrainingStopped` where it does not end after a stop.
+    """Call Ray Train's `fit` in a thread and return its result.
 
-    In the main thread Ray Train would answer Ctrl-C itself: it aborts the workers, without a checkpoint.
+    In the main thread Ray Train would handle Ctrl-C itself and abort the workers without a checkpoint.
+
+    Raises
+    ------
+    TrainingStopped
+        Training has not ended `STOP_SECONDS` after a stop request.
     """
     outcome: Future[Any] = Future()
 
     def work() -> None:
         try:
             outcome.set_result(fit())
-        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+        except BaseException as error:  # noqa: BLE001 - `result` raises it again
             outcome.set_exception(error)
 
     threading.Thread(target=work, daemon=True, name="ndreamer-fit").start()
@@ -270,7 +280,7 @@ def _fitted(fit: Callable[[], Any], stop: StopRequest) -> Any:
 
 @contextmanager
 def _stopped_by_hand() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` where training stopped since it was asked to; what comes after it must not run."""
+    """Turn `TrainingStopped` into `KeyboardInterrupt`, so that no later stage runs."""
     try:
         yield
     except TrainingStopped:
@@ -278,8 +288,8 @@ def _stopped_by_hand() -> Iterator[None]:
 
 
 @contextmanager
-def _failures_told(run: RunDirectory) -> Iterator[None]:
-    """Raise what a worker or its readers raised on purpose, and say of Ray Train's own files that they are damaged."""
+def _failures_explained(run: RunDirectory) -> Iterator[None]:
+    """Raise the package's own error inside a Ray Train failure; `DamagedError` if Ray Train cannot read its files."""
     import ray.train
 
     try:
@@ -296,7 +306,7 @@ def _failures_told(run: RunDirectory) -> Iterator[None]:
 
 
 def _train_storage(storage: Storage) -> dict[str, Any]:
-    """Return Ray Train's storage settings: a local path as it is, anything else through its fsspec file system."""
+    """Return Ray Train's storage settings: a local path, or a remote path with its fsspec file system."""
     if storage.is_local:
         return {"storage_path": storage.root}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -305,9 +315,11 @@ def _train_storage(storage: Storage) -> dict[str, Any]:
 
 
 def _worker(config: dict[str, Any]) -> str | None:
-    """Train one worker's share; this is what Ray Train runs on every worker.
+    """Train on one worker; Ray Train calls this on every worker.
 
-    Returns what was found wrong, if anything, or `STOPPED`.
+    Returns
+    -------
+    The message of an error that a retry would meet again, `STOPPED` after a stop request, else None.
     """
     import ray.train
     import ray.train.torch
@@ -319,51 +331,51 @@ def _worker(config: dict[str, Any]) -> str | None:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         add_in_order()
-        torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default one
-    together, collective = shared_by(place[1], device.type)
+        torch.cuda.set_stream(torch.cuda.Stream())  # CUDA graphs cannot be recorded on the default stream
+    together, collective = collectives_of(place[1], device.type)
     state = _fresh(settings, packed, device)
     checkpoint = _ray_checkpoint(run) or latest_serial(run.storage)
     if checkpoint is not None:
         state.load_bytes(checkpoint.files, checkpoint.url)
     schedule = Schedule(settings.train, together, device, stop=display.stop_asked)
     reporter = Reporter(run, settings, plan, state, schedule, display if place[0] == 0 else None, _save_on_ray)
-    kept = kept_on_gpu(settings, packed, device)
-    if kept is None:
+    resident = resident_matrix(settings, packed, device)
+    if resident is None:
         batches = mini_batches(packed, plan, place, state.step, device)
         batches = watched(batches, lambda: display.warn("late", LATE), LATE_SECONDS)
     else:
-        display.warn("resident", f"train: {kept.nbytes / 1e9:.1f} GB of expression stay on the GPU", logging.INFO)
-        batches = made_ahead(resident_batches(kept, RowLabels.of(packed), plan, place, state.step))
+        display.warn("resident", f"train: {resident.nbytes / 1e9:.1f} GB of expression stay on the GPU", logging.INFO)
+        batches = prepared_ahead(resident_batches(resident, RowLabels.of(packed), plan, place, state.step))
     alone_on_gpu = device.type == "cuda" and place[1] == 1
     try:
         reporter.train(batches, packed, collective, GraphedSteps() if alone_on_gpu and settings.train.graphs else None)
     except TrainingError as error:
-        # Every worker sees the same loss; a retry would see it again, so this ends the job as a finding, not a failure.
+        # Every worker gets the same loss, and a retry would get it again, so Ray Train must not see a failure.
         return str(error)
     except TrainingStopped:
         return STOPPED
-    except torch.OutOfMemoryError as error:  # a retry would meet the same memory
-        return f"the GPU's memory will not do ({str(error).splitlines()[0]}); use fewer cells a step: train.batch_size"
+    except torch.OutOfMemoryError as error:  # a retry would run out of memory again
+        return f"the GPU has too little memory ({str(error).splitlines()[0]}); use a smaller --set train.batch_size"
     return None
 
 
-def shared_by(workers: int, device: str) -> tuple[Collective, Collective]:
-    """Return by what workers agree on checkpoints, and by what they share a step: its cells, or on GPUs its codebooks."""
+def collectives_of(workers: int, device: str) -> tuple[Collective, Collective]:
+    """Return the collective for checkpoints, and that of a step: by cells, or on GPUs by codebooks."""
     together = Distributed() if workers > 1 else Single()
     return together, ByBooks() if workers > 1 and device == "cuda" else together
 
 
-def kept_on_gpu(settings: Settings, packed: Packed, device: torch.device) -> Resident | None:
-    """Bring the packed matrix to a GPU, where half of its free memory holds it."""
+def resident_matrix(settings: Settings, packed: Packed, device: torch.device) -> Resident | None:
+    """Copy the packed matrix to a GPU if half of the free memory holds it."""
     if device.type != "cuda" or not settings.train.resident:
         return None
-    kept = Resident.of(packed, device, torch.cuda.mem_get_info(device)[0] // 2)
-    torch.cuda.synchronize(device)  # another stream will read it
-    return kept
+    resident = Resident.of(packed, device, torch.cuda.mem_get_info(device)[0] // 2)
+    torch.cuda.synchronize(device)  # another stream reads it
+    return resident
 
 
 def _ray_checkpoint(run: RunDirectory) -> Checkpoint | None:
-    """Return Ray Train's last checkpoint, if there is one."""
+    """Return Ray Train's last checkpoint, if any."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
@@ -375,7 +387,7 @@ def _ray_checkpoint(run: RunDirectory) -> Checkpoint | None:
 
 
 def _save_on_ray(state: TrainState) -> None:
-    """Write a checkpoint: the first worker's files, once all workers have come this far."""
+    """Write a checkpoint with the files of the first worker; `ray.train.report` waits for all workers."""
     import ray.train
 
     measures = {"step": state.step, "total": state.measures[-1]["total"]}

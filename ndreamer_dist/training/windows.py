@@ -1,9 +1,8 @@
-"""Stream mini-batches from packed.zarr: a Ray Data `Datasource` that executes the sampling plan.
+"""A Ray Data `Datasource` that executes the sampling plan on packed.zarr.
 
-A read task covers a window of steps. It reads the rows of the window once, assembles the worker's share of each step, and
-yields one Arrow table with a row per step: the CSR of the cells and their packed row numbers. The training loop turns a
-row into a dense `MiniBatch` on its device and looks up the labels by row. The serial runtime reads the same windows in
-this process.
+A read task covers a window of steps. It reads the rows of the window once, assembles the worker's share of each step,
+and yields one Arrow table with a row per step: the CSR of the cells and their packed row numbers. The training process
+turns each row into a `MiniBatch` (`densify`). The serial runtime reads the same windows in its own process.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from ndreamer_dist.training.rows import read_rows
 from ndreamer_dist.training.sampling import SamplingPlan
 
 WINDOW_STEPS = 8
-"""A read task covers the whole epochs that make at least this many steps, so that no block is read twice for them."""
+"""Least number of steps of a window; it is rounded up to whole epochs, so that an epoch reads no block twice."""
 LONGEST_WINDOW = 64
-"""Most steps of a window: it bounds what a read task holds where the groups, and so the steps of an epoch, are many."""
+"""Largest number of steps of a window; it bounds the memory of a read task if epochs are long (many groups)."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,15 @@ class Share:
 
     step: int
     rows: np.ndarray  # (cells,) packed rows
-    x: Any  # (cells, genes) CSR, or what has the rows of all cells on a GPU (`densify.Resident`)
+    x: Any  # (cells, genes) CSR, or the whole packed matrix on a GPU (`densify.Resident`)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A worker's shares of some steps, one after the other in the same arrays."""
+    """A worker's shares of some steps, concatenated."""
 
     steps: range
-    cuts: np.ndarray  # (steps + 1,) where each step's cells start
+    cuts: np.ndarray  # (steps + 1,) start of each step's cells
     rows: np.ndarray  # (cells of all steps,) packed rows
     x: sparse.csr_matrix  # (cells of all steps, genes)
 
@@ -57,14 +56,14 @@ class Window:
 
 
 def _row_view(x: sparse.csr_matrix, start: int, stop: int) -> sparse.csr_matrix:
-    """Return some rows of a CSR without copying their values, as slicing would."""
+    """Return some rows of a CSR without copying their values; slicing would copy them."""
     first, last = x.indptr[start], x.indptr[stop]
     parts = x.data[first:last], x.indices[first:last], x.indptr[start : stop + 1] - first
     return sparse.csr_matrix(parts, shape=(stop - start, x.shape[1]), copy=False)
 
 
 def windows(plan: SamplingPlan, first_step: int) -> list[range]:
-    """Cut the steps from `first_step` on into the ranges that one read task covers."""
+    """Cut the steps from `first_step` on into windows, one per read task."""
     epochs = -(-WINDOW_STEPS // plan.steps_per_epoch)
     length = min(epochs * plan.steps_per_epoch, LONGEST_WINDOW)
     edges = [first_step, *range((first_step // length + 1) * length, plan.steps, length), plan.steps]
@@ -72,15 +71,15 @@ def windows(plan: SamplingPlan, first_step: int) -> list[range]:
 
 
 def read_window(packed: Packed, plan: SamplingPlan, steps: range, rank: int, world: int) -> Iterator[Share]:
-    """Read a worker's shares of a window of steps, in step order; each touched chunk is read once.
+    """Read a worker's shares of a window of steps, in step order; each chunk is read once.
 
-    Memory: the rows of the window, sparse, and the chunks of a few blocks.
+    Memory: the sparse rows of the window, and the chunks of a few blocks.
     """
     yield from load_window(packed, plan, steps, rank, world).shares()
 
 
 def load_window(packed: Packed, plan: SamplingPlan, steps: range, rank: int, world: int) -> Window:
-    """Read what `read_window` yields, in one piece."""
+    """Read a worker's shares of a window of steps as one `Window`."""
     wanted = [plan.share_rows(step, rank, world) for step in steps]
     rows = np.concatenate(wanted)
     cuts = np.concatenate([[0], np.cumsum([len(share) for share in wanted])])
@@ -88,7 +87,7 @@ def load_window(packed: Packed, plan: SamplingPlan, steps: range, rank: int, wor
 
 
 def to_arrow(window: Window) -> pa.Table:
-    """Return a window as a table of one row per step, its arrays as list columns; nothing is copied."""
+    """Return a window as a table with one row per step and list columns, without copying arrays."""
     entries = window.x.indptr[window.cuts]
     columns = {
         "rows": (window.cuts, window.rows.astype(np.int64, copy=False)),
@@ -104,7 +103,7 @@ def to_arrow(window: Window) -> pa.Table:
 
 
 def from_arrow(table: pa.Table, genes: int) -> Share:
-    """Read one row of what `to_arrow` gave, without copying the arrays."""
+    """Return the share in a table of one row (see `to_arrow`), without copying arrays."""
     rows, counts, indices, data = (
         table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=True)
         for name in ("rows", "counts", keys.INDICES, keys.DATA)
@@ -115,7 +114,7 @@ def from_arrow(table: pa.Table, genes: int) -> Share:
 
 
 class PlanSource(Datasource):
-    """A worker's shares of every step from `first_step` on, one Arrow row per step, in order."""
+    """Ray Data source of a worker's shares of all steps from `first_step` on: one Arrow row per step, in order."""
 
     def __init__(self, packed: Packed, plan: SamplingPlan, *, rank: int, world: int, first_step: int) -> None:
         super().__init__()
@@ -125,13 +124,13 @@ class PlanSource(Datasource):
         self._first_step = first_step
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Return nothing: the number of stored values is known only to the blocks."""
+        """Return None: the number of stored values is not known before blocks are read."""
         return None
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        """Return one task per window of steps, whatever parallelism is asked for: the windows are the plan's."""
+        """Return one task per window of steps; the plan determines the windows, so `parallelism` is ignored."""
         del parallelism, data_context
         return [
             ReadTask(

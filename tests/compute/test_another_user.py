@@ -1,4 +1,4 @@
-"""The whole job as a user who has no name, no home folder, and may write one folder: a container as clusters run it."""
+"""The whole job as a user without a name and home folder who may write to one folder, as in a cluster's container."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny import SETTINGS, assert_same_bits, run_words
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 USER = "12345"
-# It may look into folders, the tests' Python's say, that are root's alone; it may not write there.
+# It may read folders that only root can read, such as that of the tests' Python, but not write there.
 LOOKS = [
     "--inh-caps=-all,+dac_read_search",
     "--ambient-caps=-all,+dac_read_search",
@@ -28,7 +28,7 @@ AS_ANOTHER = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups",
 
 @pytest.fixture
 def container(tmp_path: Path) -> Iterator[Machine]:
-    """A machine whose files are all read-only but for one folder, which is the user's, and /dev/shm."""
+    """A machine whose files are read-only except for one folder, which belongs to the user, and /dev/shm."""
     home = tmp_path / "work"
     home.mkdir()
     try:
@@ -41,7 +41,7 @@ def container(tmp_path: Path) -> Iterator[Machine]:
 
 
 def as_another(container: Machine, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of ours as the user; in `HOME` there is nothing, and no variable names a folder for files."""
+    """Run one of our commands as the user; `HOME` is empty, and no variable names a folder for files."""
     nowhere = ["env", "--unset=TMPDIR", "HOME=/nonexistent", f"PYTHONPATH={Path(__file__).parents[2]}"]
     program = [sys.executable, "-m", "ndreamer_dist.cli", *words]
     with container.start(*AS_ANOTHER, *nowhere, *program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:

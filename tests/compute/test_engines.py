@@ -1,4 +1,4 @@
-"""A GPU is tried before it is trusted, keeps its process, and what is wrong with it is one line."""
+"""A GPU is tried before it is used, one process keeps it, and a failure is reported in one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +27,19 @@ def at_work(_: int, shared: list[int]) -> tuple[int, str, int]:
     return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], id(shared)
 
 
+def beside_another(_: int, folder: Path) -> str:
+    """Return the GPU of this process as soon as another one is at work, too, or after a long wait."""
+    gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+    (folder / gpu).touch()
+    deadline = time.monotonic() + 30
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return gpu
+
+
 @pytest.fixture
 def runtime(ray_token: None) -> Iterator[RayRuntime]:
-    """A Ray that counts two GPUs, on a machine that has none."""
+    """A Ray that believes to have two GPUs, on a machine without any."""
     import ray
 
     ray.shutdown()
@@ -43,17 +54,19 @@ def runtime(ray_token: None) -> Iterator[RayRuntime]:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_on_ray_a_process_keeps_its_gpu_and_one_that_torch_cannot_use_is_one_line(
-    runtime: RayRuntime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    runtime: RayRuntime, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    # Two items, as of a trial of each GPU, are dealt to both, not to the process that starts first.
+    assert sorted(runtime.map(beside_another, range(2), tmp_path, title="trial", num_gpus=1)) == ["0", "1"]
     answers = list(runtime.map(at_work, range(12), [0], title="work", num_gpus=1))
     assert len(answers) == 12
     assert {device for _, device, _ in answers} == {"0", "1"}
-    assert len(set(answers)) == 2  # a process, its device, and what is shared, made once
+    assert len(set(answers)) == 2  # one process per GPU, with one device and one copy of the shared values
     if torch.version.cuda is None:
         started = time.monotonic()
         with caplog.at_level(logging.WARNING):
             assert chosen_device("auto", "match.device", runtime, torch_finding) == "cpu"
-        assert "match.device: processors take over: torch" in caplog.text
+        assert "match.device: processors are used instead of GPUs: torch" in caplog.text
         with pytest.raises(ResourceError, match=r"built for processors; .*--set train.device=cpu"):
             chosen_device("cuda", "train.device", runtime, torch_finding)
         assert time.monotonic() - started < 20

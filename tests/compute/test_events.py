@@ -1,4 +1,4 @@
-"""A job can be watched while it runs: its log, `info` from elsewhere, and what Prometheus scrapes."""
+"""A running job can be watched through its log, through `info` of another process, and through Prometheus."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_resumed_stage_counts_only_the_cells_that_it_does(tmp_path: Path) -> N
 
 
 def scraped() -> str:
-    """Return what Prometheus gets from the nodes of the Ray that this process is connected to."""
+    """Return the metrics that Prometheus scrapes from the nodes of the connected Ray."""
     import ray
 
     ports = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes() if node["Alive"]]
@@ -213,7 +213,7 @@ def scraped() -> str:
 
 
 def samples(text: str, name: str) -> dict[str, float]:
-    """Return label text and value of every sample of a metric of the run; other tests' runs are on the same Ray."""
+    """Return the labels and values of a metric's samples of the run; runs of other tests are on the same Ray."""
     found = re.findall(rf"^(?:ray_)?{name}(?:_total)?{{([^}}]*)}} (\S+)$", text, re.MULTILINE)
     return {labels: float(value) for labels, value in found if f'run="{WATCHED}"' in labels}
 
@@ -264,7 +264,7 @@ def test_prometheus_finds_cells_bytes_steps_and_losses(
     logged = [json.loads(line) for line in (tmp_path / WATCHED / keys.STAGES_LOG).read_text().splitlines()]
     assert peaks == {line["stage"]: line["worker_peak_bytes"] for line in logged if "worker_peak_bytes" in line}
     assert peaks["cohort"] > HUNGER
-    assert peaks["pack"] < peaks["cohort"] - HUNGER / 2  # counted anew, though the worker may be the same
+    assert peaks["pack"] < peaks["cohort"] - HUNGER / 2  # reset per stage, even if the worker process is the same
 
 
 HUNGER = 600_000_000
@@ -296,7 +296,7 @@ def task_name(_: int) -> str:
     return ray.get_runtime_context().get_task_name()
 
 
-# --- how long it will still take -----------------------------------------------------------------------------------------
+# --- the time left -----------------------------------------------------------------------------------------
 
 
 def test_the_time_left_is_that_of_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_the_time_left_is_that_of_the_speed_so_far(monkeypatch: pytest.MonkeyPat
     now = 110.0
     assert stage.seconds_left == pytest.approx(40.0)
     training = events.StageProgress("train")
-    training.note_step(50, 100, {})  # it went on from a checkpoint: the steps before it took no time of this call
+    training.note_step(50, 100, {})  # resumed from a checkpoint, so earlier steps took no time of this call
     now = 130.0
     training.note_step(60, 100, {})
     assert training.seconds_left == pytest.approx(80.0)

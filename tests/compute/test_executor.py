@@ -1,4 +1,4 @@
-"""Both runtimes give the same answers, and a task's error arrives as itself."""
+"""Both runtimes give the same answers, and raise a task's error unchanged."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_nothing_is_started_for_no_work() -> None:
 def test_a_cluster_is_refused_where_its_largest_node_cannot_hold_a_task() -> None:
     task, small, large = TaskNeed("clusters", 2 * 10**9), Node("a", 4, 10**9), Node("b", 2, 3 * 10**9)
     check_nodes(task, [small, large])
-    check_nodes(task, [])  # an autoscaled cluster has none yet
+    check_nodes(task, [])  # an autoscaled cluster may have no nodes yet
     message = (
         "^stage 'clusters' takes 2.0 GB a task, and the largest node, a, has 1.0 GB for tasks; take smaller.*--set"
     )
@@ -117,7 +117,8 @@ def test_a_bar_is_hidden_away_from_a_terminal(capsys: pytest.CaptureFixture) -> 
     assert "shown: 100%" in capsys.readouterr().err
 
 
-# --- where a run works ---------------------------------------------------------------------------------------------------
+# --- where a run works
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: the least of affinity, control groups and the SLURM job, and which it was."""
+"""The resources that this process may use are the least of affinity, control groups and SLURM job, with its source."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNLIMITED = str(2**63 - 4096)
 
 @pytest.fixture(autouse=True)
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of 8 processors and 64 GB without groups and without SLURM."""
+    """A machine of 8 processors and 64 GB without control groups and without SLURM."""
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(machine, "CGROUP", tmp_path)

@@ -1,4 +1,4 @@
-"""Costs are measured over the whole process tree, and one line a stage is kept."""
+"""Costs are measured over the whole process tree, and each stage logs one line."""
 
 from __future__ import annotations
 

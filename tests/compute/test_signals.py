@@ -1,8 +1,10 @@
-"""Signals stop a program at once, or where deferred work ends; ignored ones stay ignored."""
+"""Signals stop a program at once, or when deferred work ends; ignored signals stay ignored."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -13,7 +15,7 @@ from ndreamer_dist.compute.signals import deferred_stop, stop_signals
 
 @pytest.fixture(autouse=True)
 def _heard() -> Iterator[None]:
-    """Let Ctrl-C interrupt, also where the tests run in the background of a shell, which ignores it."""
+    """Restore the default handler of Ctrl-C, which shells ignore in background processes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -57,6 +59,22 @@ def test_a_second_signal_does_not_wait() -> None:
     with stop_signals(), pytest.raises(KeyboardInterrupt):
         work()
     assert not done
+
+
+SECOND = """
+import signal
+from ndreamer_dist.compute.signals import deferred_stop
+with deferred_stop():
+    signal.raise_signal(signal.SIGTERM)
+    print("goes on", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("not reached", flush=True)
+"""
+
+
+def test_a_second_signal_ends_a_program_that_handles_none() -> None:
+    ended = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "goes on\n"), ended.stderr
 
 
 def test_what_is_ignored_stays_ignored() -> None:

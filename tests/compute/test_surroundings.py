@@ -1,4 +1,4 @@
-"""A job starts in a container of another user, with a long TMPDIR, or says at once what is wrong with its surroundings."""
+"""A job starts in a container of another user and with a long TMPDIR, or reports at once why it cannot start."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_numba_compiles_is_kept_where_neither_home_nor_site_packages_can_be
     assert mended.returncode == 0, mended.stderr[-2000:]
     answer, folder = mended.stdout.split()
     assert answer == "2"
-    assert not Path(folder).exists(), "the folder goes with the process"
+    assert not Path(folder).exists(), "the folder is deleted when the process ends"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a trial of a GPU may meet; in a module that loads nothing, since each runs in a process of its own."""
+"""Possible outcomes of a trial of a GPU; the module imports little, since each trial runs in its own process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def fit() -> None:
 
 
 def aborts() -> None:
-    """End as FAISS does where a wheel holds no code for the GPU."""
+    """Abort the process, as FAISS does if a wheel holds no code for the GPU."""
     os.abort()
 
 

@@ -1,6 +1,6 @@
-"""Inputs for the model's tests, and the method written the literal way to compare with.
+"""Inputs for the tests of the model, and a literal implementation of the method as reference.
 
-`literal_loss` takes METHOD sections 2 and 3 word by word: one codebook after the other, squared distances as broadcast
+`literal_loss` follows METHOD sections 2 and 3 word by word: a loop over codebooks, squared distances as broadcast
 differences, joint tables as products of one-hot matrices, losses inside groups as loops over groups and cells.
 """
 
@@ -76,7 +76,7 @@ def literal_entropy(probs: Tensor) -> Tensor:
 
 
 def literal_nmi(labels: Tensor, probs: Tensor) -> Tensor:
-    """Return the mean over codebooks of METHOD's NMI of labels, (cells,), and probs, (codebooks, cells, codes)."""
+    """Return METHOD's NMI of labels, (cells,), and probs, (codebooks, cells, codes), mean over codebooks."""
     names = labels.unique()
     onehot = (labels[:, None] == names).to(probs.dtype)
     values = []
@@ -90,7 +90,7 @@ def literal_nmi(labels: Tensor, probs: Tensor) -> Tensor:
 
 
 def literal_neighbourhood(x: Tensor, z: Tensor, low: Tensor, high: Tensor, loss: LossSettings) -> Tensor:
-    """Return the mean over the cells of one group of METHOD's neighbourhood term."""
+    """Return METHOD's neighbourhood term of one group, mean over its cells."""
     total = z.sum() * 0
     for i in range(len(x) if len(x) > 1 else 0):
         others = [j for j in range(len(x)) if j != i]
@@ -110,7 +110,7 @@ def literal_neighbourhood(x: Tensor, z: Tensor, low: Tensor, high: Tensor, loss:
 
 
 def literal_triplet(z: Tensor, batch: MiniBatch, keys: Tensor, loss: LossSettings) -> Tensor:
-    """Return METHOD's triplet term, with positives and negatives taken in the order of the keys."""
+    """Return METHOD's triplet term; positives and negatives are taken in the order of the keys."""
     terms = []
     for i in range(len(z)):
         same = [j for j in range(len(z)) if j != i and batch.group[j] == batch.group[i]]
@@ -127,7 +127,7 @@ def literal_triplet(z: Tensor, batch: MiniBatch, keys: Tensor, loss: LossSetting
 
 
 def literal_correlation(values: Tensor) -> Tensor:
-    """Return the mean squared entry of (correlation - I), 1e-8 added to each variance."""
+    """Return the mean squared entry of (correlation - I), with 1e-8 added to each variance."""
     centred = values - values.mean(0)
     covariance = centred.T @ centred / (len(values) - 1)
     deviation = (covariance.diagonal() + 1e-8).sqrt()
@@ -135,9 +135,9 @@ def literal_correlation(values: Tensor) -> Tensor:
 
 
 def literal_gumbel(logits: Tensor, arrivals: Tensor, times: Tensor, temperature: float) -> Tensor:
-    """Return the Gumbel-softmax, (cells, codes), whose noise is what the race says: `E_j = t_j exp(l_j)`, fixed.
+    """Return the Gumbel-softmax, (cells, codes), with the constant noise of a race, `E_j = t_j exp(l_j)`.
 
-    Codes that never arrived in the race come after its end: theirs is an E that leaves them without weight.
+    Codes that do not arrive in the race have an infinite E, and so no weight.
     """
     noise = torch.full_like(logits, torch.inf)
     for late in range(arrivals.shape[1] - 1, -1, -1):
@@ -192,7 +192,7 @@ def literal_forward(
 
 
 def literal_loss(network: NDreamerNetwork, batch: MiniBatch, noise: StepNoise, loss: LossSettings) -> Tensor:
-    """Return METHOD's total loss of a mini-batch held by one worker (nothing near its clamps)."""
+    """Return METHOD's total loss of a mini-batch with one worker, without the clamps."""
     per_book, mean, variance, rebuilt, commitment = literal_forward(network, batch, noise)
     probs = torch.stack(per_book)
     cosine = 1 - (batch.x * rebuilt).sum(1) / (

@@ -11,7 +11,7 @@ from tests.model.helpers import close
 
 
 class Claims(Single):
-    """One worker that takes the path of many."""
+    """A single worker that takes the code path of several."""
 
     world = 2
 

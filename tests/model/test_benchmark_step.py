@@ -1,4 +1,4 @@
-"""The benchmark of a training step runs, and its contestants step in turns."""
+"""The benchmark of a training step runs and prints its table."""
 
 from __future__ import annotations
 

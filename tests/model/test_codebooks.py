@@ -41,7 +41,7 @@ def race_noise(
 
 
 def dense_noise(arrivals: Arrivals, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Bring arrivals to (codebooks, cells, draws): their codes, and times that are infinite where there is none."""
+    """Return codes and times of arrivals, (codebooks, cells, draws); missing arrivals have infinite times."""
     books, cells, draws = arrivals.shape
     dense_codes = torch.zeros(books * cells, draws, dtype=torch.int64)
     times = torch.full((books * cells, draws), torch.inf, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_the_race_and_the_gumbel_softmax_have_the_same_distribution() -> None:
     raced, _ = codebooks.race(x, embedding, *race_noise(x, embedding, temperature), temperature)
     exponentials = torch.from_numpy(np.random.default_rng(1).standard_exponential((BOOKS, cells, CODES)))
     dense, _ = codebooks.gumbel_softmax(x, embedding, exponentials, temperature)
-    # First and second moments of q depend on how often each code wins and on how the weight is shared.
+    # The first and second moments of q depend on how often each code wins and on how the weight is distributed.
     for moment in (raced, dense), (raced.square(), dense.square()), (raced.prod(2), dense.prod(2)):
         left, right = (side.flatten(2) if side.dim() > 2 else side[..., None] for side in moment)
         spread = (left.var(1) + right.var(1)).sqrt() / cells**0.5

@@ -1,4 +1,4 @@
-"""W workers compute the loss, gradients, statistics and codebooks of one."""
+"""W workers compute the same loss, gradients, statistics and codebooks as one."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ SHARES = {
 }
 Record = dict[str, torch.Tensor]
 ONE_AT_A_TIME = threading.Lock()
-"""For what draws from torch's own generator, which threads share."""
+"""Guards torch's global generator, which threads share."""
 
 
 def train(blocks: tuple[int, ...], collective: Collective, model: ModelSettings = TINY) -> Record:
-    """Take some steps, a code reset among them, and return all that must not depend on the number of workers."""
+    """Take some steps with a code reset; return everything that must not depend on the number of workers."""
     with ONE_AT_A_TIME:
         network = tiny_network(model)
     record: Record = {}
-    # Not AdamW: it would scale the rounding of gradients that are 0 up to whole steps.
+    # Not AdamW, which would scale rounding errors of zero gradients up to whole steps.
     optimiser = torch.optim.SGD(network.parameters(), lr=1e-3)
     for step in range(1, STEPS + 1):
         batch = random_batch(CELLS, seed=step)
@@ -64,7 +64,7 @@ def train(blocks: tuple[int, ...], collective: Collective, model: ModelSettings 
 
 
 def with_anchors(batch: MiniBatch, blocks: tuple[int, ...], rank: int) -> MiniBatch:
-    """Return the whole mini-batch for a worker whose anchors are `blocks[rank]` of its blocks."""
+    """Return the whole mini-batch for a worker that owns `blocks[rank]` of its blocks as anchors."""
     first = sum(blocks[:rank]) * NOISE_ROWS
     anchors = slice(first, min(first + blocks[rank] * NOISE_ROWS, batch.cells))
     codes = torch.cat([torch.stack([batch.condition, batch.group, batch.low, batch.high], 1), batch.batch], 1)
@@ -92,14 +92,14 @@ class InThreads(ByBooks):
 
 
 def train_in_threads(blocks: tuple[int, ...], model: ModelSettings) -> list[Record]:
-    """Train with workers that share the codebooks, each in a thread; return what each recorded."""
+    """Train with workers that share the codebooks, each in a thread; return the record of each."""
     barrier, shown = threading.Barrier(len(blocks)), dict[int, torch.Tensor]()
     with ThreadPoolExecutor(len(blocks)) as threads:
         return list(threads.map(lambda rank: train(blocks, InThreads(rank, barrier, shown), model), range(len(blocks))))
 
 
 def gather_uneven(collective: Collective, rows: list[int]) -> Record:
-    """Gather unequal shares, and the gradient of a loss that every worker computes from all rows."""
+    """Gather shares of unequal size, and compute the gradient of a loss that every worker computes from all rows."""
     own = torch.arange(rows[collective.rank], dtype=torch.float64) + 10 * collective.rank
     own.requires_grad_()
     everyone = collective.all_gather_rows(own[:, None])
@@ -132,7 +132,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the workers, started once for all tests, wrote their records."""
+    """Folder with the records of the workers, which are started once for all tests."""
     folder = tmp_path_factory.mktemp("workers")
     mp.spawn(worker, (str(folder),), nprocs=max(SHARES))
     return folder
@@ -140,7 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=SHARES, ids="workers_{}".format)
 def records(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Record]]:
-    """What each of the workers recorded."""
+    """The record of each worker."""
     return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
 
 
@@ -161,11 +161,11 @@ def test_any_number_of_workers_trains_as_one(records: list[dict[str, Record]], a
 
 
 def assert_alike(record: Record, alone: Record) -> None:
-    """Compare what a worker recorded with what one worker alone did, to rounding."""
+    """Compare the record of a worker with that of a single worker, up to rounding."""
     scale = {step: max(v.abs().max() for k, v in alone.items() if k.startswith(f"{step} grad")) for step in "12"}
     assert record.keys() == alone.keys()
     for key, expected in alone.items():
-        # Gradients that are 0 but for rounding are compared with the step's largest.
+        # The tolerance is relative to the step's largest gradient: some gradients are 0 up to rounding.
         atol = 1e-10 * float(scale[key[0]]) if "grad" in key else 1e-12
         torch.testing.assert_close(record[key], expected, rtol=1e-10, atol=atol, msg=lambda m: f"{key}: {m}")  # noqa: B023
 

@@ -89,7 +89,7 @@ def test_independence_of_the_batch_inside_conditions_equals_the_sum_over_cells()
         for covariate in batch.batch.T
         for name in names
     )
-    # The helper's sums are of float32, hence of the golden tolerance.
+    # The helper sums in float32, hence the tolerance of the golden values.
     close(losses.independence_batch_within(quantised_of(probs, labels), labels), float(expected))
 
 
@@ -203,7 +203,7 @@ def test_correlation_of_small_variances_equals_the_reference() -> None:
 @pytest.mark.parametrize("at_once", [1, 300, 10**9], ids=["group_by_group", "some_groups", "all_groups_padded"])
 @pytest.mark.parametrize("cross_cluster", ["published", "clusters"])
 def test_pair_losses_equal_brute_force(cross_cluster: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(batches.MOST_PADDING, "cpu", 0.0)
+    monkeypatch.setitem(batches.LEAST_RELATIVE_SIZE, "cpu", 0.0)
     batch = random_batch(130)
     loss = LossSettings.model_validate({"cross_cluster": cross_cluster, "neighbours": 4, "triplet_pairs": 3})
     z, keys = torch.randn(130, 4, dtype=torch.float64), torch.rand(130, 130)
@@ -307,7 +307,7 @@ def test_no_edge_case_makes_the_loss_or_a_gradient_undefined(edge: str) -> None:
         network(batch, noise, Single()), batch, noise, LossSettings(), conditions=CONDITIONS, collective=Single()
     )
     terms.total.backward()
-    assert all(value == value for value in terms.unweighted.as_floats().values())
+    assert all(value == value for value in terms.as_floats().values())
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
@@ -335,5 +335,5 @@ def test_terms_and_total_are_clamped_from_above() -> None:
     found = losses.weigh(huge, loss, CONDITIONS)
     assert found.weighted.kl == 10
     assert found.total == 10
-    # 10 of reconstruction, 10 of kl, less 25 of dependence: each is clamped before they are added.
+    # 10 (reconstruction) + 10 (kl) - 25 (dependence): each term is clamped before the sum.
     assert losses.weigh(replace(huge, dependence=torch.tensor(1.0)), loss, CONDITIONS).total == -5

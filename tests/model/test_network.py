@@ -1,4 +1,4 @@
-"""The network gives METHOD's reference outputs, and a training step METHOD's loss and gradients."""
+"""The network gives METHOD's reference outputs; a training step gives METHOD's loss and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise depends on seed, stage, step and block alone."""
+"""Noise depends on seed, stage, step and block only."""
 
 from __future__ import annotations
 

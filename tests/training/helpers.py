@@ -1,4 +1,4 @@
-"""A packed cohort, settings and a fresh state so small that a training takes a second."""
+"""A packed cohort, settings and an untrained state, so small that a training takes a second."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = Settings.build(preset="small", overrides=OVERRIDES)
 
 
 class Cohort:
-    """Three groups of a packed cohort below a folder; an epoch has two steps."""
+    """A packed cohort of three groups in a folder; an epoch has two steps."""
 
     def __init__(self, folder: Path, settings: Settings = SETTINGS) -> None:
         self.packed = Packed.open(RunDirectory.at(folder), BLOCK_ROWS)
@@ -55,7 +55,7 @@ class Cohort:
 
 
 def write_with_effect(folder: Path) -> None:
-    """Write a cohort of four groups in which the condition raises some genes; an epoch has two steps."""
+    """Write a cohort of four groups in which the condition raises the first 10 genes; an epoch has two steps."""
     packed = packed_cohort(folder, cells=(160, 160, 160, 160), genes=40, block_rows=BLOCK_ROWS)
     condition = np.repeat(packed.design.group_conditions, np.diff(packed.design.starts))
     for block in range(packed.n_blocks):
@@ -67,7 +67,7 @@ def write_with_effect(folder: Path) -> None:
 
 
 def train_stage(folder: Path, settings: Settings) -> None:
-    """Run the training stage in this process on the cohort below a folder."""
+    """Run the training stage in this process on the cohort in a folder."""
     run = RunDirectory.at(folder)
     run_train(run, settings, Packed.open(run, BLOCK_ROWS), SerialRuntime(settings.run), "key")
 

@@ -1,4 +1,4 @@
-"""A checkpoint is due by steps or by minutes, and half a checkpoint is none."""
+"""A checkpoint is due by steps or by minutes, and an incomplete checkpoint is ignored."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ndreamer_dist.settings import TrainSettings
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.training.checkpoints import Schedule, latest_serial, save_serial
 from ndreamer_dist.training.loop import STATE_FILE
+from tests.double import CUDA, Device, pretended
 
 
 @pytest.mark.parametrize(
@@ -43,12 +44,44 @@ def test_checkpoints_by_time_take_a_small_share_of_a_training_whatever_one_costs
     for step in range(1, 100_001):
         now += 0.01
         if schedule.due(step):
-            cost = 0.1 + 2e-5 * step  # each holds a row for every step so far
+            cost = 0.1 + 2e-5 * step  # a checkpoint that grows with every step
             with schedule.saving():
                 now += cost
             waited, last = waited + cost, step
     assert last > 90_000
     assert waited <= 0.02 * now
+
+
+class Pair(Single):
+    """The first of two workers; the other one has nothing to say."""
+
+    world = 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        pytest.param(None, [40, 80, 120, 160], id="minutes_alone"),
+        pytest.param(35, [35, 70, 105, 140, 175], id="steps_are_sooner"),
+    ],
+)
+def test_on_gpus_whose_answers_come_one_look_later_one_checkpoint_is_written_for_each_time(
+    steps: int | None, expected: list[int]
+) -> None:
+    now = 0.0
+    settings = TrainSettings(checkpoint_steps=steps, checkpoint_minutes=0.5)
+    with pretended(), Device() as device:
+        schedule = Schedule(settings, Pair(), CUDA, clock=lambda: now, stop=lambda: now > 180)
+        found = []
+        for step in range(1, 192):
+            now = float(step)
+            if schedule.due(step):
+                found.append(step)
+            assert not schedule.stopping
+        assert schedule.due(192)
+        assert schedule.stopping
+    assert found == expected
+    assert device.waits == []
 
 
 def test_checkpoints_by_neither_steps_nor_time_are_refused() -> None:

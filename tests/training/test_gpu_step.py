@@ -1,4 +1,4 @@
-"""What a step on a GPU asks of the host, counted on a double of it: one copy in, no wait, and the numbers of the processor."""
+"""A step on a double of a GPU: one copy to the device, no wait of the host, and the same numbers as on the CPU."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from ndreamer_dist.training import loop
 from ndreamer_dist.training.densify import Resident, densify, resident_batches, sizes_ahead
 from ndreamer_dist.training.loop import Measured, TrainingError, TrainState, training_step
 from ndreamer_dist.training.model_file import TrainedModel
-from ndreamer_dist.training.trainer import kept_on_gpu, shared_by
+from ndreamer_dist.training.trainer import collectives_of, resident_matrix
 from ndreamer_dist.training.windows import Share, read_window, windows
 from tests.double import CUDA, Device, OnDevice, moved, pretended
 from tests.training.helpers import OVERRIDES, SETTINGS, Cohort, fresh, weights
 
 MOST_OPERATIONS = 1001
-"""Operations of a step on the device, whatever its sizes; lower it with every fusion."""
+"""Largest number of device operations of a step, for any sizes; lower it with every fusion."""
 MOST_OF_A_TILE = 60
-"""Operations that embed a tile of cells."""
+"""Largest number of device operations to embed a tile of cells."""
 MOST_MORE_RESIDENT = 20
-"""Operations more that gather rows of a matrix on the device."""
+"""Largest number of additional operations that gather rows of a resident matrix."""
 MOST_COLLECTIVES = 6
-"""Of a step of several workers."""
+"""Largest number of collectives in a step of several workers."""
 MOST_EXCHANGED = 10e6
-"""Bytes that they bring together in a step, of the paper's sizes."""
+"""Largest number of bytes that they exchange in a step of the `paper` preset."""
 
 
 ALONE = Single()
@@ -69,7 +69,7 @@ def stepped(
     place: tuple[int, int] = (0, 1),
     mini_batches: Iterator[Share] | None = None,
 ) -> tuple[list[Device], TrainState]:
-    """Return what was seen of each step of a training on the double, by default of streamed mini-batches."""
+    """Train on the double, by default on streamed mini-batches; return the counts of each step, and the state."""
     state, seen = fresh(), list[Device]()
     state.network, state.optimiser = on_double(state)
     state.network.train()
@@ -101,19 +101,19 @@ def on_double(state: TrainState) -> tuple[torch.nn.Module, torch.optim.AdamW]:
 
 
 def test_a_step_on_a_gpu_waits_for_nothing_and_what_it_needs_comes_in_one_copy(cohort: Cohort) -> None:
-    seen, _ = stepped(cohort, 6)  # the fifth resets codes, and the rows that they are taken from are one more copy
+    seen, _ = stepped(cohort, 6)  # the fifth resets codes, and sends the row numbers of their replacements
     for step, device in enumerate(seen, start=1):
         resets = int(step == 5)
         assert device.waits == []
         assert device.mixed == []
         assert len(device.copied("in")) == 1 + resets
-        assert len(device.copied("out")) == 1  # the losses, which are read a step later
-        if step > 1:  # which makes the optimiser's moments
+        assert len(device.copied("out")) == 1  # the losses, read one step later
+        if step > 1:  # the first step also creates the optimiser's moments
             assert sum(device.operations.values()) <= MOST_OPERATIONS + 20 * resets
 
 
 def test_two_steps_of_one_size_are_the_same_operations_on_the_same_shapes(cohort: Cohort) -> None:
-    """Which is what a CUDA graph asks for: of mini-batches with as many cells, groups, conditions and batches."""
+    """A CUDA graph requires it of mini-batches with the same numbers of cells, groups, conditions and batches."""
     seen, _ = stepped(cohort, 9)
     by_size: dict[tuple[int, ...], list[list[tuple]]] = {}
     for device in seen[1:]:
@@ -162,15 +162,15 @@ def test_a_matrix_stays_on_a_gpu_where_half_of_its_free_memory_holds_it(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], 10**12))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     with Device():
-        kept = kept_on_gpu(SETTINGS, cohort.packed, CUDA)
+        kept = resident_matrix(SETTINGS, cohort.packed, CUDA)
         assert kept is not None
         assert kept.nbytes == 6 * values
         free[0] -= 2
-        assert kept_on_gpu(SETTINGS, cohort.packed, CUDA) is None
-        assert kept_on_gpu(SETTINGS, cohort.packed, torch.device("cpu")) is None
+        assert resident_matrix(SETTINGS, cohort.packed, CUDA) is None
+        assert resident_matrix(SETTINGS, cohort.packed, torch.device("cpu")) is None
         free[0] += 2
         never = Settings.build(preset="small", overrides=OVERRIDES | {"train.resident": False})
-        assert kept_on_gpu(never, cohort.packed, CUDA) is None
+        assert resident_matrix(never, cohort.packed, CUDA) is None
 
 
 def travelled(batch: MiniBatch) -> list[Any]:
@@ -194,7 +194,7 @@ def test_mini_batches_of_a_resident_matrix_are_those_that_are_streamed(cohort: C
 
 
 class Twins(ByBooks):
-    """A worker whose fellows do what it does; what is exchanged is noted."""
+    """A worker whose peers have the same tensors; it records the bytes exchanged."""
 
     def __init__(self, workers: int) -> None:
         self.place, self.exchanged = (0, workers), list[int]()
@@ -217,17 +217,18 @@ def test_workers_on_gpus_wait_for_nothing_and_exchange_little(cohort: Cohort, wo
     assert [device.mixed for device in seen] == [[], []]
     assert len(twins.exchanged) == 2 * MOST_COLLECTIVES
     cells, (model, paper) = cohort.plan.cells(0), (SETTINGS.model, Settings.build(preset="paper"))
-    # Vectors of the cells out and back, their means' gradient, the codes' gradient and use, and a few numbers.
+    # Vectors of the cells and their gradient, the gradient of the means, gradient and usage of the codes, a few
+    # scalars.
     assert sum(twins.exchanged) / 2 <= exchanged(cells, model) + 1000
     assert exchanged(2 * paper.train.batch_size, paper.model) + 1000 <= MOST_EXCHANGED
 
 
 class Drifting(Twins):
-    """A worker whose fellow's GPU rounds otherwise: its loss is another in the last bit."""
+    """A worker with a peer whose GPU rounds differently, so that its loss differs in the last bits."""
 
     def joined(self, tensor: Tensor, count: int) -> Tensor:
         everyone = super().joined(tensor, count)
-        if everyone.dim() == 2 and everyone.shape[1] == 2:  # perplexities, and the total beside each
+        if everyone.dim() == 2 and everyone.shape[1] == 2:  # the perplexities and the total loss
             everyone[count // 2 :, 1] *= 1 + 2.0**-40
         return everyone
 
@@ -246,15 +247,15 @@ def test_workers_share_codebooks_on_gpus_and_cells_elsewhere(
 ) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        together, collective = shared_by(workers, device)
+        together, collective = collectives_of(workers, device)
     finally:
         dist.destroy_process_group()
     assert type(collective) is kind
-    assert type(together) is (Distributed if workers > 1 else Single)  # what is asked of all: whether to save
+    assert type(together) is (Distributed if workers > 1 else Single)  # agrees on checkpoints
 
 
 def exchanged(cells: int, model: ModelSettings) -> int:
-    """Return the bytes of the large collectives of a step."""
+    """Return the bytes of a step's large collectives."""
     vectors = model.codebooks * model.code_dim
     return 4 * (cells * (2 * vectors + model.latent) + model.codebooks * model.codes * (model.code_dim + 1))
 
@@ -280,12 +281,12 @@ def test_labels_that_are_found_ahead_are_those_that_workers_would_gather(
 
 
 def test_padding_changes_no_loss(cohort: Cohort) -> None:
-    """The processor's own labels, padded as for a GPU, give the same losses to rounding."""
+    """Labels padded as for a GPU give the same losses on the CPU, up to rounding."""
     batch = next(cohort.batches())
     with Device():
         there = densify(next(shares(cohort)), cohort.labels, cohort.plan, (0, 1), CUDA)
     assert there.labels is not None
-    padded = there.labels.sent(lambda part: part.inner if isinstance(part, OnDevice) else part)
+    padded = there.labels.moved(lambda part: part.inner if isinstance(part, OnDevice) else part)
     assert len(padded.segments.row_cells) % 256 == 0
     found = [losses_of(each) for each in (batch, replace(batch, labels=padded))]
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
@@ -309,7 +310,7 @@ def test_embedding_a_tile_is_few_operations_and_the_values_of_the_processor(coho
 
 
 def test_noise_of_a_gpu_is_made_of_whole_numbers_that_every_device_computes_alike() -> None:
-    """The first numbers of SplitMix64 of seed 1234567, as its author gives them."""
+    """Compare with the first published numbers of SplitMix64 for seed 1234567."""
     places = torch.arange(1, 4)
     known = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     high, low = noise.uniforms(places, 1234567).view(-1, 2).unbind(-1)

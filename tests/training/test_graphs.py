@@ -1,4 +1,4 @@
-"""Steps that are recorded and done again, on the memory of the recorded one, are the steps that are taken plainly."""
+"""Replaying a recorded step, on the memory of its recording, gives the same bits as an ordinary step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ndreamer_dist.model import noise
 from ndreamer_dist.model.batch import MiniBatch
 from ndreamer_dist.model.collectives import Single
 from ndreamer_dist.training import loop
-from ndreamer_dist.training.densify import sent, sizes_ahead
+from ndreamer_dist.training.densify import densify_for_gpu, sizes_ahead
 from ndreamer_dist.training.graphs import GraphedSteps
 from ndreamer_dist.training.windows import read_window, windows
 from tests.training.helpers import SETTINGS, Cohort, fresh, weights
@@ -31,9 +31,10 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 
 @pytest.fixture(autouse=True)
 def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pad mini-batches on the processor, and draw their noise, as for a GPU."""
+    """Pad mini-batches and draw their noise on the CPU as on a GPU."""
     for padded in (
-        batches.ROWS_TO, batches.MEMBERS_TO, batches.GROUPS_TO, batches.MOST_PADDING, batches.PAIRS_AT_ONCE,
+        batches.ROW_MULTIPLE, batches.MEMBER_MULTIPLE, batches.GROUP_MULTIPLE, batches.LEAST_RELATIVE_SIZE,
+        batches.PAIRS_AT_ONCE,
     ):  # fmt: skip
         monkeypatch.setitem(padded, "cpu", padded["cuda"])
     monkeypatch.setattr(noise, "draw", noise.draw_on_device)
@@ -45,12 +46,12 @@ def made(cohort: Cohort) -> Iterator[MiniBatch]:
         share for steps in windows(cohort.plan, 0) for share in read_window(cohort.packed, cohort.plan, steps, 0, 1)
     )
     for share in shares:
-        yield sent(share, cohort.labels, cohort.plan, (0, 1), torch.device("cpu"), least)
+        yield densify_for_gpu(share, cohort.labels, cohort.plan, (0, 1), torch.device("cpu"), least)
 
 
 @dataclass
 class Recorder:
-    """Stands for CUDA's recording: a replay does the recorded step again, on the mini-batch that it was recorded with."""
+    """Test double of CUDA's recorder: a replay runs the recorded step again on its recorded mini-batch."""
 
     recorded: int = 0
     replayed: int = 0
@@ -77,7 +78,7 @@ def trained(cohort: Cohort, take: Any = None, steps: int = STEPS) -> tuple[list[
 
 
 def spoilt(batch: MiniBatch) -> MiniBatch:
-    """Spoil all but what is copied to a graph: it is gone when a graph is started."""
+    """Overwrite what is not copied to the memory of a graph, which must not read it."""
     if batch.step <= 4:
         return batch
     nothing = torch.full_like(batch.condition, -1)
@@ -91,8 +92,9 @@ def test_recorded_steps_have_the_bits_of_plain_ones_and_read_nothing_but_what_is
     (ours, losses), (plain, known) = trained(cohort, GraphedSteps(recorder)), trained(cohort)
     assert losses == known
     assert all(map(torch.equal, ours, plain))
-    # An epoch has two steps, the second half as long: the first of each length is taken plainly, the others again.
-    assert (recorder.recorded, recorder.replayed) == (2, STEPS - 2 + 2)  # one of each length to compare
+    # An epoch has two steps, the second with half as many cells. The first step of each size is ordinary, the second is
+    # recorded; recording replays a step once, to compare it.
+    assert (recorder.recorded, recorder.replayed) == (2, STEPS - 2 + 2)  # 2 ordinary steps, 2 comparisons
 
 
 def test_a_recording_that_does_something_else_is_noticed_and_not_used(
@@ -106,7 +108,7 @@ def test_a_recording_that_does_something_else_is_noticed_and_not_used(
     assert losses == known
     assert all(map(torch.equal, ours, plain))
     (line,) = (record.getMessage() for record in caplog.records)
-    assert line.endswith("a recorded step had other bits than a plain one")
+    assert line.endswith("a recorded step differs from an ordinary one")
 
 
 def test_what_cannot_be_recorded_is_said_once_and_steps_are_plain(

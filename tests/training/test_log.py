@@ -1,4 +1,4 @@
-"""Epochs are the means of their steps, each written once, however often the run was resumed."""
+"""An epoch's row is the mean of its steps, and every row is written once, however often the run was resumed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_each_step_and_epoch_is_written_once_though_steps_are_done_again_and_a_l
     steps, books = steps_of(30)
     epochs, logged, checkpoint = epochs_of(steps, books), Logged(), Logged()
     for first, last, saved in ((0, 7, True), (6, 14, False), (6, 9, True), (9, 20, True), (18, 30, False)):
-        if first == 6 and last == 9:  # killed, the last line half written: on from the checkpoint at 7
+        if first == 6 and last == 9:  # killed with half a line written; resumed from the checkpoint at step 7
             append_at(storage, keys.METRICS, storage.list(keys.LOGS)[keys.METRICS], b"5,15,0.12")
             logged = deepcopy(checkpoint)
             assert [row["epoch"] for row in logged_epochs(storage, logged)] == [1, 2]
@@ -79,21 +79,21 @@ def test_a_log_that_somebody_cut_begins_anew_with_a_warning(tmp_path: Path, capl
     assert "its steps to 6 are lost" in caplog.text
     append_logs(storage, logged, steps[6:], [], LENGTH)
     assert table(storage, keys.METRICS)["step"].tolist() == [7, 8, 9]
-    (tmp_path / keys.METRICS).write_bytes(b"")  # while training goes on
+    (tmp_path / keys.METRICS).write_bytes(b"")  # during the training
     append_logs(storage, logged, steps_of(11)[0][9:], [], LENGTH)
     assert table(storage, keys.METRICS)["step"].tolist() == [10, 11]
     assert table(storage, keys.EPOCHS)["epoch"].tolist() == [1, 2]
 
 
 def bytes_of_this_thread() -> tuple[int, int]:
-    """Return bytes read and written so far; other threads of the tests read and write as well."""
+    """Return the bytes that this thread has read and written; other threads of the tests read and write, too."""
     lines = Path("/proc/thread-self/io").read_text().splitlines()
     counts = {name: int(count) for name, _, count in (line.partition(": ") for line in lines)}
     return counts["rchar"], counts["wchar"]
 
 
 def test_what_a_log_takes_does_not_grow_with_it(tmp_path: Path) -> None:
-    """Of 40 additions to a local file the last reads and writes as many bytes as the first."""
+    """The last of 40 additions to a local file reads and writes as many bytes as the first."""
     storage, logged, (steps, _) = Storage(str(tmp_path)), Logged(), steps_of(200)
     took = []
     for first in range(0, 200, 5):
@@ -102,4 +102,4 @@ def test_what_a_log_takes_does_not_grow_with_it(tmp_path: Path) -> None:
         took.append(np.subtract(bytes_of_this_thread(), before))
     read, written = np.transpose(took)
     assert max(written[1:]) < 1.5 * min(written[1:])
-    assert max(read[1:]) < 1000  # of the counts themselves
+    assert max(read[1:]) < 1000  # the bytes that reading the counters takes

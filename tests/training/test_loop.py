@@ -1,4 +1,4 @@
-"""The loop learns, is keyed by the step alone, and says when it cannot go on."""
+"""The loop learns, its random numbers depend on the step only, and it reports why it cannot go on."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_training_lowers_the_loss(cohort: Cohort) -> None:
 def test_stopping_and_going_on_changes_no_bit(cohort: Cohort) -> None:
     whole, first = fresh(), fresh()
     train(whole, cohort.batches(), SETTINGS, Single())
-    train(first, cohort.batches(last=7), SETTINGS, Single())  # past a reset, short of the next
+    train(first, cohort.batches(last=7), SETTINGS, Single())  # after one reset, before the next
     second = fresh(OTHER_SEED)
     second.load_bytes(first.to_bytes())
     assert second.step == 7
     train(second, cohort.batches(first=7), SETTINGS, Single())
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
     assert [row["step"] for row in second.measures] == list(range(1, cohort.plan.steps + 1))
-    assert [list(row) for row in second.measures] == [list(row) for row in whole.measures]  # the logs go by their order
+    assert [list(row) for row in second.measures] == [list(row) for row in whole.measures]  # the logs have this order
     assert second.perplexities == whole.perplexities
 
 
@@ -49,7 +49,7 @@ def test_going_on_on_another_device_is_warned_of(
     monkeypatch.setattr(TrainState, "device", "cuda")
     with caplog.at_level(logging.WARNING):
         fresh().load_bytes(files, "run/train/5")
-    assert "run/train/5 was made on cpu and training goes on on cuda" in caplog.text
+    assert "run/train/5 was written on cpu and training resumes on cuda" in caplog.text
 
 
 def test_the_seed_decides_the_weights_and_the_callers_generator_is_left_alone() -> None:

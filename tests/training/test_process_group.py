@@ -1,4 +1,4 @@
-"""Where training workers meet: at the address of their Ray node, whatever the machine's name stands for."""
+"""Training workers listen at the address of their Ray node, whatever the host name resolves to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ndreamer_dist.training import process_group
 
 def test_an_address_is_found_at_its_interface() -> None:
     assert process_group.interface_of("127.0.0.1") == "lo"
-    assert process_group.interface_of("192.0.2.1") is None  # an address that is nobody's
+    assert process_group.interface_of("192.0.2.1") is None  # a documentation address, which no interface has
 
 
 @pytest.mark.parametrize("variable", process_group.INTERFACE_VARIABLES)

@@ -1,4 +1,4 @@
-"""Rows are read in any order from as few chunks as hold them, and damage is an error that names its chunk."""
+"""Rows are read in any order from as few chunks as possible, and damage is an error that names the chunk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.cohorts import packed_cohort
 
 @pytest.fixture(scope="module", params=[pytest.param(None, id="a_chunk_a_block"), pytest.param(50, id="small_chunks")])
 def packed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Packed:
-    """A cohort of six blocks, one without a single value, in chunks of the size asked for."""
+    """A cohort of six blocks, one of them empty, in chunks of the parametrised size."""
     packed = packed_cohort(tmp_path_factory.mktemp("rows"), cells=(300, 90), genes=20, block_rows=70)
     for block in range(packed.n_blocks):
         rows = packed.block(block)

@@ -1,4 +1,4 @@
-"""The sampling plan keeps METHOD section 4 and is known at any step without the steps before it."""
+"""The sampling plan follows METHOD section 4, and any step is computed without the steps before it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_epoch_draws_batch_size_cells_from_every_group_as_evenly_as_can_be(pl
     for start, stop in itertools.pairwise(starts):
         times = np.bincount(rows[(rows >= start) & (rows < stop)] - start, minlength=stop - start)
         assert times.sum() == plan.batch_size
-        assert times.max() - times.min() <= 1  # without replacement, or as near as a smaller group allows
+        assert times.max() - times.min() <= 1  # as even as possible: without replacement, unless the group is too small
 
 
 @settings(max_examples=20, deadline=None)

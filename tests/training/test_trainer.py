@@ -1,4 +1,4 @@
-"""The training stage in one process: on from a kill to the same bits, and what is seen of it while it runs."""
+"""The training stage in one process resumes after a kill to the same bits, and shows its progress."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_weights(tmp_p
     train_stage(killed, settings)
     after = pd.read_csv(killed / keys.METRICS)
     assert after["step"].tolist() == list(range(1, 121))
-    assert after["seconds"][: len(before)].equals(before["seconds"])  # what the checkpoint held was not done again
+    assert after["seconds"][: len(before)].equals(before["seconds"])  # steps before the checkpoint were not repeated
     assert pd.read_csv(killed / keys.EPOCHS)["epoch"].tolist() == list(range(1, 61))
     assert (killed / keys.MODEL_WEIGHTS).read_bytes() == (whole / keys.MODEL_WEIGHTS).read_bytes()
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Stands for the end of the process."""
 
 
 def trained(folder: Path, settings: Settings) -> list[pd.DataFrame]:
@@ -74,7 +74,7 @@ def trained(folder: Path, settings: Settings) -> list[pd.DataFrame]:
 def test_logs_of_a_training_that_was_killed_at_a_checkpoint_are_those_of_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed twice inside an epoch: before a checkpoint's steps are in the log, and amid the writing of a line."""
+    """Killed twice inside an epoch: before the checkpoint's steps are logged, and in the middle of writing a line."""
     settings = made(**{"train.epochs": 5, "train.checkpoint_steps": 3})
     folders = whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Streaming gives exactly the plan's rows, in order, through Ray Data as in this process."""
+"""Streaming gives exactly the rows of the plan, in order, through Ray Data and in this process."""
 
 from __future__ import annotations
 
@@ -102,5 +102,5 @@ def test_it_is_said_where_the_first_mini_batch_does_not_come(tmp_path: Path) -> 
     assert list(watched(starved(), said.set, 0.01)) == batches
     said.clear()
     for _ in watched(iter(batches), said.set, 0.2):
-        time.sleep(0.3)  # a step may take longer, once training has begun
+        time.sleep(0.3)  # only the first mini-batch is watched; later steps may take longer
     assert not said.is_set()

@@ -1,4 +1,4 @@
-"""The whole loop on several workers: what one worker learns, in single precision, and checkpoints at the same steps."""
+"""Several workers learn what one worker learns, in single precision, and write checkpoints at the same steps."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ndreamer_dist.training.loop import train
 from tests.training.helpers import OVERRIDES, Cohort, fresh
 
 STEPS, WORLDS = 50, (2, 4)
-# A mini-batch is four blocks, so that each of four workers has one. At the default learning rate the steps are chaotic:
-# one worker alone, its weights changed by 1e-7, is 2 % away from itself after 50 of them. At this one it is not.
+# A mini-batch has four blocks, one for each of four workers. The learning rate is small, since training at the default
+# one is chaotic: after 50 steps of one worker a change of its weights by 1e-7 has grown to 2 %.
 SETTINGS = Settings.build(
     preset="small",
     overrides=OVERRIDES | {
@@ -28,7 +28,7 @@ Rows = list[dict[str, float]]
 
 
 def learn(folder: Path, collective: Collective) -> tuple[Rows, dict[str, torch.Tensor]]:
-    """Train some steps, resets of codes among them; return what they measured and the weights."""
+    """Train some steps with resets of codes; return their measures and the weights."""
     cohort, state = Cohort(folder, SETTINGS), fresh(SETTINGS)
     batches = cohort.batches(last=STEPS, place=(collective.rank, collective.world))
     train(state, batches, SETTINGS, collective)
@@ -36,13 +36,13 @@ def learn(folder: Path, collective: Collective) -> tuple[Rows, dict[str, torch.T
 
 
 def due_steps(collective: Collective) -> list[int]:
-    """Return the steps after which a worker finds a checkpoint due, where a step of the first worker takes a second."""
+    """Return the steps after which a checkpoint is due on a worker; a step of the first worker takes a second."""
     now = 0.0
     minutes = TrainSettings(checkpoint_steps=150, checkpoint_minutes=0.5)
     schedule = Schedule(minutes, collective, clock=lambda: now)
     found = []
     for step in range(1, 201):
-        now += 1 + 3 * collective.rank  # other workers' clocks are no good
+        now += 1 + 3 * collective.rank  # other workers' clocks do not count
         if schedule.due(step):
             found.append(step)
     return found
@@ -67,7 +67,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the workers, started once for all tests, left what they found."""
+    """Folder with the results of the workers, which are started once for all tests."""
     folder = tmp_path_factory.mktemp("workers")
     Cohort.write(folder, SETTINGS)
     mp.spawn(worker, (str(folder),), nprocs=max(WORLDS))
@@ -102,5 +102,5 @@ def test_workers_hold_the_same_weights(found) -> None:
 
 def test_the_first_workers_clock_says_for_all_when_a_checkpoint_is_due(found) -> None:
     for _, _, steps in found:
-        # 30 s after the last one, where the clock is next looked at; and every 150 steps.
+        # At the first look at the clock 30 s or more after the last checkpoint, and every 150 steps.
         assert steps == [32, 64, 96, 128, 150, 184]
