@@ -69,7 +69,7 @@ _HOMES = {
     "screen": "comparison.screen",
     "simulate": "datasets",
 }
-REMOVED = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
+REMOVED_NAMES = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
 """Functions and commands of earlier versions, and what replaces them."""
 _MODULES = {"pl": "figures.plots", "report": "report"}  # the module `report` can be called like the function
 
@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"ndreamer_dist.{_MODULES[name]}")
     if name not in _HOMES:
-        hint = f"; it was removed: {REMOVED[name]}" if name in REMOVED else ""
+        hint = f"; it was removed: {REMOVED_NAMES[name]}" if name in REMOVED_NAMES else ""
         msg = f"module 'ndreamer_dist' has no attribute {name!r}{hint}"
         raise AttributeError(msg)
     return getattr(import_module(f"ndreamer_dist.{_HOMES[name]}"), name)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ndreamer_dist import REMOVED
+from ndreamer_dist import REMOVED_NAMES
 from ndreamer_dist.compute.events import Lines
 from ndreamer_dist.compute.machine import use_writable_caches
 from ndreamer_dist.compute.signals import StopRequest, stop_signals
@@ -747,8 +747,8 @@ def run_command(arguments: list[str] | None) -> None:
     """
     words = _global_first(sys.argv[1:] if arguments is None else arguments)
     command = next((word for word in words if not word.startswith("-")), "")
-    if command in REMOVED:
-        msg = f"command '{command}' was removed: {REMOVED[command]}"
+    if command in REMOVED_NAMES:
+        msg = f"command '{command}' was removed: {REMOVED_NAMES[command]}"
         raise SettingsError(msg)
     try:
         code = app(args=words, prog_name=app.info.name, standalone_mode=False)
