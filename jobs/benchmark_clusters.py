@@ -1,12 +1,12 @@
-"""What clustering costs, and how far its ways agree with scanpy's defaults and with each other.
+"""Measure the cost of clustering, and its agreement with scanpy's defaults.
 
     python jobs/benchmark_clusters.py COHORT.{h5ad,zarr} [--cells 15000] [--repeats 3]
 
-The cohort's log-normalised cells (all of them, or a random `--cells`; copied with fresh Poisson noise where there are
-fewer) go through principal components, neighbours and two Leiden clusterings: by scanpy's functions with their
-defaults, and by this package's with each setting. Printed: seconds of processor time of each part, one thread, compile
-times told apart by a first round that is not counted; and the adjusted Rand index (ARI) of the low and the high labels with those of
-scanpy's defaults, beside that of scanpy's defaults with themselves under other seeds, which nothing can be above.
+The cohort's log-normalised cells (all, or a random `--cells`; if there are fewer, copies with fresh Poisson noise) go through
+principal components, neighbours and two Leiden clusterings, by scanpy's functions with their defaults and by this package
+with each setting. The output holds processor seconds of each part in one thread, without compile times (a first round is not
+counted), and the adjusted Rand index (ARI) of the low and the high labels with those of scanpy's defaults. The ARI of scanpy's
+defaults between seeds is the upper bound.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
 
 
 def settings_compared() -> dict[str, ClustersSettings]:
-    """Return the package's ways, by name."""
+    """Return the settings to compare, by name."""
     return {
         "ours, leidenalg, until nothing moves": ClustersSettings(),
         "ours, leidenalg, 2 iterations": ClustersSettings(iterations=2),
@@ -107,7 +107,7 @@ def scanpys(x: sparse.csr_matrix, seed: int) -> tuple[Labels, dict[str, float]]:
 
 
 def ours(settings: ClustersSettings) -> Way:
-    """Return the package's way with some settings."""
+    """Return the package's clustering with these settings."""
 
     def way(x: sparse.csr_matrix, seed: int) -> tuple[Labels, dict[str, float]]:
         clock = Clock()
@@ -147,7 +147,7 @@ def by_sketch(x: sparse.csr_matrix, seed: int) -> tuple[Labels, dict[str, float]
 
 
 class Clock:
-    """Seconds of processor time of the parts of some work: other work on the machine does not count."""
+    """Measure processor seconds of the parts of some work; other processes do not count."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,12 +1,12 @@
-"""What choosing the genes costs: this package's passes over row chunks, and scanpy's on dask arrays, on one stored cohort.
+"""Measure the cost of gene selection on a stored cohort: this package's passes over row chunks, and scanpy on dask arrays.
 
     python jobs/benchmark_cohort.py --out F [--cells 50000] [--genes 20000] [--donors 8] [--cpus 2]
 
-A nested case-control cohort of counts is simulated as zarr (a row chunk at a time), unless F holds it. Then, each in a
-process of its own: the cohort stage as a run does it, on a local Ray and in one process; and `normalize_total`, `log1p`
-and `highly_variable_genes` (seurat, the group as batch) of scanpy on a dask array of CSR row chunks, by as many threads.
-Printed: seconds, without imports and Ray's start, and of a process without Ray those of processor time too; the most
-memory over all processes, shared pages counted once; and whether the genes are the same.
+A nested case-control cohort of counts is simulated as zarr, unless F holds it. Each method then runs in its own process: the
+cohort stage of a run, on a local Ray and in one process; and scanpy's `normalize_total`, `log1p` and `highly_variable_genes`
+(seurat, the group as batch) on a dask array of CSR row chunks, with as many threads. The output holds seconds without imports
+and the start of Ray, processor seconds of processes without Ray, the peak memory over all processes with shared pages counted
+once, and whether the genes are the same.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--donors", type=int, default=8)
     parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--way", choices=WAYS, help="do this one here, and print what it took")
+    parser.add_argument("--way", choices=WAYS, help="run only this method, in this process")
     return parser.parse_args()
 
 
 def cohort_of(given: argparse.Namespace) -> Path:
-    """Return where the cohort lies."""
+    """Return the path of the cohort."""
     return given.out / f"{given.cells}x{given.genes}x{given.donors}.zarr"
 
 
 def apart(way: str) -> dict[str, object]:
-    """Return what a way takes in a process of its own."""
+    """Measure one method in a new process."""
     ended = subprocess.run([sys.executable, *sys.argv, "--way", way], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(ended.stdout.splitlines()[-1])
 

@@ -1,8 +1,8 @@
-"""What the driver holds a cell, stage by stage, beside its tasks: `python jobs/benchmark_driver.py CELLS FOLDER`.
+"""Measure the driver's memory per cell in every stage, without its tasks: `python jobs/benchmark_driver.py CELLS FOLDER`.
 
-A cohort of few genes is written, with columns of text, categories and numbers, and run in one process. Python's own count of
-memory is read between the tasks: what a task takes while it runs is left out, and so is what goes through the object
-store, which lies in files here. Arrow counts by itself; its most is printed at the end.
+A cohort of few genes, with columns of text, categories and numbers, is written and run in one process. The memory that Python
+traces is read between tasks, so that of a running task does not count, nor do objects of the object store, which are files
+here. Arrow is counted separately; its peak is printed at the end.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ SETTINGS = {
     "run.serial": True, "run.progress": False, "embed.method": keys.SPACE_PCA, "embed.dimensions": 2, "match.hubs": "none",
     "effects.store": ["ite"], "cohort.condition_key": "condition", "cohort.control": "condition 0", "cohort.batch_key": "donor",
 }  # fmt: skip
-"""Few dimensions and layers, and small groups to match: tasks are not what is measured."""
+"""Few dimensions and layers, and small groups to match, since tasks are not measured."""
 
 
 class TasksApart(SerialRuntime):
-    """One process, in which `peak` is the most that was held outside tasks since it was read last."""
+    """A serial runtime that measures the peak memory outside tasks."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         super().__init__(settings.run)
@@ -61,7 +61,7 @@ class TasksApart(SerialRuntime):
             yield answer
 
     def submit(self, function: Callable[..., Any], *args: Any, returns: int = 1) -> list[Any]:
-        """See `Runtime.submit`; several answers, which are dealt rows, go to files."""
+        """See `Runtime.submit`; several return values, which are shuffled rows, are stored in files."""
         if returns == 1:
             return super().submit(function, *args)
         files: list[Path] = []
@@ -80,7 +80,7 @@ class TasksApart(SerialRuntime):
         return [Deferred(lambda number=number: answer(number)) for number in range(returns)]
 
     def peak(self) -> int:
-        """Return the most that was held outside tasks since the last call."""
+        """Return the peak memory outside tasks since the last call, in bytes."""
         self._look()
         peak, self._peak = self._peak, 0
         tracemalloc.reset_peak()
@@ -153,7 +153,7 @@ def measured(cohort: Path, folder: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Measure and print a line a stage."""
+    """Measure, and print a line per stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cells", type=int)
     parser.add_argument("folder", type=Path)

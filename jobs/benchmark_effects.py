@@ -1,10 +1,10 @@
-"""How fast effects are written, where the time goes, and what scipy needs for the same averages in memory.
+"""Measure the effects stage and its parts, and the same averages by scipy in memory.
 
     python jobs/benchmark_effects.py --out /tmp/effects [--cells 40000 --genes 2000 --batches 8 --cpus 2]
 
-Simulates a cohort, runs the job on it in principal components, then runs the effects stage again: on Ray with `--cpus`
-processors, and in this process, one thread, with a clock of processor time on every part. Beside it, on the same input: the same
-averages as products of scipy's sparse matrices, all in memory, one thread, nothing written.
+A cohort is simulated and run in the space `pca`. Then the effects stage runs again, on Ray with `--cpus` processors and in this
+process with one thread, where the processor time of every part is measured. For comparison, the same averages are computed as
+products of scipy's sparse matrices, in memory with one thread, without writing.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def arguments() -> argparse.Namespace:
 
 
 def job(cohort: Path, out: Path, cpus: int | None) -> None:
-    """Run what is missing; in this process where no processors are given."""
+    """Run the job, in this process if `cpus` is None."""
     where = {"run.serial": True} if cpus is None else {"run.serial": False, "run.cpus": cpus}
     nd.run(cohort, out=out, embedding="pca", settings=where, **NAMES)
 
 
 def again(cohort: Path, out: Path, cpus: int | None, run: RunDirectory) -> float:
-    """Forget the effects, write them again and return the stage's seconds."""
+    """Delete the effects, compute them again, and return the seconds of the stage."""
     for name in (f"{keys.DONE}/{keys.STAGE_EFFECTS}", keys.RESULTS):
         open_storage(out).delete(name)
     job(cohort, out, cpus)
@@ -89,7 +89,7 @@ def show(what: str, seconds: float, packed: Packed, run: RunDirectory) -> None:
 
 
 def timed(work: Callable[[], float]) -> dict[str, float]:
-    """Do some work with a clock on the parts of the stage."""
+    """Run some work, and return the processor seconds of the parts of the stage."""
     clock: dict[str, float] = {}
     parts: list[tuple[Any, str, str]] = [
         (stages, "run_effects", "the stage"),

@@ -1,17 +1,17 @@
-"""What each matching space finds on cohorts whose answer is known, or close to known: the table of docs/benchmarks-log.md.
+"""Measure every matching space on cohorts whose effects are known, or nearly known: the table of docs/benchmarks-log.md.
 
     python jobs/benchmark_embeddings.py --out /tmp/embeddings [--spaces ndreamer pca harmony state ndreamer+state] \
         [--variant weightless:loss.independence=0] [--cohorts crossed nested stateful shifted kang ctcl] [--seeds 3] \
         [--within none cell_type ndreamer_cluster_low] [--cells 8000] [--genes 1000] [--preset small] [--set run.serial=true] [--kang kang_pbmc_ifnb.h5ad]
 
-Each space is matched in by the product's own path (`embed.method`); one that this version does not have is skipped by name.
-A variant is a set of settings on the trained space. Simulated cohorts have the seed of their run: `crossed` has 4 donors
+Each space is run by `embed.method`; a space that this version does not have is skipped and named.
+A variant is a set of settings of the trained space. Simulated cohorts have the seed of their run: `crossed` has 4 donors
 in both conditions, `nested` 16 in one each, `stateful` is crossed and its effects depend on the state, `shifted` is nested and
 its treated cells' state is shifted by one standard deviation. Kang's cohort is crossed too, so its differences of type means
-are close to the truth; those of ctcl, 3 donors nested in each condition, are less so. Both are looked for in
-$NDREAMER_TEST_DATA by default. With --within every space is matched in several times, inside these labels (`match.within`),
-and only matching on is done again. Every run keeps its directory, so the same command goes on where it was stopped. Printed as Markdown, mean and, over seeds,
-standard deviation; all runs in OUT/embeddings.csv.
+are close to the truth; those of ctcl, 3 donors nested in each condition, are less so. Both are read from $NDREAMER_TEST_DATA
+by default. With --within every space is matched several times, inside these labels (`match.within`), and only matching and
+later stages run again. Every run keeps its directory, so the same command continues after an interruption. The output is a
+Markdown table of means and standard deviations over seeds; OUT/embeddings.csv holds all runs.
 
 - mean r, rmse: mean effects of the responding types over all genes, against the true ones (real cohorts: r and slope
   against differences of type means).
@@ -76,7 +76,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One run, measured; NaN where a cohort has no answer."""
+    """Measures of one run; NaN for those that a cohort does not have."""
 
     cohort: str
     space: str
@@ -113,13 +113,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cohorts", nargs="+", choices=[*SIMULATED, *REAL], default=[*SIMULATED, KANG])
-    parser.add_argument("--within", nargs="+", default=[NO_LABELS], help="labels to match inside, one after the other")
+    parser.add_argument("--within", nargs="+", default=[NO_LABELS], help="labels to match inside; each gives a run")
     parser.add_argument("--spaces", nargs="*", default=list(SPACES))
     parser.add_argument("--variant", action="append", default=[], help="NAME:stage.setting=value,...")
     for name, default in {"seeds": 3, "cells": 8000, "genes": 1000}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--set", action="append", default=[], dest="assignments", help="of every run")
+    parser.add_argument("--set", action="append", default=[], dest="assignments", help="setting of every run")
     folder = Path(os.environ.get("NDREAMER_TEST_DATA", "."))
     for name, file in {KANG: "kang_pbmc_ifnb.h5ad", CTCL: "ctcl_skin.h5ad"}.items():
         parser.add_argument(f"--{name}", type=Path, default=folder / file)
@@ -129,7 +129,7 @@ def arguments() -> argparse.Namespace:
 
 
 def wanted(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give the settings of each space and variant by name; what this version does not have is skipped by name."""
+    """Yield name and settings of each space and variant; skip and name those that this version does not have."""
     for space in given.spaces:
         settings = {} if space == "ndreamer" else {"embed.method": space}
         try:
@@ -144,7 +144,7 @@ def wanted(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def measured(given: argparse.Namespace, cohort: str, name: str, settings: dict[str, Any], seed: int) -> Row:
-    """Run the job on a cohort in one space, or open the run that is there, and measure it."""
+    """Run the job on a cohort in one space, unless it is finished, and measure it."""
     path = getattr(given, cohort) if cohort in REAL else given.out / f"{cohort}-{seed}.zarr"
     if cohort not in REAL and not path.exists():
         simulate(path, cells=given.cells, genes=given.genes, seed=seed, **SIMULATED[cohort])

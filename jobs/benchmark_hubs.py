@@ -1,16 +1,16 @@
-"""What correcting distances for hubs, and more neighbours, do to effects and to `denoised`, and what they cost.
+"""Measure the benefit and the cost of corrected distances (hubs) and of more neighbours.
 
     python jobs/benchmark_hubs.py scores COHORT [--condition-key condition] [--control control] [--batch-key donor]
         [--by cell_type] [--run RUN_DIRECTORY] [--harmony] [--neighbours 1 5 15 30]
     python jobs/benchmark_hubs.py cost [20000/8 60000/4]
 
 `scores` matches a cohort that fits in memory in its principal components, in those corrected by Harmony (`--harmony`,
-by harmonypy, the group as the batch), and in the embedding of a run of it (`--run`), with distances as they are and
-corrected. Printed, as Markdown, per space: how many control cells used alike carry as much as the matches, and the share
-of matches of the same type; and per number of neighbours: r and root mean square error of the mean effect per
-responding type, the error of `denoised`, how well it follows the state inside types (of ten bins of the true state),
-and the balance of signs. Truth is that of a simulated cohort; without one, r is that of effects of one half of the cells
-with differences of type means in the other half. `cost` times the stage, all groups against all, in this process.
+by harmonypy, the group as the batch), and in the embedding of a run of it (`--run`), with plain and corrected
+distances. The output is Markdown. Per space it holds the effective number of control cells that are matches, and the share of
+matches of the same type; per number of neighbours r and root mean square error of the mean effect per responding type, the
+error of `denoised`, how well it follows the state inside types (over ten bins of the true state), and the balance of signs.
+For cohorts that are not simulated, r is between the effects of one half of the cells and the differences of type means of the
+other half. `cost` times the stage, all groups against all, in this process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DIMENSIONS, BINS, LEAST_CELLS = 50, 10, 20
 
 @dataclass(frozen=True)
 class Cells:
-    """A cohort in memory: log-normalised expression (cells, genes), and what its cells are."""
+    """A cohort in memory: log-normalised expression (cells, genes), and labels of its cells."""
 
     x: np.ndarray
     types: np.ndarray
@@ -138,7 +138,7 @@ def scores(asked: argparse.Namespace) -> None:
 
 
 def spaces(cells: Cells, asked: argparse.Namespace) -> Iterator[tuple[str, np.ndarray]]:
-    """Give the spaces that are matched in."""
+    """Yield the matching spaces."""
     centred = cells.x - cells.x.mean(axis=0)
     axes = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :DIMENSIONS]
     components = centred @ axes

@@ -1,12 +1,12 @@
-"""Which shape of chunk and which codec a layer is best kept in: size, writing and reading, and the error of rounding.
+"""Compare chunk shapes and codecs for a layer: size, speed of writing and reading, and the error of rounding.
 
     python jobs/benchmark_layout.py [--results DIR] [--layer ite] [--blocks 4] [--repeats 3]
 
-The values are the first blocks of a layer of some results, or without any, averages of sparse log-normalised cells over
-donors as `benchmark_retrieval.py` makes them. Each row is one way to keep them; a block is a shard of 4096 cells by all
-genes. Printed: bits a value; MB written a second; milliseconds to read one gene, and ten genes, of a block; MB read a
-second when all of it is read; what one gene of 200 000 cells brings over the line; of rounding, the largest and the mean
-absolute error. Times are processor time over all threads, which other work on the machine disturbs least.
+The values are the first blocks of a layer of some results, or by default averages of sparse log-normalised cells over donors, as
+in `benchmark_retrieval.py`. Each row is one layout; a block is a shard of 4096 cells by all genes. The output holds bits per
+value; MB written per second; milliseconds to read one gene, and ten genes, of a block; MB per second of reading a whole block;
+the bytes read for one gene of 200 000 cells; and the largest and mean absolute error of rounding. Times are processor time over
+all threads, which other processes disturb least.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CODECS = {
 
 @dataclass(frozen=True)
 class Way:
-    """One way to keep a layer."""
+    """A layout of a layer."""
 
     rows: int = ROWS
     genes: int = 32
@@ -63,7 +63,7 @@ WAYS = (
 
 
 def main() -> None:
-    """Measure every way on every block."""
+    """Measure every layout on every block."""
     given = arguments()
     blocks = list(values(given))
     print(f"{len(blocks)} blocks of {blocks[0].shape}, {np.mean(blocks[0] == 0):.0%} of the values 0")
@@ -83,7 +83,7 @@ def arguments() -> argparse.Namespace:
 
 
 def values(given: argparse.Namespace) -> Iterator[np.ndarray]:
-    """Give the blocks to be kept: (4096, genes) float32 each."""
+    """Yield the blocks to store: (4096, genes) float32 each."""
     if given.results:
         storage = open_results(given.results).storage
         for block in range(given.blocks):
@@ -97,7 +97,7 @@ def values(given: argparse.Namespace) -> Iterator[np.ndarray]:
 
 
 def measured(way: Way, blocks: list[np.ndarray], repeats: int) -> str:
-    """Write and read the blocks one way; return a row of the table."""
+    """Write and read the blocks in one layout; return a row of the table."""
     rows, genes = sum(map(len, blocks)), blocks[0].shape[1]
     with tempfile.TemporaryDirectory() as folder:
         storage = open_storage(folder)

@@ -1,9 +1,9 @@
-"""What logs and checkpoints cost a long training: `python jobs/benchmark_logs.py [--steps 100000] [--groups 16]`.
+"""Measure the cost of logs and checkpoints in a long training: `python jobs/benchmark_logs.py [--steps 100000] [--groups 16]`.
 
-The job's own reporter is called after each of many steps that are not computed, on a clock that a step brings forward by
-`--step-ms`. So what is measured is the reading of measures, the display, the epochs' sums, the logs, and the checkpoints of
-the paper preset's network on a local disk; neither Ray's calls nor an upload. A row per tenth of the steps shows whether a step
-costs more the more steps there were.
+The reporter of the job is called after each of many steps that are not computed, with a clock that advances by `--step-ms` per
+step. This measures the reading of measures, the display, the sums of epochs, the logs, and the checkpoints of the paper
+preset's network on a local disk, without Ray's calls and uploads. A row per tenth of the steps shows whether the cost of a
+step grows with the number of steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GENES, CELLS_OF_A_GROUP = 2000, 10_000
 
 @dataclass
 class Steps:
-    """A training whose steps take no time, on a clock of its own."""
+    """A training whose steps take no time, with a simulated clock."""
 
     state: TrainState
     seconds: float
@@ -45,7 +45,7 @@ class Steps:
         return self.state.step * self.seconds
 
     def take(self, random: np.random.Generator) -> None:
-        """Note what a step would have measured."""
+        """Record random measures for a step."""
         self.state.step += 1
         self.state.measures.append(
             {"step": self.state.step, **dict(zip(self.names, random.random(len(self.names)), strict=True))}

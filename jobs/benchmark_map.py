@@ -1,16 +1,16 @@
-"""Donors held out of a run and mapped onto it, against the run that had them.
+"""Map donors that were held out of a run onto it, and compare with the run of all donors.
 
     python jobs/benchmark_map.py --out /tmp/map [--cells 6000] [--genes 1000] [--donors 12] [--design nested]
         [--embedding ndreamer,pca,harmony,state] [--preset small] [--set STAGE.NAME=VALUE]
     python jobs/benchmark_map.py --out /tmp/map --cohort onek1k_40donors.h5ad      # real donors, arms drawn at random
 
-One donor of each condition is held out. Printed, as Markdown, a row per matching space: the correlation of the held-out
-treated cells' effects, by cell and by cell type over the genes that both runs model, with those of the run that had the
-donors: of the two donors mapped together; the same with `--extend`, so that the treated one is matched with the control one and with as many
-groups as in that run; of a whole run that had the treated donor and not the control one, which is all that mapping
-without `--extend` can know; and of another seed of that run. Then the correlation by cell type with the true effects of these cells: of the
-run that had both donors, of both mapped together, of both with `--extend`, and of the run without the control one. Last the shares of far and unlike
-cells, and the seconds that a run and the mapping took. Every run keeps its directory, so the same command goes on where it was stopped.
+One donor of each condition is held out. The output is Markdown, a row per matching space. First the correlation of the effects
+of the held-out treated cells, by cell and by cell type over the genes that both runs model, with those of the run of all donors:
+for the two donors mapped together; for the same with `--extend`, where the treated one is also matched with the control one; for
+a whole run without the held-out control donor, which has the same information as mapping without `--extend`; and for another
+seed of that run. Then the correlation by cell type with the true effects of these cells: for the run of all donors, for both
+mapped together, for both with `--extend`, and for the run without the control donor. Last the shares of far and unlike cells, and
+the seconds of a run and of the mapping. Every run keeps its directory, so the same command continues after an interruption.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""How many matches a second: one k-d tree query per cell, and this package's search, on the same points in one run.
+"""Measure matches per second of one k-d tree query per cell and of this package's search, on the same points.
 
     python jobs/benchmark_match.py NAIVE_MATCH.py [--problems 20000/8 60000/4] [--rounds 3] [--engines]
         [--run RUN_DIRECTORY] [--large 1000000/80] [--stage 100000/8]
 
 NAIVE_MATCH.py is the yardstick: a module with `points(cells, dims)`, whose command line takes `--cells` and `--groups`
-and prints cell-group matches per second. Of each problem (cells / groups) every cell is matched in every group, its own
-among them (there the nearest other cell); what is timed includes making the indexes. "2 tasks" are two processes of one
-thread, as Ray runs them; "2 threads" is one task with `run.task_threads=2`. Then the same for crowds of 500 near
-copies, and for a real embedding where a run directory is given. `--large` times a sample of target groups and says what
-all of them would take; `--stage` runs the stage itself, files and all, on a local Ray (jobs/gpu_check.py does so on GPUs).
+and prints cell-group matches per second. In each problem (cells / groups) every cell is matched in every group, in its own group
+to the nearest other cell; times include building the indexes. "2 tasks" are two processes of one thread, as Ray runs them;
+"2 threads" is one task with `run.task_threads=2`. Then the same for crowds of 500 near copies, and for a real embedding if a
+run directory is given. `--large` times a sample of target groups and extrapolates; `--stage` runs the whole stage, with its
+files, on a local Ray (jobs/gpu_check.py does so on GPUs).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Problem:
 
 
 def main() -> None:
-    """Time what is asked for, and print it."""
+    """Run the measurements and print them."""
     given = arguments()
     naive = loaded(given.naive)
     print(f"load {os.getloadavg()[0]:.1f}, {len(os.sched_getaffinity(0))} processors")
@@ -118,7 +118,7 @@ def loaded(path: Path) -> ModuleType:
 
 
 def spread(name: str, points: np.ndarray, groups: int) -> Problem:
-    """Deal points evenly over groups, as the yardstick does."""
+    """Distribute points evenly over groups, as the yardstick does."""
     return Problem(name, points, tuple(np.arange(group, len(points), groups) for group in range(groups)))
 
 
@@ -223,7 +223,7 @@ def compare(problem: Problem, naive: Callable[[], float], given: argparse.Namesp
 
 
 def other_engines(problem: Problem) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Give other ways to search on two processors; none but the last is exact where float32 leaves ties."""
+    """Yield other engines on two processors; only the last is exact if float32 leaves ties."""
     yield "FAISS flat, 2 threads", lambda: by(problem, lambda targets: by_faiss(problem.points, targets))
     yield "one cell (GEMM), 2 threads", lambda: by(problem, lambda targets: by_cells(problem.points, targets, 1))
     yield (
@@ -247,7 +247,7 @@ def by_faiss(queries: np.ndarray, targets: np.ndarray) -> object:
 
 
 def by_cells(queries: np.ndarray, targets: np.ndarray, cells: int) -> object:
-    """Search exactly with an index of so many cells."""
+    """Search exactly with an index of this many cells."""
     return nearest(queries, build_index(targets, cells=cells), 1, threads=2)
 
 
@@ -255,7 +255,7 @@ def by_cells(queries: np.ndarray, targets: np.ndarray, cells: int) -> object:
 
 
 def large(problem: Problem) -> None:
-    """Time some cells against some target groups, one thread, and say what all cells in all groups would take."""
+    """Time some cells against some target groups with one thread, and extrapolate to all cells and groups."""
     queries = problem.points[:: max(1, len(problem.points) // LARGE_QUERIES)]
     with threadpool_limits(1):
         begun = time.perf_counter()
@@ -273,7 +273,7 @@ def large(problem: Problem) -> None:
 
 
 def stage(points: np.ndarray, groups: int) -> None:
-    """Run the stage on a local Ray, every group against every group, and say what its time goes into."""
+    """Run the stage on a local Ray, every group against every group, and print the time of its parts."""
     cells = len(points) // groups
     spans = [(code * cells, (code + 1) * cells) for code in range(groups)]
     made = tuple(Group(code, f"d{code}|c", code % 2, code, (code,), *span) for code, span in enumerate(spans))

@@ -1,19 +1,17 @@
-"""Whether the p-values can be trusted: rates under no effect, power, and the known limit, by simulation.
+"""Measure by simulation whether p-values are calibrated: rates without an effect, power, and the known limit.
 
     python jobs/benchmark_null.py [--cohorts 20] [--labellings 10] [--genes 300] [--trained 2] [--decomposed 20]
         [--hubs csls] [--out FOLDER]
 
 Cohorts are simulated on arrays: donors nested in conditions, two types of cells, each with a continuous state that moves
-the genes; counts of which most are zero; donors that differ in every gene. Where the embedding is given (the true state
-with noise) no cell is trained on, and the statistics are the package's own functions. With `--trained` N, N cohorts
-are also run through the whole job, training included, under permuted labels and at the known limit. With `--decomposed` N,
-N labellings of 42 v 9 donors and N cohorts at the known limit are run in the space `pca`, and every column of p-values that
-`cate` has is printed.
+the genes; counts of which most are zero; donors that differ in every gene. By default the embedding is the true state with
+noise, without training, and the package's functions compute the statistics. With `--trained` N, N cohorts also go through the
+whole job, with training, under permuted labels and at the known limit. With `--decomposed` N, N labellings of 42 v 9 donors
+and N cohorts at the known limit are run in the space `pca`, and every column of p-values of `cate` is printed.
 
-Printed, as Markdown: rates of p-values at 0.05, 0.01 and 0.001 where there is no effect, with the donor-level p beside Welch's,
-pseudobulk's and the sign test's; power and false discoveries where effects are planted; and the limit: a state that is
-shifted by one standard deviation in a type of treated cells, with no effect given the state. The process ends with 1
-where a bound does not hold.
+The output is Markdown: rates of p-values at 0.05, 0.01 and 0.001 without an effect, for the donor-level test, Welch's,
+pseudobulk's and the sign test; power and false discoveries with planted effects; and the limit: a state that is shifted by one
+standard deviation in a type of treated cells, without an effect given the state. The exit code is 1 if a bound does not hold.
 """
 
 from __future__ import annotations
@@ -58,12 +56,12 @@ TRAINING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Law:
-    """How a cohort comes about.
+    """Parameters of a simulated cohort.
 
     Attributes
     ----------
     zeros
-        Share of zeros of a gene, about.
+        Approximate share of zeros of a gene.
     fold
         Log-fold change of the first `PLANTED` genes, half up and half down, in type 0 of treated donors.
     shift
@@ -81,7 +79,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Cells in packed order: counts, what they are, and their true state."""
+    """Cells in packed order: counts, labels, and their true state."""
 
     law: Law
     design: Design
@@ -201,7 +199,7 @@ def null(law: Law, cohorts: int, labellings: int) -> pd.DataFrame:
 
 
 def under_truth(cohort: Cohort, points: np.ndarray) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Give each type with the p-values of its genes under the true labels, by test."""
+    """Yield each type with the p-values of its genes under the true labels, by test."""
     made = means(cohort, points)
     for number in range(TYPES):
         kept = np.flatnonzero(made.included[number])
@@ -313,7 +311,7 @@ def decomposed(law: Law, seed: int, folder: Path, *, permuted: bool) -> dict[str
 
 
 def main() -> None:
-    """Print the tables; the process ends with 1 where a bound does not hold."""
+    """Print the tables; the exit code is 1 if a bound does not hold."""
     given = arguments()
     Nearest.hubs = given.hubs
     law = Law(0, 0, genes=given.genes, cells=given.cells)
@@ -344,7 +342,7 @@ def arguments() -> argparse.Namespace:
 
 
 def calibration(law: Law, given: argparse.Namespace) -> bool:
-    """Print the rates under no effect, and say whether the bounds hold."""
+    """Print the rates without an effect, and return whether the bounds hold."""
     print(f"## No effect: rates over {given.cohorts} cohorts x {given.labellings} labellings, about 90 % zeros\n")
     held = True
     for treated, control in DESIGNS + SMALL_DESIGNS:
@@ -360,7 +358,7 @@ def calibration(law: Law, given: argparse.Namespace) -> bool:
 
 
 def known_limit(law: Law, given: argparse.Namespace) -> bool:
-    """Print the rates at the known limit, and say whether matching on the state is near the level."""
+    """Print the rates at the known limit, and return whether matching on the state is near the level."""
     found = limit(replace(law, treated=16, control=32, shift=1.0), given.cohorts)
     print("## The limit: a state shifted by 1 sd, no effect given the state: rates at 0.05, 16 v 32 donors\n")
     print(f"{markdown(found.to_frame('rate'))}\n", flush=True)
@@ -368,7 +366,7 @@ def known_limit(law: Law, given: argparse.Namespace) -> bool:
 
 
 def training(law: Law, given: argparse.Namespace, folder: Path) -> bool:
-    """Print what training does to both."""
+    """Print the same two measurements with training."""
     print("## With training (small preset)\n\nNo effect, trained on permuted labels, 11 v 5 donors: rates at 0.05\n")
     seeds = range(given.trained)
     null_law = replace(law, treated=11, control=5, zeros=0.7)
@@ -382,7 +380,7 @@ def training(law: Law, given: argparse.Namespace, folder: Path) -> bool:
 
 
 def decomposition(law: Law, given: argparse.Namespace, folder: Path) -> bool:
-    """Print the rates of every column of p-values, and say whether each keeps its level without an effect."""
+    """Print the rates of every column of p-values, and return whether each keeps its level without an effect."""
     null_law = replace(law, treated=42, control=9, zeros=0.7)
     limit_law = replace(law, treated=16, control=32, shift=1.0, zeros=0.7)
     tables = {

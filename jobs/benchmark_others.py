@@ -1,12 +1,11 @@
-"""What a person would use instead, on the same cohorts and machine: time, memory, and how near to the truth it comes.
+"""Compare this package with other tools on the same cohorts and machine: time, memory, and agreement with the truth.
 
     python jobs/benchmark_others.py --out /tmp/others [--tools ours-harmony,pseudobulk,...] [--cells 8000] [--genes 1000] [--donors 12]
         [--kang kang_pbmc_ifnb.h5ad] [--minutes 10] [--python scvi=/tmp/venv/bin/python] [--stream]
 
-Every tool works in a process of its own, in the environment that `--python` names (by default this one), with one thread; a tool that
-cannot be imported there is skipped, by name. Times are processor seconds of that process, imports and reading among them; memory is
-its peak. Tools that train stop
-after `--minutes` of processor time. Cohorts:
+Every tool runs in its own process with one thread, in the environment that `--python` names (by default this one); a tool that
+cannot be imported there is skipped and named. Times are processor seconds of that process, including imports and reading; memory
+is its peak. Tools that train stop after `--minutes` of processor time. Cohorts:
 
 - `nested`: simulated, donors nested in two conditions, effects that depend on a cell's state, truth known;
 - `null`: the control donors of another simulated cohort, half of them called treated at random: no effect;
@@ -16,7 +15,7 @@ Printed as Markdown. Mean r, rmse: mean effects of the responding types over all
 single treated cells, over genes that respond; state: the same averaged over tenths of the true state inside a type and
 centred there (does the effect follow the state?). p: share of p <= 0.05 over genes and types without an effect. Kang: r and slope of mean effects with
 differences of type means, and in how many types ISG15 has the largest. With `--stream` mini-batches are streamed from a cohort of
-102 400 cells x 2000 genes, by this package and annbatch. What was measured is kept in OUT and not measured again.
+102 400 cells x 2000 genes, by this package and annbatch. OUT keeps measurements, which are not repeated.
 """
 
 from __future__ import annotations
@@ -50,16 +49,16 @@ STREAM_BATCH = 2048
 
 @dataclass(frozen=True)
 class Found:
-    """What a tool says of a cohort.
+    """Results of a tool on a cohort.
 
     Attributes
     ----------
     means
         (types, genes) mean effects.
     cells
-        (treated cells, genes) effects, where the tool gives them.
+        (treated cells, genes) effects, if the tool has them.
     p
-        (types, genes) p-values, where it gives them.
+        (types, genes) p-values, if the tool has them.
     """
 
     means: pd.DataFrame
@@ -69,7 +68,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Tool:
-    """A way to effects: what it imports, on which cohorts it is tried, and what it gives besides."""
+    """A tool: its imports, its cohorts, and its further outputs."""
 
     run: Callable[[anndata.AnnData, str, float], Found]
     needs: tuple[str, ...]
@@ -88,7 +87,7 @@ AVERAGED = MappingProxyType({"match.hubs": "csls", "match.neighbours": 15})
 def ours(
     space: str, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> Callable[[anndata.AnnData, str, float], Found]:
-    """Return this package, matched in a space."""
+    """Return this package with a matching space."""
 
     def run(cohort: anndata.AnnData, control: str, minutes: float) -> Found:
         import ndreamer_dist as nd
@@ -199,7 +198,7 @@ def of_cells(cells: pd.DataFrame, obs: pd.DataFrame) -> Found:
 
 
 def stopping(minutes: float) -> Any:
-    """Return what stops a training after so many minutes of processor time."""
+    """Return a callback that stops a training after this many minutes of processor time."""
     from lightning.pytorch.callbacks import Callback
 
     began = time.process_time()
@@ -278,7 +277,7 @@ TOOLS: dict[str, Tool] = {
 
 
 def child(tool: str, data: Path, control: str, out: Path, minutes: float) -> None:
-    """Run one tool on one file and write what it found."""
+    """Run one tool on one file and write its results."""
     found = TOOLS[tool].run(anndata.read_h5ad(data), control, minutes)
     parts = {"means": found.means, "cells": found.cells, "p": found.p}
     for name, frame in parts.items():
@@ -314,7 +313,7 @@ def importable(python: str, names: tuple[str, ...]) -> bool:
 
 
 def cohorts(given: argparse.Namespace) -> dict[str, Path]:
-    """Write the cohorts that are not there yet; return their files."""
+    """Write the cohorts that do not exist yet; return their files."""
     import ndreamer_dist as nd
 
     files = {name: given.out / f"{name}.h5ad" for name in CONTROL}
@@ -346,7 +345,7 @@ def drawn(cohort: anndata.AnnData) -> anndata.AnnData:
 
 
 def scores(name: str, out: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Return what a tool's findings are worth."""
+    """Return the scores of a tool's results."""
     read = {
         part: pd.read_parquet(f"{out}.{part}.parquet")
         for part in ("means", "cells", "p")

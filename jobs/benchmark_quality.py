@@ -1,13 +1,13 @@
-"""How well the embedding mixes conditions and batches and keeps cell types, by scib-metrics, over seeds and variants.
+"""Measure by scib-metrics how well the embedding mixes conditions and batches and keeps cell types.
 
     python jobs/benchmark_quality.py COHORT.h5ad --condition-key condition --control ctrl --out /tmp/quality \
         [--batch-key donor] [--label-key cell_type] [--seeds 3] [--threads 2] [--preset paper] \
         [--variant calm:train.reset_below=0.1] [--variant quiet:model.latent_noise=0]
 
-Needs the extra `bench`. Each variant is a set of settings (`name:stage.setting=value,...`) beside the preset as it is;
-one that bears on the embedding alone (`embed.codes=expected`) begins with the preset's trained model. Every run keeps its
-directory, so the same command goes on where it was stopped. Printed, and written to OUT/quality.csv:
-a row per run, then mean and standard deviation over seeds, beside the same measures of the input's PCA.
+Needs the extra `bench`. The preset itself is measured, and each variant, a set of settings (`name:stage.setting=value,...`);
+a variant that affects only the embedding (`embed.codes=expected`) reuses the preset's trained model. Every run keeps its
+directory, so the same command continues after an interruption. The output, also in OUT/quality.csv, holds a row per run, mean
+and standard deviation over seeds, and the same measures of the input's PCA.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def trained(given: argparse.Namespace, name: str, settings: dict[str, Any], seed: int) -> Results:
-    """Run the job in this process, or take up what is there."""
+    """Run the job in this process, unless it is finished."""
     out = given.out / f"{name}-{seed}"
     if settings and not out.exists() and all(setting.startswith(AFTER_TRAINING) for setting in settings):
         shutil.copytree(given.out / f"preset-{seed}", out)
@@ -122,7 +122,7 @@ def measures(points: np.ndarray, obs: pd.DataFrame, given: argparse.Namespace) -
 
 
 def mixed(given: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Give what ought to be mixed, and its column."""
+    """Yield the properties that should be mixed, with their columns."""
     yield "condition", given.condition_key
     if given.batch_key:
         yield "batch", given.batch_key

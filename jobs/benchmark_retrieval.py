@@ -1,14 +1,14 @@
-"""What it takes to ask a large results.zarr a question: seconds, bytes and requests, from disk, over HTTP and over S3.
+"""Measure queries to a large results.zarr: seconds, bytes and requests, from disk, over HTTP and over S3.
 
     python jobs/benchmark_retrieval.py --folder /tmp/retrieval [--cells 200000] [--genes 2000] [--places local http s3]
         [--set effects.chunk_genes=16 --set effects.keep_bits=10]
 
-A store is made once in the folder by the package's own writers (kept for the next call): donors crossed with two
-conditions, layers that are averages of sparse log-normalised cells. Then, of each place, three questions: one gene of
-all cells, one donor over all genes, ten genes of one cell type. For each: seconds (wall; processor) with the store just
-opened and with its tables already read, bytes and requests counted at the store, and the ratio of the bytes to those of
-the touched chunks and shard indexes. HTTP is this repository's server with byte ranges and Python's static server
-without them; S3 is moto's. They run as processes of their own, on loopback.
+The package's writers write a store to the folder once: donors crossed with two conditions, and layers that are averages of
+sparse log-normalised cells. Every place then answers three queries: one gene of all cells, one donor over all genes, ten genes
+of one cell type. The output holds seconds (wall; processor) with a newly opened store and with its tables already read, bytes and
+requests counted at the store, and the ratio of the bytes to those of the touched chunks and shard indexes. HTTP is this
+repository's server with byte ranges and Python's static server without them; S3 is moto. All servers are separate processes on
+loopback.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ KEY = "benchmark"
 
 
 def main() -> None:
-    """Make the store if it is not there, and ask."""
+    """Write the store if it does not exist, and run the queries."""
     given = arguments()
     folder = given.folder.absolute()
     if not (folder / keys.RESULTS / tables.ROOT).exists():
@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
 
 
 def questions(results: Results) -> dict[str, Callable[[], Any]]:
-    """Return the three questions of the issue."""
+    """Return the three queries by name."""
     genes = list(results.var_names)
     ten = [genes[place] for place in np.linspace(0, len(genes) - 1, 10).astype(int)]
     return {
@@ -92,7 +92,7 @@ def questions(results: Results) -> dict[str, Callable[[], Any]]:
 
 
 def ask(place: str, address: str) -> None:
-    """Ask every question twice, of a store just opened and of one whose tables have been read, and print both."""
+    """Run every query twice, on a newly opened store and with its tables read, and print both."""
     names = list(questions(open_results(address)))
     for name in names:
         opened = timed(lambda name=name: questions(open_results(address))[name]())
@@ -110,7 +110,7 @@ def ask(place: str, address: str) -> None:
 
 
 def timed(question: Callable[[], Any]) -> SimpleNamespace:
-    """Ask one question; return its times and what it read."""
+    """Run one query; return its times, bytes and requests."""
     wall, cpu = time.perf_counter(), time.process_time()
     with counting() as reads:
         answer = question()
@@ -124,13 +124,13 @@ def timed(question: Callable[[], Any]) -> SimpleNamespace:
 
 @contextlib.contextmanager
 def local(folder: Path) -> Iterator[str]:
-    """Give the folder itself."""
+    """Yield the folder itself."""
     yield str(folder)
 
 
 @contextlib.contextmanager
 def http(folder: Path, kind: str = "ranges") -> Iterator[str]:
-    """Serve the folder by a web server that knows byte ranges."""
+    """Serve the folder by a web server with byte ranges."""
     with server(kind, str(folder)) as url:
         yield f"{url}/{keys.RESULTS}"
 
@@ -157,7 +157,7 @@ def s3(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def server(*arguments: str) -> Iterator[str]:
-    """Run a server as a process of its own; gives its address."""
+    """Run a server as a separate process; yield its address."""
     program = Path(__file__).parent.parent / "tests" / "servers.py"
     command = [sys.executable, str(program), *arguments]
     quiet = subprocess.DEVNULL

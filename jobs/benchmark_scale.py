@@ -1,15 +1,14 @@
-"""What the whole job takes as the cohort grows: per stage wall time, peak memory, bytes read and written.
+"""Measure the whole job for growing cohorts: wall time, peak memory, bytes read and written, per stage.
 
     python jobs/benchmark_scale.py --out /tmp/scale [--cells 50000 100000 200000 400000] [--genes 20000] [--donors 80]
         [--preset small] [--cpus 2] [--set stage.name=value] [--keep]
 
-Of each size a nested case-control cohort is simulated (its time told apart) and the job runs on it in a process of its
-own, as `ndreamer-dist run` does, on a local Ray. What it takes is what the job itself writes down of its stages
-(`compute/monitors.py`): memory is the sum over all its processes, shared memory counted once; bytes are those that passed the
-processes' read and write calls, pipes and sockets among them. The table of a run that is under way is printed by
-`ndreamer-dist info OUT/<cells>/run`, stage by stage as they end. Sizes are written to OUT/scale.csv as they end, and an
-interrupted call goes on: sizes that are there are not run again, and finished stages of the next keep their figures.
-At the end: how memory and time per cell grow from the size before. `--cells 1000000` is the million.
+For each size a nested case-control cohort is simulated (timed separately), and the job runs on it in its own process, like
+`ndreamer-dist run`, on a local Ray. The figures are those that the job logs (`compute/monitors.py`): memory is the sum over all
+its processes, with shared memory counted once; bytes are those of all read and write calls, including pipes and sockets.
+`ndreamer-dist info OUT/<cells>/run` prints the table of a running job. OUT/scale.csv gets each finished size, and an interrupted
+call continues: finished sizes and stages are not run again. The last table shows how memory and time per cell grow from one
+size to the next.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ FILE = "scale.csv"
 
 
 def main() -> None:
-    """Run every size that is not there and print the tables."""
+    """Run every size that is not finished and print the tables."""
     given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
     for cells in given.cells:
@@ -45,7 +44,7 @@ def main() -> None:
 
 
 def written(out: Path) -> pd.DataFrame:
-    """Return the stages of the sizes that have ended."""
+    """Return the stages of the finished sizes."""
     return pd.read_csv(out / FILE) if (out / FILE).exists() else pd.DataFrame({"cells": pd.Series(dtype="int64")})
 
 
@@ -78,13 +77,13 @@ def of_size(given: argparse.Namespace, cells: int) -> pd.DataFrame:
 
 
 def clean(given: argparse.Namespace, cells: int) -> None:
-    """Delete what a size has left."""
+    """Delete the files of a size."""
     if not given.keep:
         shutil.rmtree(given.out / str(cells))
 
 
 def run_job(given: argparse.Namespace, cohort: Path, run: Path) -> None:
-    """Run the job in a process of its own."""
+    """Run the job in a new process."""
     command = [
         sys.executable, "-m", "ndreamer_dist.cli", "run", str(cohort), "--out", str(run), "--condition-key", "condition",
         "--control", "control", "--batch-key", "donor", "--preset", given.preset, "--set", f"run.cpus={given.cpus}",

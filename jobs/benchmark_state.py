@@ -1,9 +1,9 @@
-"""Measure the decomposition of effects on real cells whose state is shifted, by the product's own path.
+"""Measure the decomposition of effects on real cells whose state is shifted, through the whole job.
 
-Arms are drawn at random over the donors of a cohort without a treatment. Of every donor half of the cells of one type are kept,
-with a probability tilted, oppositely in the two arms, by a state score that is read from an independent half of each cell's
-counts; the analysis sees the other half only. Nothing has an effect and the state is shifted and nested; with `--effects` a share
-of the genes is thinned in one arm, which plants effects. Each cohort goes through `nd.run` and `Results.cate`.
+The donors of a cohort without a treatment are assigned to two arms at random. Half of the cells of one type are kept of every
+donor, with a probability that depends, oppositely in the two arms, on a state score. An independent half of each cell's counts
+gives the score; the analysis sees only the other half. So there is no effect, and the state is shifted and nested. `--effects`
+plants effects by thinning a share of the genes in one arm. Each cohort goes through `nd.run` and `Results.cate`.
 
     python jobs/benchmark_state.py onek1k_40donors.h5ad --types cd4nc,bmem,monoc --shifts 0,0.6,1.5 --repetitions 5 --out state.csv
 """
@@ -38,7 +38,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Tilted:
-    """A cohort with a shifted state, and what is known of its genes.
+    """A cohort with a shifted state, and its sets of genes.
 
     Attributes
     ----------
@@ -87,9 +87,9 @@ def tilted(
     Parameters
     ----------
     strength
-        Of the tilt; 0.6 shifts the state by about 0.7 standard deviations, 1.5 by about 1.2.
+        Strength of the tilt; 0.6 shifts the state by about 0.7 standard deviations, 1.5 by about 1.2.
     most
-        Cells of a donor that are kept at most, if not half of them.
+        Maximum number of cells of a donor, if half of them are more.
     """
     number = int(donors.max()) + 1
     hidden = generator.binomial(counts, 0.5)
@@ -166,7 +166,7 @@ def shares(made: Tilted, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def measured(made: Tilted, spaces: list[str], settings: dict[str, Any]) -> pd.DataFrame:
-    """Run a cohort in every space and return what the tables say; the decomposition is of the first."""
+    """Run a cohort in every space and return the shares; the decomposition is that of the first space."""
     tables = []
     with tempfile.TemporaryDirectory() as folder:
         for space in spaces:

@@ -1,14 +1,14 @@
-"""How fast one training step is, beside the plain way to write it, and what bounds it.
+"""Measure the speed of a training step against a plain implementation, and what bounds it.
 
     python jobs/benchmark_step.py NAIVE_STEP.py [--preset paper --preset small] [--steps 10] [--warmup 3] [--threads 2] \
         [--genes 2000] [--batches 8] [--device cpu|cuda] [--precision float32|bf16] [--no-naive]
 
 NAIVE_STEP.py is a file with `Model(genes, conditions, batches)` and `step(model, optimiser, x, condition, batch, low,
-high)`: the paper preset's step written plainly. Each contestant is a process of its own on data of the same sizes, with
-the same threads; they step in turns, so that what else the machine does meets all of them. Printed per contestant:
-median seconds per step after the warm-up, the first step, peak memory, and how
-many times as fast as the naive step it is. Then, for ours: operations, their arithmetic and the bytes they read and
-write, beside what this device reaches on a matrix product and a copy. The default run takes about five minutes.
+high)`: a plain implementation of the paper preset's step. Each contestant is a separate process on data of the same sizes, with
+the same threads; they step in turn, so that other work on the machine affects all of them. The output holds, per contestant,
+median seconds per step after the warm-up, the first step, peak memory, and the speed relative to the naive step. Then, for this
+package, operations, their arithmetic and the bytes that they read and write, and what the device reaches in a matrix product
+and a copy. The default run takes about five minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONDITIONS, LOW, HIGH = 2, 15, 60
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to take a step, and on what."""
+    """An implementation of the step, its preset and its device."""
 
     name: str
     naive: str | None
@@ -46,7 +46,7 @@ class Contestant:
 
 @dataclass
 class Timing:
-    """What was seen of a contestant."""
+    """Measurements of a contestant."""
 
     first: float = 0.0
     seconds: list[float] = field(default_factory=list)
@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
 
 
 def contestants(given: argparse.Namespace, preset: str) -> list[Contestant]:
-    """Return who steps: the naive step has the paper preset's widths only."""
+    """Return the contestants; the naive step exists only with the paper preset's widths."""
     shared = {name: getattr(given, name) for name in ("device", "threads", "genes", "batches")}
     chosen = []
     if preset == "paper" and not given.no_naive:
@@ -101,7 +101,7 @@ def contestants(given: argparse.Namespace, preset: str) -> list[Contestant]:
 
 
 def take_turns(entered: list[Contestant], warmup: int, steps: int) -> dict[str, Timing]:
-    """Let the contestants step in turns; return what was seen of each."""
+    """Let the contestants step in turn; return the measurements of each."""
     timings = {contestant.name: Timing() for contestant in entered}
     with started(entered) as processes:
         for turn in range(warmup + steps):
@@ -120,8 +120,8 @@ def take_turns(entered: list[Contestant], warmup: int, steps: int) -> dict[str, 
 
 @contextmanager
 def started(entered: list[Contestant]) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Run a process per contestant, stopped at the end whatever happens."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # those who wait for their turn must not spin
+    """Run a process per contestant; all are stopped at the end."""
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # waiting contestants must not spin
     processes = {
         contestant.name: subprocess.Popen(
             [sys.executable, __file__, contestant.naive or "-", "--serve", json.dumps(asdict(contestant))],
@@ -199,7 +199,7 @@ def naive_step(contestant: Contestant) -> tuple[Callable[[], object], int]:
     schedule = Settings.build(preset=contestant.preset).train
     data = labelled_cells(2 * schedule.batch_size, contestant)
     if contestant.device != "cpu":
-        torch.set_default_device(contestant.device)  # it makes new tensors without saying where
+        torch.set_default_device(contestant.device)  # it creates tensors without a device
     model = naive.Model(contestant.genes, CONDITIONS, contestant.batches)
     optimiser = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate)
     return lambda: naive.step(model, optimiser, *data), 2 * schedule.batch_size
@@ -288,7 +288,7 @@ def reached(device: str) -> tuple[float, float]:
 
 
 def fastest(work: Callable[[], object], device: str) -> float:
-    """Return the least seconds of five."""
+    """Return the shortest of five times, in seconds."""
     import torch
 
     seconds = []
@@ -316,7 +316,7 @@ def table(timings: dict[str, Timing]) -> str:
 
 
 def bounds(timings: dict[str, Timing]) -> str:
-    """Say what a step of ours does, and how long the device would need for each kind of work alone."""
+    """Return the work of a step of this package, and the time that the device would need for each kind of work alone."""
     seen = timings["ours"]
     c = seen.counted
     return (

@@ -1,20 +1,20 @@
-"""Rows per second from packed.zarr to dense tensors: through Ray Data, directly with zarr, and with scDataset.
+"""Measure rows per second from packed.zarr to dense tensors: through Ray Data, directly with zarr, and with scDataset.
 
     python jobs/benchmark_stream.py --out /tmp/stream [--rows 2000000] [--cells 409600] [--genes 2000] [--repeats 3]
 
-Needs the extra `bench`; on a machine with other work the figures mean little (the load is printed). A cohort of random
-log-normalised counts is written once below OUT, as packed.zarr and as an uncompressed h5ad. All ways then give `rows`
-rows as dense float32 tensors of the same size, in turn, `repeats` times after one round that warms the page cache:
+Needs the extra `bench`; with other work on the machine the figures mean little (the load is printed). A cohort of random
+log-normalised counts is written once to OUT, as packed.zarr and as an uncompressed h5ad. All methods then deliver `rows` rows
+as dense float32 tensors of the same size, in turn, `repeats` times after a round that warms the page cache:
 
-- `ray`: what training does (`training/loader.py`), Ray with `cpus` processors, its start-up told apart;
-- `zarr`: the same steps in one process with `cpus` threads, by zarr's own calls: every touched block read whole;
+- `ray`: the reader of training (`training/loader.py`), Ray with `cpus` processors, its start-up timed separately;
+- `zarr`: the same steps in one process with `cpus` threads, by zarr's API: every touched block is read whole;
 - `zarrs`: the same with the codecs of the `zarrs` package instead of zarr's own;
-- `own`: the same steps in one process with `cpus` threads, by our own reader (`training/rows.py`);
+- `own`: the same steps in one process with `cpus` threads, by this package's reader (`training/rows.py`);
 - `scdataset`: quasi-random rows of the h5ad through its `DataLoader`, at the best of the settings that its
   documentation names (fetch of 16 mini-batches, one more prefetched) and their neighbours, found first on fewer rows.
 
-Printed at the end: medians, the ratios of `ray` to the others, and with `--memory-cells` the peak memory of the whole
-process tree while two cohorts of different size are streamed through Ray.
+The output holds medians, the ratios of `ray` to the others, and with `--memory-cells` the peak memory of the whole process tree
+while two cohorts of different size are streamed through Ray.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ Batches = Iterable[torch.Tensor]
 
 
 def main() -> None:
-    """Write the cohort, run every way in turn, and print the figures."""
+    """Write the cohort, run every method in turn, and print the figures."""
     given = arguments()
-    torch.set_num_threads(1)  # what is measured makes its own threads
+    torch.set_num_threads(1)  # the measured readers start their own threads
     packed = cohort(given.out / f"{given.cells}x{given.genes}", given.cells, given)
     plan = plan_of(packed, given.rows, given.batch_size)
     print(f"{packed.n_rows} cells x {packed.n_genes} genes in {packed.n_blocks} blocks; {plan.steps} steps", flush=True)
@@ -110,7 +110,7 @@ def plan_of(packed: Packed, rows: int, batch_size: int) -> SamplingPlan:
 
 @dataclass(frozen=True)
 class Speed:
-    """What one run of one way took."""
+    """Times of one run of one method."""
 
     rows: int
     seconds: float
@@ -139,7 +139,7 @@ def measure(batches: Batches) -> Speed:
 
 
 def summary(found: dict[str, list[Speed]]) -> str:
-    """Return the medians and how `ray` compares."""
+    """Return the medians and the ratios of `ray` to the others."""
     median = {name: statistics.median(s.per_second for s in speeds) for name, speeds in found.items() if speeds}
     lines = [f"median {name:10s} {value:9.0f} rows/s" for name, value in median.items()]
     if "ray" in median:
@@ -148,7 +148,7 @@ def summary(found: dict[str, list[Speed]]) -> str:
 
 
 def ways_of(packed: Packed, plan: SamplingPlan, given: argparse.Namespace) -> dict[str, Callable[[], Batches]]:
-    """Return the ways asked for, by name."""
+    """Return the chosen methods by name."""
     ways: dict[str, Callable[[], Batches]] = {
         "ray": lambda: (batch.x for batch in mini_batches(packed, plan, (0, 1), 0, "cpu")),
         "zarr": lambda: threaded(lambda steps: zarr_window(packed, plan, steps), windows(plan, 0), given.cpus),
@@ -252,7 +252,7 @@ def to_tensor(rows: sparse.csr_matrix) -> torch.Tensor:
 
 
 def best_scdataset(h5ad: Path, rows: int, cpus: int) -> Fetching:
-    """Return the settings by which it is fastest, printing what each gave."""
+    """Return the fastest settings of scDataset, and print the speed of each."""
     found: dict[Fetching, float] = {}
     for workers, block, factor in itertools.product(range(cpus + 1), (32, 1024), (4, 16)):
         how = Fetching(rows, block, factor, workers)
@@ -279,7 +279,7 @@ def compare_memory(given: argparse.Namespace) -> None:
 
 
 class ReaderMemory:
-    """Samples what this process and the largest of Ray's workers hold for themselves, until closed."""
+    """Samples the private memory of this process and of the largest Ray worker, until closed."""
 
     def __init__(self) -> None:
         self.own = self.largest = 0
@@ -299,7 +299,7 @@ class ReaderMemory:
 
 
 def private_bytes(pid: int) -> int:
-    """Return the anonymous memory of a process; 0 where it has ended or the system does not tell."""
+    """Return the anonymous memory of a process; 0 if it has ended or the system does not report it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

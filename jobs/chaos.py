@@ -1,18 +1,17 @@
-"""Harm a small job again and again; every round must end with the bits of an undisturbed run.
+"""Kill and damage a small job again and again; every round must end with the bits of an undisturbed run.
 
     python jobs/chaos.py --rounds 200 --seed 1 [--cells 500] [--folder DIR]
     python jobs/chaos.py --rounds 20 --seed 1 --ray [--faults raylet,trainer] [--stages train,effects]
     python jobs/chaos.py --rounds 10 --seed 1 --nodes 2
 
-A round begins from a run that has come as far as a stage, half of which is done where it has several shards, and does
-one of these to it: SIGKILL of the job at a random moment; with --ray also of a worker, a training worker, or the raylet;
-a flipped byte, a cut or a lost file of what is done, which after the last stage are the results. Every 16 rounds each
-stage meets a kill and a harm, in an order that the seed draws. The job must then end with the right bits, or with one
-line that names the cause; and the same command, given once more, must end with the right bits. What no stage reads again
-`check` must find. No process that a job has started may be alive, and none of its segments of /dev/shm be left, two
-minutes after it. Without Ray jobs run in forked processes, which takes a second each; with --nodes they share a Ray of
-so many raylets of one processor and a head without any, and lose one raylet at a time. One line of JSON per round goes to
-standard output.
+A round starts with a run whose stages before one stage are finished, and half of that stage if it has several shards. One fault
+follows: SIGKILL of the job at a random moment; with --ray also of a worker, a training worker, or the raylet; or a flipped byte,
+a truncation or the loss of a finished file (after the last stage, of the results). In every 16 rounds each stage meets a kill
+and a damaged file, in an order that the seed draws. The job must then end with the right bits, or with one line that names the
+cause; and the same command, given once more, must end with the right bits. `check` must find damage that no stage reads. Two
+minutes after a job none of its processes may be alive, and none of its segments of /dev/shm may be left. Without Ray jobs run in
+forked processes, which takes a second each; with --nodes they share a Ray of this many raylets of one processor and a head
+without any, and lose one raylet at a time. Every round prints one line of JSON to standard output.
 """
 
 from __future__ import annotations
@@ -56,26 +55,26 @@ JOB: dict[str, Any] = SETTINGS | {
 PRELOADED = (
     "ndreamer_dist.cli", "ndreamer_dist.pipeline", "ndreamer_dist.embedding.stage", "ndreamer_dist.training.trainer", *LIBRARIES,
 )  # fmt: skip
-"""What serial jobs load, once for all of them."""
+"""Modules that the fork server loads once for all serial jobs."""
 FINISHED = "finished"
-"""The stage after the last, at which the results can be harmed."""
+"""Pseudo-stage after the last one, for damage to the results."""
 KILLS = ("job", "worker", "raylet", "trainer")
 TITLES = {"worker": r"^ray::", "trainer": r"^ray::.*TrainWorker", "raylet": r"/raylet/raylet"}
-"""What Ray's processes are called; a worker is any of its Python processes: a task's, a reader's, an actor's."""
+"""Patterns of the titles of Ray's processes; a worker is any Python process of a task, reader or actor."""
 PATIENCE_SECONDS = 300.0
 RAY_SECONDS, FIT_SECONDS = 6.0, 20.0
-"""What a job on Ray takes longer, at its start and for its training."""
+"""Additional seconds of a job on Ray, for its start and for its training."""
 LINGER_SECONDS = 120.0
-"""How long a process of a job may outlive it."""
+"""Maximum time that a process of a job may outlive it."""
 MARK = "NDREAMER_CHAOS"
-"""Environment variable of a job and of all that it starts: whose a process is can be told when its parent is gone."""
+"""Environment variable of a job and of all processes that it starts, which identifies them after their parent is gone."""
 OF_THE_NODE = re.compile(r"^ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent|PlacementGroupCleaner|_[A-Z])")
-"""Processes of a standing Ray that work for a job; the others are a node's own."""
+"""Titles of processes of a shared Ray that work for a job; the others belong to a node."""
 QUICK = {
     "health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 3,
 }  # fmt: skip
-"""A raylet that is silent for so long is lost; by Ray's defaults it takes 15 s and more."""
+"""Ray's health checks, so that a silent raylet is lost early; with Ray's defaults this takes 15 s and more."""
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 HOLDER = """
 import json, sys, threading, time
@@ -104,16 +103,16 @@ cluster.shutdown()
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round did and how it ended."""
+    """The fault and the outcome of a round."""
 
     round: int
     stage: str
     fault: str
-    struck: str  # what was killed, or which file was harmed; empty if there was nothing any more
-    code: int  # how the harmed job ended: 0, 2 after a refusal, -9 after a kill
+    struck: str  # the killed process or the damaged file; empty if there was none left
+    code: int  # exit code of the disturbed job: 0, 2 after a refusal, -9 after a kill
     said: str
     seconds: float
-    lingered: float  # seconds that processes of a job on Ray were alive after it, at most
+    lingered: float  # maximum seconds that processes of a job on Ray were alive after it
 
 
 def job(cohort: str, out: str, settings: dict[str, Any], said: str) -> None:
@@ -127,7 +126,7 @@ def job(cohort: str, out: str, settings: dict[str, Any], said: str) -> None:
 
 
 def cases(seed: int, kills: Sequence[str], faults: Sequence[str], stages: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Give stage and fault of every round: in each deck of 16 every stage meets a kill and a harm, whose kinds take turns."""
+    """Yield stage and fault of every round: in each deck of 16 every stage meets a kill and a damaged file, kinds in turn."""
     draw = random.Random(seed)
     turns = {kinds: itertools.cycle(kinds) for kinds in (tuple(kills), tuple(HARMS))}
     while True:
@@ -136,7 +135,7 @@ def cases(seed: int, kills: Sequence[str], faults: Sequence[str], stages: Sequen
             for turn, met in zip(turns.values(), (keys.STAGES, (*keys.STAGES[1:], FINISHED)), strict=True)
             for stage in draw.sample(met, len(met))
         ]
-        # A training worker is there to be killed in the training alone.
+        # Only the train stage has training workers to kill.
         deck = [
             (stage, "worker" if fault == "trainer" and stage != keys.STAGE_TRAIN else fault) for stage, fault in deck
         ]
@@ -146,9 +145,9 @@ def cases(seed: int, kills: Sequence[str], faults: Sequence[str], stages: Sequen
 
 
 class Nodes:
-    """A Ray of this machine that jobs share: a head without processors, and raylets of one each.
+    """A Ray on this machine that jobs share: a head without processors, and raylets of one processor each.
 
-    A process of its own holds it, since Ray reads once, when it is loaded, whether a token is asked for.
+    Processes of their own run it, since Ray reads only once, on import, whether a token is required.
     """
 
     def __init__(self, raylets: int, folder: Path, mark: str) -> None:
@@ -169,26 +168,26 @@ class Nodes:
         return self._holder.stdout.readline().strip()
 
     def _started(self) -> int:
-        """Start a raylet; return its process."""
+        """Start a raylet; return its process id."""
         assert self._holder.stdin is not None
         self._holder.stdin.write("\n")
         self._holder.stdin.flush()
         return int(self._told())
 
     def victims(self, fault: str) -> dict[int, str]:
-        """Return the processes that a fault is for: number and title. The head's raylet is not among them."""
+        """Return id and title of the processes that a fault may kill. The head's raylet is not among them."""
         if fault == "raylet":
             return dict.fromkeys(self._raylets, "raylet")
         own = {pid: title for pid, title in marked(self._mark).items() if OF_THE_NODE.match(title)}
         return {pid: title for pid, title in own.items() if re.search(TITLES[fault], title)}
 
     def mend(self) -> None:
-        """Start a raylet for each that has been killed."""
+        """Start a raylet for each killed one."""
         alive = [pid for pid in self._raylets if pid in marked(self._mark)]
         self._raylets = alive + [self._started() for _ in range(len(self._raylets) - len(alive))]
 
     def close(self) -> None:
-        """End it; an `AssertionError` where a process of it stays."""
+        """Stop Ray; raise an `AssertionError` if a process of it remains."""
         assert self._holder.stdin is not None
         self._holder.stdin.close()
         self._holder.wait(LINGER_SECONDS)
@@ -198,7 +197,7 @@ class Nodes:
 
 @contextlib.contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable for the processes that are started in the block."""
+    """Set an environment variable for processes that are started in the block."""
     os.environ[name] = value
     try:
         yield
@@ -208,7 +207,7 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 @dataclass
 class Chaos:
-    """A cohort, an undisturbed run of it, and where rounds are played."""
+    """A cohort, an undisturbed run of it, and the folder of the rounds."""
 
     folder: Path
     cells: int = 500
@@ -239,11 +238,11 @@ class Chaos:
         self.expected = {store: arrays(self.reference / store) for store in STORES}
 
     def _mark(self, job: object) -> str:
-        """Return the mark of a job; a serial one has that of the server which forks it."""
+        """Return the mark of a job; a serial job has that of its fork server."""
         return f"{self.folder}/{job}/"
 
     def compare(self, run: Path) -> None:
-        """Fail where a value of a finished run differs from the undisturbed one's by a bit."""
+        """Raise an `AssertionError` if a finished run differs from the undisturbed one by a bit."""
         for store, expected in self.expected.items():
             found = arrays(run / store)
             assert found.keys() == expected.keys(), store
@@ -252,7 +251,7 @@ class Chaos:
                 assert same, f"{store}/{name} differs{self._how(run, values, found[name])}"
 
     def _how(self, run: Path, expected: np.ndarray, found: np.ndarray) -> str:
-        """Say how an array differs: the weights, or what was made with them."""
+        """Describe how an array differs: the weights, or what was computed with them."""
         weights = (run / keys.MODEL_WEIGHTS).read_bytes() == (self.reference / keys.MODEL_WEIGHTS).read_bytes()
         model = f"the weights are {'the same' if weights else 'others'}"
         if expected.shape != found.shape:
@@ -280,7 +279,7 @@ class Chaos:
             return subprocess.Popen(command, stdout=log, stderr=log, env=env)
 
     def ended(self, process: Any) -> tuple[int, str]:
-        """Wait for a job; return its exit code and the last line that it said."""
+        """Wait for a job; return its exit code and its last line of output."""
         mark = self._mark(self._begun if isinstance(process, subprocess.Popen) else "serial")
         deadline = time.monotonic() + PATIENCE_SECONDS
         while _alive(process):
@@ -297,17 +296,17 @@ class Chaos:
         return code, last
 
     def _left(self, mark: str) -> dict[int, str]:
-        """Return the processes of a job that has ended: number and title."""
+        """Return id and title of the processes of a finished job that are still alive."""
         workers = {} if self.nodes is None else self.nodes.victims("worker")
         return {pid: title for pid, title in (marked(mark) | workers).items() if pid not in self._own}
 
     def as_far_as(self, stage: str, run: Path, draw: random.Random, *, trained: bool) -> None:
-        """Make a run that has done all stages before one, which is half done where it has several shards.
+        """Make a run whose stages before one stage are finished, and half of that stage if it has several shards.
 
         Parameters
         ----------
         trained
-            Whether a training that is to be done goes on from its checkpoint.
+            Whether unfinished training continues from its checkpoint.
         """
         shutil.copytree(self.reference, run)
         if stage == FINISHED:
@@ -324,7 +323,7 @@ class Chaos:
         (run / keys.RESULTS / "zarr.json").unlink()
 
     def play(self, number: int, stage: str, fault: str, draw: random.Random) -> Outcome:
-        """Play one round; an `AssertionError` says what was not as it must be."""
+        """Play one round; an `AssertionError` says which expectation failed."""
         started, run = time.monotonic(), self.folder / f"round{number}"
         if self.nodes is not None:
             self.nodes.mend()
@@ -340,7 +339,7 @@ class Chaos:
         return Outcome(number, stage, fault, struck, code, said, round(seconds, 1), round(lingered, 1))
 
     def _again(self, run: Path) -> None:
-        """Give the same command once more; it must end well."""
+        """Run the same command once more; it must succeed."""
         code, said = self.ended(self.begun(run, serial=not self.on_ray))
         assert code == 0, said
 
@@ -378,7 +377,7 @@ class Chaos:
         return titled(job, fault) if self.nodes is None else self.nodes.victims(fault)
 
     def _damaged(self, run: Path, stage: str, fault: str, draw: random.Random) -> tuple[int, str, str]:
-        """Harm a file of what is done before a stage, and run the job."""
+        """Damage a file of the finished stages, and run the job."""
         file = draw.choice(self._made(run, stage, draw))
         HARMS[fault](file, draw)
         code, said = self.ended(self.begun(run, serial=not self.on_ray))
@@ -387,7 +386,7 @@ class Chaos:
             assert names(said, run, file), (str(file), said)
             assert said.endswith("the same command makes it again"), said
             self._again(run)
-        # What no stage read again is found by asking.
+        # `check` must find damage that no stage reads.
         if check(run, mend=True, settings={"run.serial": True}).damage:
             self._again(run)
             assert not check(run, settings={"run.serial": True}).damage
@@ -395,7 +394,7 @@ class Chaos:
 
     @staticmethod
     def _made(run: Path, stage: str, draw: random.Random) -> list[Path]:
-        """Return the files of one kind that were made before a stage."""
+        """Return the files of one kind that the earlier stages wrote."""
         kinds = {}
         tops = [top for top in keys.MADE if (stage == FINISHED) == (top == keys.RESULTS)]
         for top in [*tops, keys.TRAIN_DIR] if stage == keys.STAGE_TRAIN else tops:
@@ -430,7 +429,7 @@ def _alive(process: Any) -> bool:
 
 
 def wait_while(condition: Callable[[], bool]) -> None:
-    """Wait until something is not so any more; an `AssertionError` where that takes too long."""
+    """Wait until a condition is false; raise an `AssertionError` if that takes too long."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while condition():
         assert time.monotonic() < deadline
@@ -438,7 +437,7 @@ def wait_while(condition: Callable[[], bool]) -> None:
 
 
 def titled(job: int, fault: str) -> dict[int, str]:
-    """Return the processes that a job has started and a fault is for: number and title."""
+    """Return id and title of the child processes of a job that a fault may kill."""
     from ndreamer_dist.compute.monitors import process_tree
 
     titles = {
@@ -449,7 +448,7 @@ def titled(job: int, fault: str) -> dict[int, str]:
 
 
 def marked(mark: str) -> dict[int, str]:
-    """Return the living processes that a job has started, whoever their parent is by now: number and title."""
+    """Return id and title of the living processes that a job has started, even if their parent has changed."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
@@ -459,7 +458,7 @@ def marked(mark: str) -> dict[int, str]:
 
 
 def lingering(left: Callable[[], dict[int, str]]) -> float:
-    """Return the seconds from now until no process of a job is alive; an `AssertionError` where they are too many."""
+    """Return the seconds until no process of a job is alive; raise an `AssertionError` after `LINGER_SECONDS`."""
     started = time.monotonic()
     while alive := left():
         assert time.monotonic() - started < LINGER_SECONDS, f"alive {LINGER_SECONDS:.0f} s after the job: {alive}"
@@ -468,13 +467,13 @@ def lingering(left: Callable[[], dict[int, str]]) -> float:
 
 
 def mapped(processes: Iterable[int]) -> set[str]:
-    """Return the names of the shared memory that some processes hold."""
+    """Return the names of the shared memory segments that some processes have mapped."""
     held = "".join(_text(Path(f"/proc/{process}/maps")) for process in processes)
     return set(re.findall(r"/dev/shm/(\S+)", held))
 
 
 def names(said: str, run: Path, file: Path) -> bool:
-    """Return whether a line names a file of a run, by its path or by store, array and chunk."""
+    """Return whether a message names a file of a run, by its path or by store, array and chunk."""
     part = ArrayFile.of(str(file.relative_to(run)))
     if part is None:
         return str(file) in said
@@ -483,17 +482,17 @@ def names(said: str, run: Path, file: Path) -> bool:
 
 
 def shared_segments() -> set[str]:
-    """Return the names of shared memory."""
+    """Return the names of all shared memory segments."""
     return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def is_open(segment: str) -> bool:
-    """Return whether a living process has a segment of shared memory mapped: another job's."""
+    """Return whether a living process, of another job, has a shared memory segment mapped."""
     return any(f"/dev/shm/{segment}" in _text(maps) for maps in Path("/proc").glob("[0-9]*/maps"))
 
 
 def main() -> None:
-    """Play the rounds and say how many were survived."""
+    """Play the rounds and print how many were survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,12 +1,12 @@
-"""Whether the GPUs of this machine do the work, and how fast: one command for the first GPU that this package meets.
+"""Test and time the package on the GPUs of this machine with one command.
 
     python jobs/gpu_check.py [--cells 40000] [--preset paper] [--steps 300] [--match 1378211/89] [--no-tests]
 
-It tries torch and FAISS on a GPU as a run does, runs the tests that need one, trains a simulated cohort through the whole
-job, with its steps recorded as CUDA graphs and without, matches a problem through the stage with all files written,
-by plain distances and by those corrected for hubs, and trains with two workers where there are two GPUs.
-Printed is a table of what was measured beside what was counted without a GPU (docs/scaling.md), for one H200. Where no GPU
-works the same is done by processors, and the table says so. With the defaults it takes about ten minutes on a GPU.
+It tests torch and FAISS on a GPU as a run does, runs the tests that need a GPU, runs the whole job on a simulated cohort with and
+without CUDA graphs, runs the match stage with all its files by plain
+distances and by distances corrected for hubs, and trains with two workers if there are two GPUs. The output is a
+table of measurements beside the figures computed for one H200 (docs/scaling.md). Without a working GPU everything runs on
+processors, and the table says so. With the defaults it takes about ten minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ndreamer_dist.storage.files import Storage
 
 DIMS = 50
 WARM_UP = 20
-"""Steps that are not counted: the first ones load code and choose kernels."""
+"""First steps, which load code and choose kernels, and are not timed."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Line:
 
 
 def main() -> None:
-    """Check what is asked for, and print the table."""
+    """Run the checks, and print the table."""
     given = arguments()
     lines = [Line("here", "", engines_here())]
     lines += [Line(f"{name} on a GPU", "works", tried_apart(finding) or "works") for name, finding in TRIALS.items()]
@@ -81,7 +81,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cells", type=int, default=40_000)
     parser.add_argument("--genes", type=int, default=4000)
     parser.add_argument("--preset", default="paper", choices=["paper", "small"])
-    parser.add_argument("--steps", type=int, default=300, help="training steps, at least")
+    parser.add_argument("--steps", type=int, default=300, help="minimum number of training steps")
     parser.add_argument("--match", type=shape, default=(1_378_211, 89), metavar="CELLS/GROUPS")
     parser.add_argument("--no-tests", action="store_true")
     return parser.parse_args(words)
@@ -94,7 +94,7 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def gpus() -> int:
-    """Return how many GPUs torch sees."""
+    """Return the number of GPUs that torch sees."""
     import torch
 
     return torch.cuda.device_count()
@@ -108,7 +108,7 @@ def tests() -> str:
 
 
 def trained(folder: Path, given: argparse.Namespace, workers: int, *, graphs: bool = True) -> list[Line]:
-    """Run the job on the simulated cohort; return how fast it trains, and what its stages worked on."""
+    """Run the job on the simulated cohort; return the speed of training, and the device of every stage."""
     out = folder / f"run_{workers}_{graphs}"
     asked = {
         "train.workers": workers, "train.passes": 1, "train.epochs": -(-given.steps // 4), "run.serial": False,
@@ -135,11 +135,11 @@ def trained(folder: Path, given: argparse.Namespace, workers: int, *, graphs: bo
 
 
 COUNTED_MATCH = {"none": "15 to 25 s of 1 378 211/89", "csls": "30 to 40 s of 1 378 211/89"}
-"""By `match.hubs`."""
+"""Time computed for one H200, by `match.hubs`."""
 
 
 def matched(cells: int, groups: int, hubs: str) -> Line:
-    """Match every group in every group through the stage; return what it took, files written."""
+    """Run the match stage, every group against every group, with its files; return the time."""
     size = cells // groups
     points = np.random.default_rng(0).normal(size=(size * groups, DIMS)).astype(np.float32)
     made = tuple(

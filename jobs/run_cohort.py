@@ -1,30 +1,30 @@
-"""The whole job on a Ray cluster, from a YAML file; submitted again, it goes on where it was stopped.
+"""Run the whole job on a Ray cluster, as a YAML file describes it; the same submission continues a stopped job.
 
     ray job submit --address http://127.0.0.1:8265 --working-dir jobs -- python run_cohort.py cohort.yaml
 
-The cluster's nodes have the package (`cluster/Dockerfile`); who submits needs `ndreamer-dist[cluster]`, the token of the
-cluster (`RAY_AUTH_MODE=token` and `RAY_AUTH_TOKEN_PATH=FILE`), and the YAML file: in the folder that is sent
-(`jobs/`, as above), on a disk that the head sees, or at a URL (`s3://bucket/cohort.yaml`). It holds:
+The nodes need the package (`cluster/Dockerfile`). You need `ndreamer-dist[cluster]`, the token of the cluster
+(`RAY_AUTH_MODE=token` and `RAY_AUTH_TOKEN_PATH=FILE`), and the YAML file: in the working directory (`jobs/`, as above), on a
+disk that the head sees, or at a URL (`s3://bucket/cohort.yaml`). It holds:
 
     input: s3://bucket/cohort.h5ad     # h5ad file or zarr store, seen by every node
     out: s3://bucket/run               # run directory, seen by every node
     condition_key: disease             # column of obs, and the name of the control in it
     control: normal
-    batch_key: [donor_id]              # optional, as everything below
+    batch_key: [donor_id]              # optional, like everything below
     embedding: ndreamer                # or pca, harmony, state, ndreamer+state, obsm:KEY
     preset: paper
     normalise: auto
-    redo: false                        # run stages whose settings changed again
-    settings:                          # any setting, by stage; what `ndreamer-dist run --set stage.name=value` takes
+    redo: false                        # true: run stages whose settings have changed again
+    settings:                          # any setting, by stage, as in `ndreamer-dist settings`
       train: {device: cuda}
-      run: {cpus: 32, gpus: 4}         # what an autoscaled cluster may grow to
+      run: {cpus: 32, gpus: 4}         # maximum size of an autoscaled cluster
 
-The driver runs on the head and asks for no processor of its own (no `--entrypoint-num-cpus`), so a head without any
-(`ray start --head --num-cpus 0`) takes it. It holds what a cohort needs per cell, never the matrix. A refusal is one line,
-exit code 2 and a job that is FAILED; `ray job stop` leaves a run that the same submission continues.
+The driver runs on the head and requests no processor (no `--entrypoint-num-cpus`), so it also runs on a head without any
+(`ray start --head --num-cpus 0`). It holds some values per cell, never the matrix. If the job is refused, its log ends with
+one line that says why, the exit code is 2 and the job FAILED. After `ray job stop` the same submission continues the run.
 
-`python run_cohort.py --stage train cohort.yaml` runs one stage alone (`ndreamer_dist.planning.stages` names them). What it has
-done already is not done again; where a stage before it is not finished, the job fails with one line that names it.
+`python run_cohort.py --stage train cohort.yaml` runs only one stage (`keys.FLOW`). It skips finished shards. If an earlier
+stage is not finished, the job fails with one line that names it.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from ndreamer_dist.cli import Normalise, Preset, speak
+from ndreamer_dist.cli import Normalise, Preset, run_program
 from ndreamer_dist.errors import SettingsError, suggest
 from ndreamer_dist.settings import read_yaml
 from ndreamer_dist.storage.files import open_storage
 
 
 class Job(BaseModel):
-    """What a job file holds."""
+    """The content of a job file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     input: str
     out: str
@@ -74,23 +74,20 @@ class Job(BaseModel):
 
     def overrides(self) -> dict[str, Any]:
         """Return the settings by dotted name: `{"train.workers": 4}`."""
-        found: dict[str, Any] = {"cohort.normalise": self.normalise} if self.normalise != "auto" else {}
+        overrides: dict[str, Any] = {"cohort.normalise": self.normalise} if self.normalise != "auto" else {}
         for stage, value in self.settings.items():
-            found |= (
-                {f"{stage}.{name}": each for name, each in value.items()}
-                if isinstance(value, Mapping)
-                else {stage: value}
-            )
-        return found
+            nested = isinstance(value, Mapping)
+            overrides |= {f"{stage}.{name}": each for name, each in value.items()} if nested else {stage: value}
+        return overrides
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a job file's job, or one stage of it; the process ends with 0, or with 2 and one line that says why."""
+    """Run the job of a job file, or one stage of it; exit codes are those of `ndreamer-dist run`."""
     parser = argparse.ArgumentParser(description="Run the job that a YAML file describes, or a stage of it.")
     parser.add_argument("job", metavar="JOB.yaml", help="path or URL of the job file")
-    parser.add_argument("--stage", help="run this stage alone: train, say; those before it must be finished")
-    given = parser.parse_args(arguments)
-    speak(lambda: run_job(read_job(given.job), given.stage))
+    parser.add_argument("--stage", help="run only this stage, e.g. train; those before it must be finished")
+    options = parser.parse_args(arguments)
+    run_program(lambda: run_job(read_job(options.job), options.stage))
 
 
 def read_job(address: str) -> Job:
@@ -99,7 +96,7 @@ def read_job(address: str) -> Job:
     Raises
     ------
     SettingsError
-        It is not there, not YAML, or holds a key or a value that a job does not have.
+        The file does not exist, is not YAML, or has an unknown key or a wrong value.
     """
     address = address if "://" in address else str(Path(address).absolute())
     folder, _, name = address.rpartition("/")
@@ -119,7 +116,7 @@ def read_job(address: str) -> Job:
 
 
 def checked_job(values: Mapping[str, Any], address: str) -> Job:
-    """Return a job of the values of a job file; `SettingsError` names the first that will not do."""
+    """Validate the values of a job file; a `SettingsError` names the first wrong one."""
     for name in values:
         if name not in Job.model_fields:
             known = ", ".join(Job.model_fields)
@@ -129,13 +126,13 @@ def checked_job(values: Mapping[str, Any], address: str) -> Job:
         return Job.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        found = "" if first["type"] == "missing" else f" (found {reprlib.repr(first['input'])})"
-        msg = f"job file {address}: {first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}{found}"
+        value = "" if first["type"] == "missing" else f" (found {reprlib.repr(first['input'])})"
+        msg = f"job file {address}: {first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}{value}"
         raise SettingsError(msg) from None
 
 
 def run_job(job: Job, stage: str | None = None) -> None:
-    """Run a job, or one stage of it, and say where its results are."""
+    """Run a job, or one stage of it, and print the address of the run directory."""
     import ndreamer_dist as nd
 
     finished = nd.run(

@@ -1,12 +1,12 @@
-"""How much of the effects depends on the seed of training: the same cohort, trained with several seeds.
+"""Measure how much effects depend on the seed of training: train the same cohort with several seeds.
 
     python jobs/stability.py COHORT --condition-key condition --control ctrl --batch-key donor --by cell_type \
         --out /tmp/stability [--seeds 3] [--preset paper] [--set train.epochs=50]
 
-Printed, as Markdown: for every population and condition, the rank correlation over genes of the mean treatment effect between
-seeds, and the share of the 50 genes of largest effect that two seeds have in common (mean and smallest over pairs of
-seeds); beside them, what the seed does not touch: the share of the 50 genes that plain pseudobulk differences have in
-common with the first seed's. Every run keeps its directory, so the same command goes on where it was stopped.
+The output is a Markdown table. For every population and condition it holds, between seeds, the rank correlation over genes of
+the mean treatment effect and the shared part of the 50 genes of largest effect (mean and minimum over pairs of seeds), and, for
+scale, the shared part of the first seed's 50 genes and those of plain pseudobulk differences. Every run keeps its directory,
+so the same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--condition-key", required=True)
     parser.add_argument("--control", required=True)
     parser.add_argument("--batch-key", action="append")
-    parser.add_argument("--donor-key", help="the batch where not given")
+    parser.add_argument("--donor-key", help="column of obs that names donors (default: the batch)")
     parser.add_argument("--by", help="column of obs that names populations")
     parser.add_argument("--preset", default="paper")
     parser.add_argument("--seeds", type=int, default=3)
@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
 
 
 def trained(given: argparse.Namespace, seed: int) -> nd.Results:
-    """Run the job, or take up what is there."""
+    """Run the job of one seed, and return its results."""
     return nd.run(
         given.cohort, out=given.out / f"seed-{seed}", condition_key=given.condition_key, control=given.control,
         batch_key=given.batch_key, preset=given.preset, settings={**parse_assignments(given.assignments), "seed": seed},
@@ -60,7 +60,7 @@ def trained(given: argparse.Namespace, seed: int) -> nd.Results:
 
 
 def stability(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """Return how far the effects of several seeds agree: a row per population and condition.
+    """Return the agreement of the effects of several seeds: a row per population and condition.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def stability(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def overlap(one: pd.Series, other: pd.Series) -> float:
-    """Return the share of genes of largest effect that two tables have in common."""
+    """Return the shared part of the `TOP` genes of largest effect of two tables."""
     most = min(TOP, len(one))
     return len({*one.abs().nlargest(most).index} & {*other.abs().nlargest(most).index}) / most
 

@@ -1,9 +1,8 @@
 """NDreamer at scale: batch-effect removal and single-cell treatment effects for cohorts of any size, on Ray.
 
-`run` does the whole job. `plan` says what the job will need, and `compare` which matching space a cohort favours.
-`map` puts new cells onto a finished run. `open_results` reads the results, `pl` draws them, `screen` looks at many
-conditions together, `interaction` at how two contrasts differ, and `report` sums all up on one page. `simulate` makes a cohort whose
-true effects are known.
+`run` does the whole job, and `plan` shows what it needs. `compare` recommends a matching space. `map` adds new cells to a
+finished run. `open_results` reads the results, `pl` draws them, `screen` summarises many conditions, `interaction`
+compares two contrasts, and `report` writes one page about all of them. `simulate` makes a cohort with known effects.
 """
 
 from __future__ import annotations
@@ -70,18 +69,19 @@ _HOMES = {
     "screen": "comparison.screen",
     "simulate": "datasets",
 }
-_REMOVED = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
-_MODULES = {"pl": "figures.plots", "report": "report"}  # the latter is called like a function
+REMOVED_NAMES = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
+"""Functions and commands of earlier versions, and what replaces them."""
+_MODULES = {"pl": "figures.plots", "report": "report"}  # the module `report` can be called like the function
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used: importing the package alone loads neither torch nor Ray."""
+    """Import a public name when it is first used, so that importing the package loads neither torch nor Ray."""
     from importlib import import_module
 
     if name in _MODULES:
         return import_module(f"ndreamer_dist.{_MODULES[name]}")
     if name not in _HOMES:
-        hint = f"; it was removed: {_REMOVED[name]}" if name in _REMOVED else ""
+        hint = f"; it was removed: {REMOVED_NAMES[name]}" if name in REMOVED_NAMES else ""
         msg = f"module 'ndreamer_dist' has no attribute {name!r}{hint}"
         raise AttributeError(msg)
     return getattr(import_module(f"ndreamer_dist.{_HOMES[name]}"), name)

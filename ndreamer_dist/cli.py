@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ndreamer_dist import REMOVED_NAMES
 from ndreamer_dist.compute.events import Lines
 from ndreamer_dist.compute.machine import use_writable_caches
 from ndreamer_dist.compute.signals import StopRequest, stop_signals
@@ -26,7 +27,7 @@ EXIT_CODES = """\
 Exit codes: 0, done; 1, unexpected error, with a stack trace; 2, refused: the last line on standard error names the input,
 setting, file or resource at fault and says what to change (`check`: files are damaged); 130, stopped by Ctrl-C, or 143, by
 SIGTERM: the same command continues. Results go to standard output, progress and errors to standard error."""
-"""Shown under `--help`, and in docs/how-to/workflows.md."""
+"""Text shown below `--help` and in docs/how-to/workflows.md."""
 
 app = typer.Typer(
     name="ndreamer-dist",
@@ -41,18 +42,16 @@ app = typer.Typer(
 Preset = Literal["paper", "small"]
 Normalise = Literal["auto", "counts", "none"]
 Layout = Literal["crossed", "nested"]
-Asking = Literal["all", "treated"]
+Standard = Literal["all", "treated"]
 Format = Literal["ndreamer"]
 Layer = Literal["ite", "denoised", "batch_effect", "expression", "effect", "counterfactual"]
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
-"""The base of typer's errors for unknown options, missing arguments and values of a wrong type."""
+"""Base class of typer's errors for unknown options, missing arguments and values of a wrong type."""
 LONGEST_LINE = 4000
-"""Characters of a refusal that are shown."""
-REMOVED = {"fetch": "download the file with `curl -C - -O URL` and compare its sha256sum"}
-"""Commands of earlier versions, and what to do without them."""
+"""Maximum number of characters of a printed error message."""
 STOPPED = 130
-"""What typer returns in place of a KeyboardInterrupt."""
+"""Code that typer returns instead of raising KeyboardInterrupt."""
 
 Set = Annotated[
     list[str] | None,
@@ -196,7 +195,7 @@ def _whole(
         bool, typer.Option("--quiet", help="Print no progress bars and only warnings. May also follow the command.")
     ] = False,
 ) -> None:
-    del version  # its callback has answered
+    del version  # handled by its callback
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logging.getLogger("ndreamer_dist").setLevel(level)
 
@@ -226,8 +225,8 @@ def run(
     """Run the whole job on a cohort. The same command continues an interrupted run and leaves a finished one alone."""
     from ndreamer_dist.pipeline import run as run_job
 
-    given = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
-    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition) | {"match.within": match_within}
+    options = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
+    options |= _cohort_settings(normalise, layer, gene_names, exclude_condition) | {"match.within": match_within}
     finished = run_job(
         cohort,
         out=out,
@@ -237,7 +236,7 @@ def run(
         embedding=embedding,
         preset=preset,
         config=_read_config(config),
-        settings=_overrides(assignments, given),
+        settings=_overrides(assignments, options),
         redo=redo,
         fresh=fresh,
     )
@@ -276,10 +275,10 @@ def map_cells(
     """Map cells of new donors, batches or conditions onto a finished run, without training again."""
     from ndreamer_dist.commands.mapping import map as map_onto
 
-    given = {"run.address": address} | _cohort_settings(None, layer, gene_names, None)
+    options = {"run.address": address} | _cohort_settings(None, layer, gene_names, None)
     mapped = map_onto(
         cohort, onto=onto, out=out, embedding=embedding, fill_missing_genes=fill_missing_genes, extend=extend,
-        settings=_overrides(assignments, given), fresh=fresh,
+        settings=_overrides(assignments, options), fresh=fresh,
     )  # fmt: skip
     print(f"done: {mapped.url}\n{printable(str(mapped.results.mapped))}")
 
@@ -312,8 +311,8 @@ def plan(
     """Show what `run` would do and need (groups, steps, memory, disk, time), without running it."""
     from ndreamer_dist.pipeline import plan as plan_job
 
-    given = {"train.workers": workers, "match.neighbours": neighbours, "match.within": match_within}
-    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition)
+    options = {"train.workers": workers, "match.neighbours": neighbours, "match.within": match_within}
+    options |= _cohort_settings(normalise, layer, gene_names, exclude_condition)
     planned = plan_job(
         cohort,
         out=out,
@@ -323,7 +322,7 @@ def plan(
         embedding=embedding,
         preset=preset,
         config=_read_config(config),
-        settings=_overrides(assignments, given),
+        settings=_overrides(assignments, options),
     )
     print(planned.to_json() if as_json else planned)
 
@@ -356,17 +355,17 @@ def compare(
     """Compare matching spaces on one cohort in a table, and recommend one."""
     from ndreamer_dist.commands.compare import compare as compare_spaces
 
-    given = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
-    given |= _cohort_settings(normalise, layer, gene_names, exclude_condition) | {"match.within": match_within}
-    how = {
+    options = {"train.workers": workers, "run.address": address, "match.neighbours": neighbours}
+    options |= _cohort_settings(normalise, layer, gene_names, exclude_condition) | {"match.within": match_within}
+    run_arguments = {
         "out": out, "condition_key": tuple(condition_key) if condition_key else None, "control": control, "preset": preset, "config": _read_config(config),
-        "batch_key": tuple(batch_key) if batch_key else None, "settings": _overrides(assignments, given) or None,
+        "batch_key": tuple(batch_key) if batch_key else None, "settings": _overrides(assignments, options) or None,
     }  # fmt: skip
-    found = compare_spaces(
+    comparison = compare_spaces(
         source, embedding=embedding, by=by, donor_key=donor_key, cohort=cohort, save=table,
-        **{name: value for name, value in how.items() if value is not None},
+        **{name: value for name, value in run_arguments.items() if value is not None},
     )  # fmt: skip
-    print(found.to_json() if as_json else found)
+    print(comparison.to_json() if as_json else comparison)
 
 
 @app.command()
@@ -415,7 +414,7 @@ def demo(
     from ndreamer_dist.commands.demo import run_demo
 
     sizes = {"cells": cells, "genes": genes, "state_effects": state_effects}
-    print(run_demo(out, sizes=sizes, seed=seed, settings=parse_assignments(assignments or []), fresh=fresh))
+    print(run_demo(out, sizes=sizes, seed=seed, settings=_overrides(assignments, {}), fresh=fresh))
 
 
 @app.command()
@@ -488,17 +487,17 @@ def check(
     """Read all files of a run and list the damaged and missing ones. The exit code is 2 if there are any."""
     from ndreamer_dist.commands.verify import check as check_run
 
-    found = check_run(run_directory, mend=mend, settings=_overrides(assignments, {"run.address": address}))
-    for line in found.damage:
+    result = check_run(run_directory, mend=mend, settings=_overrides(assignments, {"run.address": address}))
+    for line in result.damage:
         print(printable(line))
-    if found.damage:
+    if result.damage:
         what = "the damaged files are deleted" if mend else "--mend deletes the damaged files"
         msg = (
-            f"{len(found.damage)} of {found.files} files of {found.url} are damaged or missing; {what}, and the run's own "
+            f"{len(result.damage)} of {result.files} files of {result.url} are damaged or missing; {what}, and the run's own "
             "command makes them again"
         )
         raise StoreError(msg)
-    print(f"{found.url}: {found.files} files, {found.bytes / 1e6:.1f} MB, all as they were written")
+    print(f"{result.url}: {result.files} files, {result.bytes / 1e6:.1f} MB, all as they were written")
 
 
 @app.command()
@@ -569,7 +568,7 @@ def cate(
     donor_key: DonorKey = None,
     min_cells: Annotated[int, typer.Option(min=1, help="Leave out donors with fewer cells in a population.")] = 10,
     population: Annotated[
-        Asking,
+        Standard,
         typer.Option(
             help="Cells at which donors are compared: all: the cells of all donors; treated: those of the treated donors."
         ),
@@ -585,12 +584,12 @@ def cate(
     from ndreamer_dist.stats.results import open_results
 
     checked(out, TABLES)
-    written = write_cate(
+    counts = write_cate(
         open_results(run_directory), out, condition=condition, baseline=baseline, by=by, genes=_names(genes),
         cohort=cohort, donor_key=donor_key, min_cells=min_cells, population=population,
         covariates=_names(covariates) or (),
     )  # fmt: skip
-    for line in written.lines(out):
+    for line in counts.lines(out):
         print(line)
 
 
@@ -630,8 +629,12 @@ def all_genes(
     """Write the effects on all genes of the cohort, modelled or not, computed from the run's matches."""
     from ndreamer_dist.commands.all_genes import all_genes as write_all
 
-    made = write_all(run_directory, cohort, out=out, layers=_names(layers) or [], settings=_overrides(assignments, {}))
-    print(f"wrote {out}: {len(made.obs)} cells x {len(made.var_names)} genes; layers: {', '.join(made.layers)}")
+    results = write_all(
+        run_directory, cohort, out=out, layers=_names(layers) or [], settings=_overrides(assignments, {})
+    )
+    print(
+        f"wrote {out}: {len(results.obs)} cells x {len(results.var_names)} genes; layers: {', '.join(results.layers)}"
+    )
 
 
 @app.command()
@@ -667,13 +670,13 @@ def export(
     """Write all results in the file layout of the published package."""
     from ndreamer_dist.commands.ndreamer_layout import export as write_layout
 
-    chosen: Any = _names(parts) or []  # it looks at the names itself
+    chosen: Any = _names(parts) or []  # `export` validates the names
     written = write_layout(run_directory, out=out, format=layout, parts=chosen)
     print(f"wrote {len(written)} files to {out}")
 
 
 def _names(text: str | None) -> list[str] | None:
-    """Return the names that are separated by commas, or that a file holds: @FILE, a name a line."""
+    """Return the names in a comma-separated list, or in the file of an @FILE, one name per line."""
     if text and text.startswith("@"):
         return _listed(text)
     return [name.strip() for name in text.split(",") if name.strip()] if text else None
@@ -682,7 +685,7 @@ def _names(text: str | None) -> list[str] | None:
 def _cohort_settings(
     normalise: str | None, layer: str | None, gene_names: str | None, exclude: list[str] | None
 ) -> dict[str, Any]:
-    """Return what the options of `run` and `plan` say of the input."""
+    """Return the settings for the options that describe the input."""
     return {
         "cohort.normalise": normalise, "cohort.layer": layer, "cohort.gene_names": gene_names,
         "cohort.exclude_conditions": tuple(exclude) if exclude else None,
@@ -690,7 +693,7 @@ def _cohort_settings(
 
 
 def _listed(text: str) -> list[str]:
-    """Return the names in the file of an @FILE, the first column of a table."""
+    """Return the names in the file of an @FILE: the first column of a table, or one name per line."""
     try:
         lines = Path(text[1:]).expanduser().read_text().splitlines()
     except (OSError, ValueError) as error:
@@ -701,15 +704,15 @@ def _listed(text: str) -> list[str]:
 
 
 def _selected(text: str | None) -> str | list[str] | None:
-    """Return a query on obs as it is, and of @FILE the names of cells."""
+    """Return the cell names in the file of an @FILE; leave a query on obs as it is."""
     return _listed(text) if text and text.startswith("@") else text
 
 
-def _overrides(assignments: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of `--set`, and of the options that stand for a setting."""
+def _overrides(assignments: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of `--set` and of the options that set one; options win, unset ones (`None`) do not count."""
     quiet = not logging.getLogger("ndreamer_dist").isEnabledFor(logging.INFO)
     bars = {"run.progress": False} if quiet else {}
-    return bars | parse_assignments(assignments or []) | {k: value for k, value in given.items() if value is not None}
+    return bars | parse_assignments(assignments or []) | {k: v for k, v in options.items() if v is not None}
 
 
 def _read_config(path: Path | None) -> dict[str, Any] | None:
@@ -728,28 +731,33 @@ def _read_config(path: Path | None) -> dict[str, Any] | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; the process ends with 0, or with 2 and one line that says why."""
-    os.environ["MPLBACKEND"] = (
-        "agg"  # no command opens a window, and a notebook's own back end may not be installed here
-    )
-    speak(lambda: obey(arguments))
+    """Run the command line and end the process with one of the `EXIT_CODES`."""
+    # No command opens a window, and the back end that a notebook sets may not be installed.
+    os.environ["MPLBACKEND"] = "agg"
+    run_program(lambda: run_command(arguments))
 
 
-def obey(arguments: list[str] | None) -> None:
-    """Run the command that the words name; `SettingsError` where no command takes them."""
+def run_command(arguments: list[str] | None) -> None:
+    """Run the command that the arguments name; by default those of the process.
+
+    Raises
+    ------
+    SettingsError
+        There is no such command, or it does not take these arguments.
+    """
     words = _global_first(sys.argv[1:] if arguments is None else arguments)
-    asked = next((word for word in words if not word.startswith("-")), "")
-    if asked in REMOVED:
-        msg = f"command '{asked}' was removed: {REMOVED[asked]}"
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command in REMOVED_NAMES:
+        msg = f"command '{command}' was removed: {REMOVED_NAMES[command]}"
         raise SettingsError(msg)
     try:
         code = app(args=words, prog_name=app.info.name, standalone_mode=False)
     except USAGE_ERROR as error:
         text = error.format_message().replace("Value error, ", "")
-        if not text:  # no words at all: the help has been shown
+        if not text:  # without arguments typer has shown the help
             sys.exit(2)
-        command = error.ctx.command_path if error.ctx else app.info.name
-        msg = f"{text.rstrip('.')} (see: {command} --help)"
+        path = error.ctx.command_path if error.ctx else app.info.name
+        msg = f"{text.rstrip('.')} (see: {path} --help)"
         raise SettingsError(msg) from None
     if code == STOPPED:
         raise KeyboardInterrupt
@@ -757,36 +765,33 @@ def obey(arguments: list[str] | None) -> None:
 
 
 def _global_first(words: list[str]) -> list[str]:
-    """Return a command line with the options that hold for every command before its name."""
+    """Return the arguments with the global options `--verbose` and `--quiet` moved before the command."""
     first = [word for word in words if word in ("--verbose", "--quiet")]
     return [*first, *(word for word in words if word not in first)]
 
 
-def speak(work: Callable[[], object]) -> None:
-    """Run some work as a program: print a refusal as one line, end with exit code 2, log to standard error.
-
-    Ctrl-C and SIGTERM end it with one line and exit codes 130 and 143.
-    """
-    # Threads that wait must sleep, not spin, or the job starves itself on a busy machine; torch reads this when loaded.
+def run_program(work: Callable[[], object]) -> None:
+    """Run work as a program that logs to standard error and ends with one of the `EXIT_CODES`."""
+    # Waiting threads must sleep: spinning ones would take the processors from the job. torch reads this on import.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     lines, handler = Lines(), logging.StreamHandler(sys.stderr)
     handler.setFormatter(lines)
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("ndreamer_dist").setLevel(logging.INFO)
     with stop_signals() as stop:
-        _ended(work, lines, stop)
+        _run_or_exit(work, lines, stop)
 
 
-def _ended(work: Callable[[], object], lines: Lines, stop: StopRequest) -> None:
-    """Do some work, and end the program where it is refused or stopped."""
+def _run_or_exit(work: Callable[[], object], lines: Lines, stop: StopRequest) -> None:
+    """Run work; on an expected error or a stop, print one line and exit."""
     try:
         use_writable_caches()
         work()
     except (NDreamerError, OSError) as error:
-        # OSError: a full disk, a lost permission, a server that is away. Ray wraps a task's.
+        # OSError: a full disk, a missing permission, an unreachable server. Ray wraps the error of a task, as `cause`.
         text = printable(str(getattr(error, "cause", error)))[:LONGEST_LINE]
         if lines.as_json:
-            logging.getLogger("ndreamer_dist").error(text)  # noqa: TRY400 - a refusal has no trace
+            logging.getLogger("ndreamer_dist").error(text)  # noqa: TRY400 - expected errors need no stack trace
         else:
             print(f"error: {text}", file=sys.stderr)
         sys.exit(2)

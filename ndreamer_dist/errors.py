@@ -1,6 +1,7 @@
-"""The errors that users can meet: each is a `ValueError` or `RuntimeError`, shown as one line by the command line.
+"""The errors that the package raises on purpose, and helpers for their messages.
 
-Every message names the thing, what was found, what was expected and what to do about it.
+Each error is also a `ValueError` or `RuntimeError`; the command line prints it as one line. A message names the thing at
+fault, what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import itertools
 from collections.abc import Iterable
 
 LONGEST_NAME = 80
-"""Characters of a name that a message shows."""
+"""Maximum number of characters of a name in a message."""
 MEND = "`ndreamer-dist check DIR --mend` removes what is damaged in a run, and its `run` command makes that again"
-"""What to do about a damaged file, where the run's own driver is not there to do it."""
+"""Default advice for a damaged file."""
 MOST_COMPARED = 20_000
-"""Names that are looked at for one that was meant."""
+"""Maximum number of names that `suggest` compares."""
 
 
 class NDreamerError(Exception):
@@ -26,7 +27,7 @@ class SettingsError(NDreamerError, ValueError):
 
 
 class CohortError(NDreamerError, ValueError):
-    """The input cohort cannot be used as it is."""
+    """The input cohort cannot be used."""
 
 
 class StoreError(NDreamerError, RuntimeError):
@@ -39,20 +40,20 @@ class DamagedError(StoreError):
     Parameters
     ----------
     what
-        Names the file, or store, array and chunk, and what is wrong.
+        The file, or store, array and chunk, and what is wrong with it.
     url
-        The file's address.
+        Address of the file.
     advice
-        What to do; added to the message.
+        What to do; ends the message.
     """
 
     def __init__(self, what: str, url: str, advice: str = MEND) -> None:
-        super().__init__(what, url, advice)  # all of them, so that it can be pickled
+        super().__init__(what, url, advice)  # pickle calls the class with these arguments
         self.what, self.url, self.advice = what, url, advice
 
     @classmethod
     def of(cls, url: str, why: object) -> DamagedError:
-        """Return the error that a file is damaged, and how that is known."""
+        """Return the error for a damaged file; `why` is the evidence."""
         return cls(f"{url} is damaged ({why})", url)
 
     def __str__(self) -> str:
@@ -60,21 +61,21 @@ class DamagedError(StoreError):
 
 
 class RunError(NDreamerError, RuntimeError):
-    """A run directory cannot be used as asked: another run's, locked, or made with other settings."""
+    """A run directory cannot be used: it is locked, or holds another run or results of other settings."""
 
 
 class ResourceError(NDreamerError, RuntimeError):
-    """Memory, disk or processors will not do for the plan."""
+    """Memory, disk or processors do not suffice."""
 
 
 class QueryError(NDreamerError, ValueError):
-    """A question to the results names cells, genes or conditions that are not there."""
+    """A query names cells, genes, conditions or columns that the results do not have."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'a' or 'b'?``, or an empty string where no known name is near.
+    """Return `` Did you mean 'a' or 'b'?``, or an empty string if no known name is similar.
 
-    A name that differs in small and capital letters alone is nearer than all others.
+    Names that differ only in case come before all others.
     """
     likely = [str(k) for k in itertools.islice(known, MOST_COMPARED) if len(str(k)) <= LONGEST_NAME]
     same = [k for k in likely if k.casefold() == str(name).casefold()][:3]
@@ -83,13 +84,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def quoted(name: object) -> str:
-    """Return a name for a message: in quotes, control characters escaped, a long one cut."""
+    """Return a name for a message: quoted, with control characters escaped, cut if it is long."""
     text = str(name)
     return repr(text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}...")
 
 
 def has_controls(text: str) -> bool:
-    """Return whether text holds control characters: line ends, NUL, what steers a terminal."""
+    """Return whether text holds control characters: line ends, NUL, escape sequences."""
     return any(ord(c) < 32 or ord(c) == 127 for c in text)
 
 
@@ -99,18 +100,18 @@ def is_unicode(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return text on one line, what a terminal would obey rather than show escaped: names come from files."""
+    """Return text as one line with control characters escaped, since names come from files of unknown origin."""
     line = " ".join(part.strip() for part in text.splitlines())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def shown(name: str) -> str:
-    """Return a name for a table: on one line, a long one cut."""
+    """Return a name for a table: on one line, cut if it is long."""
     return printable(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}...")
 
 
 def listing(names: Iterable[object], *, limit: int = 8) -> str:
-    """Return names for a message: the first few, quoted, and how many more there are."""
+    """Return names for a message: the first `limit`, quoted, and the number of the others."""
     items = [quoted(n) for n in names]
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

@@ -1,9 +1,9 @@
-"""The job: the sequence of the stages, and the checks before the first of them.
+"""Run the whole job: check cohort, settings and machine, then run the stages in order.
 
 Follow a cell. `cohort` assigns its group and selects the genes, `pack` assigns its row, `clusters` assigns two labels,
-`train` learns from it, `embed` and `pca` compute its coordinates (or `space` does, in a space that needs no network),
-`match` finds its counterparts, and `effects` writes its denoised expression, batch effect and treatment effect to
-results.zarr. Each stage is a function of the settings and of earlier stores, and skips what is already there.
+`train` learns from it, `embed` and `pca` (or `space`, in another matching space) compute its coordinates, `match` finds
+its matches, and `effects` writes its denoised expression, batch effect and treatment effect to results.zarr. Each stage is
+a function of the settings and of earlier stores, and skips its finished shards.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Run:
     url
         Address of the run directory.
     annotation
-        Columns of the cohort's `obs` that were taken over into results that were finished before; none if there are none.
+        Columns that this call added from the cohort's `obs` to results that were finished before; `None` if none differ.
     """
 
     url: str
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def results(self) -> Results:
-        """The results, read in pieces."""
+        """The results, read on demand."""
         return open_results(self.url)
 
 
@@ -91,9 +91,9 @@ def run(
     fresh: bool = False,
     stage: str | None = None,
 ) -> Run:
-    """Remove batch effects and estimate what the condition does to every cell (the whole of METHOD).
+    """Remove batch effects and estimate the effect of the condition on every cell (the whole of METHOD).
 
-    A run that was interrupted goes on; a finished one does nothing. `run(...).results` reads what it wrote.
+    An interrupted run continues; a finished one does nothing. `run(...).results` reads the results.
 
     Parameters
     ----------
@@ -102,58 +102,59 @@ def run(
     out
         Run directory, local or on object storage.
     condition_key, control
-        Column of `obs` that holds the condition, and the name of the control in it. Of several columns (`["drug",
-        "genotype"]`) the conditions are the combinations that occur, values joined by `:`, and so is the control's name
-        (`"none:wt"`).
+        Column of `obs` that holds the condition, and the name of the control in it. For several columns (`["drug",
+        "genotype"]`) the conditions are the combinations that occur, with values joined by `:`, and the control is named
+        likewise (`"none:wt"`).
     batch_key
-        Column or columns of `obs` that hold the batch (donor, site, platform); none for one batch.
+        Column or columns of `obs` that hold the batch (donor, site, platform); `None`: one batch.
     embedding
-        Space that cells are matched in (METHOD section 9): `ndreamer` (the default, trained), `pca`, `harmony`, `state`,
-        `ndreamer+state`, or `obsm:KEY`, coordinates of the cohort's own. On the directory of a finished run another
-        space is added to it: `open_results(out, embedding="harmony")`.
+        Space to match cells in (METHOD section 9): `ndreamer` (the default, trained), `pca`, `harmony`, `state`,
+        `ndreamer+state`, or `obsm:KEY`, coordinates in the cohort. If `out` holds a finished run in another space, this
+        one is added: `open_results(out, embedding="harmony")`.
     preset
         `paper` (the method's defaults) or `small` (for laptops).
     config, settings
-        Nested settings, as a YAML file holds them; dotted ones, `{"train.workers": 2}`, or complete `Settings`.
+        Nested settings, as in a YAML file, and dotted ones, `{"train.workers": 2}`, which win. Or, as `settings` alone, a
+        complete `Settings`.
     redo
-        Run again the stages whose settings have changed, and those after them.
+        Run stages whose settings have changed again, and those after them.
     fresh
-        Delete what `out` holds of another run first.
+        Delete another run in `out` first.
     stage
-        Run this stage alone (`keys.FLOW`); those before it must be finished.
+        Run only this stage (`keys.FLOW`); those before it must be finished.
 
     Raises
     ------
     NDreamerError
-        The settings, the cohort, the directory or the machine will not do, or a stage before `stage` is not finished.
+        The settings, the cohort, the directory or the machine is not usable, or a stage before `stage` is not finished.
     """
     use_writable_caches()
-    asked = _settings(preset, config, settings, _names(condition_key, control, batch_key, embedding))
-    _check_stage(stage, asked)
-    choose_format(asked.run.log_format)
+    requested = _settings(preset, config, settings, _names(condition_key, control, batch_key, embedding))
+    _check_stage(stage, requested)
+    choose_format(requested.run.log_format)
     directory = RunDirectory.at(out)
     directory.refuse_unwritable()
-    source, _, size = _checked(cohort, asked)
-    choice = runtime_choice(asked, size.cells)
-    made = choice.applied(asked)
-    decide_values(source, made.cohort.normalise, made.cohort.log_base)
-    _check_machine(directory, made, size)
-    from_input = SpaceInput.of(source, made)
-    told = fingerprint(source, made.cohort.condition_column, made.cohort.batch_key)
-    check_owner(directory, told, fresh=fresh)
+    source, _, size = _checked(cohort, requested)
+    choice = runtime_choice(requested, size.cells)
+    resolved = choice.applied(requested)
+    decide_values(source, resolved.cohort.normalise, resolved.cohort.log_base)  # refuses values that cannot be used
+    _check_machine(directory, resolved, size)
+    from_input = SpaceInput.of(source, resolved)
+    identity = fingerprint(source, resolved.cohort.condition_column, resolved.cohort.batch_key)
+    check_owner(directory, identity, fresh=fresh)
     with directory.locked():
         finished = directory.storage.exists(f"{keys.RESULTS}/{ROOT}")
-        claimed = _claim(directory, asked, told, from_input.checksums(), redo=redo, fresh=fresh)
+        claimed = _claim(directory, requested, identity, from_input.checksums(), redo=redo, fresh=fresh)
         logger.info("works in %s", choice)
-        with ray_failures(), choose_runtime(made.run, memory.largest_task(size, made)) as runtime:
-            promised = None if on_a_cluster(made.run) else memory.stage_memory(size, made, **_machine(made))
-            run_stages(Job(directory, made, source, runtime, from_input), claimed, only=stage, promised=promised)
-        annotation = _take_over(directory, source) if finished and stage is None else None
+        with ray_failures(), choose_runtime(resolved.run, memory.largest_task(size, resolved)) as runtime:
+            promised = None if on_a_cluster(resolved.run) else memory.stage_memory(size, resolved, **_machine(resolved))
+            run_stages(Job(directory, resolved, source, runtime, from_input), claimed, only=stage, promised=promised)
+        annotation = _add_columns(directory, source) if finished and stage is None else None
     return Run(claimed.space.url, annotation)
 
 
-def _take_over(run: RunDirectory, source: Source) -> Annotation | None:
-    """Keep those columns of a cohort's `obs` that are new or differ since the results were made."""
+def _add_columns(run: RunDirectory, source: Source) -> Annotation | None:
+    """Add the columns of the cohort's `obs` that are new, or have changed since the results were written."""
     results = open_results(run.url)
     now = source.obs.set_axis(pd.Index(source.cell_names))
     stored = read_element(results.storage, "obs")
@@ -161,7 +162,7 @@ def _take_over(run: RunDirectory, source: Source) -> Annotation | None:
     if not changed:
         return None
     annotation = results.annotate(now[changed])
-    return replace(annotation, unknown=0)  # cells that were dropped are no news
+    return replace(annotation, unknown=0)  # labels of dropped cells are expected
 
 
 def plan(
@@ -176,33 +177,35 @@ def plan(
     config: Mapping[str, Any] | None = None,
     settings: Settings | Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Tell what `run` would do with the same arguments, and what it would need; nothing is run and nothing written.
+    """Return what `run` would do and need with the same arguments. Nothing is run or written.
 
-    The cohort is checked as `run` checks it. Memory and processors are those of this machine, or of `run.cpus`.
+    The cohort is checked as in `run`. Memory and processors are those of this machine, or `run.memory_gb` and `run.cpus`.
+
+    Parameters are those of `run`; `out` adds the free disk, and the times of the stages that a run there has finished.
 
     Returns
     -------
-    Groups, edges, steps, and per stage the memory and the workers it can use; it prints as tables.
+    Groups, edges, steps, and per stage the memory and the workers that it can use; it prints as tables.
 
     Raises
     ------
     NDreamerError
-        The settings or the cohort will not do.
+        The settings or the cohort are not usable.
     """
-    asked = _settings(preset, config, settings, _names(condition_key, control, batch_key, embedding))
+    requested = _settings(preset, config, settings, _names(condition_key, control, batch_key, embedding))
     directory = None if out is None else RunDirectory.at(out)
     if directory is not None:
         directory.refuse_unwritable()
-    source, design, size = _checked(cohort, asked)
-    choice = runtime_choice(asked, size.cells)
-    made = choice.applied(asked)
-    seen = decide_values(source, made.cohort.normalise, made.cohort.log_base).seen
-    limit, groups = _memory(made), input_groups(source, made.cohort)
-    planned = plan_of(design, made, size, input_groups=groups.sizes, **_machine(made))
-    by_condition = groups.notes() if groups.rule == "merge" else []  # else the plan names the groups that are left out
+    source, design, size = _checked(cohort, requested)
+    choice = runtime_choice(requested, size.cells)
+    resolved = choice.applied(requested)
+    seen = decide_values(source, resolved.cohort.normalise, resolved.cohort.log_base).seen
+    limit, groups = _memory(resolved), input_groups(source, resolved.cohort)
+    planned = plan_of(design, resolved, size, input_groups=groups.sizes, **_machine(resolved))
+    by_condition = groups.notes() if groups.rule == "merge" else []  # the plan itself names groups that are dropped
     notes = tuple(note for note in (seen, *source.notes, *by_condition) if note)
     return replace(
-        planned, notes=notes, engines=engines_here(), runtime=str(choice), cpus_source=_processors(made).source,
+        planned, notes=notes, engines=engines_here(), runtime=str(choice), cpus_source=_processors(resolved).source,
         memory_free=limit.amount, memory_source=limit.source,
         disk_free=directory.free_disk() if directory is not None and directory.storage.is_local else None,
         took=tuple(_times(directory).items()) if directory is not None else (),
@@ -210,22 +213,20 @@ def plan(
 
 
 def _times(run: RunDirectory) -> dict[str, float]:
-    """Return the seconds that stages took in a run directory; of a training under way, what its speed makes of it."""
+    """Return the seconds per stage of a run directory: measured, or for training under way projected from its speed."""
     table = stage_costs(run.storage)
     done = {name.split("/")[1] for name in run.storage.list(keys.DONE)}
     took = {row["stage"]: float(row["seconds"]) for row in table.to_dict("records") if row["stage"] in done}
-    told = progress_of(run.storage)
-    if (
-        told.get("stage") == keys.STAGE_TRAIN
-        and keys.STAGE_TRAIN not in took
-        and told.get("measures", {}).get("seconds")
-    ):
-        took[keys.STAGE_TRAIN] = float(told["measures"]["seconds"]) * told["steps"]
+    progress = progress_of(run.storage)
+    if progress.get("stage") == keys.STAGE_TRAIN and keys.STAGE_TRAIN not in took:
+        step_seconds = progress.get("measures", {}).get("seconds")
+        if step_seconds:
+            took[keys.STAGE_TRAIN] = float(step_seconds) * progress["steps"]
     return took
 
 
 def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tuple[Source, Design, CohortSize]:
-    """Open a cohort and refuse what cannot be; return it with its design and sizes."""
+    """Open a cohort, refuse it if it does not fit the settings, and return it with its design and sizes."""
     require_faiss()
     source = open_cohort(cohort, settings.cohort)
     design = check_cohort(source, settings.cohort).sampling(settings.match.groups)
@@ -239,10 +240,10 @@ def _checked(cohort: str | os.PathLike[str] | AnnData, settings: Settings) -> tu
 
 
 def _check_populations(settings: Settings, design: Design) -> None:
-    """Refuse clusters as populations where they are made inside each group: their labels mean nothing in another."""
+    """Refuse clusters as populations if each group is clustered by itself: its labels mean nothing in other groups."""
     stateful = settings.embed.method in (keys.STATE, keys.NDREAMER_STATE)
-    asked = {"state.by": settings.state.by if stateful else None, keys.MATCH_WITHIN: settings.match.within}
-    by_cluster = [name for name, column in asked.items() if column == keys.OBS_LOW]
+    columns = {"state.by": settings.state.by if stateful else None, keys.MATCH_WITHIN: settings.match.within}
+    by_cluster = [name for name, column in columns.items() if column == keys.OBS_LOW]
     if by_cluster and clustered_by(settings.clusters, design.n_cells, len(design.groups)) == "group":
         msg = (
             f"{by_cluster[0]} is {keys.OBS_LOW}, but this cohort would be clustered inside each group, where labels mean nothing "
@@ -252,7 +253,7 @@ def _check_populations(settings: Settings, design: Design) -> None:
 
 
 def _check_labels(source: Source, within: str | None) -> None:
-    """Refuse a column of labels that is not there, or holds none."""
+    """Refuse a column of labels that does not exist or is empty."""
     if within in (None, keys.OBS_LOW):
         return
     if not column_labels(source, within, keys.MATCH_WITHIN).names:
@@ -267,7 +268,9 @@ def add_matches(
     embedding: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> int:
-    """Search more edges of a finished run into its matches.zarr; results.zarr stays as it is (METHOD section 6).
+    """Add matches of more pairs of groups to matches.zarr of a finished run (METHOD section 6).
+
+    The results.zarr does not change; `Results` uses the added matches for other contrasts.
 
     Parameters
     ----------
@@ -276,19 +279,19 @@ def add_matches(
     edges
         `all`: from every group to every group; or a condition: from every group to the groups of that condition.
     embedding
-        The matching space whose matches are added to; by default the one that the run was begun with.
+        Matching space, if the run has several; by default the first.
     settings
         Dotted settings that say how to work: `{"run.address": "auto"}`.
 
     Returns
     -------
     added
-        Number of (group, group) edges searched now; what was there is not searched again.
+        Number of pairs of groups that were searched; pairs with stored matches are skipped.
 
     Raises
     ------
     RunError
-        There is no run, it has not got that far, it is being worked on, or the settings given bear on its results.
+        There is no run, its matches are not finished, another process is working on it, or a setting affects its results.
     QueryError
         There is no such condition.
     """
@@ -305,29 +308,34 @@ def add_matches(
         raise RunError(msg)
     space = directory if embedding is None else spaces[embedding]
     before = space.read_run()
-    made = Settings.build(config=before["settings"], overrides=settings)
-    if stage_keys(made, before["input"], before.get("from_input")) != before["keys"]:
+    resolved = Settings.build(config=before["settings"], overrides=settings)
+    if stage_keys(resolved, before["input"], before.get("from_input")) != before["keys"]:
         msg = (
             f"{space.url} was made with other settings or by another version: only settings that say how to work "
             "(--set run.name=value) can be given here"
         )
         raise RunError(msg)
     with directory.locked():
-        design = Design.from_json(directory.read_json(keys.DESIGN_JSON)).sampling(made.match.groups)
-        made = runtime_choice(made, design.n_cells).applied(made)
-        with choose_runtime(made.run) as runtime, metered(space.storage, keys.STAGE_MATCH, design.n_cells):
-            return add_edges(space, made, design, runtime, before["keys"][keys.STAGE_MATCH], edges)
+        design = Design.from_json(directory.read_json(keys.DESIGN_JSON)).sampling(resolved.match.groups)
+        resolved = runtime_choice(resolved, design.n_cells).applied(resolved)
+        with choose_runtime(resolved.run) as runtime, metered(space.storage, keys.STAGE_MATCH, design.n_cells):
+            return add_edges(space, resolved, design, runtime, before["keys"][keys.STAGE_MATCH], edges)
 
 
 def run_stages(job: Job, claimed: Claim, *, only: str | None = None, promised: Mapping[str, int] | None = None) -> None:
-    """Run all stages that the matching space needs, each with its key; every one skips what it has already done.
+    """Run all stages that the matching space needs; each skips its finished shards.
 
-    With `only`, the stages before that one must be finished, and the later ones are left alone. What spaces share is
-    done in the directory of the run, the rest in that of the space, which is another for a space that was added.
-    What each stage was promised to stay under, in bytes, is logged beside what it took.
+    Stages that spaces share work in the directory of the run, the others in that of the space.
+
+    Parameters
+    ----------
+    only
+        Run only this stage; those before it must be finished.
+    promised
+        Memory in bytes that the plan promises per stage, to be logged beside the measured peak.
     """
-    # torch is loaded before Ray is there: a second raylet on one machine replaces a job's working directory, and in one
-    # that is gone MKL cannot be loaded.
+    # Import torch before Ray starts: a second raylet on one machine replaces the job's working directory, and MKL cannot
+    # be loaded from a deleted directory.
     import torch  # noqa: F401
 
     stages = stages_of(job.settings)
@@ -373,25 +381,31 @@ def _settings(
     preset: str,
     config: Mapping[str, Any] | None,
     settings: Settings | Mapping[str, Any] | None,
-    given: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> Settings:
-    """Return the settings, the cohort's names and the matching space among them."""
-    named = {name: value for name, value in given.items() if value is not None}
+    """Return the settings, with those that the arguments of `run` set."""
     if isinstance(settings, Settings):
+        if config is not None:
+            msg = "settings is a complete Settings, which leaves no place for config; give one of them"
+            raise SettingsError(msg)
         config, settings = settings.model_dump(), {}
+    named = {name: value for name, value in arguments.items() if value is not None}
     return Settings.build(preset=preset, config=config, overrides={**(settings or {}), **named})
 
 
 def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> None:
-    """Refuse what this machine cannot hold; where tasks run on a cluster, the driver alone (see `executor.check_nodes`)."""
+    """Raise `ResourceError` if the job does not fit this machine; on a cluster only the driver must fit.
+
+    The nodes of a cluster are checked by `executor.check_nodes`.
+    """
     if on_a_cluster(settings.run):
         needs = Needs(memory.driver_memory(size), memory.disk_bytes(size, settings))
         check_resources(needs, memory=memory_allowance().amount, disk=run.free_disk(), where=run.url)
         return
-    alone = settings.run.serial  # one process trains and reads in turn, so no processor need be left to readers
-    cpus = 2**20 if alone else settings.run.cpus or cpu_count()
     if keys.STAGE_TRAIN in stages_of(settings):
-        check_layout(settings.train, cpus, gpus=lambda: 0 if alone else _gpu_count())
+        serial = settings.run.serial  # one process trains and reads in turn, so any number of processors suffices
+        cpus = 2**20 if serial else settings.run.cpus or cpu_count()
+        check_layout(settings.train, cpus, gpus=lambda: 0 if serial else _gpu_count())
     needs = memory.needs(size, settings, **_machine(settings))
     check_resources(needs, memory=_memory(settings).amount, disk=run.free_disk(), where=run.url)
     own, limit = _processors(settings), _memory(settings)
@@ -408,26 +422,34 @@ def _gpu_count() -> int:
 
 
 def _machine(settings: Settings) -> dict[str, int]:
-    """Return the tasks that run at once on this machine, and the bytes of its object store."""
+    """Return the number of tasks that run at once on this machine, and the bytes of its object store."""
     store = 0 if settings.run.serial else object_store_bytes(settings.run)
     return {"cpus": _processors(settings).amount, "object_store": store}
 
 
 def _processors(settings: Settings) -> Allowance:
-    """Return how many tasks run at once on this machine, and why so many."""
+    """Return the number of tasks that run at once on this machine, and the source of this number."""
     if settings.run.serial:
         return Allowance(1, "run.serial")
     return Allowance(settings.run.cpus, "run.cpus") if settings.run.cpus else cpu_allowance()
 
 
 def _memory(settings: Settings) -> Allowance:
-    """Return the bytes of memory the job may use on this machine, and why so many."""
+    """Return the bytes of memory that the job may use on this machine, and the source of this number."""
     own = settings.run.memory_gb
     return Allowance(int(own * 1e9), "run.memory_gb") if own else memory_allowance()
 
 
-def check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> None:
-    """Refuse a directory that holds something else: files that are not a run's, or a run of another input."""
+def check_owner(run: RunDirectory, identity: Mapping[str, Any], *, fresh: bool) -> None:
+    """Raise `RunError` if a directory holds files that are not a run's, or a run of another input.
+
+    Parameters
+    ----------
+    identity
+        Fingerprint of the input.
+    fresh
+        Whether a run of another input is to be deleted, so that it may be there.
+    """
     if not run.storage.exists():
         return
     if not run.storage.exists(keys.RUN_JSON):
@@ -438,14 +460,14 @@ def check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> N
     if fresh:
         return
     before = _before(run)
-    if before is not None and before["input"] != dict(told) and run.storage.list(keys.DONE):
+    if before is not None and before["input"] != dict(identity) and run.storage.list(keys.DONE):
         msg = f"{run.url} holds a run of another input; choose another --out, or start over there with --fresh"
         raise RunError(msg)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Where a run works: the directory of its matching space, and the keys of its stages."""
+    """The directory of a run's matching space, and the keys of its stages."""
 
     space: RunDirectory
     stage_key: dict[str, str]
@@ -454,22 +476,22 @@ class Claim:
 def _claim(
     run: RunDirectory,
     settings: Settings,
-    told: Mapping[str, Any],
+    identity: Mapping[str, Any],
     from_input: Mapping[str, str],
     *,
     redo: bool,
     fresh: bool,
 ) -> Claim:
-    """Write run.json and return the stage keys; refuse where finished stages would have to be run again.
+    """Write run.json, and return the directory of the space and the stage keys.
 
     Raises
     ------
     RunError
-        The settings differ from those of finished stages; the message lists the stages and the settings.
+        Finished stages have other settings and `redo` is not set; the message lists the stages and the settings.
     """
     if fresh:
         delete_run(run)
-    stage_key = stage_keys(settings, told, from_input)
+    stage_key = stage_keys(settings, identity, from_input)
     first = _before(run, redo=redo)
     space = _space_of(run, first, settings, stage_key)
     before = first if space == run else _before(space, redo=redo)
@@ -490,14 +512,14 @@ def _claim(
             )
             raise RunError(msg)
     kept = _kept_spaces(run, first, stage_key) if space == run else []
-    told = {
+    content = {
         "format": keys.FORMAT_VERSION,
-        "input": dict(told),
+        "input": dict(identity),
         "settings": settings.model_dump(mode="json"),
         "keys": stage_key,
         "from_input": dict(from_input),
     }
-    space.write_json(keys.RUN_JSON, told | ({"spaces": kept} if kept else {}))
+    space.write_json(keys.RUN_JSON, content | ({"spaces": kept} if kept else {}))
     if space != run and first is not None:
         names = sorted({*first.get("spaces", ()), settings.embed.method})
         run.write_json(keys.RUN_JSON, first | {"spaces": names})
@@ -507,15 +529,17 @@ def _claim(
 def _space_of(
     run: RunDirectory, first: Mapping[str, Any] | None, settings: Settings, stage_key: Mapping[str, str]
 ) -> RunDirectory:
-    """Return the directory of the settings' space: the run's own for the space that it was begun with.
+    """Return the directory of the matching space: that of the run for its first space, else one below `spaces/`.
 
     Raises
     ------
     RunError
-        Another space would be added, but the run is not finished, or what the two would share was made with other settings.
+        A space is to be added, but the run is not finished, or its shared stages have other settings.
     """
     method = settings.embed.method
-    begun = method if first is None else first["settings"].get("embed", {}).get("method", keys.NDREAMER)
+    if first is None:
+        return run
+    begun = first["settings"].get("embed", {}).get("method", keys.NDREAMER)
     if begun == method:
         return run
     if not run.storage.exists(f"{keys.RESULTS}/{ROOT}"):
@@ -528,7 +552,7 @@ def _space_of(
     differ = [stage for stage, key in shared.items() if key not in (None, stage_key[stage])]
     if differ:
         now = settings.model_dump(mode="json")
-        which = ", ".join(_differences((first or {})["settings"], now, differ)) or "another version"
+        which = ", ".join(_differences(first["settings"], now, differ)) or "another version"
         msg = (
             f"{run.url} was made with other settings ({which}); a space is added with the settings of the run "
             f"(its {', '.join(differ)} would have to be run again): give those, or choose another --out"
@@ -538,7 +562,7 @@ def _space_of(
 
 
 def _kept_spaces(run: RunDirectory, first: Mapping[str, Any] | None, stage_key: Mapping[str, str]) -> list[str]:
-    """Return the spaces that were added to a run; those that rest on a shared stage which is run again are deleted."""
+    """Return the names of a run's added spaces, and delete those whose shared stages must run again."""
     kept = []
     shared = [stage for stage in SHARED if stage in stage_key]
     for name in (first or {}).get("spaces", ()):
@@ -546,16 +570,16 @@ def _kept_spaces(run: RunDirectory, first: Mapping[str, Any] | None, stage_key: 
         if all(before["keys"].get(stage) in (None, stage_key[stage]) for stage in shared):
             kept.append(name)
             continue
-        logger.warning("the space %r rests on what is run again, and is deleted", name)
+        logger.warning("the space %r is deleted, since stages that it needs run again", name)
         run.storage.delete(keys.space_folder(name))
-        for stage in SHARED:  # what the added space alone needed
+        for stage in SHARED:  # shared stages that only the added space needed
             if stage not in stage_key:
                 run.unmark(stage)
     return kept
 
 
 def _before(run: RunDirectory, *, redo: bool = True) -> dict[str, Any] | None:
-    """Return what run.json says; none where it is not there, or damaged and `redo` lets it be written anew."""
+    """Return the values of run.json; `None` if it does not exist, or is damaged and `redo` allows to write it anew."""
     if not run.storage.exists(keys.RUN_JSON):
         return None
     try:
@@ -568,21 +592,21 @@ def _before(run: RunDirectory, *, redo: bool = True) -> dict[str, Any] | None:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
-    """Return the changed settings that bear on the given stages, as `stage.name: old -> new`."""
-    graph = stages_of(Settings.build(config=now))
+    """Return the changed settings that affect some stages, as `stage.name: old -> new`."""
+    settings = Settings.build(config=now)
+    graph = stages_of(settings)
     parts = {part for stage in stages if stage in graph for part in graph[stage].settings}
-    found = [f"seed: {before['seed']} -> {now['seed']}"] if before.get("seed") != now["seed"] else []
-    bearing = Settings()
+    differences = [f"seed: {before['seed']} -> {now['seed']}"] if before.get("seed") != now["seed"] else []
     for part in sorted(parts):
-        for name in getattr(bearing, part).bearing():
-            old, new = before.get(part, {}).get(name), now[part][name]
+        for name, new in getattr(settings, part).bearing().items():
+            old = before.get(part, {}).get(name)
             if old != new:
-                found.append(f"{part}.{name}: {old} -> {new}")
-    return found
+                differences.append(f"{part}.{name}: {old} -> {new}")
+    return differences
 
 
 def delete_run(run: RunDirectory) -> None:
-    """Delete what a run wrote, and nothing else that may lie in the directory."""
+    """Delete the files of a run, and no other files in its directory."""
     if not run.storage.exists(keys.RUN_JSON):
         return
     own = (

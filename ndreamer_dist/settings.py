@@ -21,27 +21,27 @@ from ndreamer_dist import keys
 from ndreamer_dist.errors import SettingsError, quoted, suggest
 
 RUN_ROWS = 32
-"""Rows of one contiguous run in the sampling plan."""
+"""Rows of a contiguous run in the sampling plan."""
 NOISE_ROWS = 64
-"""Cells of one block of a mini-batch: it has one noise generator and one owner."""
+"""Cells of a block of a mini-batch; each block has one noise generator and belongs to one worker."""
 LARGEST_NUMBER = 2**31 - 1
-"""No whole number among the settings may be larger."""
+"""Largest integer that a setting may hold."""
 Width = Annotated[int, Field(ge=1)]
-"""Units of a layer of the network."""
+"""Number of units of a network layer."""
 
 
 def result(default: Any, description: str, **bounds: Any) -> Any:
-    """Declare a setting that bears on the result."""
+    """Declare a setting that affects the results."""
     return Field(default, description=description, json_schema_extra={"role": "result"}, **bounds)
 
 
 def how(default: Any, description: str, **bounds: Any) -> Any:
-    """Declare a setting that only says how the work is done."""
+    """Declare a setting that affects only how the work is done."""
     return Field(default, description=description, json_schema_extra={"role": "how"}, **bounds)
 
 
 class StageSettings(BaseModel):
-    """Base of the per-stage classes: immutable, unknown names refused, numbers finite."""
+    """Base of the per-stage classes: immutable, without unknown names, infinite or very large numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -57,7 +57,7 @@ class StageSettings(BaseModel):
         return value
 
     def bearing(self) -> dict[str, Any]:
-        """Return the fields that bear on the result, as plain JSON values."""
+        """Return the fields that affect the results, as plain JSON values."""
         dumped = self.model_dump(mode="json")
         return {
             name: dumped[name]
@@ -66,7 +66,7 @@ class StageSettings(BaseModel):
         }
 
     def described(self) -> list[str]:
-        """Return a line of YAML for every field, with what it means."""
+        """Return one line of YAML per field, with its description as a comment."""
         dumped, bearing = self.model_dump(mode="json"), self.bearing()
         return [
             _yaml_line(name, dumped[name], f"{'* ' if name in bearing else ''}{field.description}")
@@ -75,33 +75,39 @@ class StageSettings(BaseModel):
 
 
 def _yaml_line(name: str, value: object, comment: str) -> str:
-    """Return `name: value  # comment`; a value that takes several lines has no comment."""
+    """Return `name: value  # comment`; a value of several lines gets no comment."""
     text = yaml.safe_dump({name: value}, default_flow_style=True, width=LARGEST_NUMBER).strip()[1:-1]
     return text if "\n" in text else f"{text}  # {comment}"
 
 
 class CohortSettings(StageSettings):
-    """What the cohort is and which cells are kept (METHOD section 1.1)."""
+    """The input cohort, and which cells are kept (METHOD section 1.1)."""
 
     condition_key: str | tuple[str, ...] | None = result(
-        None, "column of obs that holds the condition; of several, a cell's condition is their values joined by ':'"
+        None, "column of obs that holds the condition; several columns: their values joined by ':' are the condition"
     )
-    control: str | None = result(None, "name of the control condition; of several columns: 'none:wt'")
-    batch_key: tuple[str, ...] = result((), "columns of obs that hold the batch covariates; none for one batch")
-    layer: str | None = result(None, "layer to read instead of X; raw: the counts in .raw, with its own genes")
-    gene_names: str | None = result(None, "column of var to name genes by: feature_name, say, for their symbols")
-    normalise: Literal["auto", "counts", "none"] = result("auto", "counts: to 10 000 per cell, log1p; none: as is")
-    log_base: float | None = result(None, "base of the logarithm of log-normalised values; by default looked for", gt=1)
-    exclude_conditions: tuple[str, ...] = result((), "conditions whose cells are left out")
-    min_genes: int = result(0, "fewest genes a kept cell expresses", ge=0)
-    min_cells: int = result(0, "fewest cells a kept gene is expressed in", ge=0)
-    min_group_cells: int = result(100, "fewest cells of a (batch, condition) group; in a screen, of a condition", ge=1)
+    control: str | None = result(None, "name of the control condition; for several columns, e.g. 'none:wt'")
+    batch_key: tuple[str, ...] = result((), "columns of obs that hold the batch covariates; empty: one batch")
+    layer: str | None = result(None, "layer to read instead of X; raw: the counts in .raw, with the genes of .raw")
+    gene_names: str | None = result(None, "column of var with the gene names to use, e.g. feature_name for symbols")
+    normalise: Literal["auto", "counts", "none"] = result(
+        "auto", "counts: scale X to 10 000 counts per cell, then log1p; none: use X as it is; auto: detect which"
+    )
+    log_base: float | None = result(None, "base of the logarithm of log-normalised values; null: detect it", gt=1)
+    exclude_conditions: tuple[str, ...] = result((), "conditions to leave out, with their cells")
+    min_genes: int = result(0, "leave out cells that express fewer genes", ge=0)
+    min_cells: int = result(0, "leave out genes that fewer cells express", ge=0)
+    min_group_cells: int = result(
+        100, "minimum number of cells of a (batch, condition) group; with small_groups: merge, of a condition", ge=1
+    )
     small_groups: Literal["auto", "drop", "merge", "keep", "error"] = result(
         "auto",
-        "what to do with smaller groups; merge: ask the number of a condition, and merge its batches that have few; auto: "
-        "merge in a screen (20 conditions and more), else drop",
+        "what to do with smaller groups; merge: apply the minimum to conditions, and merge the small batches of each; auto: "
+        "merge in a screen (20 or more conditions), else drop",
     )
-    rare_conditions: Literal["error", "drop"] = result("error", "what to do with conditions that this would empty")
+    rare_conditions: Literal["error", "drop"] = result(
+        "error", "what to do with conditions that lose all their cells by it"
+    )
     chunk_rows: int = how(4096, "rows read at a time", ge=1)
 
     @field_validator("control", "layer", "gene_names", mode="before")
@@ -115,16 +121,16 @@ class CohortSettings(StageSettings):
         if not isinstance(value, (list, tuple)):
             return _as_name(value)
         names = tuple(_as_name(name) for name in value)
-        return names[0] if len(names) == 1 else names or None
+        return names[0] if len(names) == 1 and isinstance(names[0], str) else names or None
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """Columns whose combinations are the conditions, where there are several; else empty."""
+        """Columns whose combinations are the conditions; empty if `condition_key` names one column."""
         return self.condition_key if isinstance(self.condition_key, tuple) else ()
 
     @property
     def condition_column(self) -> str | None:
-        """Name of the column of conditions; of several columns that of their combinations, `drug:genotype`."""
+        """Name of the condition column; for combinations of several columns their names, as in `drug:genotype`."""
         return ":".join(self.factors) if self.factors else self.condition_key  # type: ignore[return-value]
 
     @field_validator("batch_key", "exclude_conditions", mode="before")
@@ -138,19 +144,21 @@ class CohortSettings(StageSettings):
 
 
 def _as_name(value: object) -> object:
-    """Return a name as text; a number is one too, yes and no are refused with what to do."""
+    """Return a name as text: a number is converted, a boolean is refused."""
     if isinstance(value, bool):
-        msg = "expected a name, and YAML reads true and false (some readers also yes, no, on and off) as something else: quote it"
-        raise ValueError(msg)  # noqa: TRY004 - pydantic takes this one
+        msg = "expected a name, found a boolean: YAML reads true and false as such (some readers also yes, no, on and off); quote it"
+        raise ValueError(msg)  # noqa: TRY004 - pydantic turns a ValueError, not a TypeError, into a ValidationError
     return str(value) if isinstance(value, (int, float)) else value
 
 
 class HvgSettings(StageSettings):
     """Which genes are modelled (METHOD section 1.2)."""
 
-    num_hvg: int = result(2000, "most variable genes kept", ge=1)
-    by: Literal["group", "batch", "none"] = result("group", "inside what variability is looked at; none: all cells")
-    keep: tuple[str, ...] = result((), "genes that are modelled whatever their variability, among the num_hvg")
+    num_hvg: int = result(2000, "number of highly variable genes to model", ge=1)
+    by: Literal["group", "batch", "none"] = result(
+        "group", "compute variability inside every group, inside every batch, or (none) over all cells"
+    )
+    keep: tuple[str, ...] = result((), "genes to model whatever their variability; they count towards num_hvg")
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -172,7 +180,7 @@ class HvgSettings(StageSettings):
 class PackSettings(StageSettings):
     """The layout of packed.zarr."""
 
-    block_rows: int = result(4096, "rows of a block, which is the unit of work of most stages", ge=64)
+    block_rows: int = result(4096, "rows of a block, the unit of work of most stages", ge=64)
 
 
 class ClustersSettings(StageSettings):
@@ -180,28 +188,36 @@ class ClustersSettings(StageSettings):
 
     low_resolution: float = result(0.5, "resolution of the low clustering", gt=0)
     high_resolution: float = result(7.0, "resolution of the high clustering", gt=0)
-    n_pcs: int = result(50, "principal components", ge=1)
-    n_neighbors: int = result(15, "neighbours of the graph, the cell itself counted", ge=2)
-    flavor: Literal["leidenalg", "igraph"] = result("leidenalg", "whose Leiden; igraph's is several times faster")
-    iterations: int = result(-1, "Leiden iterations; -1: until nothing moves", ge=-1)
-    within: Literal["auto", "group", "all", "sketch"] = result(
-        "auto", "cluster inside each group, all cells together, or all by way of a sketch of them"
+    n_pcs: int = result(50, "number of principal components", ge=1)
+    n_neighbors: int = result(15, "neighbours of a cell in the graph, the cell itself included", ge=2)
+    flavor: Literal["leidenalg", "igraph"] = result(
+        "leidenalg", "implementation of Leiden; igraph is several times faster"
     )
-    group_mean_cells: int = result(2000, "auto: mean group size from which groups are clustered apart", ge=1)
-    max_cells: int = result(200_000, "auto: most cells in one graph; beyond it a sketch is clustered", ge=1)
+    iterations: int = result(-1, "Leiden iterations; -1: until no cell moves", ge=-1)
+    within: Literal["auto", "group", "all", "sketch"] = result(
+        "auto", "cluster each group by itself, all cells together, or a sample of all cells (sketch)"
+    )
+    group_mean_cells: int = result(
+        2000, "auto: cluster each group by itself if groups hold this many cells on average", ge=1
+    )
+    max_cells: int = result(200_000, "auto: maximum number of cells of one graph; above it, cluster a sketch", ge=1)
     sketch_cells: int = result(100_000, "cells of the sketch, the same share of every group", ge=1)
 
 
 class ModelSettings(StageSettings):
     """Widths of the network (METHOD section 2)."""
 
-    encoder: tuple[Width, ...] = result((1024, 512, 512), "widths of the encoder; the last is h", min_length=1)
-    codebooks: int = result(32, "codebooks", ge=1)
+    encoder: tuple[Width, ...] = result(
+        (1024, 512, 512), "widths of the encoder's layers; the last is the width of h", min_length=1
+    )
+    codebooks: int = result(32, "number of codebooks", ge=1)
     codes: int = result(1024, "codes per codebook", ge=2)
-    code_dim: int = result(8, "dimension of a code", ge=1)
-    latent: int = result(256, "dimension z of the effect modifier", ge=2)
+    code_dim: int = result(8, "dimensions of a code", ge=1)
+    latent: int = result(256, "dimensions z of the effect modifier", ge=2)
     decoder: tuple[Width, ...] = result(
-        (512, 1024), "widths of the decoder; the first is the embeddings'", min_length=1
+        (512, 1024),
+        "widths of the decoder's layers; the first is also the width of the condition and batch embeddings",
+        min_length=1,
     )
     temperature: float = result(0.01, "Gumbel-softmax temperature", gt=0)
     latent_noise: float = result(1.0, "standard deviation of the extra noise eta on the latent sample", ge=0)
@@ -215,40 +231,42 @@ class LossSettings(StageSettings):
     kl: float = result(0.005, "weight of the KL and correlation term", ge=0)
     independence: float = result(
         1000.0,
-        "weight of the information about the condition, and about the batch, where they have none of their own",
+        "weight of the mutual information with the condition and with each batch covariate, unless the next two are set",
         ge=0,
     )
     independence_condition: float | None = result(
-        None, "weight of the information about the condition; null: loss.independence", ge=0
+        None, "weight of the mutual information with the condition; null: loss.independence", ge=0
     )
     independence_batch: float | None = result(
-        None, "weight of the information about each batch covariate; null: loss.independence", ge=0
+        None, "weight of the mutual information with each batch covariate; null: loss.independence", ge=0
     )
     independence_batch_within: float = result(
-        0.0, "weight of the information about each batch covariate among the cells of one condition", ge=0
+        0.0, "weight of the mutual information with each batch covariate among the cells of one condition", ge=0
     )
     dependence: float = result(
-        50.0, "weight of the information about the clusters, over the number of conditions", ge=0
+        50.0, "weight of the mutual information with the clusters, divided by the number of conditions", ge=0
     )
     triplet: float = result(5.0, "weight of the triplet term", ge=0)
     margin: float = result(5.0, "triplet margin", ge=0)
-    triplet_pairs: int = result(15, "positives, and negatives, per anchor at most", ge=1)
+    triplet_pairs: int = result(15, "maximum number of positives, and of negatives, per anchor", ge=1)
     neighbourhood: float = result(1.0, "weight of the neighbourhood term", ge=0)
     neighbours: int = result(20, "neighbours k of the neighbourhood term", ge=1)
     sigma: float = result(1.0, "scale of the expression distances", gt=0)
     across: float = result(20.0, "extra weight of pairs that cross clusters", ge=0)
-    cross_cluster: Literal["published", "clusters"] = result("published", "what counts as crossing (section 8)")
+    cross_cluster: Literal["published", "clusters"] = result(
+        "published", "rule for which pairs cross clusters (METHOD section 8)"
+    )
     commitment: float = result(1.0, "weight of the commitment and codebook term", ge=0)
-    ceiling: float = result(1e5, "weighted terms and their sum are clamped to this from above", gt=0)
+    ceiling: float = result(1e5, "upper limit of each weighted term and of their sum", gt=0)
 
     @property
     def condition_weight(self) -> float:
-        """Weight of the information about the condition."""
+        """Weight of the mutual information with the condition."""
         return self.independence if self.independence_condition is None else self.independence_condition
 
     @property
     def batch_weight(self) -> float:
-        """Weight of the information about each batch covariate."""
+        """Weight of the mutual information with each batch covariate."""
         return self.independence if self.independence_batch is None else self.independence_batch
 
 
@@ -256,23 +274,25 @@ class TrainSettings(StageSettings):
     """Sampling and schedule (METHOD section 4)."""
 
     batch_size: int = result(1024, "cells drawn per group and epoch; a mini-batch holds twice as many", ge=NOISE_ROWS)
-    epochs: int = result(10, "epochs asked for; more are run where the cohort is large", ge=1)
-    passes: int = result(15, "times an average cell is seen", ge=1)
-    learning_rate: float = result(1e-3, "of AdamW", gt=0)
-    weight_decay: float = result(0.01, "of AdamW, on all parameters", ge=0)
+    epochs: int = result(10, "minimum number of epochs; a large cohort gets more, by `passes`", ge=1)
+    passes: int = result(15, "minimum number of times that training sees an average cell", ge=1)
+    learning_rate: float = result(1e-3, "learning rate of AdamW", gt=0)
+    weight_decay: float = result(0.01, "weight decay of AdamW, on all parameters", ge=0)
     reset_every: int = result(30, "steps between resets of unused codes; 0: never", ge=0)
-    reset_below: float = result(1.0, "codes used less than this multiple of 1/codes are re-initialised", ge=0)
-    precision: Literal["float32", "bf16"] = result("float32", "of the products after the codebooks; bf16 is for GPUs")
+    reset_below: float = result(1.0, "reset codes whose use is below this multiple of 1/codes", ge=0)
+    precision: Literal["float32", "bf16"] = result(
+        "float32", "precision of the matrix products after the codebooks; bf16 is for GPUs"
+    )
     workers: int = how(1, "training workers: they share the cells, or on GPUs the codebooks", ge=1)
     threads: int = how(2, "threads of one training worker", ge=1)
-    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train; auto: on GPUs where they work")
-    graphs: bool = how(True, "one worker on a GPU takes its steps as CUDA graphs, recorded once")
+    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to train; auto: on GPUs if they work")
+    graphs: bool = how(True, "a single worker on a GPU runs its steps as CUDA graphs, recorded once")
     resident: bool = how(
-        True, "a GPU keeps the packed matrix where half of its free memory holds it; else it is streamed"
+        True, "keep the packed matrix on the GPU if it fits in half of the free GPU memory; else stream it"
     )
     checkpoint_steps: int | None = how(None, "steps between checkpoints, if sooner; null: by time alone", ge=1)
     checkpoint_minutes: float | None = how(5.0, "minutes between checkpoints; null: by steps alone", gt=0)
-    max_failures: int = how(3, "worker failures survived before giving up", ge=0)
+    max_failures: int = how(3, "maximum number of worker failures that training recovers from", ge=0)
 
     @model_validator(mode="after")
     def _some_checkpoints(self) -> Self:
@@ -291,31 +311,31 @@ class TrainSettings(StageSettings):
 
 
 CodeChoice = Literal["probable", "expected", "sampled"]
-"""Of a cell's codes at inference. The published implementation samples (METHOD section 8)."""
+"""How a cell's codes are chosen at inference. The published implementation samples them (METHOD section 8)."""
 
 
 class EmbedSettings(StageSettings):
     """The matching space: the trained embedding and its PCA (METHOD section 5), or another (section 9)."""
 
     method: str = result(
-        keys.NDREAMER, "space that cells are matched in: ndreamer, pca, harmony, state, ndreamer+state, or obsm:KEY"
+        keys.NDREAMER, "space to match cells in: ndreamer, pca, harmony, state, ndreamer+state, or obsm:KEY"
     )
     codes: CodeChoice = result(
-        "probable", "what stands for a cell: its most probable codes, their expectation, or codes drawn as in training"
+        "probable", "codes that represent a cell: the most probable ones, their expectation, or sampled as in training"
     )
     tile_rows: int = result(1024, "cells encoded at once", ge=1)
-    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to encode cells; auto: on GPUs where they work")
-    dimensions: int = result(50, "principal components, of the embedding or of the genes", ge=1)
-    harmony_keys: tuple[str, ...] = result((), "harmony: columns of obs to correct for; by default the group")
+    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to encode cells; auto: on GPUs if they work")
+    dimensions: int = result(50, "number of principal components, of the embedding or of the genes", ge=1)
+    harmony_keys: tuple[str, ...] = result((), "harmony: columns of obs to correct for; empty: the groups")
     signal_share: float = result(
         0.1,
-        "harmony: least share of a component's variance that is signal and no noise of counts; 0: all components are taken",
+        "harmony: use components of which at least this share of the variance is signal, not counting noise; 0: all",
         ge=0,
         lt=1,
     )
     state_weight: float | None = result(
         None,
-        "ndreamer+state: what state coordinates are multiplied by; by default both spread alike inside groups",
+        "ndreamer+state: factor on the state coordinates; null: both parts get the same variance inside groups",
         gt=0,
     )
 
@@ -336,17 +356,19 @@ class EmbedSettings(StageSettings):
 
 
 class StateSettings(StageSettings):
-    """The state space: what varies inside a donor (METHOD section 10)."""
+    """The state space: the variation among the cells of one donor (METHOD section 10)."""
 
     by: str | None = result(
         None,
-        "column of obs whose populations have a state space each; ndreamer_cluster_low: the low clusters; null: one",
+        "column of obs: each of its populations gets its own state space; ndreamer_cluster_low: the low clusters; null: one",
     )
-    k: int | None = result(None, "dimensions of a population; by default those that a permutation confirms", ge=1)
+    k: int | None = result(
+        None, "number of dimensions of a population; null: as many as a permutation test confirms", ge=1
+    )
     shrink: Literal["fitted", "own", "none"] = result(
         "fitted",
-        "regress noisy coordinates to where the cell's own group stands, found by a fit over genes (fitted) or as the "
-        "group's mean (own); none: plain projections",
+        "shrink noisy coordinates towards the position of the cell's group: from a fit over genes (fitted), or the group's "
+        "mean (own); none: plain projections",
     )
 
     @field_validator("shrink", mode="before")
@@ -359,24 +381,30 @@ class MatchSettings(StageSettings):
     """Counterfactual matching (METHOD section 6)."""
 
     neighbours: int = result(1, "nearest neighbours k per target group, for effects and tests", ge=1)
-    hubs: Literal["csls", "none"] = result("none", "csls: distances corrected for hubs (section 9); none: as published")
+    hubs: Literal["csls", "none"] = result(
+        "none", "csls: correct distances for hubs (METHOD section 9); none: as published"
+    )
     groups: int | None = result(
         None,
-        "groups of a condition, besides its own, that a group's cells are matched in: a sample of so many; null: all of them",
+        "match each group to a sample of this many groups of a condition, besides itself; null: to all of them",
         ge=1,
     )
     within: str | None = result(
         None,
-        "column of obs with labels (cell types) that cells are matched inside; ndreamer_cluster_low: the low clusters; null: "
-        "among all cells of the group",
+        "column of obs with labels (cell types): match cells of the same label; ndreamer_cluster_low: of the same low cluster; "
+        "null: all cells of the target group",
     )
     within_cells: int = result(
-        10, "fewest cells of a label in a target group for a match inside it; with fewer, among all its cells", ge=1
+        10,
+        "minimum cells of a label in a target group; with fewer, cells of the label are matched to the whole group",
+        ge=1,
     )
-    bandwidth: float = result(1.0, "kernel bandwidth where k > 1", gt=0)
-    edges: Literal["needed", "all"] = result("needed", "own and control condition, or every pair of groups")
+    bandwidth: float = result(1.0, "kernel bandwidth of the weights if k > 1", gt=0)
+    edges: Literal["needed", "all"] = result(
+        "needed", "match each group to the groups of its own and the control condition, or to every group"
+    )
     query_rows: int = result(65_536, "query cells of one unit of work", ge=1)
-    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to match; auto: on GPUs where they work")
+    device: Literal["auto", "cpu", "cuda"] = how("auto", "where to match; auto: on GPUs if they work")
 
     @field_validator("groups", mode="before")
     @classmethod
@@ -390,34 +418,37 @@ class MatchSettings(StageSettings):
 
 
 DENOISING_CELLS, MOST_DENOISING = 120, 15
-"""Cells that `denoised` averages in a condition's groups, about, and in one group at most."""
+"""Approximate number of cells that `denoised` averages over a condition's groups, and the maximum in one group."""
 
 
 class DenoiseSettings(StageSettings):
-    """Which matches the denoised expression is an average of (METHOD section 9)."""
+    """The matches that the denoised expression averages (METHOD section 9)."""
 
     neighbours: int | None = result(
         None,
-        "nearest neighbours k per group of the own condition, for denoised; null: as many as make 120 cells of a condition's "
-        "groups, 15 at most",
+        "nearest neighbours k per group of the cell's own condition, for denoised; null: 120 cells over all groups of the "
+        "condition, at most 15 per group",
         ge=1,
     )
 
     def counted(self, groups: int) -> int:
-        """Return k where a condition has so many groups: beyond 120 cells the error of `denoised` hardly falls."""
+        """Return k for a condition of `groups` groups: beyond 120 cells the error of `denoised` hardly falls."""
         return self.neighbours or min(MOST_DENOISING, -(-DENOISING_CELLS // max(groups, 1)))
 
 
 class EffectsSettings(StageSettings):
-    """What is stored per cell and gene (METHOD section 6)."""
+    """The stored values per cell and gene (METHOD section 6)."""
 
     store: tuple[Literal["denoised", "batch_effect", "ite"], ...] = result(
         ("denoised", "batch_effect", "ite"), "layers written to results.zarr"
     )
     chunk_genes: int = result(32, "genes of a chunk of a layer", ge=1)
-    keep_bits: int | None = result(None, "bits of the values' mantissa that are kept; by default all", ge=1, le=23)
+    keep_bits: int | None = result(None, "mantissa bits kept of each value; null: all", ge=1, le=23)
     near_quantile: float = result(
-        0.99, "a control match is near within this quantile of the distances inside groups", gt=0, le=1
+        0.99,
+        "a control match is near if its distance is at most this quantile of the distances inside groups",
+        gt=0,
+        le=1,
     )
 
     @field_validator("store", mode="before")
@@ -434,24 +465,23 @@ class EffectsSettings(StageSettings):
 
 
 class RunSettings(StageSettings):
-    """How the job is run; nothing here bears on the result."""
+    """How the job is run; nothing here affects the results."""
 
-    address: str | None = how(None, "Ray address; by default the cluster of the environment, else a local Ray")
+    address: str | None = how(None, "address of a Ray cluster; null: RAY_ADDRESS, else start a local Ray")
     cpus: int | None = how(
-        None, "processors given to a local Ray, or that a cluster may grow to; by default all there are", ge=1
+        None, "processors of a local Ray, or the number that a cluster may grow to; null: all there are", ge=1
     )
-    gpus: int | None = how(None, "GPUs that a cluster may grow to; by default those there are", ge=1)
-    object_store_gb: float | None = how(
-        None, "size of a local Ray's object store; by default chosen from the memory", gt=0
-    )
+    gpus: int | None = how(None, "number of GPUs that a cluster may grow to; null: those there are", ge=1)
+    object_store_gb: float | None = how(None, "size of a local Ray's object store; null: chosen from the memory", gt=0)
     task_threads: int = how(1, "threads of one task outside training", ge=1)
-    progress: bool | None = how(None, "progress bars; by default on a terminal and in notebooks")
-    log_format: Literal["text", "json"] = how("text", "lines of the log: text, or JSON objects")
+    progress: bool | None = how(None, "show progress bars; null: on a terminal and in notebooks")
+    log_format: Literal["text", "json"] = how("text", "format of log lines: text, or JSON objects")
     serial: bool | None = how(
-        None,
-        "run everything in this process, without Ray; by default (auto) chosen by the number of cells and processors",
+        None, "run everything in this process, without Ray; null (auto): chosen by the number of cells and processors"
     )
-    memory_gb: float | None = how(None, "memory the job may use; by default the container's", gt=0)
+    memory_gb: float | None = how(
+        None, "memory that the job may use; null: the limit of the container or machine", gt=0
+    )
 
     @field_validator("serial", mode="before")
     @classmethod
@@ -460,7 +490,7 @@ class RunSettings(StageSettings):
 
     @property
     def bars(self) -> bool | None:
-        """Whether bars are shown; by default in notebooks and on a terminal. They would spoil a log of JSON lines."""
+        """Whether to show bars; `None`: on a terminal only. Never by default with a JSON log, which bars would break."""
         if self.progress is not None:
             return self.progress
         if self.log_format == "json":
@@ -469,14 +499,11 @@ class RunSettings(StageSettings):
 
 
 class Settings(BaseModel):
-    """All settings of a run.
-
-    `Settings.build(preset="small", overrides={"match.neighbours": 5})` is the usual way to make one.
-    """
+    """All settings of a run, usually made by `Settings.build(preset="small", overrides={"match.neighbours": 5})`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    seed: int = Field(0, description="seed of everything random", ge=0, le=LARGEST_NUMBER)
+    seed: int = Field(0, description="seed of all random numbers", ge=0, le=LARGEST_NUMBER)
     cohort: CohortSettings = CohortSettings()
     hvg: HvgSettings = HvgSettings()
     pack: PackSettings = PackSettings()
@@ -513,9 +540,9 @@ class Settings(BaseModel):
         preset
             `paper` or `small`.
         config
-            Nested values, as a YAML file holds them: `{"train": {"epochs": 50}}`.
+            Nested values, as in a YAML file: `{"train": {"epochs": 50}}`.
         overrides
-            Dotted names, as `--set` takes them: `{"train.epochs": 50}`. Strings are read as YAML.
+            Values by dotted name, as for `--set`: `{"train.epochs": 50}`.
 
         Raises
         ------
@@ -537,7 +564,7 @@ class Settings(BaseModel):
             stage, _, field = name.partition(".")
             _check_name(cls, stage, field)
             if field:
-                if isinstance(inner := values.setdefault(stage, {}), dict):  # else validation says what it is
+                if isinstance(inner := values.setdefault(stage, {}), dict):  # validation refuses anything else
                     inner[field] = value
             else:
                 values[stage] = value
@@ -545,7 +572,7 @@ class Settings(BaseModel):
 
     def to_yaml(self) -> str:
         """Return the settings as YAML that `build(config=...)` reads back, with a comment on each."""
-        lines = ["# Settings marked * bear on the results; the others only say how the work is done."]
+        lines = ["# Settings marked * affect the results; the others only say how the work is done."]
         for stage, field in type(self).model_fields.items():
             part = getattr(self, stage)
             if isinstance(part, StageSettings):
@@ -558,7 +585,7 @@ class Settings(BaseModel):
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {"train": {"epochs": 100}},
-    # As many genes as the method's: with 1000, ISG15, which interferon raises most in every cell type of Kang's cohort, is not modelled.
+    # It models 2000 genes, like `paper`: 1000 would leave out ISG15, the gene that interferon raises most in Kang's cohort.
     "small": {
         "clusters": {"iterations": 2},
         "model": {
@@ -575,11 +602,11 @@ REMOVED = {
     "train.compile": "it was no faster; train without it",
     "effects.dtype": "use effects.keep_bits=10, which saves most of the space in float32",
 }
-"""Settings of earlier versions, and what to do without them."""
+"""Settings of earlier versions, and what replaces them."""
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Turn `["train.epochs=50"]`, as the command line gives them, into overrides; values are read as YAML."""
+    """Turn the assignments of `--set`, `["train.epochs=50"]`, into overrides; values are read as YAML."""
     overrides: dict[str, Any] = {}
     for text in assignments:
         name, separator, value = text.partition("=")
@@ -591,21 +618,21 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 class _Words(yaml.SafeLoader):
-    """YAML in which names stay names: `no`, `on`, `001`, `0.10`, `12:30` and dates are what is written.
+    """YAML loader that keeps names as text: `no`, `on`, `001`, `0.10`, `12:30` and dates.
 
-    Only `true`, `false` and numbers that read as they are written become something else. Settings that are numbers, or yes
-    or no, take the rest too: pydantic knows what they mean.
+    Only `true`, `false` and numbers in their canonical spelling are converted. Other spellings still work for settings that
+    are numbers or booleans, since pydantic converts the text.
     """
 
 
 def _as_written(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Return what makes a value of a word where the value reads like the word, and leaves the word otherwise."""
+    """Return a constructor that converts a scalar only if the value prints as it is written, and else keeps the text."""
 
-    def made(loader: Any, node: Any) -> Any:
+    def convert(loader: Any, node: Any) -> Any:
         value = construct(loader, node)
         return value if str(value).lower() == str(node.value).lower() else node.value
 
-    return made
+    return convert
 
 
 for _kind in ("bool", "int", "float"):
@@ -615,21 +642,23 @@ _Words.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value
 
 
 def read_yaml(text: str | bytes, where: str) -> Any:
-    """Return the plain values of a YAML text; `SettingsError` begins with `where` and says why it is none.
+    """Return the plain values of a YAML text. Tags of Python objects are refused, so no code can run.
 
-    Nothing in it is called: a tag that asks for a Python object is an error.
+    Raises
+    ------
+    SettingsError
+        The text is not plain YAML; the message begins with `where`.
     """
     try:
-        loader = _Words(text)
-        return loader.get_single_data()
+        return _Words(text).get_single_data()
     except Exception as error:
-        # PyYAML lets the errors of int(), of dates and of recursion through as they are.
+        # PyYAML does not wrap errors of int(), dates and recursion.
         msg = f"{where} cannot be read as plain YAML ({' '.join(str(error).split())[:200] or type(error).__name__})"
         raise SettingsError(msg) from error
 
 
 def canonical_json(value: object) -> str:
-    """Return JSON with sorted keys and no spaces: equal values give equal text."""
+    """Return JSON with sorted keys and no spaces, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
@@ -658,7 +687,7 @@ def _validated(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"
-        # What YAML makes of a few nested aliases can be too long to write out.
+        # A few nested YAML aliases can expand to a value that is too long to print.
         found = "" if not first["loc"] else f" (found {reprlib.repr(first['input'])})"
         msg = f"setting '{name}': {first['msg'].removeprefix('Value error, ')}{found}"
         raise SettingsError(msg) from None

@@ -66,6 +66,12 @@ def test_a_run_is_described_for_programs(finished: Path, tmp_path: Path, capsys:
     code, out, _ = spoken(["info", str(tmp_path), "--json"], capsys)
     told = json.loads(out)
     assert (code, told["state"], told["shards_done"]["pack"], told["shards_done"]["train"]) == (0, "stopped", 1, 0)
+    (tmp_path / keys.PROGRESS).parent.mkdir()
+    (tmp_path / keys.PROGRESS).write_text("{")
+    code, out, _ = spoken(["info", str(tmp_path), "--json"], capsys)
+    told = json.loads(out)
+    assert (code, told["shards_done"]["pack"], told["progress"]) == (0, 1, {})
+    assert "progress.json is damaged" in told["damage"]
 
 
 def assert_costs_are_told(out: str, stages: Sequence[str]) -> None:
@@ -326,6 +332,19 @@ def test_quiet_leaves_answers_and_verbose_tells_what_was_read(
         assert any(message.startswith("layer: read ") for message in caplog.messages) == expected
 
 
+def test_quiet_hides_the_bars_of_commands_that_are_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for words, bars in (([], True), (["--quiet"], False)):
+        sizes = ["--cells", "100", "--genes", "50"]
+        _, _, told = spoken(["simulate", str(tmp_path / f"cohort{bars}.zarr"), *sizes, *words], capsys)
+        _, _, also = spoken(
+            ["convert", str(tmp_path / f"cohort{bars}.zarr"), str(tmp_path / f"{bars}.zarr"), *words], capsys
+        )
+        assert (("simulate:" in told), ("X:" in also)) == (bars, bars), told + also
+
+
 def test_plan_says_where_it_works_and_what_the_stages_took(
     cohort: Path, finished: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -340,7 +359,7 @@ def test_plan_says_where_it_works_and_what_the_stages_took(
 def test_info_shows_the_settings_as_yaml(finished: Path, capsys: pytest.CaptureFixture) -> None:
     code, said, _ = spoken(["info", str(finished)], capsys)
     assert code == 0
-    text = said.partition("settings that bear on the result:\n")[2].partition("\n\n")[0]
+    text = said.partition("settings that affect the results:\n")[2].partition("\n\n")[0]
     told = yaml.safe_load(textwrap.dedent(text))
     assert told["hvg"]["num_hvg"] == SETTINGS["hvg.num_hvg"]
     assert repr(nd.open_results(finished)).startswith("Results of ")

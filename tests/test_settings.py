@@ -7,6 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from ndreamer_dist.errors import SettingsError
+from ndreamer_dist.pipeline import plan
 from ndreamer_dist.settings import Settings, StageSettings, parse_assignments, read_yaml
 
 
@@ -136,3 +137,8 @@ def test_what_yaml_has_read_as_yes_or_no_is_to_be_quoted() -> None:
 def test_denoised_averages_about_120_cells_of_a_condition(groups, neighbours):
     assert Settings().denoise.counted(groups) == neighbours
     assert Settings.build(overrides={"denoise.neighbours": 4}).denoise.counted(groups) == 4
+
+
+def test_complete_settings_leave_no_place_for_a_configuration() -> None:
+    with pytest.raises(SettingsError, match="give one of them"):
+        plan("nowhere.h5ad", config={"train": {"epochs": 3}}, settings=Settings())

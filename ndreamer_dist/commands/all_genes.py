@@ -1,9 +1,9 @@
 """Effects of all genes of a cohort, selected or not, as a separate store (METHOD section 6).
 
-Input: the results of a finished run and the cohort of that run. Output: a directory whose results.zarr has the layout of
-the run's own, with every gene. Nothing is trained or searched again: the matches of the run serve all genes. The cohort
-is read once, in row order, and packed. Effects follow by row block, and inside a block by span of genes. An interrupted
-command continues shard by shard.
+Input: the results of a finished run and its cohort. Output: a directory whose results.zarr has the layout of the run's
+own, with every gene. Nothing is trained or searched again: the matches of the run serve all genes. The cohort is read
+once, in row order, and packed. Tasks then compute the effects of a row block, one span of genes after the other. An
+interrupted command continues with the missing shards.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from ndreamer_dist.storage.files import Storage
 
 logger = logging.getLogger(__name__)
 
-CARRIED_FILES = (keys.DESIGN_JSON, keys.GENES_TABLE, keys.CELLS_TABLE, keys.COHORT_SUMMARY)
+COHORT_FILES = (keys.DESIGN_JSON, keys.GENES_TABLE, keys.CELLS_TABLE, keys.COHORT_SUMMARY)
+"""Files of the cohort stage that the later stages need."""
 
 
 def all_genes(
@@ -56,61 +57,69 @@ def all_genes(
     layers: Sequence[str] = (keys.LAYER_ITE,),
     settings: Mapping[str, Any] | None = None,
 ) -> Results:
-    """Write the effects of every gene of a cohort, through the matches of a finished run (METHOD section 6).
+    """Write the effects on every gene of a cohort, from the matches of a finished run (METHOD section 6).
 
     Parameters
     ----------
     run
-        Results of the run, or the address of its directory or results.zarr. Nothing in it is changed.
+        Results of the run, or the address of its directory or results.zarr. It is only read.
     cohort
-        (cells, genes) what the run was given: an AnnData, or the path or URL of an h5ad file or a zarr store.
+        (cells, genes) input of the run: an AnnData, or the path or URL of an h5ad file or a zarr store.
     out
         Directory to write, local or on object storage; read it with `open_results`.
     layers
-        Which of `denoised`, `batch_effect` and `ite` to store; the others are computed when they are asked for.
+        Which of `denoised`, `batch_effect` and `ite` to store; the others are computed on demand.
     settings
-        Dotted settings that say how to work: `{"run.cpus": 8}`.
+        Dotted settings that do not affect the results, such as `{"run.cpus": 8}`.
 
     Raises
     ------
     CohortError
-        The cohort is not the one of the run.
+        The cohort is not that of the run.
     RunError
-        The directory holds something else, or is being worked on.
+        The directory holds something else, another process is working on it, or a setting would change the results.
     ResourceError
-        Memory or disk will not do.
+        Memory or disk do not suffice.
+    StoreError
+        The results are damaged, or were packed by another version.
     """
     origin = run if isinstance(run, Results) else open_results(run)
-    given = given_expression(cohort, origin.uns, origin.packed_obs)
-    made = _settings(origin, layers, settings or {})
-    made = runtime_choice(made, origin.design.n_cells).applied(made)
+    expression = given_expression(cohort, origin.uns, origin.packed_obs)
+    resolved = _settings(origin, layers, settings or {})
+    resolved = runtime_choice(resolved, origin.design.n_cells).applied(resolved)
     origin.refuse_damaged()
-    directory, key = RunDirectory.at(out), _key(origin, made)
+    directory, key = RunDirectory.at(out), _key(origin, resolved)
     _check_owner(directory, origin, key)
     if _is_finished(directory, key):
         return open_results(out)
-    if not on_a_cluster(made.run):
-        _check_machine(directory, made, given)
-    with directory.locked(), choose_runtime(made.run) as runtime:
+    if not on_a_cluster(resolved.run):
+        _check_machine(directory, resolved, expression)
+    with directory.locked(), choose_runtime(resolved.run) as runtime:
         directory.write_json(keys.WIDE_JSON, {"of": origin.url, "key": key})
-        _prepare_cohort(directory, origin, given, key)
-        packed = run_pack(directory, made, given.source, runtime, key)
-        if not np.array_equal(packed.input_row, given.input_row):
+        _prepare_cohort(directory, origin, expression, key)
+        packed = run_pack(directory, resolved, expression.source, runtime, key)
+        if not np.array_equal(packed.input_row, expression.input_row):
             msg = f"{origin.url} was packed by another version; run it again to make effects of all genes from it"
             raise StoreError(msg)
-        _write(StageRun(directory, keys.STAGE_EFFECTS, key), packed, origin, given, made, runtime)
+        _write(StageRun(directory, keys.STAGE_EFFECTS, key), packed, origin, expression, resolved, runtime)
         directory.storage.delete(keys.PACKED)
     return open_results(out)
 
 
 @dataclass(frozen=True)
 class ResultsOrigin:
-    """Where the tasks find matches and coordinates: in finished results. See `effects.Origin`.
+    """Source of matches and coordinates for the tasks of the effects stage: finished results. See `effects.Origin`.
 
     Attributes
     ----------
+    storage
+        The results.zarr.
+    counterparts
+        Matches of its cells.
     neighbours
-        Matches of a cell in a group that the layers need; one is in results.zarr itself.
+        Number k of matches per group that the layers need; results.zarr itself holds one.
+    stored
+        Pairs of groups whose matches `obsm` needs; none, since `obsm` is copied.
     """
 
     storage: Storage
@@ -119,7 +128,7 @@ class ResultsOrigin:
     stored: tuple[tuple[int, int], ...] = ()
 
     def edges(self, rows: np.ndarray, pairs: Iterable[tuple[int, int]]) -> Edges:
-        """See `effects.Origin.edges`; in its own group a cell needs no match."""
+        """See `effects.Origin.edges`; a cell needs no match in its own group."""
         others = [(query, target) for query, target in pairs if query != target]
         return self.counterparts.edges(rows, others, distances=self.neighbours > 1, neighbours=self.neighbours)
 
@@ -130,34 +139,35 @@ class ResultsOrigin:
 
 
 def _settings(origin: Results, layers: Sequence[str], how: Mapping[str, Any]) -> Settings:
-    """Return the run's settings with the layers asked for, and what says how to work."""
-    told = json.loads(origin.uns["settings"])
+    """Return the settings of the run with other layers, and with changes that do not affect the results."""
+    before = json.loads(origin.uns["settings"])
     overrides = {"seed": origin.uns["seed"], "effects.store": tuple(layers), **how}
-    made = Settings.build(config=told, overrides=overrides)
-    changed = [
+    settings = Settings.build(config=before, overrides=overrides)
+    changed = [] if settings.seed == int(origin.uns["seed"]) else ["seed"]
+    changed += [
         f"{stage}.{name}"
-        for stage, fields in told.items()
-        for name, value in getattr(made, stage).bearing().items()
+        for stage, fields in before.items()
+        for name, value in getattr(settings, stage).bearing().items()
         if value != fields.get(name, value) and (stage, name) != ("effects", "store")
     ]
     if changed:
-        msg = f"{', '.join(changed)} bears on the run's results and stays as it was; only how to work can be set here"
+        msg = f"{', '.join(changed)} would change the results; only settings that say how to work can be given here"
         raise RunError(msg)
-    return made
+    return settings
 
 
-def _key(origin: Results, made: Settings) -> str:
+def _key(origin: Results, settings: Settings) -> str:
     content = {
         "format": keys.FORMAT_VERSION,
         "of": origin.uns["key"],
-        "settings": {part: getattr(made, part).bearing() for part in ("pack", "match", "denoise", "effects")},
+        "settings": {part: getattr(settings, part).bearing() for part in ("pack", "match", "denoise", "effects")},
         "shard_genes": tables.SHARD_GENES,
     }
     return digest(canonical_json(content).encode())
 
 
 def _check_owner(directory: RunDirectory, origin: Results, key: str) -> None:
-    """Refuse a directory that holds anything else."""
+    """Refuse a directory that holds files of another command, run or selection of layers."""
     if not directory.storage.exists() or all(name.startswith(keys.LOCK) for name in directory.storage.list()):
         return
     if not directory.storage.exists(keys.WIDE_JSON):
@@ -172,64 +182,65 @@ def _check_owner(directory: RunDirectory, origin: Results, key: str) -> None:
 
 
 def _is_finished(directory: RunDirectory, key: str) -> bool:
-    """Return whether every shard is there; which files these are, the markers say."""
+    """Return whether the driver's last marker and all files that the markers list are there."""
     markers = directory.storage.list(f"{keys.DONE}/{keys.STAGE_EFFECTS}")
     shards = [Shard(PurePath(name).stem, tuple(directory.read_json(name)["files"])) for name in markers]
     closed = any(shard.name == tables.DRIVER_SHARD for shard in shards)
     return closed and not directory.pending(keys.STAGE_EFFECTS, key, shards)
 
 
-def _check_machine(directory: RunDirectory, made: Settings, given: GivenExpression) -> None:
-    """Refuse what memory or disk will not hold."""
+def _check_machine(directory: RunDirectory, settings: Settings, expression: GivenExpression) -> None:
+    """Raise `ResourceError` if memory or disk do not suffice."""
+    run = settings.run
     needs = memory.all_genes_needs(
-        len(given.input_row), given.source.n_genes, given.density, made,
-        cpus=1 if made.run.serial else made.run.cpus or cpu_count(),
-        object_store=0 if made.run.serial else object_store_bytes(made.run),
+        len(expression.input_row), expression.source.n_genes, expression.density, settings,
+        cpus=1 if run.serial else run.cpus or cpu_count(),
+        object_store=0 if run.serial else object_store_bytes(run),
     )  # fmt: skip
-    allowed = int(made.run.memory_gb * 1e9) if made.run.memory_gb else memory_limit()
+    allowed = int(run.memory_gb * 1e9) if run.memory_gb else memory_limit()
     check_resources(needs, memory=allowed, disk=directory.free_disk(), where=directory.url)
 
 
-def _prepare_cohort(directory: RunDirectory, origin: Results, given: GivenExpression, key: str) -> None:
-    """Write what the cohort stage would have written, with every gene selected."""
-    design, source = origin.design, given.source
-    totals = np.zeros(len(given.input_row)) if given.totals is None else given.totals
-    order = np.argsort(given.input_row, kind="stable")
-    cells = frame_of_cells(given.input_row[order], design.group_of(order), totals[order])
+def _prepare_cohort(directory: RunDirectory, origin: Results, expression: GivenExpression, key: str) -> None:
+    """Write the output of the cohort stage with every gene selected."""
+    design, source = origin.design, expression.source
+    totals = np.zeros(len(expression.input_row)) if expression.totals is None else expression.totals
+    order = np.argsort(expression.input_row, kind="stable")
+    cells = frame_of_cells(expression.input_row[order], design.group_of(order), totals[order])
     genes = pd.DataFrame({"name": source.gene_names.to_numpy(dtype=object), "selected": True})
     directory.write_json(keys.DESIGN_JSON, design.to_json())
     digests = write_tables(directory, {keys.GENES_TABLE: genes, keys.CELLS_TABLE: cells})
-    directory.write_json(keys.COHORT_SUMMARY, {"normalise": "none" if given.totals is None else "counts"})
-    directory.mark(keys.STAGE_COHORT, key, Shard("all", CARRIED_FILES), digests)
+    directory.write_json(keys.COHORT_SUMMARY, {"normalise": "none" if expression.totals is None else "counts"})
+    directory.mark(keys.STAGE_COHORT, key, Shard("all", COHORT_FILES), digests)
 
 
 def _write(
     stage: StageRun,
     packed: Packed,
     origin: Results,
-    given: GivenExpression,
-    made: Settings,
+    expression: GivenExpression,
+    settings: Settings,
     runtime: Runtime,
 ) -> None:
-    """Write results.zarr, or what is missing of it."""
+    """Write the missing shards of results.zarr, and close it."""
     cells = CellTable(HeldCells(origin.packed_obs), np.arange(packed.n_rows), {})
     obsm = [name for name in keys.OBSM if origin.storage.exists(f"obsm/{name}/zarr.json")]
     layout = tables.layout_with(
-        made, packed, {name: int(open_array(origin.storage, f"obsm/{name}").shape[1]) for name in obsm}
+        settings, packed, {name: int(open_array(origin.storage, f"obsm/{name}").shape[1]) for name in obsm}
     )
     todo = tables.begin(stage, layout)
-    denoised = made.denoise.counted(packed.design.fewest_groups)
-    counted = [made.match.neighbours if name == keys.LAYER_ITE else denoised for name in layout.layers]
-    from_results = ResultsOrigin(origin.storage, origin.counterparts, max(counted, default=1))
-    write_shards(stage, Target(stage.run, packed, layout, made, from_results), runtime, todo)
-    ours = tables.facts(made, packed, layout, stage.key, {})
-    rest = {name: _plain(value) for name, value in origin.uns.items() if name not in ours}
-    genes = tables.gene_table(given.source, packed)
+    denoised = settings.denoise.counted(packed.design.fewest_groups)
+    neighbours = [settings.match.neighbours if name == keys.LAYER_ITE else denoised for name in layout.layers]
+    from_results = ResultsOrigin(origin.storage, origin.counterparts, max(neighbours, default=1))
+    write_shards(stage, Target(stage.run, packed, layout, settings, from_results), runtime, todo)
+    own = tables.facts(settings, packed, layout, stage.key, {})
+    rest = {name: _plain(value) for name, value in origin.uns.items() if name not in own}
+    genes = tables.gene_table(expression.source, packed)
     genes[keys.VAR_MODELLED] = genes.index.isin(origin.var_names)
-    told = tables.facts(made, packed, layout, stage.key, rest)
-    tables.finish_store(stage, packed, layout, cells.files(), genes, told)
+    facts = tables.facts(settings, packed, layout, stage.key, rest)
+    tables.finish_store(stage, packed, layout, cells.files(), genes, facts)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of `uns` as `finish` takes it: numpy's as Python's own."""
+    """Return a value of `uns` with numpy types converted to Python's."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value

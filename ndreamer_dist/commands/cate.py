@@ -1,4 +1,4 @@
-"""The file of `ndreamer-dist cate`: the whole CATE table, written part by part where a screen has many conditions."""
+"""Write the whole CATE table to a file: `ndreamer-dist cate`. The table of a screen is written part by part."""
 
 from __future__ import annotations
 
@@ -20,12 +20,30 @@ from ndreamer_dist.stats.results import Results
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
 ROWS_TOGETHER = 65_536
-"""Rows of a screen's table that are written together, at the least."""
+"""Minimum number of rows of a part of a screen's table."""
 
 
 @dataclass
-class Written:
-    """What a written table holds, counted while its parts go by."""
+class TableCounts:
+    """Counts over the rows of a CATE table, updated part by part.
+
+    Attributes
+    ----------
+    rows
+        Number of rows.
+    called
+        Rows with an adjusted p-value below 0.05.
+    tested
+        Whether any row has a p-value.
+    parted
+        Whether any effect is split into the part within a state and the part of a change of state.
+    populations
+        Names of the populations.
+    readings
+        Number of rows per value of the column `reading`.
+    without_state
+        Rows without a reading because their population has no coordinates of state.
+    """
 
     rows: int = 0
     called: int = 0
@@ -36,7 +54,7 @@ class Written:
     without_state: int = 0
 
     def add(self, part: pd.DataFrame) -> None:
-        """Count a part."""
+        """Count the rows of a part."""
         self.rows += len(part)
         self.called += int((part["p_adjusted"] < 0.05).sum())
         self.tested |= bool(part["p"].notna().any())
@@ -46,7 +64,7 @@ class Written:
         self.without_state += int((part["state_reliability"].isna() & (part["reading"] == "")).sum())
 
     def lines(self, out: Path) -> Iterator[str]:
-        """Say what was written."""
+        """Yield the lines that the command prints."""
         called = f"{self.called} with p_adjusted < 0.05" if self.tested else f"no test was possible: {TOO_FEW_DONORS}"
         yield f"wrote {out}: {len(self.populations)} populations, {self.rows} rows, {called}"
         if self.parted:
@@ -54,62 +72,63 @@ class Written:
             yield f"in cells of the same state, or by a change of state (adjusted p <= 0.05): {kinds}{self._unread()}"
 
     def _unread(self) -> str:
-        """Say how many rows have no reading, and why."""
+        """Return how many rows have no reading, and why."""
         untested = self.readings[""] - self.without_state
         why = [f"{self.without_state} of populations without coordinates of state"] if self.without_state else []
         why += [f"{untested} without a test"] if untested else []
         return f"; no reading {self.readings['']} ({', '.join(why)})" if why else ""
 
 
-def write_cate(results: Results, out: str | os.PathLike[str], *, condition: str | None, **asked: Any) -> Written:
-    """Write the CATE table to `.csv`, `.tsv` or `.parquet` and return what is in it; arguments as of `Results.cate`.
+def write_cate(results: Results, out: str | os.PathLike[str], *, condition: str | None, **options: Any) -> TableCounts:
+    """Write the CATE table to `.csv`, `.tsv` or `.parquet`, and return its counts; arguments as of `Results.cate`.
 
-    In a screen of which all conditions are asked for, no more is held than some conditions' rows and every p-value; rows
-    then are by condition and inside it by population, in other cohorts the other way round.
+    For all conditions of a screen, memory holds the rows of a few conditions and all p-values. The rows are then sorted by
+    condition and inside it by population; in other cohorts by population and inside it by condition.
     """
-    target, written = checked(out, TABLES), Written()
+    target, counts = checked(out, TABLES), TableCounts()
     if condition is not None or not results.design.is_screen:
-        table = results.cate(condition=condition, **asked)
-        written.add(table)
+        table = results.cate(condition=condition, **options)
+        counts.add(table)
         save_table(table, target)
-        return written
+        return counts
     with replaced(target) as file:
-        first, p = file.with_name("parts.parquet"), []
-        with _Tables(first) as tables:
-            for part in _gathered(results.cate_parts(**asked)):
-                written.add(part)
+        first, p = file.with_name(f"{file.name}.parts"), []
+        with _TableWriter(first) as writer:
+            for part in _joined(results.cate_parts(**options)):
+                counts.add(part)
                 p.append(part["p"].to_numpy())
-                tables.write(part)
+                writer.write(part)
+        # The adjustment over all conditions needs every p-value, so a second pass adds it.
         adjusted = benjamini_hochberg(np.concatenate(p))
-        with parquet.ParquetFile(first) as parts, _Tables(file) as tables:
+        with parquet.ParquetFile(first) as parts, _TableWriter(file) as writer:
             start = 0
             for number in range(parts.num_row_groups):
                 part = parts.read_row_group(number).to_pandas()
-                tables.write(part.assign(p_adjusted_all=adjusted[start : start + len(part)]))
+                writer.write(part.assign(p_adjusted_all=adjusted[start : start + len(part)]))
                 start += len(part)
-    return written
+    return counts
 
 
-def _gathered(parts: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-    """Join small parts."""
-    held: list[pd.DataFrame] = []
+def _joined(parts: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    """Join small parts to parts of at least `ROWS_TOGETHER` rows."""
+    small: list[pd.DataFrame] = []
     for part in parts:
-        held.append(part)
-        if sum(map(len, held)) >= ROWS_TOGETHER:
-            yield pd.concat(held, ignore_index=True)
-            held = []
-    if held:
-        yield pd.concat(held, ignore_index=True)
+        small.append(part)
+        if sum(map(len, small)) >= ROWS_TOGETHER:
+            yield pd.concat(small, ignore_index=True)
+            small = []
+    if small:
+        yield pd.concat(small, ignore_index=True)
 
 
-class _Tables:
-    """A file of a table that is written part by part, a row group each in Parquet."""
+class _TableWriter:
+    """Write a table to a file part by part; in Parquet each part is a row group."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._writer: parquet.ParquetWriter | None = None
 
-    def __enter__(self) -> _Tables:
+    def __enter__(self) -> _TableWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,7 +136,7 @@ class _Tables:
             self._writer.close()
 
     def write(self, part: pd.DataFrame) -> None:
-        """Add a part."""
+        """Append a part."""
         separator = SEPARATORS.get(self._path.suffix.lower())
         if separator is not None:
             part.to_csv(self._path, index=False, sep=separator, mode="a", header=not self._path.exists())

@@ -1,7 +1,7 @@
 """Compare matching spaces on one cohort: `ndreamer-dist compare`, `nd.compare`.
 
-The command runs a cohort in every space, in one run directory, or takes a finished run with its spaces. Output: the table,
-a picture and the advice. The report reads them from the run directory.
+The command runs a cohort in every space, in one run directory, or compares the spaces of a finished run. It writes a table,
+a figure and a recommendation to the run directory, where the report reads them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ndreamer_dist.stats.results import Results, open_results
 logger = logging.getLogger(__name__)
 
 UNTRAINED = (keys.SPACE_PCA, keys.HARMONY, keys.STATE)
-"""Spaces that a cohort is run in where none is named: those that need no training."""
+"""Default spaces for a cohort: those that need no training."""
 
 
 def compare(
@@ -42,46 +42,48 @@ def compare(
     save: str | os.PathLike[str] | None = None,
     **how: Any,
 ) -> Comparison:
-    """Measure matching spaces on one cohort side by side, and say which to take (METHOD section 9).
+    """Compare matching spaces on one cohort, and recommend one (METHOD section 9).
 
     Parameters
     ----------
     source
-        A cohort, as for `run`, which is then run in every space, in one run directory; or the directory of a finished
-        run, whose spaces are measured as they are.
+        A cohort, as for `run`, to run in every space, in one run directory; or the directory of a finished run, whose
+        spaces are compared as they are.
     embedding
-        Names of the spaces, several separated by commas or as a list. By default `pca`, `harmony` and `state` of a cohort, and
-        all that are finished of a run.
+        Names of the spaces, separated by commas or as a list. By default `pca`, `harmony` and `state` for a cohort, and all
+        finished spaces of a run.
     by
-        Column of `obs` that names cell types, or a Series of labels by cell. By default the low clusters of a run, where all cells
-        were clustered together, else the populations of the state space, else clusters made here; `populations` says which.
+        Column of `obs` that names cell types, or a Series of labels by cell. By default the low clusters of the run, if all
+        cells were clustered together, else the populations of the state space, else clusters made here; `populations` of the
+        returned object says which.
     donor_key
         Column of `obs` that names the donor; by default the batch.
     cohort
-        The input again, for the state held of a finished run.
+        Input cohort of a finished run, to measure how much of the cell state a space keeps.
     save
-        File for the table: `.csv`, `.tsv` or `.parquet`; the picture goes beside it, as PNG. Both are in `report/` of the run
-        directory as well, where that can be written.
+        File for the table: `.csv`, `.tsv` or `.parquet`; the figure is written beside it, as PNG. Both are also written to
+        `report/` in the run directory, unless it is read-only.
     how
-        Arguments of `run`: `out`, which a cohort needs, `condition_key`, `control`, `batch_key`, `preset`, `config`,
+        Arguments of `run`: `out` (required for a cohort), `condition_key`, `control`, `batch_key`, `preset`, `config`,
         `settings`, `redo`, `fresh`.
 
     Returns
     -------
     Comparison
-        `table`, a row per space; `advice`, which to take and why, with every column in which it loses; `missing`, the
-        columns that could not be had, and why. It prints as text, and `to_json` gives all of it.
+        `table`, a row per space; `advice`, the recommended space, the reason, and every column in which it loses;
+        `missing`, the columns that could not be computed, and why. It prints as text; `to_json` returns all of it.
 
     Raises
     ------
     NDreamerError
-        What `run` raises; there is no such space; or an argument is for a cohort, and this is a run.
+        `run` refuses the cohort, a space does not exist, or an argument of `run` is given for a finished run.
     """
     target = None if save is None else checked(save, TABLES)
-    wanted = embedding.split(",") if isinstance(embedding, str) else embedding
-    names = None if wanted is None else list(dict.fromkeys(name.strip() for name in wanted if name.strip()))
+    names = embedding.split(",") if isinstance(embedding, str) else embedding
+    if names is not None:
+        names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not isinstance(source, AnnData) and RunDirectory.at(source).storage.exists(keys.RUN_JSON):
-        _refuse(source, how)
+        _refuse_run_arguments(source, how)
         directory = RunDirectory.at(source)
     else:
         cohort, names = source if cohort is None else cohort, names or list(UNTRAINED)
@@ -94,8 +96,8 @@ def compare(
     return comparison
 
 
-def _refuse(run: Any, how: dict[str, Any]) -> None:
-    """Refuse what a finished run has no use for; settings that say how to work do no harm."""
+def _refuse_run_arguments(run: Any, how: dict[str, Any]) -> None:
+    """Refuse arguments that a finished run does not need; settings of `run.*` are harmless."""
     settings = how.get("settings")
     harmless = not isinstance(settings, Settings) and all(name.startswith("run.") for name in settings or ())
     unused = [name for name in how if name != "settings" or not harmless]
@@ -105,7 +107,7 @@ def _refuse(run: Any, how: dict[str, Any]) -> None:
 
 
 def _run_all(cohort: Any, names: Sequence[str], how: dict[str, Any]) -> RunDirectory:
-    """Run a cohort in every space; a name that is none is refused before the first."""
+    """Run a cohort in every space; unknown spaces are refused before the first run."""
     if how.get("out") is None:
         msg = "a cohort needs a run directory to be compared in; name it with --out"
         raise RunError(msg)
@@ -118,7 +120,7 @@ def _run_all(cohort: Any, names: Sequence[str], how: dict[str, Any]) -> RunDirec
 
 
 def _finished(directory: RunDirectory, names: Sequence[str] | None) -> dict[str, Results]:
-    """Open the results of the spaces, in the order that was asked for; by default of all that are finished."""
+    """Open the results of the spaces, by name; by default those of all finished spaces."""
     places = directory.spaces()
     finished = [name for name, place in places.items() if place.storage.exists(f"{keys.RESULTS}/zarr.json")]
     unknown = [name for name in names or () if name not in finished]
@@ -137,8 +139,8 @@ def _finished(directory: RunDirectory, names: Sequence[str] | None) -> dict[str,
 
 
 def _write(comparison: Comparison, directory: RunDirectory, target: Path | None) -> None:
-    """Keep the comparison in the run directory, where that can be written, and in a file of its own, if one is named."""
-    from ndreamer_dist.figures.plots import spaces as draw  # with it comes matplotlib
+    """Write table and figure to the run directory, unless it is read-only, and to `target`, if there is one."""
+    from ndreamer_dist.figures.plots import spaces as draw  # imports matplotlib
 
     if not directory.storage.is_read_only:
         directory.storage.write_atomic(keys.COMPARISON_TABLE, comparison.table.to_csv(index=False).encode())

@@ -15,6 +15,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from ndreamer_dist import keys
+from ndreamer_dist.compute.events import bars_disabled
 from ndreamer_dist.datasets import CELL_TYPE, CONDITION, DONOR, Truth, load_truth, simulate, truth_path
 from ndreamer_dist.datasets.local_score import local_scores
 from ndreamer_dist.datasets.score import Recovery, recovery
@@ -22,30 +23,34 @@ from ndreamer_dist.pipeline import run
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.files import open_storage
 
-SILENT_SECONDS = 60.0
-"""A run that has said nothing for as long is taken for stopped."""
 DEMO_EPOCHS = 60
-"""Fewer than the preset's 100: enough for this cohort, and the demo is over sooner."""
+"""Fewer than the preset's 100, which suffices for this cohort and saves time."""
 
 
 def run_demo(
     out: Path, *, sizes: Mapping[str, Any], seed: int, settings: Mapping[str, Any], fresh: bool = False
 ) -> str:
-    """Simulate a cohort of four donors in two conditions, run the small preset on it and score it; return the report.
+    """Simulate a cohort of four donors in two conditions, run the small preset on it, and return the scores as text.
 
     Parameters
     ----------
+    out
+        Folder for the cohort and the run. A cohort that is there already is used again.
     sizes
-        Of `datasets.simulate`: `cells`, `genes`, `state_effects`.
+        Arguments of `datasets.simulate`: `cells`, `genes`, `state_effects`.
+    settings
+        Further settings by dotted name.
+    fresh
+        Delete the cohort and the run first.
     """
     cohort, directory = out / "cohort.zarr", out / "run"
     if fresh:
         open_storage(cohort).delete()
         open_storage(truth_path(cohort)).delete()
-    simulated = time.perf_counter()
+    started = time.perf_counter()
     if not open_storage(cohort).exists("zarr.json"):
         simulate_with_bar(cohort, **sizes, seed=seed)
-    started = time.perf_counter()
+    simulated = time.perf_counter()
     finished = run(
         cohort, out=directory, condition_key=CONDITION, control="control", batch_key=DONOR, preset="small",
         settings={"seed": seed, "train.epochs": DEMO_EPOCHS, **settings}, fresh=fresh,
@@ -54,7 +59,7 @@ def run_demo(
     lines = [
         score(finished.results, load_truth(cohort)).table(),
         "",
-        f"Simulated in {started - simulated:.0f} s, ran in {ended - started:.0f} s.",
+        f"Simulated in {simulated - started:.0f} s, ran in {ended - simulated:.0f} s.",
         f"The cohort is {cohort}, the run {directory}. Look further:",
         f"  ndreamer-dist info {directory}",
         f"  ndreamer-dist get {directory} --layer ite --cells 'cell_type == \"type_1\"' --out type_1.h5ad",
@@ -63,13 +68,13 @@ def run_demo(
 
 
 def simulate_with_bar(path: str | Path, *, cells: int, **sizes: Any) -> None:
-    """Simulate a cohort (see `datasets.simulate`), with a bar on a terminal."""
-    with tqdm(total=cells, desc="simulate", disable=None) as bar:
+    """Simulate a cohort (see `datasets.simulate`), with a progress bar on a terminal."""
+    with tqdm(total=cells, desc="simulate", disable=bars_disabled()) as bar:
         simulate(path, cells=cells, **sizes, progress=lambda done, _: bar.update(done - bar.n))
 
 
 def score(results: Results, truth: Truth) -> Recovery:
-    """Score a run on a simulated cohort against its truth; layers are read in the order they are stored."""
+    """Score the results of a run on a simulated cohort against the true effects."""
     obs = results.packed_obs
     readers: dict[str, Callable[..., AnnData]] = {
         "X": results.expression,
@@ -82,13 +87,13 @@ def score(results: Results, truth: Truth) -> Recovery:
         return values.toarray() if sparse.issparse(values) else np.asarray(values)
 
     genes = list(results.var_names)
-    found = recovery(
+    scores = recovery(
         truth, read, cell_type=obs[CELL_TYPE], condition=obs[CONDITION], donor=obs[DONOR], genes=genes,
     )  # fmt: skip
     if not truth.law.effects:
-        return found
+        return scores
     local = local_scores(
         truth, partial(read, keys.LAYER_ITE), positions=truth.positions(list(obs.index)),
         points=results.embedding(pca=True, order="packed").to_numpy(), genes=genes,
     )  # fmt: skip
-    return replace(found, local=local)
+    return replace(scores, local=local)

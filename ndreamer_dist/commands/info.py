@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -14,7 +14,6 @@ import yaml
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.design import Design, Group
-from ndreamer_dist.commands.demo import SILENT_SECONDS
 from ndreamer_dist.compute.events import duration
 from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.errors import DamagedError, StoreError, printable, shown
@@ -22,14 +21,24 @@ from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.results import Results, open_results
 from ndreamer_dist.storage.checksums import unseal
 
+SILENT_SECONDS = 60.0
+"""A run whose last progress is older than this counts as stopped."""
+
 
 def describe(address: str, *, as_json: bool = False) -> str:
-    """Return what a run directory holds: the design and the results where it is finished, else how far it is.
+    """Return the design and the results of a finished run, or the progress of an unfinished one.
 
     Parameters
     ----------
+    address
+        Run directory or results.zarr, by path or URL.
     as_json
-        Return a JSON object for programs, instead of lines for people.
+        Return a JSON object instead of text.
+
+    Raises
+    ------
+    StoreError
+        There is no run, or its results are damaged.
     """
     run = RunDirectory.at(address)
     if not run.storage.exists():
@@ -42,7 +51,7 @@ def describe(address: str, *, as_json: bool = False) -> str:
 
 
 def _results(run: RunDirectory, address: str) -> Results | None:
-    """Return the results of a run, none where it has not got that far; `StoreError` where there is no run."""
+    """Return the results of a run, or `None` if it is not finished."""
     try:
         return open_results(address)
     except StoreError:
@@ -50,27 +59,59 @@ def _results(run: RunDirectory, address: str) -> Results | None:
             raise
         if not run.storage.exists(f"{keys.RESULTS}/zarr.json"):
             return None
-        return open_results(address)  # finished meanwhile; or damaged, and the error says so
+        return open_results(address)  # the run has just finished, or the results are damaged and this raises
 
 
 def _as_json(run: RunDirectory, results: Results | None) -> str:
-    """Return state, stages and, of a finished run, design and layers as a JSON object; sizes in GB (10^9 bytes)."""
+    """Return state, stages and, for a finished run, design and layers as a JSON object; sizes in GB (10^9 bytes)."""
     costs = stage_costs(run.storage).to_json(orient="records")  # NaN becomes null
     answer: dict[str, Any] = {"url": run.url, "state": "finished", "costs": json.loads(costs)}
     if results is None:
-        done = Counter(name.split("/")[1] for name in run.storage.list(keys.DONE))
-        progress = unseal(run.storage.read_if_there(keys.PROGRESS) or b"{}", f"{run.url}/{keys.PROGRESS}")
-        silent = time.time() - progress.get("seen", 0.0)
-        state = "running" if silent < SILENT_SECONDS else "stopped"
-        shards = {stage: done[stage] for stage in _stages(run)}
-        answer |= {"state": state, "shards_done": shards, "progress": progress}
+        progress = Progress.of(run)
+        state = "running" if progress.silent < SILENT_SECONDS else "stopped"
+        answer |= {"state": state, "shards_done": progress.shards, "progress": progress.stage}
+        answer |= {"damage": progress.damage} if progress.damage else {}
     else:
         answer |= _design(results)
     return json.dumps(answer, indent=2)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """The progress of an unfinished run. Reading it takes few requests, whatever the number of shards.
+
+    Attributes
+    ----------
+    shards
+        Number of finished shards of every stage.
+    stage
+        Values of logs/progress.json, about the current or last stage; empty if there are none.
+    damage
+        What is wrong with logs/progress.json; empty if nothing is.
+    silent
+        Seconds since logs/progress.json was written.
+    """
+
+    shards: dict[str, int]
+    stage: dict[str, Any]
+    damage: str
+    silent: float
+
+    @classmethod
+    def of(cls, run: RunDirectory) -> Progress:
+        """Read the progress of a run."""
+        done = Counter(name.split("/")[1] for name in run.storage.list(keys.DONE))
+        stage, damage = {}, ""
+        try:
+            stage = unseal(run.storage.read_if_there(keys.PROGRESS) or b"{}", f"{run.url}/{keys.PROGRESS}")
+        except DamagedError as error:
+            damage = f"{error.what}; the `run` command writes it anew"
+        shards = {name: done[name] for name in _stages(run)}
+        return cls(shards, stage, damage, time.time() - stage.get("seen", 0.0))
+
+
 def _design(results: Results) -> dict[str, Any]:
-    """Return what was compared, and what is stored of it."""
+    """Return the design and the layers of finished results, as plain JSON values."""
     design, cells = results.design, results.packed_obs
     distances = [_distances(cells, design, group).mean() for group in design.own_groups]  # NaN without a control group
     groups = [
@@ -86,39 +127,32 @@ def _design(results: Results) -> dict[str, Any]:
 
 
 def _distances(cells: pd.DataFrame, design: Design, group: Group) -> pd.Series[float]:
-    """Return the distances of a group's cells to the control."""
+    """Return the distances of a group's cells to their control matches."""
     first = design.first_row
     return cells[keys.OBS_MATCH_DISTANCE].iloc[group.start - first : group.stop - first]
 
 
 def _progress(run: RunDirectory) -> str:
-    """Say how far an unfinished run is; two requests, whatever the number of shards."""
-    done = Counter(name.split("/")[1] for name in run.storage.list(keys.DONE))
-    written = run.storage.read_if_there(keys.PROGRESS)
-    told: dict[str, Any] = {}
-    damage = []
-    try:
-        told = unseal(written or b"{}", f"{run.url}/{keys.PROGRESS}")
-    except DamagedError as error:
-        damage = ["", f"{error.what}; the `run` command writes it anew"]
-    silent = time.time() - told.get("seen", 0.0)
-    state = "under way" if silent < SILENT_SECONDS else "not finished; the same `run` command goes on"
+    progress = Progress.of(run)
+    state = "under way" if progress.silent < SILENT_SECONDS else "not finished; the same `run` command goes on"
     lines = [f"{run.url}: {state}", "", f"{'stage':<12}{'shards done':>12}"]
-    lines += [f"{stage:<12}{done[stage]:>12}" for stage in _stages(run)]
-    return "\n".join([*lines, *damage, *(_stage_lines(told, silent) if told else [])]) + _costs(run)
+    lines += [f"{stage:<12}{shards:>12}" for stage, shards in progress.shards.items()]
+    lines += ["", progress.damage] if progress.damage else []
+    lines += _stage_lines(progress.stage, progress.silent) if progress.stage else []
+    return "\n".join(lines) + _costs(run)
 
 
 def _stages(run: RunDirectory) -> list[str]:
-    """Return the stages that a run's matching space needs, those of the trained one where run.json cannot be read."""
+    """Return the stages of a run; those of the trained space if run.json is damaged."""
     try:
-        known = run.read_run()["keys"]
+        stages = run.read_run()["keys"]
     except DamagedError:
-        known = keys.STAGES
-    return [stage for stage in keys.FLOW if stage in known]
+        stages = keys.STAGES
+    return [stage for stage in keys.FLOW if stage in stages]
 
 
 def _spaces(run: RunDirectory) -> str:
-    """Return the matching spaces of a run directory and where their results are, a line each; nothing for one alone."""
+    """Return one line per matching space with the place of its results; empty if the run has one space."""
     try:
         spaces = run.spaces() if run.storage.exists(keys.RUN_JSON) else {}
     except DamagedError:
@@ -134,48 +168,49 @@ def _spaces(run: RunDirectory) -> str:
 
 
 def _costs(run: RunDirectory) -> str:
-    """Return what the finished stages took, as a table; nothing where there is no log of them."""
+    """Return time, memory and traffic of the finished stages as a table; empty if there is no log of them."""
     table = stage_costs(run.storage)
     if table.empty:
         return ""
     columns = {"seconds": "s"} | {f"{name}_gb": f"{name} GB" for name in ("peak", "promised", "read", "written")}
     lines = [f"{'finished':<12}" + "".join(f"{name:>13}" for name in columns.values())]
     for row in table.to_dict("records"):
-        told = ("-" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in columns)
+        values = ("-" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in columns)
         engine = f"  on {printable(row['engine'])}" if row["engine"] else ""
-        lines.append(f"{row['stage']:<12}" + "".join(f"{value:>13}" for value in told) + engine)
+        lines.append(f"{row['stage']:<12}" + "".join(f"{value:>13}" for value in values) + engine)
     return "\n\n" + "\n".join(lines)
 
 
-def _stage_lines(told: Mapping[str, Any], silent: float) -> list[str]:
-    """Say what logs/progress.json tells of the stage that a run is at, or ended in."""
-    share, what = (told.get("done", 0), told.get("total", 0)), told.get("round", "")
-    if "steps" in told:
-        share, what = (told["step"], told["steps"]), "steps"
+def _stage_lines(progress: Mapping[str, Any], silent: float) -> list[str]:
+    """Return the lines for the current or last stage, from the values of logs/progress.json."""
+    done, total, what = progress.get("done", 0), progress.get("total", 0), progress.get("round", "")
+    if "steps" in progress:
+        done, total, what = progress["step"], progress["steps"], "steps"
+    took, speed = progress["seen"] - progress["started"], progress["cells_per_second"]
     lines = [
         "",
-        f"{told['stage']}, on {told['host']}, {silent:,.0f} s ago, after {told['seen'] - told['started']:,.0f} s",
-        f"  {share[0]:,} of {share[1]:,} {what} ({share[0] / max(share[1], 1):.0%}), {told['cells_per_second']:,.0f} cells/s",
-        f"  memory {told['memory_bytes'] / 1e9:.1f} GB, at most {told['peak_bytes'] / 1e9:.1f} GB so far",
+        f"{progress['stage']}, on {progress['host']}, {silent:,.0f} s ago, after {took:,.0f} s",
+        f"  {done:,} of {total:,} {what} ({done / max(total, 1):.0%}), {speed:,.0f} cells/s",
+        f"  memory {progress['memory_bytes'] / 1e9:.1f} GB, at most {progress['peak_bytes'] / 1e9:.1f} GB so far",
     ]
-    if told.get("seconds_left"):
-        lines.append(f"  about {duration(told['seconds_left'])} left in this stage, at its speed so far")
-    if "worker_peak_bytes" in told:
-        lines.append(f"  largest worker {told['worker_peak_bytes'] / 1e9:.1f} GB")
-    if "total" in told.get("measures", {}):
-        lines.append(f"  loss {told['measures']['total']:.4g}")
+    if progress.get("seconds_left"):
+        lines.append(f"  about {duration(progress['seconds_left'])} left in this stage, at its speed so far")
+    if "worker_peak_bytes" in progress:
+        lines.append(f"  largest worker {progress['worker_peak_bytes'] / 1e9:.1f} GB")
+    if "total" in progress.get("measures", {}):
+        lines.append(f"  loss {progress['measures']['total']:.4g}")
     return lines
 
 
 def _summary(results: Results) -> str:
-    design, told = results.design, results.uns
+    design, facts = results.design, results.uns
     cells = results.packed_obs
     lines = [
         f"{results.url}: {design.own_cells} cells x {len(results.var_names)} genes",
-        f"effects are {printable(str(told.get('sign')))}; matched in {shown(results.space)} (obsm {results.embedding_key})",
+        f"effects are {printable(str(facts.get('sign')))}; matched in {shown(results.space)} (obsm {results.embedding_key})",
         *([printable(str(results.matched_inside))] if results.matched_inside else []),
         *([f"mapped onto {shown(results.mapped.url)}: {printable(str(results.mapped))}"] if results.mapped else []),
-        *([printable(str(told["values"]))] if "values" in told else []),
+        *([printable(str(facts["values"]))] if "values" in facts else []),
         f"layers: {printable(', '.join(results.layers)) or 'none'}; columns: {printable(', '.join(map(str, cells.columns)))}",
         "",
         (
@@ -188,16 +223,16 @@ def _summary(results: Results) -> str:
         distance = _distances(cells, design, group)
         mean = f"{distance.mean():.2f}" if distance.notna().any() else "-"
         lines.append(f"{shown(group.name):<32}{group.cells:>10}{mean:>16}")
-    return "\n".join([*lines, "", *_settings_lines(told)])
+    return "\n".join([*lines, "", *_settings_lines(facts)])
 
 
-def _settings_lines(told: Mapping[str, Any]) -> list[str]:
-    """Return the settings that bear on the result, as YAML that --config takes."""
-    text = yaml.safe_dump({"seed": int(told["seed"]), **json.loads(told["settings"])}, sort_keys=False, width=120)
-    return ["settings that bear on the result:", *(f"  {indented(line)}" for line in text.splitlines())]
+def _settings_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Return the settings that affect the results, as YAML for --config."""
+    text = yaml.safe_dump({"seed": int(facts["seed"]), **json.loads(facts["settings"])}, sort_keys=False, width=120)
+    return ["settings that affect the results:", *(f"  {indented(line)}" for line in text.splitlines())]
 
 
 def indented(line: str) -> str:
-    """Return a line of YAML for a terminal; its indentation stays."""
+    """Return a line of YAML for a terminal with its indentation."""
     bare = line.lstrip()
     return " " * (len(line) - len(bare)) + printable(bare)

@@ -1,17 +1,17 @@
-"""Cells of new donors, batches or conditions on a finished run: `ndreamer-dist map`.
+"""Map cells of new donors, batches or conditions onto a finished run: `ndreamer-dist map`.
 
-The stages are those of a run: the cohort and its packing, the coordinates, the matches, the effects. What a run learns from
-its cells is taken from the finished one: values, genes, model or axes, and the distances that are called near. New cells
-are matched with that run's groups alone, so each has the same numbers whatever is mapped with it.
+The stages are those of a run: cohort, pack, space, match, effects. Everything that a run learns from its cells comes from
+the finished run: normalisation, genes, model or axes, and the distance that counts as near. New cells are matched only
+with that run's groups, so the numbers of a cell do not depend on the other new cells.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,9 @@ from ndreamer_dist.storage.checksums import digest
 logger = logging.getLogger(__name__)
 
 OWN = ("layer", "gene_names", "log_base", "min_genes", "min_group_cells", "small_groups", "exclude_conditions")
-"""Settings of `cohort` that may differ from the run's: they say where the new values lie, and which cells are kept."""
+"""Settings of `cohort` that may differ from the run's: where to read the new values, and which cells to keep."""
 MAPPING = (keys.STAGE_COHORT, keys.STAGE_PACK, keys.STAGE_SPACE, keys.STAGE_MATCH, keys.STAGE_EFFECTS)
+"""The stages of a mapping."""
 
 
 def map(  # noqa: A001 - the command's name; nobody imports it bare
@@ -61,9 +62,9 @@ def map(  # noqa: A001 - the command's name; nobody imports it bare
 ) -> Run:
     """Map cells of new donors, batches or conditions onto a finished run, which is only read.
 
-    They are normalised as the run's were, placed in its matching space by its frozen model or axes, and matched with its
-    groups: the control's, and those of their own condition. `map(...).results` reads their denoised expression and effects;
-    `cate` there takes the run's donors in. An interrupted call goes on, a finished one does nothing.
+    New cells are normalised like the run's cells, placed in its matching space by its frozen model or axes, and matched with
+    its groups of the control and of their own condition. `map(...).results` reads their denoised expression and effects;
+    its `cate` includes the run's donors. An interrupted call continues, a finished one does nothing.
 
     Parameters
     ----------
@@ -74,23 +75,25 @@ def map(  # noqa: A001 - the command's name; nobody imports it bare
     out
         Directory for the mapped cells, local or on object storage.
     embedding
-        Which of the run's matching spaces, where it has several; by default the one that it was begun with.
+        Matching space, if the run has several; by default the first.
     fill_missing_genes
-        Share of the run's genes that the cohort may lack; they count as zeros. By default none may be missing.
+        Largest share of the run's genes that the cohort may lack; missing genes count as zero. By default none may be
+        missing.
     extend
-        Let cells that are mapped onto `out` later be matched with these as well; and those of other conditions, which come
-        with new controls, with these controls.
+        Match cells that are later mapped onto `out` with these cells, too. If these cells include new controls, match the
+        other new cells with them.
     settings
-        Dotted settings: how to work (`{"run.address": "auto"}`), and of the cohort where the new values lie and which
-        cells are kept (`cohort.layer`, `cohort.gene_names`, `cohort.min_group_cells`, ...); all else is the run's.
+        Dotted settings: those that say how to work (`{"run.address": "auto"}`), and those of the cohort that say where to
+        read values and which cells to keep (`cohort.layer`, `cohort.gene_names`, `cohort.min_group_cells`, ...). All
+        others are the run's.
     fresh
-        Delete what `out` holds of another mapping first.
+        Delete another mapping in `out` first.
 
     Raises
     ------
     NDreamerError
-        The run or the cohort will not do: genes are missing, cells or groups are in the run already, values are of another
-        kind; or `out` holds something else.
+        The run or the cohort is not usable: genes are missing, cells or groups are already in the run, values are of
+        another kind; or `out` holds something else.
     """
     use_writable_caches()
     reference, directory = Reference.open(onto, embedding), RunDirectory.at(out)
@@ -98,59 +101,63 @@ def map(  # noqa: A001 - the command's name; nobody imports it bare
         msg = f"{directory.url} is the run itself, which is never written to; choose another --out"
         raise RunError(msg)
     directory.refuse_unwritable()
-    asked = _settings(reference, settings or {})
-    choose_format(asked.run.log_format)
-    source = open_cohort(cohort, asked.cohort)
+    resolved = _settings(reference, settings or {})
+    choose_format(resolved.run.log_format)
+    source = open_cohort(cohort, resolved.cohort)
     check_tables(source.cells.sample(), source.var)
-    values_of(source, reference, asked.cohort)
+    values_of(source, reference, resolved.cohort)
     extend = extend or (not fresh and _is_extended(directory))
-    job = Mapped(reference, asked, source, genes_of(source, reference.genes, fill_missing_genes), extend)
+    job = MappingJob(reference, resolved, source, genes_of(source, reference.genes, fill_missing_genes), extend)
     refuse_known_cells(source, reference)
-    placer_of(reference)
-    check_owner(directory, job.told, fresh=fresh)
+    placer_of(reference)  # refuses a space that cannot place new cells
+    check_owner(directory, job.fingerprint, fresh=fresh)
     with directory.locked():
         stage_key = _claim(directory, job, fresh=fresh)
-        with _runtime(asked, source.n_cells) as runtime:
+        choice = runtime_choice(resolved, source.n_cells)
+        logger.info("works in %s", choice)
+        with ray_failures(), choose_runtime(choice.applied(resolved).run) as runtime:
             job.run(replace(directory, onto=reference.places), runtime, stage_key)
     return Run(directory.url)
 
 
-@contextmanager
-def _runtime(asked: Settings, cells: int) -> Iterator[Runtime]:
-    """Give what the work is done by."""
-    choice = runtime_choice(asked, cells)
-    logger.info("works in %s", choice)
-    with ray_failures(), choose_runtime(choice.applied(asked).run) as runtime:
-        yield runtime
-
-
 def _settings(reference: Reference, changes: Mapping[str, Any]) -> Settings:
-    """Return the run's settings with how to work, and what may differ of the cohort."""
+    """Return the run's settings with changes; only those of `OWN` and of how to work are accepted."""
     before = reference.settings
-    made = Settings.build(config=before.model_dump(mode="json"), overrides=changes)
-    own = {name: getattr(made.cohort, name) for name in OWN}
-    same = made.model_copy(
-        update={"cohort": made.cohort.model_copy(update={n: getattr(before.cohort, n) for n in own})}
-    )
-    differ = [
+    settings = Settings.build(config=before.model_dump(mode="json"), overrides=changes)
+    differ = ["seed"] if settings.seed != before.seed else []
+    differ += [
         f"{part}.{name}"
         for part in type(before).model_fields
         if part != "seed"
         for name, value in getattr(before, part).bearing().items()
-        if getattr(same, part).bearing()[name] != value
+        if getattr(settings, part).bearing()[name] != value and not (part == "cohort" and name in OWN)
     ]
-    if differ or made.seed != before.seed:
+    if differ:
         msg = (
-            f"{', '.join(differ) or 'seed'}: cells are mapped with the settings of the run; only run.* and "
+            f"{', '.join(differ)}: cells are mapped with the settings of the run; only run.* and "
             f"{', '.join(f'cohort.{name}' for name in OWN)} can be given"
         )
         raise SettingsError(msg)
-    return made
+    return settings
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """A cohort that is mapped onto a run: what its stages work with."""
+class MappingJob:
+    """A cohort that is mapped onto a run.
+
+    Attributes
+    ----------
+    reference
+        The finished run.
+    settings
+        The run's settings with those of the new cohort.
+    source
+        The new cohort.
+    genes
+        The run's genes in the new cohort.
+    extend
+        Whether later mappings may match cells with these.
+    """
 
     reference: Reference
     settings: Settings
@@ -160,41 +167,41 @@ class Mapped:
 
     @property
     def controls_first(self) -> bool:
-        """Whether cells of other conditions are matched with new controls as well: where both come, with `extend`."""
+        """Whether new controls serve as matches of the other new cells: with `extend`, if the cohort holds both."""
         if not self.extend:
             return False
         design = self.reference.design
         is_control = names_in(self.source.cells, design.condition_key) == design.control
         return bool(is_control.any() and not is_control.all())
 
-    @property
-    def told(self) -> dict[str, Any]:
-        """What tells the cohort from others."""
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Fingerprint of the cohort, which identifies it in run.json."""
         cohort = self.settings.cohort
         return fingerprint(self.source, cohort.condition_column, cohort.batch_key)
 
-    @property
+    @cached_property
     def labels(self) -> CellLabels | None:
-        """Labels of the new cells that they are matched inside, in input order, numbered as the run's; none without."""
+        """Labels that limit the matches of the new cells, in input order, with the run's codes; `None` without labels."""
         within, inside = self.settings.match.within, self.reference.results.matched_inside
         if within is None or inside is None:
             return None
         if within == keys.OBS_LOW:  # new cells have no cluster
             return CellLabels(np.full(self.source.n_cells, -1, dtype=np.int32), inside.labels)
-        found = column_labels(self.source, within, keys.MATCH_WITHIN)
-        names = tuple(dict.fromkeys((*inside.labels, *found.names)))
-        places = np.array([*(names.index(name) for name in found.names), -1], dtype=np.int32)
-        return CellLabels(places[found.codes], names)
+        own = column_labels(self.source, within, keys.MATCH_WITHIN)
+        names = tuple(dict.fromkeys((*inside.labels, *own.names)))
+        codes = np.array([*(names.index(name) for name in own.names), -1], dtype=np.int32)
+        return CellLabels(codes[own.codes], names)
 
     def stage_keys(self) -> dict[str, str]:
-        """Return the key of every stage: of its settings, the stage before, and what it takes of the run and the input."""
+        """Return the key of every stage: a hash of its settings, its inputs of the run and cohort, and the earlier keys."""
         labels = self.labels
         settings = {
             name: getattr(self.settings, name).bearing() for name in ("cohort", "pack", "embed", "match", "effects")
         }
-        taken: dict[str, Any] = {
+        inputs: dict[str, Any] = {
             keys.STAGE_COHORT: [
-                self.told,
+                self.fingerprint,
                 self.reference.key,
                 list(self.genes.missing),
                 settings["cohort"],
@@ -205,14 +212,14 @@ class Mapped:
             keys.STAGE_MATCH: [settings["match"], None if labels is None else checksum(labels.codes)],
             keys.STAGE_EFFECTS: settings["effects"],
         }
-        found: dict[str, str] = {}
+        stage_key: dict[str, str] = {}
         for name in MAPPING:
-            content = {"format": keys.FORMAT_VERSION, "stage": f"map {name}", "takes": taken[name], "reads": found}
-            found = {**found, name: digest(canonical_json(content).encode())}
-        return found
+            content = {"format": keys.FORMAT_VERSION, "stage": f"map {name}", "takes": inputs[name], "reads": stage_key}
+            stage_key = {**stage_key, name: digest(canonical_json(content).encode())}
+        return stage_key
 
     def run(self, run: RunDirectory, runtime: Runtime, key: Mapping[str, str]) -> None:
-        """Run the stages; each skips what is there."""
+        """Run the stages; each skips its finished shards."""
         reference, settings, cells = self.reference, self.settings, self.source.n_cells
         with metered(run.storage, keys.STAGE_COHORT, cells, place="1/5"):
             stage = StageRun(run, keys.STAGE_COHORT, key[keys.STAGE_COHORT])
@@ -230,28 +237,29 @@ class Mapped:
             run_effects(run, settings, packed, self.source, runtime, key[keys.STAGE_EFFECTS], summary)
 
     def _all_labels(self, packed: Packed) -> CellLabels | None:
-        """Return the labels of all cells in the order of the rows, the stored ones first."""
+        """Return the labels of the run's cells and of the new ones, in row order."""
         labels, stored = self.labels, self.reference.results.counterparts.labels
         if labels is None or stored is None:
             return None
         return CellLabels(np.concatenate([stored, labels.codes[packed.input_row]]), labels.names)
 
     def _summary(self, run: RunDirectory, packed: Packed, runtime: Runtime) -> dict[str, Any]:
-        told: dict[str, Any] = run.read_json(keys.COHORT_SUMMARY) | {"input": self.told}
+        """Return the facts for `uns` of the results."""
+        facts: dict[str, Any] = run.read_json(keys.COHORT_SUMMARY) | {"input": self.fingerprint}
         if self.settings.match.within is not None:
-            told[keys.UNS_WITHIN] = run.read_json(keys.MATCH_SUMMARY)["within"]
+            facts[keys.UNS_WITHIN] = run.read_json(keys.MATCH_SUMMARY)["within"]
         finished = run.storage.exists(f"{keys.RESULTS}/{ROOT}")
-        return told if finished else told | {keys.UNS_ONTO: self.reference.onto(run, packed, runtime)}
+        return facts if finished else facts | {keys.UNS_ONTO: self.reference.onto(run, packed, runtime)}
 
 
 def _is_extended(run: RunDirectory) -> bool:
     """Return whether the directory's cells were mapped with `extend`."""
-    told = run.read_run() if run.storage.exists(keys.RUN_JSON) else {}
-    return bool(told.get(keys.UNS_ONTO, {}).get("extend"))
+    run_json = run.read_run() if run.storage.exists(keys.RUN_JSON) else {}
+    return bool(run_json.get(keys.UNS_ONTO, {}).get("extend"))
 
 
-def _claim(run: RunDirectory, job: Mapped, *, fresh: bool) -> dict[str, str]:
-    """Write run.json and return the stage keys; refuse a directory whose finished stages are of another mapping."""
+def _claim(run: RunDirectory, job: MappingJob, *, fresh: bool) -> dict[str, str]:
+    """Write run.json and return the stage keys; raise `RunError` if finished stages belong to another mapping."""
     if fresh:
         delete_run(run)
     stage_key = job.stage_keys()
@@ -272,7 +280,7 @@ def _claim(run: RunDirectory, job: Mapped, *, fresh: bool) -> dict[str, str]:
     run.write_json(
         keys.RUN_JSON,
         {
-            "format": keys.FORMAT_VERSION, "input": job.told, "settings": job.settings.model_dump(mode="json"),
+            "format": keys.FORMAT_VERSION, "input": job.fingerprint, "settings": job.settings.model_dump(mode="json"),
             "keys": stage_key, keys.UNS_ONTO: onto | {"extend": job.extend},
         },
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""`NDreamer`, for scripts written for the published package: its arguments and its files, with this package's work between.
+"""The class `NDreamer`, for scripts written for the published package: it takes its arguments and writes its files.
 
 The class is a thin layer. Every call is a `run` in `save_pth/run`, an ordinary run directory, followed by an `export` of
-the results to `save_pth` in the published layout. Arguments that a call omits have the defaults of the published class,
-which differ from the sizes in the paper (METHOD sections 2 and 4).
+the results to `save_pth` in the published layout. Omitted arguments have the defaults of the published class, which
+differ from the sizes in the paper (METHOD sections 2 and 4).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.settings import ModelSettings, Settings
 
 RUN: Final = "run"
-"""Name of the run directory below `save_pth`."""
+"""Name of the run directory in `save_pth`."""
 MISSPELT: Final = {
     "contorl_name": "control_name", "epoches": "epochs", "Estmiate_ITE_all": "Estimate_ITE_all",
 }  # fmt: skip
+"""Misspelt names of the published class, and their correct spellings."""
 NAMES: Final = {
     "condition_key": "cohort.condition_key",
     "control_name": "cohort.control",
@@ -59,7 +60,7 @@ NAMES: Final = {
     "local_neighbor_across_cluster_scaler": "loss.across",
     "commitment_loss_scaler": "loss.commitment",
 }
-"""Arguments that are called otherwise here; any other is a setting by its own name, `latent_noise` or `num_hvg`, say."""
+"""Settings for arguments of other names; any other argument is a setting by its own name, such as `num_hvg`."""
 FIXED: Final[dict[str, tuple[Any, str]]] = {
     "developer_test_mode": (False, "`preset='small'` of ndreamer_dist.run is for trials"),
     "try_identify_cb_specific_subtypes": (
@@ -68,29 +69,29 @@ FIXED: Final[dict[str, tuple[Any, str]]] = {
     "try_identify_perturb_escaped_cell": (False, "the effects of single cells are in layers['ite'] of the results"),
     "cluster_method": ("Leiden", "Leiden is the one clustering here (clusters.flavor says whose)"),
 }  # fmt: skip
-"""Arguments without a counterpart: the published value, which alone is taken, and what to use in place of another."""
+"""Arguments without a counterpart here: the only value they may have, the published one, and what to use instead."""
 BARE: Final[dict[str, Any]] = {
     "match.hubs": "none", "model.encoder": (2048, 1024), "train.batch_size": 2048, "train.epochs": 10,
 }  # fmt: skip
-"""What the published class takes where an argument is left out and the paper's default is another."""
+"""Defaults of the published class that differ from those of the preset `paper`."""
+DEVICES: Final = ("train.device", "embed.device", "match.device")
+"""Settings for the argument `device`."""
 FILTERS: Final = {"cohort.min_genes": 300, "cohort.min_cells": 10}
-"""What it leaves out when it is asked to normalise."""
+"""Filters of the published class when it normalises counts."""
 LATER: Final = {"effects.store": (), "match.neighbours": 1, "denoise.neighbours": 1, "match.bandwidth": 1.0}
-"""What is asked for after training; before it is, matches are searched and no layer is stored."""
-
-
+"""Settings of matching and effects until a method after training sets them: no layer is stored."""
 INSIDE_SAVE_PTH: Final = "preprocessed.h5ad in save_pth"
-"""Stands for the default of an argument of which none means something else."""
+"""Default of `save_preprocessed_adata_path`; `None` means that the file is not kept."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained model, as scripts for the published package reach into it.
+    """The trained model, with the attribute that scripts for the published package use.
 
     Attributes
     ----------
     path
-        `adata.h5ad`, which `get_modifier_space` writes.
+        `adata.h5ad`, written by `get_modifier_space`.
     """
 
     path: Path
@@ -118,29 +119,29 @@ class NDreamer:
     adata
         (cells, genes): an AnnData, or the path or URL of an h5ad file or a zarr store. Never modified.
     save_pth
-        Local folder for the files; the run directory is `run` in it. What an interrupted or earlier call with the same
-        arguments has done there is not done again; with other arguments it is.
+        Local folder for the files; the run directory is `run` in it. Stages that an earlier call finished there run again
+        only if their arguments have changed.
     condition_key, control_name
         Column of `obs` that holds the condition, and the name of the control in it.
     batch_key
-        Column or columns of `obs` that hold the batch; none for one batch.
+        Column or columns of `obs` that hold the batch; `None`: one batch.
     require_batch
-        False: `batch_key` is ignored. By default the batch is what `batch_key` names.
+        False: ignore `batch_key`. True: require it.
     save_preprocessed_adata_path
-        Where `preprocessed.h5ad` is written, by default in `save_pth`; none: nowhere.
+        Path of `preprocessed.h5ad`, by default in `save_pth`; `None`: do not keep the file.
     library_size_normalize_adata
-        True: `adata` holds counts; False: log-normalised values. By default this is looked at.
+        True: `adata` holds counts; False: log-normalised values. By default this is detected.
     settings
-        Dotted settings of this package, `{"train.workers": 2}`; they win.
+        Dotted settings of this package, such as `{"train.workers": 2}`; they override all arguments.
     **arguments
-        `epochs`, `batch_size`, `encoder_hidden`, `decoder_hidden`, and any setting by its own name (`num_hvg`,
-        `latent_noise`, `device`, ...). All arguments of the published quick start are taken (`z_dim`, `lr`, ...); the
-        spellings `contorl_name` and `epoches` with a warning; what has no counterpart here at its published value alone.
+        Arguments of the published class (`epochs`, `batch_size`, `encoder_hidden`, `z_dim`, `lr`, ...), and any setting
+        by its own name (`num_hvg`, `latent_noise`, `device`, ...). The spellings `contorl_name` and `epoches` give a
+        warning. Arguments without a counterpart here must have their published value.
 
     Raises
     ------
     SettingsError
-        An argument is unknown, or given in both spellings, or out of range, or `save_pth` is a URL.
+        An argument is unknown, out of range, or given in both spellings, or `save_pth` is a URL.
     """
 
     def __init__(
@@ -158,31 +159,33 @@ class NDreamer:
             raise SettingsError(msg)
         self.adata = adata
         self.save_pth = Path(save_pth).expanduser().absolute()
-        asked = arguments.pop("save_preprocessed_adata_path", INSIDE_SAVE_PTH)
+        path = arguments.pop("save_preprocessed_adata_path", INSIDE_SAVE_PTH)
         require_batch = arguments.pop("require_batch", None)
+        device = arguments.pop("device", None)
         normalise = arguments.pop("library_size_normalize_adata", None)
-        self._preprocessed = _path_of(asked, self.save_pth / keys.PUBLISHED_PREPROCESSED)
+        self._preprocessed = _path_of(path, self.save_pth / keys.PUBLISHED_PREPROCESSED)
         if require_batch and not batch_key:
             msg = "require_batch=True needs batch_key: the column, or columns, of obs that hold the batch"
             raise SettingsError(msg)
-        named_columns = {"condition_key": condition_key, "batch_key": None if require_batch is False else batch_key}
+        columns = {"condition_key": condition_key, "batch_key": None if require_batch is False else batch_key}
         values = {} if normalise is None else {"normalise": normalise}
-        given = _translated(_spelled({**named_columns, **values, **arguments}))
-        named = {_setting(name): value for name, value in given.items() if value is not None}
-        if named.get("cohort.normalise") == "counts":
-            named = {**FILTERS, **named}
-        self._settings = {**BARE, **named, **(settings or {})}
-        Settings.build(overrides=self._settings)  # refused now, not when training starts
-        self._later = self._asked_before()
+        translated = _translated(_spelled({**columns, **values, **arguments}))
+        by_setting = {_setting(name): value for name, value in translated.items() if value is not None}
+        by_setting |= {} if device is None else dict.fromkeys(DEVICES, device)
+        if by_setting.get("cohort.normalise") == "counts":
+            by_setting = {**FILTERS, **by_setting}
+        self._settings = {**BARE, **by_setting, **(settings or {})}
+        Settings.build(overrides=self._settings)  # refuse wrong values now, not when training starts
+        self._later = self._earlier_choice()
 
     @property
     def run(self) -> Run:
-        """The run: `ndreamer.run.results` reads its results in pieces."""
+        """The run; `ndreamer.run.results` reads its results in pieces."""
         return Run(str(self.save_pth / RUN))
 
     @property
     def DL_model(self) -> Trained:  # noqa: N802 - the published name
-        """What the published class keeps its AnnData in: `ndreamer.DL_model.adata`."""
+        """The object that holds the AnnData in the published class: `ndreamer.DL_model.adata`."""
         return Trained(self.save_pth / keys.PUBLISHED_ADATA)
 
     def train_model(self) -> list[Path]:
@@ -211,19 +214,19 @@ class NDreamer:
         Parameters
         ----------
         nearest_neighbor
-            Counterparts in every group that are averaged.
+            Number of matches per group that are averaged.
         bandwidth
-            Of their weights, where they are more than one.
+            Kernel bandwidth of their weights, if there is more than one.
 
         Returns
         -------
         The files written.
         """
-        self._ask(nearest_neighbor, bandwidth)
+        self._store_all_layers(nearest_neighbor, bandwidth)
         return self._finish("decomposition")
 
     def Estimate_ITE_all(self, nearest_neighbor: int = 1, bandwidth: float = 1.0) -> list[Path]:  # noqa: N802
-        """Write the effects, own condition minus control, of every group that is not control (METHOD section 6).
+        """Write the effects, own condition minus control, of all groups but the control's (METHOD section 6).
 
         Parameters are those of `decompose_true_expression_batch_effect_all`.
 
@@ -231,45 +234,40 @@ class NDreamer:
         -------
         The files written.
         """
-        self._ask(nearest_neighbor, bandwidth)
+        self._store_all_layers(nearest_neighbor, bandwidth)
         return self._finish("effects")
 
     def Estmiate_ITE_all(self, *args: Any, **kwargs: Any) -> list[Path]:  # noqa: N802
-        """Do as `Estimate_ITE_all`, by its published spelling."""
+        """Call `Estimate_ITE_all`; this is the published spelling."""
         _warn("Estmiate_ITE_all", 3)
         return self.Estimate_ITE_all(*args, **kwargs)
 
-    def _ask(self, neighbours: int, bandwidth: float) -> None:
-        """Ask for all layers, and for other matches than before if so: the class has its words for that alone."""
+    def _store_all_layers(self, neighbours: int, bandwidth: float) -> None:
+        """Set the settings of matching and effects for the next run."""
         self._later = {
             "effects.store": keys.LAYERS, "match.neighbours": neighbours, "denoise.neighbours": neighbours,
             "match.bandwidth": bandwidth,
         }  # fmt: skip
 
     def _finish(self, part: Any) -> list[Path]:
-        """Do what is not done yet, and write a part of the layout."""
+        """Run the stages that are not finished, and write a part of the layout."""
         settings = {**self._later, **self._settings}
-        made = run(self.adata, out=self.run.url, settings=settings, redo=True, fresh=self._is_of_other_groups())
-        written = export(made.results, out=self.save_pth, parts=[part])
-        return [self._placed(path) for path in written if path.exists() and self._is_wanted(path)]
+        finished = run(self.adata, out=self.run.url, settings=settings, redo=True, fresh=self._has_other_columns())
+        written = export(finished.results, out=self.save_pth, parts=[part])
+        return [place for path in written if (place := self._placed(path)) is not None]
 
-    def _is_wanted(self, path: Path) -> bool:
-        """Return whether a file is to be kept; `preprocessed.h5ad` is deleted where it is not."""
-        if path.name == keys.PUBLISHED_PREPROCESSED and self._preprocessed is None:
-            path.unlink()
-            return False
-        return True
-
-    def _placed(self, path: Path) -> Path:
-        """Return where a file is, `preprocessed.h5ad` after it has gone where it was asked for."""
-        if path.name != keys.PUBLISHED_PREPROCESSED or self._preprocessed in (None, path):
+    def _placed(self, path: Path) -> Path | None:
+        """Move or delete `preprocessed.h5ad` as `save_preprocessed_adata_path` says; return the place of the file."""
+        if path.name != keys.PUBLISHED_PREPROCESSED or self._preprocessed == path:
             return path
-        target = Path(str(self._preprocessed))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.move(path, target))
+        if self._preprocessed is None:
+            path.unlink()
+            return None
+        self._preprocessed.parent.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.move(path, self._preprocessed))
 
-    def _is_of_other_groups(self) -> bool:
-        """Return whether an earlier call in this folder named other columns: its run is then another cohort's."""
+    def _has_other_columns(self) -> bool:
+        """Return whether the run of an earlier call in this folder read other columns or values of the cohort."""
         directory = RunDirectory.at(self.run.url)
         if not directory.storage.exists(keys.RUN_JSON):
             return False
@@ -277,8 +275,8 @@ class NDreamer:
         before = directory.read_run()["settings"]["cohort"]
         return any(before.get(name) != now[name] for name in ("condition_key", "batch_key", "layer", "gene_names"))
 
-    def _asked_before(self) -> dict[str, Any]:
-        """Return what an earlier call in this folder asked of matching and effects, so that it is not undone."""
+    def _earlier_choice(self) -> dict[str, Any]:
+        """Return the settings of matching and effects of an earlier call in this folder, so that they are not undone."""
         directory = RunDirectory.at(self.run.url)
         if not directory.storage.exists(keys.RUN_JSON):
             return dict(LATER)
@@ -287,52 +285,58 @@ class NDreamer:
 
 
 def _spelled(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments under their right names; `SettingsError` where one is given in both spellings."""
-    found: dict[str, Any] = {}
-    for name, value in arguments.items():
-        right = MISSPELT.get(name, name)
-        if right != name:
-            _warn(name, 4)
-        if right in found or (right != name and right in arguments):
-            msg = f"{right} is given twice, also as {name}; give it once"
-            raise SettingsError(msg)
-        found[right] = {True: "counts", False: "none"}.get(value, value) if right == "normalise" else value
-    return found
-
-
-def _translated(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return published arguments as this package's: those of another form changed, those without a counterpart checked.
+    """Return arguments by their correct names.
 
     Raises
     ------
     SettingsError
-        An argument has no counterpart and another value than the published one, or codebooks differ in size.
+        An argument is given in both spellings.
     """
-    left = dict(arguments)
+    spelled: dict[str, Any] = {}
+    for name, value in arguments.items():
+        correct = MISSPELT.get(name, name)
+        if correct != name:
+            _warn(name, 4)
+            if correct in arguments:
+                msg = f"{correct} is given twice, also as {name}; give it once"
+                raise SettingsError(msg)
+        spelled[correct] = {True: "counts", False: "none"}.get(value, value) if correct == "normalise" else value
+    return spelled
+
+
+def _translated(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return published arguments in this package's form, and check those without a counterpart.
+
+    Raises
+    ------
+    SettingsError
+        An argument without a counterpart has another value than the published one, or codebooks differ in size.
+    """
+    translated = dict(arguments)
     for name, (published, instead) in FIXED.items():
-        value = left.pop(name, published)
+        value = translated.pop(name, published)
         if value != published and str(value).lower() != str(published).lower():
             msg = f"{name} is {published!r} here and cannot be {value!r}; {instead}"
             raise SettingsError(msg)
-    sizes = left.get("codebooks")
+    sizes = translated.get("codebooks")
     if isinstance(sizes, (list, tuple)):
         if len(set(sizes)) != 1:
             msg = f"codebooks is a list of one size for each, all the same; found {sorted(set(sizes))}"
             raise SettingsError(msg)
-        left |= {"codebooks": len(sizes), "codes": sizes[0]}
-    if (threshold := left.pop("reset_threshold", None)) is not None:
-        # Here it is a multiple of an even share of the codes.
-        left["reset_below"] = threshold * left.get("codes", ModelSettings().codes)
-    if (width := left.pop("embedding_dim", None)) is not None:
-        left["encoder_hidden"] = (*(left.get("encoder_hidden") or BARE["model.encoder"][:-1]), width)
-    return left
+        translated |= {"codebooks": len(sizes), "codes": sizes[0]}
+    if (threshold := translated.pop("reset_threshold", None)) is not None:
+        # The published threshold is a share of uses; `reset_below` is a multiple of 1/codes.
+        translated["reset_below"] = threshold * translated.get("codes", ModelSettings().codes)
+    if (width := translated.pop("embedding_dim", None)) is not None:
+        translated["encoder_hidden"] = (*(translated.get("encoder_hidden") or BARE["model.encoder"][:-1]), width)
+    return translated
 
 
-def _path_of(asked: str | os.PathLike[str] | None, default: Path) -> Path | None:
-    """Return where a file is to be written."""
-    if asked is None:
+def _path_of(path: str | os.PathLike[str] | None, default: Path) -> Path | None:
+    """Return the absolute path of `preprocessed.h5ad`; `None` if the file is not kept."""
+    if path is None:
         return None
-    return default if asked == INSIDE_SAVE_PTH else Path(asked).expanduser().absolute()
+    return default if path == INSIDE_SAVE_PTH else Path(path).expanduser().absolute()
 
 
 def _warn(name: str, stacklevel: int) -> None:
@@ -341,16 +345,18 @@ def _warn(name: str, stacklevel: int) -> None:
 
 
 def _setting(name: str) -> str:
-    """Return the dotted name of the setting that an argument means."""
+    """Return the dotted name of the setting for an argument."""
     if name in NAMES:
         return NAMES[name]
     if name == "seed":
         return name
     stages = {stage: getattr(field.annotation, "model_fields", {}) for stage, field in Settings.model_fields.items()}
-    found = [f"{stage}.{name}" for stage, names in stages.items() if name in names]
-    if len(found) != 1:
-        known = {*NAMES, *MISSPELT, *(field for names in stages.values() for field in names)}
-        what = f"means {' or '.join(found)}: say which by settings={{...}}" if found else "is no argument of NDreamer"
-        msg = f"{name} {what}.{'' if found else suggest(name, sorted(known))}"
+    candidates = [f"{stage}.{name}" for stage, names in stages.items() if name in names]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        msg = f"{name} means {' or '.join(candidates)}: say which by settings={{...}}."
         raise SettingsError(msg)
-    return found[0]
+    known = {*NAMES, *MISSPELT, *(field for names in stages.values() for field in names)}
+    msg = f"{name} is no argument of NDreamer.{suggest(name, sorted(known))}"
+    raise SettingsError(msg)

@@ -1,9 +1,9 @@
 """Write the results of a run in the layout of the published package: a few h5ad files for each group.
 
 Groups are written one by one, so memory holds the values of one group. `x` and `y` in `b-x--c-y__ITE.h5ad` are the codes
-of batch and condition. `mappings.json` gives their names and lists the files; the published
-`condition2num_mapping.pth` and `batch2num_mapping.pth` hold the codes, as JSON. Rows of `adata.h5ad` and
-`preprocessed.h5ad` come group by group. In every file, `obs["original_order"]` is the row of the cell in the input.
+of batch and condition. `mappings.json` maps codes to names and lists the files; `condition2num_mapping.pth` and
+`batch2num_mapping.pth`, named as published, map names to codes, as JSON. Rows of `adata.h5ad` and `preprocessed.h5ad` are
+sorted by group. In every file, `obs["original_order"]` is the row of the cell in the input.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAYOUTS = ("ndreamer",)
 WEIGHTS = {
     "weights": keys.PUBLISHED_WEIGHTS, "network": keys.PUBLISHED_MODEL, "read_with": "safetensors.torch.load_file",
 }  # fmt: skip
-"""What stands in `ndreamer.pth`: where the weights are, since nothing is pickled."""
+"""Content of `ndreamer.pth`, as JSON: the files of weights and network, since nothing is pickled."""
 
 
 def export(
@@ -53,11 +53,11 @@ def export(
     run
         Run directory, results.zarr, or the URL of either.
     out
-        Local folder; it is made where there is none. Files of these names in it are replaced.
+        Local folder, created if it does not exist. Files of these names in it are replaced.
     parts
-        `model`: `preprocessed.h5ad`, the mappings and, where the run directory is there, the network and its weights;
-        `space`: `adata.h5ad`, which holds the embedding; `decomposition`: denoised expression and batch effect;
-        `effects`: own condition minus control, of the cells that are not control.
+        `model`: `preprocessed.h5ad`, the mappings and, if the run directory has them, the network and its weights;
+        `space`: `adata.h5ad` with the embedding; `decomposition`: denoised expression and batch effect; `effects`: own
+        condition minus control, for the cells that are not control.
 
     Returns
     -------
@@ -66,9 +66,9 @@ def export(
     Raises
     ------
     QueryError
-        The format or a part is unknown, or `out` is no folder on this machine.
+        The format or a part is unknown, or `out` is not a folder on this machine.
     StoreError
-        There are no results, or a chunk of them is damaged.
+        There are no results, a chunk of them is damaged, or `space` is wanted of a space without effect modifiers.
     """
     for what, names, known in (("format", [format], LAYOUTS), ("part", parts, PARTS)):
         if unknown := [name for name in names if name not in known]:
@@ -100,7 +100,7 @@ def _folder(out: str | os.PathLike[str]) -> Path:
 
 
 def file_name(pattern: str, group: Group) -> str:
-    """Return the name of a group's file."""
+    """Return the file name of a group, with its codes of batch and condition."""
     return pattern.format(batch=group.batch, condition=group.condition)
 
 
@@ -114,7 +114,7 @@ def _write_model(results: Results, folder: Path) -> list[Path]:
         (folder / name).write_text(json.dumps(content, indent=1))
     written, run = [folder / name for name in contents], Storage(results.url.rpartition("/")[0])
     if run.exists(keys.MODEL_JSON):
-        read_model(run)  # refuses what is damaged
+        read_model(run)  # raises if the files are damaged
         for source, name in ((keys.MODEL_JSON, keys.PUBLISHED_MODEL), (keys.MODEL_WEIGHTS, keys.PUBLISHED_WEIGHTS)):
             Storage(str(folder)).write_atomic(name, run.read(source))
             written.append(folder / name)
@@ -122,7 +122,7 @@ def _write_model(results: Results, folder: Path) -> list[Path]:
 
 
 def _mappings(results: Results) -> dict[str, object]:
-    """Return the codes that stand in file names, by name, and each group's files."""
+    """Return the codes of conditions and batches by name, and the files of each group."""
     design = results.design
     return {
         "condition_key": design.condition_key,
@@ -166,7 +166,7 @@ PART_WRITERS: dict[LayoutPart, Callable[[Results, Path], list[Path]]] = {
 
 
 def _grouped(results: Results, folder: Path, layer: str, pattern: str) -> list[Path]:
-    """Write a layer, a file for each group that has it; files of groups that there are no more are deleted."""
+    """Write a layer as one file per group, and delete such files of groups that no longer exist."""
     written, cells = [], _cells(results)
     for group in results.design.groups:
         if layer == keys.LAYER_ITE and group.condition == 0:
@@ -184,7 +184,7 @@ def _grouped(results: Results, folder: Path, layer: str, pattern: str) -> list[P
 
 
 def _matching(folder: Path, pattern: str) -> Iterator[Path]:
-    """Give the files of a folder whose names a pattern could have made."""
+    """Yield the files of a folder whose names match a pattern of `keys`."""
     name = re.compile(re.escape(pattern).replace(r"\{batch\}", r"\d+").replace(r"\{condition\}", r"\d+"))
     yield from (path for path in sorted(folder.iterdir()) if name.fullmatch(path.name))
 
@@ -196,7 +196,13 @@ def _cells(results: Results) -> pd.DataFrame:
 
 
 def _stacked(results: Results, path: Path, embeddings: dict[str, bool]) -> Path:
-    """Write an AnnData of all cells, group by group: expression and embeddings, by name (whether of components)."""
+    """Write an AnnData of all cells, group by group: expression, and embeddings.
+
+    Parameters
+    ----------
+    embeddings
+        Names in `obsm`; True for the principal components of the embedding, False for the embedding itself.
+    """
     obs = _cells(results)
     entries = open_array(results.storage, f"X/{keys.DATA}").shape[0]
     with replaced(path) as part:
@@ -212,11 +218,11 @@ def _stacked(results: Results, path: Path, embeddings: dict[str, bool]) -> Path:
 
 
 def _append_rows(file: h5py.File, values: Any, entries: int, *, first: bool) -> None:
-    """Append rows to X, which will hold so many values in the end."""
+    """Append rows to X; `entries`, the final number of stored values, decides the dtype of `indptr`."""
     if first:
         file.pop("X", None)
-        wide = np.int32 if entries <= np.iinfo(np.int32).max else np.int64
-        write_elem(file, "X", values, dataset_kwargs={"compression": "gzip", "indptr_dtype": wide})
+        indptr_dtype = np.int32 if entries <= np.iinfo(np.int32).max else np.int64
+        write_elem(file, "X", values, dataset_kwargs={"compression": "gzip", "indptr_dtype": indptr_dtype})
     else:
         sparse_dataset(file["X"]).append(values)
 

@@ -1,8 +1,8 @@
-"""Check that every file of a run is still what the run wrote: `ndreamer-dist check`.
+"""Check that every file of a run is as the run wrote it: `ndreamer-dist check`.
 
-The markers below `done/` list the files and their sizes. Every chunk of every array is read and compared with its
-checksum, and so is every other file. The command names what is damaged or missing. With `--mend` it also removes the
-damaged parts, and the run's own command then makes them again.
+The markers in `done/` list the files and their sizes. The command reads every chunk of every array and every other file,
+compares them with their checksums, and names the damaged and missing ones. With `--mend` it also deletes the damaged
+files, and the run's own command then makes them again.
 """
 
 from __future__ import annotations
@@ -34,16 +34,26 @@ from ndreamer_dist.storage.shards import Place, chunks_in, read_chunks
 
 OBS = f"{keys.RESULTS}/obs/"
 BATCH_FILES, BATCH_BYTES = 256, 2**28
-"""What one task reads at most, or one file."""
+"""Maximum number of files and bytes of a task; a larger file is a task of its own."""
 SERIAL_BYTES = 2**32
-"""Files of fewer bytes are read in this process by default: starting Ray takes longer."""
+"""A run of at most this many bytes is read in this process by default, which takes less time than starting Ray."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MadeFile:
-    """A file, its size, and its checksum where the file has none in itself."""
+    """A file that a marker lists.
+
+    Attributes
+    ----------
+    name
+        Path below the run directory.
+    size
+        Size in bytes.
+    digest
+        sha256 of a file that holds no checksum itself.
+    """
 
     name: str
     size: int
@@ -52,14 +62,16 @@ class MadeFile:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found.
+    """The outcome of a check.
 
     Attributes
     ----------
+    url
+        Address of the run directory.
     files, bytes
-        How much there should be.
+        Number and total size of the files that the markers list.
     damage
-        A line for each file that is damaged or missing.
+        One line per damaged or missing file.
     """
 
     url: str
@@ -69,67 +81,61 @@ class Checked:
 
 
 def check(out: str | os.PathLike[str], *, mend: bool = False, settings: Mapping[str, Any] | None = None) -> Checked:
-    """Read all that a run has made, and say what is damaged or missing.
+    """Read all files of a run, and return which are damaged or missing.
 
     Parameters
     ----------
     out
         Run directory, local or on object storage.
     mend
-        Remove what is damaged, so that the run's own command makes it again, and that alone.
+        Delete the damaged files, so that the run's own command makes them again, and only them.
     settings
-        Dotted settings that say how to work: `{"run.address": "auto"}`; by default those of the run.
+        Dotted settings that say how to work, such as `{"run.address": "auto"}`; by default those of the run.
 
     Raises
     ------
     RunError
-        There is no run, or, with `mend`, it is being worked on.
+        There is no run, or, with `mend`, another process is working on it.
     """
     directory = RunDirectory.at(out)
     with directory.locked() if mend else nullcontext():
-        found, before = _run_json(directory)
-        made = Settings.build(config=before.get("settings"), overrides=settings)
-        spaces = [directory.space(name) for name in before.get("spaces", ())]
-        found += [error for space in spaces for error in _run_json(space)[0]]
-        made = _settled(made, directory)
+        errors, run_json = _run_json(directory)
+        spaces = [directory.space(name) for name in run_json.get("spaces", ())]
+        errors += [error for space in spaces for error in _run_json(space)[0]]
+        resolved = _with_runtime(Settings.build(config=run_json.get("settings"), overrides=settings), directory)
+        markers = [_markers(place) for place in (directory, *spaces)]
+        if not markers[0]:
+            msg = f"{directory.url} holds nothing that a run has made"
+            raise RunError(msg)
         files: list[MadeFile] = []
-        with choose_runtime(made.run) as runtime:
-            for place in (directory, *spaces):
-                own, unread = _made_files(place, _markers(place))
+        with choose_runtime(resolved.run) as runtime:
+            for place, names in zip((directory, *spaces), markers, strict=True):
+                own, unread = _made_files(place, names)
                 files += own
-                found += [*unread, *_damage(place, own, runtime)]
-        told = {error.url: error for error in found}
-        for error in told.values() if mend else ():
+                errors += [*unread, *_damage(place, own, runtime)]
+        by_file = {error.url: error for error in errors}
+        for error in by_file.values() if mend else ():
             directory.remove_damaged(error.url.removeprefix(f"{directory.url}/"))
-    return Checked(directory.url, len(files), sum(f.size for f in files), tuple(e.what for e in told.values()))
+    return Checked(directory.url, len(files), sum(f.size for f in files), tuple(e.what for e in by_file.values()))
 
 
 def _markers(directory: RunDirectory) -> list[str]:
-    """Return the markers of what a run, or a space added to it, has made and keeps.
-
-    Raises
-    ------
-    RunError
-        It has made nothing.
-    """
-    # The cells packed for all genes are deleted once the results are there.
+    """Return the markers of the files that a run, or a space added to it, has made and kept."""
+    # `all-genes` deletes its packed cells once the results are complete.
     deleted = (keys.STAGE_PACK,) if directory.storage.exists(keys.WIDE_JSON) else ()
-    markers = [name for name in directory.storage.list(keys.DONE) if name.split("/")[1] not in deleted]
-    if not markers:
-        msg = f"{directory.url} holds nothing that a run has made"
-        raise RunError(msg)
-    return markers
+    return [name for name in directory.storage.list(keys.DONE) if name.split("/")[1] not in deleted]
 
 
-def _settled(made: Settings, directory: RunDirectory) -> Settings:
-    """Return the settings with the runtime chosen: little is read sooner in this process than Ray starts."""
-    if made.run.serial is not None or on_a_cluster(made.run) or sum(directory.storage.list().values()) > SERIAL_BYTES:
-        return made
-    return RuntimeChoice(serial=True, why="little is to be read").applied(made)
+def _with_runtime(settings: Settings, directory: RunDirectory) -> Settings:
+    """Return the settings with `run.serial` set if nothing else is chosen and the run is small (`SERIAL_BYTES`)."""
+    run = settings.run
+    if run.serial is not None or on_a_cluster(run) or sum(directory.storage.list().values()) > SERIAL_BYTES:
+        return settings
+    return RuntimeChoice(serial=True, why="little is to be read").applied(settings)
 
 
 def _run_json(directory: RunDirectory) -> tuple[list[DamagedError], dict[str, Any]]:
-    """Return what is wrong with run.json, and what it says; a directory of all genes has none."""
+    """Return the damage of run.json, and its values; the output of `all-genes` has no run.json."""
     try:
         return [], directory.read_run() if directory.storage.exists(keys.RUN_JSON) else {}
     except DamagedError as error:
@@ -137,7 +143,7 @@ def _run_json(directory: RunDirectory) -> tuple[list[DamagedError], dict[str, An
 
 
 def _made_files(directory: RunDirectory, markers: Sequence[str]) -> tuple[list[MadeFile], list[DamagedError]]:
-    """Return the files that the markers list, by name, and the markers that cannot be read."""
+    """Return the files that the markers list, sorted by name, and the errors of markers that cannot be read."""
     files: dict[str, MadeFile] = {}
     unread = []
     for name, data in directory.storage.read_all(markers).items():
@@ -152,27 +158,27 @@ def _made_files(directory: RunDirectory, markers: Sequence[str]) -> tuple[list[M
 
 
 def _damage(directory: RunDirectory, files: Sequence[MadeFile], runtime: Runtime) -> Iterator[DamagedError]:
-    """Find what is missing by listing, and what is damaged by reading."""
+    """Yield an error per missing file, from a listing, and per damaged file, from reading it."""
     sizes: dict[str, int] = {}
     for top in sorted({file.name.split("/")[0] for file in files}):
         sizes |= directory.storage.list(top)
     whole = []
     others = _written_by_others(directory, files, sizes)
     for file in files:
-        found = sizes.get(file.name)
-        if found == file.size or (others and file.name == f"{keys.RESULTS}/{ROOT}"):
+        size = sizes.get(file.name)
+        if size == file.size or (others and file.name == f"{keys.RESULTS}/{ROOT}"):
             whole.append(file)
             continue
         if others and file.name.startswith(OBS):
             continue
-        how = "is missing" if found is None else f"is damaged (it has {found} bytes in place of {file.size})"
+        how = "is missing" if size is None else f"is damaged (it has {size} bytes in place of {file.size})"
         yield DamagedError(f"{directory.url}/{file.name} {how}", f"{directory.url}/{file.name}")
     for damage in runtime.map(check_files, list(_batches(whole)), directory, others, title="check"):
         yield from damage
 
 
 def _written_by_others(directory: RunDirectory, files: Sequence[MadeFile], sizes: Mapping[str, int]) -> bool:
-    """Return whether another program wrote into obs, a column say, and left it readable and of the run's cells."""
+    """Return whether another program changed obs, e.g. added a column, and obs is readable and of the run's cells."""
     tables = {file.name: file.size for file in files if file.name in (f"{OBS}{ROOT}", f"{OBS}_index/{ROOT}")}
     if all(sizes.get(name) == size for name, size in tables.items()):
         return False
@@ -190,7 +196,7 @@ def _written_by_others(directory: RunDirectory, files: Sequence[MadeFile], sizes
 
 
 def _batches(files: Sequence[MadeFile]) -> Iterator[list[MadeFile]]:
-    """Cut files into what one task reads; those of an array follow each other."""
+    """Yield the files of one task after the other; the order of the files stays, so an array's are together."""
     batch: list[MadeFile] = []
     size = 0
     for file in files:
@@ -204,15 +210,15 @@ def _batches(files: Sequence[MadeFile]) -> Iterator[list[MadeFile]]:
 
 
 def check_files(batch: Sequence[MadeFile], directory: RunDirectory, others: bool = False) -> list[DamagedError]:
-    """Read some files of a run and return what is wrong with them; a task.
+    """Read some files of a run and return the errors of the damaged ones; runs as a task.
 
     Parameters
     ----------
     others
-        Another program wrote into obs, which the root then need not tell of.
+        Whether another program changed obs; the metadata in the root of results.zarr may then differ from that of obs.
     """
-    found = []
-    opened: dict[tuple[str, str], zarr.Array[Any]] = {}
+    errors = []
+    opened: dict[tuple[str, str], zarr.Array[Any]] = {}  # the array of the last file: files are sorted by array
     for file in batch:
         part = ArrayFile.of(file.name)
         try:
@@ -227,23 +233,23 @@ def check_files(batch: Sequence[MadeFile], directory: RunDirectory, others: bool
                 array = opened[name]
                 read_chunks(array, Place(storage.url, part.array), chunks_in(array, part.chunk), lambda *_: None)
         except DamagedError as error:
-            found.append(error)
-    return found
+            errors.append(error)
+    return errors
 
 
 def _metadata(data: bytes, url: str) -> dict[str, Any]:
-    """Return the metadata of an array or a group, which makes sense to zarr."""
+    """Parse the metadata of an array or a group; `DamagedError` if zarr cannot use it."""
     try:
-        told = dict(json.loads(data))
-        if told["node_type"] == "array":
-            opened_with(told, StorePath(MemoryStore()))
+        metadata = dict(json.loads(data))
+        if metadata["node_type"] == "array":
+            opened_with(metadata, StorePath(MemoryStore()))
     except Exception as error:
         raise DamagedError.of(url, error) from error
-    return told
+    return metadata
 
 
 def _check_file(directory: RunDirectory, file: MadeFile, *, others: bool) -> None:
-    """Look at a file that belongs to no array."""
+    """Check a file that belongs to no array; `DamagedError` if it differs from its checksum."""
     url = f"{directory.url}/{file.name}"
     if file.name in (keys.MODEL_JSON, keys.MODEL_WEIGHTS):
         read_model(directory.storage)
@@ -256,12 +262,12 @@ def _check_file(directory: RunDirectory, file: MadeFile, *, others: bool) -> Non
 
 
 def _check_root(storage: Storage, url: str, *, others: bool) -> None:
-    """Compare what the root of the results says of every array and group with what each says of itself."""
+    """Compare the consolidated metadata in the root of results.zarr with the metadata of every array and group."""
     nodes = ConsolidatedStorage(storage.url).nodes
     if others:
         nodes = {name: node for name, node in nodes.items() if name != "obs" and not name.startswith("obs/")}
     for name, data in storage.read_all([f"{name}/{ROOT}" for name in nodes]).items():
-        own, told = _metadata(data, f"{storage.url}/{name}"), dict(nodes[name.removesuffix(f"/{ROOT}")])
-        own.pop("consolidated_metadata", None), told.pop("consolidated_metadata", None)
-        if own != told:
+        own, consolidated = _metadata(data, f"{storage.url}/{name}"), dict(nodes[name.removesuffix(f"/{ROOT}")])
+        own.pop("consolidated_metadata", None), consolidated.pop("consolidated_metadata", None)
+        if own != consolidated:
             raise DamagedError.of(url, f"it and {name} differ")

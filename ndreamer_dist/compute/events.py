@@ -206,6 +206,11 @@ def titled(title: str) -> str:
     return f"{stage.place} {title}" if stage and stage.place else title
 
 
+def bars_disabled() -> bool | None:
+    """Return tqdm's `disable` for the bars of a command: hidden with `--quiet`, else shown on a terminal only."""
+    return None if logging.getLogger("ndreamer_dist").isEnabledFor(logging.INFO) else True
+
+
 def log_progress(facts: Mapping[str, Any]) -> None:
     """Log the progress of a stage in one line."""
     done, total, what = facts.get("done", 0), facts.get("total", 0), "tasks"

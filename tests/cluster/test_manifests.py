@@ -297,6 +297,12 @@ def test_the_entry_point_is_a_program_of_the_image_and_its_job_file_is_where_it_
         assert file in config["data"]
 
 
+def test_numbers_of_a_job_file_are_names_as_everywhere() -> None:
+    values = {"input": "/a", "out": "/b", "condition_key": "disease", "control": 0, "batch_key": [1]}
+    job = jobs_module().checked_job(values, "job.yaml")
+    assert (job.control, job.batch_key) == ("0", ("1",))
+
+
 def test_the_job_file_is_one_that_the_job_takes_and_that_the_cluster_can_hold(
     overlay: tuple[str, list[Document]], tmp_path: Path
 ) -> None:

@@ -77,7 +77,7 @@ def _words(cohort: Path | str, out: Path | str, *more: str, **names: str | None)
     options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     sets = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
     words = ["run", str(cohort), "--out", str(out), "--preset", "small", *options, *sets, *more]
-    return lambda: cli.obey(words)
+    return lambda: cli.run_command(words)
 
 
 def _write(adata: ad.AnnData, path: Path) -> Path:
@@ -342,8 +342,8 @@ CASES: dict[str, Case] = {
     "a setting that is no assignment": _cohort(None, "--set", "epochs"),
     "an unknown preset": _cohort(None, "--preset", "papr"),
     "a misspelled option": _cohort(None, "--worker", "2"),
-    "a misspelled command": lambda _: lambda: cli.obey(["rum"]),
-    "a command without what it needs": lambda _: lambda: cli.obey(["run"]),
+    "a misspelled command": lambda _: lambda: cli.run_command(["rum"]),
+    "a command without what it needs": lambda _: lambda: cli.run_command(["run"]),
     "not enough memory": _cohort(None, "--set", "run.memory_gb=0.001"),
     "not enough disk": _elsewhere("/proc/run"),
     "a run directory that is a web server's": _elsewhere("https://127.0.0.1/run"),

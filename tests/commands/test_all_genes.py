@@ -127,8 +127,10 @@ def test_what_cannot_be_is_refused(made: SimpleNamespace, tmp_path: Path) -> Non
         write(made, tmp_path / "taken")
     with pytest.raises(CohortError, match="is not the cohort"):
         all_genes(made.run.url, counts(300, 90, seed=1), out=tmp_path / "out", settings=SERIAL)
-    with pytest.raises(RunError, match=r"match\.bandwidth bears on the run's results"):
+    with pytest.raises(RunError, match=r"match\.bandwidth would change the results"):
         all_genes(made.run.url, cohort(), out=tmp_path / "out", settings={**SERIAL, "match.bandwidth": 3.0})
+    with pytest.raises(RunError, match=r"^seed would change the results"):
+        all_genes(made.run.url, cohort(), out=tmp_path / "out", settings={**SERIAL, "seed": 3})
     with pytest.raises(ResourceError, match="GB of memory"):
         all_genes(made.run.url, cohort(), out=tmp_path / "out", settings={**SERIAL, "run.memory_gb": 0.1})
     assert not (tmp_path / "out").exists()

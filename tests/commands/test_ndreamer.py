@@ -137,7 +137,7 @@ def test_mappings_and_weights_are_readable(made):
 def test_a_script_run_again_does_nothing_again(made):
     results = made.folder / "run" / keys.RESULTS / "zarr.json"
     before = results.stat().st_mtime_ns
-    made.ndreamer._later = made.ndreamer._asked_before()  # as in a new process
+    made.ndreamer._later = made.ndreamer._earlier_choice()  # as in a new process
     made.ndreamer.train_model()
     made.ndreamer.get_modifier_space()
     assert results.stat().st_mtime_ns == before
@@ -162,10 +162,11 @@ def test_what_is_left_out_is_what_the_published_class_takes(cohort, tmp_path):
     assert (bare["train.batch_size"], bare["train.epochs"]) == (2048, 10)
     asked = NDreamer(
         cohort, condition_key="condition", control_name="control", save_pth=tmp_path, normalise=True, min_cells=3,
-        latent_noise=0.5, decoder_hidden=[64, 32], seed=4,
+        latent_noise=0.5, decoder_hidden=[64, 32], seed=4, device="cpu",
     )._settings  # fmt: skip
     assert (asked["cohort.min_genes"], asked["cohort.min_cells"], asked["cohort.normalise"]) == (300, 3, "counts")
     assert (asked["model.latent_noise"], asked["model.decoder"], asked["seed"]) == (0.5, [64, 32], 4)
+    assert {asked[f"{stage}.device"] for stage in ("train", "embed", "match")} == {"cpu"}
 
 
 @pytest.mark.parametrize(

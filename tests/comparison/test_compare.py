@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 
 import ndreamer_dist as nd
 from ndreamer_dist import keys
-from ndreamer_dist.cli import obey
+from ndreamer_dist.cli import run_command
 from ndreamer_dist.comparison.halves import SPLITS, donor_halves, half_effects
 from ndreamer_dist.comparison.labels import chosen_populations
 from ndreamer_dist.comparison.state import StateQuestion
@@ -264,5 +264,5 @@ def test_what_will_not_do_is_refused(run: Path, tiny: Path, words: list[str], wh
 def obey_quietly(words: list[str]) -> None:
     """Run a command line that ends well."""
     with pytest.raises(SystemExit) as ended:
-        obey(words)
+        run_command(words)
     assert not ended.value.code

@@ -96,13 +96,13 @@ def test_parts_are_the_table_and_so_is_the_file(results: Results, tmp_path: Path
     ordered = parts.sort_values("population", kind="stable").reset_index(drop=True)
     pd.testing.assert_frame_equal(ordered, table.drop(columns="p_adjusted_all"))
     for suffix, read in ((".parquet", pd.read_parquet), (".csv", pd.read_csv)):
-        written = write_cate(results, tmp_path / f"t{suffix}", condition=None, by="cell_type")
+        written = write_cate(results, tmp_path / f"parts{suffix}", condition=None, by="cell_type")
         assert written.rows == len(table)
-        again = read(tmp_path / f"t{suffix}").sort_values("population", kind="stable").reset_index(drop=True)
+        again = read(tmp_path / f"parts{suffix}").sort_values("population", kind="stable").reset_index(drop=True)
         assert list(again) == list(table)
         np.testing.assert_allclose(again["mean_ite"], table["mean_ite"])
         np.testing.assert_array_equal(again["p_adjusted_all"], table["p_adjusted_all"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "t.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.csv", "parts.parquet"]
 
 
 def test_pieces_compared_grow_with_conditions_and_not_with_their_square(

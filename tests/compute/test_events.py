@@ -30,7 +30,7 @@ from tests.tiny import SETTINGS, run_words, tiny_cohort
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """The log of the command line, as `cli.speak` sets it up in a fresh process."""
+    """The log of the command line, as `cli.run_program` sets it up in a fresh process."""
     stream, handler, root = io.StringIO(), logging.StreamHandler(), logging.getLogger()
     handler.setStream(stream)
     handler.setFormatter(Lines())

@@ -87,6 +87,14 @@ def test_check_finds_damage_in_every_space_and_the_run_makes_it_again(cohort, fi
     assert_same_bits(folder(finished, name), folder(tmp_path / "run", name), (keys.MATCHES, keys.RESULTS))
 
 
+def test_check_reads_a_run_whose_added_space_has_only_begun(finished, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(out / keys.SPACES_DIR / "harmony" / keys.DONE)
+    checked = nd.check(out, settings=ALONE)
+    assert not checked.damage
+    assert 0 < checked.files < nd.check(finished, settings=ALONE).files
+
+
 def test_matches_are_added_to_the_space_that_is_named(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     name = f"{keys.block_name(0)}/{keys.MATCH_ROW}"
@@ -103,7 +111,7 @@ def test_matches_are_added_to_the_space_that_is_named(finished, tmp_path):
 def test_other_shared_settings_of_the_first_space_delete_the_others(cohort, finished, tmp_path, caplog):
     shutil.copytree(finished, tmp_path / "run")
     run(cohort, tmp_path / "run", keys.SPACE_PCA, redo=True, **{"hvg.num_hvg": 140})
-    assert "rests on what is run again" in caplog.text
+    assert "since stages that it needs run again" in caplog.text
     assert not (tmp_path / "run" / keys.SPACES_DIR / "harmony").exists()
     with pytest.raises(StoreError, match="it has 'pca'"):
         nd.open_results(tmp_path / "run", embedding=keys.HARMONY)

@@ -58,7 +58,7 @@ def said(work: Callable[[], object]) -> Said:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            cli.speak(work)
+            cli.run_program(work)
         except SystemExit as ended:
             code = ended.code or 0
     return Said(int(code), out.getvalue(), err.getvalue())
@@ -66,7 +66,7 @@ def said(work: Callable[[], object]) -> Said:
 
 def command(words: Sequence[str]) -> Said:
     """Run a command line in this process."""
-    return said(lambda: cli.obey(list(words)))
+    return said(lambda: cli.run_command(list(words)))
 
 
 def planned(cohort: Path | str, *more: str, names: Sequence[str] = NAMES) -> Said:

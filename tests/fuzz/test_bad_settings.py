@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ndreamer_dist.errors import SettingsError
@@ -45,6 +45,7 @@ def refusal_of(work: Callable[[], object]) -> str | None:
 
 
 @given(st.sampled_from(KNOWN), PLAIN)
+@example(name="cohort.condition_key", value=[[]])
 @settings(max_examples=150, deadline=2000)
 def test_any_value_of_a_setting_is_taken_or_refused_by_name(name: str, value: Any) -> None:
     refusal = refusal_of(lambda: Settings.build(overrides={name: value}))
