@@ -69,15 +69,15 @@ def half_effects(run: StatisticsInput, codes: np.ndarray, halves: np.ndarray, co
     halves
         What `donor_halves` returned.
     """
-    asked = _Asked(run, codes, halves, condition)
-    cells = asked.cells()
-    effects = (asked.means(condition) - asked.means(0)).reshape(*cells.shape, -1)
+    averages = _HalfEffects(run, codes, halves, condition)
+    cells = averages.cells()
+    effects = (averages.means(condition) - averages.means(0)).reshape(*cells.shape, -1)
     effects[cells < LEAST_IN_HALF] = np.nan
     return effects
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _HalfEffects:
     """The question for effects of halves, as of `half_effects`."""
 
     run: StatisticsInput
@@ -128,10 +128,10 @@ class _Asked:
             cell, place = np.nonzero(near >= 0)
             splits = np.flatnonzero(together)
             first = (splits * 2 + self.halves[splits, query.code]) * self.number
-            asking = (first[:, None] + self.codes[rows[cell]]).ravel()
+            places = (first[:, None] + self.codes[rows[cell]]).ravel()
             matched = np.tile(near[cell, place] - target.start, len(splits))
             each = np.tile(weight[cell, place], len(splits))
-            total = total + sparse.coo_matrix((each, (asking, matched)), shape=shape).tocsr()
+            total = total + sparse.coo_matrix((each, (places, matched)), shape=shape).tocsr()
         return total
 
     def _matches(self, rows: np.ndarray, query: Group, target: Group) -> tuple[np.ndarray, np.ndarray]:

@@ -64,12 +64,12 @@ def interaction_table(means: list[anndata.AnnData], by: str, names: tuple[str, .
     keyed = [side.to_df().set_axis(pd.MultiIndex.from_frame(side.obs[[by, "condition", "donor"]])) for side in means]
     groups = pd.concat(keyed, keys=(0, 1)).groupby(level=[0, 1, 2])
     sides = {key: part.droplevel([0, 1, 2]) for key, part in groups if len(part) >= 2}
-    found = []
+    tables = []
     for population in means[0].obs[by].unique():
-        asked = [(side, population, name) for side, name in zip((0, 0, 1, 1), names, strict=True)]
-        if set(asked) <= set(sides):
-            found.append(difference_of_differences([sides[key] for key in asked]).assign(**{by: population}))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+        arms = [(side, population, name) for side, name in zip((0, 0, 1, 1), names, strict=True)]
+        if set(arms) <= set(sides):
+            tables.append(difference_of_differences([sides[key] for key in arms]).assign(**{by: population}))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def difference_of_differences(sides: list[pd.DataFrame]) -> pd.DataFrame:

@@ -77,19 +77,19 @@ def screen(results: Results, by: PopulationLabels = None, *, donor_key: str | No
     table["size"] = np.sqrt(np.maximum((own**2).sum(axis=1) - table["noise"], 0))
     table["strongest"] = strongest(matrix, {})
     largest = table["size"].sort_values(ascending=False, kind="stable").index[:detailed]
-    kept = [part for name in largest for part in results.cate_parts(by, donor_key=donor_key, condition=name)]
+    detailed_parts = [part for name in largest for part in results.cate_parts(by, donor_key=donor_key, condition=name)]
     order = order_of_conditions(matrix.to_numpy())
     table = table.iloc[order].assign(place=np.arange(1, len(order) + 1))
     return Screen(
         table[["place", "cells", "donors", "size", "genes", "strongest"]], matrix.iloc[order],
-        bool(table["tested"].any()), pd.concat(kept, ignore_index=True),
+        bool(table["tested"].any()), pd.concat(detailed_parts, ignore_index=True),
     )  # fmt: skip
 
 
 def own_effects(effects: np.ndarray) -> np.ndarray:
     """Return effects less their mean over conditions, which holds what all share, the noise of the control among it."""
-    known = np.nan_to_num(effects.astype(np.float64))
-    return np.asarray(known - known.mean(axis=0))
+    filled = np.nan_to_num(effects.astype(np.float64))
+    return np.asarray(filled - filled.mean(axis=0))
 
 
 def by_condition(parts: Iterable[pd.DataFrame]) -> Iterator[tuple[str, list[pd.DataFrame]]]:
@@ -106,9 +106,9 @@ def pooled(parts: list[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
     cells = np.array([part["cells"].iloc[0] for part in parts], dtype=np.float64)
     means, spreads = (np.stack([part[name].to_numpy() for part in parts]) for name in ("mean_ite", "sd_ite"))
     weights = (cells / cells.sum())[:, None]
-    known = np.isfinite(spreads)
-    usual = (spreads**2).sum(axis=0, where=known) / np.maximum(known.sum(axis=0), 1)
-    variance = np.where(known, spreads**2, usual) / cells[:, None]
+    has_spread = np.isfinite(spreads)
+    usual = (spreads**2).sum(axis=0, where=has_spread) / np.maximum(has_spread.sum(axis=0), 1)
+    variance = np.where(has_spread, spreads**2, usual) / cells[:, None]
     return (weights * means).sum(axis=0), (weights**2 * variance).sum(axis=0)
 
 

@@ -94,21 +94,21 @@ class StateQuestion:
         unmodelled = np.flatnonzero(~np.isin(names, results.var_names.to_numpy(dtype=object)))
         sample = _sampled(design, cells)
         sample = sample[populations.codes[sample] >= 0]
-        seen = expression.read(sample, unmodelled).getnnz(axis=0) if len(sample) else np.zeros(len(unmodelled))
-        expressed = np.argsort(-seen, kind="stable")[: min(MOST_GENES, int((seen > 0).sum()))]
+        expressing = expression.read(sample, unmodelled).getnnz(axis=0) if len(sample) else np.zeros(len(unmodelled))
+        expressed = np.argsort(-expressing, kind="stable")[: min(MOST_GENES, int((expressing > 0).sum()))]
         if len(expressed) < LEAST_GENES:
             return None, f"fewer than {LEAST_GENES} genes that cells express were not modelled"
         depth = np.zeros(design.n_cells) if expression.totals is None else np.log(np.maximum(expression.totals, 1.0))
         bare = cls(expression, populations.codes, depth, sample, unmodelled[expressed], design)
         every = (bare._population(int(code)) for code in np.unique(populations.codes[sample]))
-        seen_in = tuple(population for population in every if population is not None and population.seen)
-        if not seen_in:
+        visible = tuple(population for population in every if population is not None and population.seen)
+        if not visible:
             return (
                 None,
                 f"no population has {LEAST_SAMPLED} control cells in the sample and a state that can be seen in them",
             )
         return replace(
-            bare, populations=seen_in
+            bare, populations=visible
         ), f"no match of {FEWEST_PAIRS} sampled control cells is of their population"
 
     def held(self, counterparts: Counterparts) -> float:

@@ -30,7 +30,7 @@ from ndreamer_dist.planning.stages import SHARED
 from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.cate_table import StatisticsInput, column, individual_effects, replicates_of
-from ndreamer_dist.stats.diagnostics import told_of_donors
+from ndreamer_dist.stats.diagnostics import donor_layout
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.checksums import unseal
@@ -92,8 +92,8 @@ class Comparison:
     def __str__(self) -> str:
         """Return the table and the advice for a terminal."""
         shown = self.table.set_index("space").rename(columns={m.name: m.title for m in MEASURES})
-        known = [m for m in MEASURES if self.table[m.name].notna().any()]
-        lines = [shown[[m.title for m in known]].to_string(float_format=lambda value: f"{value:.3f}", na_rep="-")]
+        measured = [m for m in MEASURES if self.table[m.name].notna().any()]
+        lines = [shown[[m.title for m in measured]].to_string(float_format=lambda value: f"{value:.3f}", na_rep="-")]
         return "\n".join([*lines, "", f"populations: {self.populations}", f"donors: {self.layout}", *self.sentences()])
 
     def sentences(self) -> list[str]:
@@ -135,14 +135,14 @@ def compare_spaces(
         The input cohort, for the state held; none, and there is no such column.
     """
     first = next(iter(spaces.values()))
-    question = _Question.of(first, populations, donor_key, cohort)
+    inputs = _SharedInputs.of(first, populations, donor_key, cohort)
     costs = costs_of(run)
-    rows = [question.measured(name, results, *costs.get(name, (np.nan, np.nan))) for name, results in spaces.items()]
+    rows = [inputs.measured(name, results, *costs.get(name, (np.nan, np.nan))) for name, results in spaces.items()]
     table = pd.DataFrame([asdict(row) for row in rows])
-    missing = {name: why for name, why in question.missing.items() if table[name].isna().all()}
-    now = _effects_keys(run)
-    made_from = {name: now[name] for name in spaces}
-    kind, layout = told_of_donors(first._statistics_input(None, None), donor_key)
+    missing = {name: why for name, why in inputs.missing.items() if table[name].isna().all()}
+    effects_keys = _effects_keys(run)
+    made_from = {name: effects_keys[name] for name in spaces}
+    kind, layout = donor_layout(first._statistics_input(None, None), donor_key)
     advice = advise(table, nested=kind == "nested", clustered=populations.clustered)
     return Comparison(table, populations.source, layout, missing, advice, made_from)
 
@@ -154,11 +154,11 @@ def kept_comparison(run: RunDirectory, results: Results) -> Comparison | None:
         return None
     try:
         comparison = Comparison.of(unseal(data, f"{run.url}/{keys.COMPARISON}"))
-        now = _effects_keys(run)
+        effects_keys = _effects_keys(run)
     except DamagedError as error:
         logger.warning("%s; `compare` writes it anew", error.what)
         return None
-    same = all(now.get(name) == key for name, key in comparison.made_from.items())
+    same = all(effects_keys.get(name) == key for name, key in comparison.made_from.items())
     return comparison if same and results.space in comparison.made_from else None
 
 
@@ -196,8 +196,8 @@ def match_purity(results: Results, populations: np.ndarray) -> float:
     inside = populations >= 0
     flat = populations[inside] * len(design.conditions) + codes[inside]
     cells = np.bincount(flat, minlength=purity.size).reshape(purity.shape)
-    known = np.isfinite(purity) & (cells > 0)
-    return float(np.average(purity[known], weights=cells[known])) if known.any() else float("nan")
+    measured = np.isfinite(purity) & (cells > 0)
+    return float(np.average(purity[measured], weights=cells[measured])) if measured.any() else float("nan")
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def agreement_with_means(results: Results, codes: np.ndarray, means: TypeMeans |
 
 
 @dataclass(frozen=True)
-class _Question:
+class _SharedInputs:
     """What is asked of every space of a cohort alike."""
 
     populations: CellPopulations
@@ -264,7 +264,7 @@ class _Question:
     missing: dict[str, str]
 
     @classmethod
-    def of(cls, results: Results, populations: CellPopulations, donor_key: str | None, cohort: Any) -> _Question:
+    def of(cls, results: Results, populations: CellPopulations, donor_key: str | None, cohort: Any) -> _SharedInputs:
         """Prepare what does not depend on the space."""
         source, design = results._statistics_input(None, None), results.design
         missing = {"mixing": "the sample has one group alone"}
@@ -286,14 +286,14 @@ class _Question:
         r, slope = agreement_with_means(results, codes, self.means)
         array = f"obsm/{source.embedding}"
         points = read_dense(source.storage, array, self.rows, np.arange(open_array(source.storage, array).shape[1]))
-        known = codes[self.rows] >= 0
+        labelled = codes[self.rows] >= 0
         return SpaceMeasures(
             space=name,
             purity=match_purity(results, codes),
             overlap=_overlap(results),
             mixing=scaled_lisi(points, results.design.group_of(self.rows)),
-            separation=1 - scaled_lisi(points[known], codes[self.rows][known]),
-            silhouette=silhouette(points[known], codes[self.rows][known]),
+            separation=1 - scaled_lisi(points[labelled], codes[self.rows][labelled]),
+            silhouette=silhouette(points[labelled], codes[self.rows][labelled]),
             agreement=r,
             slope=slope,
             split_half=self._split_half(source),

@@ -265,19 +265,19 @@ def _grouping(results: Results) -> list[str]:
 
 def _shading(results: Results, table: pd.DataFrame, color: str | Sequence[str]) -> dict[str, pd.Series]:
     """Return the values to shade cells by, under the title of each panel."""
-    found: dict[str, pd.Series] = {}
+    shading: dict[str, pd.Series] = {}
     titles = {keys.OBS_CONDITION: results.design.condition_key, keys.OBS_BATCH: " + ".join(results.design.batch_keys)}
     for name in [color] if isinstance(color, str) else color:
         if name not in table and name in results.var_names:
             values = results.expression(list(table.index), [name]).X.toarray()[:, 0]
-            found[name] = pd.Series(values, index=table.index)
+            shading[name] = pd.Series(values, index=table.index)
         elif name in table:
-            found[titles.get(name, name)] = column(table, name)
+            shading[titles.get(name, name)] = column(table, name)
         else:
-            known = [*map(str, table.columns), *map(str, results.var_names)]
-            msg = f"there is neither a column of obs nor a modelled gene {name!r}.{suggest(name, known)}"
+            names = [*map(str, table.columns), *map(str, results.var_names)]
+            msg = f"there is neither a column of obs nor a modelled gene {name!r}.{suggest(name, names)}"
             raise QueryError(msg)
-    return found
+    return shading
 
 
 @dataclass(frozen=True)
@@ -751,10 +751,10 @@ def conditions(
     most
         Draw at most so many genes of none given.
     """
-    found = screen_of(results, by) if screen is None else screen
-    own = own_effects(found.effects.to_numpy())
-    chosen = list(found.effects.columns[most_different(own, most)] if genes is None else genes)
-    wide = pd.DataFrame(own, index=found.effects.index, columns=found.effects.columns)[chosen]
+    summary = screen_of(results, by) if screen is None else screen
+    own = own_effects(summary.effects.to_numpy())
+    chosen = list(summary.effects.columns[most_different(own, most)] if genes is None else genes)
+    wide = pd.DataFrame(own, index=summary.effects.index, columns=summary.effects.columns)[chosen]
     wide = wide[by_likeness(wide)] if genes is None else wide
     height = min(MAP_INCHES, 1.9 + 0.16 * len(wide))
     (ax,) = panels(1, ax, size=(2.6 + 0.16 * wide.shape[1], height))
@@ -790,11 +790,11 @@ def _in_rows(part: pd.DataFrame) -> pd.DataFrame:
     else:
         row = conditions + " · " + populations
     part = part.assign(row=row)
-    said = part.assign(
+    ranking = part.assign(
         _sure=well_founded(part), _called=part["p_adjusted"] < SIGNIFICANT, _size=part[effect_column(part)].abs()
     )
     facts = ["_sure", "_called", "_size"]
-    ranked = said.groupby("row")[facts].sum().sort_values(facts, ascending=False, kind="stable")
+    ranked = ranking.groupby("row")[facts].sum().sort_values(facts, ascending=False, kind="stable")
     return part[part["row"].isin(ranked.index[:MOST_ROWS])]
 
 
@@ -927,8 +927,8 @@ def overlap(
     if near.any() and not near.all():
         ax.axvline(float(distance[near].max()), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     for place, group in enumerate(groups):
-        told = f"{100 * near[group].mean():.0f} % near"
-        ax.text(1.01, place, told, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+        label = f"{100 * near[group].mean():.0f} % near"
+        ax.text(1.01, place, label, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
     ax.set_yticks(range(len(groups)), [shortened(name) for name in kinds.categories])
     ax.set_xlim(left=0)
     ax.invert_yaxis()
@@ -951,16 +951,16 @@ def spaces(comparison: Comparison, *, show: bool = False, save: Save = None) -> 
     """
     table = comparison.table
     names = [shortened(str(name)) for name in table["space"]]
-    known = [m for m in MEASURES if table[m.name].notna().any()]
-    axes = panels(len(known), None, size=(2.5, 0.75 + 0.3 * len(names)), columns=4)
+    measured = [m for m in MEASURES if table[m.name].notna().any()]
+    axes = panels(len(measured), None, size=(2.5, 0.75 + 0.3 * len(names)), columns=4)
     shades = [DOWN if name == comparison.advice.space else QUIET for name in table["space"]]
-    for panel, measure in zip(axes, known, strict=True):
+    for panel, measure in zip(axes, measured, strict=True):
         values = table[measure.name].to_numpy(dtype=float)
         panel.barh(range(len(names)), np.nan_to_num(values), color=shades, height=0.66)
         best = np.isfinite(values) & ~measure.beaten(values)
         for place, value in enumerate(values):
-            told = "not measured" if math.isnan(value) else f"{value:.3g}" + " \N{BULLET}" * int(best[place])
-            panel.text(1.02, place, told, transform=panel.get_yaxis_transform(), va="center", fontsize=8.5)
+            label = "not measured" if math.isnan(value) else f"{value:.3g}" + " \N{BULLET}" * int(best[place])
+            panel.text(1.02, place, label, transform=panel.get_yaxis_transform(), va="center", fontsize=8.5)
         if measure.better == "one":
             panel.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         way = {"high": "\N{RIGHTWARDS ARROW}", "low": "\N{LEFTWARDS ARROW}", "one": "near 1"}[measure.better]

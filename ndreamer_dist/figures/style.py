@@ -66,8 +66,8 @@ def styled(plot: Callable[P, Answer]) -> Callable[P, Answer]:
 
 @functools.cache
 def _font() -> str:
-    known = set(font_manager.get_font_names())
-    return next(name for name in FONTS if name in known)
+    installed = set(font_manager.get_font_names())
+    return next(name for name in FONTS if name in installed)
 
 
 def panels(number: int, ax: Axes | None, *, size: tuple[float, float], columns: int = 3) -> list[Axes]:
@@ -149,11 +149,11 @@ def colours(levels: Sequence[str], palette: Palette = None) -> list[str]:
         return [palette[place % len(palette)] for place in range(len(levels))]
     from scanpy.plotting import palettes
 
-    known = len(levels) - (UNKNOWN in levels)
-    kept = next(
-        (p for p in (PALETTE, palettes.default_20, palettes.default_28) if known <= len(p)), palettes.default_102
+    named = len(levels) - (UNKNOWN in levels)
+    shades = next(
+        (p for p in (PALETTE, palettes.default_20, palettes.default_28) if named <= len(p)), palettes.default_102
     )
-    return [QUIET if level == UNKNOWN else kept[place % len(kept)] for place, level in enumerate(levels)]
+    return [QUIET if level == UNKNOWN else shades[place % len(shades)] for place, level in enumerate(levels)]
 
 
 def legend_outside(ax: Axes, levels: Sequence[str], shades: Sequence[str]) -> None:

@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 TOP_GENES = 30
 MOST_VOLCANOES = 6
-MOST_TOLD = 6
+MOST_SUMMARISED = 6
 """Conditions that the summary tells of."""
 MOST_IN_TITLE = 3
 """Conditions that a title names."""
@@ -180,10 +180,10 @@ def report(
     by = by or likely_populations(opened.packed_obs, opened.design)
     logger.info("report: effects by %s", by or "condition alone")
     with counting() as reads:
-        looked_at = _screen(opened, by, condition, donor_key)
-        table = effects(opened, by, condition, donor_key) if looked_at is None else looked_at.detailed
+        screen = _screen(opened, by, condition, donor_key)
+        table = effects(opened, by, condition, donor_key) if screen is None else screen.detailed
         diagnostics = opened.diagnostics(by, donor_key=donor_key)
-        data = PageData(opened, by, chosen, donor_key, table, diagnostics, cells, looked_at)
+        data = PageData(opened, by, chosen, donor_key, table, diagnostics, cells, screen)
         html = page(data)
     logger.debug("report: read %s", reads)
     return write_file(address, html.encode())
@@ -219,7 +219,7 @@ def _content(data: PageData) -> dict[str, Any]:
     results, design = data.results, data.results.design
     return {
         "title": f"NDreamer: {_named(data.compared)} against {design.control}",
-        "subtitle": f"What the condition does to {_counted_cells(results)}, and how far the numbers can be trusted.",
+        "subtitle": f"What the condition does to {_cell_count(results)}, and how far the numbers can be trusted.",
         "control": design.control,
         "tiles": _tiles(data),
         "summary": list(_summary(data)),
@@ -254,13 +254,13 @@ def _content(data: PageData) -> dict[str, Any]:
     }
 
 
-def _map(data: PageData, found: Screen) -> Picture:
+def _map(data: PageData, screen: Screen) -> Picture:
     return _picture(
         "All conditions",
         "Mean effect over the cells of each condition, less the mean of all conditions: what it does of its own. Conditions "
         "that act alike lie next to each other; the table below says where each lies. Genes are those whose effects differ most between conditions.",
-        f"Heat map of effects, {len(found.effects)} conditions by genes",
-        lambda: plots.conditions(data.results, data.by, screen=found),
+        f"Heat map of effects, {len(screen.effects)} conditions by genes",
+        lambda: plots.conditions(data.results, data.by, screen=screen),
     )
 
 
@@ -285,7 +285,7 @@ def _origin(results: Results) -> Iterator[str]:
     )
 
 
-def _counted_cells(results: Results) -> str:
+def _cell_count(results: Results) -> str:
     """Say how many cells there are; of mapped ones, beside how many of the run."""
     own, run = results.design.own_cells, results.design.first_row
     return f"{whole(own)} mapped cells, beside {whole(run)} of the run" if run else f"{whole(own)} cells"
@@ -312,7 +312,7 @@ def _tiles(data: PageData) -> list[tuple[str, str]]:
 def _summary(data: PageData) -> Iterator[str]:
     """Say what was found, a sentence or two per condition; of many conditions, of those with most called genes."""
     called_genes = (data.table["p_adjusted"] < plots.SIGNIFICANT).groupby(data.table["condition"]).sum()
-    chosen = sorted(data.conditions, key=lambda name: -int(called_genes[name]))[:MOST_TOLD]
+    chosen = sorted(data.conditions, key=lambda name: -int(called_genes[name]))[:MOST_SUMMARISED]
     if data.screen is not None:
         yield _of_screen(data.screen)
     elif len(chosen) < len(data.conditions):
@@ -330,23 +330,23 @@ def _summary(data: PageData) -> Iterator[str]:
             named = f"{_strongest(parts, effect, data.labels)} {_steady(parts, data.labels)}".strip()
             yield f"{condition}: there are effects but no p-values{reason}. {named}"
             continue
-        found = sorted((pair for pair in called if pair[0]), reverse=True)
-        most = ", ".join(f"{name} ({number})" for number, name in found[:3])
+        most_called = sorted((pair for pair in called if pair[0]), reverse=True)
+        most = ", ".join(f"{name} ({number})" for number, name in most_called[:3])
         yield (
             f"{condition}: {len(tested)} of {len(parts)} populations could be tested with donors as replicates; "
             + (
-                f"{len(found)} {'has' if len(found) == 1 else 'have'} genes that differ (most: {most}). "
-                if found
+                f"{len(most_called)} {'has' if len(most_called) == 1 else 'have'} genes that differ (most: {most}). "
+                if most_called
                 else "no gene's difference is significant in any of them, which does not show that there is none. "
             )
             + _strongest(tested, effect, data.labels)
         )
 
 
-def _of_screen(found: Screen) -> str:
+def _of_screen(screen: Screen) -> str:
     """Say how many conditions of a screen do anything, and what the rest of the page is of."""
-    genes, number = found.conditions["genes"], found.detailed["condition"].nunique()
-    how = "tests on donors" if found.tested else "the sign test over cells, which describes and does not test"
+    genes, number = screen.conditions["genes"], screen.detailed["condition"].nunique()
+    how = "tests on donors" if screen.tested else "the sign test over cells, which describes and does not test"
     return (
         f"There are {len(genes)} conditions; {int((genes > 0).sum())} have genes that are called by {how} (median "
         f"{genes.median():.0f} genes a condition). One heat map and one table are of all; everything else on this page, these "
@@ -378,16 +378,16 @@ def _steady(parts: Sequence[tuple[str, pd.DataFrame]], labels: Mapping[str, str]
     """Say which differences of donors' means keep their sign without any one donor: the most that two donors can show."""
     rows = pd.concat([part for _, part in parts])
     rows = rows[plots.well_founded(rows) & (rows[["treated_donors", "control_donors"]].min(axis=1) > 1)]
-    kept = rows[rows["total_loo_low"] * rows["total_loo_high"] > 0]
-    if kept.empty:
+    stable = rows[rows["total_loo_low"] * rows["total_loo_high"] > 0]
+    if stable.empty:
         return ""
-    weaker = kept[["total_loo_low", "total_loo_high"]].abs().min(axis=1).to_numpy()
+    weaker = stable[["total_loo_low", "total_loo_high"]].abs().min(axis=1).to_numpy()
     named = [
         f"{labels.get(row['gene'], row['gene'])} in {row['population']} ({row['total_loo_low']:+.2f} to {row['total_loo_high']:+.2f})"
-        for _, row in kept.iloc[np.argsort(-weaker, kind="stable")[:3]].iterrows()
+        for _, row in stable.iloc[np.argsort(-weaker, kind="stable")[:3]].iterrows()
     ]
     return (
-        f"{whole(len(kept))} of {whole(len(rows))} differences of donors' means keep their sign whichever donor is left out, "
+        f"{whole(len(stable))} of {whole(len(rows))} differences of donors' means keep their sign whichever donor is left out, "
         f"which is no test: noise alone keeps many; the surest are {', '.join(named)}."
     )
 
@@ -495,12 +495,12 @@ def _trust(data: PageData) -> Iterator[str]:
             "donors; median over genes): near 1, nearly all of it is noise."
         )
     far = table.drop_duplicates(["population", "condition"])
-    known = far.dropna(subset=["without_overlap"])
-    if known.empty:
+    measured = far.dropna(subset=["without_overlap"])
+    if measured.empty:
         yield "How many cells have no near control match is unknown."
         return
-    share = float(np.average(known["without_overlap"], weights=known["cells"]))
-    unknown = int(far["cells"].sum() - known["cells"].sum())
+    share = float(np.average(measured["without_overlap"], weights=measured["cells"]))
+    unknown = int(far["cells"].sum() - measured["cells"].sum())
     yield (
         f"{percent(share)} of the cells have no near control match; their effects lean on cells that are unlike them."
         + (f" Of {whole(unknown)} cells more it is unknown." if unknown else "")
@@ -583,14 +583,14 @@ def _named(conditions: Sequence[str]) -> str:
     return ", ".join(conditions) if len(conditions) <= MOST_IN_TITLE else f"{len(conditions)} conditions"
 
 
-def _leads(data: PageData) -> bool:
+def _shows_decomposition(data: PageData) -> bool:
     """Return whether the page begins with effects in two parts: donors are nested, and there are tests of both."""
     return data.diagnostics.layout in ("nested", "partly crossed") and bool(data.table["within_state_p"].notna().any())
 
 
 def _decomposition(data: PageData) -> Iterator[str]:
     """Say in plain words how many of the effects are changes of state."""
-    if not _leads(data):
+    if not _shows_decomposition(data):
         return
     for condition in data.conditions:
         words = data.table.loc[data.table["condition"] == condition, "reading"].value_counts()
@@ -607,7 +607,7 @@ def _decomposition(data: PageData) -> Iterator[str]:
 
 def _decomposed(data: PageData) -> Iterator[tuple[Picture, Table]]:
     """Draw the populations with most genes of which a part stands, each with its table."""
-    if not _leads(data):
+    if not _shows_decomposition(data):
         return
     pairs = data.table[data.table["within_state_p"].notna()].groupby(["condition", "population"], sort=False)
     stands = pairs["reading"].agg(lambda words: words.isin(["within", "state", "both"]).sum())
@@ -684,11 +684,11 @@ def _trust_pictures(data: PageData) -> Iterator[Picture]:
     except NDreamerError as error:
         yield Picture("Calibration", "P-values under permuted donor labels.", "", missing=str(error))
         return
-    held = rates(null, levels=(plots.SIGNIFICANT,))[plots.SIGNIFICANT]
-    said = ", ".join(f"{plots.TESTS[test]} {percent(held[test])}" for test in plots.TESTS if test in held.index)
+    shares = rates(null, levels=(plots.SIGNIFICANT,))[plots.SIGNIFICANT]
+    listed = ", ".join(f"{plots.TESTS[test]} {percent(shares[test])}" for test in plots.TESTS if test in shares.index)
     yield _picture(
         "Calibration", f"Share of genes below each level with the donors' labels permuted, so that nothing is to be found. "
-        f"At 0.05: {said}. A permutation of donors holds its level by construction; only a model retrained on "
+        f"At 0.05: {listed}. A permutation of donors holds its level by construction; only a model retrained on "
         "permuted labels would test the training, too.",
         "Line plot of the share of p-values below each level under permuted donor labels, by test",
         lambda: plots.null_calibration(results, by, table=null),

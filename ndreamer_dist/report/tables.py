@@ -161,11 +161,11 @@ def donors_or_conditions(results: Results, donor_key: str | None) -> str | None:
     return keys.OBS_CONDITION if nothing else donor_key
 
 
-def conditions_table(found: Screen, labels: Mapping[str, str]) -> Table:
+def conditions_table(screen: Screen, labels: Mapping[str, str]) -> Table:
     """Return a row per condition of a screen."""
-    frame = found.conditions.rename_axis("condition").reset_index()
-    frame["strongest"] = strongest(found.effects, labels)
-    how = "donor-level test" if found.tested else f"sign test {CELLS_ONLY}"
+    frame = screen.conditions.rename_axis("condition").reset_index()
+    frame["strongest"] = strongest(screen.effects, labels)
+    how = "donor-level test" if screen.tested else f"sign test {CELLS_ONLY}"
     columns = [
         text("condition", "condition"), number("place", "place in the map", whole), number("cells", "cells", whole),
         number("donors", "donors", whole, "of the population with most"),
@@ -236,7 +236,7 @@ def _flags(row: pd.Series, donors: bool) -> list[str]:
     return [flag for flag, raised in flags.items() if raised]
 
 
-def diagnostics_tables(told: Diagnostics) -> list[Table]:
+def diagnostics_tables(diagnostics: Diagnostics) -> list[Table]:
     """Return the tables of the diagnostics: groups, and how well batches mix."""
     groups = [
         text("group", "group"), number("cells", "cells", whole),
@@ -256,12 +256,14 @@ def diagnostics_tables(told: Diagnostics) -> list[Table]:
         number("expected", "if mixed at random", percent), number("input", "input", percent),
         number("embedding", "embedding", percent),
     ]  # fmt: skip
-    tables = [table_of(told.groups, "Groups: overlap, reuse of cells as matches, and what denoising changed", groups)]
-    if told.mixing["embedding"].notna().any():
+    tables = [
+        table_of(diagnostics.groups, "Groups: overlap, reuse of cells as matches, and what denoising changed", groups)
+    ]
+    if diagnostics.mixing["embedding"].notna().any():
         caption = (
             "Mixing: share of the 15 nearest neighbours that are of other batches, within condition and population"
         )
-        tables.append(table_of(told.mixing, caption, mixing))
+        tables.append(table_of(diagnostics.mixing, caption, mixing))
     return tables
 
 

@@ -36,11 +36,11 @@ from ndreamer_dist.stats.decomposition import Decomposition, Part, decomposed, d
 from ndreamer_dist.stats.donor_tests import (
     LEAST_DONORS,
     DonorTest,
-    asked_by_treated_test,
     left_out_differences,
     left_out_effects,
     linear_test,
     paired_test,
+    treated_queries_test,
     untested,
     welch_test,
 )
@@ -127,57 +127,57 @@ class CateQuestion:
     covariates: Sequence[str] = ()
 
 
-def cate_table(given: StatisticsInput, asked: CateQuestion) -> pd.DataFrame:
+def cate_table(source: StatisticsInput, question: CateQuestion) -> pd.DataFrame:
     """Return the table: by population, and inside it by condition."""
-    parts = sorted(cate_parts(given, asked), key=lambda part: part[0])
+    parts = sorted(cate_parts(source, question), key=lambda part: part[0])
     table = pd.concat([part for _, part in parts], ignore_index=True)
     table["p_adjusted_all"] = benjamini_hochberg(table["p"].to_numpy())
     return table
 
 
-def cate_parts(given: StatisticsInput, asked: CateQuestion) -> Iterator[tuple[int, pd.DataFrame]]:
+def cate_parts(source: StatisticsInput, question: CateQuestion) -> Iterator[tuple[int, pd.DataFrame]]:
     """Give the rows of one condition and population after the other, with the place of the population.
 
     What is held does not grow with the number of conditions, but for a few numbers per cell, and where the effect is
     looked at in two parts by the means of the donors under every condition.
     """
-    conditions = conditions_of(given.design, asked.condition, given.baseline)
-    names, codes = populations_of(given.cells, asked.by)
-    everyone = replicates_of(given, asked.donor_key)
-    space = space_of(given, asked, codes, everyone)
-    rows = rows_of_condition(given.design, given.baseline)
-    given = replace(given, expression=held(given.expression, rows, given.columns))
-    if given.baseline:
-        search = given.counterparts.between(given.embedding)
-        given = replace(given, counterparts=replace(given.counterparts, search=search))
-    control = _control(given, codes)
-    for code, effects in effects_by_condition(given, codes, conditions):
-        replicates = everyone.against(given.baseline, code)
-        means = means_of(given, codes, replicates, asked.min_cells, space)
+    conditions = conditions_of(source.design, question.condition, source.baseline)
+    names, codes = populations_of(source.cells, question.by)
+    everyone = replicates_of(source, question.donor_key)
+    space = space_of(source, question, codes, everyone)
+    rows = rows_of_condition(source.design, source.baseline)
+    source = replace(source, expression=held(source.expression, rows, source.columns))
+    if source.baseline:
+        search = source.counterparts.between(source.embedding)
+        source = replace(source, counterparts=replace(source.counterparts, search=search))
+    control = _control(source, codes)
+    for code, effects in effects_by_condition(source, codes, conditions):
+        replicates = everyone.against(source.baseline, code)
+        means = means_of(source, codes, replicates, question.min_cells, space)
         compared = Compared(code, codes, replicates, means, space)
-        described = _described(given, codes, code, effects, control)
+        described = _described(source, codes, code, effects, control)
         for number, name in enumerate(names):
             if described.cells[number]:
-                tested = _tested(given, compared, number, asked)
-                yield number, _rows(given, name, number, code, described, tested)
+                tested = _tested(source, compared, number, question)
+                yield number, _rows(source, name, number, code, described, tested)
 
 
-def donor_means(given: StatisticsInput, asked: CateQuestion) -> anndata.AnnData:
+def donor_means(source: StatisticsInput, question: CateQuestion) -> anndata.AnnData:
     """Return one row per population and donor, for a model of your own; see `Results.donor_means`."""
-    conditions, by = conditions_of(given.design, asked.condition, given.baseline), str(asked.by)
-    names, codes = populations_of(given.cells, asked.by)
-    everyone = replicates_of(given, asked.donor_key)
-    covariates = constant_columns(given.cells, everyone.of_cell)
+    conditions, by = conditions_of(source.design, question.condition, source.baseline), str(question.by)
+    names, codes = populations_of(source.cells, question.by)
+    everyone = replicates_of(source, question.donor_key)
+    covariates = constant_columns(source.cells, everyone.of_cell)
     rows, matched, plain = [], [], []
     for code in conditions:
-        replicates = everyone.against(given.baseline, code)
-        own = covariates[np.isin(everyone.conditions, (given.baseline, code))]
-        means = means_of(given, codes, replicates, asked.min_cells)
+        replicates = everyone.against(source.baseline, code)
+        own = covariates[np.isin(everyone.conditions, (source.baseline, code))]
+        means = means_of(source, codes, replicates, question.min_cells)
         for number, r in np.argwhere(means.included):
             rows.append(
                 {
-                    by: names[number], "contrast": given.design.conditions[code], "donor": replicates.donors[r],
-                    "condition": given.design.conditions[replicates.conditions[r]],
+                    by: names[number], "contrast": source.design.conditions[code], "donor": replicates.donors[r],
+                    "condition": source.design.conditions[replicates.conditions[r]],
                     "cells": int(means.cells[number, r]), **own.iloc[r].to_dict(),
                 }
             )  # fmt: skip
@@ -185,7 +185,7 @@ def donor_means(given: StatisticsInput, asked: CateQuestion) -> anndata.AnnData:
             plain.append(means.own[number, r])
     obs = pd.DataFrame(rows)
     obs.index = pd.Index([f"{row[by]}|{row['donor']}|{row['condition']}|{row['contrast']}" for row in rows])
-    var = pd.DataFrame(index=given.genes)
+    var = pd.DataFrame(index=source.genes)
     return anndata.AnnData(np.array(matched), obs=obs, var=var, layers={"pseudobulk": np.array(plain)})
 
 
@@ -218,7 +218,7 @@ def column(cells: pd.DataFrame, name: str) -> pd.Series:
     return cells[name]
 
 
-def replicates_of(given: StatisticsInput, donor_key: str | None) -> Replicates:
+def replicates_of(source: StatisticsInput, donor_key: str | None) -> Replicates:
     """Return who the donors are: those of a column, or the batches.
 
     Raises
@@ -229,13 +229,13 @@ def replicates_of(given: StatisticsInput, donor_key: str | None) -> Replicates:
         The column names no donor for some cells.
     """
     if donor_key is None:
-        if not given.design.batch_keys:
+        if not source.design.batch_keys:
             msg = "the run has no batch key, so nothing says who the donors are; name their column with donor_key (--donor-key)"
             raise QueryError(msg)
-        return Replicates.of(given.cells[keys.OBS_BATCH], given.design)
-    donors = column(given.cells, donor_key)
-    named_column(given.cells, donor_key)  # refuses missing values
-    return Replicates.of(donors, given.design)
+        return Replicates.of(source.cells[keys.OBS_BATCH], source.design)
+    donors = column(source.cells, donor_key)
+    named_column(source.cells, donor_key)  # refuses missing values
+    return Replicates.of(donors, source.design)
 
 
 # --- what a table is made of -----------------------------------------------------------------------------------------
@@ -303,32 +303,32 @@ def conditions_of(design: Design, condition: str | None, baseline: int = 0) -> l
 
 
 def means_of(
-    given: StatisticsInput, codes: np.ndarray, replicates: Replicates, min_cells: int, space: StateSpace | None = None
+    source: StatisticsInput, codes: np.ndarray, replicates: Replicates, min_cells: int, space: StateSpace | None = None
 ) -> PopulationMeans:
     """Return the donors' means in every population, and those through state where there is a space; see `population_means`."""
-    asking = np.sort(np.concatenate(first_cells(replicates.pieces, codes)))
-    ways: list[Nearest] = [MatchedNeighbours(given, asking)]
+    query_rows = np.sort(np.concatenate(first_cells(replicates.pieces, codes)))
+    ways: list[Nearest] = [MatchedNeighbours(source, query_rows)]
     if space is not None:
-        ways.append(StateNeighbours(space, asking))
-    return population_means(codes, replicates, ways, given.expression, given.columns, min_cells)
+        ways.append(StateNeighbours(space, query_rows))
+    return population_means(codes, replicates, ways, source.expression, source.columns, min_cells)
 
 
 def space_of(
-    given: StatisticsInput, asked: CateQuestion, codes: np.ndarray, replicates: Replicates
+    source: StatisticsInput, question: CateQuestion, codes: np.ndarray, replicates: Replicates
 ) -> StateSpace | None:
     """Return the coordinates of state of the cells that tests are of, made once; none where they cannot be had."""
-    if given.state is None or len(given.state.columns) < 2:
+    if source.state is None or len(source.state.columns) < 2:
         return None
-    key = asked.by, asked.donor_key, asked.min_cells
-    if key not in given.spaces:
-        included = replicates.counts(codes) >= asked.min_cells
+    key = question.by, question.donor_key, question.min_cells
+    if key not in source.spaces:
+        included = replicates.counts(codes) >= question.min_cells
         inside = np.where((codes >= 0) & included[codes, replicates.of_cell], codes, -1)
-        given.spaces[key] = state_space(given.state, inside, len(included), replicates, typed=asked.by is not None)
-    return given.spaces[key]
+        source.spaces[key] = state_space(source.state, inside, len(included), replicates, typed=question.by is not None)
+    return source.spaces[key]
 
 
 @lru_cache
-def _say_that_matches_are_searched(_results: str, *, kept: bool) -> None:
+def _log_search(_results: str, *, kept: bool) -> None:
     """Log it once for the results of an address: a report makes many tables of the same."""
     remedy = "; `match DIR --edges all` would keep them" if kept else ""
     logger.info("some matches are not in the run and are searched now%s", remedy)
@@ -344,13 +344,13 @@ class MatchedNeighbours:
         together, they are searched in one piece at once, and kept until another piece is asked for.
     """
 
-    def __init__(self, given: StatisticsInput, rows: np.ndarray | None = None) -> None:
-        self._given = given
-        self._rows = rows if given.design.sampled or not self._corrected else None
+    def __init__(self, source: StatisticsInput, rows: np.ndarray | None = None) -> None:
+        self._given = source
+        self._rows = rows if source.design.sampled or not self._corrected else None
         self._targets = np.empty(0, dtype=np.int64)
         self._found = np.empty((2, 0), dtype=np.int64)
 
-    def __call__(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
+    def __call__(self, queries: np.ndarray, targets: np.ndarray, query_piece: np.ndarray) -> np.ndarray:
         """Return the nearest target of every query, itself left out; see `stats.populations.Nearest`.
 
         Corrected for hubs, a target's remoteness is measured from all cells of the piece that asks: who is matched with
@@ -359,16 +359,16 @@ class MatchedNeighbours:
         design = self._given.design
         (query, target) = (design.groups[int(design.group_of(rows[:1])[0])] for rows in (queries, targets))
         whole, together = len(targets) == target.cells, bool(design.sampled) or not self._corrected
-        if whole and (query == target or together or len(asking) == query.cells) and self._is_kept(query, target):
+        if whole and (query == target or together or len(query_piece) == query.cells) and self._is_kept(query, target):
             edges = self._given.counterparts.edges(queries, [(query.code, target.code)], distances=False)
             return edges[query.code, target.code][0][:, 0].astype(np.int64)
-        _say_that_matches_are_searched(self._given.storage.url, kept=not (design.onto or design.is_screen))
+        _log_search(self._given.storage.url, kept=not (design.onto or design.is_screen))
         if self._rows is None:
-            return self._searched(queries, targets, asking)
+            return self._searched(queries, targets, query_piece)
         if not np.array_equal(targets, self._targets):
             unkept = [group.code for group in design.groups if not (whole and self._is_kept(group, target))]
             rows = self._rows[np.isin(design.group_of(self._rows), unkept)]
-            self._targets, self._found = targets, np.stack([rows, self._searched(rows, targets, asking)])
+            self._targets, self._found = targets, np.stack([rows, self._searched(rows, targets, query_piece)])
         return self._found[1, np.searchsorted(self._found[0], queries)]
 
     def _is_kept(self, query: Group, target: Group) -> bool:
@@ -379,119 +379,125 @@ class MatchedNeighbours:
     def _corrected(self) -> bool:
         return self._given.counterparts.hubs == "csls"
 
-    def _searched(self, queries: np.ndarray, targets: np.ndarray, asking: np.ndarray) -> np.ndarray:
+    def _searched(self, queries: np.ndarray, targets: np.ndarray, query_piece: np.ndarray) -> np.ndarray:
         design = self._given.design
         if design.sampled:
-            asking = pool(design.stored_starts(), int(design.group_of(targets[:1])[0]))
-        return self._given.counterparts.between(self._given.embedding)(queries, targets, asking)[0][:, 0]
+            query_piece = pool(design.stored_starts(), int(design.group_of(targets[:1])[0]))
+        return self._given.counterparts.between(self._given.embedding)(queries, targets, query_piece)[0][:, 0]
 
 
-def _control(given: StatisticsInput, codes: np.ndarray) -> Control:
-    placebo = placebo_moments(codes, given.counterparts, given.expression, given.columns, given.baseline)
-    rows = rows_of_condition(given.design, given.baseline)
-    plain = plain_expression(codes, rows, given.expression, given.columns)
+def _control(source: StatisticsInput, codes: np.ndarray) -> Control:
+    placebo = placebo_moments(codes, source.counterparts, source.expression, source.columns, source.baseline)
+    rows = rows_of_condition(source.design, source.baseline)
+    plain = plain_expression(codes, rows, source.expression, source.columns)
     return Control(plain, None if placebo is None else placebo.spread)
 
 
 def _described(
-    given: StatisticsInput,
+    source: StatisticsInput,
     codes: np.ndarray,
     code: int,
-    found: Iterable[tuple[np.ndarray, np.ndarray]],
+    cell_effects: Iterable[tuple[np.ndarray, np.ndarray]],
     control: Control,
 ) -> Described:
-    number, near = len(control.plain.counts), column(given.cells, keys.OBS_OVERLAP).to_numpy()
-    effects, near_effects = (EffectMoments.empty(number, len(given.genes)) for _ in range(2))
-    for rows, values in found:
+    number, near = len(control.plain.counts), column(source.cells, keys.OBS_OVERLAP).to_numpy()
+    effects, near_effects = (EffectMoments.empty(number, len(source.genes)) for _ in range(2))
+    for rows, values in cell_effects:
         effects.add(values, codes[rows])
         near_effects.add(values, np.where(near[rows], codes[rows], -1))
-    rows = rows_of_condition(given.design, code)
-    plain = plain_expression(codes, rows, given.expression, given.columns)
-    quality = match_quality(codes, near, given.counterparts, [code], given.baseline)
+    rows = rows_of_condition(source.design, code)
+    plain = plain_expression(codes, rows, source.expression, source.columns)
+    quality = match_quality(codes, near, source.counterparts, [code], source.baseline)
     purity, effective, without = (
         values[:, code] for values in (quality.purity, quality.effective_cells, quality.without_overlap)
     )
-    if given.baseline:  # what is near is known of the control alone
+    if source.baseline:  # what is near is known of the control alone
         without = np.full_like(purity, np.nan)
     return Described(effects, near_effects, plain, control, purity, effective, without)
 
 
 def effects_by_condition(
-    given: StatisticsInput, codes: np.ndarray, conditions: Sequence[int]
+    source: StatisticsInput, codes: np.ndarray, conditions: Sequence[int]
 ) -> Iterator[tuple[int, Iterable[tuple[np.ndarray, np.ndarray]]]]:
     """Give each condition with the individual effects of its cells, part by part: packed rows, and (rows, genes).
 
     Conditions of few cells are read together, since a chunk of a stored layer holds cells of many of them.
     """
-    cells = np.bincount(given.design.group_conditions, weights=np.diff(given.design.starts))[list(conditions)]
-    number = np.cumsum(cells) * len(given.columns) // HELD_EFFECTS
+    cells = np.bincount(source.design.group_conditions, weights=np.diff(source.design.starts))[list(conditions)]
+    number = np.cumsum(cells) * len(source.columns) // HELD_EFFECTS
     for run in np.split(np.asarray(conditions), np.flatnonzero(np.diff(number)) + 1):
-        if len(run) == 1 or given.baseline:
+        if len(run) == 1 or source.baseline:
             for code in run.tolist():
-                yield code, individual_effects(given, codes, [code])
+                yield code, individual_effects(source, codes, [code])
             continue
-        rows = np.sort(np.concatenate([rows_of_condition(given.design, code) for code in run]))
+        rows = np.sort(np.concatenate([rows_of_condition(source.design, code) for code in run]))
         rows = rows[codes[rows] >= 0]
-        values, of = _effects(given, rows, 0), given.design.group_conditions[given.design.group_of(rows)]
+        values, of = _effects(source, rows, 0), source.design.group_conditions[source.design.group_of(rows)]
         for code in run.tolist():
             yield code, [(rows[of == code], values[of == code])]
 
 
 def individual_effects(
-    given: StatisticsInput, codes: np.ndarray, conditions: list[int]
+    source: StatisticsInput, codes: np.ndarray, conditions: list[int]
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     """Give packed rows and the individual effects of their cells, part by part."""
     for code in conditions:
-        for group in given.design.with_condition(code):
+        for group in source.design.with_condition(code):
             rows = np.arange(group.start, group.stop)
-            for part in parts(rows[codes[rows] >= 0], len(given.columns)):
-                yield part, _effects(given, part, code)
+            for part in parts(rows[codes[rows] >= 0], len(source.columns)):
+                yield part, _effects(source, part, code)
 
 
-def _effects(given: StatisticsInput, rows: np.ndarray, condition: int) -> np.ndarray:
+def _effects(source: StatisticsInput, rows: np.ndarray, condition: int) -> np.ndarray:
     """Return the individual effects of cells, (rows, genes), as they are stored or else computed.
 
     Against the control they are of every cell's own condition, whatever it is; against another baseline of this one.
     """
-    if not given.baseline and given.stored_ite:
-        return given.counterparts.dense(f"layers/{keys.LAYER_ITE}", rows, given.columns)
-    against = effect_question(condition, given.baseline) if given.baseline else layer_question(keys.LAYER_ITE)
-    return compute(against, given.counterparts, given.expression, rows, given.columns)
+    if not source.baseline and source.stored_ite:
+        return source.counterparts.dense(f"layers/{keys.LAYER_ITE}", rows, source.columns)
+    against = effect_question(condition, source.baseline) if source.baseline else layer_question(keys.LAYER_ITE)
+    return compute(against, source.counterparts, source.expression, rows, source.columns)
 
 
-def _tested(given: StatisticsInput, compared: Compared, number: int, asked: CateQuestion) -> Tested:
+def _tested(source: StatisticsInput, compared: Compared, number: int, question: CateQuestion) -> Tested:
     """Test one population and condition, through the matches, on plain means and through state."""
     code, means, space, replicates = compared.code, compared.means, compared.space, compared.replicates
-    there = np.flatnonzero(np.isin(replicates.conditions, (given.baseline, code)) & (means.cells[number] > 0))
-    kept, paired = kept_replicates(replicates, means.included[number], code, given.baseline)
+    there = np.flatnonzero(np.isin(replicates.conditions, (source.baseline, code)) & (means.cells[number] > 0))
+    kept, paired = kept_replicates(replicates, means.included[number], code, source.baseline)
     # A donor once, not per condition.
     left_out = tuple(dict.fromkeys(replicates.donors[r] for r in there if r not in kept))
-    if paired and (asked.covariates or asked.population == "treated"):
+    if paired and (question.covariates or question.population == "treated"):
         msg = "donors seen in both conditions are paired: leave out the covariates, and use all donors' query cells"
         raise QueryError(msg)
-    test, left_out_of = _tests_of(given, replicates, kept, asked.covariates, paired=paired)
+    test, left_out_of = _tests_of(source, replicates, kept, question.covariates, paired=paired)
     own = means.own[number, kept]
     total = Part.of(test(own), left_out_of(own))
-    if asked.population == "treated" and len(kept):
-        ask = _Asking(given, (compared.populations == number) & (replicates.of_cell >= 0), replicates, kept)
-        matched = ask(MatchedNeighbours(given))
+    if question.population == "treated" and len(kept):
+        treated_queries = _TreatedQueries(
+            source, (compared.populations == number) & (replicates.of_cell >= 0), replicates, kept
+        )
+        matched = treated_queries(MatchedNeighbours(source))
     else:
-        ask, matched = None, test(means.matched[number, kept])
+        treated_queries, matched = None, test(means.matched[number, kept])
     parts = None
     if space is not None and space.dimensions[number] and len(kept):
         within = means.within[number, kept]
-        found = decomposed(own, within, test, left_out_of) if ask is None else ask.decomposed(space, own, total)
+        effect_parts = (
+            decomposed(own, within, test, left_out_of)
+            if treated_queries is None
+            else treated_queries.decomposed(space, own, total)
+        )
         size = float(np.median(means.cells[number, kept]))
-        parts = Decomposition(*found, size, float(space.reliability[number]))
+        parts = Decomposition(*effect_parts, size, float(space.reliability[number]))
     treated = int((replicates.conditions[kept] == code).sum())
     return Tested(treated, len(kept) - treated, left_out, matched, total, parts)
 
 
 @dataclass(frozen=True)
-class _Asking:
+class _TreatedQueries:
     """Tests of what the treated donors' cells find in every donor."""
 
-    given: StatisticsInput
+    source: StatisticsInput
     population: np.ndarray
     replicates: Replicates
     kept: np.ndarray
@@ -501,45 +507,45 @@ class _Asking:
 
     def decomposed(self, space: StateSpace, own: np.ndarray, total: Part) -> tuple[Part, Part, Part]:
         """Return the total, and what the treated donors' cells find at their own state."""
-        asking = self._means(StateNeighbours(space))
-        treated = self.replicates.conditions[self.kept] != self.given.baseline
-        found = asking[treated].mean(axis=0)
-        within = Part.of(self._test(asking), left_out_effects(found, treated))
-        shift = Part.of(self._test(own[None] - asking), left_out_effects(own - found, treated))
+        means = self._means(StateNeighbours(space))
+        treated = self.replicates.conditions[self.kept] != self.source.baseline
+        inside = means[treated].mean(axis=0)
+        within = Part.of(self._test(means), left_out_effects(inside, treated))
+        shift = Part.of(self._test(own[None] - means), left_out_effects(own - inside, treated))
         return total, within, shift
 
     def _means(self, nearest: Nearest) -> np.ndarray:
         chosen = np.isin(np.arange(len(self.replicates)), self.kept)
-        sample = self.given
+        sample = self.source
         return query_means(self.population, chosen, self.replicates, nearest, sample.expression, sample.columns)
 
-    def _test(self, asking: np.ndarray) -> DonorTest:
-        treated = self.replicates.conditions[self.kept] != self.given.baseline
-        return asked_by_treated_test(asking, treated, seed=self.given.seed)
+    def _test(self, means: np.ndarray) -> DonorTest:
+        treated = self.replicates.conditions[self.kept] != self.source.baseline
+        return treated_queries_test(means, treated, seed=self.source.seed)
 
 
 def _tests_of(
-    given: StatisticsInput, replicates: Replicates, kept: np.ndarray, covariates: Sequence[str], *, paired: bool
+    source: StatisticsInput, replicates: Replicates, kept: np.ndarray, covariates: Sequence[str], *, paired: bool
 ) -> tuple[Callable[[np.ndarray], DonorTest], Callable[[np.ndarray], np.ndarray]]:
     """Return the test that the replicates allow, and the effects without each donor.
 
     It is paired where donors are in both conditions, else Welch's, or a model.
     """
-    treated = replicates.conditions[kept] != given.baseline
+    treated = replicates.conditions[kept] != source.baseline
     if not treated.any() or treated.all():
-        nothing = np.full(len(given.genes), np.nan)
+        nothing = np.full(len(source.genes), np.nan)
         return lambda _: untested(nothing), lambda _: nothing[None]
     if covariates:
-        columns = _numbers(given.cells, replicates, covariates, kept)
+        columns = _numbers(source.cells, replicates, covariates, kept)
         return (
             lambda values: linear_test(values, treated, columns),
             lambda values: left_out_effects(values, treated, columns),
         )
     if not paired:
-        return lambda values: welch_test(values, treated, seed=given.seed), lambda v: left_out_effects(v, treated)
-    ups, downs = pairs_of(replicates, kept, given.baseline)
+        return lambda values: welch_test(values, treated, seed=source.seed), lambda v: left_out_effects(v, treated)
+    ups, downs = pairs_of(replicates, kept, source.baseline)
     return (
-        lambda values: paired_test(values[ups] - values[downs], seed=given.seed),
+        lambda values: paired_test(values[ups] - values[downs], seed=source.seed),
         lambda values: left_out_differences(values[ups] - values[downs]),
     )
 
@@ -579,40 +585,42 @@ def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str], 
     return as_numbers(chosen, replicates.of_cell, kept, replicates.donors)
 
 
-def _rows(given: StatisticsInput, name: str, number: int, code: int, told: Described, tested: Tested) -> pd.DataFrame:
+def _rows(
+    source: StatisticsInput, name: str, number: int, code: int, described: Described, tested: Tested
+) -> pd.DataFrame:
     """Return the rows of one population and condition: a column per fact, a row per gene."""
-    n, zero, positive = told.cells[number], told.effects.zero[number], told.effects.positive[number]
+    n, zero, positive = described.cells[number], described.effects.zero[number], described.effects.positive[number]
     sign_z, sign_p = sign_test(positive, zero, n)
-    treated, control = told.plain.counts[number], told.control.plain.counts[number]
-    nothing = np.full(len(given.genes), np.nan)
+    treated, control = described.plain.counts[number], described.control.plain.counts[number]
+    nothing = np.full(len(source.genes), np.nan)
     values: dict[str, Any] = {
         "population": name,
-        "condition": given.design.conditions[code],
-        "baseline": given.design.conditions[given.baseline],
-        "gene": given.genes.to_numpy(),
+        "condition": source.design.conditions[code],
+        "baseline": source.design.conditions[source.baseline],
+        "gene": source.genes.to_numpy(),
         "cells": int(n),
         "treated_donors": tested.treated,
         "control_donors": tested.control,
         "donors_left_out": ", ".join(tested.left_out),
-        "mean_ite": told.effects.mean[number],
-        "sd_ite": told.effects.spread[number],
-        "sd_placebo": nothing if told.control.placebo is None else told.control.placebo[number],
+        "mean_ite": described.effects.mean[number],
+        "sd_ite": described.effects.spread[number],
+        "sd_placebo": nothing if described.control.placebo is None else described.control.placebo[number],
         "log2_fold_change": np.log2((treated + COUNT_FLOOR) / (control + COUNT_FLOOR)),
         "mean_counts": (treated + control) / 2,
-        "expressing": told.plain.expressing[number],
-        "expressing_control": told.control.plain.expressing[number],
+        "expressing": described.plain.expressing[number],
+        "expressing_control": described.control.plain.expressing[number],
         "sign_z": sign_z,
         "sign_p": sign_p,
         **_columns_of(tested),
-        **decomposition_columns(tested.parts, tested.total, len(given.genes)),
+        **decomposition_columns(tested.parts, tested.total, len(source.genes)),
         "p_adjusted": benjamini_hochberg(tested.matched.p),
-        "match_purity": told.purity[number],
-        "impure": bool(told.purity[number] < PURE),
-        "effective_control_cells": told.effective_cells[number],
-        "without_overlap": told.without_overlap[number],
-        "mean_ite_overlap": nothing if given.baseline else told.near_effects.mean[number],
+        "match_purity": described.purity[number],
+        "impure": bool(described.purity[number] < PURE),
+        "effective_control_cells": described.effective_cells[number],
+        "without_overlap": described.without_overlap[number],
+        "mean_ite_overlap": nothing if source.baseline else described.near_effects.mean[number],
     }
-    return pd.DataFrame(values, index=range(len(given.genes)))
+    return pd.DataFrame(values, index=range(len(source.genes)))
 
 
 def _columns_of(tested: Tested) -> dict[str, Any]:

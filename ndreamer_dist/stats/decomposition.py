@@ -40,11 +40,11 @@ class Part:
     @classmethod
     def of(cls, test: DonorTest, left_out: np.ndarray) -> Part:
         """Return a test with the range of the effects without each donor, (donors, genes)."""
-        known = left_out[~np.isnan(left_out).all(axis=1)]
-        if not len(known):
+        defined = left_out[~np.isnan(left_out).all(axis=1)]
+        if not len(defined):
             nothing = np.full(left_out.shape[1], np.nan)
             return cls(test, nothing, nothing)
-        return cls(test, known.min(axis=0), known.max(axis=0))
+        return cls(test, defined.min(axis=0), defined.max(axis=0))
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,12 @@ def reading(within: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return np.asarray(words)
 
 
-def decomposition_columns(found: Decomposition | None, total: Part, genes: int) -> dict[str, Any]:
+def decomposition_columns(decomposition: Decomposition | None, total: Part, genes: int) -> dict[str, Any]:
     """Return the table's columns of one population and condition; NaN where there is no decomposition but the total."""
     nothing = np.full(genes, np.nan)
     parts = {"total": total, "within_state": None, "state_shift": None}
-    if found is not None:
-        parts = {"total": found.total, "within_state": found.within, "state_shift": found.shift}
+    if decomposition is not None:
+        parts = {"total": decomposition.total, "within_state": decomposition.within, "state_shift": decomposition.shift}
     columns: dict[str, Any] = {}
     for name, part in parts.items():
         p = nothing if part is None else part.test.p
@@ -115,7 +115,7 @@ def decomposition_columns(found: Decomposition | None, total: Part, genes: int) 
         columns[f"{name}_loo_low"] = nothing if part is None else part.low
         columns[f"{name}_loo_high"] = nothing if part is None else part.high
     columns["reading"] = reading(columns["within_state_p_adjusted"], columns["state_shift_p_adjusted"])
-    columns["few_cells"] = found is not None and found.cells < FEW_CELLS
-    columns["cells_a_donor"] = np.nan if found is None else found.cells
-    columns["state_reliability"] = np.nan if found is None else found.reliability
+    columns["few_cells"] = decomposition is not None and decomposition.cells < FEW_CELLS
+    columns["cells_a_donor"] = np.nan if decomposition is None else decomposition.cells
+    columns["state_reliability"] = np.nan if decomposition is None else decomposition.reliability
     return columns

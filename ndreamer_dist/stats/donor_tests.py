@@ -131,7 +131,7 @@ def welch_tests(means: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Dono
     return _with_enough(permutation, possible, "welch")
 
 
-def asked_by_treated_test(asking: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> DonorTest:
+def treated_queries_test(means: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> DonorTest:
     """Compare treated with control donors on what the treated donors' cells find: `A[e, d]` averaged over treated e.
 
     Which donors ask depends on the labels, so every labelling averages A anew. There is no parametric p-value.
@@ -145,16 +145,16 @@ def asked_by_treated_test(asking: np.ndarray, treated: np.ndarray, *, seed: int 
     """
     treated = np.asarray(treated, dtype=bool)
     counts = int(treated.sum()), int((~treated).sum())
-    observed = asking[treated].mean(axis=0)
+    observed = means[treated].mean(axis=0)
     effect = observed[treated].mean(axis=0) - observed[~treated].mean(axis=0)
     if min(counts) < LEAST_DONORS:
         return untested(effect)
     t = _welch(_centred(observed), treated[None])[0][0]
-    labels = labellings(len(treated), counts[0], genes=asking.shape[2], seed=seed)
+    labels = labellings(len(treated), counts[0], genes=means.shape[2], seed=seed)
     complete = math.comb(len(treated), counts[0]) <= MOST_LABELLINGS
-    reached = np.zeros(asking.shape[2], dtype=np.int64)
+    reached = np.zeros(means.shape[2], dtype=np.int64)
     for label in labels:
-        permuted = _welch(_centred(asking[label].mean(axis=0)), label[None])[0][0]
+        permuted = _welch(_centred(means[label].mean(axis=0)), label[None])[0][0]
         reached += np.where(np.isnan(permuted), 0.0, np.abs(permuted)) >= np.abs(t) * (1 - TIE)
     p = reached / len(labels) if complete else (reached + 1) / (len(labels) + 1)
     p = np.where(np.isfinite(t), p, np.nan)

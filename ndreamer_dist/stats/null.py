@@ -53,18 +53,21 @@ NO_EFFECT = 1e-9
 """Size below which a cell's effect is rounding."""
 
 
-def null_table(given: StatisticsInput, asked: CateQuestion, *, count: int, seed: int) -> pd.DataFrame:
+def null_table(source: StatisticsInput, question: CateQuestion, *, count: int, seed: int) -> pd.DataFrame:
     """Return the table; see `Results.null`, whose arguments these are."""
-    conditions, (names, codes) = conditions_of(given.design, asked.condition), populations_of(given.cells, asked.by)
-    everyone = replicates_of(given, asked.donor_key)
-    space = space_of(given, asked, codes, everyone)
+    conditions, (names, codes) = (
+        conditions_of(source.design, question.condition),
+        populations_of(source.cells, question.by),
+    )
+    everyone = replicates_of(source, question.donor_key)
+    space = space_of(source, question, codes, everyone)
     tables = []
     for code in conditions:
         replicates = everyone.against(0, code)
-        if not _testable(replicates, replicates.counts(codes) >= asked.min_cells, code):
+        if not _testable(replicates, replicates.counts(codes) >= question.min_cells, code):
             continue
-        means = means_of(given, codes, replicates, asked.min_cells, space)
-        sample = sampled(codes, replicates, MatchedNeighbours(given))
+        means = means_of(source, codes, replicates, question.min_cells, space)
+        sample = sampled(codes, replicates, MatchedNeighbours(source))
         for number, name in enumerate(names):
             kept, paired = kept_replicates(replicates, means.included[number], code)
             pairs = pairs_of(replicates, kept) if paired else None
@@ -75,20 +78,20 @@ def null_table(given: StatisticsInput, asked: CateQuestion, *, count: int, seed:
             if not len(labels):
                 continue
             matched, own = means.matched[number, kept], means.own[number, kept]
-            found = donor_p(matched, own, labels, pairs, seed=given.seed)
+            p_values = donor_p(matched, own, labels, pairs, seed=source.seed)
             if space is not None and space.dimensions[number]:
                 within = means.within[number, kept]
                 for test, values in (("within_state", within), ("state_shift", own - within)):
-                    found[test] = tests_of_labellings(values, labels, pairs, given.seed).p
-            found["sign"] = sign_p(sample.of(number, kept, replicates), labels, given.expression, given.columns)
-            told: dict[str, Any] = {"population": name, "condition": given.design.conditions[code]}
-            told |= {"treated_donors": int(truth.sum()), "control_donors": int((~truth).sum())}
-            tables.append((number, counted_below(found).assign(**told)))
+                    p_values[test] = tests_of_labellings(values, labels, pairs, source.seed).p
+            p_values["sign"] = sign_p(sample.of(number, kept, replicates), labels, source.expression, source.columns)
+            facts: dict[str, Any] = {"population": name, "condition": source.design.conditions[code]}
+            facts |= {"treated_donors": int(truth.sum()), "control_donors": int((~truth).sum())}
+            tables.append((number, counted_below(p_values).assign(**facts)))
     if not tables:
         msg = f"there is no test to look at: {TOO_FEW_DONORS}"
         raise QueryError(msg)
     table = pd.concat([part for _, part in sorted(tables, key=lambda part: part[0])], ignore_index=True)
-    return table[[*told, *(name for name in table if name not in told)]]
+    return table[[*facts, *(name for name in table if name not in facts)]]
 
 
 def _testable(replicates: Replicates, included: np.ndarray, code: int) -> bool:
@@ -120,21 +123,21 @@ def permuted_labels(
     pairs
         Places of treated and control rows of the same donors: labels are then exchanged inside pairs alone.
     """
-    found: list[np.ndarray] = []
+    labellings: list[np.ndarray] = []
     seen = {truth.tobytes(), (~truth).tobytes()}
     for _ in range(ATTEMPTS * count):
-        if len(found) == count:
+        if len(labellings) == count:
             break
         if pairs is None:
-            labels = generator.permutation(truth)
+            labelling = generator.permutation(truth)
         else:
-            labels = truth.copy()
-            labels[pairs[0]] = generator.random(len(pairs[0])) < 0.5
-            labels[pairs[1]] = ~labels[pairs[0]]
-        if labels.tobytes() not in seen:
-            found.append(labels)
-            seen |= {labels.tobytes(), (~labels).tobytes()}
-    return np.array(found, dtype=bool).reshape(len(found), len(truth))
+            labelling = truth.copy()
+            labelling[pairs[0]] = generator.random(len(pairs[0])) < 0.5
+            labelling[pairs[1]] = ~labelling[pairs[0]]
+        if labelling.tobytes() not in seen:
+            labellings.append(labelling)
+            seen |= {labelling.tobytes(), (~labelling).tobytes()}
+    return np.array(labellings, dtype=bool).reshape(len(labellings), len(truth))
 
 
 def donor_p(
@@ -177,10 +180,10 @@ def tests_of_labellings(
     return with_arrays(tests[0], lambda name: np.stack([getattr(test, name) for test in tests]))
 
 
-def counted_below(found: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def counted_below(p_values: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Return how many of the p-values, (labellings, genes) by test, are at or below each level."""
     parts = []
-    for test, p in found.items():
+    for test, p in p_values.items():
         below = np.stack([(p <= level).sum(axis=1) for level in LEVELS], axis=1)
         frame = pd.DataFrame({"below": below.ravel(), "tests": np.isfinite(p).sum(axis=1).repeat(len(LEVELS))})
         frame.insert(0, "labelling", np.arange(len(p)).repeat(len(LEVELS)))
@@ -195,7 +198,7 @@ def counted_below(found: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SignTestCells:
     """Cells of one population with their counterparts in every piece of the donors that a test is of.
 
     Attributes
@@ -221,14 +224,14 @@ class Sample:
     populations: np.ndarray
     near: np.ndarray
 
-    def of(self, population: int, kept: np.ndarray, replicates: Replicates) -> Asked:
+    def of(self, population: int, kept: np.ndarray, replicates: Replicates) -> SignTestCells:
         """Return the cells of some replicates in one population."""
         place = np.full(len(replicates), -1)
         place[kept] = np.arange(len(kept))
         donor = place[[piece.replicate for piece in replicates.pieces]]
         owner = place[replicates.of_cell[self.rows]]
         chosen = (self.populations == population) & (owner >= 0)
-        return Asked(owner[chosen], self.near[chosen][:, donor >= 0], donor[donor >= 0])
+        return SignTestCells(owner[chosen], self.near[chosen][:, donor >= 0], donor[donor >= 0])
 
 
 def sampled(populations: np.ndarray, replicates: Replicates, nearest: Nearest, most: int = SIGN_CELLS) -> Sample:
@@ -243,7 +246,7 @@ def sampled(populations: np.ndarray, replicates: Replicates, nearest: Nearest, m
     return Sample(every, populations[every], np.concatenate(near))
 
 
-def sign_p(asked: Asked, labels: np.ndarray, expression: Expression, columns: np.ndarray) -> np.ndarray:
+def sign_p(cells_of_test: SignTestCells, labels: np.ndarray, expression: Expression, columns: np.ndarray) -> np.ndarray:
     """Return the sign test's p-values (METHOD section 7), each labelling taken for the truth: (labellings, genes).
 
     A labelling's effects are those of the cells whose donors it calls treated: the mean of a cell's counterparts over
@@ -251,15 +254,15 @@ def sign_p(asked: Asked, labels: np.ndarray, expression: Expression, columns: np
     """
     shape = len(labels), len(columns)
     cells, signed = np.zeros((len(labels), 1)), np.zeros(shape)  # positive minus negative effects
-    pieces = np.bincount(asked.donor, minlength=labels.shape[1])
-    for part in _parts(len(asked.owner), len(asked.donor), expression.density * len(columns)):
-        near, owner = asked.near[part], asked.owner[part]
+    pieces = np.bincount(cells_of_test.donor, minlength=labels.shape[1])
+    for part in _parts(len(cells_of_test.owner), len(cells_of_test.donor), expression.density * len(columns)):
+        near, owner = cells_of_test.near[part], cells_of_test.owner[part]
         held, place = np.unique(near, return_inverse=True)
         values, place = expression.read(held, columns), place.reshape(near.shape)
         for number, treated in enumerate(labels):
             side = np.where(treated, 1 / treated.sum(), -1 / (~treated).sum()) / pieces
             here = treated[owner]
-            effects = _averaged(place[here], side[asked.donor], len(held)) @ values
+            effects = _averaged(place[here], side[cells_of_test.donor], len(held)) @ values
             large = np.abs(effects.data) > NO_EFFECT
             signed[number] += np.bincount(effects.indices[large], np.sign(effects.data[large]), minlength=len(columns))
             cells[number] += here.sum()

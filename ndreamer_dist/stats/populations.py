@@ -26,7 +26,7 @@ from ndreamer_dist.summaries.cells import population_count
 
 logger = logging.getLogger(__name__)
 
-ASKING_CELLS = 20_000
+QUERY_CELLS = 20_000
 """Cells of a population that are looked up in every donor, about; from more of them the means hardly change."""
 READ_ROWS = 8192
 """Rows of expression held at a time."""
@@ -83,11 +83,11 @@ class Replicates:
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
         """The cells of every replicate in every group it was measured in."""
-        found = []
+        pieces = []
         for group in self.design.groups:
             inside = self.of_cell[group.start : group.stop]
-            found += [Piece(int(r), group.code, group.start + np.flatnonzero(inside == r)) for r in np.unique(inside)]
-        return tuple(found)
+            pieces += [Piece(int(r), group.code, group.start + np.flatnonzero(inside == r)) for r in np.unique(inside)]
+        return tuple(pieces)
 
     def against(self, baseline: int, condition: int) -> Replicates:
         """Return the replicates of two conditions, in their order; cells of others have none (-1)."""
@@ -100,25 +100,25 @@ class Replicates:
         )
         for piece in pieces:
             of_cell[piece.rows] = piece.replicate
-        found = Replicates(tuple(self.donors[r] for r in chosen), self.conditions[chosen], of_cell, self.design)
-        found.__dict__["pieces"] = tuple(sorted(pieces, key=lambda piece: (piece.group, piece.replicate)))
-        return found
+        contrast = Replicates(tuple(self.donors[r] for r in chosen), self.conditions[chosen], of_cell, self.design)
+        contrast.__dict__["pieces"] = tuple(sorted(pieces, key=lambda piece: (piece.group, piece.replicate)))
+        return contrast
 
     @cached_property
     def _pieces_of(self) -> dict[int, list[Piece]]:
         """The pieces of every condition."""
-        found: dict[int, list[Piece]] = {code: [] for code in range(len(self.design.conditions))}
+        pieces: dict[int, list[Piece]] = {code: [] for code in range(len(self.design.conditions))}
         for piece in self.pieces:
-            found[int(self.conditions[piece.replicate])].append(piece)
-        return found
+            pieces[int(self.conditions[piece.replicate])].append(piece)
+        return pieces
 
     def counts(self, populations: np.ndarray) -> np.ndarray:
         """Return the cells of every population and replicate: (populations, replicates); -1 is no population."""
-        found = np.zeros((population_count(populations), len(self)), dtype=np.int64)
+        counts = np.zeros((population_count(populations), len(self)), dtype=np.int64)
         for piece in self.pieces:
             codes = populations[piece.rows]
-            found[:, piece.replicate] += np.bincount(codes[codes >= 0], minlength=len(found))
-        return found
+            counts[:, piece.replicate] += np.bincount(codes[codes >= 0], minlength=len(counts))
+        return counts
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,15 @@ def population_means(
     included = cells >= min_cells
     own, *through = (np.zeros((*cells.shape, len(columns))) for _ in range(1 + len(ways)))
     looked_up = np.zeros(cells.shape, dtype=bool)
-    asking = first_cells(replicates.pieces, populations)
+    query_rows = first_cells(replicates.pieces, populations)
     for target in replicates.pieces:
-        found: list[Lookup] = []
+        lookups: list[Lookup] = []
         weights = [_own_weights(target, populations, len(cells), replicates)]
         for way, nearest in enumerate(ways if included[:, target.replicate].any() else ()):
-            found = _counterparts(target, replicates, nearest, asking)
+            lookups = _counterparts(target, replicates, nearest, query_rows)
             share = _shares(target, replicates, populations, len(cells), inside=way > 0)
-            weights.append(share @ _weights(target, found, populations, included, replicates))
-        for _, rows_found, _ in found:
+            weights.append(share @ _weights(target, lookups, populations, included, replicates))
+        for _, rows_found, _ in lookups:
             looked_up[np.unique(populations[rows_found]), target.replicate] = True
         for rows, part in _parts(target.rows):
             sums = sparse.vstack([w[:, part] for w in weights], format="csr") @ expression.read(rows, columns)
@@ -211,21 +211,21 @@ def query_means(
     """
     place = np.cumsum(included) - 1
     codes = np.where(population & included[replicates.of_cell], place[replicates.of_cell], -1)
-    asking = first_cells(replicates.pieces, np.where(codes >= 0, 0, -1))
-    answer = np.zeros((int(included.sum()), int(included.sum()), len(columns)))
+    query_rows = first_cells(replicates.pieces, np.where(codes >= 0, 0, -1))
+    means = np.zeros((int(included.sum()), int(included.sum()), len(columns)))
     for target in (piece for piece in replicates.pieces if included[piece.replicate]):
         share = 1 / sum(piece.replicate == target.replicate for piece in replicates.pieces)
-        found = _counterparts(target, replicates, nearest, asking)
+        lookups = _counterparts(target, replicates, nearest, query_rows)
         # With a replicate's number for a population, and each asked by itself alone, the weights are those of A.
-        asked = np.zeros((len(answer), len(replicates)), dtype=bool)
-        asked[place[included], np.flatnonzero(included)] = True
-        weights = share * _weights(target, found, codes, asked, replicates)
+        included_queries = np.zeros((len(means), len(replicates)), dtype=bool)
+        included_queries[place[included], np.flatnonzero(included)] = True
+        weights = share * _weights(target, lookups, codes, included_queries, replicates)
         for rows, part in _parts(target.rows):
-            answer[:, place[target.replicate]] += (weights[:, part] @ expression.read(rows, columns)).toarray()
-    return answer
+            means[:, place[target.replicate]] += (weights[:, part] @ expression.read(rows, columns)).toarray()
+    return means
 
 
-def first_cells(pieces: Sequence[Piece], populations: np.ndarray, most: int = ASKING_CELLS) -> list[np.ndarray]:
+def first_cells(pieces: Sequence[Piece], populations: np.ndarray, most: int = QUERY_CELLS) -> list[np.ndarray]:
     """Return about so many cells of every population at most, the same share of each piece: packed rows, ascending, by piece.
 
     They are the first of a piece, since packed rows are in random order inside a group.
@@ -236,42 +236,42 @@ def first_cells(pieces: Sequence[Piece], populations: np.ndarray, most: int = AS
 
 def _first(rows: np.ndarray, populations: np.ndarray, share: np.ndarray) -> np.ndarray:
     parts = [rows[populations[rows] == code] for code in np.unique(populations[rows]) if code >= 0]
-    kept = [part[: int(np.ceil(share[populations[part[0]]] * len(part)))] for part in parts]
-    return np.sort(np.concatenate(kept)) if kept else rows[:0]
+    chosen = [part[: int(np.ceil(share[populations[part[0]]] * len(part)))] for part in parts]
+    return np.sort(np.concatenate(chosen)) if chosen else rows[:0]
 
 
 def _counterparts(
-    target: Piece, replicates: Replicates, nearest: Nearest, asking: Sequence[np.ndarray]
+    target: Piece, replicates: Replicates, nearest: Nearest, query_rows: Sequence[np.ndarray]
 ) -> list[Lookup]:
     """Return, for every piece, its cells that ask and their places of nearest neighbours in the target."""
-    found = []
-    for query, rows in zip(replicates.pieces, asking, strict=True):
+    lookups = []
+    for query, rows in zip(replicates.pieces, query_rows, strict=True):
         if not len(rows):
             continue
         near = nearest(rows, target.rows, query.rows)
         known = near >= 0
-        found.append((query, rows[known], np.searchsorted(target.rows, near[known])))
-    return found
+        lookups.append((query, rows[known], np.searchsorted(target.rows, near[known])))
+    return lookups
 
 
 def _weights(
-    target: Piece, found: Sequence[Lookup], populations: np.ndarray, asked: np.ndarray, replicates: Replicates
+    target: Piece, lookups: Sequence[Lookup], populations: np.ndarray, included: np.ndarray, replicates: Replicates
 ) -> sparse.csr_matrix:
     """Return how much each of the target's cells counts towards m: (populations, target's cells).
 
     Cells weigh the same inside a piece, pieces inside a replicate, replicates inside a population.
     """
-    number = len(asked)
+    number = len(included)
     pieces = np.zeros((number, len(replicates)))  # of a replicate, with cells in the population
-    for query, rows, _ in found:
+    for query, rows, _ in lookups:
         pieces[np.unique(populations[rows]), query.replicate] += 1
-    asking = (asked & (pieces > 0)).sum(axis=1)
+    replicate_count = (included & (pieces > 0)).sum(axis=1)
     total = sparse.csr_matrix((number, len(target.rows)))
-    for query, rows, place in found:
+    for query, rows, place in lookups:
         code = populations[rows]
         cells = np.bincount(code, minlength=number)
         with np.errstate(divide="ignore", invalid="ignore"):
-            each = asked[:, query.replicate] / (cells * pieces[:, query.replicate] * asking)
+            each = included[:, query.replicate] / (cells * pieces[:, query.replicate] * replicate_count)
         total = total + sparse.coo_matrix((each[code], (code, place)), shape=total.shape).tocsr()
     return total
 
@@ -284,17 +284,17 @@ def _shares(
     Neighbours `inside` a population are found only in pieces that have cells of it.
     """
     pieces = [piece for piece in replicates.pieces if piece.replicate == target.replicate]
-    there = _pieces_with(pieces, populations, number) if inside else np.full(number, float(len(pieces)))
-    return sparse.diags(1 / np.maximum(there, 1))
+    pieces_with_cells = _pieces_with(pieces, populations, number) if inside else np.full(number, float(len(pieces)))
+    return sparse.diags(1 / np.maximum(pieces_with_cells, 1))
 
 
 def _pieces_with(pieces: Sequence[Piece], populations: np.ndarray, number: int) -> np.ndarray:
     """Return how many pieces have cells of each population: (populations,)."""
-    there = np.zeros(number)
+    counts = np.zeros(number)
     for piece in pieces:
         codes = populations[piece.rows]
-        there[np.unique(codes[codes >= 0])] += 1
-    return there
+        counts[np.unique(codes[codes >= 0])] += 1
+    return counts
 
 
 def _own_weights(target: Piece, populations: np.ndarray, number: int, replicates: Replicates) -> sparse.csr_matrix:

@@ -56,49 +56,49 @@ class ResponseInput:
     names: Sequence[str]
 
 
-def response_table(given: ResponseInput, conditions: Sequence[int]) -> pd.DataFrame:
+def response_table(source: ResponseInput, conditions: Sequence[int]) -> pd.DataFrame:
     """Return the table; see `Results.response`."""
     tables = []
-    design = given.sample.design
-    for code in range(len(given.names)):
-        control = _control_rows(given, code)
+    design = source.sample.design
+    for code in range(len(source.names)):
+        control = _control_rows(source, code)
         if len(control) < 2:
             continue
-        spread = _spread(given, control)
+        spread = _spread(source, control)
         for condition in conditions:
-            rows = _rows_of(given, code, condition)
+            rows = _rows_of(source, code, condition)
             if len(rows) > 1:
                 name = design.conditions[condition]
                 tables.append(
-                    _responses(given, rows, control, spread).assign(population=given.names[code], condition=name)
+                    _responses(source, rows, control, spread).assign(population=source.names[code], condition=name)
                 )
     columns = ["cell", "population", "condition", "placebo", "response", "within_placebo"]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 
-def _responses(given: ResponseInput, rows: np.ndarray, control: np.ndarray, spread: np.ndarray) -> pd.DataFrame:
+def _responses(source: ResponseInput, rows: np.ndarray, control: np.ndarray, spread: np.ndarray) -> pd.DataFrame:
     """Return the responses of one population and condition, the placebo's below."""
-    donor = given.replicates.of_cell[rows]
+    donor = source.replicates.of_cell[rows]
     if len(np.unique(donor)) == 1:
         donor = np.arange(len(rows)) % 2  # one half of its cells is the yardstick of the other
     means = Means()
-    for part, values in _own_effects(given, rows):
+    for part, values in _own_effects(source, rows):
         for one in np.unique(donor[part]):
             means.add(int(one), values[donor[part] == one])
     response, placebo = np.empty(len(rows)), []
     weights = {int(one): _weights(*means.others(int(one)), spread) for one in np.unique(donor)}
     everyone = np.stack(list(weights.values())).mean(axis=0)
-    scaled = {one: weight / max(_size(given, control, weight), 1e-12) for one, weight in weights.items()}
-    for part, values in _own_effects(given, rows):
+    scaled = {one: weight / max(_size(source, control, weight), 1e-12) for one, weight in weights.items()}
+    for part, values in _own_effects(source, rows):
         response[part] = [row @ scaled[int(one)] for row, one in zip(values, donor[part], strict=True)]
-    unit = max(_size(given, control, everyone), 1e-12)
-    placebo = [values @ everyone / unit for _, values in _own_effects(given, control)]
+    unit = max(_size(source, control, everyone), 1e-12)
+    placebo = [values @ everyone / unit for _, values in _own_effects(source, control)]
     value = np.concatenate([response, *placebo])
     is_placebo = np.arange(len(value)) >= len(rows)
     limit = np.quantile(value[is_placebo], ESCAPED)
     return pd.DataFrame(
         {
-            "cell": given.sample.cells.index[np.concatenate([rows, control])], "placebo": is_placebo, "response": value,
+            "cell": source.sample.cells.index[np.concatenate([rows, control])], "placebo": is_placebo, "response": value,
             "within_placebo": value <= limit,
         }
     )  # fmt: skip
@@ -112,53 +112,53 @@ def _weights(mean: np.ndarray, cells: int, spread: np.ndarray) -> np.ndarray:
     return np.where(kept, mean / np.where(varying, spread, 1.0) ** 2, 0.0)
 
 
-def _size(given: ResponseInput, control: np.ndarray, weight: np.ndarray) -> float:
-    values = np.concatenate([part @ weight for _, part in _own_effects(given, control)])
+def _size(source: ResponseInput, control: np.ndarray, weight: np.ndarray) -> float:
+    values = np.concatenate([part @ weight for _, part in _own_effects(source, control)])
     return float(values.std())
 
 
-def _spread(given: ResponseInput, control: np.ndarray) -> np.ndarray:
+def _spread(source: ResponseInput, control: np.ndarray) -> np.ndarray:
     """Return the standard deviation of the placebo, (genes,)."""
-    total, squares = np.zeros((2, len(given.sample.columns)))
-    for _, values in _own_effects(given, control):
+    total, squares = np.zeros((2, len(source.sample.columns)))
+    for _, values in _own_effects(source, control):
         total, squares = total + values.sum(axis=0), squares + (values**2).sum(axis=0)
     return np.asarray(np.sqrt(np.maximum(squares / len(control) - (total / len(control)) ** 2, 0.0)))
 
 
-def _rows_of(given: ResponseInput, code: int, condition: int) -> np.ndarray:
-    rows = rows_of_condition(given.sample.design, condition)
-    return rows[given.populations[rows] == code]
+def _rows_of(source: ResponseInput, code: int, condition: int) -> np.ndarray:
+    rows = rows_of_condition(source.sample.design, condition)
+    return rows[source.populations[rows] == code]
 
 
-def _control_rows(given: ResponseInput, code: int) -> np.ndarray:
+def _control_rows(source: ResponseInput, code: int) -> np.ndarray:
     """Return control cells of a population, as many of every stretch, in the order of the store."""
-    rows = _rows_of(given, code, 0)
+    rows = _rows_of(source, code, 0)
     return rows[:: max(1, -(-len(rows) // PLACEBO_CELLS))]
 
 
-def _own_effects(given: ResponseInput, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def _own_effects(source: ResponseInput, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Give places among the rows and the cells' own expression minus that of their control matches, part by part.
 
     For control cells these are their matches in the other control groups, or in their own where there is no other.
     """
     place = 0
-    for part in parts(rows, len(given.sample.columns)):
-        yield slice(place, place + len(part)), _differences(given.sample, part)
+    for part in parts(rows, len(source.sample.columns)):
+        yield slice(place, place + len(part)), _differences(source.sample, part)
         place += len(part)
 
 
-def _differences(given: StatisticsInput, rows: np.ndarray) -> np.ndarray:
-    design = given.design
+def _differences(source: StatisticsInput, rows: np.ndarray) -> np.ndarray:
+    design = source.design
     groups = design.group_of(rows)
     group = design.groups[int(groups[0])]
     controls = np.array([design.number(0, other) for other in design.groups])[groups]
     if group.condition == 0 and (controls == 1).all():
         code = group.code
-        near = given.counterparts.edges(rows, [(code, code)], distances=False)[code, code][0][:, 0].astype(np.int64)
+        near = source.counterparts.edges(rows, [(code, code)], distances=False)[code, code][0][:, 0].astype(np.int64)
         held, back = np.unique(np.concatenate([rows, near]), return_inverse=True)
-        values = given.expression.read(held, given.columns).toarray().astype(np.float64)[back]
+        values = source.expression.read(held, source.columns).toarray().astype(np.float64)[back]
         return values[: len(rows)] - values[len(rows) :]
     question = Question((Term(0),), lambda own, sums: (own.toarray() - sums[0]).astype(np.float32), expression=True)
-    found = compute(question, given.counterparts, given.expression, rows, given.columns).astype(np.float64)
+    effects = compute(question, source.counterparts, source.expression, rows, source.columns).astype(np.float64)
     # A control cell is its own counterpart in its own group, so the mean over the other groups is further away.
-    return found * (controls / (controls - 1))[:, None] if group.condition == 0 else found
+    return effects * (controls / (controls - 1))[:, None] if group.condition == 0 else effects

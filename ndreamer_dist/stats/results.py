@@ -184,9 +184,9 @@ class Results(ResultsReader):
             A name is unknown, or nothing says who the donors are.
         """
         results, by = self.labelled(by)
-        asked = CateQuestion(by, condition, donor_key, min_cells, population, covariates)
+        question = CateQuestion(by, condition, donor_key, min_cells, population, covariates)
         warn_of(self.mapped, "cate")
-        return cate_table(results._statistics_input(genes, cohort, baseline), asked)
+        return cate_table(results._statistics_input(genes, cohort, baseline), question)
 
     def cate_parts(
         self,
@@ -195,14 +195,14 @@ class Results(ResultsReader):
         baseline: str | None = None,
         genes: Sequence[str] | None = None,
         cohort: Cohort | None = None,
-        **asked: Any,
+        **options: Any,
     ) -> Iterator[pd.DataFrame]:
         """Give the rows of `cate` in parts, one condition and population after the other, for screens of many conditions.
 
         Arguments, columns and errors are those of `cate`; there is no `p_adjusted_all`, which takes all rows.
         """
         results, by = self.labelled(by)
-        question = CateQuestion(by, **asked)
+        question = CateQuestion(by, **options)
         warn_of(self.mapped, "cate")
         yield from (part for _, part in cate_parts(results._statistics_input(genes, cohort, baseline), question))
 
@@ -227,8 +227,8 @@ class Results(ResultsReader):
         several conditions, the control donors are there once for each contrast.
         """
         results, name = self.labelled(by)
-        asked = CateQuestion(name, condition, donor_key, min_cells)
-        return donor_means(results._statistics_input(genes, cohort, baseline), asked)
+        question = CateQuestion(name, condition, donor_key, min_cells)
+        return donor_means(results._statistics_input(genes, cohort, baseline), question)
 
     @counted
     def null(
@@ -270,8 +270,8 @@ class Results(ResultsReader):
             A name is unknown, or no population has three donors a condition with enough cells each.
         """
         results, by = self.labelled(by)
-        asked = CateQuestion(by, condition, donor_key, min_cells)
-        return null_table(results._statistics_input(genes, cohort), asked, count=labellings, seed=seed)
+        question = CateQuestion(by, condition, donor_key, min_cells)
+        return null_table(results._statistics_input(genes, cohort), question, count=labellings, seed=seed)
 
     @counted
     def response(
@@ -302,9 +302,9 @@ class Results(ResultsReader):
         results, by = self.labelled(by)
         sample = results._statistics_input(None, None)
         names, codes = populations_of(sample.cells, by)
-        known = donor_key is not None or bool(self.design.batch_keys)
-        everyone = pd.Series("one", index=sample.cells.index)
-        replicates = replicates_of(sample, donor_key) if known else Replicates.of(everyone, self.design)
+        has_donors = donor_key is not None or bool(self.design.batch_keys)
+        one_donor = pd.Series("one", index=sample.cells.index)
+        replicates = replicates_of(sample, donor_key) if has_donors else Replicates.of(one_donor, self.design)
         return response_table(ResponseInput(sample, replicates, codes, names), conditions_of(self.design, condition))
 
     @counted

@@ -74,11 +74,11 @@ def state_space(
     codes = populations.astype(np.int64)
     control_cells = np.bincount(codes[(codes >= 0) & control[strata]], minlength=number)
     codes = np.where((codes >= 0) & (control_cells >= LEAST_CONTROL_CELLS)[codes], codes, -1)
-    made = _Making(source, codes, number, strata, control, typed)
+    builder = _StateBuilder(source, codes, number, strata, control, typed)
     with threadpool_limits(1):
-        made.make_axes()
-        made.make_coordinates()
-    return StateSpace(made.points, codes, made.dimensions, made.reliability)
+        builder.make_axes()
+        builder.make_coordinates()
+    return StateSpace(builder.points, codes, builder.dimensions, builder.reliability)
 
 
 def _strata(replicates: Replicates) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +89,7 @@ def _strata(replicates: Replicates) -> tuple[np.ndarray, np.ndarray]:
     return strata, np.array([replicates.conditions[piece.replicate] == 0 for piece in replicates.pieces])
 
 
-class _Making:
+class _StateBuilder:
     """State coordinates under way: axes of every population, then what is made of them."""
 
     def __init__(
@@ -144,15 +144,15 @@ class _Making:
                 part = state.half_sums(e - centre, (a - centre, b - centre), strata, len(self.control), inside)
                 sums[code] = sums[code].plus(part) if code in sums else part
                 self.points[rows[here]] = e - centre
-        for code, found in sums.items():
-            self._place(code, found)
+        for code, half_sums in sums.items():
+            self._place(code, half_sums)
 
-    def _place(self, code: int, found: state.HalfSums) -> None:
-        k = self.dimensions[code] = min(self._chosen(found), state.varying(found.covariance("spread")))
+    def _place(self, code: int, half_sums: state.HalfSums) -> None:
+        k = self.dimensions[code] = min(self._chosen(half_sums), state.varying(half_sums.covariance("spread")))
         if not k:  # all its cells are alike
             self.codes[self.codes == code] = -1
             return
-        signal, spread = (found.covariance(name)[:k, :k] for name in ("signal", "spread"))
+        signal, spread = (half_sums.covariance(name)[:k, :k] for name in ("signal", "spread"))
         share = np.eye(k) if self.source.totals is None else state.reliability(signal, spread)
         self.reliability[code] = np.trace(share) / k
         there = self.group_cells[code] > 0
@@ -163,14 +163,14 @@ class _Making:
         for rows in _stretches(np.flatnonzero(self.codes == code)):
             strata = self.strata[rows]
             e = self.points[rows, :k].astype(np.float64)
-            self.points[rows, :k] = state.shrunk(e, found.group_means[strata, :k], positions[strata], share)
+            self.points[rows, :k] = state.shrunk(e, half_sums.group_means[strata, :k], positions[strata], share)
 
-    def _chosen(self, found: state.HalfSums) -> int:
+    def _chosen(self, half_sums: state.HalfSums) -> int:
         """Return how many dimensions a population uses: those that the halves of the counts confirm, within a limit."""
         most = state.MOST_IN_A_TYPE if self.typed else self.keep
         if self.source.totals is None:
             return min(self.keep, most)
-        return min(state.beyond_noise(found.covariance("signal"), found.covariance("noise")), most)
+        return min(state.beyond_noise(half_sums.covariance("signal"), half_sums.covariance("noise")), most)
 
     def _parts(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         for rows in _stretches(np.flatnonzero(chosen)):

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist, pdist
 from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError
 from ndreamer_dist.stats import diagnostics as module
-from ndreamer_dist.stats.diagnostics import Diagnostics, principal_components, told_of_donors
+from ndreamer_dist.stats.diagnostics import Diagnostics, donor_layout, principal_components
 from ndreamer_dist.stats.results import Results, open_results
 from tests.results.brute_force import nearest_rows
 from tests.results.conftest import SIZES, finish
@@ -124,7 +124,7 @@ def test_donors_are_said_to_be_nested_or_crossed(results: Results, tmp_path_fact
     assert told.layout == "nested"
     assert told.donors == "Each of the 8 donors is in one condition only (nested): 4 control, 4 treated."
     labels = results.obs["donor"].astype(str).replace({"donor_02": "donor_01"}).rename("person")
-    said = told_of_donors(results.labelled(labels)[0]._statistics_input(None, None), "person")
+    said = donor_layout(results.labelled(labels)[0]._statistics_input(None, None), "person")
     assert said == ("partly crossed", "1 of the 7 donors is in both conditions (partly crossed): 4 control, 4 treated.")
     layouts = {
         "crossed": ({(0, 0): 30, (0, 1): 25, (1, 0): 28, (1, 1): 30}, ("a", "b"), "in every condition (crossed)"),
