@@ -1,8 +1,8 @@
-"""The CATE table: the effect in every population, with donors as replicates, and the evidence for and against it.
+"""The CATE table: the effect in every population, tested with donors as replicates, and measures of its quality.
 
 Input: the results of a run, a column of `obs` that names populations, and the donors. Output: one row per population,
-condition and gene. All data are streamed, one condition after the other. Memory grows with populations, the donors of a
-condition and of the control, and genes. `p` never takes cells as replicates.
+condition and gene. Data are streamed, one condition after the other. Memory grows with the numbers of populations and
+genes, and with the donors of one condition and the control. `p` never treats cells as replicates.
 """
 
 from __future__ import annotations
@@ -69,35 +69,37 @@ logger = logging.getLogger(__name__)
 
 Whose = Literal["all", "treated"]
 MIN_CELLS = 10
-"""Own cells that a donor needs in a population to enter its test."""
+"""Cells that a donor needs in a population to enter its test."""
 PURE = 0.7
-"""Share of matches inside the population below which they are flagged."""
+"""Share of matches inside the population below which they are flagged as impure."""
 ALL_CELLS = "all cells"
-"""The one population where no column names several."""
+"""Name of the single population when no column names populations."""
 HELD_EFFECTS = 2**24
-"""Cells times genes of the conditions whose effects are read together."""
+"""Most values (cells times genes) of the conditions whose effects are read together."""
 COUNT_FLOOR = 1e-9
-"""Added to mean counts before their ratio is taken, as scanpy does."""
+"""Added to mean counts before the fold change, as in scanpy."""
 
 
 @dataclass(frozen=True)
 class StatisticsInput:
-    """What a table is made from; `Results.cate` fills it in.
+    """Input of the tables of statistics; methods of `Results` fill it in.
 
     Attributes
     ----------
     cells
         `obs` in packed order.
-    genes
-        Names, in the order of `columns`, which are places in the expression.
+    columns, genes
+        Columns of the expression, and the names of their genes.
+    stored_ite
+        Whether to read individual effects from the store instead of computing them.
     embedding
-        The array of `obsm` that cells were matched in.
+        Array of `obsm` with the coordinates of the matching space.
     state
-        What coordinates of state are made from, if they can be had.
+        Input of the state coordinates, if any.
     spaces
-        Coordinates of state that were made before, by column of populations, column of donors and least cells.
+        Cache of state coordinates, by column of populations, column of donors and least cells per donor.
     baseline
-        Code of the condition that others are compared with; the control's is 0.
+        Code of the condition to compare with; 0 is the control.
     """
 
     storage: Storage
@@ -117,7 +119,7 @@ class StatisticsInput:
 
 @dataclass(frozen=True)
 class CateQuestion:
-    """What is asked for; see `Results.cate`, whose arguments these are."""
+    """Arguments of `Results.cate`, which documents them."""
 
     by: str | None = None
     condition: str | None = None
@@ -128,7 +130,7 @@ class CateQuestion:
 
 
 def cate_table(source: StatisticsInput, question: CateQuestion) -> pd.DataFrame:
-    """Return the table: by population, and inside it by condition."""
+    """Return the table, sorted by population and then by condition."""
     parts = sorted(cate_parts(source, question), key=lambda part: part[0])
     table = pd.concat([part for _, part in parts], ignore_index=True)
     table["p_adjusted_all"] = benjamini_hochberg(table["p"].to_numpy())
@@ -136,10 +138,10 @@ def cate_table(source: StatisticsInput, question: CateQuestion) -> pd.DataFrame:
 
 
 def cate_parts(source: StatisticsInput, question: CateQuestion) -> Iterator[tuple[int, pd.DataFrame]]:
-    """Give the rows of one condition and population after the other, with the place of the population.
+    """Yield the rows of each population, condition by condition, with the number of the population.
 
-    What is held does not grow with the number of conditions, but for a few numbers per cell, and where the effect is
-    looked at in two parts by the means of the donors under every condition.
+    Memory does not grow with the number of conditions, except for a few numbers per cell and, in the state space, the
+    mean expression of every donor under every condition.
     """
     conditions = conditions_of(source.design, question.condition, source.baseline)
     names, codes = populations_of(source.cells, question.by)
@@ -163,7 +165,7 @@ def cate_parts(source: StatisticsInput, question: CateQuestion) -> Iterator[tupl
 
 
 def donor_means(source: StatisticsInput, question: CateQuestion) -> anndata.AnnData:
-    """Return one row per population and donor, for a model of your own; see `Results.donor_means`."""
+    """Return one row per population, donor and condition; see `Results.donor_means`."""
     conditions, by = conditions_of(source.design, question.condition, source.baseline), str(question.by)
     names, codes = populations_of(source.cells, question.by)
     everyone = replicates_of(source, question.donor_key)
@@ -190,12 +192,17 @@ def donor_means(source: StatisticsInput, question: CateQuestion) -> anndata.AnnD
 
 
 def populations_of(cells: pd.DataFrame, by: str | None) -> tuple[list[str], np.ndarray]:
-    """Return the names of the populations and the code of every cell's, -1 where it has none; no column, one population.
+    """Return the names of the populations and a population code per cell, -1 for none.
+
+    Parameters
+    ----------
+    by
+        Column of `cells`; None makes all cells one population.
 
     Raises
     ------
     QueryError
-        There is no such column, or it names no population.
+        The column is missing, or all its values are.
     """
     if by is None:
         return [ALL_CELLS], np.zeros(len(cells), dtype=np.int64)
@@ -210,7 +217,7 @@ def populations_of(cells: pd.DataFrame, by: str | None) -> tuple[list[str], np.n
 
 
 def column(cells: pd.DataFrame, name: str) -> pd.Series:
-    """Return a column of obs; `QueryError` lists what there is instead."""
+    """Return a column of obs; the `QueryError` for a missing one lists the columns."""
     if name not in cells:
         known = [str(column) for column in cells.columns]
         msg = f"obs has no column {name!r}; there are {listing(known, limit=30)}.{suggest(name, known)}"
@@ -219,14 +226,14 @@ def column(cells: pd.DataFrame, name: str) -> pd.Series:
 
 
 def replicates_of(source: StatisticsInput, donor_key: str | None) -> Replicates:
-    """Return who the donors are: those of a column, or the batches.
+    """Return the replicates: the donors named in a column, or by default the batches.
 
     Raises
     ------
     QueryError
-        Neither is there, so that there are no replicates.
+        There is neither a donor column nor a batch key.
     CohortError
-        The column names no donor for some cells.
+        The column has missing values.
     """
     if donor_key is None:
         if not source.design.batch_keys:
@@ -234,16 +241,16 @@ def replicates_of(source: StatisticsInput, donor_key: str | None) -> Replicates:
             raise QueryError(msg)
         return Replicates.of(source.cells[keys.OBS_BATCH], source.design)
     donors = column(source.cells, donor_key)
-    named_column(source.cells, donor_key)  # refuses missing values
+    named_column(source.cells, donor_key)  # for its check: missing values are refused
     return Replicates.of(donors, source.design)
 
 
-# --- what a table is made of -----------------------------------------------------------------------------------------
+# --- parts of the table ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Control:
-    """What the control's cells say, per population; see `summaries.cells`."""
+    """Sums over the baseline's cells, per population; see `summaries.cells`."""
 
     plain: PlainExpression
     placebo: np.ndarray | None
@@ -251,7 +258,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Described:
-    """What the cells of one condition say, per population; see `summaries.cells`."""
+    """Sums over the cells of one condition, per population; see `summaries.cells`."""
 
     effects: EffectMoments
     near_effects: EffectMoments
@@ -263,13 +270,23 @@ class Described:
 
     @property
     def cells(self) -> np.ndarray:
-        """Cells with an effect: (populations,)."""
+        """Number of cells with an effect: (populations,)."""
         return self.effects.number
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A condition beside the control: donors, their means, and where cells stand in state; `populations` is of all cells."""
+    """A contrast: condition `code` against the baseline.
+
+    Attributes
+    ----------
+    populations
+        (cells,) population of every packed row of the run, -1 for none.
+    replicates, means
+        The replicates of both conditions, and their means in every population.
+    space
+        State coordinates, if any.
+    """
 
     code: int
     populations: np.ndarray
@@ -280,7 +297,19 @@ class Compared:
 
 @dataclass(frozen=True)
 class Tested:
-    """What donors say of one population and condition."""
+    """Donor-level tests of one population and condition.
+
+    Attributes
+    ----------
+    treated, control
+        Number of tested donors in the condition and in the baseline.
+    left_out
+        Names of donors with cells in the population that the test leaves out.
+    matched, total
+        The test on means through the matches, and on plain means.
+    parts
+        The decomposition, if the population has state coordinates.
+    """
 
     treated: int
     control: int
@@ -291,7 +320,13 @@ class Tested:
 
 
 def conditions_of(design: Design, condition: str | None, baseline: int = 0) -> list[int]:
-    """Return the codes of the conditions to compare with the control, or another baseline: that of a name, or all."""
+    """Return the codes of the conditions to compare with the baseline: the named one, or all others.
+
+    Raises
+    ------
+    QueryError
+        The condition is unknown, or it is the baseline itself.
+    """
     if condition is None:
         return [code for code in range(len(design.conditions)) if code != baseline]
     code = design.condition_code(condition)
@@ -305,7 +340,7 @@ def conditions_of(design: Design, condition: str | None, baseline: int = 0) -> l
 def means_of(
     source: StatisticsInput, codes: np.ndarray, replicates: Replicates, min_cells: int, space: StateSpace | None = None
 ) -> PopulationMeans:
-    """Return the donors' means in every population, and those through state where there is a space; see `population_means`."""
+    """Return the donors' means in every population, with those in state if there is a `space`; see `population_means`."""
     query_rows = np.sort(np.concatenate(first_cells(replicates.pieces, codes)))
     ways: list[Nearest] = [MatchedNeighbours(source, query_rows)]
     if space is not None:
@@ -316,7 +351,7 @@ def means_of(
 def space_of(
     source: StatisticsInput, question: CateQuestion, codes: np.ndarray, replicates: Replicates
 ) -> StateSpace | None:
-    """Return the coordinates of state of the cells that tests are of, made once; none where they cannot be had."""
+    """Return the state coordinates of the cells of tested donors, computed once; None without at least two modelled genes."""
     if source.state is None or len(source.state.columns) < 2:
         return None
     key = question.by, question.donor_key, question.min_cells
@@ -329,19 +364,19 @@ def space_of(
 
 @lru_cache
 def _log_search(_results: str, *, kept: bool) -> None:
-    """Log it once for the results of an address: a report makes many tables of the same."""
+    """Log once per results address that matches are searched now: a report computes many tables of the same results."""
     remedy = "; `match DIR --edges all` would keep them" if kept else ""
     logger.info("some matches are not in the run and are searched now%s", remedy)
 
 
 class MatchedNeighbours:
-    """Nearest neighbours between sets of packed rows: read where they are kept, else searched here.
+    """Nearest neighbours in the matching space: read from the store where they are there, else searched.
 
     Parameters
     ----------
     rows
-        Packed rows of all cells that may ask, ascending, if known: where matches do not depend on which of them ask
-        together, they are searched in one piece at once, and kept until another piece is asked for.
+        Packed rows of all possible queries, ascending, if known. Without hub correction, matches of a query do not depend
+        on the other queries: all of `rows` are then searched in a target piece at once, and cached until the next piece.
     """
 
     def __init__(self, source: StatisticsInput, rows: np.ndarray | None = None) -> None:
@@ -351,10 +386,10 @@ class MatchedNeighbours:
         self._found = np.empty((2, 0), dtype=np.int64)
 
     def __call__(self, queries: np.ndarray, targets: np.ndarray, query_piece: np.ndarray) -> np.ndarray:
-        """Return the nearest target of every query, itself left out; see `stats.populations.Nearest`.
+        """Return the nearest target of every query, the query itself excluded; see `stats.populations.Nearest`.
 
-        Corrected for hubs, a target's remoteness is measured from all cells of the piece that asks: who is matched with
-        whom then depends on the two pieces, and not on labels.
+        The hub correction (METHOD section 9) measures how far a target is from all cells of the query piece. So matches
+        depend on the two pieces alone, not on condition labels.
         """
         design = self._given.design
         (query, target) = (design.groups[int(design.group_of(rows[:1])[0])] for rows in (queries, targets))
@@ -411,7 +446,7 @@ def _described(
     purity, effective, without = (
         values[:, code] for values in (quality.purity, quality.effective_cells, quality.without_overlap)
     )
-    if source.baseline:  # what is near is known of the control alone
+    if source.baseline:  # overlap is defined only against the control
         without = np.full_like(purity, np.nan)
     return Described(effects, near_effects, plain, control, purity, effective, without)
 
@@ -419,9 +454,9 @@ def _described(
 def effects_by_condition(
     source: StatisticsInput, codes: np.ndarray, conditions: Sequence[int]
 ) -> Iterator[tuple[int, Iterable[tuple[np.ndarray, np.ndarray]]]]:
-    """Give each condition with the individual effects of its cells, part by part: packed rows, and (rows, genes).
+    """Yield each condition with the effects of its cells in parts: packed rows, and (rows, genes).
 
-    Conditions of few cells are read together, since a chunk of a stored layer holds cells of many of them.
+    Small conditions are read together, because a chunk of a stored layer holds cells of many of them.
     """
     cells = np.bincount(source.design.group_conditions, weights=np.diff(source.design.starts))[list(conditions)]
     number = np.cumsum(cells) * len(source.columns) // HELD_EFFECTS
@@ -440,7 +475,7 @@ def effects_by_condition(
 def individual_effects(
     source: StatisticsInput, codes: np.ndarray, conditions: list[int]
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Give packed rows and the individual effects of their cells, part by part."""
+    """Yield packed rows of cells in a population, and their effects, (rows, genes), part by part."""
     for code in conditions:
         for group in source.design.with_condition(code):
             rows = np.arange(group.start, group.stop)
@@ -449,9 +484,10 @@ def individual_effects(
 
 
 def _effects(source: StatisticsInput, rows: np.ndarray, condition: int) -> np.ndarray:
-    """Return the individual effects of cells, (rows, genes), as they are stored or else computed.
+    """Return the individual effects of cells, (rows, genes), from the store or computed.
 
-    Against the control they are of every cell's own condition, whatever it is; against another baseline of this one.
+    With the control as baseline, each cell's effect is that of its own condition; with another baseline, that of
+    `condition`.
     """
     if not source.baseline and source.stored_ite:
         return source.counterparts.dense(f"layers/{keys.LAYER_ITE}", rows, source.columns)
@@ -460,11 +496,11 @@ def _effects(source: StatisticsInput, rows: np.ndarray, condition: int) -> np.nd
 
 
 def _tested(source: StatisticsInput, compared: Compared, number: int, question: CateQuestion) -> Tested:
-    """Test one population and condition, through the matches, on plain means and through state."""
+    """Test one population and condition: through the matches, on plain means, and through state neighbours."""
     code, means, space, replicates = compared.code, compared.means, compared.space, compared.replicates
     there = np.flatnonzero(np.isin(replicates.conditions, (source.baseline, code)) & (means.cells[number] > 0))
     kept, paired = kept_replicates(replicates, means.included[number], code, source.baseline)
-    # A donor once, not per condition.
+    # dict.fromkeys: a donor seen in both conditions is named once.
     left_out = tuple(dict.fromkeys(replicates.donors[r] for r in there if r not in kept))
     if paired and (question.covariates or question.population == "treated"):
         msg = "donors seen in both conditions are paired: leave out the covariates, and use all donors' query cells"
@@ -495,7 +531,7 @@ def _tested(source: StatisticsInput, compared: Compared, number: int, question: 
 
 @dataclass(frozen=True)
 class _TreatedQueries:
-    """Tests of what the treated donors' cells find in every donor."""
+    """Tests in which only the treated donors' cells are queries (`population="treated"`)."""
 
     source: StatisticsInput
     population: np.ndarray
@@ -506,7 +542,7 @@ class _TreatedQueries:
         return self._test(self._means(nearest))
 
     def decomposed(self, space: StateSpace, own: np.ndarray, total: Part) -> tuple[Part, Part, Part]:
-        """Return the total, and what the treated donors' cells find at their own state."""
+        """Return total, within-state and state-shift effects, the latter two with the treated donors' cells as queries."""
         means = self._means(StateNeighbours(space))
         treated = self.replicates.conditions[self.kept] != self.source.baseline
         inside = means[treated].mean(axis=0)
@@ -527,9 +563,9 @@ class _TreatedQueries:
 def _tests_of(
     source: StatisticsInput, replicates: Replicates, kept: np.ndarray, covariates: Sequence[str], *, paired: bool
 ) -> tuple[Callable[[np.ndarray], DonorTest], Callable[[np.ndarray], np.ndarray]]:
-    """Return the test that the replicates allow, and the effects without each donor.
+    """Return the test that the replicates allow, and the function that gives the effects without each donor.
 
-    It is paired where donors are in both conditions, else Welch's, or a model.
+    The test is a linear model with covariates; without, a paired test if `paired`, else a permutation of Welch's t.
     """
     treated = replicates.conditions[kept] != source.baseline
     if not treated.any() or treated.all():
@@ -553,10 +589,10 @@ def _tests_of(
 def kept_replicates(
     replicates: Replicates, included: np.ndarray, code: int, baseline: int = 0
 ) -> tuple[np.ndarray, bool]:
-    """Return which replicates a test of a condition is of, and whether they are pairs.
+    """Return the replicates to test, and whether they are pairs.
 
-    Where three donors or more are there in both conditions, these alone. Fewer pairs allow no test: then the donors that are
-    in one condition, if there are three a condition. A donor never counts twice in a test of donors against others.
+    With three or more donors seen in both conditions, these are tested as pairs. Fewer pairs allow no test: then the
+    donors seen in one condition are tested, if there are three per condition. An unpaired test never holds a donor twice.
     """
     enough = np.flatnonzero(included & np.isin(replicates.conditions, (baseline, code)))
     twice = pd.Series([replicates.donors[r] for r in enough], dtype=object).duplicated(keep=False).to_numpy()
@@ -567,19 +603,19 @@ def kept_replicates(
 
 
 def pairs_of(replicates: Replicates, kept: np.ndarray, baseline: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return where, among those kept, each donor's treated replicate stands, and where its control one."""
+    """Return positions in `kept` of the treated and of the control replicates, donor by donor in the same order."""
     treated = replicates.conditions[kept] != baseline
-    order = np.argsort([replicates.donors[r] for r in kept], kind="stable")  # each donor's two, one after the other
+    order = np.argsort([replicates.donors[r] for r in kept], kind="stable")
     return order[treated[order]], order[~treated[order]]
 
 
 def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str], kept: np.ndarray) -> np.ndarray:
-    """Return covariates of the donors kept as numbers, centred and scaled: categories become indicator columns.
+    """Return the covariates of the tested donors, centred and scaled: (donors, columns); categories become indicators.
 
     Raises
     ------
     QueryError
-        A covariate is not there, is not known of a donor, or differs between cells of one.
+        A covariate is no column of obs, is missing for a donor, or differs between the cells of a donor.
     """
     chosen = cells[[column(cells, name).name for name in names]]
     return as_numbers(chosen, replicates.of_cell, kept, replicates.donors)
@@ -588,7 +624,7 @@ def _numbers(cells: pd.DataFrame, replicates: Replicates, names: Sequence[str], 
 def _rows(
     source: StatisticsInput, name: str, number: int, code: int, described: Described, tested: Tested
 ) -> pd.DataFrame:
-    """Return the rows of one population and condition: a column per fact, a row per gene."""
+    """Return the table's rows for one population and condition, one per gene."""
     n, zero, positive = described.cells[number], described.effects.zero[number], described.effects.positive[number]
     sign_z, sign_p = sign_test(positive, zero, n)
     treated, control = described.plain.counts[number], described.control.plain.counts[number]

@@ -1,7 +1,7 @@
-"""An effect in two parts: the change in cells of the same state, and the change of state itself. Pure.
+"""The decomposition of an effect: the change within cell states, and the shift between states (METHOD section 10). Pure.
 
-Input: the donors' means of one population, plain and through the state neighbours of their cells. Output, per gene: three
-effects that add up, each with a test on donors and its range when any one donor is left out, and a word for the reading.
+Input: the donors' means of one population, plain and through the state neighbours of their cells. Output per gene: total =
+within-state + state shift, each with a donor-level test and its leave-one-donor-out range, and a one-word reading.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ndreamer_dist.stats.donor_tests import DonorTest
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
 FEW_CELLS = 20
-"""Cells a donor below which the parts are marked: with 10, a tenth of the genes without effect fell below 0.05."""
+"""Median cells per donor below which the parts are flagged: with 10, p < 0.05 for a tenth of the genes without effect."""
 STANDS = 0.05
-"""Adjusted p-value up to which a part counts in the reading."""
+"""Largest adjusted p-value at which the reading names a part."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the effects.
+    """One effect: the total, the within-state effect, or the state shift.
 
     Attributes
     ----------
     test
-        On donors.
+        The donor-level test of this effect.
     low, high
-        (genes,) range of the effect without any one donor.
+        (genes,) range of the effect when each donor is left out in turn.
     """
 
     test: DonorTest
@@ -39,7 +39,7 @@ class Part:
 
     @classmethod
     def of(cls, test: DonorTest, left_out: np.ndarray) -> Part:
-        """Return a test with the range of the effects without each donor, (donors, genes)."""
+        """Return the test with the range of `left_out`: the effects without each donor, (donors, genes)."""
         defined = left_out[~np.isnan(left_out).all(axis=1)]
         if not len(defined):
             nothing = np.full(left_out.shape[1], np.nan)
@@ -49,14 +49,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The effects of one population and condition: `total` = `within` + `shift`.
+    """The decomposed effect of one population and condition: `total` = `within` + `shift`.
 
     Attributes
     ----------
     cells
-        Median number of cells of a donor that is tested.
+        Median number of cells over the tested donors.
     reliability
-        Mean share of a cell's state coordinates that is signal.
+        Share of the variance of a cell's state coordinates that is signal, mean over coordinates.
     """
 
     total: Part
@@ -72,27 +72,27 @@ def decomposed(
     test: Callable[[np.ndarray], DonorTest],
     left_out: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[Part, Part, Part]:
-    """Return total, within-state and state-shift effects of donors' means.
+    """Return the total, within-state and state-shift effects.
 
     Parameters
     ----------
     own, within
-        (donors, genes) plain means, and means over what all donors' cells find in the donor at their own state.
+        (donors, genes) plain means, and means over the state neighbours that all donors' cells have in the donor.
     test, left_out
-        The test on donors, and the effects without each donor, of (donors, genes).
+        Functions of (donors, genes): the donor-level test, and the effects without each donor.
     """
     total, inside, shift = (Part.of(test(values), left_out(values)) for values in (own, within, own - within))
     return total, inside, shift
 
 
 def reading(within: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Return a word per gene from two adjusted p-values; none where nothing could be tested.
+    """Return a word per gene from the adjusted p-values of the two parts; an empty word where neither was tested.
 
-    - `within`: the effect within states stands, a shift of state does not.
-    - `state`: a shift of state stands, an effect within states does not.
-    - `both`: both stand.
-    - `neither`: neither part stands by itself. If the total does, there is an effect, and of which kind cannot be said:
-      fewer matches than cells make the parts less certain than their sum.
+    - `within`: only the within-state effect is significant.
+    - `state`: only the state shift is significant.
+    - `both`: both are significant.
+    - `neither`: neither is significant. If the total is, there is an effect of unknown kind: the parts rest on fewer
+      cells than the total (only matched cells count), so they are less certain than their sum.
     """
     inside, moved = (p <= STANDS for p in (within, shift))
     words = np.select([inside & moved, inside, moved], ["both", "within", "state"], "neither").astype(object)
@@ -101,7 +101,7 @@ def reading(within: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 
 def decomposition_columns(decomposition: Decomposition | None, total: Part, genes: int) -> dict[str, Any]:
-    """Return the table's columns of one population and condition; NaN where there is no decomposition but the total."""
+    """Return the table's columns for one population and condition; without a decomposition, NaN for all but the total."""
     nothing = np.full(genes, np.nan)
     parts = {"total": total, "within_state": None, "state_shift": None}
     if decomposition is not None:
