@@ -1,8 +1,8 @@
-"""How far a run can be trusted: overlap, reuse of matches, donors and conditions, mixing of batches, distortion.
+"""Diagnostics of a run: overlap, reuse of matches, design of donors and conditions, mixing of batches, distortion.
 
-Input: the results of a run. Output: small tables of groups, populations and conditions. Diagnostics that read expression
-use the first cells of every group, which are a random sample since packed rows are in random order; all others use all
-cells. Nothing here is a test, and cells of `denoised` least of all allow one.
+Input: the results of a run. Output: small tables with a row per group, population or condition. Diagnostics that read
+expression use the first cells of every group, a random sample because packed rows are in random order; all others use all
+cells. None of them is a statistical test.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ from ndreamer_dist.storage.arrays import open_array
 DonorLayout = Literal["nested", "crossed", "partly crossed", "no donors"]
 
 NEIGHBOURS = 15
-"""Nearest cells that are looked at for mixing."""
+"""Nearest neighbours per cell in the measure of mixing."""
 DIMENSIONS = 50
-"""Principal components of the input that its mixing is measured in."""
+"""Principal components of the input expression in which mixing is measured."""
 DISTORTION_CELLS = 512
-MOST_DISTORTED = 100
-"""Groups of a screen in which distortion is measured, and conditions in which mixing is (evenly, and the first)."""
-MOST_MIXED = 20
-NOT_MEASURED = (np.nan, np.nan)
+"""Most cells of a group for the measure of distortion."""
 DISTORTION_VALUES = 2**22
-"""Cells of a group whose denoised expression is compared with the measured one, at most."""
+"""Most values (cells times genes) of a group for the measure of distortion."""
+MOST_DISTORTED = 100
+"""Most groups of a screen in which distortion is measured, evenly spaced among all groups."""
+MOST_MIXED = 20
+"""Most conditions of a screen in which mixing is measured: the first ones."""
+NOT_MEASURED = (np.nan, np.nan)
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What speaks for and against the results of a run; `Results.diagnostics` says what the columns are."""
+    """Diagnostics of a run; the columns are documented in `Results.diagnostics`."""
 
     layout: DonorLayout
     donors: str
@@ -55,8 +57,8 @@ class Diagnostics:
 def diagnose(
     source: StatisticsInput, *, by: str | None, donor_key: str | None, cells: int, stored_denoised: bool
 ) -> Diagnostics:
-    """Return the diagnostics; see `Results.diagnostics`, whose arguments these are."""
-    column(source.cells, keys.OBS_OVERLAP)  # results of an earlier version lack it
+    """Return the diagnostics; `Results.diagnostics` documents arguments and columns."""
+    column(source.cells, keys.OBS_OVERLAP)  # refuses results of earlier versions, which lack the column
     names, codes = populations_of(source.cells, by)
     layout, donors = donor_layout(source, donor_key)
     every = -(-len(source.design.groups) // MOST_DISTORTED) if source.design.is_screen else 1
@@ -72,7 +74,7 @@ def diagnose(
 
 
 def crowding(source: StatisticsInput, names: list[str], codes: np.ndarray, donor_key: str | None) -> Iterator[str]:
-    """Say where neighbours are more than a small share of a donor's cells in a population, so that they reach across it."""
+    """Yield a note for each neighbour setting that exceeds 4 % of some donor's cells in a population (METHOD section 9)."""
     if donor_key is None and not source.design.batch_keys:
         return
     counts = replicates_of(source, donor_key).counts(codes)
@@ -91,7 +93,7 @@ def crowding(source: StatisticsInput, names: list[str], codes: np.ndarray, donor
 
 
 def donor_layout(source: StatisticsInput, donor_key: str | None) -> tuple[DonorLayout, str]:
-    """Return whether donors are nested in conditions or crossed with them, and say it."""
+    """Return whether donors are nested in conditions or crossed with them, and a sentence that says so."""
     if donor_key is None and not source.design.batch_keys:
         return "no donors", "Nothing says who the donors are: there is no batch, and no column was named."
     replicates = replicates_of(source, donor_key)
@@ -117,7 +119,7 @@ def _numbers(replicates: Replicates) -> str:
 def group_row(
     group: Group, source: StatisticsInput, *, stored_denoised: bool, measured: bool = True
 ) -> dict[str, object]:
-    """Return the row of one group: overlap, reuse of its cells as matches, and distortion, if it is measured."""
+    """Return the table row of one group: overlap, reuse of its cells as matches, and distortion if `measured`."""
     rows = np.arange(group.start, group.stop)
     cells = source.cells.iloc[group.start : group.stop]
     own = source.counterparts.edges(rows, [(group.code, group.code)])[group.code, group.code][1][:, 0]
@@ -146,7 +148,7 @@ def group_row(
 
 
 def effective_controls(group: Group, source: StatisticsInput) -> float:
-    """Return how many control cells, used alike, would carry as much as the group's matches; NaN of a control group."""
+    """Return the effective number of control cells that the group is matched with; NaN for a control group."""
     if group.condition == 0:
         return np.nan
     rows = np.arange(group.start, group.stop)
@@ -157,7 +159,7 @@ def effective_controls(group: Group, source: StatisticsInput) -> float:
 
 
 def _overlap(cells: pd.DataFrame) -> dict[str, float]:
-    """Return the share of cells with a near control match and their median distance to the control; NaN without one."""
+    """Return the share of cells with a near control match and the median match distance; NaN if no cell has a match."""
     matched = cells[cells[keys.OBS_MATCH_DISTANCE].notna()]
     return {
         "overlap": float(matched[keys.OBS_OVERLAP].mean()) if len(matched) else np.nan,
@@ -166,7 +168,7 @@ def _overlap(cells: pd.DataFrame) -> dict[str, float]:
 
 
 def distortion(rows: np.ndarray, source: StatisticsInput, *, stored_denoised: bool) -> tuple[float, float]:
-    """Return the mean correlation of cells' denoised with their measured expression, and the mean squared difference."""
+    """Return the correlation of denoised with measured expression, mean over cells, and the mean squared difference."""
     raw = source.expression.read(rows, source.columns).toarray().astype(np.float64)
     if stored_denoised:
         denoised = source.counterparts.dense(f"layers/{keys.LAYER_DENOISED}", rows, source.columns)
@@ -182,7 +184,7 @@ def distortion(rows: np.ndarray, source: StatisticsInput, *, stored_denoised: bo
 
 
 def population_overlap(source: StatisticsInput, names: list[str], codes: np.ndarray) -> pd.DataFrame:
-    """Return the overlap of every population under every condition."""
+    """Return the overlap of every population in every condition, one row each."""
     conditions = source.design.group_conditions[source.design.group_of(np.arange(source.design.n_cells))]
     table = source.cells[[keys.OBS_MATCH_DISTANCE, keys.OBS_OVERLAP]]
     pairs = np.where(codes >= 0, codes * len(source.design.conditions) + conditions, -1)
@@ -198,14 +200,14 @@ def population_overlap(source: StatisticsInput, names: list[str], codes: np.ndar
 
 
 def mixing(source: StatisticsInput, populations: np.ndarray, cells: int) -> pd.DataFrame:
-    """Return how far batches are mixed, in the input and in the embedding: a row per condition.
+    """Return how well batches mix, in the input expression and in the embedding: one row per condition.
 
     Parameters
     ----------
     populations
-        (cells,) code of every packed row; neighbours are sought inside it and the condition. -1 is left out.
+        (cells,) population code of every packed row, -1 for none. Neighbours come from the same population and condition.
     cells
-        At most about so many are looked at, as large a share of each group.
+        Approximate size of the sample, which takes the same share of every group.
     """
     design = source.design
     condition_codes = range(MOST_MIXED if design.is_screen else len(design.conditions))
@@ -236,7 +238,7 @@ def mixing(source: StatisticsInput, populations: np.ndarray, cells: int) -> pd.D
 
 
 def _shares(part: np.ndarray, batches: np.ndarray, points: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Return, summed over cells, the share of neighbours of other batches: expected of chance, and in either space."""
+    """Return the share of neighbours from other batches, summed over cells: expected by chance, and in both spaces."""
     _, code, counts = np.unique(batches, return_inverse=True, return_counts=True)
     others = len(part) - counts[code]
     sums = [float((others / (len(part) - 1)).sum())]
@@ -248,9 +250,9 @@ def _shares(part: np.ndarray, batches: np.ndarray, points: tuple[np.ndarray, np.
 
 
 def principal_components(expression: sparse.csr_matrix | np.ndarray) -> np.ndarray:
-    """Return the cells' coordinates along their leading principal axes: (cells, at most 50).
+    """Return the cells' coordinates on the leading principal axes: (cells, at most 50).
 
-    Where genes are more than cells, from the products of cells, which are fewer than those of genes.
+    With more genes than cells, the smaller Gram matrix (cells by cells) is decomposed instead of the covariance.
     """
     if expression.shape[1] > expression.shape[0]:
         return _by_cells(sparse.csr_matrix(expression, dtype=np.float64))
@@ -262,7 +264,7 @@ def principal_components(expression: sparse.csr_matrix | np.ndarray) -> np.ndarr
 
 
 def _by_cells(expression: sparse.csr_matrix) -> np.ndarray:
-    """Return the coordinates from the centred products of cells: their eigenvectors times the roots of the eigenvalues."""
+    """Return the coordinates from the centred Gram matrix: eigenvectors times the square roots of the eigenvalues."""
     products = (expression @ expression.T).toarray()
     means = products.mean(axis=0)
     products += means.mean() - means[:, None] - means[None, :]

@@ -1,9 +1,9 @@
-"""The response of single cells: which treated cells follow the effect on their population, and which escaped it.
+"""The response of single cells: which treated cells show the effect of their population, and which escaped it.
 
-Input: the matches and expression of a run, and a population and a donor per cell. Output: a number per treated cell. The
-effect of a cell is its expression minus that of its control matches. It is projected on the mean effect of the cells of
-the *other* donors, so no cell contributes to its own reference. Genes are weighted by the square of their placebo spread.
-The unit is the spread of the placebo: control cells minus their matches among the other control groups, projected alike.
+Input: the matches and expression of a run, and a population and a donor per cell. Output: one number per treated cell.
+A cell's effect is its expression minus that of its control matches. It is projected on the mean effect on the cells of
+the *other* donors, so no cell contributes to its own reference; each gene is divided by its placebo variance. The placebo
+is the same projection of control cells minus their matches in other control groups; its standard deviation is the unit.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from ndreamer_dist.stats.populations import Replicates
 from ndreamer_dist.summaries.cells import parts, rows_of_condition
 
 ESCAPED = 0.95
-"""A cell is within the placebo's spread up to this quantile of the placebo."""
+"""Quantile of the placebo up to which a cell counts as within it."""
 CLEAR = 2.0
-"""Standard errors that a gene's mean effect must exceed to count."""
+"""Standard errors that a gene's mean effect must exceed for the gene to have weight."""
 PLACEBO_CELLS = 2000
-"""Control cells of a population that the placebo is drawn from at most."""
+"""Approximate most control cells of a population in the placebo."""
 
 
 @dataclass
 class Means:
-    """Sums of cells' own effects of one population and condition, by donor."""
+    """Sums of cells' effects in one population and condition, by donor code."""
 
     cells: dict[int, int] = field(default_factory=dict)
     sums: dict[int, np.ndarray] = field(default_factory=dict)
 
     def add(self, donor: int, values: np.ndarray) -> None:
-        """Add the effects of a donor's cells, (cells, genes)."""
+        """Add the effects of a donor's cells: (cells, genes)."""
         self.cells[donor] = self.cells.get(donor, 0) + len(values)
         self.sums[donor] = self.sums.get(donor, 0.0) + values.sum(axis=0)
 
     def others(self, donor: int) -> tuple[np.ndarray, int]:
-        """Return the mean effect on the cells of all other donors, and how many there are."""
+        """Return the mean effect over the cells of all other donors, (genes,), and the number of these cells."""
         cells = sum(number for one, number in self.cells.items() if one != donor)
         total = sum(part for one, part in self.sums.items() if one != donor)
         return np.asarray(total / max(cells, 1)), cells
@@ -48,7 +48,7 @@ class Means:
 
 @dataclass(frozen=True)
 class ResponseInput:
-    """What responses are made from: populations are codes of packed rows, -1 for none, with names."""
+    """Input of `response_table`; `populations` is (cells,), a code per packed row and -1 for none."""
 
     sample: StatisticsInput
     replicates: Replicates
@@ -57,7 +57,7 @@ class ResponseInput:
 
 
 def response_table(source: ResponseInput, conditions: Sequence[int]) -> pd.DataFrame:
-    """Return the table; see `Results.response`."""
+    """Return the table that `Results.response` documents."""
     tables = []
     design = source.sample.design
     for code in range(len(source.names)):
@@ -77,15 +77,15 @@ def response_table(source: ResponseInput, conditions: Sequence[int]) -> pd.DataF
 
 
 def _responses(source: ResponseInput, rows: np.ndarray, control: np.ndarray, spread: np.ndarray) -> pd.DataFrame:
-    """Return the responses of one population and condition, the placebo's below."""
+    """Return the responses of one population and condition, followed by those of its placebo cells."""
     donor = source.replicates.of_cell[rows]
     if len(np.unique(donor)) == 1:
-        donor = np.arange(len(rows)) % 2  # one half of its cells is the yardstick of the other
+        donor = np.arange(len(rows)) % 2  # each half of the donor's cells is the reference of the other half
     means = Means()
     for part, values in _own_effects(source, rows):
         for one in np.unique(donor[part]):
             means.add(int(one), values[donor[part] == one])
-    response, placebo = np.empty(len(rows)), []
+    response = np.empty(len(rows))
     weights = {int(one): _weights(*means.others(int(one)), spread) for one in np.unique(donor)}
     everyone = np.stack(list(weights.values())).mean(axis=0)
     scaled = {one: weight / max(_size(source, control, weight), 1e-12) for one, weight in weights.items()}
@@ -105,7 +105,10 @@ def _responses(source: ResponseInput, rows: np.ndarray, control: np.ndarray, spr
 
 
 def _weights(mean: np.ndarray, cells: int, spread: np.ndarray) -> np.ndarray:
-    """Return what genes count: their mean effect by the variance of the placebo, where it is clear of its error."""
+    """Return gene weights: mean effect over placebo variance, 0 where the effect is within `CLEAR` standard errors.
+
+    If no gene exceeds its error, all genes that vary keep their weight.
+    """
     varying = spread > 0
     clear = varying & (np.abs(mean) > CLEAR * spread / np.sqrt(max(cells, 1)))
     kept = clear if clear.any() else varying
@@ -131,15 +134,15 @@ def _rows_of(source: ResponseInput, code: int, condition: int) -> np.ndarray:
 
 
 def _control_rows(source: ResponseInput, code: int) -> np.ndarray:
-    """Return control cells of a population, as many of every stretch, in the order of the store."""
+    """Return packed rows of evenly spaced control cells of a population, about `PLACEBO_CELLS` at most."""
     rows = _rows_of(source, code, 0)
     return rows[:: max(1, -(-len(rows) // PLACEBO_CELLS))]
 
 
 def _own_effects(source: ResponseInput, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Give places among the rows and the cells' own expression minus that of their control matches, part by part.
+    """Yield parts of `rows`, as slices, with the cells' expression minus that of their control matches.
 
-    For control cells these are their matches in the other control groups, or in their own where there is no other.
+    The matches of a control cell are those in other control groups, or in its own group if there is no other.
     """
     place = 0
     for part in parts(rows, len(source.sample.columns)):
@@ -160,5 +163,5 @@ def _differences(source: StatisticsInput, rows: np.ndarray) -> np.ndarray:
         return values[: len(rows)] - values[len(rows) :]
     question = Question((Term(0),), lambda own, sums: (own.toarray() - sums[0]).astype(np.float32), expression=True)
     effects = compute(question, source.counterparts, source.expression, rows, source.columns).astype(np.float64)
-    # A control cell is its own counterpart in its own group, so the mean over the other groups is further away.
+    # In its own group a control cell is its own counterpart, with difference 0: rescale to the mean over other groups.
     return effects * (controls / (controls - 1))[:, None] if group.condition == 0 else effects
