@@ -1,8 +1,8 @@
 """Split-half effects: the mean effects from two disjoint halves of the donors, to measure their agreement.
 
-Input: the matches and expression of a run, a population per cell, a donor per group. Output: the mean effect of a condition
-in every population, from each half of several splits. A half uses only the cells and the groups of its own donors,
-treated and control, so the two halves share no cell.
+Input: the matches and expression of a run, a population per cell, a donor per group. Output: the mean effect of a
+condition in every population, from each half of several splits. A half uses only the cells and the groups of its own
+donors, treated and control, so the two halves share no cell.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def donor_halves(replicates: Replicates, seed: int) -> np.ndarray | None:
 
     Returns
     -------
-    The half, 0 or 1, of every group in every split: (splits, groups). None if a group holds cells of several donors, whose
-    matches cannot be separated.
+    The half, 0 or 1, of every group in every split: (splits, groups). None if a group holds cells of several donors,
+    whose matches cannot be separated.
     """
     design = replicates.design
     if len(replicates.pieces) != len(design.groups):

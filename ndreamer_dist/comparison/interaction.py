@@ -15,7 +15,7 @@ from ndreamer_dist.stats.results import Results
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
 SIGNS = (1, -1, -1, 1)
-"""Signs of the four means in the difference of differences: first condition, its baseline, second condition, its baseline."""
+"""Signs of the means in a difference of differences: first condition, its baseline, second condition, its baseline."""
 
 
 def interaction(
@@ -38,9 +38,10 @@ def interaction(
     Returns
     -------
     A DataFrame with a row per population and gene: `interaction`, the effect of the first contrast minus that of the
-    second; Welch's `statistic` and `p`; `p_adjusted` over the genes of a population; the number of `donors`. All donors of
-    `donor_means` take part, also those that `cate` leaves out because they have no pair. A donor seen under several of the
-    four conditions is treated as paired. Populations with fewer than two donors under any of the four are left out.
+    second; Welch's `statistic` and `p`; `p_adjusted` over the genes of a population; the number of `donors`. All donors
+    of `donor_means` take part, also those that `cate` leaves out because they have no pair. A donor seen under several
+    of the four conditions is treated as paired. Populations with fewer than two donors under any of the four are left
+    out.
 
     Raises
     ------
@@ -79,9 +80,9 @@ def interaction_table(means: list[anndata.AnnData], by: str, names: tuple[str, .
 def difference_of_differences(sides: list[pd.DataFrame]) -> pd.DataFrame:
     """Return the interaction and its test, a row per gene.
 
-    The squared error is summed over donors, so that a donor's means under several conditions are treated as paired. With
-    four disjoint sets of donors this is Welch's t for four means; with a single set it is the t-test of the donors' own
-    differences of differences.
+    The squared error is summed over donors, so that a donor's means under several conditions are treated as paired.
+    With four disjoint sets of donors this is Welch's t for four means; with a single set it is the t-test of the
+    donors' own differences of differences.
 
     Parameters
     ----------

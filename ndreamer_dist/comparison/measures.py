@@ -1,7 +1,8 @@
 """Measures of a matching space, on arrays. Pure.
 
-Input: coordinates and labels of a sample of cells, mean effects per gene, expression of cells and their matches. Output:
-one number per measure, or NaN where it cannot be measured. LISI is harmonypy's; the silhouette is scikit-learn's.
+Input: coordinates and labels of a sample of cells, mean effects per gene, expression of cells and their matches.
+Output: one number per measure, or NaN where it cannot be measured. LISI is harmonypy's; the silhouette is
+scikit-learn's.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class StateAxes:
     Attributes
     ----------
     left, right
-        (folds, genes of a set, axes) loadings of the two sets of genes. Entry f scores cells of fold f and was fitted on
-        the other fold.
+        (folds, genes of a set, axes) loadings of the two sets of genes. Entry f scores cells of fold f and was fitted
+        on the other fold.
     own
         Mean product of a cell's two scores.
     shared
@@ -128,8 +129,8 @@ def state_held(
 ) -> float:
     """Return the share of a cell's state that its match has: 1 for a match in the same state, 0 for a random cell.
 
-    It is the mean product of the cell's score from one set of genes and the match's score from the other set, divided by
-    the mean product of a cell's own two scores. If these genes took no part in the matching, noise cancels in both
+    It is the mean product of the cell's score from one set of genes and the match's score from the other set, divided
+    by the mean product of a cell's own two scores. If these genes took no part in the matching, noise cancels in both
     products, so the share is corrected for the unreliability of single cells.
 
     Parameters

@@ -32,15 +32,16 @@ MOST_OPTIMAL = 1500
 class Screen:
     """The summary of a screen.
 
-    A condition's *specific* effect is its mean effect minus the mean over all conditions, which removes what all conditions
-    share: above all the noise of the control.
+    A condition's *specific* effect is its mean effect minus the mean over all conditions, which removes what all
+    conditions share: above all the noise of the control.
 
     Attributes
     ----------
     conditions
         A row per condition, indexed by name, with similar conditions adjacent. `place` is the position in this order;
-        `cells`; `donors`, of the population with most; `size`, the norm over genes of the specific effect, corrected for
-        the noise of cells; `genes`, significant in some population; `strongest`, the largest specific effects as text.
+        `cells`; `donors`, of the population with most; `size`, the norm over genes of the specific effect, corrected
+        for the noise of cells; `genes`, significant in some population; `strongest`, the largest specific effects as
+        text.
     effects
         (conditions, genes) mean effect over all cells of a condition, in the same order.
     tested

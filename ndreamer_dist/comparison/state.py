@@ -1,9 +1,9 @@
 """State held: whether the match of a control cell in another donor is in the same state as the cell.
 
-Input: the input cohort and the matches of a run. State is measured on genes that were not modelled, as these took no part
-in the matching. Output: one share. Only a sample of the control cells, their matches and at most 1000 genes are read, so
-memory does not grow with the cohort. Expression is first regressed on the logarithm of a cell's total counts, because
-cells of similar depth look alike.
+Input: the input cohort and the matches of a run. State is measured on genes that were not modelled, as these took no
+part in the matching. Output: one share. Only a sample of the control cells, their matches and at most 1000 genes are
+read, so memory does not grow with the cohort. Expression is first regressed on the logarithm of a cell's total counts,
+because cells of similar depth look alike.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAST_SAMPLED = 100
 LEAST_OF_GROUP = 5
 """Sampled cells of a population that a group needs for a mean to centre by."""
 LEAST_SHARED, CLEAR = 0.1, 3.0
-"""Least correlation of a cell's two scores for a population to have a measurable state: absolute, and in standard errors."""
+"""Least correlation of a cell's two scores, absolute and in standard errors, for state to count as measurable."""
 FEWEST_PAIRS = 20
 """Pairs of a cell and its match that a population needs."""
 TINY = 1e-12

@@ -340,7 +340,7 @@ def conditions_of(design: Design, condition: str | None, baseline: int = 0) -> l
 def means_of(
     source: StatisticsInput, codes: np.ndarray, replicates: Replicates, min_cells: int, space: StateSpace | None = None
 ) -> PopulationMeans:
-    """Return the donors' means in every population, with those in state if there is a `space`; see `population_means`."""
+    """Return the donors' means in every population, with those in state if there is a space; see `population_means`."""
     query_rows = np.sort(np.concatenate(first_cells(replicates.pieces, codes)))
     ways: list[Nearest] = [MatchedNeighbours(source, query_rows)]
     if space is not None:
@@ -351,7 +351,7 @@ def means_of(
 def space_of(
     source: StatisticsInput, question: CateQuestion, codes: np.ndarray, replicates: Replicates
 ) -> StateSpace | None:
-    """Return the state coordinates of the cells of tested donors, computed once; None without at least two modelled genes."""
+    """Return the state coordinates of tested donors' cells, computed once; None without two modelled genes."""
     if source.state is None or len(source.state.columns) < 2:
         return None
     key = question.by, question.donor_key, question.min_cells
@@ -375,8 +375,9 @@ class MatchedNeighbours:
     Parameters
     ----------
     rows
-        Packed rows of all possible queries, ascending, if known. Without hub correction, matches of a query do not depend
-        on the other queries: all of `rows` are then searched in a target piece at once, and cached until the next piece.
+        Packed rows of all possible queries, ascending, if known. Without hub correction, matches of a query do not
+        depend on the other queries: all of `rows` are then searched in a target piece at once, and cached until the
+        next piece.
     """
 
     def __init__(self, source: StatisticsInput, rows: np.ndarray | None = None) -> None:
@@ -542,7 +543,7 @@ class _TreatedQueries:
         return self._test(self._means(nearest))
 
     def decomposed(self, space: StateSpace, own: np.ndarray, total: Part) -> tuple[Part, Part, Part]:
-        """Return total, within-state and state-shift effects, the latter two with the treated donors' cells as queries."""
+        """Return total, within-state and state-shift effects; the last two with the treated donors' cells as queries."""
         means = self._means(StateNeighbours(space))
         treated = self.replicates.conditions[self.kept] != self.source.baseline
         inside = means[treated].mean(axis=0)
@@ -592,7 +593,8 @@ def kept_replicates(
     """Return the replicates to test, and whether they are pairs.
 
     With three or more donors seen in both conditions, these are tested as pairs. Fewer pairs allow no test: then the
-    donors seen in one condition are tested, if there are three per condition. An unpaired test never holds a donor twice.
+    donors seen in one condition are tested, if there are three per condition. An unpaired test never holds a donor
+    twice.
     """
     enough = np.flatnonzero(included & np.isin(replicates.conditions, (baseline, code)))
     twice = pd.Series([replicates.donors[r] for r in enough], dtype=object).duplicated(keep=False).to_numpy()

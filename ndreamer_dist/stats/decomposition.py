@@ -1,7 +1,8 @@
-"""The decomposition of an effect: the change within cell states, and the shift between states (METHOD section 10). Pure.
+"""The decomposition of an effect: a change within cell states and a shift between states (METHOD section 10). Pure.
 
-Input: the donors' means of one population, plain and through the state neighbours of their cells. Output per gene: total =
-within-state + state shift, each with a donor-level test and its leave-one-donor-out range, and a one-word reading.
+Input: the donors' means of one population, plain and through the state neighbours of their cells. Output per gene:
+total = within-state + state shift, each with a donor-level test and its leave-one-donor-out range, and a one-word
+reading.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ndreamer_dist.stats.donor_tests import DonorTest
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
 FEW_CELLS = 20
-"""Median cells per donor below which the parts are flagged: with 10, p < 0.05 for a tenth of the genes without effect."""
+"""Median cells per donor below which parts are flagged: with 10, p < 0.05 for a tenth of the genes without effect."""
 STANDS = 0.05
 """Largest adjusted p-value at which the reading names a part."""
 
@@ -101,7 +102,7 @@ def reading(within: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 
 def decomposition_columns(decomposition: Decomposition | None, total: Part, genes: int) -> dict[str, Any]:
-    """Return the table's columns for one population and condition; without a decomposition, NaN for all but the total."""
+    """Return the table's columns of one population and condition; without a decomposition all but the total are NaN."""
     nothing = np.full(genes, np.nan)
     parts = {"total": total, "within_state": None, "state_shift": None}
     if decomposition is not None:

@@ -1,8 +1,8 @@
 """Diagnostics of a run: overlap, reuse of matches, design of donors and conditions, mixing of batches, distortion.
 
 Input: the results of a run. Output: small tables with a row per group, population or condition. Diagnostics that read
-expression use the first cells of every group, a random sample because packed rows are in random order; all others use all
-cells. None of them is a statistical test.
+expression use the first cells of every group, a random sample because packed rows are in random order; all others use
+all cells. None of them is a statistical test.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def diagnose(
 
 
 def crowding(source: StatisticsInput, names: list[str], codes: np.ndarray, donor_key: str | None) -> Iterator[str]:
-    """Yield a note for each neighbour setting that exceeds 4 % of some donor's cells in a population (METHOD section 9)."""
+    """Yield a note for each neighbour setting above 4 % of a donor's cells in some population (METHOD section 9)."""
     if donor_key is None and not source.design.batch_keys:
         return
     counts = replicates_of(source, donor_key).counts(codes)
@@ -205,7 +205,8 @@ def mixing(source: StatisticsInput, populations: np.ndarray, cells: int) -> pd.D
     Parameters
     ----------
     populations
-        (cells,) population code of every packed row, -1 for none. Neighbours come from the same population and condition.
+        (cells,) population code of every packed row, -1 for none. Neighbours come from the same population and
+        condition.
     cells
         Approximate size of the sample, which takes the same share of every group.
     """

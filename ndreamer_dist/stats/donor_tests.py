@@ -310,7 +310,7 @@ def _permutation_p(reached: np.ndarray, observed: np.ndarray, labellings: int, *
 
 
 def _bounds(observed: np.ndarray) -> np.ndarray:
-    """Return the least t² that reaches the observed statistic: (labellings, genes); 0 where that is zero up to rounding."""
+    """Return the least t² that reaches the observed statistic: (labellings, genes); 0 for a zero up to rounding."""
     size = np.minimum(np.abs(np.atleast_2d(observed)), LARGEST_T) * (1 - TIE)
     return np.asarray(np.where(size < ROUNDING, 0.0, size) ** 2)
 
@@ -318,9 +318,9 @@ def _bounds(observed: np.ndarray) -> np.ndarray:
 def _welch_reaching(means: np.ndarray, observed: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return how many labellings have a Welch's |t| as large as each observed one: (observed labellings, genes).
 
-    The means are centred, so the sum f over the n treated donors is minus the sum over the m others. Let q be the sum of
-    squares over the treated, S over all donors: t² = f² (1/n + 1/m)² / (q/(n(n-1)) + (S-q)/(m(m-1)) - f² (1/(n²(n-1)) + 1/(m²(m-1)))).
-    The comparison needs no division per labelling; if n = m, q cancels.
+    The means are centred, so the sum f over the n treated donors is minus the sum over the m others. Let q be the sum
+    of squares over the treated, S over all donors: t² = f² (1/n + 1/m)² / (q/(n(n-1)) + (S-q)/(m(m-1)) - f²
+    (1/(n²(n-1)) + 1/(m²(m-1)))). The comparison needs no division per labelling; if n = m, q cancels.
     """
     n, m = int(labels[0].sum()), int((~labels[0]).sum())
     treated, others = 1 / (n * (n - 1)), 1 / (m * (m - 1))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -54,10 +53,8 @@ NO_EFFECT = 1e-9
 
 def null_table(source: StatisticsInput, question: CateQuestion, *, count: int, seed: int) -> pd.DataFrame:
     """Return the table; `Results.null` documents arguments and columns."""
-    conditions, (names, codes) = (
-        conditions_of(source.design, question.condition),
-        populations_of(source.cells, question.by),
-    )
+    conditions = conditions_of(source.design, question.condition)
+    names, codes = populations_of(source.cells, question.by)
     everyone = replicates_of(source, question.donor_key)
     space = space_of(source, question, codes, everyone)
     tables = []
@@ -83,14 +80,16 @@ def null_table(source: StatisticsInput, question: CateQuestion, *, count: int, s
                 for test, values in (("within_state", within), ("state_shift", own - within)):
                     p_values[test] = tests_of_labellings(values, labels, pairs, source.seed).p
             p_values["sign"] = sign_p(sample.of(number, kept, replicates), labels, source.expression, source.columns)
-            facts: dict[str, Any] = {"population": name, "condition": source.design.conditions[code]}
-            facts |= {"treated_donors": int(truth.sum()), "control_donors": int((~truth).sum())}
-            tables.append((number, counted_below(p_values).assign(**facts)))
+            table = counted_below(p_values)
+            table.insert(0, "population", name)
+            table.insert(1, "condition", source.design.conditions[code])
+            table.insert(2, "treated_donors", int(truth.sum()))
+            table.insert(3, "control_donors", int((~truth).sum()))
+            tables.append((number, table))
     if not tables:
         msg = f"there is no test to look at: {TOO_FEW_DONORS}"
         raise QueryError(msg)
-    table = pd.concat([part for _, part in sorted(tables, key=lambda part: part[0])], ignore_index=True)
-    return table[[*facts, *(name for name in table if name not in facts)]]
+    return pd.concat([part for _, part in sorted(tables, key=lambda part: part[0])], ignore_index=True)
 
 
 def _testable(replicates: Replicates, included: np.ndarray, code: int) -> bool:
@@ -172,7 +171,7 @@ def donor_p(
 def tests_of_labellings(
     values: np.ndarray, labels: np.ndarray, pairs: tuple[np.ndarray, np.ndarray] | None, seed: int
 ) -> DonorTest:
-    """Return the donor-level test of values, (donors, genes), under every labelling; `pairs` as in `permuted_labels`."""
+    """Return the donor-level test of (donors, genes) under every labelling; `pairs` as in `permuted_labels`."""
     if pairs is None:
         return welch_tests(values, labels, seed=seed)
     signs = np.where(labels[:, pairs[0]], 1.0, -1.0)
@@ -236,7 +235,7 @@ class Sample:
 
 
 def sampled(populations: np.ndarray, replicates: Replicates, nearest: Nearest, most: int = SIGN_CELLS) -> Sample:
-    """Return a sample of about `most` cells of every population: the first of each piece, as packed rows are shuffled."""
+    """Return a sample of about `most` cells of every population: the first of each piece, which are in random order."""
     rows = first_cells(replicates.pieces, populations, most)
     near = [
         np.stack([part if one is other else nearest(part, other.rows, one.rows) for other in replicates.pieces], axis=1)

@@ -3,11 +3,11 @@
 Input: a population per cell, a donor per cell, and the matches and expression of a finished run. Output: one value per
 population, replicate and gene. Donor-level tests need nothing else, so permutations read no cells.
 
-**Through the matches.** For a population, `A[e, d]` is the mean, over the cells of replicate e, of the expression of each
-cell's nearest neighbour among the cells of replicate d, the cell itself excluded. (Of a large population only the first
-cells are queries.) `m_d` is the mean of `A[e, d]` over all replicates e of both conditions, with equal weights. So every
-donor is seen through the same query cells: donors differ in m because of their expression, not because of the mix of cell
-states that was sampled. m does not depend on the condition labels.
+**Through the matches.** For a population, `A[e, d]` is the mean, over the cells of replicate e, of the expression of
+each cell's nearest neighbour among the cells of replicate d, the cell itself excluded. (Of a large population only the
+first cells are queries.) `m_d` is the mean of `A[e, d]` over all replicates e of both conditions, with equal weights.
+So every donor is seen through the same query cells: donors differ in m because of their expression, not because of the
+mix of cell states that was sampled. m does not depend on the condition labels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ READ_ROWS = 8192
 """Rows of expression held in memory at a time."""
 
 Nearest = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""A search that returns the nearest target of every query, the query itself excluded: (queries,) packed rows, -1 for none.
+"""A search for the nearest target of every query, the query itself excluded: (queries,) packed rows, -1 for none.
 
 Its arguments are packed rows: of the queries, of the target piece, and of the whole piece that holds the queries.
 """
@@ -49,7 +49,7 @@ class Piece:
 
 
 Lookup = tuple[Piece, np.ndarray, np.ndarray]
-"""A query piece, the packed rows of its queries, and the position of each query's nearest neighbour in a target piece."""
+"""A query piece, packed rows of its queries, and the position of each query's nearest neighbour in a target piece."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,8 @@ def query_means(
 def first_cells(pieces: Sequence[Piece], populations: np.ndarray, most: int = QUERY_CELLS) -> list[np.ndarray]:
     """Return a sample of about `most` cells of every population: per piece, packed rows, ascending.
 
-    Every piece gives the same share of a population: its first cells, as packed rows are in random order inside a group.
+    Every piece gives the same share of a population: its first cells, as packed rows are in random order inside a
+    group.
     """
     share = np.minimum(1.0, most / np.maximum(np.bincount(populations[populations >= 0]), 1))
     return [_first(piece.rows, populations, share) for piece in pieces]

@@ -2,8 +2,9 @@
 
 Input: the matches and expression of a run, and a population and a donor per cell. Output: one number per treated cell.
 A cell's effect is its expression minus that of its control matches. It is projected on the mean effect on the cells of
-the *other* donors, so no cell contributes to its own reference; each gene is divided by its placebo variance. The placebo
-is the same projection of control cells minus their matches in other control groups; its standard deviation is the unit.
+the *other* donors, so no cell contributes to its own reference; each gene is divided by its placebo variance. The
+placebo is the same projection of control cells minus their matches in other control groups; its standard deviation is
+the unit.
 """
 
 from __future__ import annotations

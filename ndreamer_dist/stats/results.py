@@ -51,8 +51,8 @@ def open_results(address: str | os.PathLike[str] | Storage, *, embedding: str | 
     address
         A run directory, a results.zarr, or the URL of either (`s3://`, `https://`, ...).
     embedding
-        The matching space, for a run directory with results of several spaces, e.g. `harmony`. By default the space that
-        the run was started with.
+        The matching space, for a run directory with results of several spaces, e.g. `harmony`. By default the space
+        that the run was started with.
 
     Raises
     ------
@@ -134,11 +134,11 @@ class Results(ResultsReader):
     ) -> pd.DataFrame:
         """Return the effect of the condition in every population, with donors as replicates (METHOD section 7).
 
-        A donor's value is a mean through the matches: of the nearest neighbours, among the donor's cells, of all donors'
-        cells in the population. The main p-value permutes the donors' labels; with fewer than 1000 possible labellings it
-        is that of Welch's t-test. Donors seen in both conditions are tested as pairs and the others are left out. Fewer
-        than three pairs allow no test: then the other donors are tested, if there are three per condition. `p_method` and
-        `donors_left_out` report the choice.
+        A donor's value is a mean through the matches: of the nearest neighbours, among the donor's cells, of all
+        donors' cells in the population. The main p-value permutes the donors' labels; with fewer than 1000 possible
+        labellings it is that of Welch's t-test. Donors seen in both conditions are tested as pairs and the others are
+        left out. Fewer than three pairs allow no test: then the other donors are tested, if there are three per
+        condition. `p_method` and `donors_left_out` report the choice.
 
         Parameters
         ----------
@@ -148,8 +148,8 @@ class Results(ResultsReader):
         condition
             The condition to compare with the baseline; by default every condition.
         baseline
-            The condition to compare with; by default the control. Matches between the two conditions are searched now if
-            the run did not store them. Donors seen in both conditions are paired, whatever the control.
+            The condition to compare with; by default the control. Matches between the two conditions are searched now
+            if the run did not store them. Donors seen in both conditions are paired, whatever the control.
         genes, cohort
             Genes by name, by default the modelled ones; with the input cohort, any of its genes.
         donor_key
@@ -157,8 +157,8 @@ class Results(ResultsReader):
         min_cells
             Cells that a donor needs in a population to enter its test; other donors are listed in `donors_left_out`.
         population
-            Donors whose cells are matched with every donor: all (then the values do not depend on the condition labels),
-            or only the treated.
+            Donors whose cells are matched with every donor: all (then the values do not depend on the condition
+            labels), or only the treated.
         covariates
             Columns of `obs`, constant within donors, for a linear model instead of the permutation.
 
@@ -232,8 +232,8 @@ class Results(ResultsReader):
         Returns
         -------
         An AnnData with a row per population, donor and condition. `X` holds the means that `cate` tests,
-        `layers["pseudobulk"]` plain means. `obs` names population, contrast, donor and condition, and has every column of
-        the cohort that is constant within donors. With several conditions, each contrast has its own control rows.
+        `layers["pseudobulk"]` plain means. `obs` names population, contrast, donor and condition, and has every column
+        of the cohort that is constant within donors. With several conditions, each contrast has its own control rows.
         """
         results, name = self.labelled(by)
         question = CateQuestion(name, condition, donor_key, min_cells)
@@ -254,9 +254,9 @@ class Results(ResultsReader):
     ) -> pd.DataFrame:
         """Return p-values of the tests under permuted donor labels, where there is no effect.
 
-        Every test is run with each labelling as the truth. The permutation test holds its level here by construction; the
-        table shows how far the other tests are off on these cells. The embedding is not retrained: it was trained with the
-        true labels. Other arguments are those of `cate`.
+        Every test is run with each labelling as the truth. The permutation test holds its level here by construction;
+        the table shows how far the other tests are off on these cells. The embedding is not retrained: it was trained
+        with the true labels. Other arguments are those of `cate`.
 
         Parameters
         ----------
@@ -290,10 +290,10 @@ class Results(ResultsReader):
     ) -> pd.DataFrame:
         """Return a response score per treated cell: how strongly the cell shows the effect on its population.
 
-        A cell's effect, its expression minus that of its control matches, is projected on the mean effect on the cells of
-        the *other* donors (with a single donor: on the other half of its cells), with each gene divided by its placebo
-        variance. The unit is the standard deviation of the placebo: the same score of control cells, against their matches
-        in other control groups.
+        A cell's effect, its expression minus that of its control matches, is projected on the mean effect on the cells
+        of the *other* donors (with a single donor: on the other half of its cells), with each gene divided by its
+        placebo variance. The unit is the standard deviation of the placebo: the same score of control cells, against
+        their matches in other control groups.
 
         Parameters
         ----------
@@ -303,9 +303,9 @@ class Results(ResultsReader):
         Returns
         -------
         A DataFrame with a row per treated cell: `cell`, `population`, `condition`, `response`, and `within_placebo`,
-        whether the response is at or below the 95 % quantile of the placebo. Rows with `placebo` True are control cells,
-        at most about 2000 per population. Single cells are noisy: where the mean effect is weak, responders are within
-        the placebo, too.
+        whether the response is at or below the 95 % quantile of the placebo. Rows with `placebo` True are control
+        cells, at most about 2000 per population. Single cells are noisy: where the mean effect is weak, responders are
+        within the placebo, too.
 
         Raises
         ------
@@ -338,14 +338,14 @@ class Results(ResultsReader):
 
         Returns
         -------
-        A `Diagnostics` with `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`), `donors` (the layout
-        as a sentence), and:
+        A `Diagnostics` with `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`), `donors` (the
+        layout as a sentence), and:
 
         - `groups`, a row per batch and condition. Overlap: `overlap`, the share of cells with a near control match
           (`obs["ndreamer_overlap"]`); the medians `match_distance`, to the control matches, and `own_distance`, to the
           nearest other cell of the group. Reuse of its cells as matches: `times_matched_mean`, `times_matched_max`,
-          `never_matched` (share of cells), `effective_cells` ((sum w)^2 / sum w^2, w the times matched). For treated groups
-          `effective_controls`, the same number of the control cells that they are matched with. Distortion, on
+          `never_matched` (share of cells), `effective_cells` ((sum w)^2 / sum w^2, w the times matched). For treated
+          groups `effective_controls`, the same number of the control cells that they are matched with. Distortion, on
           `distortion_cells` cells (in a screen, only of some groups): `correlation` (mean over cells) and mean
           `squared_difference` of denoised and measured expression.
         - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.

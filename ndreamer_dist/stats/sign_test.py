@@ -22,8 +22,8 @@ def sign_test(positive: np.ndarray, zero: np.ndarray, n: np.ndarray | int) -> tu
     Returns
     -------
     z, p
-        (genes,) `(s - n/2) / sqrt(n/4)`, where s is `positive + zero / 2`, and its two-sided normal p-value. Both are NaN
-        where n is 0.
+        (genes,) `(s - n/2) / sqrt(n/4)`, where s is `positive + zero / 2`, and its two-sided normal p-value. Both are
+        NaN where n is 0.
     """
     n = np.asarray(n, dtype=np.float64)
     with np.errstate(invalid="ignore"):

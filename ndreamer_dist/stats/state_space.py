@@ -1,9 +1,9 @@
-"""State coordinates of every cell in its population: the axes of variation between cells of a donor (METHOD section 10).
+"""State coordinates of every cell in its population: axes of the variation between a donor's cells (METHOD section 10).
 
-Input: the expression of the modelled genes, and a population and a piece (the cells of one donor in one group) per cell.
-Output: a few coordinates per cell. The steps are those of the matching space `state`. The first pass over the expression
-accumulates sums, which give the axes and the position of every piece. The second pass projects every cell and two halves
-of its counts. Memory grows with populations, pieces and genes, and by a few numbers per cell.
+Input: the expression of the modelled genes, and a population and a piece (the cells of one donor in one group) per
+cell. Output: a few coordinates per cell. The steps are those of the matching space `state`. The first pass over the
+expression accumulates sums, which give the axes and the position of every piece. The second pass projects every cell
+and two halves of its counts. Memory grows with populations, pieces and genes, and by a few numbers per cell.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class StateSource:
     expression, columns
         Log-normalised expression, and the columns of the modelled genes in it.
     totals
-        (cells,) total counts that each cell was normalised by. None if the input was log-normalised: without counts there
-        is no reliability, and coordinates are not shrunk.
+        (cells,) total counts that each cell was normalised by. None if the input was log-normalised: without counts
+        there is no reliability, and coordinates are not shrunk.
     """
 
     expression: Expression
@@ -108,7 +108,7 @@ class _StateBuilder:
         self.reliability = np.full(number, np.nan)
 
     def make_axes(self) -> None:
-        """Compute means and axes of all populations, a few at a time; axes come from variation inside control pieces."""
+        """Compute means and axes of all populations, a few at a time; axes span the variation inside control pieces."""
         genes, count = len(self.source.columns), len(self.control)
         step, product = max(1, MATRIX_VALUES // genes**2), np.empty((genes, genes), dtype=np.float32)
         present = np.unique(self.codes[self.codes >= 0])
@@ -131,7 +131,7 @@ class _StateBuilder:
         self.axes[code] = _leading(covariance, self.keep)
 
     def make_coordinates(self) -> None:
-        """Project every cell, choose the number of dimensions, and shrink each cell towards the position of its piece."""
+        """Project every cell, choose the number of dimensions, and shrink cells towards the position of their piece."""
         sums: dict[int, state.HalfSums] = {}
         for number, (rows, x) in enumerate(self._parts(self.codes >= 0)):
             generator = np.random.default_rng(np.random.SeedSequence((self.source.seed, STATE_SEED, number)))
@@ -166,7 +166,7 @@ class _StateBuilder:
             self.points[rows, :k] = state.shrunk(e, half_sums.group_means[strata, :k], positions[strata], share)
 
     def _chosen(self, half_sums: state.HalfSums) -> int:
-        """Return the number of dimensions of a population: those that the two halves of the counts confirm, up to a limit."""
+        """Return a population's number of dimensions: those that both halves of the counts confirm, up to a limit."""
         most = state.MOST_IN_A_TYPE if self.typed else self.keep
         if self.source.totals is None:
             return min(self.keep, most)

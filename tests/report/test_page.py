@@ -95,7 +95,7 @@ def test_tables_show_the_donors_test_first_and_say_what_the_sign_test_is(read: R
 
 
 def test_what_was_compared_of_matching_spaces_is_told(read: Reader) -> None:
-    assert "There is one space alone, ndreamer" in read.text
+    assert "Only one space, ndreamer, was measured" in read.text
     assert any(row[:3] == ["space", "purity", "overlap"] for row in read.rows)
     assert "Bar charts of the measures of every matching space" in [
         a.get("alt") for tag, a in read.tags if tag == "img"
