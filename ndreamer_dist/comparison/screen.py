@@ -19,7 +19,7 @@ from ndreamer_dist.stats.results import Results
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
 CALLED = 0.05
-"""Adjusted p-value below which a gene is called."""
+"""Adjusted p-value below which a gene is significant."""
 STRONGEST = 5
 """Genes named per condition."""
 ORDERING_GENES = 200
