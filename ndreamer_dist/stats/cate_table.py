@@ -152,6 +152,7 @@ def cate_parts(source: StatisticsInput, question: CateQuestion) -> Iterator[tupl
     if source.baseline:
         search = source.counterparts.between(source.embedding)
         source = replace(source, counterparts=replace(source.counterparts, search=search))
+    _refuse_untreated(source, conditions, codes)
     control = _control(source, codes)
     for code, effects in effects_by_condition(source, codes, conditions):
         replicates = everyone.against(source.baseline, code)
@@ -162,6 +163,14 @@ def cate_parts(source: StatisticsInput, question: CateQuestion) -> Iterator[tupl
             if described.cells[number]:
                 tested = _tested(source, compared, number, question)
                 yield number, _rows(source, name, number, code, described, tested)
+
+
+def _refuse_untreated(source: StatisticsInput, conditions: Sequence[int], codes: np.ndarray) -> None:
+    """Raise a `QueryError` if no cell of the conditions is in a population, so that there is no effect to report."""
+    if not any((codes[rows_of_condition(source.design, code)] >= 0).any() for code in conditions):
+        names = listing([source.design.conditions[code] for code in conditions])
+        msg = f"no cell of {names} is in a population: the column of populations is missing for all of them"
+        raise QueryError(msg)
 
 
 def donor_means(source: StatisticsInput, question: CateQuestion) -> anndata.AnnData:
@@ -185,6 +194,9 @@ def donor_means(source: StatisticsInput, question: CateQuestion) -> anndata.AnnD
             )  # fmt: skip
             matched.append(means.matched[number, r])
             plain.append(means.own[number, r])
+    if not rows:
+        msg = f"no donor has {question.min_cells} cells in a population; ask for fewer with min_cells"
+        raise QueryError(msg)
     obs = pd.DataFrame(rows)
     obs.index = pd.Index([f"{row[by]}|{row['donor']}|{row['condition']}|{row['contrast']}" for row in rows])
     var = pd.DataFrame(index=source.genes)
@@ -543,7 +555,7 @@ class _TreatedQueries:
         return self._test(self._means(nearest))
 
     def decomposed(self, space: StateSpace, own: np.ndarray, total: Part) -> tuple[Part, Part, Part]:
-        """Return total, within-state and state-shift effects; the last two with the treated donors' cells as queries."""
+        """Return total, within-state and state-shift effects, the last two with treated donors' cells as queries."""
         means = self._means(StateNeighbours(space))
         treated = self.replicates.conditions[self.kept] != self.source.baseline
         inside = means[treated].mean(axis=0)

@@ -95,20 +95,19 @@ def crowding(source: StatisticsInput, names: list[str], codes: np.ndarray, donor
 def donor_layout(source: StatisticsInput, donor_key: str | None) -> tuple[DonorLayout, str]:
     """Return whether donors are nested in conditions or crossed with them, and a sentence that says so."""
     if donor_key is None and not source.design.batch_keys:
-        return "no donors", "Nothing says who the donors are: there is no batch, and no column was named."
+        return "no donors", "The donors are unknown: the run has no batch key, and no column of donors was named."
     replicates = replicates_of(source, donor_key)
     conditions_of_donor = pd.Series(replicates.conditions).groupby(list(replicates.donors)).nunique()
     conditions, several = len(source.design.conditions), int((conditions_of_donor > 1).sum())
+    donors = len(conditions_of_donor)
     if not several:
-        return (
-            "nested",
-            f"Each of the {len(conditions_of_donor)} donors is in one condition only (nested): {_numbers(replicates)}.",
-        )
+        return "nested", f"Each of the {donors} donors is in one condition only (nested): {_numbers(replicates)}."
     if (conditions_of_donor == conditions).all():
-        return "crossed", f"Each of the {len(conditions_of_donor)} donors is in every condition (crossed)."
+        subject = "The only donor" if donors == 1 else f"Each of the {donors} donors"
+        return "crossed", f"{subject} is in every condition (crossed)."
     where = "several conditions" if conditions > 2 else "both conditions"
-    said = f"{several} of the {len(conditions_of_donor)} donors {'is' if several == 1 else 'are'} in {where} (partly crossed)"
-    return "partly crossed", f"{said}: {_numbers(replicates)}."
+    subject = f"{several} of the {donors} donors {'is' if several == 1 else 'are'}"
+    return "partly crossed", f"{subject} in {where} (partly crossed): {_numbers(replicates)}."
 
 
 def _numbers(replicates: Replicates) -> str:

@@ -30,7 +30,8 @@ ENOUGH_LABELLINGS = 1_000
 LEAST_DONORS = 3
 """Donors per condition below which there are effects but no p-values; of paired donors, the number of pairs."""
 TOO_FEW_DONORS = (
-    f"no population has {LEAST_DONORS} donors a condition with enough cells each, all seen in both conditions or none"
+    f"no population has {LEAST_DONORS} donors per condition with enough cells each, "
+    f"or {LEAST_DONORS} donors seen in both conditions"
 )
 """The reason in messages when nothing could be tested."""
 FEW_DONORS = 4

@@ -87,7 +87,7 @@ def null_table(source: StatisticsInput, question: CateQuestion, *, count: int, s
             table.insert(3, "control_donors", int((~truth).sum()))
             tables.append((number, table))
     if not tables:
-        msg = f"there is no test to look at: {TOO_FEW_DONORS}"
+        msg = f"there is no test to calibrate: {TOO_FEW_DONORS}"
         raise QueryError(msg)
     return pd.concat([part for _, part in sorted(tables, key=lambda part: part[0])], ignore_index=True)
 

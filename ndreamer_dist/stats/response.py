@@ -147,22 +147,33 @@ def _own_effects(source: ResponseInput, rows: np.ndarray) -> Iterator[tuple[slic
     """
     place = 0
     for part in parts(rows, len(source.sample.columns)):
-        yield slice(place, place + len(part)), _differences(source.sample, part)
+        yield slice(place, place + len(part)), control_differences(source.sample, part)
         place += len(part)
 
 
-def _differences(source: StatisticsInput, rows: np.ndarray) -> np.ndarray:
+def control_differences(source: StatisticsInput, rows: np.ndarray) -> np.ndarray:
+    """Return the cells' expression minus that of their control matches, (rows, genes); see `_own_effects`."""
     design = source.design
     groups = design.group_of(rows)
-    group = design.groups[int(groups[0])]
-    controls = np.array([design.number(0, other) for other in design.groups])[groups]
-    if group.condition == 0 and (controls == 1).all():
-        code = group.code
-        near = source.counterparts.edges(rows, [(code, code)], distances=False)[code, code][0][:, 0].astype(np.int64)
-        held, back = np.unique(np.concatenate([rows, near]), return_inverse=True)
-        values = source.expression.read(held, source.columns).toarray().astype(np.float64)[back]
-        return values[: len(rows)] - values[len(rows) :]
-    question = Question((Term(0),), lambda own, sums: (own.toarray() - sums[0]).astype(np.float32), expression=True)
-    effects = compute(question, source.counterparts, source.expression, rows, source.columns).astype(np.float64)
-    # In its own group a control cell is its own counterpart, with difference 0: rescale to the mean over other groups.
-    return effects * (controls / (controls - 1))[:, None] if group.condition == 0 else effects
+    is_control = design.group_conditions[groups] == 0
+    controls = np.array([design.number(0, group) for group in design.groups])[groups]
+    alone = is_control & (controls == 1)
+    differences = np.empty((len(rows), len(source.columns)))
+    for code in np.unique(groups[alone]).tolist():
+        here = alone & (groups == code)
+        differences[here] = _differences_inside(source, rows[here], code)
+    if not alone.all():
+        question = Question((Term(0),), lambda own, sums: (own.toarray() - sums[0]).astype(np.float32), expression=True)
+        # In its own group a control cell is its own counterpart, with difference 0: rescale to the mean over the others.
+        scale = np.where(is_control, controls / np.maximum(controls - 1, 1), 1.0)[~alone, None]
+        effects = compute(question, source.counterparts, source.expression, rows[~alone], source.columns)
+        differences[~alone] = effects.astype(np.float64) * scale
+    return differences
+
+
+def _differences_inside(source: StatisticsInput, rows: np.ndarray, code: int) -> np.ndarray:
+    """Return the cells' expression minus that of their nearest other cell in their own group: (rows, genes)."""
+    near = source.counterparts.edges(rows, [(code, code)], distances=False)[code, code][0][:, 0].astype(np.int64)
+    held, back = np.unique(np.concatenate([rows, near]), return_inverse=True)
+    values = source.expression.read(held, source.columns).toarray().astype(np.float64)[back]
+    return values[: len(rows)] - values[len(rows) :]

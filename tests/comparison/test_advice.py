@@ -1,4 +1,4 @@
-"""The advice follows its written rule, and hides no column in which the advised space loses."""
+"""The advice follows its documented rule, and lists every measure in which the advised space is worse."""
 
 from __future__ import annotations
 
