@@ -353,8 +353,8 @@ def _summary(data: PageData) -> Iterator[str]:
         yield (
             f"{condition}: {len(tested)} of {len(parts)} populations have enough donors for a test. "
             + (
-                f"{len(most_called)} of them {_plural(len(most_called), 'has', 'have')} significant genes (most: "
-                f"{most}). "
+                f"{len(most_called)} of them {_plural(len(most_called), 'has', 'have')} significant genes "
+                f"(most: {most}). "
                 if most_called
                 else "No gene is significant in any of them, which does not prove that there is no effect. "
             )
@@ -457,9 +457,8 @@ def _design(data: PageData) -> Iterator[str]:
         "donors.",
         "crossed": "Every donor is its own control.",
         "partly crossed": "Donors seen in both conditions are tested as pairs, and the others are left out. If fewer "
-        "than "
-        f"{LEAST_DONORS} are seen in both and there are enough others, the others are tested instead. The tables name "
-        "the test and the donors that were left out.",
+        f"than {LEAST_DONORS} are seen in both and there are enough others, the others are tested instead. The tables "
+        "name the test and the donors that were left out.",
     }[data.diagnostics.layout]
     if data.donor_key:
         yield f"Donors are taken from obs column “{data.donor_key}”."
@@ -490,10 +489,9 @@ def _genes_note(data: PageData) -> str:
     if data.tested:
         return (
             "The p-values treat donors as replicates. A donor's value is the mean expression of the matches that all "
-            "donors' "
-            "cells have among the donor's cells. The test permutes the donors' labels or, where there are too few "
-            "permutations, is a t-test (see column “test” above). The same test on plain pseudobulk means is shown for "
-            "comparison."
+            "donors' cells have among the donor's cells. The test permutes the donors' labels or, where there are too "
+            "few permutations, is a t-test (see column “test” above). The same test on plain pseudobulk means is "
+            "shown for comparison."
         )
     return f"There are no p-values, because {_why_untested(data)}. The tables show effects alone."
 
@@ -519,9 +517,8 @@ def _trust(data: PageData) -> Iterator[str]:
     if data.tested and len(both) > 2:
         yield (
             "Correlation of the effects through the matches with plain pseudobulk differences, over all genes and "
-            "populations: "
-            f"{both['effect'].corr(both['pseudobulk_effect']):.2f}. If it is low, matching changed the comparison: "
-            "check whether it should have."
+            f"populations: {both['effect'].corr(both['pseudobulk_effect']):.2f}. If it is low, matching changed the "
+            "comparison: check whether it should have."
         )
     ratios = (table["sd_ite"] / table["sd_placebo"].where(table["sd_placebo"] > 0)).dropna()
     if len(ratios):
@@ -580,9 +577,8 @@ def _cell_pictures(data: PageData) -> Iterator[Picture]:
     yield _picture(
         "The embedding",
         f"UMAP of about {whole(drawn)} of {whole(design.own_cells)} cells in the matching space, {results.space}. It "
-        "shows "
-        "what cells are regardless of condition and batch: conditions and batches should mix, cell types should not. "
-        "Distances in a UMAP mean little.",
+        "shows what cells are regardless of condition and batch: conditions and batches should mix, cell types "
+        "should not. Distances in a UMAP mean little.",
         f"UMAP of the matching space, one panel each for {', '.join(panels.values())}",
         lambda: plots.embedding(results, list(panels), cells=data.cells),
     )
@@ -628,9 +624,8 @@ def _decomposition(data: PageData) -> Iterator[str]:
         within, moved, both = (int(words.get(word, 0)) for word in ("within", "state", "both"))
         yield (
             f"{condition}: in {whole(within)} {_plural(within, 'case')} (a case is a gene in a population), expression "
-            "differs "
-            f"between cells of the same state; in {whole(moved)}, it differs because cells are in other states; in "
-            f"{whole(both)}, both."
+            f"differs between cells of the same state; in {whole(moved)}, it differs because cells are in other "
+            f"states; in {whole(both)}, both."
         )
     yield (
         "A gene of the second kind shows which state cells are in, not what the condition does to a cell of a given "
@@ -712,8 +707,8 @@ def _trust_pictures(data: PageData) -> Iterator[Picture]:
     results, by = data.results, data.by
     yield _picture(
         "Overlap", "Distance of treated cells to their control matches. Cells beyond the line are farther from their "
-        "matches "
-        "than 99 % of cells are from the nearest other cell of their own group: their effects are extrapolations.",
+        "matches than 99 % of cells are from the nearest other cell of their own group: their effects are "
+        "extrapolations.",
         "Box plots of match distances by population", lambda: plots.overlap(results, by),
     )  # fmt: skip
     try:
@@ -755,9 +750,8 @@ def _matching_limit(data: PageData) -> tuple[str, str]:
         origin = "corrected by Harmony for" if space == keys.HARMONY else "trained to be independent of"
         limit = (
             f"Cells are matched in an embedding that was {origin} batch and condition. Where donors are nested in "
-            "conditions, "
-            "it may have lost real differences of cell state between donors, which then appear as donor-level effects, "
-            "as they do in plain means."
+            "conditions, it may have lost real differences of cell state between donors, which then appear as "
+            "donor-level effects, as they do in plain means."
         )
         applies = {
             "nested": "The donors here are nested, so this applies.",
