@@ -119,7 +119,7 @@ class StateQuestion:
             )
         return replace(
             bare, populations=visible
-        ), f"no match of {FEWEST_PAIRS} sampled control cells is of their population"
+        ), f"no population has {FEWEST_PAIRS} sampled control cells with a match in it"
 
     def held(self, counterparts: Counterparts) -> float:
         """Return the share of state held by the matches of a space, mean over populations weighted by pairs; or NaN."""

@@ -89,7 +89,7 @@ def panels(number: int, ax: Axes | None, *, size: tuple[float, float], columns: 
     """
     if ax is not None:
         if number > 1:
-            msg = f"`ax` can hold one panel, and the figure has {number}; draw one panel, or leave `ax` out"
+            msg = f"one `ax` cannot hold {number} panels; draw one panel, or leave `ax` out"
             raise ValueError(msg)
         return [ax]
     across = min(number, columns)

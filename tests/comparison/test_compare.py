@@ -196,7 +196,7 @@ def test_without_labels_the_low_clusters_of_the_run_stand_for_them(run: Path, fo
 def test_where_no_clusters_are_they_are_made_of_a_sample_and_carried_over(results: dict[str, Results]) -> None:
     made = chosen_populations({"pca": results["pca"]}, None, 300)
     assert made.clustered
-    assert "clusters of 302 cells, made for this table" in made.source
+    assert "clusters of 302 cells, computed for this table" in made.source
     kinds = pd.crosstab(results["pca"].packed_obs["cell_type"], made.codes)
     assert kinds.max().sum() / kinds.sum().sum() > 0.8  # a cluster is of one type, in its larger part
 
