@@ -32,7 +32,7 @@ from ndreamer_dist.results.on_demand import (
     effect_question,
     layer_question,
 )
-from ndreamer_dist.stats.decomposition import Decomposition, Part, decomposed, decomposition_columns
+from ndreamer_dist.stats.decomposition import Decomposition, Part, decomposition_columns
 from ndreamer_dist.stats.donor_tests import (
     LEAST_DONORS,
     DonorTest,
@@ -57,6 +57,7 @@ from ndreamer_dist.stats.state_space import StateSource, state_space
 from ndreamer_dist.storage.files import Storage
 from ndreamer_dist.summaries.cells import (
     EffectMoments,
+    MatchQuality,
     PlainExpression,
     match_quality,
     parts,
@@ -152,7 +153,9 @@ def cate_parts(source: StatisticsInput, question: CateQuestion) -> Iterator[tupl
     if source.baseline:
         search = source.counterparts.between(source.embedding)
         source = replace(source, counterparts=replace(source.counterparts, search=search))
-    _refuse_untreated(source, conditions, codes)
+    if not any((codes[rows_of_condition(source.design, code)] >= 0).any() for code in conditions):
+        msg = f"no cell of {listing([source.design.conditions[code] for code in conditions])} is in a population"
+        raise QueryError(msg)
     control = _control(source, codes)
     for code, effects in effects_by_condition(source, codes, conditions):
         replicates = everyone.against(source.baseline, code)
@@ -160,17 +163,9 @@ def cate_parts(source: StatisticsInput, question: CateQuestion) -> Iterator[tupl
         compared = Compared(code, codes, replicates, means, space)
         described = _described(source, codes, code, effects, control)
         for number, name in enumerate(names):
-            if described.cells[number]:
+            if described.effects.number[number]:
                 tested = _tested(source, compared, number, question)
                 yield number, _rows(source, name, number, code, described, tested)
-
-
-def _refuse_untreated(source: StatisticsInput, conditions: Sequence[int], codes: np.ndarray) -> None:
-    """Raise a `QueryError` if no cell of the conditions is in a population, so that there is no effect to report."""
-    if not any((codes[rows_of_condition(source.design, code)] >= 0).any() for code in conditions):
-        names = listing([source.design.conditions[code] for code in conditions])
-        msg = f"no cell of {names} is in a population: the column of populations is missing for all of them"
-        raise QueryError(msg)
 
 
 def donor_means(source: StatisticsInput, question: CateQuestion) -> anndata.AnnData:
@@ -276,14 +271,7 @@ class Described:
     near_effects: EffectMoments
     plain: PlainExpression
     control: Control
-    purity: np.ndarray
-    effective_cells: np.ndarray
-    without_overlap: np.ndarray
-
-    @property
-    def cells(self) -> np.ndarray:
-        """Number of cells with an effect: (populations,)."""
-        return self.effects.number
+    quality: MatchQuality
 
 
 @dataclass(frozen=True)
@@ -456,12 +444,7 @@ def _described(
     rows = rows_of_condition(source.design, code)
     plain = plain_expression(codes, rows, source.expression, source.columns)
     quality = match_quality(codes, near, source.counterparts, [code], source.baseline)
-    purity, effective, without = (
-        values[:, code] for values in (quality.purity, quality.effective_cells, quality.without_overlap)
-    )
-    if source.baseline:  # overlap is defined only against the control
-        without = np.full_like(purity, np.nan)
-    return Described(effects, near_effects, plain, control, purity, effective, without)
+    return Described(effects, near_effects, plain, control, quality)
 
 
 def effects_by_condition(
@@ -522,22 +505,19 @@ def _tested(source: StatisticsInput, compared: Compared, number: int, question: 
     own = means.own[number, kept]
     total = Part.of(test(own), left_out_of(own))
     if question.population == "treated" and len(kept):
-        treated_queries = _TreatedQueries(
+        queries = _TreatedQueries(
             source, (compared.populations == number) & (replicates.of_cell >= 0), replicates, kept
         )
-        matched = treated_queries(MatchedNeighbours(source))
+        matched = queries(MatchedNeighbours(source))
     else:
-        treated_queries, matched = None, test(means.matched[number, kept])
+        queries, matched = None, test(means.matched[number, kept])
     parts = None
     if space is not None and space.dimensions[number] and len(kept):
         within = means.within[number, kept]
-        effect_parts = (
-            decomposed(own, within, test, left_out_of)
-            if treated_queries is None
-            else treated_queries.decomposed(space, own, total)
-        )
+        summands = (Part.of(test(values), left_out_of(values)) for values in (within, own - within))
+        inside, shift = summands if queries is None else queries.summands(space, own)
         size = float(np.median(means.cells[number, kept]))
-        parts = Decomposition(*effect_parts, size, float(space.reliability[number]))
+        parts = Decomposition(total, inside, shift, size, float(space.reliability[number]))
     treated = int((replicates.conditions[kept] == code).sum())
     return Tested(treated, len(kept) - treated, left_out, matched, total, parts)
 
@@ -554,14 +534,14 @@ class _TreatedQueries:
     def __call__(self, nearest: Nearest) -> DonorTest:
         return self._test(self._means(nearest))
 
-    def decomposed(self, space: StateSpace, own: np.ndarray, total: Part) -> tuple[Part, Part, Part]:
-        """Return total, within-state and state-shift effects, the last two with treated donors' cells as queries."""
+    def summands(self, space: StateSpace, own: np.ndarray) -> tuple[Part, Part]:
+        """Return the within-state effect and the state shift; `own` holds the plain means, (donors, genes)."""
         means = self._means(StateNeighbours(space))
         treated = self.replicates.conditions[self.kept] != self.source.baseline
         inside = means[treated].mean(axis=0)
         within = Part.of(self._test(means), left_out_effects(inside, treated))
         shift = Part.of(self._test(own[None] - means), left_out_effects(own - inside, treated))
-        return total, within, shift
+        return within, shift
 
     def _means(self, nearest: Nearest) -> np.ndarray:
         chosen = np.isin(np.arange(len(self.replicates)), self.kept)
@@ -639,35 +619,36 @@ def _rows(
     source: StatisticsInput, name: str, number: int, code: int, described: Described, tested: Tested
 ) -> pd.DataFrame:
     """Return the table's rows for one population and condition, one per gene."""
-    n, zero, positive = described.cells[number], described.effects.zero[number], described.effects.positive[number]
-    sign_z, sign_p = sign_test(positive, zero, n)
-    treated, control = described.plain.counts[number], described.control.plain.counts[number]
+    effects, baseline, quality = described.effects, described.control, described.quality
+    sign_z, sign_p = sign_test(effects.positive[number], effects.zero[number], effects.number[number])
+    treated, control = described.plain.counts[number], baseline.plain.counts[number]
     nothing = np.full(len(source.genes), np.nan)
     values: dict[str, Any] = {
         "population": name,
         "condition": source.design.conditions[code],
         "baseline": source.design.conditions[source.baseline],
         "gene": source.genes.to_numpy(),
-        "cells": int(n),
+        "cells": int(effects.number[number]),
         "treated_donors": tested.treated,
         "control_donors": tested.control,
         "donors_left_out": ", ".join(tested.left_out),
-        "mean_ite": described.effects.mean[number],
-        "sd_ite": described.effects.spread[number],
-        "sd_placebo": nothing if described.control.placebo is None else described.control.placebo[number],
+        "mean_ite": effects.mean[number],
+        "sd_ite": effects.spread[number],
+        "sd_placebo": nothing if baseline.placebo is None else baseline.placebo[number],
         "log2_fold_change": np.log2((treated + COUNT_FLOOR) / (control + COUNT_FLOOR)),
         "mean_counts": (treated + control) / 2,
         "expressing": described.plain.expressing[number],
-        "expressing_control": described.control.plain.expressing[number],
+        "expressing_control": baseline.plain.expressing[number],
         "sign_z": sign_z,
         "sign_p": sign_p,
         **_columns_of(tested),
         **decomposition_columns(tested.parts, tested.total, len(source.genes)),
         "p_adjusted": benjamini_hochberg(tested.matched.p),
-        "match_purity": described.purity[number],
-        "impure": bool(described.purity[number] < PURE),
-        "effective_control_cells": described.effective_cells[number],
-        "without_overlap": described.without_overlap[number],
+        "match_purity": quality.purity[number, code],
+        "impure": bool(quality.purity[number, code] < PURE),
+        "effective_control_cells": quality.effective_cells[number, code],
+        # Overlap is defined only against the control.
+        "without_overlap": np.nan if source.baseline else quality.without_overlap[number, code],
         "mean_ite_overlap": nothing if source.baseline else described.near_effects.mean[number],
     }
     return pd.DataFrame(values, index=range(len(source.genes)))

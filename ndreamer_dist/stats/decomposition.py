@@ -7,7 +7,6 @@ reading.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +40,7 @@ class Part:
     @classmethod
     def of(cls, test: DonorTest, left_out: np.ndarray) -> Part:
         """Return the test with the range of `left_out`: the effects without each donor, (donors, genes)."""
-        defined = left_out[~np.isnan(left_out).all(axis=1)]
-        if not len(defined):
-            nothing = np.full(left_out.shape[1], np.nan)
-            return cls(test, nothing, nothing)
-        return cls(test, defined.min(axis=0), defined.max(axis=0))
+        return cls(test, np.fmin.reduce(left_out, axis=0), np.fmax.reduce(left_out, axis=0))  # these ignore NaN
 
 
 @dataclass(frozen=True)
@@ -65,25 +60,6 @@ class Decomposition:
     shift: Part
     cells: float
     reliability: float
-
-
-def decomposed(
-    own: np.ndarray,
-    within: np.ndarray,
-    test: Callable[[np.ndarray], DonorTest],
-    left_out: Callable[[np.ndarray], np.ndarray],
-) -> tuple[Part, Part, Part]:
-    """Return the total, within-state and state-shift effects.
-
-    Parameters
-    ----------
-    own, within
-        (donors, genes) plain means, and means over the state neighbours that all donors' cells have in the donor.
-    test, left_out
-        Functions of (donors, genes): the donor-level test, and the effects without each donor.
-    """
-    total, inside, shift = (Part.of(test(values), left_out(values)) for values in (own, within, own - within))
-    return total, inside, shift
 
 
 def reading(within: np.ndarray, shift: np.ndarray) -> np.ndarray:

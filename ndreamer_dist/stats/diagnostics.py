@@ -103,11 +103,10 @@ def donor_layout(source: StatisticsInput, donor_key: str | None) -> tuple[DonorL
     if not several:
         return "nested", f"Each of the {donors} donors is in one condition only (nested): {_numbers(replicates)}."
     if (conditions_of_donor == conditions).all():
-        subject = "The only donor" if donors == 1 else f"Each of the {donors} donors"
-        return "crossed", f"{subject} is in every condition (crossed)."
-    where = "several conditions" if conditions > 2 else "both conditions"
-    subject = f"{several} of the {donors} donors {'is' if several == 1 else 'are'}"
-    return "partly crossed", f"{subject} in {where} (partly crossed): {_numbers(replicates)}."
+        who = f"Each of the {donors} donors" if donors > 1 else "The only donor"
+        return "crossed", f"{who} is in every condition (crossed)."
+    where = f"{'is' if several == 1 else 'are'} in {'several' if conditions > 2 else 'both'} conditions"
+    return "partly crossed", f"{several} of the {donors} donors {where} (partly crossed): {_numbers(replicates)}."
 
 
 def _numbers(replicates: Replicates) -> str:

@@ -80,12 +80,10 @@ def null_table(source: StatisticsInput, question: CateQuestion, *, count: int, s
                 for test, values in (("within_state", within), ("state_shift", own - within)):
                     p_values[test] = tests_of_labellings(values, labels, pairs, source.seed).p
             p_values["sign"] = sign_p(sample.of(number, kept, replicates), labels, source.expression, source.columns)
-            table = counted_below(p_values)
-            table.insert(0, "population", name)
-            table.insert(1, "condition", source.design.conditions[code])
-            table.insert(2, "treated_donors", int(truth.sum()))
-            table.insert(3, "control_donors", int((~truth).sum()))
-            tables.append((number, table))
+            counts = counted_below(p_values)
+            test_of = {"population": name, "condition": source.design.conditions[code], "treated_donors": truth.sum()}
+            test_of = pd.DataFrame({**test_of, "control_donors": (~truth).sum()}, index=counts.index)
+            tables.append((number, test_of.join(counts)))
     if not tables:
         msg = f"there is no test to calibrate: {TOO_FEW_DONORS}"
         raise QueryError(msg)

@@ -164,7 +164,7 @@ def control_differences(source: StatisticsInput, rows: np.ndarray) -> np.ndarray
         differences[here] = _differences_inside(source, rows[here], code)
     if not alone.all():
         question = Question((Term(0),), lambda own, sums: (own.toarray() - sums[0]).astype(np.float32), expression=True)
-        # In its own group a control cell is its own counterpart, with difference 0: rescale to the mean over the others.
+        # In its own group a control cell is its own counterpart, with difference 0: rescale to the mean over others.
         scale = np.where(is_control, controls / np.maximum(controls - 1, 1), 1.0)[~alone, None]
         effects = compute(question, source.counterparts, source.expression, rows[~alone], source.columns)
         differences[~alone] = effects.astype(np.float64) * scale
