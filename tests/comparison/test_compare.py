@@ -239,7 +239,7 @@ def test_what_was_compared_is_kept_for_these_results_alone(run: Path, results: d
     data = (run / keys.COMPARISON).read_bytes()
     place.write_json(keys.COMPARISON, {**kept.as_object(), "made_from": {"ndreamer": "a run before"}})
     assert kept_comparison(place, told) is None
-    (run / keys.COMPARISON).write_bytes(data.replace(b"nothing to choose", b"choose as you like"))
+    (run / keys.COMPARISON).write_bytes(data.replace(b"no choice to make", b"a choice to make"))
     assert kept_comparison(place, told) is None  # damaged
     (run / keys.COMPARISON).unlink()
     assert kept_comparison(place, told) is None
