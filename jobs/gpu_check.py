@@ -2,11 +2,11 @@
 
     python jobs/gpu_check.py [--cells 40000] [--preset paper] [--steps 300] [--match 1378211/89] [--no-tests]
 
-It tests torch and FAISS on a GPU as a run does, runs the tests that need a GPU, runs the whole job on a simulated cohort with and
-without CUDA graphs, runs the match stage with all its files by plain
-distances and by distances corrected for hubs, and trains with two workers if there are two GPUs. The output is a
-table of measurements beside the figures computed for one H200 (docs/scaling.md). Without a working GPU everything runs on
-processors, and the table says so. With the defaults it takes about ten minutes on a GPU.
+It tests torch and FAISS on a GPU as a run does, runs the tests that need a GPU, runs the whole job on a simulated cohort with
+and without CUDA graphs, runs the match stage with all its files by plain distances and by distances corrected for hubs, and
+trains with two workers if there are two GPUs. The output is a table of measurements beside the figures computed for one H200
+(docs/scaling.md). Without a working GPU everything runs on processors, and the table says so. With the defaults it takes about
+ten minutes on a GPU.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def test_where_nothing_can_be_tested_the_answer_says_so(
     words = ["cate", str(finished), "--by", "cell_type", "--out", str(tmp_path / "x.csv"), "--min-cells", "10000"]
     code, said, _ = spoken(words, capsys)
     assert code == 0
-    assert "no test was possible: no population has 3 donors a condition" in said
+    assert "no test was possible: no population has 3 donors per condition" in said
     assert "p_adjusted" not in said
 
 

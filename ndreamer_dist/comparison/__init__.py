@@ -1,1 +1,1 @@
-"""Which matching space a cohort favours: measures of every space, a table, and the rule for the advice."""
+"""Comparisons: of matching spaces on one cohort, of the conditions of a screen, and of two contrasts."""

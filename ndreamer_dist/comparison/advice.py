@@ -1,20 +1,22 @@
-"""Which matching space to take: the rule, and what it says in words. Pure.
+"""The rule that advises a matching space, and the advice in words. Pure.
 
-A table of measures comes in, a row per space; advice goes out. The rule:
+Input: a table of measures, a row per space. Output: the advice. The rule:
 
-1. A space is set aside whose matches are of the wrong kind or whose effects are others than what is plain to see: purity
-   more than .05 below the best space's; or, where donors are not nested in conditions, correlation with differences of means
-   more than .05 below the best; or, where they are nested, state held more than .15 below the best. If that would leave
-   no space, none is set aside.
-2. Of the others, each gets a point for every criterion in which it is the best of these, or within a tie of the best. Criteria
-   are purity, overlap, reproducibility in halves of donors, and state held; where donors are not nested, also correlation and
-   slope with differences of means (nested, such a difference holds changes of state too, and to agree with it is no merit).
-3. Most points win. Of equals, the one whose halves of donors agree better, beyond a tie; then the faster; then the first in the table.
+1. A space is excluded if its matches are in the wrong population or its effects contradict differences of means: purity
+   more than .05 below the best space; or, unless donors are nested in conditions, correlation with differences of means
+   more than .05 below the best; or, if they are nested, state held more than .15 below the best. If this would exclude
+   all spaces, none is excluded.
+2. Each remaining space gets a point for every criterion in which it is the best of these or tied with the best. The
+   criteria are purity, overlap, agreement between halves of the donors, and state held; unless donors are nested, also
+   correlation and slope with differences of means. (With nested donors a difference of means contains changes of state,
+   so agreement with it is no merit.)
+3. The space with most points wins. Ties are broken by agreement between halves of the donors, then by time, then by the
+   order of the table.
 
-Purity counts where populations are labels: clusters of the expression are themselves the view of one space, most like `pca`.
-Mixing is no criterion: effects were not better where it was (METHOD section 9). Separation and the silhouette rate how labels
-lie apart, which purity says of the matches themselves. All are shown, and the words name every column, criterion or not, in
-which the advised space is beaten by any other, set aside or not.
+Purity is a criterion only for labels: clusters of the expression favour the space that they were computed in, which is
+most like `pca`. Mixing is no criterion, because better mixing did not give better effects (METHOD section 9).
+Separation and silhouette are no criteria, because purity measures the same on the matches themselves. All measures are
+shown, and the advice lists every one, criterion or not, in which any space, excluded or not, beats the advised one.
 """
 
 from __future__ import annotations
@@ -28,20 +30,23 @@ import pandas as pd
 
 Better = Literal["high", "low", "one"]
 TIE_ROUNDING = 1e-12
+"""Tolerance for rounding when a difference is compared with a tie."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the table.
+    """A measure: a column of the table.
 
     Attributes
     ----------
+    name, title, meaning
+        Name of the column, title in tables and figures, and explanation.
     better
-        Whether high or low values are better, or those near one.
+        Whether high values, low values, or values near one are better.
     tie
-        Difference up to which two spaces are equal; of `seconds` and `peak_gb` a share of the best.
+        Difference up to which two spaces are tied; relative to the best where low values are better.
     criterion
-        Whether it counts: always, never, unless donors are nested in conditions, or unless populations are clusters.
+        When the measure is a criterion.
     """
 
     name: str
@@ -52,7 +57,7 @@ class Measure:
     criterion: Literal["always", "unless nested", "unless clustered", "never"] = "never"
 
     def loss(self, values: np.ndarray) -> np.ndarray:
-        """Return how far values are from what is best: 0 for the best, NaN stays."""
+        """Return the distance of each value from the best one, 0 for the best; NaN stays NaN."""
         if not np.isfinite(values).any():
             return values
         worth = {"high": values, "low": -values, "one": -np.abs(values - 1)}[self.better]
@@ -60,50 +65,55 @@ class Measure:
         return behind / max(-np.nanmax(worth), 1e-12) if self.better == "low" else behind
 
     def beaten(self, values: np.ndarray) -> np.ndarray:
-        """Return which values are worse than the best by more than a tie; a missing one is not."""
+        """Return which values are worse than the best by more than a tie; False for NaN."""
         with np.errstate(invalid="ignore"):
             return self.loss(values) > self.tie + TIE_ROUNDING
 
 
 MEASURES: tuple[Measure, ...] = (
-    Measure("purity", "purity", "share of control matches of the cell's own population", tie=0.01, criterion="unless clustered"),
+    Measure(
+        "purity", "purity", "share of control matches in the cell's own population", tie=0.01,
+        criterion="unless clustered",
+    ),
     Measure("overlap", "overlap", "share of treated cells with a near control match", criterion="always"),
-    Measure("mixing", "iLISI", "how mixed batches and conditions are around a cell, 0 to 1"),
-    Measure("separation", "cLISI", "how far populations are apart around a cell, 0 to 1"),
+    Measure("mixing", "iLISI", "mixing of batches and conditions around a cell, 0 (none) to 1 (full)"),
+    Measure("separation", "cLISI", "separation of populations around a cell, 0 (none) to 1 (full)"),
     Measure("silhouette", "silhouette", "silhouette of the populations, -1 to 1"),
     Measure(
-        "agreement", "r", "correlation of mean effects with differences of population means, over genes",
+        "agreement", "r", "correlation over genes of mean effects with differences of population means",
         tie=0.01, criterion="unless nested",
     ),
     Measure(
-        "slope", "slope", "slope of mean effects on these differences", better="one", tie=0.05, criterion="unless nested"
+        "slope", "slope", "slope of mean effects on differences of population means", better="one", tie=0.05,
+        criterion="unless nested",
     ),
     Measure(
-        "split_half", "split-half r", "correlation of the effects of two disjoint halves of the donors",
+        "split_half", "split-half r", "correlation over genes of effects from two disjoint halves of the donors",
         criterion="always",
     ),
     Measure(
         "state_held", "state held", "share of a cell's state that its match has, corrected for noise", tie=0.05,
         criterion="always",
     ),
-    Measure("seconds", "seconds", "from input to effects, shared stages counted in each", better="low", tie=0.1),
-    Measure("peak_gb", "peak GB", "most memory of any of these stages", better="low", tie=0.1),
+    Measure("seconds", "seconds", "run time from input to effects, with shared stages", better="low", tie=0.1),
+    Measure("peak_gb", "peak GB", "peak memory from input to effects", better="low", tie=0.1),
 )  # fmt: skip
 BEHIND = {"purity": 0.05, "agreement": 0.05, "state_held": 0.15}
-"""How far behind the best space a space is set aside."""
+"""Difference from the best space beyond which a space is excluded."""
 GUARDS, GUARDS_NESTED = ("purity", "agreement"), ("purity", "state_held")
+"""Measures that can exclude a space: for donors that are not nested in conditions, and for nested ones."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Which space to take.
+    """The advised space and the reasons.
 
     Attributes
     ----------
     space
-        Its name.
+        Name of the advised space.
     why, losses, aside
-        Sentences: what speaks for it, the columns in which another space is better, and the spaces that were set aside.
+        Sentences: reasons for the space, measures in which another space is better, and excluded spaces.
     """
 
     space: str
@@ -112,17 +122,17 @@ class Advice:
     aside: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
-        """Return all of it, the advice first."""
+        """Return all sentences, the advice first."""
         return [*self.why, *self.aside, *self.losses]
 
 
 def advise(table: pd.DataFrame, *, nested: bool, clustered: bool) -> Advice:
-    """Return which space to take, by the rule at the head of this module.
+    """Return the advised space, by the rule in the module's docstring.
 
     Parameters
     ----------
     table
-        A row per space, with a column `space` and one per measure; NaN where it could not be had.
+        A row per space, with a column `space` and one per measure; NaN where a measure is missing.
     nested
         Whether donors are nested in conditions.
     clustered
@@ -130,7 +140,7 @@ def advise(table: pd.DataFrame, *, nested: bool, clustered: bool) -> Advice:
     """
     names = [str(name) for name in table["space"]]
     if len(names) == 1:
-        return Advice(names[0], (f"There is one space alone, {names[0]}: nothing to choose from.",))
+        return Advice(names[0], (f"Only one space, {names[0]}, was measured, so there is no choice to make.",))
     counts = {"always": True, "unless nested": not nested, "unless clustered": not clustered, "never": False}
     criteria = [m for m in MEASURES if counts[m.criterion] and table[m.name].notna().any()]
     aside, note = _set_aside(table, [m for m in criteria if m.name in (GUARDS_NESTED if nested else GUARDS)])
@@ -138,31 +148,31 @@ def advise(table: pd.DataFrame, *, nested: bool, clustered: bool) -> Advice:
     won = {m.name: _won(m, table[m.name].to_numpy(dtype=float), left) for m in criteria}
     points = np.sum([*won.values(), np.zeros(len(names))], axis=0)
     points[~left] = -1
-    first, how = _first(table, points)
-    why = _why(names, points, first, how, [m.title for m in criteria if won[m.name][first]], len(criteria))
+    first, tie_break = _first(table, points)
+    why = _why(names, points, first, tie_break, [m.title for m in criteria if won[m.name][first]], len(criteria))
     losses = _losses(table, first, {m.name for m in criteria})
     return Advice(names[first], (why,), tuple(losses), (*note, *aside.values()))
 
 
-def _why(names: list[str], points: np.ndarray, first: int, how: str, best_in: list[str], criteria: int) -> str:
-    """Return the sentence that names the space to take."""
+def _why(names: list[str], points: np.ndarray, first: int, tie_break: str, best_in: list[str], criteria: int) -> str:
+    """Return the sentences that name the advised space and the points of all."""
     if not criteria:
-        return f"No criterion could be measured: nothing speaks for a space, and {names[first]} is named since one must be."
+        return f"No criterion could be measured, so the data favour no space; {names[first]} is named by default."
     others = [
         f"{name} {int(n)}"
         for place, (name, n) in enumerate(zip(names, points, strict=True))
         if n >= 0 and place != first
     ]
     where = f" ({', '.join(best_in)})" if best_in else ""
-    rest = f"points of the others left: {', '.join(others)}" if others else "no other space is left"
+    rest = f"points of the other spaces: {', '.join(others)}" if others else "all other spaces are excluded"
     return (
-        f"Take {names[first]}: {how or 'it is'} the best, or within a tie of the best, in {int(points[first])} of {criteria} "
-        f"criteria{where}; {rest}."
+        f"Use {names[first]}: it is the best, or tied with the best, in {int(points[first])} of {criteria} "
+        f"criteria{where}; {rest}.{tie_break}"
     )
 
 
 def _set_aside(table: pd.DataFrame, guards: list[Measure]) -> tuple[dict[str, str], list[str]]:
-    """Return the spaces that are not fit, with a sentence each; and a note where that would be all."""
+    """Return the excluded spaces with a sentence each; if these would be all, none and a note."""
     aside: dict[str, str] = {}
     for measure in guards:
         values = table[measure.name].to_numpy(dtype=float)
@@ -170,50 +180,55 @@ def _set_aside(table: pd.DataFrame, guards: list[Measure]) -> tuple[dict[str, st
         for place in np.flatnonzero(np.nan_to_num(measure.loss(values)) > BEHIND[measure.name] + TIE_ROUNDING):
             name = str(table["space"].iloc[place])
             aside.setdefault(name, (
-                f"{name} is set aside: its {measure.title} is {_shown(measure, values[place])}, that of "
-                f"{table['space'].iloc[best]} {_shown(measure, values[best])}."
+                f"{name} is excluded: its {measure.title} is {_shown(measure, values[place])}, against "
+                f"{_shown(measure, values[best])} for {table['space'].iloc[best]}."
             ))  # fmt: skip
     if len(aside) == len(table):
-        return {}, ["Every space is far behind another in purity, r or state held, so none is set aside for it."]
+        return {}, ["Every space is far behind another in purity, r or state held, so none is excluded."]
     return aside, []
 
 
 def _won(measure: Measure, values: np.ndarray, left: np.ndarray) -> np.ndarray:
-    """Return which of the spaces left are best, or within a tie of the best of these."""
+    """Return which of the spaces in `left` are the best of these, or tied with it."""
     among = np.where(left, values, np.nan)
     return np.isfinite(among) & ~measure.beaten(among)
 
 
 def _first(table: pd.DataFrame, points: np.ndarray) -> tuple[int, str]:
-    """Return the place of the space with most points, and how it was told from its equals."""
+    """Return the position of the space with most points, and a sentence on how a tie was broken."""
     equal = np.flatnonzero(points == points.max())
     if len(equal) == 1:
         return int(equal[0]), ""
+    tie = " Another space has as many points; the tie is broken by"
     by_halves = next(m for m in MEASURES if m.name == "split_half")
-    kept = equal[_won(by_halves, table["split_half"].to_numpy(dtype=float)[equal], np.ones(len(equal), dtype=bool))]
-    if len(kept) == 1:
-        return int(kept[0]), "with as many points as another, and halves of donors that agree better, it is"
-    equal = kept if len(kept) else equal
+    values = table["split_half"].to_numpy(dtype=float)[equal]
+    agreeing = equal[_won(by_halves, values, np.ones(len(equal), dtype=bool))]
+    if len(agreeing) == 1:
+        return int(agreeing[0]), f"{tie} agreement between halves of the donors."
+    equal = agreeing if len(agreeing) else equal
     seconds = table["seconds"].to_numpy(dtype=float)[equal]
-    if np.isfinite(seconds).any():
-        return int(equal[np.nanargmin(seconds)]), "with as many points as another, and in less time, it is"
-    return int(equal[0]), "with as many points as another, and before it in the table, it is"
+    fastest = equal[seconds == np.min(seconds, initial=np.inf, where=np.isfinite(seconds))]
+    if len(fastest) == 1:
+        return int(fastest[0]), f"{tie} run time."
+    return int((*fastest, *equal)[0]), f"{tie} the order of the table."
 
 
 def _losses(table: pd.DataFrame, first: int, criteria: set[str]) -> list[str]:
-    """Return a sentence for every column in which the advised space is beaten, or was not measured while others were."""
+    """Return a sentence for every measure in which the advised space is beaten, or that only other spaces have."""
     sentences = []
     for measure in MEASURES:
         values = table[measure.name].to_numpy(dtype=float)
         if not np.isfinite(values).any():
             continue
         best = int(np.nanargmin(measure.loss(values)))
-        there = f"{table['space'].iloc[best]} {_shown(measure, values[best])}"
+        other = f"{_shown(measure, values[best])} for {table['space'].iloc[best]}"
         if math.isnan(values[first]):
-            sentences.append(f"It has no {measure.title}, which others have ({there}).")
+            sentences.append(f"Its {measure.title} could not be measured, unlike that of other spaces ({other}).")
         elif measure.beaten(values)[first]:
             note = "" if measure.name in criteria else ", which is no criterion here"
-            sentences.append(f"It loses in {measure.title}{note}: {_shown(measure, values[first])}, {there}.")
+            sentences.append(
+                f"It is worse in {measure.title}{note}: {_shown(measure, values[first])}, against {other}."
+            )
     return sentences
 
 

@@ -1,8 +1,8 @@
-"""Effects from two disjoint halves of the donors, to measure how well they agree.
+"""Split-half effects: the mean effects from two disjoint halves of the donors, to measure their agreement.
 
-Input: the matches and expression of a run, a population per cell, a donor per group. Output: the mean effect of a condition
-in every population, from each half of several splits. The effect of a half is an average over the cells and the groups,
-treated and control, of its own donors alone. So two halves have no cell in common.
+Input: the matches and expression of a run, a population per cell, a donor per group. Output: the mean effect of a
+condition in every population, from each half of several splits. A half uses only the cells and the groups of its own
+donors, treated and control, so the two halves share no cell.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from ndreamer_dist.stats.populations import READ_ROWS, Replicates
 from ndreamer_dist.summaries.cells import population_count
 
 SPLITS = 5
-"""Splits of the donors; their correlations are averaged."""
+"""Random splits of the donors; correlations are averaged over them."""
 LEAST_IN_HALF = 10
 """Treated cells of a population that each half needs."""
 SPLIT_SEED = 0x5B117
-"""Tells these draws from others of the same seed."""
+"""Distinguishes these random draws from others with the same seed."""
 
 
 def donor_halves(replicates: Replicates, seed: int) -> np.ndarray | None:
-    """Split the donors at random, as equally as can be among those seen under the same conditions.
+    """Split the donors into random halves, balanced among donors seen under the same conditions.
 
     Returns
     -------
-    Which half of every split the groups are in, (splits, groups), 0 or 1; nothing where a group holds cells of several donors:
-    their matches are not apart.
+    The half, 0 or 1, of every group in every split: (splits, groups). None if a group holds cells of several donors,
+    whose matches cannot be separated.
     """
     design = replicates.design
     if len(replicates.pieces) != len(design.groups):
@@ -58,27 +58,27 @@ def donor_halves(replicates: Replicates, seed: int) -> np.ndarray | None:
 
 
 def half_effects(run: StatisticsInput, codes: np.ndarray, halves: np.ndarray, condition: int) -> np.ndarray:
-    """Return the mean effect of a condition in every population: (splits, 2, populations, genes).
+    """Return the mean effect of a condition in every population, from each half: (splits, 2, populations, genes).
 
-    NaN where a half has fewer than 10 of its treated cells, or no donor on one of the sides.
+    It is NaN where a half has fewer than 10 treated cells of the population, or no treated or no control donor.
 
     Parameters
     ----------
     codes
         (cells,) population of every packed row, -1 for none.
     halves
-        What `donor_halves` returned.
+        (splits, groups) half of every group, from `donor_halves`.
     """
-    asked = _Asked(run, codes, halves, condition)
-    cells = asked.cells()
-    effects = (asked.means(condition) - asked.means(0)).reshape(*cells.shape, -1)
+    averages = _HalfEffects(run, codes, halves, condition)
+    cells = averages.cells()
+    effects = (averages.means(condition) - averages.means(0)).reshape(*cells.shape, -1)
     effects[cells < LEAST_IN_HALF] = np.nan
     return effects
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The question for effects of halves, as of `half_effects`."""
+class _HalfEffects:
+    """Averages over the treated cells of each half; the fields are the arguments of `half_effects`."""
 
     run: StatisticsInput
     codes: np.ndarray
@@ -87,11 +87,11 @@ class _Asked:
 
     @cached_property
     def number(self) -> int:
-        """How many populations there are."""
+        """Number of populations."""
         return population_count(self.codes)
 
     def cells(self) -> np.ndarray:
-        """Return the treated cells: (splits, 2, populations)."""
+        """Return the number of treated cells: (splits, 2, populations)."""
         cells = np.zeros((len(self.halves), 2, self.number), dtype=np.int64)
         for group in self.run.design.with_condition(self.condition):
             own = self.codes[group.start : group.stop]
@@ -101,22 +101,22 @@ class _Asked:
         return cells
 
     def means(self, side: int) -> np.ndarray:
-        """Return the treated cells' mean expected expression under a condition: (splits * 2 * populations, genes).
+        """Return the treated cells' mean expected expression under condition `side`: (splits * 2 * populations, genes).
 
-        It is of the groups of their half; NaN where no cell has a match there.
+        Matches come from groups of the same half. The mean is NaN where no cell has one.
         """
         count = len(self.halves) * 2 * self.number
         total, weight = np.zeros((count, len(self.run.columns))), np.zeros((count, 1))
         for target in self.run.design.with_condition(side):
             weights = self.weights(target)
-            weight += weights.sum(axis=1)  # in a sample of the groups, cells have more or fewer of them in a half
+            weight += weights.sum(axis=1)  # if groups are sampled, the number of matches in a half varies between cells
             for start in range(target.start, target.stop, READ_ROWS):
                 rows = np.arange(start, min(start + READ_ROWS, target.stop))
                 total += (weights[:, rows - target.start] @ self.run.expression.read(rows, self.run.columns)).toarray()
         return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
 
     def weights(self, target: Group) -> sparse.csr_matrix:
-        """Return how often a target group's cells are matched with: (splits * 2 * populations, cells of the target)."""
+        """Return the total match weight of a target group's cells: (splits * 2 * populations, cells of the target)."""
         shape = (len(self.halves) * 2 * self.number, target.cells)
         total = sparse.csr_matrix(shape)
         for query in self.run.design.with_condition(self.condition):
@@ -128,14 +128,14 @@ class _Asked:
             cell, place = np.nonzero(near >= 0)
             splits = np.flatnonzero(together)
             first = (splits * 2 + self.halves[splits, query.code]) * self.number
-            asking = (first[:, None] + self.codes[rows[cell]]).ravel()
+            places = (first[:, None] + self.codes[rows[cell]]).ravel()
             matched = np.tile(near[cell, place] - target.start, len(splits))
             each = np.tile(weight[cell, place], len(splits))
-            total = total + sparse.coo_matrix((each, (asking, matched)), shape=shape).tocsr()
+            total = total + sparse.coo_matrix((each, (places, matched)), shape=shape).tocsr()
         return total
 
     def _matches(self, rows: np.ndarray, query: Group, target: Group) -> tuple[np.ndarray, np.ndarray]:
-        """Return the matches of some cells and their weights, as effects average them: (cells, k) each."""
+        """Return the matches of cells in a target group and their weights in the effects: (cells, k) each."""
         if query == target:
             return rows[:, None], np.ones((len(rows), 1))
         counterparts, pair = self.run.counterparts, (query.code, target.code)

@@ -1,4 +1,4 @@
-"""The interaction of two factors: the difference between two contrasts, with donors as the replicates.
+"""The interaction of two factors: the difference between two contrasts, with donors as replicates.
 
 Input: the donors' means of both contrasts (`Results.donor_means`). Output: a row per population and gene.
 """
@@ -15,7 +15,7 @@ from ndreamer_dist.stats.results import Results
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
 SIGNS = (1, -1, -1, 1)
-"""Of the means of a difference of differences: a condition and its baseline, then the other condition and its baseline."""
+"""Signs of the means in a difference of differences: first condition, its baseline, second condition, its baseline."""
 
 
 def interaction(
@@ -26,26 +26,27 @@ def interaction(
     *,
     donor_key: str | None = None,
 ) -> pd.DataFrame:
-    """Return how much the effect of `first` differs from that of `second`: an interaction of two factors.
+    """Return how much the effect of contrast `first` differs from that of `second`: the interaction of two factors.
 
     Parameters
     ----------
     by, donor_key
-        As of `Results.donor_means`.
+        As in `Results.donor_means`.
     first, second
-        A condition and its baseline each: `("drug:mut", "none:mut")` and `("drug:wt", "none:wt")`.
+        A condition and its baseline each, e.g. `("drug:mut", "none:mut")` and `("drug:wt", "none:wt")`.
 
     Returns
     -------
-    A row per population and gene: `interaction`, the effect of the first contrast less that of the second on
-    `donor_means` (of all donors, also of those whom `cate` leaves out for want of a pair), Welch's `statistic` and `p`,
-    `p_adjusted` over the genes of a population, and `donors`. A donor under several of the four conditions counts as a pair
-    does. Populations with fewer than two donors under one of them are left out.
+    A DataFrame with a row per population and gene: `interaction`, the effect of the first contrast minus that of the
+    second; Welch's `statistic` and `p`; `p_adjusted` over the genes of a population; the number of `donors`. All donors
+    of `donor_means` take part, also those that `cate` leaves out because they have no pair. A donor seen under several
+    of the four conditions is treated as paired. Populations with fewer than two donors under any of the four are left
+    out.
 
     Raises
     ------
     QueryError
-        A name is unknown, or nothing says who the donors are.
+        A name is unknown, or there is neither a donor column nor a batch key.
     """
     results, by = results.labelled(by)
     column = str(by)
@@ -54,40 +55,45 @@ def interaction(
 
 
 def interaction_table(means: list[anndata.AnnData], by: str, names: tuple[str, ...]) -> pd.DataFrame:
-    """Return the difference of two contrasts in every population that has two donors under each of the four conditions.
+    """Return the interaction in every population with two donors under each of the four conditions.
 
     Parameters
     ----------
     means
-        Of the donors of both contrasts; the four conditions are `names`, as `SIGNS` counts them.
+        `Results.donor_means` of both contrasts.
+    by
+        Column of `obs` with the populations.
+    names
+        The four conditions, in the order of `SIGNS`.
     """
     keyed = [side.to_df().set_axis(pd.MultiIndex.from_frame(side.obs[[by, "condition", "donor"]])) for side in means]
     groups = pd.concat(keyed, keys=(0, 1)).groupby(level=[0, 1, 2])
     sides = {key: part.droplevel([0, 1, 2]) for key, part in groups if len(part) >= 2}
-    found = []
+    tables = []
     for population in means[0].obs[by].unique():
-        asked = [(side, population, name) for side, name in zip((0, 0, 1, 1), names, strict=True)]
-        if set(asked) <= set(sides):
-            found.append(difference_of_differences([sides[key] for key in asked]).assign(**{by: population}))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+        arms = [(side, population, name) for side, name in zip((0, 0, 1, 1), names, strict=True)]
+        if set(arms) <= set(sides):
+            tables.append(difference_of_differences([sides[key] for key in arms]).assign(**{by: population}))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def difference_of_differences(sides: list[pd.DataFrame]) -> pd.DataFrame:
-    """Return the effect and its test: a row per gene.
+    """Return the interaction and its test, a row per gene.
 
-    The error is summed over donors, so that one who is under several of the conditions counts as a pair does: with four
-    sets of donors this is Welch's t of four means, with one set the t test of each donor's own difference of differences.
+    The squared error is summed over donors, so that a donor's means under several conditions are treated as paired.
+    With four disjoint sets of donors this is Welch's t for four means; with a single set it is the t-test of the
+    donors' own differences of differences.
 
     Parameters
     ----------
     sides
-        (donors, genes) means under the four conditions, as `SIGNS` counts them; two donors each or more.
+        (donors, genes) means under the four conditions, in the order of `SIGNS`, of at least two donors each.
     """
     signed = [sign * side for sign, side in zip(SIGNS, sides, strict=True)]
     effect = sum(side.mean().to_numpy() for side in signed)
     parts = [(side - side.mean()) / np.sqrt(len(side) * (len(side) - 1)) for side in signed]
     squares = pd.concat(parts).groupby(level=0).sum() ** 2
-    # Donors who are under the same of the four conditions are alike.
+    # Donors seen under the same set of conditions share a variance.
     alike = squares.groupby(np.array([str([name in side.index for side in sides]) for name in squares.index]))
     error = squares.sum().to_numpy()
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,6 +1,6 @@
-"""The populations of a comparison: a column of `obs`, clusters of the run, or clusters made here.
+"""The populations of a comparison: a column of `obs`, the clusters of a run, or clusters computed here.
 
-Input: runs in several spaces. Output: a code per cell, and a sentence that names the origin of the labels.
+Input: results in several spaces. Output: a population code per cell, and the origin of the populations in words.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ndreamer_dist.settings import ClustersSettings
 from ndreamer_dist.stats.cate_table import populations_of
 from ndreamer_dist.stats.results import Results
 
-ADVICE = "purity does not count by clusters: name a column of cell types with --by"
+ADVICE = "purity is no criterion for clusters; name a column of cell types with --by"
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class CellPopulations:
     Attributes
     ----------
     names, codes
-        Names, and the code of every packed row, -1 for none.
+        Names of the populations, and (cells,) the code of every packed row, -1 for none.
     source
-        Where they are from, in words.
+        Origin of the populations, in words.
     clustered
-        Whether they are clusters of the expression, and no labels.
+        Whether they are clusters of the expression rather than labels.
     """
 
     names: tuple[str, ...]
@@ -46,15 +46,17 @@ class CellPopulations:
 
 
 def chosen_populations(spaces: Mapping[str, Results], by: str | pd.Series | None, cells: int) -> CellPopulations:
-    """Return the populations to compare by.
+    """Return the populations of the comparison.
 
-    A column or Series of labels, if one is named; else the low clusters of a run, where all cells were clustered
-    together; else the populations of a state space (`state.by`); else clusters made here.
+    They are the labels of `by`, if given; else the low clusters of a run, if all cells were clustered together; else
+    the populations of the `state` space (setting `state.by`); else clusters computed here.
 
     Parameters
     ----------
+    by
+        Column of `obs`, or a Series of labels by cell.
     cells
-        About how many cells are clustered, where clusters are made here.
+        Approximate number of cells to cluster, if clusters are computed here.
     """
     first = next(iter(spaces.values()))
     if by is not None:
@@ -75,10 +77,11 @@ def chosen_populations(spaces: Mapping[str, Results], by: str | pd.Series | None
 
 
 def graph_clusters(results: Results, cells: int) -> CellPopulations:
-    """Cluster a sample of cells, expression centred inside groups, and label every other cell by its nearest of these.
+    """Cluster a sample of cells, and give every other cell the label of its nearest sampled cells.
 
-    The sample has the same share of every group, its first cells, which are in random order. Centring keeps a batch or
-    a strong effect from making clusters of its own; where groups differ in their types it moves them a little.
+    The sample takes the same share of every group: its first cells, which are in random order. Expression is centred
+    within groups, so that a batch or a strong effect forms no cluster of its own; where groups differ in cell types,
+    this shifts the types slightly.
     """
     source = results._statistics_input(None, None)
     design, settings = source.design, ClustersSettings()
@@ -94,7 +97,7 @@ def graph_clusters(results: Results, cells: int) -> CellPopulations:
             codes[rows] = nearest_labels(points, sketch, settings.n_neighbors)[0]
     names = tuple(str(code) for code in range(int(codes.max()) + 1))
     return CellPopulations(
-        names, codes, f"clusters of {len(centred)} cells, made for this table; {ADVICE}", clustered=True
+        names, codes, f"clusters of {len(centred)} cells, computed for this table; {ADVICE}", clustered=True
     )
 
 
@@ -104,7 +107,7 @@ def _of_column(results: Results, name: str, source: str) -> CellPopulations:
 
 
 def _clustered_together(results: Results) -> bool:
-    """Return whether low clusters mean the same in every group."""
+    """Return whether the low clusters are comparable between groups."""
     settings = ClustersSettings(**_settings(results).get("clusters", {}))
     return clustered_by(settings, results.design.n_cells, len(results.design.groups)) != "group"
 

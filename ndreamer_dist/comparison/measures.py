@@ -1,7 +1,8 @@
 """Measures of a matching space, on arrays. Pure.
 
-Input: coordinates and labels of a sample of cells, mean effects by gene, scores of states. Output: one number each, or NaN
-where nothing can be measured. LISI is harmonypy's; the silhouette is scikit-learn's.
+Input: coordinates and labels of a sample of cells, mean effects per gene, expression of cells and their matches.
+Output: one number per measure, or NaN where it cannot be measured. LISI is harmonypy's; the silhouette is
+scikit-learn's.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 PERPLEXITY = 30.0
-"""Of LISI: about the neighbours that count, as published; fewer where cells are few."""
+"""Perplexity of LISI, as published; smaller for small samples."""
 LEAST_POINTS = 12
-"""Cells below which neither LISI nor a silhouette is measured."""
+"""Cells below which neither LISI nor the silhouette is measured."""
 MOST_AXES = 3
-"""Directions of state that are looked at in a population."""
+"""Most axes of state in a population."""
 
 
 def scaled_lisi(points: np.ndarray, codes: np.ndarray) -> float:
-    """Return how mixed labels are around a cell: the median LISI, 0 for one label and 1 for all labels alike.
+    """Return the median LISI of labels, scaled to 0 (one label around a cell) to 1 (all labels equally often).
 
     Parameters
     ----------
     points, codes
-        (cells, dimensions) and (cells,).
+        (cells, dimensions) coordinates and (cells,) labels.
     """
-    from harmonypy import compute_lisi  # it gives its logger a handler, so it is loaded where it is used
+    from harmonypy import compute_lisi  # imported here because the import adds a handler to a logger
 
     labels = len(np.unique(codes))
     if labels < 2 or len(points) < LEAST_POINTS:
@@ -39,7 +40,7 @@ def scaled_lisi(points: np.ndarray, codes: np.ndarray) -> float:
 
 
 def silhouette(points: np.ndarray, codes: np.ndarray) -> float:
-    """Return the mean silhouette of labels, -1 to 1; labels of a single cell are left out."""
+    """Return the mean silhouette of labels, -1 to 1, without labels of a single cell."""
     from sklearn.metrics import silhouette_score
 
     _, dense, counts = np.unique(codes, return_inverse=True, return_counts=True)
@@ -51,12 +52,12 @@ def silhouette(points: np.ndarray, codes: np.ndarray) -> float:
 
 
 def agreement(effects: np.ndarray, differences: np.ndarray) -> tuple[float, float]:
-    """Return correlation and slope of effects on differences of means over genes, mean over populations.
+    """Return the correlation and the regression slope of effects on differences over genes, mean over populations.
 
     Parameters
     ----------
     effects, differences
-        (populations, genes); a population with a NaN, or without any difference, is left out.
+        (populations, genes). Populations with a NaN, or with constant effects or differences, are left out.
     """
     pairs = [
         (np.corrcoef(difference, effect)[0, 1], np.polyfit(difference, effect, 1)[0])
@@ -71,18 +72,19 @@ def agreement(effects: np.ndarray, differences: np.ndarray) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class StateAxes:
-    """The directions of state of a population, from each half of its cells.
+    """The axes of state of a population, cross-fitted on two folds of its cells.
 
     Attributes
     ----------
     left, right
-        (2, genes of a set, axes): by fold of the cells that are scored; made from those of the other fold.
+        (folds, genes of a set, axes) loadings of the two sets of genes. Entry f scores cells of fold f and was fitted
+        on the other fold.
     own
         Mean product of a cell's two scores.
     shared
-        Correlation of the two scores: how much state can be seen in a cell.
+        Correlation of the two scores: how well a cell's state can be measured.
     cells
-        How many the two were taken over.
+        Number of cells behind `own` and `shared`.
     """
 
     left: np.ndarray
@@ -92,20 +94,20 @@ class StateAxes:
     cells: int
 
     def scores(self, first: np.ndarray, second: np.ndarray, fold: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return two scores of cells' states: (cells, axes) each."""
+        """Return the two state scores of cells of a fold, from each set of genes: (cells, axes) each."""
         with threadpool_limits(1):
             return first @ self.left[fold], second @ self.right[fold]
 
 
 def state_axes(first: np.ndarray, second: np.ndarray, folds: np.ndarray) -> StateAxes:
-    """Return the directions in which two disjoint sets of genes covary most: what both say of a cell is its state.
+    """Return the axes along which two disjoint sets of genes covary most; this shared signal is a cell's state.
 
     Parameters
     ----------
     first, second
-        (cells, genes) expression of a random sample of a population, centred inside donors.
+        (cells, genes) expression of both sets in a random sample of a population, centred within donors.
     folds
-        (cells,) 0 or 1.
+        (cells,) fold of every cell, 0 or 1.
     """
     left, right = [], []
     for fold in (0, 1):
@@ -125,16 +127,16 @@ def state_axes(first: np.ndarray, second: np.ndarray, folds: np.ndarray) -> Stat
 def state_held(
     axes: StateAxes, cells: tuple[np.ndarray, np.ndarray], matches: tuple[np.ndarray, np.ndarray], folds: np.ndarray
 ) -> float:
-    """Return how much of a cell's state its match has: 1 for a match in the same state, 0 for a random cell.
+    """Return the share of a cell's state that its match has: 1 for a match in the same state, 0 for a random cell.
 
-    The product of the cell's score from one set of genes and its match's from the other, over that of a cell's own two
-    scores. Noise enters neither, if cells were matched by other genes than these; so the share is corrected for the
-    reliability of single cells.
+    It is the mean product of the cell's score from one set of genes and the match's score from the other set, divided
+    by the mean product of a cell's own two scores. If these genes took no part in the matching, noise cancels in both
+    products, so the share is corrected for the unreliability of single cells.
 
     Parameters
     ----------
     cells, matches
-        Expression of both sets of genes, (pairs, genes) each, centred inside donors.
+        Expression of both sets of genes, (pairs, genes) each, centred within donors.
     folds
         (pairs,) fold of both the cell and its match.
     """

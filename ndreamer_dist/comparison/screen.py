@@ -1,7 +1,7 @@
-"""A screen at a glance: a row per condition, and conditions by genes in an order in which those that act alike lie together.
+"""The summary of a screen: a row per condition, and a matrix of conditions by genes with similar conditions adjacent.
 
-Input: the results of a run of many conditions. Output: a `Screen`. The CATE table is gone through part by part and never
-held; what is kept are a few numbers per condition, one effect per condition and gene, and the rows of some conditions.
+Input: the results of a run of many conditions. Output: a `Screen`. The CATE table is streamed, never held as a whole;
+memory holds a few numbers per condition, one effect per condition and gene, and the table's rows of some conditions.
 """
 
 from __future__ import annotations
@@ -19,31 +19,35 @@ from ndreamer_dist.stats.results import Results
 from ndreamer_dist.stats.sign_test import benjamini_hochberg
 
 CALLED = 0.05
-"""Adjusted p-value below which a gene is called."""
+"""Adjusted p-value below which a gene is significant."""
 STRONGEST = 5
-"""Genes that are named of a condition."""
+"""Genes named per condition."""
 ORDERING_GENES = 200
-"""Genes that conditions are ordered by: those whose effects differ most between conditions."""
+"""Genes by which conditions are ordered: those whose effects differ most between conditions."""
 MOST_OPTIMAL = 1500
-"""Conditions up to which the tree's leaves are turned so that neighbours are as alike as can be."""
+"""Most conditions for the optimal ordering of the tree's leaves, which is slow for many."""
 
 
 @dataclass(frozen=True)
 class Screen:
-    """What a screen found.
+    """The summary of a screen.
+
+    A condition's *specific* effect is its mean effect minus the mean over all conditions, which removes what all
+    conditions share: above all the noise of the control.
 
     Attributes
     ----------
     conditions
-        A row per condition, by name, in the order of the map: `place`, `cells`, `donors` (of the most in a population),
-        `size` of its own effect (root of the sum of squares over genes of the mean effect less that of all conditions, less
-        what the noise of cells adds), `genes` that are called in some population, and `strongest`, the largest effects less the mean of all conditions.
+        A row per condition, indexed by name, with similar conditions adjacent. `place` is the position in this order;
+        `cells`; `donors`, of the population with most; `size`, the norm over genes of the specific effect, corrected
+        for the noise of cells; `genes`, significant in some population; `strongest`, the largest specific effects as
+        text.
     effects
         (conditions, genes) mean effect over all cells of a condition, in the same order.
     tested
-        Whether genes are called by tests on donors; else by the sign test over cells, which describes.
+        Whether significance is that of donor-level tests; else of the sign test over cells, which is descriptive.
     detailed
-        The rows of the CATE table of the conditions with the largest effects.
+        The rows of the CATE table for the conditions with the largest `size`.
     """
 
     conditions: pd.DataFrame
@@ -58,11 +62,16 @@ def screen(results: Results, by: PopulationLabels = None, *, donor_key: str | No
     Parameters
     ----------
     by
-        Column of `obs` that names populations, or a Series of labels by cell; by default all cells are one.
+        Column of `obs` that names populations, or a Series of labels by cell; by default all cells are one population.
     donor_key
         Column of `obs` that names the donor; by default the batch.
     detailed
-        Conditions of which the rows of the CATE table are kept.
+        Number of conditions whose rows of the CATE table are kept.
+
+    Raises
+    ------
+    QueryError
+        A name is unknown, there is neither a donor column nor a batch key, or no treated cell is in a population.
     """
     rows: list[dict[str, object]] = []
     effects: list[np.ndarray] = []
@@ -77,43 +86,43 @@ def screen(results: Results, by: PopulationLabels = None, *, donor_key: str | No
     table["size"] = np.sqrt(np.maximum((own**2).sum(axis=1) - table["noise"], 0))
     table["strongest"] = strongest(matrix, {})
     largest = table["size"].sort_values(ascending=False, kind="stable").index[:detailed]
-    kept = [part for name in largest for part in results.cate_parts(by, donor_key=donor_key, condition=name)]
+    detailed_parts = [part for name in largest for part in results.cate_parts(by, donor_key=donor_key, condition=name)]
     order = order_of_conditions(matrix.to_numpy())
     table = table.iloc[order].assign(place=np.arange(1, len(order) + 1))
     return Screen(
         table[["place", "cells", "donors", "size", "genes", "strongest"]], matrix.iloc[order],
-        bool(table["tested"].any()), pd.concat(kept, ignore_index=True),
+        bool(table["tested"].any()), pd.concat(detailed_parts, ignore_index=True),
     )  # fmt: skip
 
 
 def own_effects(effects: np.ndarray) -> np.ndarray:
-    """Return effects less their mean over conditions, which holds what all share, the noise of the control among it."""
-    known = np.nan_to_num(effects.astype(np.float64))
-    return np.asarray(known - known.mean(axis=0))
+    """Return specific effects, (conditions, genes): effects minus their mean over conditions, with NaN as 0."""
+    filled = np.nan_to_num(effects.astype(np.float64))
+    return np.asarray(filled - filled.mean(axis=0))
 
 
 def by_condition(parts: Iterable[pd.DataFrame]) -> Iterator[tuple[str, list[pd.DataFrame]]]:
-    """Gather the parts of a CATE table, which come condition by condition."""
+    """Group the parts of a CATE table, which come condition by condition."""
     for name, same in itertools.groupby(parts, key=lambda part: str(part["condition"].iloc[0])):
         yield name, list(same)
 
 
 def pooled(parts: list[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean effect over the cells of all populations, and the variance of it that cells' noise makes: (genes,).
+    """Return the mean effect over the cells of all populations, and its sampling variance over cells: (genes,) each.
 
-    Cells of a population of one, whose spread nobody knows, count as noisy as the others do on average.
+    A population of one cell has no variance; it gets the mean variance of the others.
     """
     cells = np.array([part["cells"].iloc[0] for part in parts], dtype=np.float64)
     means, spreads = (np.stack([part[name].to_numpy() for part in parts]) for name in ("mean_ite", "sd_ite"))
     weights = (cells / cells.sum())[:, None]
-    known = np.isfinite(spreads)
-    usual = (spreads**2).sum(axis=0, where=known) / np.maximum(known.sum(axis=0), 1)
-    variance = np.where(known, spreads**2, usual) / cells[:, None]
+    has_spread = np.isfinite(spreads)
+    usual = (spreads**2).sum(axis=0, where=has_spread) / np.maximum(has_spread.sum(axis=0), 1)
+    variance = np.where(has_spread, spreads**2, usual) / cells[:, None]
     return (weights * means).sum(axis=0), (weights**2 * variance).sum(axis=0)
 
 
 def _facts(parts: list[pd.DataFrame]) -> dict[str, object]:
-    """Return what the table says of a condition besides its effects."""
+    """Return a condition's numbers of cells, donors and significant genes."""
     tested = any(part["p"].notna().any() for part in parts)
     called = [part["p_adjusted"] if tested else benjamini_hochberg(part["sign_p"].to_numpy()) for part in parts]
     return {
@@ -125,12 +134,14 @@ def _facts(parts: list[pd.DataFrame]) -> dict[str, object]:
 
 
 def strongest(effects: pd.DataFrame, labels: Mapping[str, str]) -> list[str]:
-    """Name the genes with the largest effects of each condition's own, with these: effects less the mean of all conditions.
+    """Return the genes with the largest specific effects of each condition, with the effects, as text.
 
     Parameters
     ----------
+    effects
+        (conditions, genes) mean effects.
     labels
-        What genes are called, by name, where that is not their name.
+        Symbols of genes by name, where they differ.
     """
     own = own_effects(effects.to_numpy())
     names = [labels.get(str(gene), str(gene)) for gene in effects.columns]
@@ -141,9 +152,9 @@ def strongest(effects: pd.DataFrame, labels: Mapping[str, str]) -> list[str]:
 
 
 def order_of_conditions(effects: np.ndarray) -> np.ndarray:
-    """Return an order of conditions in which those whose effects point the same way are neighbours: (conditions,).
+    """Return an order of conditions that places similar ones next to each other: (conditions,).
 
-    Conditions are compared by the angle between their own effects (`own_effects`) on the genes that differ most.
+    The similarity is the angle between specific effects (`own_effects`), on the genes that differ most.
     """
     if len(effects) < 3:
         return np.arange(len(effects))
@@ -155,5 +166,5 @@ def order_of_conditions(effects: np.ndarray) -> np.ndarray:
 
 
 def most_different(own: np.ndarray, most: int) -> np.ndarray:
-    """Return the places of the genes whose effects differ most between conditions, ascending."""
+    """Return the positions, ascending, of the genes whose effects differ most between conditions."""
     return np.sort(np.argsort(-(own**2).sum(axis=0), kind="stable")[:most])

@@ -1,9 +1,9 @@
-"""The state that matches hold: whether the match of a control cell in another donor is in the same state as the cell.
+"""State held: whether the match of a control cell in another donor is in the same state as the cell.
 
-Input: the input cohort and the matches of a run. The genes of the cohort that were not selected took no part in the
-matching. Output: one share. Only a sample of the control cells, their matches and some hundred genes are read, so memory
-does not grow with the cohort. The part that the total counts of a cell explain, linear in their logarithm, is removed
-first, since cells of the same depth look alike.
+Input: the input cohort and the matches of a run. State is measured on genes that were not modelled, as these took no
+part in the matching. Output: one share. Only a sample of the control cells, their matches and at most 1000 genes are
+read, so memory does not grow with the cohort. Expression is first regressed on the logarithm of a cell's total counts,
+because cells of similar depth look alike.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ from ndreamer_dist.results.on_demand import Counterparts, Expression
 from ndreamer_dist.stats.results import Results
 
 MOST_GENES = 1000
-"""Genes that a state is read from: those that most cells express."""
+"""Most genes that state is measured on: those that most cells express."""
 LEAST_GENES = 20
+"""Genes without which state is not measured."""
 LEAST_SAMPLED = 100
-"""Sampled control cells of a population without which it is left out."""
+"""Sampled control cells that a population needs."""
 LEAST_OF_GROUP = 5
-"""Sampled cells of a population in a group without which a mean to centre by is none."""
+"""Sampled cells of a population that a group needs for a mean to centre by."""
 LEAST_SHARED, CLEAR = 0.1, 3.0
-"""A population has a state that could be held where the two scores of a cell correlate by this much, and by as many standard
-errors of a correlation of nothing."""
+"""Least correlation of a cell's two scores, absolute and in standard errors, for state to count as measurable."""
 FEWEST_PAIRS = 20
+"""Pairs of a cell and its match that a population needs."""
 TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class StatePopulation:
-    """A population whose state is looked at.
+    """The state of one population.
 
     Attributes
     ----------
     means, depths
-        (groups, genes) and (groups,) mean expression and log counts of its sampled cells, NaN where these are few.
+        (groups, genes) mean expression and (groups,) mean log counts of its sampled cells; NaN for groups with few.
     slope
-        (genes,) expression by log counts, inside groups.
+        (genes,) regression slope of expression on log counts within groups.
+    axes
+        The axes of state.
     """
 
     code: int
@@ -54,24 +57,26 @@ class StatePopulation:
 
     @property
     def seen(self) -> bool:
-        """Whether there is a state that could be held."""
+        """Whether state can be measured in this population."""
         return bool(self.axes.shared >= max(LEAST_SHARED, CLEAR / np.sqrt(self.axes.cells)))
 
 
 @dataclass(frozen=True)
 class StateQuestion:
-    """What is asked of every space alike.
+    """The sample of cells and genes on which every matching space is measured.
 
     Attributes
     ----------
     codes
         (cells,) population of every packed row, -1 for none.
     depth
-        (cells,) logarithm of the counts; 0 where the input was log-normalised.
+        (cells,) logarithm of the total counts; 0 if the input was log-normalised.
     sample
-        Packed rows of control cells, ascending; each is looked at with its match in one other control group.
+        Packed rows of control cells, ascending; each is compared with its match in one other control group.
     columns
-        Genes that were not modelled, in the order of the cells that express them; every other one is of the first set.
+        (genes,) columns of genes that were not modelled, the most expressed first. Alternate genes form the two sets.
+    populations
+        The populations with a measurable state.
     """
 
     expression: Expression
@@ -86,7 +91,12 @@ class StateQuestion:
     def of(
         cls, results: Results, populations: CellPopulations, cohort: Any, cells: int
     ) -> tuple[StateQuestion | None, str]:
-        """Choose cells and genes and find the states; where there are none, nothing, and why."""
+        """Choose cells and genes and fit the axes of state.
+
+        Returns
+        -------
+        The question, or None if state cannot be measured; and the reason for a missing value.
+        """
         if cohort is None:
             return None, "it is read from genes that were not modelled; give the input cohort with --cohort"
         expression, design = results.open_cohort(cohort), results.design
@@ -94,28 +104,28 @@ class StateQuestion:
         unmodelled = np.flatnonzero(~np.isin(names, results.var_names.to_numpy(dtype=object)))
         sample = _sampled(design, cells)
         sample = sample[populations.codes[sample] >= 0]
-        seen = expression.read(sample, unmodelled).getnnz(axis=0) if len(sample) else np.zeros(len(unmodelled))
-        expressed = np.argsort(-seen, kind="stable")[: min(MOST_GENES, int((seen > 0).sum()))]
+        expressing = expression.read(sample, unmodelled).getnnz(axis=0) if len(sample) else np.zeros(len(unmodelled))
+        expressed = np.argsort(-expressing, kind="stable")[: min(MOST_GENES, int((expressing > 0).sum()))]
         if len(expressed) < LEAST_GENES:
             return None, f"fewer than {LEAST_GENES} genes that cells express were not modelled"
         depth = np.zeros(design.n_cells) if expression.totals is None else np.log(np.maximum(expression.totals, 1.0))
         bare = cls(expression, populations.codes, depth, sample, unmodelled[expressed], design)
         every = (bare._population(int(code)) for code in np.unique(populations.codes[sample]))
-        seen_in = tuple(population for population in every if population is not None and population.seen)
-        if not seen_in:
+        visible = tuple(population for population in every if population is not None and population.seen)
+        if not visible:
             return (
                 None,
                 f"no population has {LEAST_SAMPLED} control cells in the sample and a state that can be seen in them",
             )
         return replace(
-            bare, populations=seen_in
-        ), f"no match of {FEWEST_PAIRS} sampled control cells is of their population"
+            bare, populations=visible
+        ), f"no population has {FEWEST_PAIRS} sampled control cells with a match in it"
 
     def held(self, counterparts: Counterparts) -> float:
-        """Return the share of the state that a space's matches hold, mean over populations by their pairs; NaN for none."""
+        """Return the share of state held by the matches of a space, mean over populations weighted by pairs; or NaN."""
         matched = self._matches(counterparts)
         pairs = np.stack([self.sample, matched], axis=1)
-        pairs = pairs[(matched >= 0) & (self.sample % 2 == matched % 2)]  # see `_folds`
+        pairs = pairs[(matched >= 0) & (_folds(self.sample) == _folds(matched))]
         shares, weights = [], []
         for population in self.populations:
             inside = pairs[(self.codes[pairs] == population.code).all(axis=1)]
@@ -127,7 +137,7 @@ class StateQuestion:
         return float(np.average(shares, weights=weights)) if shares else float("nan")
 
     def _population(self, code: int) -> StatePopulation | None:
-        """Return a population's axes, from its sampled cells; none where they are few."""
+        """Fit a population's axes on its sampled cells; None if there are too few."""
         rows = self.sample[self.codes[self.sample] == code]
         groups = self.design.group_of(rows)
         counts = np.bincount(groups, minlength=len(self.design.groups))
@@ -146,7 +156,7 @@ class StateQuestion:
         return StatePopulation(code, means, depths, slope, axes)
 
     def _centred(self, rows: np.ndarray, population: StatePopulation) -> tuple[np.ndarray, np.ndarray]:
-        """Return expression of both sets of genes, less the group's mean and what depth explains: (rows, genes) each."""
+        """Return the expression of both sets of genes, minus group mean and regression on depth: (rows, genes) each."""
         wanted, back = np.unique(rows, return_inverse=True)
         groups = self.design.group_of(rows)
         values = self.expression.read(wanted, self.columns).toarray().astype(np.float64)[back]
@@ -154,15 +164,18 @@ class StateQuestion:
         return values[:, ::2], values[:, 1::2]
 
     def _matches(self, counterparts: Counterparts) -> np.ndarray:
-        """Return the match of every sampled cell in one other control group, in turn over these: (cells,), -1 for none."""
-        design = counterparts.design  # spaces may differ in the groups that cells are matched in
+        """Return the match of every sampled cell in one other control group: (cells,), -1 for none.
+
+        The cells of a group are dealt out evenly to the other control groups.
+        """
+        design = counterparts.design  # spaces may differ in the groups in which cells are matched
         controls = design.with_condition(0)
         matched = np.full(len(self.sample), -1, dtype=np.int64)
         for place, group in enumerate(controls):
             here = np.flatnonzero((self.sample >= group.start) & (self.sample < group.stop))
             counted = design.counted(0, group)
             others = [other for other in (*controls[place + 1 :], *controls[:place]) if other in counted]
-            others = others or [group]  # alone, a cell's nearest other cell
+            others = others or [group]  # a single control group: the nearest other cell of the group
             for number, other in enumerate(others):
                 taking = design.taking(group, other, self.sample[here] - group.start)
                 chosen = here[taking & (matched[here] < 0)] if design.sampled else here[number :: len(others)]
@@ -177,15 +190,13 @@ def _nearest(counterparts: Counterparts, rows: np.ndarray, group: Group, other: 
 
 
 def _sampled(design: Design, cells: int) -> np.ndarray:
-    """Return packed rows of control cells, about as many as asked for, the same share of every control group."""
+    """Return packed rows of about `cells` control cells, the same share of every control group."""
     controls = design.with_condition(0)
-    share = (
-        cells / sum(group.cells for group in controls) * design.n_cells
-    )  # of all groups, so that controls get theirs
-    spans = sketch_spans(design, int(np.ceil(share)))
+    every = cells / sum(group.cells for group in controls) * design.n_cells  # size of the sample over all groups
+    spans = sketch_spans(design, int(np.ceil(every)))
     return np.concatenate([np.arange(*spans[group.code]) for group in controls])
 
 
 def _folds(rows: np.ndarray) -> np.ndarray:
-    """Return which half of the cells packed rows are in: every other one, since rows are in random order inside a group."""
+    """Return the fold, 0 or 1, of packed rows: even or odd, as rows are in random order inside a group."""
     return rows % 2

@@ -1,8 +1,8 @@
 """The comparison of matching spaces on one cohort: a row of measures per space, and the advice.
 
-Input: finished runs of one cohort in several spaces, and a population per cell. Output: a table. Measures on a sample use
-the same cells in every space: the first cells of each group, which packing drew by the seed of the run. Sums go over
-blocks of cells, in their order.
+Input: results of one cohort in several spaces, and a population per cell. Output: a table. Measures on a sample use the
+same cells in every space: the first of each group, which are a random sample. Other measures use all cells, streamed in
+a fixed order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ndreamer_dist.planning.stages import SHARED
 from ndreamer_dist.results.read import read_dense
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.cate_table import StatisticsInput, column, individual_effects, replicates_of
-from ndreamer_dist.stats.diagnostics import told_of_donors
+from ndreamer_dist.stats.diagnostics import donor_layout
 from ndreamer_dist.stats.results import Results
 from ndreamer_dist.storage.arrays import open_array
 from ndreamer_dist.storage.checksums import unseal
@@ -39,14 +39,14 @@ from ndreamer_dist.summaries.cells import match_quality, parts, population_count
 logger = logging.getLogger(__name__)
 
 SAMPLED_CELLS = 4000
-"""Cells that mixing, separation and state are measured on, about."""
+"""Approximate size of the sample for mixing, separation, silhouette and state held."""
 LEAST_ON_SIDES = 20
-"""Cells of a population that each condition needs, for its effect to be compared with a difference of means."""
+"""Cells that a population needs in the condition and in the control to enter `agreement` and `slope`."""
 
 
 @dataclass(frozen=True)
 class SpaceMeasures:
-    """What was measured of one space; NaN where it cannot be had. `advice.MEASURES` says what each is."""
+    """The measures of one space, documented in `advice.MEASURES`; NaN where one could not be computed."""
 
     space: str
     purity: float
@@ -64,22 +64,22 @@ class SpaceMeasures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several matching spaces on one cohort.
+    """The comparison of several matching spaces on one cohort.
 
     Attributes
     ----------
     table
-        A row per space; columns as of `SpaceMeasures`.
+        A row per space, with the fields of `SpaceMeasures` as columns.
     populations
-        What was called a population, in words.
+        Where the populations come from, in words.
     layout
-        How donors and conditions go together, as `Results.diagnostics` says it.
+        The design of donors and conditions, in words: `donors` of `Results.diagnostics`.
     missing
-        Columns that could not be had, and why.
+        The reason for every measure that no space has.
     advice
-        Which space to take, and why.
+        Which space to use, and why.
     made_from
-        Keys of the results by space: a later run of a space has another one.
+        Stage key of the effects of each space; it differs after a rerun.
     """
 
     table: pd.DataFrame
@@ -90,14 +90,14 @@ class Comparison:
     made_from: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return the table and the advice for a terminal."""
+        """Return the table and the advice as text for a terminal."""
         shown = self.table.set_index("space").rename(columns={m.name: m.title for m in MEASURES})
-        known = [m for m in MEASURES if self.table[m.name].notna().any()]
-        lines = [shown[[m.title for m in known]].to_string(float_format=lambda value: f"{value:.3f}", na_rep="-")]
+        measured = [m for m in MEASURES if self.table[m.name].notna().any()]
+        lines = [shown[[m.title for m in measured]].to_string(float_format=lambda value: f"{value:.3f}", na_rep="-")]
         return "\n".join([*lines, "", f"populations: {self.populations}", f"donors: {self.layout}", *self.sentences()])
 
     def sentences(self) -> list[str]:
-        """Return the advice, what speaks against it, and what could not be measured."""
+        """Return sentences: the advice, the measures in which its space is worse, and those that are missing."""
         names = {m.name: m.title for m in MEASURES}
         return [
             *self.advice.sentences(),
@@ -105,17 +105,17 @@ class Comparison:
         ]
 
     def to_json(self) -> str:
-        """Return all of it as a JSON object; a column that cannot be had is null."""
+        """Return the comparison as JSON text; missing measures are null."""
         return json.dumps(self.as_object(), indent=2)
 
     def as_object(self) -> dict[str, Any]:
-        """Return all of it as an object of JSON."""
+        """Return the comparison as plain values for JSON; `words` holds the sentences."""
         rows = json.loads(self.table.to_json(orient="records", double_precision=15))
         return {**asdict(self), "table": rows, "words": self.sentences()}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Comparison:
-        """Return the comparison that `as_object` returned."""
+        """Return the comparison from the values of `as_object`."""
         rest = {name: value for name, value in values.items() if name != "words"}
         table = pd.DataFrame(rest.pop("table"), columns=[f.name for f in fields(SpaceMeasures)])
         table = table.astype({m.name: np.float64 for m in MEASURES})
@@ -125,50 +125,52 @@ class Comparison:
 def compare_spaces(
     run: RunDirectory, spaces: Mapping[str, Results], populations: CellPopulations, donor_key: str | None, cohort: Any
 ) -> Comparison:
-    """Measure every space and say what to take.
+    """Measure every space and advise which to use.
 
     Parameters
     ----------
     run
-        The run's directory, for what its stages took.
+        The run directory, for the time and memory of its stages.
+    spaces
+        Results by name of the space, all of the same cohort.
     cohort
-        The input cohort, for the state held; none, and there is no such column.
+        The input cohort, which `state_held` needs; without it that measure is NaN.
     """
     first = next(iter(spaces.values()))
-    question = _Question.of(first, populations, donor_key, cohort)
+    inputs = _SharedInputs.of(first, populations, donor_key, cohort)
     costs = costs_of(run)
-    rows = [question.measured(name, results, *costs.get(name, (np.nan, np.nan))) for name, results in spaces.items()]
+    rows = [inputs.measured(name, results, *costs.get(name, (np.nan, np.nan))) for name, results in spaces.items()]
     table = pd.DataFrame([asdict(row) for row in rows])
-    missing = {name: why for name, why in question.missing.items() if table[name].isna().all()}
-    now = _effects_keys(run)
-    made_from = {name: now[name] for name in spaces}
-    kind, layout = told_of_donors(first._statistics_input(None, None), donor_key)
+    missing = {name: why for name, why in inputs.missing.items() if table[name].isna().all()}
+    effects_keys = _effects_keys(run)
+    made_from = {name: effects_keys[name] for name in spaces}
+    kind, layout = donor_layout(first._statistics_input(None, None), donor_key)
     advice = advise(table, nested=kind == "nested", clustered=populations.clustered)
     return Comparison(table, populations.source, layout, missing, advice, made_from)
 
 
 def kept_comparison(run: RunDirectory, results: Results) -> Comparison | None:
-    """Return what `compare` kept in a run directory; none where these results, or others of it, were made since."""
+    """Return the comparison stored in a run directory; None without one, or if any compared space was rerun since."""
     data = run.storage.read_if_there(keys.COMPARISON)
     if data is None:
         return None
     try:
         comparison = Comparison.of(unseal(data, f"{run.url}/{keys.COMPARISON}"))
-        now = _effects_keys(run)
+        effects_keys = _effects_keys(run)
     except DamagedError as error:
         logger.warning("%s; `compare` writes it anew", error.what)
         return None
-    same = all(now.get(name) == key for name, key in comparison.made_from.items())
+    same = all(effects_keys.get(name) == key for name, key in comparison.made_from.items())
     return comparison if same and results.space in comparison.made_from else None
 
 
 def _effects_keys(run: RunDirectory) -> dict[str, str]:
-    """Return the key of every space's effects."""
+    """Return the stage key of the effects, by space."""
     return {name: str(place.read_run()["keys"].get(keys.STAGE_EFFECTS)) for name, place in run.spaces().items()}
 
 
 def costs_of(run: RunDirectory) -> dict[str, tuple[float, float]]:
-    """Return seconds and peak memory in GB from input to effects, by space; stages that spaces share count in each."""
+    """Return seconds and peak memory in GB from input to effects, by space; shared stages count in each space."""
     costs = {}
     for name, place in run.spaces().items():
         stages = place.read_run()["keys"]
@@ -181,7 +183,7 @@ def costs_of(run: RunDirectory) -> dict[str, tuple[float, float]]:
 
 
 def match_purity(results: Results, populations: np.ndarray) -> float:
-    """Return the share of control matches that are of the cell's own population, over cells that are no controls.
+    """Return the share of treated cells' control matches that are in the cell's own population.
 
     Parameters
     ----------
@@ -196,20 +198,20 @@ def match_purity(results: Results, populations: np.ndarray) -> float:
     inside = populations >= 0
     flat = populations[inside] * len(design.conditions) + codes[inside]
     cells = np.bincount(flat, minlength=purity.size).reshape(purity.shape)
-    known = np.isfinite(purity) & (cells > 0)
-    return float(np.average(purity[known], weights=cells[known])) if known.any() else float("nan")
+    measured = np.isfinite(purity) & (cells > 0)
+    return float(np.average(purity[measured], weights=cells[measured])) if measured.any() else float("nan")
 
 
 @dataclass(frozen=True)
 class TypeMeans:
-    """Mean expression and cells of every population and condition: (populations, conditions, genes), (.., conditions)."""
+    """Mean measured expression, (populations, conditions, genes), and number of cells, (populations, conditions)."""
 
     mean: np.ndarray
     cells: np.ndarray
 
     @classmethod
     def of(cls, source: StatisticsInput, codes: np.ndarray) -> TypeMeans:
-        """Sum the cells as they were measured."""
+        """Average the measured expression by population and condition."""
         design, conditions, number = source.design, len(source.design.conditions), population_count(codes)
         place = codes * conditions + design.group_conditions[design.group_of(np.arange(design.n_cells))]
         inside = np.flatnonzero(codes >= 0)
@@ -225,16 +227,16 @@ class TypeMeans:
 
 
 def agreement_with_means(results: Results, codes: np.ndarray, means: TypeMeans | None = None) -> tuple[float, float]:
-    """Return how mean effects agree with differences of population means: correlation and slope over genes.
+    """Return the correlation and slope, over genes, of mean effects on differences of population means.
 
-    They are means over the populations and conditions that have 20 cells on both sides.
+    Both are means over the populations and conditions with at least 20 treated and 20 control cells.
 
     Parameters
     ----------
     codes
         (cells,) population of every packed row, -1 for none.
     means
-        Those of the populations, where they are there already.
+        The means of the populations, if they were computed before.
     """
     source = results._statistics_input(None, None)
     means = means or TypeMeans.of(source, codes)
@@ -253,8 +255,8 @@ def agreement_with_means(results: Results, codes: np.ndarray, means: TypeMeans |
 
 
 @dataclass(frozen=True)
-class _Question:
-    """What is asked of every space of a cohort alike."""
+class _SharedInputs:
+    """The parts of the comparison that do not depend on the space."""
 
     populations: CellPopulations
     rows: np.ndarray
@@ -264,19 +266,19 @@ class _Question:
     missing: dict[str, str]
 
     @classmethod
-    def of(cls, results: Results, populations: CellPopulations, donor_key: str | None, cohort: Any) -> _Question:
-        """Prepare what does not depend on the space."""
+    def of(cls, results: Results, populations: CellPopulations, donor_key: str | None, cohort: Any) -> _SharedInputs:
+        """Prepare samples, means and splits, and the reasons for measures that may be missing."""
         source, design = results._statistics_input(None, None), results.design
-        missing = {"mixing": "the sample has one group alone"}
+        missing = {"mixing": "the sample has a single group"}
         halves, missing["split_half"] = _halves_of(source, donor_key)
         state, missing["state_held"] = StateQuestion.of(results, populations, cohort, SAMPLED_CELLS)
         if len(populations.names) < 2:
-            missing |= dict.fromkeys(("separation", "silhouette"), "there is one population alone")
+            missing |= dict.fromkeys(("separation", "silhouette"), "there is a single population")
         rows = np.concatenate([np.arange(*span) for span in sketch_spans(design, SAMPLED_CELLS)])
         means = TypeMeans.of(source, populations.codes)
-        few = f"no population has {LEAST_ON_SIDES} cells on both sides"
+        few = f"no population has {LEAST_ON_SIDES} treated and {LEAST_ON_SIDES} control cells"
         missing |= dict.fromkeys(("agreement", "slope"), few)
-        missing |= dict.fromkeys(("seconds", "peak_gb"), "logs/stages.jsonl does not say it")
+        missing |= dict.fromkeys(("seconds", "peak_gb"), f"{keys.STAGES_LOG} does not record it")
         missing |= {"overlap": "no cell has a control match in another group"}
         return cls(populations, rows, means, halves, state, missing)
 
@@ -286,14 +288,14 @@ class _Question:
         r, slope = agreement_with_means(results, codes, self.means)
         array = f"obsm/{source.embedding}"
         points = read_dense(source.storage, array, self.rows, np.arange(open_array(source.storage, array).shape[1]))
-        known = codes[self.rows] >= 0
+        labelled = codes[self.rows] >= 0
         return SpaceMeasures(
             space=name,
             purity=match_purity(results, codes),
             overlap=_overlap(results),
             mixing=scaled_lisi(points, results.design.group_of(self.rows)),
-            separation=1 - scaled_lisi(points[known], codes[self.rows][known]),
-            silhouette=silhouette(points[known], codes[self.rows][known]),
+            separation=1 - scaled_lisi(points[labelled], codes[self.rows][labelled]),
+            silhouette=silhouette(points[labelled], codes[self.rows][labelled]),
             agreement=r,
             slope=slope,
             split_half=self._split_half(source),
@@ -303,7 +305,7 @@ class _Question:
         )
 
     def _split_half(self, source: StatisticsInput) -> float:
-        """Return the correlation of the effects of two halves of donors, mean over populations, conditions and splits."""
+        """Return the correlation of effects between halves of donors, mean over populations, conditions and splits."""
         if self.halves is None:
             return float("nan")
         pairs = [
@@ -318,15 +320,15 @@ class _Question:
 
 def _halves_of(source: StatisticsInput, donor_key: str | None) -> tuple[np.ndarray | None, str]:
     if donor_key is None and not source.design.batch_keys:
-        return None, "nothing says who the donors are; name their column with --donor-key"
+        return None, "the donors are unknown; name their column with --donor-key"
     halves = donor_halves(replicates_of(source, donor_key), source.seed)
     if halves is None:
-        return None, "a group holds cells of several donors, so that no half of them is apart from the other"
+        return None, "a group holds cells of several donors, so their matches cannot be split into halves"
     return halves, "no population has enough cells in two halves of the donors, each with treated and control donors"
 
 
 def _overlap(results: Results) -> float:
-    """Return the share of treated cells with a near control match; NaN where none has a match."""
+    """Return the share of treated cells with a near control match; NaN if no cell has a match."""
     cells = results.packed_obs
     treated = cells[(cells[keys.OBS_CONDITION] != results.control) & cells[keys.OBS_MATCH_DISTANCE].notna()]
     return float(column(treated, keys.OBS_OVERLAP).mean()) if len(treated) else float("nan")

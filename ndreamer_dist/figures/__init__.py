@@ -1,1 +1,1 @@
-"""Figures of a finished run, `nd.pl`, and how they look."""
+"""Figures of a finished run, `nd.pl`, and their style."""

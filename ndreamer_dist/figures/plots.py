@@ -1,8 +1,8 @@
-"""Figures of a finished run, in scanpy's manner: `nd.pl.embedding(results, color="cell_type")`.
+"""Figures of a finished run, with the conventions of scanpy: `nd.pl.embedding(results, color="cell_type")`.
 
-Every function takes `Results` first, draws on `ax` or on a new figure, saves it under `save` (the suffix is the format),
-shows it if `show` is set, and returns axes. Figures of many cells draw a sample. The rows of a group are stored in a
-random order that the seed fixed, so the first rows of each group are a sample, in few chunks.
+Every function takes `Results` first, draws on `ax` or on a new figure, saves it to the path `save` (the suffix is the
+format), shows it with `show=True`, and returns the axes. Figures of cells draw a sample. Rows of a group are stored in
+random order, so the first rows of each group are a random sample that lies in few chunks.
 """
 
 from __future__ import annotations
@@ -64,24 +64,25 @@ __all__ = [
 ]  # fmt: skip
 
 CELLS = 10_000
-"""Cells of a UMAP, unless told otherwise."""
+"""Default number of cells in a UMAP."""
 ITE_VALUES = 2**24
-"""Cells times genes of effects that are held for a UMAP of them."""
+"""Most values (cells times genes) of effects in a UMAP."""
 ITE_COMPONENTS = 10
-"""Principal components of effects that are laid out: the later ones are noise of single cells."""
+"""Principal components of effects in a UMAP; later ones are noise of single cells."""
 VIOLIN_CELLS = 50_000
+"""Default number of cells in violin plots."""
 MOST_DOUBLINGS = 8.0
-"""Fold changes beyond 2 to this power are drawn at the edge: a gene that one condition lacks has no finite one."""
+"""Largest |log2 fold change| that sets axis limits; larger ones, e.g. of unexpressed genes, are drawn at the edge."""
 SIGNIFICANT, SMALLEST = 0.05, 1e-300
-"""Adjusted p below which a gene is called; p-values below the latter are not told apart."""
+"""Adjusted p below which a gene is significant, and the smallest p that is drawn."""
 FEWEST_ON_PANEL = 9
-"""Categories from which on their names stand on a UMAP too: colours alone hardly tell so many apart."""
+"""Categories from which on names are also drawn on a UMAP, because so many colours are hard to distinguish."""
 FEWEST_LAID_OUT = 16
-"""Cells below which there is no UMAP; they are shown by their first two principal components."""
+"""Cells below which the first two coordinates are drawn instead of a UMAP."""
 
 
 def __dir__() -> list[str]:
-    """Return the figures, and nothing that they are made with."""
+    """Return the names of the figures alone, for completion of `nd.pl.`."""
     return sorted(__all__)
 
 
@@ -102,24 +103,25 @@ def embedding(
     show: bool = False,
     save: Save = None,
 ) -> list[Axes]:
-    """Draw a UMAP of the effect modifiers' principal components: what cells are, whatever their condition and batch.
+    """Draw a UMAP of the matching space: what cells are, regardless of condition and batch.
 
-    Conditions and batches should mix here, and kinds of cells stay apart.
+    Conditions and batches should mix, and cell types should separate.
 
     Parameters
     ----------
     color
-        Columns of `obs`, or modelled genes; one panel each. None: the condition, and the batch if there is one.
+        Columns of `obs` or modelled genes, one panel each; by default the condition, and the batch if there is one.
     cells
-        Draw about so many, a sample; of all groups in proportion.
+        Approximate number of cells to draw; the sample takes the same share of every group.
     seed
-        Of the UMAP.
+        Seed of the UMAP.
     palette
-        Colours of categories: by name, or in their order; a colour map's name for numbers.
+        Colours of categories: a mapping from name to colour, a list, or the name of a colour map; for numbers, the name
+        of a colour map.
     size
-        Of a dot, in square points; by default by the number of cells.
+        Area of a dot in square points; by default it depends on the number of cells.
     legend
-        Name the categories beside each panel.
+        Whether to draw a legend of the categories.
 
     Raises
     ------
@@ -147,25 +149,17 @@ def ite_embedding(
     show: bool = False,
     save: Save = None,
 ) -> list[Axes]:
-    """Draw a UMAP of the individual treatment effects of cells that are not control: who responds alike.
+    """Draw a UMAP of the individual treatment effects of treated cells: similar responses are near each other.
 
-    Of the effects of all modelled genes, the first ten principal components are laid out. One cell's effect is mostly
-    noise, so groups here are kinds of responses only where they hold together.
+    The UMAP uses the first ten principal components of the effects on all modelled genes. The effect on a single cell
+    is mostly noise, so only compact groups are types of response.
 
     Parameters
     ----------
-    color
-        Columns of `obs`, or modelled genes, one panel each. None: as in `embedding`.
     cells
-        Draw about so many, a sample; fewer where there are many genes.
-    seed
-        Of the UMAP.
-    palette
-        Colours of categories: by name, or in their order; a colour map's name for numbers.
-    size
-        Of a dot, in square points; by default by the number of cells.
-    legend
-        Name the categories beside each panel.
+        Approximate number of cells to draw; fewer if there are many genes.
+    color, seed, palette, size, legend
+        As in `embedding`.
     """
     rows = sampled_rows(results.design, min(cells, ITE_VALUES // len(results.var_names)), treated=True)
     table = results.packed_obs.iloc[rows]
@@ -187,19 +181,21 @@ def ite_distribution(
     show: bool = False,
     save: Save = None,
 ) -> list[Axes]:
-    """Draw how the individual treatment effects of cells are spread, a panel per gene and a violin per population.
+    """Draw the distribution of individual treatment effects: a panel per gene, a violin per population.
 
-    The dot is the mean, the bar holds the middle half; fewer than ten cells have no violin. Most of the spread is noise of single cells, so the violins say
-    where effects are, not how sure they are.
+    The dot is the mean, the bar the interquartile range; populations of fewer than ten cells have no violin. Most of
+    the spread is noise of single cells, so the violins do not show how certain the effects are.
 
     Parameters
     ----------
+    genes
+        Modelled genes.
     by
-        Column of `obs` that names populations, or a Series of labels by cell; by default all cells of the condition.
+        Column of `obs` that names populations, or a Series of labels by cell; by default all cells form one population.
     condition
-        Whose effects; by default the first after the control.
+        The condition whose cells are drawn; by default the first one besides the control.
     cells
-        Draw the distribution of about so many cells, a sample.
+        Approximate number of cells in the sample.
     """
     results, by = results.labelled(by)
     genes = [genes] if isinstance(genes, str) else list(genes)
@@ -221,17 +217,21 @@ def ite_distribution(
 def sampled_rows(
     design: Design, number: int, *, treated: bool = False, conditions: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Return packed rows of a sample of about so many of the cohort's own cells, ascending; every group in proportion.
+    """Return a sample of about `number` of the cohort's own cells: rows of `packed_obs`, ascending.
+
+    The sample takes the same share of every group.
 
     Parameters
     ----------
-    treated, conditions
-        Only of groups that are not control, or of these condition codes.
+    treated
+        Whether to leave out the control.
+    conditions
+        Condition codes to draw from, instead of all.
 
     Raises
     ------
     QueryError
-        There is no such cell: of the conditions a cohort that is mapped onto a run may have some.
+        There is no such cell: a cohort that was mapped onto a run may lack some of its conditions.
     """
     chosen = range(int(treated), len(design.conditions)) if conditions is None else conditions
     groups = [group for group in design.own_groups if group.condition in chosen]
@@ -244,7 +244,7 @@ def sampled_rows(
 
 
 def umap(points: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return scanpy's UMAP of points, (cells, 2), on scanpy's default neighbour graph of them."""
+    """Return scanpy's UMAP of points, (cells, 2), on a graph of 15 neighbours, scanpy's default."""
     if len(points) < FEWEST_LAID_OUT:
         return np.pad(points, ((0, 0), (0, 2)))[:, :2]
     import scanpy as sc
@@ -253,7 +253,7 @@ def umap(points: np.ndarray, seed: int = 0) -> np.ndarray:
     adata.obsp["connectivities"] = neighbour_graph(points, 15)
     adata.uns["neighbors"] = {"params": {"method": "umap", "use_rep": keys.PCA}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of spectral starts that did not converge: a random one is taken
+        warnings.simplefilter("ignore")  # spectral initialisation may not converge; umap then starts at random
         sc.tl.umap(adata, random_state=seed)
     return np.asarray(adata.obsm["X_umap"])
 
@@ -264,25 +264,25 @@ def _grouping(results: Results) -> list[str]:
 
 
 def _shading(results: Results, table: pd.DataFrame, color: str | Sequence[str]) -> dict[str, pd.Series]:
-    """Return the values to shade cells by, under the title of each panel."""
-    found: dict[str, pd.Series] = {}
+    """Return the values that colour the cells, by title of the panel."""
+    shading: dict[str, pd.Series] = {}
     titles = {keys.OBS_CONDITION: results.design.condition_key, keys.OBS_BATCH: " + ".join(results.design.batch_keys)}
     for name in [color] if isinstance(color, str) else color:
         if name not in table and name in results.var_names:
             values = results.expression(list(table.index), [name]).X.toarray()[:, 0]
-            found[name] = pd.Series(values, index=table.index)
+            shading[name] = pd.Series(values, index=table.index)
         elif name in table:
-            found[titles.get(name, name)] = column(table, name)
+            shading[titles.get(name, name)] = column(table, name)
         else:
-            known = [*map(str, table.columns), *map(str, results.var_names)]
-            msg = f"there is neither a column of obs nor a modelled gene {name!r}.{suggest(name, known)}"
+            names = [*map(str, table.columns), *map(str, results.var_names)]
+            msg = f"there is neither a column of obs nor a modelled gene {name!r}.{suggest(name, names)}"
             raise QueryError(msg)
-    return found
+    return shading
 
 
 @dataclass(frozen=True)
 class Dots:
-    """How cells are drawn; see `embedding`."""
+    """Style of the dots of cells; see `embedding`."""
 
     palette: Palette = None
     size: float | None = None
@@ -292,7 +292,7 @@ class Dots:
 def _scatter(points: np.ndarray, shading: Mapping[str, pd.Series], name: str, ax: Axes | None, how: Dots) -> list[Axes]:
     axes = panels(len(shading), ax, size=(5.4, 4.1) if len(shading) == 1 else (4.0, 3.2))
     named: list[tuple[Axes, np.ndarray, pd.Categorical]] = []
-    order = np.random.default_rng(len(points)).permutation(len(points))  # no kind is drawn over all others
+    order = np.random.default_rng(len(points)).permutation(len(points))  # no category covers the others
     dots: dict[str, Any] = {
         "s": how.size or float(np.clip(70_000 / len(points), 1.5, 26)),
         "linewidths": 0,
@@ -301,14 +301,14 @@ def _scatter(points: np.ndarray, shading: Mapping[str, pd.Series], name: str, ax
     }
     for panel, (title, values) in zip(axes, shading.items(), strict=True):
         numbers = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-        # High values on top: the few cells that express a gene are what one looks for.
+        # High values are drawn last, so that the few cells that express a gene are visible.
         place = np.argsort(values.to_numpy(dtype=np.float64, na_value=-np.inf), kind="stable") if numbers else order
         x, y, shown = points[place, 0], points[place, 1], values.iloc[place]
         if numbers:
             scale = how.palette if isinstance(how.palette, str) else "viridis"
             drawn = panel.scatter(x, y, c=shown.to_numpy(dtype=np.float64, na_value=np.nan), cmap=scale, **dots)
             figure = panel.get_figure()
-            assert figure is not None  # noqa: S101 - it was made above
+            assert figure is not None  # noqa: S101 - `panels` made it
             figure.colorbar(drawn, ax=panel, shrink=0.6, aspect=18, pad=0.02).outline.set_visible(b=False)
         else:
             kinds = categories(shown)
@@ -329,24 +329,24 @@ def _scatter(points: np.ndarray, shading: Mapping[str, pd.Series], name: str, ax
 
 
 def _name_kinds(panel: Axes, kinds: pd.Categorical, shades: Sequence[str]) -> None:
-    """Name categories beside the panel."""
+    """Draw a legend beside the panel, or the number of categories if they are too many."""
     levels = list(kinds.categories)
     if len(levels) > MOST_NAMED:
-        panel.annotate(f"{len(levels)} of them, not named", (1, 0), xycoords="axes fraction", ha="right", fontsize=8.5)
+        panel.annotate(f"{len(levels)} values, no legend", (1, 0), xycoords="axes fraction", ha="right", fontsize=8.5)
         return
     legend_outside(panel, levels, shades)
 
 
 def _name_on_panel(panel: Axes, points: np.ndarray, kinds: pd.Categorical) -> None:
-    """Name categories on the panel too, where they are more than colours alone tell apart; no name covers another.
+    """Draw the names of many categories at their medians on the panel, larger categories first.
 
-    Of two names at one place that of the larger category stays.
+    A name that would overlap another is left out.
     """
     levels, sizes = list(kinds.categories), np.bincount(kinds.codes, minlength=len(kinds.categories))
     figure = panel.get_figure(root=True)
     if figure is None or not FEWEST_ON_PANEL <= len(levels) <= MOST_NAMED:
         return
-    figure.canvas.draw()  # now the layout is known
+    figure.canvas.draw()  # fixes the layout
     placed: list[Bbox] = []
     for code in np.argsort(-sizes, kind="stable"):
         middle = np.median(points[kinds.codes == code], axis=0)
@@ -364,13 +364,13 @@ def _name_on_panel(panel: Axes, points: np.ndarray, kinds: pd.Categorical) -> No
 def _violins(
     panel: Axes, values: Sequence[np.ndarray], shades: Sequence[str], side: Literal["both", "low", "high"] = "both"
 ) -> None:
-    """Draw a violin per row, the first on top, or half of one; a dot at the mean, a bar over the middle half."""
+    """Draw a violin, or half of one, per row, the first on top; a dot is the mean, a bar the interquartile range."""
     panel.axvline(0, color="#8A9099", linewidth=0.8, zorder=0)
     beside = {"both": 0.0, "low": -0.12, "high": 0.12}[side]
     for place, (part, shade) in enumerate(zip(values, shades, strict=True)):
         if not len(part):
             continue
-        if len(part) >= MIN_CELLS:  # of fewer there is no distribution to draw
+        if len(part) >= MIN_CELLS:  # with fewer cells, a density would mislead
             for body in panel.violinplot([part], [place], orientation="horizontal", widths=0.85, showextrema=False, side=side)["bodies"]:  # type: ignore[attr-defined]  # fmt: skip
                 body.set(facecolor=shade, edgecolor="none", alpha=0.75)
         panel.hlines(place + beside, *np.quantile(part, [0.25, 0.75]), color=INK, linewidth=3)
@@ -391,17 +391,17 @@ def response(
     show: bool = False,
     save: Save = None,
 ) -> Axes:
-    """Draw how far treated cells go along the effect on their population, beside control cells under the same yardstick.
+    """Draw the distributions of the response scores of treated cells and of the placebo, per population.
 
-    Treated cells are above, in colour, control cells below, in grey; the label says which share of the treated ones is
-    within the placebo.
+    Treated cells are the upper half-violins, in colour; the placebo, control cells, the lower ones, in grey. The labels
+    give the share of treated cells that are within the placebo.
 
     Parameters
     ----------
     by, condition
-        As for `results.response`.
+        As in `results.response`.
     table
-        What `results.response` returned; computed if there is none.
+        The table of `results.response`, if it was computed before.
 
     Raises
     ------
@@ -426,7 +426,7 @@ def response(
     _violins(ax, own, colours(kinds), "low")
     shares = treated.groupby("population")["within_placebo"].mean()
     ax.set_yticks(range(len(kinds)), [f"{shortened(kind)} ({shares[kind]:.0%} within)" for kind in kinds])
-    ax.set_xlabel(f"response to {shortened(condition, 24)}, in spreads of the placebo (grey: control cells)")
+    ax.set_xlabel(f"response to {shortened(condition, 24)}, in SD of the placebo (grey: control cells)")
     return finish(ax, show=show, save=save)
 
 
@@ -448,24 +448,27 @@ def volcano(
 ) -> Axes:
     """Draw every gene's effect in a population against the donor-level p-value.
 
-    Coloured genes have a Benjamini-Hochberg adjusted p below 0.05; the dashed line is the smallest p-value that so
-    many donors allow, where the p-values are those of a permutation.
+    Coloured genes have a Benjamini-Hochberg adjusted p below 0.05. The dashed line is the smallest p-value that a
+    permutation test of these donors can give.
 
     Parameters
     ----------
+    population
+        Name of the population.
     by
-        Column of `obs` that names populations, or a Series of labels by cell; by default there is one, `all cells`.
+        Column of `obs` that names populations, or a Series of labels by cell; by default the only population is
+        `all cells`.
     condition
-        Which to compare with the control; by default the first after it.
+        The condition to compare with the control; by default the first one besides the control.
     table
-        What `results.cate(by)` gave, if it is there already.
+        The table of `results.cate(by)`, if it was computed before.
     names
-        Name at most so many genes, the smallest p first.
+        Most genes to name, by p-value.
 
     Raises
     ------
     QueryError
-        There is no such population, or it has no p-values: fewer than three donors a condition.
+        There is no such population, or it has no p-values because a condition has fewer than three donors.
     """
     condition, part = _of_condition(results, by, condition, table)
     part = _population(part, population, condition)
@@ -480,7 +483,7 @@ def volcano(
     ax.scatter(x, y, c=shades, s=np.where(called, 22, 12), linewidths=0, rasterized=len(x) > 5000)
     ax.axvline(0, color="#8A9099", linewidth=0.8, zorder=0)
     reach = float(np.abs(x).max(initial=0.1)) * 1.25
-    ax.set(xlim=(-reach, reach), ylim=(0, float(y.max()) * 1.1))
+    ax.set(xlim=(-reach, reach), ylim=(0, float(y.max(initial=0.1)) * 1.1))
     _floor(ax, float(part["p_floor"].iloc[0]))
     ax.set_xlabel(effect_label(results, condition))
     ax.set_ylabel("−log10 p, donors as replicates")
@@ -504,20 +507,16 @@ def effect_sizes(
     show: bool = False,
     save: Save = None,
 ) -> Axes:
-    """Draw every gene's mean effect over cells against the share of cells that express it: for where no test is possible.
+    """Draw every gene's mean effect over cells against the share of cells that express it, where no test is possible.
 
-    The largest effects are named. How sure they are the figure does not say.
+    The largest effects are named. The figure does not show how certain they are.
 
     Parameters
     ----------
-    by
-        Column of `obs` that names populations, or a Series of labels by cell; by default there is one, `all cells`.
-    condition
-        Which to compare with the control; by default the first after it.
-    table
-        What `results.cate(by)` gave, if it is there already.
+    population, by, condition, table
+        As in `volcano`.
     names
-        Name at most so many genes.
+        Most genes to name, by size of the effect.
 
     Raises
     ------
@@ -533,7 +532,7 @@ def effect_sizes(
     ax.scatter(x, y, c=np.where(y > 0, UP, DOWN), s=12, linewidths=0, rasterized=len(x) > 5000)
     ax.axhline(0, color="#8A9099", linewidth=0.8, zorder=0)
     ax.set(xlim=(-0.03, 1.08), ylim=(1.2 * float(y.min(initial=-0.1)), 1.2 * float(y.max(initial=0.1))))
-    ax.set_xlabel("share of cells that express the gene, the larger of both sides")
+    ax.set_xlabel("share of cells that express the gene, larger of both conditions")
     ax.set_ylabel(f"mean effect of {shortened(condition, 24)} over cells\n{effect_units(results)}")
     ax.set_title(f"{shortened(population, 40)}: not tested")
     largest = _symbols(results, part["gene"].astype(str)[: 3 * names])
@@ -543,9 +542,9 @@ def effect_sizes(
 
 READINGS = {
     "within": ("within states", UP), "state": ("change of state", DOWN), "both": ("both", PALETTE[4]),
-    "neither": ("neither part stands", QUIET),
+    "neither": ("neither significant", QUIET),
 }  # fmt: skip
-"""What the readings of an effect are called in figures, and their colours."""
+"""Label and colour of every reading of an effect."""
 
 
 @styled
@@ -561,25 +560,30 @@ def decomposition(
     show: bool = False,
     save: Save = None,
 ) -> Axes:
-    """Draw how much of every gene's effect lies within states: the total against the effect between cells of the same state.
+    """Draw the decomposition of every gene's effect: the within-state effect against the total (METHOD section 10).
 
-    On the diagonal nothing comes of a change of state; on the horizontal line everything does. Colours are the readings of
-    `results.cate`: parts that stand at an adjusted p of 0.05.
+    On the diagonal the effect is within states; on the horizontal line it is a change of state. Colours show the column
+    `reading` of `results.cate`: the parts with an adjusted p of at most 0.05.
 
     Parameters
     ----------
-    by, condition, table, names
-        As for `volcano`; names go to the largest effects of which a part stands.
+    population, by, condition, table
+        As in `volcano`.
+    names
+        Most genes to name: the largest effects with a significant part.
 
     Raises
     ------
     QueryError
-        There is no such population, or its cells have no coordinates of state.
+        There is no such population, or it has no state coordinates.
     """
     condition, part = _of_condition(results, by, condition, table)
     part = part[(part["population"] == population) & part["within_state"].notna()]
     if part.empty:
-        msg = f"population {population!r} has no effects within states under {condition!r}: no such one, or too few control cells"
+        msg = (
+            f"population {population!r} has no effects within states under {condition!r}: there is no such population, "
+            "or it has too few control cells"
+        )
         raise QueryError(msg)
     part = part.iloc[np.argsort(-part["total"].abs().to_numpy(), kind="stable")]
     x, y = part["total"].to_numpy(), part["within_state"].to_numpy()
@@ -596,12 +600,12 @@ def decomposition(
     ax.set_title(shortened(population, 40))
     ax.legend(loc="upper left", frameon=False, fontsize=8.5)
     named = np.flatnonzero(part["reading"].isin(["within", "state", "both"]).to_numpy())
-    label_points(ax, x[named], y[named], list(part["gene"].iloc[named].astype(str)), names)
+    label_points(ax, x[named], y[named], _symbols(results, part["gene"].iloc[named].astype(str)), names)
     return finish(ax, show=show, save=save)
 
 
 def _draw_readings(ax: Axes, part: pd.DataFrame) -> None:
-    """Draw a point per gene, those on top of which a part stands."""
+    """Draw a point per gene, genes with a significant part on top."""
     for word in reversed(READINGS):
         label, shade = READINGS[word]
         here = part[part["reading"] == word]
@@ -625,24 +629,24 @@ def ma(
     show: bool = False,
     save: Save = None,
 ) -> Axes:
-    """Draw every gene's fold change in a population against how much it is expressed (an MA plot).
+    """Draw every gene's fold change in a population against its mean expression (an MA plot).
 
     Coloured genes have a Benjamini-Hochberg adjusted donor-level p below 0.05.
 
     Parameters
     ----------
-    by, condition, table, names
-        As for `volcano`.
+    population, by, condition, table, names
+        As in `volcano`.
 
     Raises
     ------
     QueryError
-        There is no such population.
+        There is no such population, or it expresses no gene.
     """
     condition, part = _of_condition(results, by, condition, table)
     part = part[(part["population"] == population) & (part["mean_counts"] > 0)]
     if part.empty:
-        msg = f"population {population!r} has no gene that is expressed under {condition!r}, or there is no such population"
+        msg = f"population {population!r} expresses no gene under {condition!r}, or there is no such population"
         raise QueryError(msg)
     part = part.sort_values("p", kind="stable")
     x = np.log10(part["mean_counts"].to_numpy())
@@ -653,11 +657,11 @@ def ma(
     (ax,) = panels(1, ax, size=(5.6, 4.6))
     ax.axhline(0, color="#8A9099", linewidth=0.8, zorder=0)
     ax.scatter(x, y, c=np.where(called, np.where(y > 0, UP, DOWN), QUIET), s=np.where(called, 22, 12), linewidths=0)
-    ax.set_xlabel("log10 mean normalised counts a cell")
-    ax.set_ylabel(f"log2 fold change, {shortened(condition, 20)} v {shortened(results.control, 20)}")
+    ax.set_xlabel("log10 mean normalised counts per cell")
+    ax.set_ylabel(f"log2 fold change, {shortened(condition, 20)} vs {shortened(results.control, 20)}")
     ax.set_title(shortened(population, 40))
     named = np.flatnonzero(called)
-    label_points(ax, x[named], y[named], list(part["gene"].iloc[named].astype(str)), names)
+    label_points(ax, x[named], y[named], _symbols(results, part["gene"].iloc[named].astype(str)), names)
     return finish(ax, show=show, save=save)
 
 
@@ -674,24 +678,29 @@ def heatmap(
     show: bool = False,
     save: Save = None,
 ) -> Axes:
-    """Draw the mean effects of the top genes in every population; a dot marks an adjusted donor-level p below 0.05.
+    """Draw the effects of the top genes in every population; a dot marks an adjusted donor-level p below 0.05.
 
-    Genes that behave alike stand beside each other. Where there are p-values the effect is the donor-level one, else
-    the mean over cells. Grey names have too few donors or cells on one side for their effects to be relied on.
+    Genes with similar effects are adjacent. With p-values the effect is the donor-level one, else the mean over cells.
+    Rows with grey names have too few donors or cells in a condition to be reliable.
 
     Parameters
     ----------
     by
-        Column of `obs` that names populations, or a Series of labels by cell; by default all cells are one.
+        Column of `obs` that names populations, or a Series of labels by cell; by default all cells form one population.
     condition
-        Which to compare with the control; by default the first after it. Several stand below each other on one scale, at
-        most 60 rows.
+        The condition to compare with the control, by default the first one besides it; or several, which share one
+        colour scale and have at most 60 rows.
     genes
-        Which to draw; by default the first of every population by p-value, or where there is none by size of the effect.
+        The genes to draw; by default the top genes of every population, by p-value or, without, by size of the effect.
     table
-        What `results.cate(by)` gave, if it is there already.
+        The table of `results.cate(by)`, if it was computed before.
     most
-        Draw at most so many genes of none given.
+        Most genes to draw, if `genes` is not given.
+
+    Raises
+    ------
+    QueryError
+        A gene is not in the table.
     """
     results, by = results.labelled(by)
     condition = condition or results.conditions[1]
@@ -699,7 +708,7 @@ def heatmap(
     part = results.cate(by) if table is None else table
     part = _in_rows(part[part["condition"].isin(conditions)])
     value = effect_column(part)
-    chosen = list(genes) if genes is not None else top_genes(relied_on(part), most)
+    chosen = top_genes(relied_on(part), most) if genes is None else _chosen_genes(genes, part["gene"].unique())
     drawn_part = part[part["gene"].isin(chosen)]
     wide, adjusted = (
         drawn_part.pivot(index="row", columns="gene", values=column_name) for column_name in (value, "p_adjusted")
@@ -734,27 +743,34 @@ def conditions(
     show: bool = False,
     save: Save = None,
 ) -> Axes:
-    """Draw what every condition of a screen does of its own, conditions by genes, on one scale.
+    """Draw the specific effect of every condition of a screen: conditions by genes, on one colour scale.
 
-    That is its mean effect less the mean of all conditions, which holds what all share: above all the noise of the control, by which
-    every row would have the same stripes. Conditions that act alike lie next to each other, and so do genes. Rows have names where there is room for them; the
-    table of `nd.screen` says which place in the map a condition has.
+    The specific effect is the mean effect minus the mean over all conditions. It removes what all conditions share:
+    above all the noise of the control, which would give every row the same stripes. Similar conditions are adjacent,
+    and so are similar genes. If there is no room for all names, the table of `nd.screen` gives the position of every
+    condition.
 
     Parameters
     ----------
     by
-        As of `nd.screen`; the means are over all cells of a condition.
+        As in `nd.screen`; the effects are means over all cells of a condition.
     screen
-        What `nd.screen(results)` gave, if it is there already.
+        The summary `nd.screen(results)`, if it was computed before.
     genes
-        Which to draw; by default those whose effects differ most between conditions.
+        The genes to draw; by default those whose effects differ most between conditions.
     most
-        Draw at most so many genes of none given.
+        Most genes to draw, if `genes` is not given.
+
+    Raises
+    ------
+    QueryError
+        A gene is not in the summary.
     """
-    found = screen_of(results, by) if screen is None else screen
-    own = own_effects(found.effects.to_numpy())
-    chosen = list(found.effects.columns[most_different(own, most)] if genes is None else genes)
-    wide = pd.DataFrame(own, index=found.effects.index, columns=found.effects.columns)[chosen]
+    summary = screen_of(results, by) if screen is None else screen
+    own = own_effects(summary.effects.to_numpy())
+    columns = summary.effects.columns
+    chosen = list(columns[most_different(own, most)]) if genes is None else _chosen_genes(genes, columns)
+    wide = pd.DataFrame(own, index=summary.effects.index, columns=summary.effects.columns)[chosen]
     wide = wide[by_likeness(wide)] if genes is None else wide
     height = min(MAP_INCHES, 1.9 + 0.16 * len(wide))
     (ax,) = panels(1, ax, size=(2.6 + 0.16 * wide.shape[1], height))
@@ -768,20 +784,35 @@ def conditions(
     ax.set_yticks(range(0, len(wide), step), [shortened(str(name), 24) for name in wide.index[::step]], fontsize=7)
     ax.tick_params(length=2 if step > 1 else 0)
     ax.set_ylabel(f"{len(wide)} conditions" + (f"; every {step}th is named" if step > 1 else ""))
-    ax.set_title(f"Effect of each condition against {shortened(results.control, 30)}, less the mean of all conditions")
-    _colour_bar(ax, drawn, f"mean effect over cells, less that of all conditions\n{effect_units(results)}")
+    ax.set_title(
+        f"Effect of each condition against {shortened(results.control, 30)}, minus the mean over all conditions"
+    )
+    _colour_bar(ax, drawn, f"mean effect over cells, minus that of all conditions\n{effect_units(results)}")
     return finish(ax, show=show, save=save)
 
 
 MAP_INCHES = 14.0
+"""Most height of the heat map of a screen."""
 NAMES_AN_INCH = 7.0
+"""Names of rows per inch of its height, at most."""
 COLOUR_BAR_INCHES = 3.6
+"""Most height of a colour bar."""
 MOST_ROWS = 60
-"""Rows of a heat map of several conditions."""
+"""Most rows of a heat map of several conditions."""
+
+
+def _chosen_genes(genes: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return the genes to draw; the `QueryError` for a missing one has similar names."""
+    there = list(dict.fromkeys(names))
+    for gene in genes:
+        if gene not in there:
+            msg = f"there is no gene {gene!r} among the {len(there)} of the table.{suggest(gene, there)}"
+            raise QueryError(msg)
+    return list(genes)
 
 
 def _in_rows(part: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with the row of a heat map that each line belongs to; of many, the well-founded ones that say most."""
+    """Return the table with a column `row`, the row of the heat map; of many rows, only the most reliable ones."""
     populations, conditions = (part[name].astype(str) for name in ("population", "condition"))
     if conditions.nunique() == 1:
         row = populations
@@ -790,16 +821,16 @@ def _in_rows(part: pd.DataFrame) -> pd.DataFrame:
     else:
         row = conditions + " · " + populations
     part = part.assign(row=row)
-    said = part.assign(
+    ranking = part.assign(
         _sure=well_founded(part), _called=part["p_adjusted"] < SIGNIFICANT, _size=part[effect_column(part)].abs()
     )
     facts = ["_sure", "_called", "_size"]
-    ranked = said.groupby("row")[facts].sum().sort_values(facts, ascending=False, kind="stable")
+    ranked = ranking.groupby("row")[facts].sum().sort_values(facts, ascending=False, kind="stable")
     return part[part["row"].isin(ranked.index[:MOST_ROWS])]
 
 
 def _tiles(ax: Axes, wide: pd.DataFrame, adjusted: pd.DataFrame) -> Any:
-    """Draw the tiles of a heat map, with a dot on those that were called."""
+    """Draw the tiles of a heat map, with a dot on the significant ones."""
     top = float(np.nanquantile(np.abs(wide.to_numpy()), 0.99)) or 1.0
     ax.set_facecolor("#ECEEF0")
     drawn = ax.imshow(wide.to_numpy(), cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
@@ -814,13 +845,14 @@ def _tiles(ax: Axes, wide: pd.DataFrame, adjusted: pd.DataFrame) -> Any:
     return drawn
 
 
-# --- how far to trust them -------------------------------------------------------------------------------------------
+# --- quality control -------------------------------------------------------------------------------------------------
 
 TESTS = {
-    "main": "donor-level test", "pseudobulk": "pseudobulk", "within_state": "within states", "state_shift": "change of state",
+    "main": "donor-level test", "pseudobulk": "pseudobulk", "within_state": "within states", "state_shift": "change of "
+    "state",
     "sign": "sign test over cells",
 }  # fmt: skip
-"""Which tests the calibration shows, and what they are called."""
+"""The tests in the figure of the calibration, with their labels."""
 
 
 @styled
@@ -835,22 +867,22 @@ def null_calibration(
     show: bool = False,
     save: Save = None,
 ) -> Axes:
-    """Draw the share of genes below every level under permuted donor labels, where no gene has an effect.
+    """Draw the calibration: the share of genes with p below each level under permuted donor labels, without any effect.
 
-    A test that holds its level lies on the diagonal or below it; bands hold four of five labellings. That the donor-level
-    permutation does is its construction: the figure shows how far the others are off on these cells.
+    The curve of a test that holds its level is on the diagonal or below. Bands contain 80 % of the labellings. The
+    donor-level permutation test is calibrated by construction; the figure shows how far the other tests are off.
 
     Parameters
     ----------
     by, condition, donor_key
         As in `Results.null`.
     table
-        What `results.null(by)` gave, if it is there already.
+        The table of `results.null(by)`, if it was computed before.
 
     Raises
     ------
     QueryError
-        No population has three donors a condition.
+        No population has three donors per condition.
     """
     results, by = results.labelled(by)
     table = results.null(by, condition=condition, donor_key=donor_key) if table is None else table
@@ -859,7 +891,7 @@ def null_calibration(
     ax.plot([low, 1], [low, 1], color="#8A9099", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="calibrated")
     for (test, label), shade in zip(TESTS.items(), (*PALETTE[:1], *PALETTE[2:5], UP), strict=True):
         part = table[table["test"] == test]
-        if part.empty:  # too few donors or labellings for this one
+        if part.empty:  # too few donors or labellings for this test
             continue
         counts = part.groupby(["labelling", "level"])[["below", "tests"]].sum()
         each = (counts["below"] / counts["tests"]).unstack("level").to_numpy()
@@ -876,7 +908,7 @@ def null_calibration(
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(ticker.NullFormatter())
     ax.set_xlabel("level")
-    ax.set_ylabel("share of genes below it, donors' labels permuted")
+    ax.set_ylabel("share of genes with p below it, donors' labels permuted")
     ax.legend(loc="lower right")
     return finish(ax, show=show, save=save)
 
@@ -890,10 +922,10 @@ def overlap(
     show: bool = False,
     save: Save = None,
 ) -> Axes:
-    """Draw how far cells are from their control matches, a box per population, and the share that has a near one.
+    """Draw the distance of treated cells to their control matches, a box per population, and the share with a near one.
 
-    Boxes hold the middle half, whiskers nine of ten. Beyond the line a match is not near: farther than 99 % of cells are
-    from the nearest other cell of their own group.
+    Boxes are quartiles, whiskers the 5 % and 95 % quantiles. Cells beyond the line have no near match: they are farther
+    from it than 99 % of cells are from the nearest other cell of their own group.
 
     Parameters
     ----------
@@ -903,7 +935,7 @@ def overlap(
     Raises
     ------
     StoreError
-        The results do not say which cells have a near match.
+        The results, of an earlier version, do not say which cells have a near match.
     """
     results, by = results.labelled(by)
     cells = results.packed_obs
@@ -927,40 +959,40 @@ def overlap(
     if near.any() and not near.all():
         ax.axvline(float(distance[near].max()), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     for place, group in enumerate(groups):
-        told = f"{100 * near[group].mean():.0f} % near"
-        ax.text(1.01, place, told, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+        label = f"{100 * near[group].mean():.0f} % near"
+        ax.text(1.01, place, label, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
     ax.set_yticks(range(len(groups)), [shortened(name) for name in kinds.categories])
     ax.set_xlim(left=0)
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
-    ax.set_xlabel("distance to the control matches in the embedding")
+    ax.set_xlabel("distance to the control matches in the matching space")
     return finish(ax, show=show, save=save)
 
 
 @styled
 def spaces(comparison: Comparison, *, show: bool = False, save: Save = None) -> list[Axes]:
-    """Draw what was measured of every matching space, a panel per measure: the advised space full, the others pale.
+    """Draw the measures of every matching space, a panel per measure, with the advised space in colour.
 
-    An arrow says which way is better; a dot stands for a space that is best or within a tie of the best.
+    An arrow shows which direction is better; a dot marks the best space and those tied with it.
 
     Parameters
     ----------
     comparison
-        What `nd.compare` returned.
+        The comparison from `nd.compare`.
     """
     table = comparison.table
     names = [shortened(str(name)) for name in table["space"]]
-    known = [m for m in MEASURES if table[m.name].notna().any()]
-    axes = panels(len(known), None, size=(2.5, 0.75 + 0.3 * len(names)), columns=4)
+    measured = [m for m in MEASURES if table[m.name].notna().any()]
+    axes = panels(len(measured), None, size=(2.5, 0.75 + 0.3 * len(names)), columns=4)
     shades = [DOWN if name == comparison.advice.space else QUIET for name in table["space"]]
-    for panel, measure in zip(axes, known, strict=True):
+    for panel, measure in zip(axes, measured, strict=True):
         values = table[measure.name].to_numpy(dtype=float)
         panel.barh(range(len(names)), np.nan_to_num(values), color=shades, height=0.66)
         best = np.isfinite(values) & ~measure.beaten(values)
         for place, value in enumerate(values):
-            told = "not measured" if math.isnan(value) else f"{value:.3g}" + " \N{BULLET}" * int(best[place])
-            panel.text(1.02, place, told, transform=panel.get_yaxis_transform(), va="center", fontsize=8.5)
+            label = "not measured" if math.isnan(value) else f"{value:.3g}" + " \N{BULLET}" * int(best[place])
+            panel.text(1.02, place, label, transform=panel.get_yaxis_transform(), va="center", fontsize=8.5)
         if measure.better == "one":
             panel.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         way = {"high": "\N{RIGHTWARDS ARROW}", "low": "\N{LEFTWARDS ARROW}", "one": "near 1"}[measure.better]
@@ -975,7 +1007,7 @@ def spaces(comparison: Comparison, *, show: bool = False, save: Save = None) -> 
 
 
 def _population(part: pd.DataFrame, population: str, condition: str) -> pd.DataFrame:
-    """Return a population's rows; `QueryError` names those that are there, and the one that was meant."""
+    """Return a population's rows; the `QueryError` for a missing one lists the populations and similar names."""
     there = [str(name) for name in part["population"].unique()]
     if population not in there:
         near = suggest(population, there)
@@ -985,9 +1017,9 @@ def _population(part: pd.DataFrame, population: str, condition: str) -> pd.DataF
 
 
 def well_founded(table: pd.DataFrame) -> pd.Series:
-    """Return which rows of a CATE table are of populations with enough cells and donors on both sides.
+    """Return which rows of a CATE table belong to populations with enough cells and donors in both conditions.
 
-    Enough donors are as many as a test needs, or where no population has so many, the most that one has on both sides.
+    Enough donors are three, or, if no population has three in both conditions, the most that any population has.
     """
     donors = table[["treated_donors", "control_donors"]].min(axis=1)
     least = max(1, min(LEAST_DONORS, int(donors.max())))
@@ -996,7 +1028,7 @@ def well_founded(table: pd.DataFrame) -> pd.Series:
 
 
 def relied_on(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that are well founded, or all where none is."""
+    """Return the well-founded rows, or all rows if there are none."""
     kept = table[well_founded(table)]
     return kept if len(kept) else table
 
@@ -1004,27 +1036,27 @@ def relied_on(table: pd.DataFrame) -> pd.DataFrame:
 def _of_condition(
     results: Results, by: PopulationLabels, condition: str | None, table: pd.DataFrame | None
 ) -> tuple[str, pd.DataFrame]:
-    """Return a condition, by default the first after the control, and its rows of the CATE table."""
+    """Return a condition, by default the first one besides the control, and its rows of the CATE table."""
     condition = condition or results.conditions[1]
     table = results.cate(by, condition=condition) if table is None else table
     return condition, table[table["condition"] == condition]
 
 
 def _symbols(results: Results, genes: Iterable[str]) -> list[str]:
-    """Return what genes are called: their symbols, where their names are Ensembl's numbers."""
+    """Return the symbols of genes that are named by Ensembl IDs, else their names."""
     labels = gene_labels(results.var)
     return [labels.get(gene, gene) for gene in genes]
 
 
 def effect_column(table: pd.DataFrame) -> str:
-    """Return which column of a CATE table is the effect to show: the donors', or without p-values the cells'."""
+    """Return the column of a CATE table with the effect to show: that over donors, or over cells without p-values."""
     return "effect" if table["p"].notna().any() else "mean_ite"
 
 
 def top_genes(table: pd.DataFrame, most: int) -> list[str]:
-    """Return the first genes of every population by p-value and size of the effect, by turns until there are enough.
+    """Return at most `most` top genes by p-value and size of the effect, taken from all populations in rotation.
 
-    Genes that were called somewhere come first; the others fill up to a third of `most`, or all of it where none was.
+    Significant genes come first. Others are added up to a third of `most`, or up to `most` if no gene is significant.
     """
     size = table[effect_column(table)].abs().fillna(0)
     called = table["p_adjusted"] < SIGNIFICANT
@@ -1038,7 +1070,7 @@ def top_genes(table: pd.DataFrame, most: int) -> list[str]:
 
 
 def by_likeness(wide: pd.DataFrame) -> list[str]:
-    """Return columns in an order in which those that are alike are neighbours."""
+    """Return the columns in an order that places similar ones next to each other."""
     values = np.nan_to_num(wide.to_numpy(dtype=np.float64)).T
     if len(values) < 3:
         return list(wide.columns)
@@ -1047,7 +1079,7 @@ def by_likeness(wide: pd.DataFrame) -> list[str]:
 
 
 def effect_units(results: Results) -> str:
-    """Return what effects are measured in."""
+    """Return the unit of effects."""
     counts = str(results.uns.get("normalise", "")) == "counts"
     return "ln(1 + counts per 10,000)" if counts else "log-normalised expression"
 
@@ -1059,12 +1091,12 @@ def effect_label(results: Results, condition: str) -> str:
 
 def _counted(row: pd.Series, called: int) -> str:
     kind = "paired donors" if row["p_method"] in ("sign flips", "paired t") else "donors"
-    number = row["treated_donors"] if kind == "paired donors" else f"{row['treated_donors']} v {row['control_donors']}"
+    number = row["treated_donors"] if kind == "paired donors" else f"{row['treated_donors']} vs {row['control_donors']}"
     return f"{number} {kind}; {row['p_method']}; {called} genes with adjusted p < {SIGNIFICANT}"
 
 
 def _floor(ax: Axes, floor: float) -> None:
-    """Draw the smallest p-value that was possible; a parametric one has none."""
+    """Draw a line at the smallest possible p-value, if there is one: parametric p-values have none."""
     if floor > 0:
         ax.axhline(-math.log10(floor), color="#8A9099", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.set_ylim(top=max(ax.get_ylim()[1], -math.log10(floor) * 1.1))
@@ -1089,18 +1121,18 @@ LOSSES = {
     "reconstruction": "squared error",
     "cosine": "1 − cosine",
     "kl": "KL and correlation",
-    "independence_condition": "codes on condition",
-    "independence_batch": "codes on batch",
-    "independence_batch_within": "codes on batch within",
-    "dependence": "codes on clusters (rises)",
+    "independence_condition": "NMI with condition",
+    "independence_batch": "NMI with batch",
+    "independence_batch_within": "NMI with batch, within",
+    "dependence": "NMI with clusters (rises)",
     "triplet": "triplet",
     "neighbourhood": "neighbourhood",
     "commitment": "commitment",
     "perplexity": "codes in use",
 }
-"""What is drawn of training, and its titles."""
+"""The losses and measures of training in the figure, with their titles."""
 MOST_STEPS = 2000
-"""Steps drawn at most."""
+"""Approximate most steps that are drawn."""
 
 
 @styled
@@ -1111,19 +1143,19 @@ def losses(
     show: bool = False,
     save: Save = None,
 ) -> list[Axes]:
-    """Draw the unweighted losses of training, a panel each: steps pale, means of epochs strong.
+    """Draw the unweighted losses of training, a panel each: pale per step, strong the mean per epoch.
 
     Parameters
     ----------
     results
         Results, or the address of a run directory, finished or not.
     ax
-        Draw the total alone, here.
+        Axes on which to draw the total loss alone.
 
     Raises
     ------
     StoreError
-        There are no logs: nothing was trained yet, or results.zarr was moved away from its run.
+        There are no logs: nothing was trained yet, or results.zarr is not in its run directory.
     """
     steps, epochs = training_log(results)
     names = [name for name in (LOSSES if ax is None else ["total"]) if name in steps]
@@ -1139,7 +1171,7 @@ def losses(
 
 
 def training_log(results: Results | str | os.PathLike[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return what training measured: a row per step, and a row per epoch."""
+    """Return the logs of training: a row per step, and a row per epoch."""
     run = run_of(results) if isinstance(results, Results) else open_storage(results)
     if run is None or not (run.exists(keys.METRICS) and run.exists(keys.EPOCHS)):
         where = results.url if isinstance(results, Results) else os.fspath(results)
@@ -1150,13 +1182,13 @@ def training_log(results: Results | str | os.PathLike[str]) -> tuple[pd.DataFram
 
 
 def run_of(results: Results) -> Storage | None:
-    """Return the run directory that results lie in; none where they lie alone."""
+    """Return the directory of the run that results belong to; None if they were moved away from it."""
     folder, _, name = results.url.rpartition("/")
     return open_storage(folder) if name == keys.RESULTS else None
 
 
 def _scaled(panel: Axes, values: np.ndarray) -> None:
-    """Take a logarithmic scale where the values span more than a decade and a half."""
+    """Use a logarithmic scale if the values span more than a factor of 30."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if low > 0 and high / low > 30:
         panel.set_yscale("log")

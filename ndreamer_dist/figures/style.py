@@ -1,6 +1,6 @@
-"""The style of figures and where they go: colours that most eyes can distinguish, panels, files.
+"""The style of figures: colours that colour-blind readers can distinguish, panels, legends, names of points, files.
 
-Names of genes, cell types and conditions come from data, so their text is drawn as it is: `$` starts no formula.
+Names of genes, cell types and conditions come from data and are drawn literally: `$` starts no formula.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ Drawn = TypeVar("Drawn", Axes, list[Axes])
 Save = str | os.PathLike[str] | None
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#5A5A5A")
-"""Okabe and Ito's colours, which the colour-blind tell apart, the palest last."""
+"""The colours of Okabe and Ito, which colour-blind readers can distinguish; the palest are last."""
 UP, DOWN, QUIET, INK = "#D55E00", "#0072B2", "#C4C8CC", "#22262B"
+"""Colours of positive, negative and non-significant effects, and of text and lines."""
 MOST_NAMED = 40
-"""Categories beyond which a legend would be longer than the figure."""
+"""Most categories in a legend; more would be longer than the figure."""
 UNKNOWN = "not known"
+"""Category of missing values."""
 FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 DPI = 200
 STYLE: dict[Any, Any] = {
@@ -52,13 +54,13 @@ STYLE: dict[Any, Any] = {
 
 
 def styled(plot: Callable[P, Answer]) -> Callable[P, Answer]:
-    """Make a function draw in our style, whatever the style outside."""
+    """Make a function draw in the style of this module, without changing matplotlib's settings outside it."""
 
     @functools.wraps(plot)
     def drawing(*args: P.args, **kwargs: P.kwargs) -> Answer:
         with mpl.rc_context({**STYLE, "font.family": [_font()]}):
             drawn, interactive = plot(*args, **kwargs), mpl.is_interactive()
-        mpl.interactive(interactive)  # a notebook's back end sets it at the first figure, and shows none without it
+        mpl.interactive(interactive)  # a notebook's back end sets it at the first figure; rc_context would undo that
         return drawn
 
     return drawing
@@ -66,21 +68,28 @@ def styled(plot: Callable[P, Answer]) -> Callable[P, Answer]:
 
 @functools.cache
 def _font() -> str:
-    known = set(font_manager.get_font_names())
-    return next(name for name in FONTS if name in known)
+    installed = set(font_manager.get_font_names())
+    return next(name for name in FONTS if name in installed)
 
 
 def panels(number: int, ax: Axes | None, *, size: tuple[float, float], columns: int = 3) -> list[Axes]:
-    """Return axes to draw on: the given one, or those of a new figure with panels of this size in inches.
+    """Return the axes to draw on: `ax`, or those of a new figure.
+
+    Parameters
+    ----------
+    number
+        Number of panels.
+    size, columns
+        Size of a panel in inches, and most panels in a row of a new figure.
 
     Raises
     ------
     ValueError
-        One axis was given for several panels.
+        `ax` is given for several panels.
     """
     if ax is not None:
         if number > 1:
-            msg = f"one `ax` was given for {number} panels; ask for one, or leave `ax` out"
+            msg = f"one `ax` cannot hold {number} panels; draw one panel, or leave `ax` out"
             raise ValueError(msg)
         return [ax]
     across = min(number, columns)
@@ -94,7 +103,7 @@ def panels(number: int, ax: Axes | None, *, size: tuple[float, float], columns: 
 
 
 def finish(drawn: Drawn, *, show: bool, save: Save) -> Drawn:
-    """Save and show the figure of some axes, where that is asked for; return them."""
+    """Save the figure of the axes if `save` is a path, show it if `show`, and return the axes."""
     figure = (drawn if isinstance(drawn, Axes) else drawn[0]).get_figure(root=True)
     if save is not None and figure is not None:
         name = os.fspath(save)
@@ -105,14 +114,14 @@ def finish(drawn: Drawn, *, show: bool, save: Save) -> Drawn:
 
 
 def figure_bytes(figure: Figure, form: str = "png") -> bytes:
-    """Return a figure as a file of this form."""
+    """Return a figure as the bytes of a file in this format."""
     file = io.BytesIO()
     figure.savefig(file, format=form, dpi=DPI, bbox_inches="tight", pad_inches=0.08, facecolor="white")
     return file.getvalue()
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> str:
-    """Write a file whole or not at all, here or on object storage; return its address."""
+    """Write a file atomically, on a local disk or on object storage, and return its address."""
     address = open_storage(path).url
     folder, _, name = address.rpartition("/")
     Storage(folder or "/").write_atomic(name, data)
@@ -123,23 +132,24 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> str:
 
 
 def categories(values: pd.Series) -> pd.Categorical:
-    """Return values as names in natural order (type_2 before type_10), missing ones last."""
+    """Return values as categories in natural order (type_2 before type_10), missing values last."""
     names = values.astype(object).where(values.notna(), UNKNOWN).astype(str)
     levels = natsorted(set(names) - {UNKNOWN}) + [UNKNOWN] * bool((names == UNKNOWN).any())
     return pd.Categorical(names, categories=levels)
 
 
 Palette = str | Sequence[str] | Mapping[str, str] | None
-"""Colours of categories, in their order or by name; a colour map by its name."""
+"""Colours of categories, by name or in the order of the categories; or the name of a colour map."""
 
 
 def colours(levels: Sequence[str], palette: Palette = None) -> list[str]:
-    """Return a colour per level: Okabe and Ito's for up to eight, scanpy's beyond; grey for what is not known.
+    """Return a colour per level: Okabe and Ito's for up to eight levels, else scanpy's; grey for missing values.
 
     Parameters
     ----------
     palette
-        Colours to use instead: in the order of the levels, by level (the others grey), or of a colour map by its name.
+        Colours to use instead: in the order of the levels, by level (other levels are grey), or the name of a colour
+        map.
     """
     if isinstance(palette, Mapping):
         return [palette.get(level, QUIET) for level in levels]
@@ -149,15 +159,15 @@ def colours(levels: Sequence[str], palette: Palette = None) -> list[str]:
         return [palette[place % len(palette)] for place in range(len(levels))]
     from scanpy.plotting import palettes
 
-    known = len(levels) - (UNKNOWN in levels)
-    kept = next(
-        (p for p in (PALETTE, palettes.default_20, palettes.default_28) if known <= len(p)), palettes.default_102
+    named = len(levels) - (UNKNOWN in levels)
+    shades = next(
+        (p for p in (PALETTE, palettes.default_20, palettes.default_28) if named <= len(p)), palettes.default_102
     )
-    return [QUIET if level == UNKNOWN else kept[place % len(kept)] for place, level in enumerate(levels)]
+    return [QUIET if level == UNKNOWN else shades[place % len(shades)] for place, level in enumerate(levels)]
 
 
 def legend_outside(ax: Axes, levels: Sequence[str], shades: Sequence[str]) -> None:
-    """Put a legend to the right of an axis, outside: nothing is covered."""
+    """Draw a legend outside the axes, on the right."""
     marks = [
         plt.Line2D([], [], marker="o", linestyle="", color=shade, markersize=6.5, label=shortened(level, 34))
         for level, shade in zip(levels, shades, strict=True)
@@ -169,13 +179,13 @@ def legend_outside(ax: Axes, levels: Sequence[str], shades: Sequence[str]) -> No
 
 
 SYMBOLS = ("gene_symbols", "gene_symbol", "symbol", "feature_name", "gene_name", "gene_names", "hgnc_symbol")
-"""Columns of var that hold what people call genes, in lower case."""
+"""Names, in lower case, of columns of var with gene symbols."""
 
 
 def gene_labels(var: pd.DataFrame) -> dict[str, str]:
-    """Return what to call genes that are named by Ensembl's numbers, by name: the symbols that var holds, if any.
+    """Return the symbols of genes that are named by Ensembl IDs, by name; empty if var has no symbols or no such names.
 
-    A symbol of several genes stands with the name of each.
+    A symbol that several genes share is followed by the gene's name.
     """
     names = pd.Series([str(name) for name in var.index], index=var.index)
     column = next((name for name in var if str(name).lower() in SYMBOLS), None)
@@ -187,7 +197,7 @@ def gene_labels(var: pd.DataFrame) -> dict[str, str]:
 
 
 def shortened(name: str, most: int = 28) -> str:
-    """Return a name that fits on an axis."""
+    """Return a name, cut to at most this many characters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
@@ -195,12 +205,12 @@ def shortened(name: str, most: int = 28) -> str:
 
 
 def halo() -> list[patheffects.AbstractPathEffect]:
-    """Return what keeps text readable on points."""
+    """Return the path effect of a white outline, which keeps text readable on points."""
     return [patheffects.withStroke(linewidth=2.4, foreground="white")]
 
 
-NAME_SIZE, GAP = 8.5, 2.0
-"""Size of names of points, and the room kept free around points and names, in points."""
+NAME_SIZE = 8.5
+"""Font size of the names of points."""
 SPOTS = (
     (7.0, 3.0), (7.0, -6.0), (-7.0, 3.0), (-7.0, -6.0), (0.0, 11.0), (0.0, -13.0),  # beside the point
     *(
@@ -210,28 +220,32 @@ SPOTS = (
         for side in (1, -1)
     ),
 )  # fmt: skip
-"""Where a name may stand, from its point, in points; the first that is free is taken. A line leads to those farther off."""
+"""Candidate positions of a name relative to its point, in points; the first free one is used."""
 FAR_NAMES = 6
+"""Index of the first candidate position that needs a leader line to the point."""
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "color": "#8A9099", "shrinkA": 0, "shrinkB": 2}
 
 
 def label_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], most: int) -> None:
-    """Name points, in the order given, where there is room; a name without a free place is left out.
+    """Draw names of points, in order, where there is room; names without a free position are left out.
 
-    A name covers no other text and none of the points to name, and beside its point no other of these is nearer to it. Points
-    that get no name are covered only where there is no other place. The axes' limits must be final: places are measured in pixels.
+    A name covers no other text and none of the points to name. Without a leader line, its own point is the nearest of
+    these. Other points are covered only if there is no other position. The axes' limits must be final, because
+    positions are measured in pixels.
 
     Parameters
     ----------
     x, y
-        Positions of the points to name, in data units, (points,).
+        (points,) positions of the points to name, in data units.
+    names
+        A name per point, the most important first.
     most
-        Names at most.
+        Most names to draw.
     """
     figure = ax.get_figure(root=True)
     if figure is None:
         return
-    figure.canvas.draw()  # now the layout is known
+    figure.canvas.draw()  # fixes the layout
     room = _Room.of(ax, ax.transData.transform(np.column_stack([x, y])), figure.dpi / 72)
     named = 0
     for place, name in enumerate(names):
@@ -251,7 +265,7 @@ def label_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], m
 
 
 def _write(ax: Axes, text: Annotation, spot: _Spot) -> None:
-    """Write a name anew at its place; whether a line leads there is fixed when a text is made."""
+    """Draw a name at its final position, as a new annotation: the leader line cannot be added to an existing one."""
     written = ax.annotate(
         text.get_text(), text.xy, xytext=spot.centre, textcoords="offset points", fontsize=NAME_SIZE, ha="center",
         va="center", path_effects=halo(), arrowprops={**LEADER, "relpos": spot.end} if spot.end else None,
@@ -261,9 +275,14 @@ def _write(ax: Axes, text: Annotation, spot: _Spot) -> None:
 
 @dataclass(frozen=True)
 class _Spot:
-    """A place of a name: its centre from the point, in points, and where on it a line from the point ends, if there is one.
+    """The position of a name.
 
-    The end is a share of the name's width and height.
+    Attributes
+    ----------
+    centre
+        Offset of the name's centre from the point, in points.
+    end
+        End of the leader line on the name, in shares of its width and height; None without a line.
     """
 
     centre: tuple[float, float]
@@ -272,7 +291,7 @@ class _Spot:
 
 @dataclass(frozen=True)
 class _Room:
-    """What a plot's names may not cover. All in pixels."""
+    """The free room of an axes: what names must not cover. All positions are in pixels."""
 
     frame: Bbox
     own: np.ndarray  # (points to name, 2)
@@ -280,11 +299,11 @@ class _Room:
     radii: np.ndarray  # (all points drawn,)
     taken: list[Bbox]
     lines: list[np.ndarray]
-    scale: float  # pixels a point
+    scale: float  # pixels per typographic point
 
     @classmethod
     def of(cls, ax: Axes, own: np.ndarray, scale: float) -> _Room:
-        """Measure the points and the texts that are drawn on an axis."""
+        """Measure the points and texts on the axes; `own` are the points to name."""
         drawn, radii = [own], [np.full(len(own), 3.0)]
         for cloud in ax.collections:
             at = ax.transData.transform(np.ma.getdata(cloud.get_offsets()).reshape(-1, 2))
@@ -297,7 +316,7 @@ class _Room:
         return cls(ax.get_window_extent(), own, points, sizes, boxes, [], scale)
 
     def take(self, place: int, width: float, height: float) -> _Spot | None:
-        """Return the first free place for the name of a point, and keep it from the others; None if there is none."""
+        """Return the first free position for the name of a point and reserve it; None if there is none."""
         inward = 1 if self.own[place, 0] >= (self.frame.x0 + self.frame.x1) / 2 else -1
         for sparing in (True, False):
             for number, (right, up) in enumerate(SPOTS):
@@ -338,7 +357,7 @@ def _nearest(box: Bbox, points: np.ndarray) -> np.ndarray:
 
 
 def _cross(one: np.ndarray, other: np.ndarray) -> bool:
-    """Return whether two straight lines of points cross, or lead to the same place."""
+    """Return whether two straight lines, as (points, 2), cross or touch."""
     if not len(one) or not len(other):
         return False
     (a, b), (c, d) = (one[0], one[-1]), (other[0], other[-1])

@@ -1,6 +1,6 @@
-"""One HTML page with the findings of a finished run.
+"""The HTML report of a finished run.
 
-This package has the name of the function that users call, `nd.report(results)`, so the package itself can be called.
+The package has the same name as the public function, `nd.report(results)`, so the package itself is callable.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    """A module that writes the report when it is called: see `ndreamer_dist.report.page.report`."""
+    """A module that writes the report when called; see `ndreamer_dist.report.page.report`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
         from ndreamer_dist.report.page import report

@@ -1,8 +1,8 @@
-"""One HTML page with the findings of a run, how far to trust them, and how they were made.
+"""The report: one HTML page with the effects of a run, their quality control, and how they were computed.
 
-Input: results. Output: one self-contained file, with figures inside, no network, and tables that sort. Where something
-cannot be shown (no donors, no logs), the page says so. The template engine escapes names from data, and the page forbids
-every script but its own.
+Input: results. Output: one self-contained file with embedded figures and sortable tables, which needs no network. The
+page says what cannot be shown (without donors or logs) and why. The template engine escapes names from the data, and
+the page's content security policy forbids every script but its own.
 """
 
 from __future__ import annotations
@@ -64,24 +64,28 @@ from ndreamer_dist.storage.shards import counting
 logger = logging.getLogger(__name__)
 
 TOP_GENES = 30
+"""Genes in a table of top genes."""
 MOST_VOLCANOES = 6
-MOST_TOLD = 6
-"""Conditions that the summary tells of."""
+"""Most volcano plots."""
+MOST_SUMMARISED = 6
+"""Most conditions in the summary."""
 MOST_IN_TITLE = 3
-"""Conditions that a title names."""
+"""Most conditions that a title names."""
 MOST_SPREADS = 6
+"""Genes with violin plots."""
 MOST_DECOMPOSED = 4
+"""Most populations with a plot and a table of the decomposition."""
 MOST_GENE_TABLES = 12
-"""Tables of genes of a screen."""
+"""Most tables of top genes for a screen."""
 MOST_POOR_GROUPS = 30
-"""Groups of a screen whose diagnostics are shown."""
+"""Groups in the diagnostics of a screen: those with the least overlap."""
 SHOWN_DPI = 110
-"""Pixels of the page per inch of a figure; it is drawn finer, for sharp screens and for paper."""
+"""Resolution at which figures are displayed; the images have `style.DPI`, for sharp screens and for print."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: base64 of a PNG and its size on the page, or why there is none."""
+    """A figure of the page: a PNG in base64 and its displayed size in pixels, or the reason why it is `missing`."""
 
     title: str
     caption: str
@@ -94,9 +98,20 @@ class Picture:
 
 @dataclass(frozen=True)
 class PageData:
-    """What the page is made from: results, their CATE table, and by what populations and donors it was made.
+    """Input of the page.
 
-    Of a screen of many conditions the table has those with the largest effects, and `screen` says what there is of all.
+    Attributes
+    ----------
+    by, donor_key
+        Columns of `obs` that name populations and donors, if any.
+    chosen
+        Whether `by` was chosen automatically.
+    table
+        The CATE table; for a screen, of the conditions with the largest effects.
+    cells
+        Approximate number of cells to draw in a UMAP.
+    screen
+        Summary of all conditions, if the run is a screen.
     """
 
     results: Results
@@ -110,7 +125,7 @@ class PageData:
 
     @property
     def donors(self) -> bool:
-        """Whether it is known who the donors are."""
+        """Whether the donors are known."""
         return bool(self.donor_key or self.results.design.batch_keys)
 
     @property
@@ -120,7 +135,7 @@ class PageData:
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """What genes are called, by name, where that is not their name."""
+        """Symbols of genes by name, where they differ."""
         return gene_labels(self.results.var)
 
     @property
@@ -130,11 +145,11 @@ class PageData:
 
     @property
     def compared(self) -> list[str]:
-        """The conditions that are compared with the control."""
+        """All conditions that are compared with the control."""
         return self.conditions if self.screen is None else list(self.screen.conditions.index)
 
     def populations(self, condition: str) -> list[tuple[str, pd.DataFrame]]:
-        """Return the populations of a condition in natural order, with their rows of the table."""
+        """Return the populations of a condition in natural order, with their rows of the CATE table."""
         part = self.table[self.table["condition"] == condition]
         names = categories(part["population"].drop_duplicates()).categories
         return [(str(name), part[part["population"] == name]) for name in names]
@@ -149,29 +164,31 @@ def report(
     donor_key: str | None = None,
     cells: int = plots.CELLS,
 ) -> str:
-    """Write one self-contained HTML page of what a run found, and return its address.
+    """Write a self-contained HTML page about the results of a run, and return its address.
 
     Parameters
     ----------
     results
-        Results, or what `open_results` takes.
+        Results, or an address that `open_results` accepts.
     out
-        The file; by default `report/report.html` in the run directory.
+        The file to write; by default `report/report.html` in the run directory.
     by
-        Column of `obs` that names populations, or a Series of labels by cell; by default the column that looks most like cell types, else all cells together.
+        Column of `obs` that names populations, or a Series of labels by cell; by default the column that looks most
+        like cell types, else all cells form one population.
     condition
-        Which to compare with the control; by default every one.
+        The condition to compare with the control; by default every condition.
     donor_key
-        Column of `obs` that names the donor; by default the batch. Where there is neither, there are effects and no tests.
+        Column of `obs` that names the donor; by default the batch. Without either, the page shows effects without
+        tests.
     cells
-        Cells drawn in a UMAP, about.
+        Approximate number of cells to draw in a UMAP.
 
     Raises
     ------
     QueryError
         A name is unknown.
     StoreError
-        There are no results, or `out` is needed: they lie apart from a run directory.
+        There are no results, or they are not in a run directory and `out` is missing.
     """
     opened = results if isinstance(results, Results) else open_results(results)
     address = out if out is not None else _default(opened)
@@ -180,17 +197,17 @@ def report(
     by = by or likely_populations(opened.packed_obs, opened.design)
     logger.info("report: effects by %s", by or "condition alone")
     with counting() as reads:
-        looked_at = _screen(opened, by, condition, donor_key)
-        table = effects(opened, by, condition, donor_key) if looked_at is None else looked_at.detailed
+        screen = _screen(opened, by, condition, donor_key)
+        table = effects(opened, by, condition, donor_key) if screen is None else screen.detailed
         diagnostics = opened.diagnostics(by, donor_key=donor_key)
-        data = PageData(opened, by, chosen, donor_key, table, diagnostics, cells, looked_at)
+        data = PageData(opened, by, chosen, donor_key, table, diagnostics, cells, screen)
         html = page(data)
     logger.debug("report: read %s", reads)
     return write_file(address, html.encode())
 
 
 def _screen(results: Results, by: str | None, condition: str | None, donor_key: str | None) -> Screen | None:
-    """Return what there is of all conditions together, where they are too many for a section each."""
+    """Return the summary of a screen; None if the conditions are few enough for sections of their own."""
     if condition is not None or not results.design.is_screen:
         return None
     return screen_of(results, by, donor_key=donors_or_conditions(results, donor_key))
@@ -209,17 +226,17 @@ def page(data: PageData) -> str:
 def _default(results: Results) -> str:
     run = plots.run_of(results)
     if run is None:
-        msg = f"{results.url} lies apart from its run directory; say where to write the report (--out FILE.html)"
+        msg = f"{results.url} is not in a run directory; say where to write the report (--out FILE.html)"
         raise StoreError(msg)
     return f"{run.url}/{keys.REPORT}"
 
 
 def _content(data: PageData) -> dict[str, Any]:
-    """Return what the template is filled with."""
+    """Return the values of the template's variables."""
     results, design = data.results, data.results.design
     return {
         "title": f"NDreamer: {_named(data.compared)} against {design.control}",
-        "subtitle": f"What the condition does to {_counted_cells(results)}, and how far the numbers can be trusted.",
+        "subtitle": f"Effects of the condition on {_cell_count(results)}, and how reliable they are.",
         "control": design.control,
         "tiles": _tiles(data),
         "summary": list(_summary(data)),
@@ -254,18 +271,19 @@ def _content(data: PageData) -> dict[str, Any]:
     }
 
 
-def _map(data: PageData, found: Screen) -> Picture:
+def _map(data: PageData, screen: Screen) -> Picture:
     return _picture(
         "All conditions",
-        "Mean effect over the cells of each condition, less the mean of all conditions: what it does of its own. Conditions "
-        "that act alike lie next to each other; the table below says where each lies. Genes are those whose effects differ most between conditions.",
-        f"Heat map of effects, {len(found.effects)} conditions by genes",
-        lambda: plots.conditions(data.results, data.by, screen=found),
+        "Mean effect over the cells of each condition, minus the mean over all conditions: the specific effect of the "
+        "condition. Similar conditions are adjacent; the table below gives the position of each. The genes are those "
+        "whose effects differ most between conditions.",
+        f"Heat map of effects, {len(screen.effects)} conditions by genes",
+        lambda: plots.conditions(data.results, data.by, screen=screen),
     )
 
 
 def _shown_diagnostics(data: PageData) -> Diagnostics:
-    """Return the diagnostics; of a screen, the groups with the least overlap alone."""
+    """Return the diagnostics; for a screen, only of the groups with the least overlap."""
     if data.screen is None:
         return data.diagnostics
     groups = data.diagnostics.groups.sort_values("overlap", kind="stable").head(MOST_POOR_GROUPS)
@@ -273,25 +291,25 @@ def _shown_diagnostics(data: PageData) -> Diagnostics:
 
 
 def _origin(results: Results) -> Iterator[str]:
-    """Say what the results were made from and when, as far as the run's log tells, and how to cite them."""
+    """Yield the input and the date of the run, if its log has them, and how to cite it."""
     run = plots.run_of(results)
     call = last_call(run) if run is not None else None
     if call:
         day = time.strftime("%Y-%m-%d", time.gmtime(call[1]))
-        yield f"Input: {call[0]}. Last worked on: {day}."
+        yield f"Input: {call[0]}. Last run: {day}."
     yield (
-        f"To cite: the method is NDreamer (Xiao et al., bioRxiv 2025.03.05.641743); it was run by ndreamer-dist "
-        f"{results.uns['version']}, with the settings and versions below."
+        f"To cite: NDreamer (Xiao et al., bioRxiv 2025.03.05.641743), run with ndreamer-dist {results.uns['version']} "
+        "and the settings and versions on this page."
     )
 
 
-def _counted_cells(results: Results) -> str:
-    """Say how many cells there are; of mapped ones, beside how many of the run."""
+def _cell_count(results: Results) -> str:
+    """Return the number of cells in words, for mapped cells with that of the run that they were mapped onto."""
     own, run = results.design.own_cells, results.design.first_row
-    return f"{whole(own)} mapped cells, beside {whole(run)} of the run" if run else f"{whole(own)} cells"
+    return f"{whole(own)} cells, mapped onto a run of {whole(run)} cells" if run else f"{whole(own)} cells"
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
 def _tiles(data: PageData) -> list[tuple[str, str]]:
@@ -305,20 +323,20 @@ def _tiles(data: PageData) -> list[tuple[str, str]]:
         ("conditions", whole(len(design.conditions))),
         *([(_plural(batches, "batch", "batches"), whole(batches))] if batches else []),
         (_plural(populations, "population"), whole(populations)),
-        *([(f"calls at adjusted p < {plots.SIGNIFICANT}", whole(called))] if data.tested else []),
+        *([(f"significant effects, adjusted p < {plots.SIGNIFICANT}", whole(called))] if data.tested else []),
     ]
 
 
 def _summary(data: PageData) -> Iterator[str]:
-    """Say what was found, a sentence or two per condition; of many conditions, of those with most called genes."""
+    """Yield a sentence or two per condition; of many conditions, for those with most significant genes."""
     called_genes = (data.table["p_adjusted"] < plots.SIGNIFICANT).groupby(data.table["condition"]).sum()
-    chosen = sorted(data.conditions, key=lambda name: -int(called_genes[name]))[:MOST_TOLD]
+    chosen = sorted(data.conditions, key=lambda name: -int(called_genes[name]))[:MOST_SUMMARISED]
     if data.screen is not None:
         yield _of_screen(data.screen)
     elif len(chosen) < len(data.conditions):
         yield (
-            f"There are {len(data.conditions)} conditions; these sentences are of the {len(chosen)} with most called genes, "
-            "the tables below of all."
+            f"There are {len(data.conditions)} conditions. This summary covers the {len(chosen)} with most significant "
+            "genes; the tables below cover all."
         )
     for condition in chosen:
         parts = data.populations(condition)
@@ -326,40 +344,41 @@ def _summary(data: PageData) -> Iterator[str]:
         called = [(int((part["p_adjusted"] < plots.SIGNIFICANT).sum()), name) for name, part in tested]
         effect = plots.effect_column(data.table)
         if not tested:
-            reason = f", since {_why_untested(data)}" if condition == chosen[0] or data.tested else ""
+            reason = f", because {_why_untested(data)}" if condition == chosen[0] or data.tested else ""
             named = f"{_strongest(parts, effect, data.labels)} {_steady(parts, data.labels)}".strip()
-            yield f"{condition}: there are effects but no p-values{reason}. {named}"
+            yield f"{condition}: effects but no p-values{reason}. {named}"
             continue
-        found = sorted((pair for pair in called if pair[0]), reverse=True)
-        most = ", ".join(f"{name} ({number})" for number, name in found[:3])
+        most_called = sorted((pair for pair in called if pair[0]), reverse=True)
+        most = ", ".join(f"{name} ({number})" for number, name in most_called[:3])
         yield (
-            f"{condition}: {len(tested)} of {len(parts)} populations could be tested with donors as replicates; "
+            f"{condition}: {len(tested)} of {len(parts)} populations have enough donors for a test. "
             + (
-                f"{len(found)} {'has' if len(found) == 1 else 'have'} genes that differ (most: {most}). "
-                if found
-                else "no gene's difference is significant in any of them, which does not show that there is none. "
+                f"{len(most_called)} of them {_plural(len(most_called), 'has', 'have')} significant genes "
+                f"(most: {most}). "
+                if most_called
+                else "No gene is significant in any of them, which does not prove that there is no effect. "
             )
             + _strongest(tested, effect, data.labels)
         )
 
 
-def _of_screen(found: Screen) -> str:
-    """Say how many conditions of a screen do anything, and what the rest of the page is of."""
-    genes, number = found.conditions["genes"], found.detailed["condition"].nunique()
-    how = "tests on donors" if found.tested else "the sign test over cells, which describes and does not test"
+def _of_screen(screen: Screen) -> str:
+    """Return how many conditions of a screen have significant genes, and which conditions the page covers."""
+    genes, number = screen.conditions["genes"], screen.detailed["condition"].nunique()
+    how = "donor-level tests" if screen.tested else "the sign test over cells, which describes and does not test"
     return (
-        f"There are {len(genes)} conditions; {int((genes > 0).sum())} have genes that are called by {how} (median "
-        f"{genes.median():.0f} genes a condition). One heat map and one table are of all; everything else on this page, these "
-        f"sentences among it, is of the {number} with the largest effects."
+        f"There are {len(genes)} conditions; {int((genes > 0).sum())} have significant genes by {how} (median "
+        f"{genes.median():.0f} genes per condition). The heat map and the table of conditions cover all of them. The "
+        f"rest of this page, including the following sentences, covers the {number} with the largest effects."
     )
 
 
 def _why_untested(data: PageData) -> str:
-    return TOO_FEW_DONORS if data.donors else "nothing says who the donors are"
+    return TOO_FEW_DONORS if data.donors else "the donors are unknown"
 
 
 def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str, labels: Mapping[str, str]) -> str:
-    """Name the largest effects, of populations with enough on both sides, and of called genes where there are any."""
+    """Return a sentence with the largest effects in well-founded populations, of significant genes if there are any."""
     rows = pd.concat([part for _, part in parts])
     rows = rows[plots.well_founded(rows)]
     called = rows[rows["p_adjusted"] < plots.SIGNIFICANT]
@@ -370,25 +389,29 @@ def _strongest(parts: Sequence[tuple[str, pd.DataFrame]], effect: str, labels: M
         for _, row in rows.iterrows()
     ]
     if not names:
-        return f"No population has {MIN_CELLS} cells on both sides, so no effect is named here."
-    return f"Largest {'called ' if len(called) else ''}effects: {', '.join(names)}."
+        return f"No population has enough donors and {MIN_CELLS} cells in both conditions, so no effect is named here."
+    return f"Largest {'significant ' if len(called) else ''}effects: {', '.join(names)}."
 
 
 def _steady(parts: Sequence[tuple[str, pd.DataFrame]], labels: Mapping[str, str]) -> str:
-    """Say which differences of donors' means keep their sign without any one donor: the most that two donors can show."""
+    """Return a sentence with the differences of donors' means that keep their sign whichever donor is left out.
+
+    With two donors per condition no test is possible, and this is the strongest evidence there is.
+    """
     rows = pd.concat([part for _, part in parts])
     rows = rows[plots.well_founded(rows) & (rows[["treated_donors", "control_donors"]].min(axis=1) > 1)]
-    kept = rows[rows["total_loo_low"] * rows["total_loo_high"] > 0]
-    if kept.empty:
+    stable = rows[rows["total_loo_low"] * rows["total_loo_high"] > 0]
+    if stable.empty:
         return ""
-    weaker = kept[["total_loo_low", "total_loo_high"]].abs().min(axis=1).to_numpy()
+    weaker = stable[["total_loo_low", "total_loo_high"]].abs().min(axis=1).to_numpy()
     named = [
-        f"{labels.get(row['gene'], row['gene'])} in {row['population']} ({row['total_loo_low']:+.2f} to {row['total_loo_high']:+.2f})"
-        for _, row in kept.iloc[np.argsort(-weaker, kind="stable")[:3]].iterrows()
+        f"{labels.get(row['gene'], row['gene'])} in {row['population']} ({row['total_loo_low']:+.2f} to "
+        f"{row['total_loo_high']:+.2f})"
+        for _, row in stable.iloc[np.argsort(-weaker, kind="stable")[:3]].iterrows()
     ]
     return (
-        f"{whole(len(kept))} of {whole(len(rows))} differences of donors' means keep their sign whichever donor is left out, "
-        f"which is no test: noise alone keeps many; the surest are {', '.join(named)}."
+        f"{whole(len(stable))} of {whole(len(rows))} differences of donors' means keep their sign whichever donor is "
+        f"left out. This is no test, since noise alone keeps many signs. The most stable are {', '.join(named)}."
     )
 
 
@@ -398,9 +421,11 @@ def _warnings(data: PageData) -> Iterator[str]:
         yield _sentence(str(mapped))
     table = data.table.drop_duplicates(["population", "condition"])
     flags = {
-        "few_donors": "with few donors (four a condition, or fewer), so that p-values are coarse or absent",
-        "few_cells": "with fewer than 20 cells a donor, where effects within states and changes of state cannot be trusted",
-        "impure": f"whose matches often lie in another population, so that effects mix kinds of cells ({remedy(data.results.matched_inside, data.by)})",
+        "few_donors": "with at most four donors in a condition, so that p-values are coarse or missing",
+        "few_cells": "with fewer than 20 cells per donor, where effects within states and changes of state are "
+        "unreliable",
+        "impure": "whose matches are often in another population, so that effects mix cell types "
+        f"({remedy(data.results.matched_inside, data.by)})",
     }
     for flag in flags if data.donors else ["impure"]:
         names = list(dict.fromkeys(table.loc[table[flag].astype(bool), "population"].astype(str)))
@@ -409,10 +434,11 @@ def _warnings(data: PageData) -> Iterator[str]:
             yield f"{_plural(len(names), 'Population')} {flags[flag]}: {shown}."
     if data.chosen:
         yield (
-            f"Populations are those of obs column “{data.by}”, which looked most like cell types; name another by --by."
+            f"Populations are taken from obs column “{data.by}”, which looks most like cell types; choose another with "
+            "--by."
             if data.by
-            else "No column of obs looks like cell types, so all cells are one population; name one by --by. "
-            "An average over kinds of cells can hide what happens in each."
+            else "No column of obs looks like cell types, so all cells form one population; choose a column with --by. "
+            "An average over cell types can hide what happens in each."
         )
 
 
@@ -420,22 +446,22 @@ def _design(data: PageData) -> Iterator[str]:
     results = data.results
     if results.mapped is not None:
         yield (
-            f"These cells were mapped onto {results.mapped.url}. Pictures of cells show them alone; effects, tests and diagnostics take the "
-            "donors of that run in."
+            f"These cells were mapped onto {results.mapped.url}. Figures of cells show only them; effects, tests and "
+            "diagnostics also use the donors of that run."
         )
         yield _sentence(str(results.mapped))
     yield data.diagnostics.donors
     yield {
-        "no donors": "So there is no replicate to test with: effects describe these cells.",
-        "nested": "Differences between donors and the effect of the condition can be told apart only by having several "
-        "donors a condition.",
-        "crossed": "Donors are their own controls.",
-        "partly crossed": "Donors seen in both conditions are paired and the others left out of the test, or, where fewer than "
-        f"{LEAST_DONORS} are seen in both and there are enough others, the others are compared and those left out: the "
-        "tables name the test and who was left out.",
+        "no donors": "Without replicates there is no test: effects describe these cells alone.",
+        "nested": "Only several donors per condition can separate the effect of the condition from differences between "
+        "donors.",
+        "crossed": "Every donor is its own control.",
+        "partly crossed": "Donors seen in both conditions are tested as pairs, and the others are left out. If fewer "
+        f"than {LEAST_DONORS} are seen in both and there are enough others, the others are tested instead. The tables "
+        "name the test and the donors that were left out.",
     }[data.diagnostics.layout]
     if data.donor_key:
-        yield f"Donors are named by obs column “{data.donor_key}”."
+        yield f"Donors are taken from obs column “{data.donor_key}”."
     dropped = json.loads(str(results.uns.get("dropped", "{}")))
     if dropped:
         yield "Left out: " + "; ".join(f"{whole(n)} cells ({reason})" for reason, n in dropped.items()) + "."
@@ -449,20 +475,25 @@ def _notes(results: Results) -> list[str]:
 
 def _populations_note(data: PageData) -> str:
     if not data.by:
-        return "All cells of a condition are one population."
+        return "All cells form one population."
     missing = int(data.results.packed_obs[data.by].isna().sum())
-    left = f" {whole(missing)} cells have none and are left out." if missing else ""
-    return f"Populations are the levels of obs column “{data.by}”.{left}"
+    left = (
+        f" {whole(missing)} {_plural(missing, 'cell has', 'cells have')} no label there and are left out."
+        if missing
+        else ""
+    )
+    return f"Populations are the values of obs column “{data.by}”.{left}"
 
 
 def _genes_note(data: PageData) -> str:
     if data.tested:
         return (
-            "The p-values compare donors: every donor's cells are asked the same questions through the matches, and the "
-            "donors' labels are permuted, or, where these have too few permutations, a t-test compares donor means (the "
-            "column “test” above says which). Beside them stand plain pseudobulk means."
+            "The p-values treat donors as replicates. A donor's value is the mean expression of the matches that all "
+            "donors' cells have among the donor's cells. The test permutes the donors' labels or, where there are too "
+            "few permutations, is a t-test (see column “test” above). The same test on plain pseudobulk means is "
+            "shown for comparison."
         )
-    return f"There are no p-values, since {_why_untested(data)}. What follows are effects alone."
+    return f"There are no p-values, because {_why_untested(data)}. The tables show effects alone."
 
 
 def _genes(data: PageData) -> Iterator[tuple[str, str, Table]]:
@@ -474,7 +505,7 @@ def _gene_tables(data: PageData, *, several: bool) -> Iterator[tuple[str, str, T
     for condition in data.conditions:
         for name, part in data.populations(condition):
             row = part.iloc[0]
-            donors = f", {row['treated_donors']} v {row['control_donors']} donors" if data.tested else ""
+            donors = f", {row['treated_donors']} vs {row['control_donors']} donors" if data.tested else ""
             method = "not tested" if row["p_method"] == "none" else row["p_method"]
             words = f"{whole(row['cells'])} cells{donors}, {method}"
             yield f"{name}: {condition}" if several else name, words, genes_table(part, TOP_GENES, data.labels)
@@ -485,25 +516,26 @@ def _trust(data: PageData) -> Iterator[str]:
     both = table[["effect", "pseudobulk_effect"]].dropna()
     if data.tested and len(both) > 2:
         yield (
-            f"Correlation of the effects through the matches with plain pseudobulk differences, over all genes and populations: "
-            f"{both['effect'].corr(both['pseudobulk_effect']):.2f}. A low value means that matching changed the comparison: look whether it should have."
+            "Correlation of the effects through the matches with plain pseudobulk differences, over all genes and "
+            f"populations: {both['effect'].corr(both['pseudobulk_effect']):.2f}. If it is low, matching changed the "
+            "comparison: check whether it should have."
         )
     ratios = (table["sd_ite"] / table["sd_placebo"].where(table["sd_placebo"] > 0)).dropna()
     if len(ratios):
         yield (
-            f"The spread of single cells' effects is {ratios.median():.2f} times that of a placebo (control donors against control "
-            "donors; median over genes): near 1, nearly all of it is noise."
+            f"The standard deviation of single-cell effects is {ratios.median():.2f} times that of a placebo (control "
+            "donors against other control donors; median over genes). Near 1, nearly all of this spread is noise."
         )
     far = table.drop_duplicates(["population", "condition"])
-    known = far.dropna(subset=["without_overlap"])
-    if known.empty:
-        yield "How many cells have no near control match is unknown."
+    measured = far.dropna(subset=["without_overlap"])
+    if measured.empty:
+        yield "The share of cells without a near control match is unknown."
         return
-    share = float(np.average(known["without_overlap"], weights=known["cells"]))
-    unknown = int(far["cells"].sum() - known["cells"].sum())
+    share = float(np.average(measured["without_overlap"], weights=measured["cells"]))
+    unknown = int(far["cells"].sum() - measured["cells"].sum())
     yield (
-        f"{percent(share)} of the cells have no near control match; their effects lean on cells that are unlike them."
-        + (f" Of {whole(unknown)} cells more it is unknown." if unknown else "")
+        f"{percent(share)} of the cells have no near control match; their effects rest on cells that are unlike them."
+        + (f" For {whole(unknown)} further cells it is unknown." if unknown else "")
     )
 
 
@@ -515,11 +547,11 @@ def _plural(number: int, one: str, many: str | None = None) -> str:
     return one if number == 1 else many or f"{one}s"
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- figures ---------------------------------------------------------------------------------------------------------
 
 
 def _picture(title: str, caption: str, alt: str, draw: Callable[[], Axes | Sequence[Axes]]) -> Picture:
-    """Draw a figure, or say why there is none."""
+    """Draw a figure; on an error of this package, return its message as the reason why the figure is missing."""
     try:
         axes = draw()
     except NDreamerError as error:
@@ -528,7 +560,7 @@ def _picture(title: str, caption: str, alt: str, draw: Callable[[], Axes | Seque
     assert figure is not None  # noqa: S101 - it was drawn on
     data = figure_bytes(figure)
     plt.close(figure)
-    width, height = (int.from_bytes(data[place : place + 4], "big") for place in (16, 20))  # of the PNG's header
+    width, height = (int.from_bytes(data[place : place + 4], "big") for place in (16, 20))  # from the PNG's header
     scale = SHOWN_DPI / DPI
     return Picture(title, caption, alt, base64.b64encode(data).decode(), round(width * scale), round(height * scale))
 
@@ -536,24 +568,19 @@ def _picture(title: str, caption: str, alt: str, draw: Callable[[], Axes | Seque
 def _cell_pictures(data: PageData) -> Iterator[Picture]:
     results, design = data.results, data.results.design
     drawn = min(data.cells, design.own_cells)
-    color = [
-        *([keys.OBS_CONDITION] if data.screen is None else []),
-        *([keys.OBS_BATCH] if len(design.batches) > 1 else []),
-        *([data.by] if data.by else []),
-    ]
-    names = ", ".join(
-        [
-            *([design.condition_key] if data.screen is None else []),
-            *(design.batch_keys if len(design.batches) > 1 else ()),
-            *([data.by] if data.by else []),
-        ]
-    )
+    panels = {
+        **({keys.OBS_BATCH: " + ".join(design.batch_keys)} if len(design.batches) > 1 else {}),
+        **({data.by: data.by} if data.by else {}),
+    }
+    if data.screen is None or not panels:  # a panel of many conditions shows little
+        panels = {keys.OBS_CONDITION: design.condition_key, **panels}
     yield _picture(
         "The embedding",
-        f"What cells are, whatever their condition and batch, in the space that they were matched in, {results.space} "
-        f"(UMAP of about {whole(drawn)} of {whole(design.own_cells)} cells). Conditions and batches should mix; kinds of cells should not. Distances in a UMAP mean little.",
-        f"UMAP of the matching space, one panel each for {names}",
-        lambda: plots.embedding(results, color, cells=data.cells),
+        f"UMAP of about {whole(drawn)} of {whole(design.own_cells)} cells in the matching space, {results.space}. It "
+        "shows what cells are regardless of condition and batch: conditions and batches should mix, cell types "
+        "should not. Distances in a UMAP mean little.",
+        f"UMAP of the matching space, one panel each for {', '.join(panels.values())}",
+        lambda: plots.embedding(results, list(panels), cells=data.cells),
     )
 
 
@@ -561,11 +588,11 @@ def _effect_pictures(data: PageData) -> Iterator[Picture]:
     top = [data.labels.get(gene, gene) for gene in plots.top_genes(plots.relied_on(data.table), 8)]
     yield _picture(
         f"Effects of {_named(data.conditions)} by population",
-        "Top genes of every population, all on one scale; genes that behave alike stand together. "
+        "Top genes of every population on one colour scale; genes with similar effects are adjacent. "
         + ("A dot marks an adjusted donor-level p below 0.05. " if data.tested else "There are no p-values. ")
-        + "Grey names: too few donors or cells on one side to rely on."
+        + "Grey names: too few donors or cells in a condition for reliable effects."
         + (
-            f" {plots.MOST_ROWS} of {_rows(data)} rows are drawn, well-founded ones first."
+            f" {plots.MOST_ROWS} of {_rows(data)} rows are drawn, the most reliable first."
             if _rows(data) > plots.MOST_ROWS
             else ""
         ),
@@ -579,35 +606,36 @@ def _rows(data: PageData) -> int:
 
 
 def _named(conditions: Sequence[str]) -> str:
-    """Return the conditions' names, or how many there are."""
+    """Return the conditions' names, or their number if they are many."""
     return ", ".join(conditions) if len(conditions) <= MOST_IN_TITLE else f"{len(conditions)} conditions"
 
 
-def _leads(data: PageData) -> bool:
-    """Return whether the page begins with effects in two parts: donors are nested, and there are tests of both."""
+def _shows_decomposition(data: PageData) -> bool:
+    """Return whether the page shows the decomposition: donors are nested, maybe partly, and both parts are tested."""
     return data.diagnostics.layout in ("nested", "partly crossed") and bool(data.table["within_state_p"].notna().any())
 
 
 def _decomposition(data: PageData) -> Iterator[str]:
-    """Say in plain words how many of the effects are changes of state."""
-    if not _leads(data):
+    """Yield sentences on how many effects are within states and how many are changes of state."""
+    if not _shows_decomposition(data):
         return
     for condition in data.conditions:
         words = data.table.loc[data.table["condition"] == condition, "reading"].value_counts()
         within, moved, both = (int(words.get(word, 0)) for word in ("within", "state", "both"))
         yield (
-            f"{condition}: in {whole(within)} {_plural(within, 'case', 'cases')} (a gene in a population) cells of the same state "
-            f"express a gene differently; in {whole(moved)} the gene differs because cells are in other states; in {whole(both)} both."
+            f"{condition}: in {whole(within)} {_plural(within, 'case')} (a case is a gene in a population), expression "
+            f"differs between cells of the same state; in {whole(moved)}, it differs because cells are in other "
+            f"states; in {whole(both)}, both."
         )
     yield (
-        "A gene of the second kind says what cells have become, not what the condition does to a cell of a given state: "
-        "look for the state, not for the gene."
+        "A gene of the second kind shows which state cells are in, not what the condition does to a cell of a given "
+        "state: follow up the state, not the gene."
     )
 
 
 def _decomposed(data: PageData) -> Iterator[tuple[Picture, Table]]:
-    """Draw the populations with most genes of which a part stands, each with its table."""
-    if not _leads(data):
+    """Draw the populations with most genes of which a part is significant, each with its table."""
+    if not _shows_decomposition(data):
         return
     pairs = data.table[data.table["within_state_p"].notna()].groupby(["condition", "population"], sort=False)
     stands = pairs["reading"].agg(lambda words: words.isin(["within", "state", "both"]).sum())
@@ -615,30 +643,32 @@ def _decomposed(data: PageData) -> Iterator[tuple[Picture, Table]]:
         condition, name = map(str, pair)
         picture = _picture(
             f"{name}, {condition}: within states or a change of state",
-            "On the diagonal an effect lies within states, on the horizontal line it is a change of state. A point per gene.",
+            "A point per gene. On the diagonal the effect is within states; on the horizontal line it is a change of "
+            "state.",
             f"Scatter plot of effects within states against total effects in {name} under {condition}",
             partial(plots.decomposition, data.results, name, data.by, condition=condition, table=data.table),
         )
-        yield picture, decomposition_table(pairs.get_group(pair), TOP_GENES)
+        yield picture, decomposition_table(pairs.get_group(pair), TOP_GENES, data.labels)
 
 
 def _volcanoes(data: PageData) -> Iterator[Picture]:
-    """Draw the populations with most called genes; where nothing was tested, effects alone of the largest ones."""
+    """Draw the populations with most significant genes; without tests, the effects in the largest populations."""
     if not data.tested:
         yield from _untested_effects(data)
         return
     pairs = data.table.groupby(["condition", "population"])
     called = pairs["p_adjusted"].agg(lambda p: (p < plots.SIGNIFICANT).sum())
     testable = called[pairs["p"].count() > 0].sort_values(ascending=False, kind="stable")
+    some = f" {MOST_VOLCANOES} of {len(testable)} are drawn, those with most significant genes."
+    some = some if len(testable) > MOST_VOLCANOES else ""
     for pair, number in testable.head(MOST_VOLCANOES).items():
         condition, name = map(str, pair)  # type: ignore[call-overload]
         yield _picture(
             f"{name}, {condition}",
-            "Effect against donor-level p-value, a point per gene"
-            + (f"; of {len(testable)}, the {MOST_VOLCANOES} with most called genes are drawn." if len(testable) > MOST_VOLCANOES else "."),
+            f"Effect against donor-level p-value, a point per gene.{some}",
             f"Volcano plot of {name} under {condition}: {int(number)} genes with adjusted p below 0.05",
             partial(plots.volcano, data.results, name, data.by, condition=condition, table=data.table),
-        )  # fmt: skip
+        )
 
 
 def _untested_effects(data: PageData) -> Iterator[Picture]:
@@ -647,7 +677,8 @@ def _untested_effects(data: PageData) -> Iterator[Picture]:
         name, condition = str(row["population"]), str(row["condition"])
         yield _picture(
             f"{name}, {condition}: effects without a test",
-            "Mean effect over cells against the share of cells that express the gene, a point per gene; the largest are named.",
+            "Mean effect over cells against the share of cells that express the gene, a point per gene; the largest "
+            "effects are named.",
             f"Scatter plot of mean effects in {name} under {condition}",
             partial(plots.effect_sizes, data.results, name, data.by, condition=condition, table=data.table),
         )
@@ -657,15 +688,16 @@ def _spreads(data: PageData) -> Iterator[Picture]:
     results, condition = data.results, data.conditions[0]
     genes = plots.top_genes(plots.relied_on(data.table[data.table["condition"] == condition]), MOST_SPREADS)
     yield _picture(
-        f"How single cells' effects of {condition} are spread",
-        "A violin per population, the dot its mean, the bar its middle half. Most of the spread is noise of single cells.",
-        f"Violin plots of individual treatment effects of {', '.join(genes)}",
+        f"Distribution of single-cell effects of {condition}",
+        "A violin per population; the dot is the mean, the bar the interquartile range. Most of the spread is noise of "
+        "single cells.",
+        f"Violin plots of individual treatment effects of {', '.join(data.labels.get(gene, gene) for gene in genes)}",
         lambda: plots.ite_distribution(results, genes, data.by, condition=condition),
     )
     if len(results.var_names) > 2:
         yield _picture(
             "Cells by their effects",
-            "UMAP of the individual effects of all modelled genes: cells that respond alike are near each other.",
+            "UMAP of the individual effects on all modelled genes: cells with similar responses are near each other.",
             "UMAP of individual treatment effects",
             lambda: plots.ite_embedding(results, [data.by] if data.by else None, cells=data.cells),
         )
@@ -674,8 +706,9 @@ def _spreads(data: PageData) -> Iterator[Picture]:
 def _trust_pictures(data: PageData) -> Iterator[Picture]:
     results, by = data.results, data.by
     yield _picture(
-        "Overlap", "Distance of treated cells to their control matches; beyond the line a match is farther than 99 % of "
-        "cells are from the nearest other cell of their own group. Effects of such cells are extrapolation.",
+        "Overlap", "Distance of treated cells to their control matches. Cells beyond the line are farther from their "
+        "matches than 99 % of cells are from the nearest other cell of their own group: their effects are "
+        "extrapolations.",
         "Box plots of match distances by population", lambda: plots.overlap(results, by),
     )  # fmt: skip
     try:
@@ -684,11 +717,11 @@ def _trust_pictures(data: PageData) -> Iterator[Picture]:
     except NDreamerError as error:
         yield Picture("Calibration", "P-values under permuted donor labels.", "", missing=str(error))
         return
-    held = rates(null, levels=(plots.SIGNIFICANT,))[plots.SIGNIFICANT]
-    said = ", ".join(f"{plots.TESTS[test]} {percent(held[test])}" for test in plots.TESTS if test in held.index)
+    shares = rates(null, levels=(plots.SIGNIFICANT,))[plots.SIGNIFICANT]
+    listed = ", ".join(f"{plots.TESTS[test]} {percent(shares[test])}" for test in plots.TESTS if test in shares.index)
     yield _picture(
-        "Calibration", f"Share of genes below each level with the donors' labels permuted, so that nothing is to be found. "
-        f"At 0.05: {said}. A permutation of donors holds its level by construction; only a model retrained on "
+        "Calibration", f"Share of genes with p below each level under permuted donor labels, where there is no effect. "
+        f"At 0.05: {listed}. A permutation test of donors holds its level by construction; only a model retrained on "
         "permuted labels would test the training, too.",
         "Line plot of the share of p-values below each level under permuted donor labels, by test",
         lambda: plots.null_calibration(results, by, table=null),
@@ -696,13 +729,14 @@ def _trust_pictures(data: PageData) -> Iterator[Picture]:
 
 
 def _spaces(results: Results) -> dict[str, Any]:
-    """Return what `compare` found of the run's matching spaces, if it was asked and the results are still those."""
+    """Return the stored comparison of matching spaces, if there is one and the results have not changed since."""
     run = plots.run_of(results)
     comparison = None if run is None else kept_comparison(RunDirectory(run), results)
     if comparison is None:
         return {"spaces": None}
     picture = _picture(
-        "Matching spaces", "What was measured of each; the advised one in colour, a dot where a space is best or within a tie.",
+        "Matching spaces", "Measures of each space. The advised one is in colour; a dot marks the best and those tied "
+        "with it.",
         "Bar charts of the measures of every matching space", lambda: plots.spaces(comparison),
     )  # fmt: skip
     by = f"Populations: {comparison.populations}."
@@ -710,28 +744,28 @@ def _spaces(results: Results) -> dict[str, Any]:
 
 
 def _matching_limit(data: PageData) -> tuple[str, str]:
-    """Say what matching can lose in the space of the run, and whether these donors are of the kind that it concerns."""
+    """Return the limitation of the run's matching space, and whether it applies to these donors."""
     space = data.results.space
-    if space == "harmony" or keys.is_trained(space):
-        made = "that Harmony corrected for" if space == "harmony" else "that was trained to hold nothing of"
-        says = (
-            f"Cells are matched in an embedding {made} batch and condition. Where donors are nested in conditions, it may "
-            "also have lost real differences of cell state between them, which then appear in the donor-level effects, as "
-            "they do in plain means."
+    if space == keys.HARMONY or keys.is_trained(space):
+        origin = "corrected by Harmony for" if space == keys.HARMONY else "trained to be independent of"
+        limit = (
+            f"Cells are matched in an embedding that was {origin} batch and condition. Where donors are nested in "
+            "conditions, it may have lost real differences of cell state between donors, which then appear as "
+            "donor-level effects, as they do in plain means."
         )
-        concerned = {
+        applies = {
             "nested": "The donors here are nested, so this applies.",
             "partly crossed": "Some donors here are in one condition only, so this applies in part.",
         }
-        return says, concerned.get(data.diagnostics.layout, "")
+        return limit, applies.get(data.diagnostics.layout, "")
     if space == keys.STATE:
         return (
-            "Cells are matched by what varies between cells of one control donor. A state that only treated cells have has no "
-            "place of its own there; such cells are matched with the nearest state of control cells."
+            "Cells are matched on the variation between cells of the same control donor. A state that only treated "
+            "cells have is not represented there; such cells are matched with the nearest control state."
         ), ""
     return (
-        f"Cells are matched in {space}, which is not corrected for batch and condition. Where these move cells far, the "
-        "nearest cell may be of another state, and an effect may then be a difference of states."
+        f"Cells are matched in {space}, which is not corrected for batch and condition. Where these shift cells far, "
+        "the nearest cell may be in another state, and an effect may then be a difference of states."
     ), ""
 
 
@@ -740,7 +774,7 @@ def _training(data: PageData) -> Picture:
         why = f"Cells were matched in {data.results.space}, which is not trained."
         return Picture("Training", "", "", missing=why)
     return _picture(
-        "Training", "Unweighted losses: steps pale, means of epochs strong. They should fall; what the codes tell of the "
-        "clusters should rise, and many codes stay in use.",
+        "Training", "Unweighted losses: pale per step, strong the mean per epoch. They should fall, except that the "
+        "information of the codes on clusters should rise, and many codes should stay in use.",
         "Line plots of the training losses by step", lambda: plots.losses(data.results),
     )  # fmt: skip

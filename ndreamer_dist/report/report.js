@@ -1,4 +1,4 @@
-// Tables sort by the column whose heading is pressed, by mouse or keyboard; a second press turns the order round.
+// Sort a table by the column whose heading is pressed, by mouse or keyboard; a second press reverses the order.
 "use strict";
 function order(cell) {
   const value = cell.dataset.order;
@@ -27,5 +27,5 @@ document.querySelectorAll("table.sortable thead th").forEach((head) => {
   head.append(button);
   button.addEventListener("click", () => sortBy(head));
 });
-// What is folded away on the screen is there on paper.
+// Print collapsed sections as well.
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));

@@ -1,4 +1,4 @@
-"""The tables of the report: cells of text that sort by their values. Names come from data and are not changed."""
+"""The tables of the report. Each table cell has a text to show and a value to sort by; names from data stay as is."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.results import MIN_CELLS, Results
 
 EMPTY = "–"
+"""Text of a missing value."""
 LIKELY = ("celltype", "cellclass", "subclass", "annot", "cluster", "leiden", "louvain")
-"""What columns that name kinds of cells are called, the likeliest first; letters only."""
+"""Parts of the names of columns with cell types, in letters only, the most likely first."""
 MOST_KINDS = 60
+"""Most values of a column with cell types."""
 LITTLE_OVERLAP = 0.1
-"""Share of cells without a near control match from which on a population is flagged."""
+"""Share of cells without a near control match above which a population is flagged."""
 CELLS_ONLY = "over cells: it describes, it does not test"
 
 Show = Callable[[Any], str]
@@ -35,7 +37,7 @@ Show = Callable[[Any], str]
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and what it sorts by."""
+    """A table cell: the text to show, and the value to sort by."""
 
     text: str
     value: str = ""
@@ -43,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Head:
-    """A column's title and what it means."""
+    """A column's title, its meaning, and whether it holds numbers."""
 
     title: str
     hint: str = ""
@@ -52,7 +54,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption; every row has a cell per head."""
+    """A table with a caption; every row has one cell per head."""
 
     caption: str
     heads: tuple[Head, ...]
@@ -61,7 +63,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a data frame in a table: its name there, its head, and how its values are shown."""
+    """A column of a table: its name in the data frame, its head, and the function that formats its values."""
 
     name: str
     head: Head
@@ -69,7 +71,7 @@ class Column:
 
 
 def table_of(frame: pd.DataFrame, caption: str, columns: Sequence[Column]) -> Table:
-    """Return a data frame as a table, with those of the columns that it has and that say something."""
+    """Return a data frame as a table, without columns that the frame lacks or that are all NaN."""
     there = [column for column in columns if column.name in frame and frame[column.name].notna().any()]
     rows = tuple(
         tuple(_cell(value, column) for value, column in zip(row, there, strict=True))
@@ -85,29 +87,29 @@ def _cell(value: Any, column: Column) -> Cell:
 
 
 def whole(value: float) -> str:
-    """Return a number of things, in groups of three digits."""
+    """Return a count with thousands separators."""
     return f"{int(value):,}"
 
 
 def signed(value: float) -> str:
-    """Return an effect."""
+    """Return an effect with its sign and three decimals."""
     return f"{value:+.3f}".replace("-", "−")
 
 
 def plain(value: float) -> str:
-    """Return a number in three digits."""
+    """Return a number with three significant digits."""
     return f"{value:.3g}".replace("-", "−")
 
 
 def small(value: float) -> str:
-    """Return a p-value."""
+    """Return a p-value with two significant digits."""
     if value < SMALLEST:
         return f"< {SMALLEST:.0e}"
     return f"{value:.2g}" if value >= 1e-4 else f"{value:.1e}"
 
 
 def percent(value: float) -> str:
-    """Return a share."""
+    """Return a share in percent."""
     return f"{100 * value:.1f} %" if value < 0.1 else f"{100 * value:.0f} %"
 
 
@@ -121,13 +123,13 @@ def number(name: str, title: str, show: Show, hint: str = "") -> Column:
     return Column(name, Head(title, hint), show)
 
 
-# --- what was measured -----------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
 def likely_populations(cells: pd.DataFrame, design: Design) -> str | None:
-    """Return the column of obs that looks most like cell types.
+    """Return the column of obs that looks most like cell types, or None.
 
-    None where none does, or where most conditions of a screen have too few cells of each type to say anything of them.
+    It is also None for a screen in which most conditions have too few cells per cell type.
     """
     name = _like_types(cells, design)
     if name is not None and design.is_screen:
@@ -151,33 +153,36 @@ def _like_types(cells: pd.DataFrame, design: Design) -> str | None:
 
 
 def effects(results: Results, by: str | None, condition: str | None, donor_key: str | None) -> pd.DataFrame:
-    """Return the CATE table; where nothing says who the donors are, with effects alone."""
+    """Return the CATE table; without known donors it has effects but no p-values."""
     return results.cate(by, condition=condition, donor_key=donors_or_conditions(results, donor_key))
 
 
 def donors_or_conditions(results: Results, donor_key: str | None) -> str | None:
-    """Return the column that names the donors; where nothing does, a condition is its only replicate, and there is no test."""
-    nothing = donor_key is None and not results.design.batch_keys
-    return keys.OBS_CONDITION if nothing else donor_key
+    """Return the column of donors; without one, the condition column, so that each condition is a single replicate."""
+    unknown = donor_key is None and not results.design.batch_keys
+    return keys.OBS_CONDITION if unknown else donor_key
 
 
-def conditions_table(found: Screen, labels: Mapping[str, str]) -> Table:
-    """Return a row per condition of a screen."""
-    frame = found.conditions.rename_axis("condition").reset_index()
-    frame["strongest"] = strongest(found.effects, labels)
-    how = "donor-level test" if found.tested else f"sign test {CELLS_ONLY}"
+def conditions_table(screen: Screen, labels: Mapping[str, str]) -> Table:
+    """Return the table of a screen, a row per condition."""
+    frame = screen.conditions.rename_axis("condition").reset_index()
+    frame["strongest"] = strongest(screen.effects, labels)
+    how = "donor-level test" if screen.tested else f"sign test {CELLS_ONLY}"
     columns = [
-        text("condition", "condition"), number("place", "place in the map", whole), number("cells", "cells", whole),
-        number("donors", "donors", whole, "of the population with most"),
-        number("size", "size of effect", plain, "over all genes, less what all conditions share and what noise of cells adds"),
-        number("genes", "genes called", whole, f"in some population, by the {how}"),
-        text("strongest", "largest effects of its own", "less the mean of all conditions"),
+        text("condition", "condition"), number("place", "position", whole, "row of the heat map, from the top"),
+        number("cells", "cells", whole), number("donors", "donors", whole, "in the population with most donors"),
+        number("size", "effect size", plain, "norm of the specific effect over genes, corrected for noise of cells"),
+        number("genes", "significant genes", whole, f"in any population, by the {how}"),
+        text("strongest", "largest specific effects", "mean effect minus the mean over all conditions"),
     ]  # fmt: skip
-    return table_of(frame, "Conditions: how much each does", columns)
+    return table_of(frame, "Conditions: size of the effect of each", columns)
 
 
 def groups_table(results: Results) -> Table:
-    """Return the groups, a batch under a condition each; of mapped cells their own, and how far these are from the run's."""
+    """Return the table of groups: batch and condition, cells, and distance to the control matches.
+
+    For mapped cells it has their own groups, and how far these are from the cells of the run.
+    """
     design, distance, mapped = results.design, results.packed_obs[keys.OBS_MATCH_DISTANCE], results.mapped
     groups, first = design.own_groups, design.first_row
     frame = pd.DataFrame(
@@ -198,16 +203,18 @@ def groups_table(results: Results) -> Table:
         number("distance", "distance to control", plain, "mean distance of a cell to its matches in the control groups"),
         *(_BELONGING if mapped is not None else ()),
     ]  # fmt: skip
-    return table_of(frame, "Groups: a batch under a condition each", columns)
+    return table_of(frame, "Groups: one per batch and condition", columns)
 
 
 def populations_table(table: pd.DataFrame, *, donors: bool) -> Table:
-    """Return a row per population and condition: who was tested, how, and how good the matches are.
+    """Return the table of populations: donors, test, significant genes, and quality of the matches.
 
     Parameters
     ----------
+    table
+        The CATE table.
     donors
-        Whether it is known who the donors are.
+        Whether the donors are known.
     """
     called = table["p_adjusted"].lt(SIGNIFICANT).groupby([table["population"], table["condition"]]).sum()
     frame = table.drop_duplicates(["population", "condition"])
@@ -219,11 +226,11 @@ def populations_table(table: pd.DataFrame, *, donors: bool) -> Table:
         text("population", "population"), text("condition", "condition"), number("cells", "cells", whole),
         *(_TESTED if donors else ()),
         number("match_purity", "match purity", percent, "share of control matches inside the population"),
-        number("effective_control_cells", "control cells used", whole, "effective number of matched control cells"),
+        number("effective_control_cells", "effective controls", whole, "effective number of matched control cells"),
         number("without_overlap", "without overlap", percent, "share of cells without a near control match"),
-        text("flags", "beware", "what weakens the result"),
+        text("flags", "caution", "what weakens the result"),
     ]  # fmt: skip
-    return table_of(frame, "Populations: who was compared, and how good the matches are", columns)
+    return table_of(frame, "Populations: the donors compared, and the quality of the matches", columns)
 
 
 def _flags(row: pd.Series, donors: bool) -> list[str]:
@@ -236,42 +243,49 @@ def _flags(row: pd.Series, donors: bool) -> list[str]:
     return [flag for flag, raised in flags.items() if raised]
 
 
-def diagnostics_tables(told: Diagnostics) -> list[Table]:
-    """Return the tables of the diagnostics: groups, and how well batches mix."""
+def diagnostics_tables(diagnostics: Diagnostics) -> list[Table]:
+    """Return the tables of the diagnostics: groups, and mixing of batches."""
     groups = [
         text("group", "group"), number("cells", "cells", whole),
         number("overlap", "with overlap", percent, "share of cells with a near control match"),
         number("match_distance", "match distance", plain, "median distance to the control matches"),
         number("own_distance", "own distance", plain, "median distance to the nearest other cell of the group"),
-        number("times_matched_mean", "times used", plain, "how often one of its cells is a match, mean"),
-        number("times_matched_max", "at most", whole, "how often its most used cell is a match"),
-        number("never_matched", "never used", percent, "share of its cells that are nobody's match"),
-        number("effective_cells", "effective cells", whole, "how many cells used alike would carry as much"),
-        number("effective_controls", "effective controls", whole, "the same of the control cells that its cells match"),
-        number("correlation", "denoised v raw", plain, "correlation of denoised with raw expression, mean over cells"),
+        number("times_matched_mean", "times matched", plain, "number of times that a cell is a match, mean over cells"),
+        number("times_matched_max", "maximum", whole, "number of times that the most used cell is a match"),
+        number("never_matched", "never matched", percent, "share of the group's cells that are the match of no cell"),
+        number("effective_cells", "effective cells", whole, "effective number of the group's cells that are matches"),
+        number("effective_controls", "effective controls", whole, "effective number of its control matches"),
+        number("correlation", "denoised vs raw", plain, "correlation of denoised with raw expression, mean over cells"),
         number("squared_difference", "squared change", plain, "mean squared difference of denoised and raw expression"),
     ]  # fmt: skip
     mixing = [
-        text("condition", "condition"), number("batches", "batches", whole), number("cells", "cells looked at", whole),
-        number("expected", "if mixed at random", percent), number("input", "input", percent),
-        number("embedding", "embedding", percent),
+        text("condition", "condition"), number("batches", "batches", whole), number("cells", "sampled cells", whole),
+        number("expected", "mixed at random", percent, "share expected if batches were mixed at random"),
+        number("input", "input", percent, "in principal components of the input expression"),
+        number("embedding", "embedding", percent, "in the matching space"),
     ]  # fmt: skip
-    tables = [table_of(told.groups, "Groups: overlap, reuse of cells as matches, and what denoising changed", groups)]
-    if told.mixing["embedding"].notna().any():
+    tables = [
+        table_of(diagnostics.groups, "Groups: overlap, reuse of cells as matches, and what denoising changed", groups)
+    ]
+    if diagnostics.mixing["embedding"].notna().any():
         caption = (
             "Mixing: share of the 15 nearest neighbours that are of other batches, within condition and population"
         )
-        tables.append(table_of(told.mixing, caption, mixing))
+        tables.append(table_of(diagnostics.mixing, caption, mixing))
     return tables
 
 
 def genes_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> Table:
-    """Return the top genes of one population and condition, the donor-level test first.
+    """Return the table of top genes of one population and condition, by donor-level p-value or, without, by effect.
 
     Parameters
     ----------
+    part
+        Rows of the CATE table.
+    most
+        Most genes in the table.
     labels
-        What genes are called, by name, where that is not their name.
+        Symbols of genes by name, where they differ.
     """
     tested = bool(part["p"].notna().any())
     effect = effect_column(part)
@@ -283,9 +297,11 @@ def genes_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> Tab
         text("gene", "gene"),
         *(_DONORS if tested else []),
         number("mean_ite", "mean effect", signed, "mean of the cells' individual effects"),
-        number("sd_ite", "spread", plain, "standard deviation of individual effects; mostly noise of single cells"),
-        number("sd_placebo", "placebo spread", plain, "the same of control donors against control donors"),
-        number("log2_fold_change", "log2 fold change", signed, "of mean counts, as measured"),
+        number(
+            "sd_ite", "SD", plain, "standard deviation of the cells' individual effects; mostly noise of single cells"
+        ),
+        number("sd_placebo", "placebo SD", plain, "the same for control donors against other control donors"),
+        number("log2_fold_change", "log2 fold change", signed, "of the mean measured counts"),
         number("expressing", "expressing", percent, "share of treated cells that express the gene"),
         number("expressing_control", "in control", percent, "share of control cells that express the gene"),
         *(_PSEUDOBULK if tested else []),
@@ -296,39 +312,57 @@ def genes_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> Tab
     return table_of(top.assign(gene=[labels.get(gene, gene) for gene in top["gene"]]), caption, columns)
 
 
-def decomposition_table(part: pd.DataFrame, most: int) -> Table:
-    """Return the genes of one population and condition of which a part of the effect stands, then the largest totals."""
+def decomposition_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> Table:
+    """Return the table of decomposed effects of one population and condition: genes with a significant part come first.
+
+    Parameters
+    ----------
+    part
+        Rows of the CATE table.
+    most
+        Most genes in the table.
+    labels
+        Symbols of genes by name, where they differ.
+    """
     stands = part["reading"].isin(["within", "state", "both"])
     order = part.assign(_stands=~stands, _size=-part["total"].abs()).sort_values(["_stands", "_size"], kind="stable")
-    caption = f"Effects in two parts: the first {min(most, len(part))} of {len(part)} genes, those first of which a part stands"
+    caption = f"Effects in two parts: the first {min(most, len(part))} of {len(part)} genes; those with a significant "
+    "part come first"
     parts = (
-        ("total", "total", "of donors' plain means"), ("within_state", "within states", "between cells of the same state"),
-        ("state_shift", "by change of state", "what comes of cells being in other states"),
-    )  # fmt: skip
-    columns = [text("gene", "gene"), text("reading", "reading", "which parts stand at an adjusted p of 0.05")]
+        ("total", "total", "difference of donors' plain means"),
+        ("within_state", "within states", "difference between cells of the same state"),
+        ("state_shift", "by change of state", "difference because cells are in other states"),
+    )
+    columns = [text("gene", "gene"), text("reading", "reading", "the parts with an adjusted p of at most 0.05")]
     for name, title, hint in parts:
         columns += [
             number(name, title, signed, hint),
-            number(f"{name}_p_adjusted", "adjusted p", small, f"of it, {hint}"),
+            number(f"{name}_p_adjusted", "adjusted p", small, f"adjusted p of the {hint}"),
         ]
     columns += [
-        number("within_state_loo_low", "least without a donor", signed, "effect within states, the least without any one donor"),
-        number("within_state_loo_high", "most", signed, "the same, the most"),
+        number("within_state_loo_low", "lowest", signed, "lowest effect within states when one donor is left out"),
+        number("within_state_loo_high", "highest", signed, "highest effect within states when one donor is left out"),
     ]  # fmt: skip
-    return table_of(order.head(most), caption, columns)
+    top = order.head(most)
+    return table_of(top.assign(gene=[labels.get(gene, gene) for gene in top["gene"]]), caption, columns)
 
 
 _DONORS = (
-    number("effect", "effect", signed, "mean of treated minus control donors, through the matches"),
-    number("p", "p (donors)", small, "donors as replicates: the test to report"),
+    number("effect", "effect", signed, "treated minus control donors, means through the matches"),
+    number("p", "p (donors)", small, "p-value with donors as replicates: the test to report"),
     number("p_adjusted", "adjusted p", small, "Benjamini-Hochberg over the genes of this population"),
 )
 _TESTED = (
     number("treated_donors", "donors", whole, "treated donors with enough cells of the population"),
     number("control_donors", "control donors", whole, "control donors with enough cells of the population"),
-    text("p_method", "test", "where the p-values come from"),
-    number("p_floor", "smallest p", lambda p: small(p) if p else EMPTY, "the smallest that so many donors allow"),
-    number("called", "genes called", whole, f"adjusted donor-level p below {SIGNIFICANT}"),
+    text("p_method", "test", "the test behind the p-values"),
+    number(
+        "p_floor",
+        "smallest p",
+        lambda p: small(p) if p else EMPTY,
+        "smallest p-value that this number of donors allows",
+    ),
+    number("called", "significant genes", whole, f"genes with an adjusted donor-level p below {SIGNIFICANT}"),
 )
 _BELONGING = (
     number("far", "far", percent, "share of cells farther from the run's controls than 99 % of the run's own cells"),
@@ -337,8 +371,10 @@ _BELONGING = (
     ),
 )
 _PSEUDOBULK = (
-    number("pseudobulk_effect", "pseudobulk effect", signed, "of plain donor means, without matching"),
-    number("pseudobulk_p", "pseudobulk p", small, "the same test on plain donor means"),
+    number(
+        "pseudobulk_effect", "pseudobulk effect", signed, "treated minus control donors, plain means without matching"
+    ),
+    number("pseudobulk_p", "pseudobulk p", small, "the same donor-level test on plain means"),
 )
 
 
@@ -346,8 +382,8 @@ _PSEUDOBULK = (
 
 
 def settings_table(results: Results) -> Table:
-    """Return the settings that bear on the result, with what they mean; those that are not the default are marked."""
-    lines = [("seed", str(results.uns["seed"]), "", "seed of everything random")]
+    """Return the table of settings that affect the results; those that differ from the default are marked."""
+    lines = [("seed", str(results.uns["seed"]), "", "seed of all random numbers")]
     for stage, values in json.loads(results.uns["settings"]).items():
         kind = Settings.model_fields[stage].annotation if stage in Settings.model_fields else None
         for name, value in values.items():
@@ -361,9 +397,9 @@ def settings_table(results: Results) -> Table:
         text("setting", "setting"),
         text("value", "value"),
         text("changed", "default?"),
-        text("meaning", "what it is"),
+        text("meaning", "meaning"),
     ]
-    return table_of(frame, "Settings that bear on the result", columns)
+    return table_of(frame, "Settings that affect the results", columns)
 
 
 def _setting(value: Any) -> str:
@@ -371,7 +407,7 @@ def _setting(value: Any) -> str:
 
 
 def timings_table(results: Results) -> Table | None:
-    """Return what the stages took, from the run's log; none where results lie apart from their run."""
+    """Return the table of the stages' times and memory from the run's log; None without a log."""
     run = run_of(results)
     if run is None:
         return None
@@ -380,14 +416,14 @@ def timings_table(results: Results) -> Table | None:
         return None
     columns = [
         text("stage", "stage"),
-        number("seconds", "seconds", lambda value: f"{value:.1f}", "of the call that finished the stage"),
-        number("peak_gb", "peak memory", lambda value: f"{value:.2f} GB", "of the driver's machine, all processes"),
-        text("engine", "worked on"),
+        number("seconds", "seconds", lambda value: f"{value:.1f}", "run time of the call that finished the stage"),
+        number("peak_gb", "peak memory", lambda value: f"{value:.2f} GB", "all processes on the driver's machine"),
+        text("engine", "runtime"),
     ]
-    return table_of(frame, "What the stages took", columns)
+    return table_of(frame, "Run time and memory of the stages", columns)
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Return what was measured of every matching space."""
+    """Return the table of measures, a row per matching space."""
     columns = [number(measure.name, measure.title, plain, measure.meaning) for measure in MEASURES]
     return table_of(comparison.table, "Matching spaces", [text("space", "space"), *columns])

@@ -1,9 +1,9 @@
 """Tests with donors as replicates, on one value per donor and gene. Pure.
 
-Input: `means`, (donors, genes), one row per donor (or per donor and condition, where donors have several), and which rows
-are treated. Output: an effect and its p-value per gene. The main p-value comes from permuting the labels of the donors,
-which no distribution of expression can mislead. Welch's p-value is given beside it, and replaces it where too few
-labellings exist for small p-values.
+Input: `means`, (donors, genes), one row per donor (or per donor and condition, for donors seen in both), and which rows
+are treated. Output: an effect and its p-value per gene. The main p-value permutes the donors' labels and so assumes no
+distribution of expression. Welch's p-value is reported too, and is the main one where there are too few labellings for
+small permutation p-values.
 """
 
 from __future__ import annotations
@@ -20,53 +20,61 @@ from scipy import stats
 from ndreamer_dist.errors import QueryError
 
 MOST_LABELLINGS = 20_000
-"""All labellings are gone through up to this many; beyond it they are drawn."""
+"""Labellings up to which all are enumerated; beyond it they are drawn at random."""
 LEAST_DRAWS = 10_000
+"""Least number of random labellings."""
 DRAWS_PER_GENE = 20
+"""Random labellings per gene, where this is more than `LEAST_DRAWS`."""
 ENOUGH_LABELLINGS = 1_000
-"""From here on the permutation's p-value is the main one."""
+"""Possible labellings from which on the permutation p-value is the main one."""
 LEAST_DONORS = 3
-"""Donors a condition below which there are effects but no p-values; of paired donors, that many pairs."""
+"""Donors per condition below which there are effects but no p-values; of paired donors, the number of pairs."""
 TOO_FEW_DONORS = (
-    f"no population has {LEAST_DONORS} donors a condition with enough cells each, all seen in both conditions or none"
+    f"no population has {LEAST_DONORS} donors per condition with enough cells each, "
+    f"or {LEAST_DONORS} donors seen in both conditions"
 )
-"""Why nothing could be tested."""
+"""The reason in messages when nothing could be tested."""
 FEW_DONORS = 4
+"""Donors in a condition up to which a test is flagged as one of few donors."""
 LEAST_FLIPPED_PAIRS = 6
+"""Pairs from which on signs are flipped; with fewer there is only the paired t-test."""
 CHUNK = 2**18
-"""Statistics held at once while labellings are gone through."""
+"""Statistics in memory at a time during a permutation."""
 TIE = 1e-9
 """Relative difference within which a permuted statistic counts as equal to the observed one."""
 ROUNDING = 1e-12
-"""Share of a sum of squares that is rounding."""
+"""Relative rounding error of a sum of squares."""
 LARGEST_T = 1e5
-"""A larger statistic counts as this one: there is no noise."""
+"""Larger statistics are cut to this value: they arise only without noise."""
 NO_VARIANCE = 1e-12
-"""Share of a gene's scale below which a variance is rounding."""
+"""Variance, relative to a gene's squared scale, up to which it is rounding."""
 
 PER_GENE = ("effect", "statistic", "p", "p_permutation", "p_parametric")
+"""Fields of `DonorTest` with a value per gene."""
 
 Method = Literal["permutation", "welch", "sign flips", "paired t", "linear model", "none"]
 
 
 @dataclass(frozen=True)
 class DonorTest:
-    """What a test says of every gene; NaN where there is nothing to say.
+    """Results of a test per gene; NaN where a gene could not be tested.
 
     Attributes
     ----------
     effect
-        Mean over treated minus mean over control donors (paired: mean difference), (genes,).
+        (genes,) mean over treated minus mean over control donors; paired: mean difference; linear model: coefficient.
     statistic
-        Welch's or the paired t, (genes,).
+        (genes,) t statistic: Welch's, paired, or of the linear model.
     p
-        The main p-value, two-sided, (genes,); `p_permutation` and `p_parametric` are both where they exist.
+        (genes,) main two-sided p-value: `p_permutation` or `p_parametric`.
+    p_permutation, p_parametric
+        (genes,) p-values of the permutation and of the t distribution; NaN where there is none.
     method
-        Where `p` comes from.
+        The method behind `p`.
     p_floor
-        The smallest p-value that was possible; 0 for a parametric one.
+        Smallest possible value of `p`; 0 for a parametric one, NaN without a test.
     few_donors
-        Whether a condition has only three or four donors.
+        Whether a condition has at most four donors.
     """
 
     effect: np.ndarray
@@ -80,7 +88,7 @@ class DonorTest:
 
 
 def welch_test(means: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> DonorTest:
-    """Compare treated with control donors by the permutation of Welch's t.
+    """Compare treated with control donors by a permutation of Welch's t.
 
     Parameters
     ----------
@@ -89,7 +97,7 @@ def welch_test(means: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> Dono
     treated
         (donors,) Boolean.
     seed
-        Of the labellings that are drawn where there are too many to go through all.
+        Seed of the random labellings, which are used where there are too many to enumerate.
 
     Raises
     ------
@@ -101,16 +109,21 @@ def welch_test(means: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> Dono
 
 
 def welch_tests(means: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> DonorTest:
-    """Take each of several labellings for the truth in turn; the draws that they are compared with are made once.
+    """Run `welch_test` under several labellings; they share the permutations that they are compared with.
 
     Parameters
     ----------
     labels
-        (labellings, donors) Boolean, of as many treated donors each.
+        (labellings, donors) Boolean, with the same number of treated donors in each.
 
     Returns
     -------
-    The arrays are (labellings, genes).
+    The tests, with arrays of (labellings, genes).
+
+    Raises
+    ------
+    ValueError
+        A condition has no donor.
     """
     counts = int(labels[0].sum()), int((~labels[0]).sum())
     if min(counts) == 0:
@@ -131,30 +144,30 @@ def welch_tests(means: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Dono
     return _with_enough(permutation, possible, "welch")
 
 
-def asked_by_treated_test(asking: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> DonorTest:
-    """Compare treated with control donors on what the treated donors' cells find: `A[e, d]` averaged over treated e.
+def treated_queries_test(means: np.ndarray, treated: np.ndarray, *, seed: int = 0) -> DonorTest:
+    """Compare treated with control donors on `A[e, d]` averaged over treated e (see `stats.populations`).
 
-    Which donors ask depends on the labels, so every labelling averages A anew. There is no parametric p-value.
+    The query donors e depend on the labels, so every labelling averages A anew. There is no parametric p-value.
 
     Parameters
     ----------
-    asking
-        (donors e, donors d, genes), finite.
+    means
+        (donors e, donors d, genes) A, finite.
     treated
         (donors,) Boolean.
     """
     treated = np.asarray(treated, dtype=bool)
     counts = int(treated.sum()), int((~treated).sum())
-    observed = asking[treated].mean(axis=0)
+    observed = means[treated].mean(axis=0)
     effect = observed[treated].mean(axis=0) - observed[~treated].mean(axis=0)
     if min(counts) < LEAST_DONORS:
         return untested(effect)
     t = _welch(_centred(observed), treated[None])[0][0]
-    labels = labellings(len(treated), counts[0], genes=asking.shape[2], seed=seed)
+    labels = labellings(len(treated), counts[0], genes=means.shape[2], seed=seed)
     complete = math.comb(len(treated), counts[0]) <= MOST_LABELLINGS
-    reached = np.zeros(asking.shape[2], dtype=np.int64)
+    reached = np.zeros(means.shape[2], dtype=np.int64)
     for label in labels:
-        permuted = _welch(_centred(asking[label].mean(axis=0)), label[None])[0][0]
+        permuted = _welch(_centred(means[label].mean(axis=0)), label[None])[0][0]
         reached += np.where(np.isnan(permuted), 0.0, np.abs(permuted)) >= np.abs(t) * (1 - TIE)
     p = reached / len(labels) if complete else (reached + 1) / (len(labels) + 1)
     p = np.where(np.isfinite(t), p, np.nan)
@@ -163,12 +176,17 @@ def asked_by_treated_test(asking: np.ndarray, treated: np.ndarray, *, seed: int 
 
 
 def paired_test(differences: np.ndarray, *, seed: int = 0) -> DonorTest:
-    """Test treated minus control of donors seen in both: the paired t, and from six donors on by flipping signs.
+    """Test treated minus control means of paired donors: paired t-test, and from six donors on, sign flips.
 
     Parameters
     ----------
     differences
         (donors, genes), finite.
+
+    Raises
+    ------
+    ValueError
+        There is no donor.
     """
     differences = np.asarray(differences, dtype=np.float64)
     pairs, genes = differences.shape
@@ -194,12 +212,14 @@ def paired_test(differences: np.ndarray, *, seed: int = 0) -> DonorTest:
 def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) -> DonorTest:
     """Test the condition in a linear model with donor covariates, by ordinary least squares.
 
-    There is no p-value below three donors a condition, or without a degree of freedom.
+    There is no p-value with fewer than three donors in a condition, or without a residual degree of freedom.
 
     Parameters
     ----------
+    means, treated
+        As in `welch_test`.
     covariates
-        (donors, columns), numbers; a constant is added.
+        (donors, columns) numbers; an intercept is added.
 
     Raises
     ------
@@ -210,7 +230,7 @@ def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) 
     design = np.column_stack([np.asarray(treated, dtype=np.float64), np.ones(len(means)), covariates])
     freedom = len(design) - np.linalg.matrix_rank(design)
     others = np.linalg.lstsq(design[:, 1:], design[:, 0], rcond=None)[0]
-    own = design[:, 0] - design[:, 1:] @ others  # the part of the condition that the covariates do not tell
+    own = design[:, 0] - design[:, 1:] @ others  # the condition, orthogonal to the covariates
     if own @ own < 1e-8:
         msg = "the covariates determine the condition, so its effect cannot be told from theirs; name fewer"
         raise QueryError(msg)
@@ -226,14 +246,14 @@ def linear_test(means: np.ndarray, treated: np.ndarray, covariates: np.ndarray) 
 
 
 def left_out_effects(values: np.ndarray, treated: np.ndarray, covariates: np.ndarray | None = None) -> np.ndarray:
-    """Return the effect without each donor in turn: (donors, genes); NaN where a condition is then without donors.
+    """Return the effect without each donor in turn: (donors, genes); NaN if a condition then has no donor.
 
     Parameters
     ----------
     values
         (donors, genes).
     covariates
-        (donors, columns) of a linear model, if it is one.
+        (donors, columns) covariates of the linear model, if it is the test.
     """
     treated = np.asarray(treated, dtype=np.float64)
     others = np.ones((len(treated), 1)) if covariates is None else np.column_stack([np.ones(len(treated)), covariates])
@@ -242,23 +262,23 @@ def left_out_effects(values: np.ndarray, treated: np.ndarray, covariates: np.nda
         kept = np.arange(len(treated)) != left
         known = others[kept] @ np.linalg.lstsq(others[kept], treated[kept], rcond=None)[0]
         own = treated[kept] - known
-        if own @ own > 1e-8:  # else what is left determines the condition
+        if own @ own > 1e-8:  # else intercept and covariates determine the condition
             weights[left] = 0.0
             weights[left, kept] = own / (own @ own)
     return np.asarray(weights @ values)
 
 
 def left_out_differences(differences: np.ndarray) -> np.ndarray:
-    """Return the mean difference without each paired donor in turn: (donors, genes); NaN for one donor alone."""
+    """Return the mean difference without each paired donor in turn: (donors, genes); NaN for a single donor."""
     if len(differences) < 2:
         return np.full(differences.shape, np.nan)
     return np.asarray((differences.sum(axis=0) - differences) / (len(differences) - 1))
 
 
 def labellings(donors: int, treated: int, *, genes: int, seed: int = 0) -> np.ndarray:
-    """Return which donors are treated under each labelling: (labellings, donors) Boolean.
+    """Return labellings, (labellings, donors) Boolean, True for treated: all up to 20 000, else random draws.
 
-    All of them where there are at most 20 000, else `max(10 000, 20 x genes)` draws.
+    The number of draws is `max(10 000, 20 x genes)`.
     """
     if math.comb(donors, treated) <= MOST_LABELLINGS:
         chosen = np.array(list(itertools.combinations(range(donors), treated)))
@@ -274,7 +294,7 @@ def labellings(donors: int, treated: int, *, genes: int, seed: int = 0) -> np.nd
 
 
 def sign_flips(pairs: int, *, genes: int, seed: int = 0) -> np.ndarray:
-    """Return signs, (flips, pairs) of +1 and -1: all of them, or draws, as `labellings` does."""
+    """Return signs, (flips, pairs) of +1 and -1: all up to 20 000, else as many random draws as `labellings` makes."""
     if 2**pairs <= MOST_LABELLINGS:
         return 1.0 - 2.0 * (np.arange(2**pairs)[:, None] >> np.arange(pairs) & 1)
     draws = max(LEAST_DRAWS, DRAWS_PER_GENE * genes)
@@ -282,23 +302,26 @@ def sign_flips(pairs: int, *, genes: int, seed: int = 0) -> np.ndarray:
 
 
 def _permutation_p(reached: np.ndarray, observed: np.ndarray, labellings: int, *, observed_among: bool) -> np.ndarray:
-    """Return the share of labellings that reach what was observed; drawn ones get +1 above and below."""
+    """Return the share of labellings that reach the observed statistic.
+
+    With `observed_among`, all labellings were enumerated; else the observed one is added to the random draws.
+    """
     share = reached / labellings if observed_among else (reached + 1) / (labellings + 1)
     return np.where(np.isnan(observed), np.nan, share.reshape(observed.shape))
 
 
 def _bounds(observed: np.ndarray) -> np.ndarray:
-    """Return the t² that count as reaching what was observed: (several, genes); every one reaches a rounded zero."""
+    """Return the least t² that reaches the observed statistic: (labellings, genes); 0 for a zero up to rounding."""
     size = np.minimum(np.abs(np.atleast_2d(observed)), LARGEST_T) * (1 - TIE)
     return np.asarray(np.where(size < ROUNDING, 0.0, size) ** 2)
 
 
 def _welch_reaching(means: np.ndarray, observed: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return how many labellings have a Welch's t as large as those observed: (several, genes).
+    """Return how many labellings have a Welch's |t| as large as each observed one: (observed labellings, genes).
 
-    The means are about their average, so the sum f over n treated donors is minus that over m others. With q their sum of
-    squares and S that of all donors, t² = f² (1/n + 1/m)² / (q/(n(n-1)) + (S-q)/(m(m-1)) - f² (1/(n²(n-1)) + 1/(m²(m-1)))).
-    It is compared without dividing; of as many treated as others, q drops out.
+    The means are centred, so the sum f over the n treated donors is minus the sum over the m others. Let q be the sum
+    of squares over the treated, S over all donors: t² = f² (1/n + 1/m)² / (q/(n(n-1)) + (S-q)/(m(m-1)) - f²
+    (1/(n²(n-1)) + 1/(m²(m-1)))). The comparison needs no division per labelling; if n = m, q cancels.
     """
     n, m = int(labels[0].sum()), int((~labels[0]).sum())
     treated, others = 1 / (n * (n - 1)), 1 / (m * (m - 1))
@@ -318,9 +341,9 @@ def _welch_reaching(means: np.ndarray, observed: np.ndarray, labels: np.ndarray)
 
 
 def _paired_reaching(differences: np.ndarray, observed: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Return how many flips of signs have a paired t as large as those observed: (several, genes).
+    """Return how many sign flips have a paired |t| as large as the observed one: (1, genes).
 
-    With the sum f of n differences and S that of their squares, t² = f² (n-1) / (n S - f²).
+    Let f be the signed sum of n differences, S the sum of their squares: t² = f² (n-1) / (n S - f²).
     """
     n, bounds = len(differences), _bounds(observed)
     limits = bounds * (1 - ROUNDING) / (n - 1 + bounds) * n * (differences**2).sum(axis=0)
@@ -356,7 +379,7 @@ def _paired(differences: np.ndarray, signs: np.ndarray) -> np.ndarray:
 
 
 def _ratio(effect: np.ndarray, error: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return effect / error; without error, infinite where there is an effect, NaN where there is none."""
+    """Return effect / error; where the error is zero up to rounding, infinite, or NaN if the effect is zero too."""
     no_error = error <= math.sqrt(NO_VARIANCE) * scale
     no_effect = np.abs(effect) <= math.sqrt(NO_VARIANCE) * scale
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -369,12 +392,15 @@ def _scale(means: np.ndarray) -> np.ndarray:
 
 
 def _centred(means: np.ndarray) -> np.ndarray:
-    """Return means about their average, which no labelling changes: sums of squares then lose no digits."""
+    """Return means minus their average over donors, so that sums of squares lose no digits; no statistic changes."""
     return means - means.mean(axis=0)
 
 
 def _with_enough(test: DonorTest, possible: int, otherwise: Method) -> DonorTest:
-    """Return a permutation test; with few labellings, with the parametric p-value as the main one. No spread: no p-value."""
+    """Return the test with the main p-value: the parametric one where possible labellings are too few.
+
+    p-values are NaN for genes without a finite statistic.
+    """
     permutation, parametric = (
         np.where(np.isfinite(test.statistic), p, np.nan) for p in (test.p_permutation, test.p_parametric)
     )
@@ -383,13 +409,13 @@ def _with_enough(test: DonorTest, possible: int, otherwise: Method) -> DonorTest
 
 
 def with_arrays(test: DonorTest, array: Callable[[str], np.ndarray]) -> DonorTest:
-    """Return a test with other arrays, by their names."""
+    """Return the test with the arrays that `array` returns by field name."""
     changed: dict[str, Any] = {name: array(name) for name in PER_GENE}
     return replace(test, **changed)
 
 
 def untested(effect: np.ndarray) -> DonorTest:
-    """Return effects, (columns,), without a test: every p is NaN."""
+    """Return effects without a test: every other array is NaN."""
     nothing = np.full(effect.shape, np.nan)
     return DonorTest(effect, nothing, nothing, nothing, nothing, "none", math.nan, few_donors=True)
 

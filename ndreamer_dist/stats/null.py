@@ -1,19 +1,17 @@
-"""The behaviour of the tests where there is no effect: p-values under permuted labels of donors.
+"""The calibration of the tests: p-values under permuted donor labels, where there is no effect.
 
 Input: the results of a run. Output: the number of p-values below each level, per population, labelling and test. Each
-labelling is taken as the truth, and the whole test is run on it. The means of donors do not depend on the labels, so they
-are computed once and no permutation reads a cell. The sign test, which is about cells, uses a sample of them.
+labelling is treated as the truth, and all tests are run on it. Donors' means do not depend on the labels, so they are
+computed once, and permutations read no cells. The sign test is over cells and uses a sample of them.
 
-By construction the permutation test holds its level on any one cohort; the table shows how far the other tests are off
-on the same cells. Only training on permuted labels can show whether *training* prefers the true labels
-(`jobs/benchmark_null.py`).
+The permutation test holds its level by construction; the table shows how far the other tests are off on the same cells.
+Whether *training* favours the true labels can only be seen by training on permuted labels (`jobs/benchmark_null.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,25 +44,26 @@ from ndreamer_dist.stats.populations import Nearest, Replicates, first_cells
 LEVELS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Levels at which p-values are counted."""
 ATTEMPTS = 200
-"""Draws per labelling wanted; few donors have few labellings that differ."""
+"""Random draws per requested labelling, at most: with few donors, few labellings are distinct."""
 SIGN_CELLS = 2_000
-"""Cells of a population that the sign test is run on at most; with more it goes wrong more often."""
+"""Approximate most cells of a population in the sign test; with more cells its p-values are further off."""
 NO_EFFECT = 1e-9
-"""Size below which a cell's effect is rounding."""
+"""Absolute effect of a cell below which it is rounding and counts as zero."""
 
 
-def null_table(given: StatisticsInput, asked: CateQuestion, *, count: int, seed: int) -> pd.DataFrame:
-    """Return the table; see `Results.null`, whose arguments these are."""
-    conditions, (names, codes) = conditions_of(given.design, asked.condition), populations_of(given.cells, asked.by)
-    everyone = replicates_of(given, asked.donor_key)
-    space = space_of(given, asked, codes, everyone)
+def null_table(source: StatisticsInput, question: CateQuestion, *, count: int, seed: int) -> pd.DataFrame:
+    """Return the table; `Results.null` documents arguments and columns."""
+    conditions = conditions_of(source.design, question.condition)
+    names, codes = populations_of(source.cells, question.by)
+    everyone = replicates_of(source, question.donor_key)
+    space = space_of(source, question, codes, everyone)
     tables = []
     for code in conditions:
         replicates = everyone.against(0, code)
-        if not _testable(replicates, replicates.counts(codes) >= asked.min_cells, code):
+        if not _testable(replicates, replicates.counts(codes) >= question.min_cells, code):
             continue
-        means = means_of(given, codes, replicates, asked.min_cells, space)
-        sample = sampled(codes, replicates, MatchedNeighbours(given))
+        means = means_of(source, codes, replicates, question.min_cells, space)
+        sample = sampled(codes, replicates, MatchedNeighbours(source))
         for number, name in enumerate(names):
             kept, paired = kept_replicates(replicates, means.included[number], code)
             pairs = pairs_of(replicates, kept) if paired else None
@@ -75,24 +74,24 @@ def null_table(given: StatisticsInput, asked: CateQuestion, *, count: int, seed:
             if not len(labels):
                 continue
             matched, own = means.matched[number, kept], means.own[number, kept]
-            found = donor_p(matched, own, labels, pairs, seed=given.seed)
+            p_values = donor_p(matched, own, labels, pairs, seed=source.seed)
             if space is not None and space.dimensions[number]:
                 within = means.within[number, kept]
                 for test, values in (("within_state", within), ("state_shift", own - within)):
-                    found[test] = tests_of_labellings(values, labels, pairs, given.seed).p
-            found["sign"] = sign_p(sample.of(number, kept, replicates), labels, given.expression, given.columns)
-            told: dict[str, Any] = {"population": name, "condition": given.design.conditions[code]}
-            told |= {"treated_donors": int(truth.sum()), "control_donors": int((~truth).sum())}
-            tables.append((number, counted_below(found).assign(**told)))
+                    p_values[test] = tests_of_labellings(values, labels, pairs, source.seed).p
+            p_values["sign"] = sign_p(sample.of(number, kept, replicates), labels, source.expression, source.columns)
+            counts = counted_below(p_values)
+            test_of = {"population": name, "condition": source.design.conditions[code], "treated_donors": truth.sum()}
+            test_of = pd.DataFrame({**test_of, "control_donors": (~truth).sum()}, index=counts.index)
+            tables.append((number, test_of.join(counts)))
     if not tables:
-        msg = f"there is no test to look at: {TOO_FEW_DONORS}"
+        msg = f"there is no test to calibrate: {TOO_FEW_DONORS}"
         raise QueryError(msg)
-    table = pd.concat([part for _, part in sorted(tables, key=lambda part: part[0])], ignore_index=True)
-    return table[[*told, *(name for name in table if name not in told)]]
+    return pd.concat([part for _, part in sorted(tables, key=lambda part: part[0])], ignore_index=True)
 
 
 def _testable(replicates: Replicates, included: np.ndarray, code: int) -> bool:
-    """Return whether some population has donors enough of a condition and of the control."""
+    """Return whether some population has enough donors in the condition and in the control."""
     treated = (replicates.conditions == code)[None] & included
     return bool((np.minimum(treated.sum(axis=1), (included & ~treated).sum(axis=1)) >= LEAST_DONORS).any())
 
@@ -100,7 +99,7 @@ def _testable(replicates: Replicates, included: np.ndarray, code: int) -> bool:
 def rates(
     table: pd.DataFrame, by: Sequence[str] = ("test",), levels: Sequence[float] = (0.05, 0.01, 0.001)
 ) -> pd.DataFrame:
-    """Return the share of p-values at or below some levels, pooled over everything but `by`: a column per level."""
+    """Return the share of p-values at or below each level, pooled over everything but `by`: one column per level."""
     chosen = table[table["level"].isin(levels)]
     sums = chosen.groupby([*by, "level"], sort=False, observed=True)[["below", "tests"]].sum()
     return (sums["below"] / sums["tests"]).unstack("level")[list(levels)]
@@ -109,32 +108,34 @@ def rates(
 def permuted_labels(
     truth: np.ndarray, count: int, generator: np.random.Generator, pairs: tuple[np.ndarray, np.ndarray] | None = None
 ) -> np.ndarray:
-    """Return labellings that differ from the truth and from each other, sides exchanged or not: (labellings, donors).
+    """Return random labellings: (labellings, donors) Boolean, True for treated.
+
+    All are distinct from each other and from the truth, also after an exchange of treated and control.
 
     Parameters
     ----------
     truth
-        (donors,) which are treated.
+        (donors,) Boolean, which are treated.
     count
-        How many are wanted; fewer come where there are fewer.
+        Number of labellings; fewer are returned if there are fewer.
     pairs
-        Places of treated and control rows of the same donors: labels are then exchanged inside pairs alone.
+        Positions of the treated and the control rows of paired donors; labels are then exchanged only within pairs.
     """
-    found: list[np.ndarray] = []
+    labellings: list[np.ndarray] = []
     seen = {truth.tobytes(), (~truth).tobytes()}
     for _ in range(ATTEMPTS * count):
-        if len(found) == count:
+        if len(labellings) == count:
             break
         if pairs is None:
-            labels = generator.permutation(truth)
+            labelling = generator.permutation(truth)
         else:
-            labels = truth.copy()
-            labels[pairs[0]] = generator.random(len(pairs[0])) < 0.5
-            labels[pairs[1]] = ~labels[pairs[0]]
-        if labels.tobytes() not in seen:
-            found.append(labels)
-            seen |= {labels.tobytes(), (~labels).tobytes()}
-    return np.array(found, dtype=bool).reshape(len(found), len(truth))
+            labelling = truth.copy()
+            labelling[pairs[0]] = generator.random(len(pairs[0])) < 0.5
+            labelling[pairs[1]] = ~labelling[pairs[0]]
+        if labelling.tobytes() not in seen:
+            labellings.append(labelling)
+            seen |= {labelling.tobytes(), (~labelling).tobytes()}
+    return np.array(labellings, dtype=bool).reshape(len(labellings), len(truth))
 
 
 def donor_p(
@@ -145,16 +146,16 @@ def donor_p(
     *,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Return the p-values of the tests on donors, each labelling taken for the truth: (labellings, genes) by test.
+    """Return the p-values of the donor-level tests under every labelling: (labellings, genes) by name of the test.
 
     Parameters
     ----------
     matched, own
-        (donors, genes) means through the matches, and plain ones.
+        (donors, genes) means through the matches, and plain means.
     labels
         (labellings, donors) Boolean.
     pairs
-        As for `permuted_labels`.
+        As in `permuted_labels`.
     """
     through, plain = (tests_of_labellings(values, labels, pairs, seed) for values in (matched, own))
     return {
@@ -168,7 +169,7 @@ def donor_p(
 def tests_of_labellings(
     values: np.ndarray, labels: np.ndarray, pairs: tuple[np.ndarray, np.ndarray] | None, seed: int
 ) -> DonorTest:
-    """Return the test on donors' values, (donors, genes), each labelling taken for the truth; pairs as for `donor_p`."""
+    """Return the donor-level test of (donors, genes) under every labelling; `pairs` as in `permuted_labels`."""
     if pairs is None:
         return welch_tests(values, labels, seed=seed)
     signs = np.where(labels[:, pairs[0]], 1.0, -1.0)
@@ -177,10 +178,10 @@ def tests_of_labellings(
     return with_arrays(tests[0], lambda name: np.stack([getattr(test, name) for test in tests]))
 
 
-def counted_below(found: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Return how many of the p-values, (labellings, genes) by test, are at or below each level."""
+def counted_below(p_values: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Return a table with the number of p-values, (labellings, genes) by test, at or below each level."""
     parts = []
-    for test, p in found.items():
+    for test, p in p_values.items():
         below = np.stack([(p <= level).sum(axis=1) for level in LEVELS], axis=1)
         frame = pd.DataFrame({"below": below.ravel(), "tests": np.isfinite(p).sum(axis=1).repeat(len(LEVELS))})
         frame.insert(0, "labelling", np.arange(len(p)).repeat(len(LEVELS)))
@@ -195,17 +196,17 @@ def counted_below(found: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Cells of one population with their counterparts in every piece of the donors that a test is of.
+class SignTestCells:
+    """Cells of one population, with their counterparts in every piece of the tested donors.
 
     Attributes
     ----------
     owner
-        (cells,) which of the donors each is of.
+        (cells,) position of the cell's donor among the tested ones.
     near
-        (cells, pieces) packed rows of the counterparts; in its own piece a cell is its own.
+        (cells, pieces) packed rows of the counterparts; in its own piece a cell is its own counterpart.
     donor
-        (pieces,) which of the donors each is of.
+        (pieces,) position of the piece's donor among the tested ones.
     """
 
     owner: np.ndarray
@@ -215,24 +216,24 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sample:
-    """Some cells of every population with their counterparts in all pieces; see `Asked`."""
+    """A sample of every population's cells, with their counterparts in all pieces; see `SignTestCells`."""
 
     rows: np.ndarray
     populations: np.ndarray
     near: np.ndarray
 
-    def of(self, population: int, kept: np.ndarray, replicates: Replicates) -> Asked:
-        """Return the cells of some replicates in one population."""
+    def of(self, population: int, kept: np.ndarray, replicates: Replicates) -> SignTestCells:
+        """Return the cells of one population that are in the replicates `kept`."""
         place = np.full(len(replicates), -1)
         place[kept] = np.arange(len(kept))
         donor = place[[piece.replicate for piece in replicates.pieces]]
         owner = place[replicates.of_cell[self.rows]]
         chosen = (self.populations == population) & (owner >= 0)
-        return Asked(owner[chosen], self.near[chosen][:, donor >= 0], donor[donor >= 0])
+        return SignTestCells(owner[chosen], self.near[chosen][:, donor >= 0], donor[donor >= 0])
 
 
 def sampled(populations: np.ndarray, replicates: Replicates, nearest: Nearest, most: int = SIGN_CELLS) -> Sample:
-    """Return at most about `most` cells of every population, the first of each piece: packed rows are in random order."""
+    """Return a sample of about `most` cells of every population: the first of each piece, which are in random order."""
     rows = first_cells(replicates.pieces, populations, most)
     near = [
         np.stack([part if one is other else nearest(part, other.rows, one.rows) for other in replicates.pieces], axis=1)
@@ -243,23 +244,23 @@ def sampled(populations: np.ndarray, replicates: Replicates, nearest: Nearest, m
     return Sample(every, populations[every], np.concatenate(near))
 
 
-def sign_p(asked: Asked, labels: np.ndarray, expression: Expression, columns: np.ndarray) -> np.ndarray:
-    """Return the sign test's p-values (METHOD section 7), each labelling taken for the truth: (labellings, genes).
+def sign_p(cells_of_test: SignTestCells, labels: np.ndarray, expression: Expression, columns: np.ndarray) -> np.ndarray:
+    """Return the sign test's p-values (METHOD section 7) under every labelling: (labellings, genes).
 
-    A labelling's effects are those of the cells whose donors it calls treated: the mean of a cell's counterparts over
-    the donors called treated, its own among them, minus that over the others.
+    Under a labelling, cells of treated donors have an effect: the mean expression of their counterparts over treated
+    donors, their own included, minus that over control donors.
     """
     shape = len(labels), len(columns)
     cells, signed = np.zeros((len(labels), 1)), np.zeros(shape)  # positive minus negative effects
-    pieces = np.bincount(asked.donor, minlength=labels.shape[1])
-    for part in _parts(len(asked.owner), len(asked.donor), expression.density * len(columns)):
-        near, owner = asked.near[part], asked.owner[part]
+    pieces = np.bincount(cells_of_test.donor, minlength=labels.shape[1])
+    for part in _parts(len(cells_of_test.owner), len(cells_of_test.donor), expression.density * len(columns)):
+        near, owner = cells_of_test.near[part], cells_of_test.owner[part]
         held, place = np.unique(near, return_inverse=True)
         values, place = expression.read(held, columns), place.reshape(near.shape)
         for number, treated in enumerate(labels):
             side = np.where(treated, 1 / treated.sum(), -1 / (~treated).sum()) / pieces
             here = treated[owner]
-            effects = _averaged(place[here], side[asked.donor], len(held)) @ values
+            effects = _averaged(place[here], side[cells_of_test.donor], len(held)) @ values
             large = np.abs(effects.data) > NO_EFFECT
             signed[number] += np.bincount(effects.indices[large], np.sign(effects.data[large]), minlength=len(columns))
             cells[number] += here.sum()
@@ -268,7 +269,13 @@ def sign_p(asked: Asked, labels: np.ndarray, expression: Expression, columns: np
 
 
 def _averaged(place: np.ndarray, weights: np.ndarray, held: int) -> sparse.csr_matrix:
-    """Return the matrix that averages held rows for each cell: place (cells, pieces), weights (pieces,)."""
+    """Return the matrix of weighted sums over counterparts: (cells, held rows).
+
+    Parameters
+    ----------
+    place, weights
+        (cells, pieces) positions among the held rows, and (pieces,) weights.
+    """
     starts = np.arange(len(place) + 1) * place.shape[1]
     return sparse.csr_matrix((np.tile(weights, len(place)), place.ravel(), starts), shape=(len(place), held))
 

@@ -1,12 +1,13 @@
-"""Means of expression per population and donor: plain, and through the matches.
+"""Mean expression per population and donor: plain means, and means through the matches.
 
 Input: a population per cell, a donor per cell, and the matches and expression of a finished run. Output: one value per
-population, replicate and gene. A test on donors needs no more, so no permutation reads a cell.
+population, replicate and gene. Donor-level tests need nothing else, so permutations read no cells.
 
-**Through the matches.** For a population, `A[e, d]` is the mean over the cells of replicate e, of large populations over the
-first of them, of the expression of the nearest neighbour of each cell among the cells of d (other than the cell itself). `m_d` is the mean of `A[e, d]` over all
-replicates e of both conditions, with equal weights. So the same cells are compared with every donor, and donors differ in
-m because of their expression, not because of the mix of cells that they happen to have. m does not depend on the labels.
+**Through the matches.** For a population, `A[e, d]` is the mean, over the cells of replicate e, of the expression of
+each cell's nearest neighbour among the cells of replicate d, the cell itself excluded. (Of a large population only the
+first cells are queries.) `m_d` is the mean of `A[e, d]` over all replicates e of both conditions, with equal weights.
+So every donor is seen through the same query cells: donors differ in m because of their expression, not because of the
+mix of cell states that was sampled. m does not depend on the condition labels.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from ndreamer_dist.summaries.cells import population_count
 
 logger = logging.getLogger(__name__)
 
-ASKING_CELLS = 20_000
-"""Cells of a population that are looked up in every donor, about; from more of them the means hardly change."""
+QUERY_CELLS = 20_000
+"""Approximate most query cells of a population; with more of them the means hardly change."""
 READ_ROWS = 8192
-"""Rows of expression held at a time."""
+"""Rows of expression held in memory at a time."""
 
 Nearest = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""The nearest target of every query, itself left out: (queries,) packed rows, -1 for none.
+"""A search for the nearest target of every query, the query itself excluded: (queries,) packed rows, -1 for none.
 
-Takes the packed rows of the queries, of the target piece, and of the whole piece that the queries are of.
+Its arguments are packed rows: of the queries, of the target piece, and of the whole piece that holds the queries.
 """
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The cells of one replicate in one group: `rows`, ascending."""
+    """The cells of one replicate in one group; `rows` are packed rows, ascending."""
 
     replicate: int
     group: int
@@ -48,19 +49,19 @@ class Piece:
 
 
 Lookup = tuple[Piece, np.ndarray, np.ndarray]
-"""A piece, its cells that ask, and the places of their nearest neighbours in a target."""
+"""A query piece, packed rows of its queries, and the position of each query's nearest neighbour in a target piece."""
 
 
 @dataclass(frozen=True)
 class Replicates:
-    """The replicates of the tests: a donor under one condition, whatever batches it was measured in.
+    """The replicates of the tests: one per donor and condition, across all batches of the donor.
 
     Attributes
     ----------
     donors, conditions
-        Name and condition code of every replicate.
+        Name of the donor and code of the condition of every replicate.
     of_cell
-        (cells,) the replicate of every packed row.
+        (cells,) replicate of every packed row, -1 for none.
     """
 
     donors: tuple[str, ...]
@@ -70,7 +71,7 @@ class Replicates:
 
     @classmethod
     def of(cls, donors: pd.Series, design: Design) -> Replicates:
-        """Return the observed (donor, condition) pairs of the cells, which are in packed order."""
+        """Return the observed (donor, condition) pairs; `donors` holds a donor per cell in packed order."""
         codes, names = pd.factorize(donors.astype(str), sort=True)
         conditions = design.group_conditions[design.group_of(np.arange(design.n_cells))]
         pairs, of_cell = np.unique(codes * len(design.conditions) + conditions, return_inverse=True)
@@ -82,15 +83,15 @@ class Replicates:
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """The cells of every replicate in every group it was measured in."""
-        found = []
+        """The pieces: the cells of every replicate in every group that holds some of them."""
+        pieces = []
         for group in self.design.groups:
             inside = self.of_cell[group.start : group.stop]
-            found += [Piece(int(r), group.code, group.start + np.flatnonzero(inside == r)) for r in np.unique(inside)]
-        return tuple(found)
+            pieces += [Piece(int(r), group.code, group.start + np.flatnonzero(inside == r)) for r in np.unique(inside)]
+        return tuple(pieces)
 
     def against(self, baseline: int, condition: int) -> Replicates:
-        """Return the replicates of two conditions, in their order; cells of others have none (-1)."""
+        """Return the replicates of two conditions, in the same order; cells of other conditions get -1."""
         chosen = np.flatnonzero(np.isin(self.conditions, (baseline, condition)))
         place = np.full(len(self) + 1, -1)
         place[chosen] = np.arange(len(chosen))
@@ -100,25 +101,31 @@ class Replicates:
         )
         for piece in pieces:
             of_cell[piece.rows] = piece.replicate
-        found = Replicates(tuple(self.donors[r] for r in chosen), self.conditions[chosen], of_cell, self.design)
-        found.__dict__["pieces"] = tuple(sorted(pieces, key=lambda piece: (piece.group, piece.replicate)))
-        return found
+        contrast = Replicates(tuple(self.donors[r] for r in chosen), self.conditions[chosen], of_cell, self.design)
+        contrast.__dict__["pieces"] = tuple(sorted(pieces, key=lambda piece: (piece.group, piece.replicate)))
+        return contrast
 
     @cached_property
     def _pieces_of(self) -> dict[int, list[Piece]]:
-        """The pieces of every condition."""
-        found: dict[int, list[Piece]] = {code: [] for code in range(len(self.design.conditions))}
+        """The pieces by condition code."""
+        pieces: dict[int, list[Piece]] = {code: [] for code in range(len(self.design.conditions))}
         for piece in self.pieces:
-            found[int(self.conditions[piece.replicate])].append(piece)
-        return found
+            pieces[int(self.conditions[piece.replicate])].append(piece)
+        return pieces
 
     def counts(self, populations: np.ndarray) -> np.ndarray:
-        """Return the cells of every population and replicate: (populations, replicates); -1 is no population."""
-        found = np.zeros((population_count(populations), len(self)), dtype=np.int64)
+        """Return the number of cells per population and replicate: (populations, replicates).
+
+        Parameters
+        ----------
+        populations
+            (cells,) population of every packed row, -1 for none.
+        """
+        counts = np.zeros((population_count(populations), len(self)), dtype=np.int64)
         for piece in self.pieces:
             codes = populations[piece.rows]
-            found[:, piece.replicate] += np.bincount(codes[codes >= 0], minlength=len(found))
-        return found
+            counts[:, piece.replicate] += np.bincount(codes[codes >= 0], minlength=len(counts))
+        return counts
 
 
 @dataclass(frozen=True)
@@ -128,15 +135,15 @@ class PopulationMeans:
     Attributes
     ----------
     cells
-        (populations, replicates) own cells.
+        (populations, replicates) number of cells of the replicate.
     included
-        (populations, replicates) whether these are enough.
+        (populations, replicates) whether the replicate has enough cells.
     own
-        (populations, replicates, genes) plain means, pseudobulk.
+        (populations, replicates, genes) plain means (pseudobulk).
     matched
-        (populations, replicates, genes) m: means through the matches.
+        (populations, replicates, genes) means through the matches: m in the module's docstring.
     within
-        The same through the neighbours in state; empty if they were not asked for.
+        (populations, replicates, genes) means through the neighbours in state; empty if there is no state space.
     """
 
     cells: np.ndarray
@@ -154,33 +161,35 @@ def population_means(
     columns: np.ndarray,
     min_cells: int,
 ) -> PopulationMeans:
-    """Return each replicate's mean expression in every population, plain and through its neighbours.
+    """Return each replicate's mean expression in every population: plain, and through nearest neighbours.
 
     Parameters
     ----------
     populations
         (cells,) population of every packed row, -1 for none.
     replicates
-        Those that are compared: of two conditions.
+        The replicates of the two conditions that are compared.
     ways
-        The neighbours to look through: the matches, and those in state, if asked for. A population without a neighbour in state
-        is NaN there.
+        One or two searches: in the matching space, and in state coordinates. Means in state are NaN for a population
+        without state neighbours.
+    columns
+        (genes,) columns of the expression.
     min_cells
-        Own cells that a replicate needs in a population.
+        Cells that a replicate needs in a population to be included.
     """
     cells = replicates.counts(populations)
     included = cells >= min_cells
     own, *through = (np.zeros((*cells.shape, len(columns))) for _ in range(1 + len(ways)))
     looked_up = np.zeros(cells.shape, dtype=bool)
-    asking = first_cells(replicates.pieces, populations)
+    query_rows = first_cells(replicates.pieces, populations)
     for target in replicates.pieces:
-        found: list[Lookup] = []
+        lookups: list[Lookup] = []
         weights = [_own_weights(target, populations, len(cells), replicates)]
         for way, nearest in enumerate(ways if included[:, target.replicate].any() else ()):
-            found = _counterparts(target, replicates, nearest, asking)
+            lookups = _counterparts(target, replicates, nearest, query_rows)
             share = _shares(target, replicates, populations, len(cells), inside=way > 0)
-            weights.append(share @ _weights(target, found, populations, included, replicates))
-        for _, rows_found, _ in found:
+            weights.append(share @ _weights(target, lookups, populations, included, replicates))
+        for _, rows_found, _ in lookups:
             looked_up[np.unique(populations[rows_found]), target.replicate] = True
         for rows, part in _parts(target.rows):
             sums = sparse.vstack([w[:, part] for w in weights], format="csr") @ expression.read(rows, columns)
@@ -200,35 +209,36 @@ def query_means(
     expression: Expression,
     columns: np.ndarray,
 ) -> np.ndarray:
-    """Return A of one population: (included e, included d, genes), in the order of the replicates.
+    """Return `A[e, d]` of one population (see the module's docstring): (included e, included d, genes).
 
     Parameters
     ----------
     population
-        (cells,) whether a packed row is in it.
+        (cells,) Boolean, whether a packed row is in the population.
     included
-        (replicates,) which take part.
+        (replicates,) Boolean, which replicates take part; both axes of A keep their order.
     """
     place = np.cumsum(included) - 1
     codes = np.where(population & included[replicates.of_cell], place[replicates.of_cell], -1)
-    asking = first_cells(replicates.pieces, np.where(codes >= 0, 0, -1))
-    answer = np.zeros((int(included.sum()), int(included.sum()), len(columns)))
+    query_rows = first_cells(replicates.pieces, np.where(codes >= 0, 0, -1))
+    means = np.zeros((int(included.sum()), int(included.sum()), len(columns)))
     for target in (piece for piece in replicates.pieces if included[piece.replicate]):
         share = 1 / sum(piece.replicate == target.replicate for piece in replicates.pieces)
-        found = _counterparts(target, replicates, nearest, asking)
-        # With a replicate's number for a population, and each asked by itself alone, the weights are those of A.
-        asked = np.zeros((len(answer), len(replicates)), dtype=bool)
-        asked[place[included], np.flatnonzero(included)] = True
-        weights = share * _weights(target, found, codes, asked, replicates)
+        lookups = _counterparts(target, replicates, nearest, query_rows)
+        # A is the case in which every replicate is a population of its own, with itself as the only query replicate.
+        included_queries = np.zeros((len(means), len(replicates)), dtype=bool)
+        included_queries[place[included], np.flatnonzero(included)] = True
+        weights = share * _weights(target, lookups, codes, included_queries, replicates)
         for rows, part in _parts(target.rows):
-            answer[:, place[target.replicate]] += (weights[:, part] @ expression.read(rows, columns)).toarray()
-    return answer
+            means[:, place[target.replicate]] += (weights[:, part] @ expression.read(rows, columns)).toarray()
+    return means
 
 
-def first_cells(pieces: Sequence[Piece], populations: np.ndarray, most: int = ASKING_CELLS) -> list[np.ndarray]:
-    """Return about so many cells of every population at most, the same share of each piece: packed rows, ascending, by piece.
+def first_cells(pieces: Sequence[Piece], populations: np.ndarray, most: int = QUERY_CELLS) -> list[np.ndarray]:
+    """Return a sample of about `most` cells of every population: per piece, packed rows, ascending.
 
-    They are the first of a piece, since packed rows are in random order inside a group.
+    Every piece gives the same share of a population: its first cells, as packed rows are in random order inside a
+    group.
     """
     share = np.minimum(1.0, most / np.maximum(np.bincount(populations[populations >= 0]), 1))
     return [_first(piece.rows, populations, share) for piece in pieces]
@@ -236,42 +246,42 @@ def first_cells(pieces: Sequence[Piece], populations: np.ndarray, most: int = AS
 
 def _first(rows: np.ndarray, populations: np.ndarray, share: np.ndarray) -> np.ndarray:
     parts = [rows[populations[rows] == code] for code in np.unique(populations[rows]) if code >= 0]
-    kept = [part[: int(np.ceil(share[populations[part[0]]] * len(part)))] for part in parts]
-    return np.sort(np.concatenate(kept)) if kept else rows[:0]
+    chosen = [part[: int(np.ceil(share[populations[part[0]]] * len(part)))] for part in parts]
+    return np.sort(np.concatenate(chosen)) if chosen else rows[:0]
 
 
 def _counterparts(
-    target: Piece, replicates: Replicates, nearest: Nearest, asking: Sequence[np.ndarray]
+    target: Piece, replicates: Replicates, nearest: Nearest, query_rows: Sequence[np.ndarray]
 ) -> list[Lookup]:
-    """Return, for every piece, its cells that ask and their places of nearest neighbours in the target."""
-    found = []
-    for query, rows in zip(replicates.pieces, asking, strict=True):
+    """Return every piece with its queries and the positions of their nearest neighbours in the target."""
+    lookups = []
+    for query, rows in zip(replicates.pieces, query_rows, strict=True):
         if not len(rows):
             continue
         near = nearest(rows, target.rows, query.rows)
         known = near >= 0
-        found.append((query, rows[known], np.searchsorted(target.rows, near[known])))
-    return found
+        lookups.append((query, rows[known], np.searchsorted(target.rows, near[known])))
+    return lookups
 
 
 def _weights(
-    target: Piece, found: Sequence[Lookup], populations: np.ndarray, asked: np.ndarray, replicates: Replicates
+    target: Piece, lookups: Sequence[Lookup], populations: np.ndarray, included: np.ndarray, replicates: Replicates
 ) -> sparse.csr_matrix:
-    """Return how much each of the target's cells counts towards m: (populations, target's cells).
+    """Return the weight of each of the target's cells in m: (populations, target's cells).
 
-    Cells weigh the same inside a piece, pieces inside a replicate, replicates inside a population.
+    Weights are equal for the queries of a piece, for the pieces of a replicate, and for the replicates of a population.
     """
-    number = len(asked)
-    pieces = np.zeros((number, len(replicates)))  # of a replicate, with cells in the population
-    for query, rows, _ in found:
+    number = len(included)
+    pieces = np.zeros((number, len(replicates)))  # number of pieces with queries, per population and replicate
+    for query, rows, _ in lookups:
         pieces[np.unique(populations[rows]), query.replicate] += 1
-    asking = (asked & (pieces > 0)).sum(axis=1)
+    replicate_count = (included & (pieces > 0)).sum(axis=1)
     total = sparse.csr_matrix((number, len(target.rows)))
-    for query, rows, place in found:
+    for query, rows, place in lookups:
         code = populations[rows]
         cells = np.bincount(code, minlength=number)
         with np.errstate(divide="ignore", invalid="ignore"):
-            each = asked[:, query.replicate] / (cells * pieces[:, query.replicate] * asking)
+            each = included[:, query.replicate] / (cells * pieces[:, query.replicate] * replicate_count)
         total = total + sparse.coo_matrix((each[code], (code, place)), shape=total.shape).tocsr()
     return total
 
@@ -279,26 +289,26 @@ def _weights(
 def _shares(
     target: Piece, replicates: Replicates, populations: np.ndarray, number: int, *, inside: bool
 ) -> sparse.dia_matrix:
-    """Return by what a piece's weights are multiplied, by population, as pieces weigh the same inside a replicate.
+    """Return the share of the target piece in its replicate, per population, on a diagonal: pieces weigh the same.
 
-    Neighbours `inside` a population are found only in pieces that have cells of it.
+    With `inside`, neighbours come from the same population, so only pieces with cells of the population count.
     """
     pieces = [piece for piece in replicates.pieces if piece.replicate == target.replicate]
-    there = _pieces_with(pieces, populations, number) if inside else np.full(number, float(len(pieces)))
-    return sparse.diags(1 / np.maximum(there, 1))
+    pieces_with_cells = _pieces_with(pieces, populations, number) if inside else np.full(number, float(len(pieces)))
+    return sparse.diags(1 / np.maximum(pieces_with_cells, 1))
 
 
 def _pieces_with(pieces: Sequence[Piece], populations: np.ndarray, number: int) -> np.ndarray:
-    """Return how many pieces have cells of each population: (populations,)."""
-    there = np.zeros(number)
+    """Return the number of pieces that have cells of each population: (populations,)."""
+    counts = np.zeros(number)
     for piece in pieces:
         codes = populations[piece.rows]
-        there[np.unique(codes[codes >= 0])] += 1
-    return there
+        counts[np.unique(codes[codes >= 0])] += 1
+    return counts
 
 
 def _own_weights(target: Piece, populations: np.ndarray, number: int, replicates: Replicates) -> sparse.csr_matrix:
-    """Return the weights of the plain means: cells alike inside a piece, pieces inside a replicate."""
+    """Return the weights of the plain means: equal for the cells of a piece, and for the pieces of a replicate."""
     code = populations[target.rows]
     inside = np.flatnonzero(code >= 0)
     cells = np.bincount(code[inside], minlength=number)

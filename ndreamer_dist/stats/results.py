@@ -1,4 +1,4 @@
-"""The public `Results`: the output of a run, read in pieces, and the statistics on it."""
+"""The public class `Results`: reads parts of a run's results, and computes statistics on them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from ndreamer_dist.storage.counted import counted
 from ndreamer_dist.storage.files import Storage
 
 DIAGNOSED_CELLS = 4000
-"""Cells that the mixing of batches is measured on, about."""
+"""Approximate size of the sample of cells for the mixing of batches."""
 
 
 def open_results(address: str | os.PathLike[str] | Storage, *, embedding: str | None = None) -> Results:
@@ -51,27 +51,28 @@ def open_results(address: str | os.PathLike[str] | Storage, *, embedding: str | 
     address
         A run directory, a results.zarr, or the URL of either (`s3://`, `https://`, ...).
     embedding
-        The matching space whose results are wanted, where a run directory holds several: `harmony`, say. By default
-        those of the space that the run was begun with.
+        The matching space, for a run directory with results of several spaces, e.g. `harmony`. By default the space
+        that the run was started with.
 
     Raises
     ------
     StoreError
-        There are no results, or none of that space, or the run that makes them has not finished.
+        There are no results, or none for this space, or the run has not finished.
     """
     return Results(results_storage(address, embedding))
 
 
 class Results(ResultsReader):
-    """The results of a run: parts of them by name (`ResultsReader`), and tests with donors as the replicates.
+    """The results of a run: reads parts by name (`ResultsReader`), and tests effects with donors as replicates.
 
-    Make one with `open_results`.
+    Create it with `open_results`.
     """
 
     def column(self, name: str) -> pd.Series:
-        """Return one column of `obs` by input row, in input order; of a table too large to hold, the others are not read.
+        """Return one column of `obs` in input order, indexed by input row.
 
-        Columns that were annotated later are found among all others, which are read then.
+        Only this column is read, unless the results have labels or annotations that were added later: then all of `obs`
+        is.
 
         Raises
         ------
@@ -86,26 +87,27 @@ class Results(ResultsReader):
         return pd.Series(values, index=rows, name=name).sort_index()
 
     def annotate(self, labels: pd.DataFrame | pd.Series | anndata.AnnData) -> Annotation:
-        """Keep columns of `obs` that were made after the run, labels of cell types say, beside the results.
+        """Add columns to `obs` after the run, such as labels of cell types, in a file beside the results.
 
-        They then are what every question, table and figure finds in `obs`; nothing that the run wrote is changed.
+        All later queries, tables and figures see them in `obs`. Files that the run wrote do not change.
 
         Parameters
         ----------
         labels
-            A row per cell, by its name: a table, a Series with a name, or an AnnData, of whose `obs` those columns are
-            taken that are new or differ.
+            One row per cell, indexed by cell name: a DataFrame, a named Series, or an AnnData, from whose `obs` new and
+            changed columns are taken.
 
         Returns
         -------
-        Which columns were new and which have changed, and how many cells and rows had no counterpart.
+        The new and the changed columns, and the numbers of cells and of rows without a counterpart.
 
         Raises
         ------
         QueryError
-            No cell is named, a cell stands twice, or a column is the run's own or says what was compared.
+            No row names a cell, a cell is named twice, or a column is written by the run (`ndreamer_...`) or is a
+            condition or batch key.
         StoreError
-            The results can only be read.
+            The results are read-only.
         """
         table, annotation = annotation_of(labels, self._cells, self.design)
         if len(table.columns):
@@ -130,63 +132,70 @@ class Results(ResultsReader):
         population: Whose = "all",
         covariates: Sequence[str] = (),
     ) -> pd.DataFrame:
-        """Return the effect of the condition in every population, with donors as the replicates (METHOD section 7).
+        """Return the effect of the condition in every population, with donors as replicates (METHOD section 7).
 
-        A population's donors are compared by what its cells find in them: the mean, over the cells of every donor, of
-        the expression of each cell's nearest neighbour among one donor's cells. The main p-value permutes the donors'
-        labels; where there are fewer than 1000 labellings it is Welch's. Donors seen in both conditions are paired and
-        the others left out; where these are fewer than three, who allow no test, the others are tested if there are three a
-        condition. `p_method` and `donors_left_out` say so.
+        A donor's value is a mean through the matches: of the nearest neighbours, among the donor's cells, of all
+        donors' cells in the population. The main p-value permutes the donors' labels; with fewer than 1000 possible
+        labellings it is that of Welch's t-test. Donors seen in both conditions are tested as pairs and the others are
+        left out. Fewer than three pairs allow no test: then the other donors are tested, if there are three per
+        condition. `p_method` and `donors_left_out` report the choice.
 
         Parameters
         ----------
         by
-            Column of `obs` that names populations, a cell type say, or a Series of labels by cell; by default all cells
+            Column of `obs` that names populations, e.g. cell types, or a Series of labels by cell; by default all cells
             are one population.
         condition
-            The one to compare with the baseline; by default every one.
+            The condition to compare with the baseline; by default every condition.
         baseline
-            The condition to compare with; by default the control. Where the run did not match the two with each other,
-            the matches are searched now. Donors seen under both are paired, whatever the control.
+            The condition to compare with; by default the control. Matches between the two conditions are searched now
+            if the run did not store them. Donors seen in both conditions are paired, whatever the control.
         genes, cohort
-            As elsewhere; genes that were not modelled are found in the input cohort, if given.
+            Genes by name, by default the modelled ones; with the input cohort, any of its genes.
         donor_key
             Column of `obs` that names the donor; by default the batch.
         min_cells
-            Own cells that a donor needs in a population to enter its test; the others are listed.
+            Cells that a donor needs in a population to enter its test; other donors are listed in `donors_left_out`.
         population
-            Whose cells ask: all donors' (then nothing depends on the labels), or the treated donors' alone.
+            Donors whose cells are matched with every donor: all (then the values do not depend on the condition
+            labels), or only the treated.
         covariates
-            Columns of `obs`, constant in every donor, for a linear model in place of the permutation.
+            Columns of `obs`, constant within donors, for a linear model instead of the permutation.
 
         Returns
         -------
-        A row per population, condition and gene. From the cells, which only describe: `cells`, `mean_ite`, `sd_ite`
-        beside `sd_placebo` (one half of the control donors against the other), `log2_fold_change`, `mean_counts`
-        (normalised, of both conditions), `expressing`, `expressing_control`, the sign test `sign_z` and `sign_p`. From the donors: `effect`, `statistic`, `p`,
-        `p_method`, `p_floor` (the smallest possible), `p_permutation`, `p_parametric`, `few_donors`, `treated_donors`,
-        `control_donors`, `donors_left_out`, and the same test on plain means, `pseudobulk_effect` and `pseudobulk_p`.
-        The effect in two parts, whatever space cells were matched in (METHOD section 10): `total`, of plain means,
-        is `within_state`, between cells of the same state, plus `state_shift`, what comes of the condition's cells being in
-        other states; each with `..._p`, `..._p_adjusted` and the range that it has without any one donor, `..._loo_low` and
-        `..._loo_high`. `reading` says which parts stand at an adjusted p of 0.05: `within`, `state`, `both` or `neither`;
-        `cells_a_donor` is the median of those tested (`few_cells` below 20, where the parts' p-values are too small), and `state_reliability` the share of a cell's state that is signal. NaN
-        where a population has fewer than 100 control cells.
-        `p_adjusted` is Benjamini-Hochberg's over the genes of one population and condition, `p_adjusted_all` over the
-        whole table. Of the matches: `match_purity` (share inside the population; `impure` below 0.7),
-        `effective_control_cells`, `without_overlap` (share of cells without a near control match) and
-        `mean_ite_overlap` (the mean without those). With another baseline than the control, `control` in a column's name
-        means the baseline, `mean_ite` and the sign test are of the condition's cells against it, and the last two are NaN.
+        A DataFrame with a row per population, condition and gene. Columns:
+
+        - Over cells, descriptive: `cells`, `mean_ite`, `sd_ite`, `sd_placebo` (spread of one half of the control donors
+          against the other), `log2_fold_change`, `mean_counts` (normalised, mean of both conditions), `expressing`,
+          `expressing_control` (shares of cells), and the sign test, `sign_z` and `sign_p`.
+        - Over donors: `effect`, `statistic`, `p`, `p_method`, `p_floor` (smallest possible p), `p_permutation`,
+          `p_parametric`, `few_donors`, `treated_donors`, `control_donors`, `donors_left_out`; the same test on plain
+          means, `pseudobulk_effect` and `pseudobulk_p`. `p_adjusted` is Benjamini-Hochberg over the genes of one
+          population and condition, `p_adjusted_all` over the whole table.
+        - The decomposition (METHOD section 10), whatever the matching space: `total` (of plain means) = `within_state`
+          (between cells of the same state) + `state_shift` (because cells are in other states). Each has `..._p`,
+          `..._p_adjusted` and its leave-one-donor-out range, `..._loo_low` to `..._loo_high`. `reading` names the parts
+          with adjusted p <= 0.05: `within`, `state`, `both` or `neither`. `cells_a_donor` is the median over tested
+          donors; `few_cells` marks values below 20, where p-values of the parts are too small. `state_reliability` is
+          the share of a cell's state coordinates that is signal. All but `total` are NaN where a population has fewer
+          than 100 control cells.
+        - Quality of the matches: `match_purity` (share inside the population; `impure` marks values below 0.7),
+          `effective_control_cells`, `without_overlap` (share of cells without a near control match) and
+          `mean_ite_overlap` (`mean_ite` of the cells with one).
+
+        With a baseline other than the control, `control` in a column's name means the baseline, `mean_ite` and the sign
+        test compare the condition's cells with it, and `without_overlap` and `mean_ite_overlap` are NaN.
 
         Raises
         ------
         QueryError
-            A name is unknown, or nothing says who the donors are.
+            A name is unknown, or there is neither a donor column nor a batch key.
         """
         results, by = self.labelled(by)
-        asked = CateQuestion(by, condition, donor_key, min_cells, population, covariates)
+        question = CateQuestion(by, condition, donor_key, min_cells, population, covariates)
         warn_of(self.mapped, "cate")
-        return cate_table(results._statistics_input(genes, cohort, baseline), asked)
+        return cate_table(results._statistics_input(genes, cohort, baseline), question)
 
     def cate_parts(
         self,
@@ -195,14 +204,14 @@ class Results(ResultsReader):
         baseline: str | None = None,
         genes: Sequence[str] | None = None,
         cohort: Cohort | None = None,
-        **asked: Any,
+        **options: Any,
     ) -> Iterator[pd.DataFrame]:
-        """Give the rows of `cate` in parts, one condition and population after the other, for screens of many conditions.
+        """Yield the rows of `cate` per condition and population, for screens of many conditions.
 
-        Arguments, columns and errors are those of `cate`; there is no `p_adjusted_all`, which takes all rows.
+        Arguments, columns and errors are those of `cate`, without the column `p_adjusted_all`, which needs all rows.
         """
         results, by = self.labelled(by)
-        question = CateQuestion(by, **asked)
+        question = CateQuestion(by, **options)
         warn_of(self.mapped, "cate")
         yield from (part for _, part in cate_parts(results._statistics_input(genes, cohort, baseline), question))
 
@@ -218,17 +227,17 @@ class Results(ResultsReader):
         donor_key: str | None = None,
         min_cells: int = MIN_CELLS,
     ) -> anndata.AnnData:
-        """Return donors x genes per population, for a model of your own (limma, dreamlet); arguments as in `cate`.
+        """Return donors' means per population, as input of other models (limma, dreamlet); arguments as in `cate`.
 
         Returns
         -------
-        `X` (population, donor and condition; genes) are the means that `cate` tests, `layers["pseudobulk"]` plain
-        ones; `obs` says of what, with every column of the cohort that is constant in each donor. Where there are
-        several conditions, the control donors are there once for each contrast.
+        An AnnData with a row per population, donor and condition. `X` holds the means that `cate` tests,
+        `layers["pseudobulk"]` plain means. `obs` names population, contrast, donor and condition, and has every column
+        of the cohort that is constant within donors. With several conditions, each contrast has its own control rows.
         """
         results, name = self.labelled(by)
-        asked = CateQuestion(name, condition, donor_key, min_cells)
-        return donor_means(results._statistics_input(genes, cohort, baseline), asked)
+        question = CateQuestion(name, condition, donor_key, min_cells)
+        return donor_means(results._statistics_input(genes, cohort, baseline), question)
 
     @counted
     def null(
@@ -243,56 +252,60 @@ class Results(ResultsReader):
         labellings: int = 10,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Return what the tests say under permuted labels of donors, where nothing is to be found.
+        """Return p-values of the tests under permuted donor labels, where there is no effect.
 
-        Each labelling is taken for the truth and every test is run on it. The permutation test holds its level here by
-        construction; the table shows how far the others are off on these cells. The labels that the embedding was
-        trained with stay as they are. Arguments not listed are those of `cate`.
+        Every test is run with each labelling as the truth. The permutation test holds its level here by construction;
+        the table shows how far the other tests are off on these cells. The embedding is not retrained: it was trained
+        with the true labels. Other arguments are those of `cate`.
 
         Parameters
         ----------
         labellings
-            How many; fewer where the donors have fewer. Pairs of one donor's cells are permuted inside.
+            Number of labellings; fewer if the donors allow only fewer. For paired donors, labels are exchanged within
+            pairs.
         seed
-            Of the labellings.
+            Seed of the labellings.
 
         Returns
         -------
-        A row per population, condition, labelling, test and level, for which there are donors enough: `population`,
-        `condition`, `treated_donors`, `control_donors`, `labelling`, `test`, `level`, `below` (p-values at or below
-        it), `tests` (p-values), `share` (one by the other; `level` is what it should be). Tests: `main`, what `cate`
-        calls p, `permutation`, `welch` (paired: the paired t), `pseudobulk` (`main` on plain means), `within_state` and
-        `state_shift`, and `sign`, on at most about 2000 cells of a population. `stats.null.rates` pools them.
+        A DataFrame with a row per population, condition, labelling, test and level, for populations with enough donors:
+        `population`, `condition`, `treated_donors`, `control_donors`, `labelling`, `test`, `level`, `below` (number of
+        p-values at or below the level), `tests` (number of p-values), `share` (`below / tests`; a calibrated test has
+        `level`). Tests: `main` (`p` of `cate`), `permutation`, `welch` (or paired t), `pseudobulk` (`main` on plain
+        means), `within_state`, `state_shift`, and `sign` (on about 2000 cells of a population at most).
+        `stats.null.rates` pools the rows.
 
         Raises
         ------
         QueryError
-            A name is unknown, or no population has three donors a condition with enough cells each.
+            A name is unknown, or no population has three donors per condition with enough cells each.
         """
         results, by = self.labelled(by)
-        asked = CateQuestion(by, condition, donor_key, min_cells)
-        return null_table(results._statistics_input(genes, cohort), asked, count=labellings, seed=seed)
+        question = CateQuestion(by, condition, donor_key, min_cells)
+        return null_table(results._statistics_input(genes, cohort), question, count=labellings, seed=seed)
 
     @counted
     def response(
         self, by: PopulationLabels = None, *, condition: str | None = None, donor_key: str | None = None
     ) -> pd.DataFrame:
-        """Return how far every treated cell goes along the effect on its population: which cells responded.
+        """Return a response score per treated cell: how strongly the cell shows the effect on its population.
 
-        A cell's own effect, its expression minus that of its control matches, is projected on the mean effect on the cells
-        of the *other* donors (the other half of its donor's cells where it is the only one), genes weighted by the noise of
-        the placebo. The unit is the spread of the placebo: control cells minus their matches in other control groups.
+        A cell's effect, its expression minus that of its control matches, is projected on the mean effect on the cells
+        of the *other* donors (with a single donor: on the other half of its cells), with each gene divided by its
+        placebo variance. The unit is the standard deviation of the placebo: the same score of control cells, against
+        their matches in other control groups.
 
         Parameters
         ----------
         by, condition, donor_key
-            As for `cate`; without donors all cells of a condition are one's.
+            As in `cate`; without donor column and batch key, each condition counts as one donor.
 
         Returns
         -------
-        A row per treated cell: `cell`, `population`, `condition`, `response`, and `within_placebo`, whether it is below
-        the 95 % point of the placebo. With `placebo` True, control cells under the same yardstick, at most about 2000 a
-        population. A single cell is noisy: where the mean effect itself is weak, responders are within the placebo, too.
+        A DataFrame with a row per treated cell: `cell`, `population`, `condition`, `response`, and `within_placebo`,
+        whether the response is at or below the 95 % quantile of the placebo. Rows with `placebo` True are control
+        cells, at most about 2000 per population. Single cells are noisy: where the mean effect is weak, responders are
+        within the placebo, too.
 
         Raises
         ------
@@ -302,44 +315,46 @@ class Results(ResultsReader):
         results, by = self.labelled(by)
         sample = results._statistics_input(None, None)
         names, codes = populations_of(sample.cells, by)
-        known = donor_key is not None or bool(self.design.batch_keys)
-        everyone = pd.Series("one", index=sample.cells.index)
-        replicates = replicates_of(sample, donor_key) if known else Replicates.of(everyone, self.design)
+        has_donors = donor_key is not None or bool(self.design.batch_keys)
+        one_donor = pd.Series("one", index=sample.cells.index)
+        replicates = replicates_of(sample, donor_key) if has_donors else Replicates.of(one_donor, self.design)
         return response_table(ResponseInput(sample, replicates, codes, names), conditions_of(self.design, condition))
 
     @counted
     def diagnostics(
         self, by: PopulationLabels = None, *, donor_key: str | None = None, cells: int = DIAGNOSED_CELLS
     ) -> Diagnostics:
-        """Return how far the results can be trusted: small tables, none of which is a test.
+        """Return diagnostics of the results: small tables, none of which is a statistical test.
 
         Parameters
         ----------
         by
-            Column of `obs` that names populations, a cell type say, or a Series of labels by cell; by default all cells
+            Column of `obs` that names populations, e.g. cell types, or a Series of labels by cell; by default all cells
             are one population.
         donor_key
             Column of `obs` that names the donor; by default the batch.
         cells
-            About how many cells `mixing` looks at, as large a share of each group.
+            Approximate size of the sample for `mixing`, which takes the same share of every group.
 
         Returns
         -------
-        `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`) and `donors`, which says it in words; and:
+        A `Diagnostics` with `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`), `donors` (the
+        layout as a sentence), and:
 
         - `groups`, a row per batch and condition. Overlap: `overlap`, the share of cells with a near control match
-            (`obs["ndreamer_overlap"]`), the median `match_distance` to the control and `own_distance` to the nearest other
-            cell of the group. Reuse, as any cell's match: `times_matched_mean`, `times_matched_max`, `never_matched` (share
-            of cells), `effective_cells` ((sum w)^2 / sum w^2). `effective_controls`: the same of the control cells that a
-            treated group's cells match. Distortion, on `distortion_cells` cells (in a screen of some groups): `correlation` (mean
-            over cells) and mean `squared_difference` of denoised and measured expression.
-        - `notes`: where more neighbours are averaged than 4 % of a donor's cells in a population (METHOD section 9).
+          (`obs["ndreamer_overlap"]`); the medians `match_distance`, to the control matches, and `own_distance`, to the
+          nearest other cell of the group. Reuse of its cells as matches: `times_matched_mean`, `times_matched_max`,
+          `never_matched` (share of cells), `effective_cells` ((sum w)^2 / sum w^2, w the times matched). For treated
+          groups `effective_controls`, the same number of the control cells that they are matched with. Distortion, on
+          `distortion_cells` cells (in a screen, only of some groups): `correlation` (mean over cells) and mean
+          `squared_difference` of denoised and measured expression.
         - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.
-        - `mixing`, a row per condition: the share of a cell's 15 nearest neighbours, within condition and population,
-            that are of other batches, in principal components of the `input` and in the `embedding`, beside what is
-            `expected` of batches mixed at random; `cells` and `batches` looked at.
+        - `mixing`, a row per condition: the share of a cell's 15 nearest neighbours within its condition and population
+          that come from other batches, in principal components of the `input` and in the `embedding`, with the share
+          `expected` for batches mixed at random; the numbers of `cells` and `batches` in the sample.
+        - `notes`: settings that average more neighbours than 4 % of a donor's cells in a population (METHOD section 9).
 
-        NaN stands where there is nothing to compare with: no other control group, one batch.
+        Values are NaN where there is nothing to compare with: no other control group, or one batch.
 
         Raises
         ------
@@ -356,7 +371,7 @@ class Results(ResultsReader):
     def _statistics_input(
         self, genes: Sequence[str] | None, cohort: Cohort | None, baseline: str | None = None
     ) -> StatisticsInput:
-        """Return what the tables of statistics are made from."""
+        """Return the input of the tables of statistics."""
         expression, table = self._expression(cohort)
         columns = self._columns(genes, table)
         stored = cohort is None and keys.LAYER_ITE in self.layers and self.stored is None
@@ -368,7 +383,7 @@ class Results(ResultsReader):
 
     @cached_property
     def _state_source(self) -> StateSource:
-        """What coordinates of state are made from: the modelled genes, and the cells' counts where the input was counts."""
+        """The input of the state coordinates: modelled genes, and total counts per cell if the input was counts."""
         expression, genes = self._expression(None)
         modelled = genes.get(keys.VAR_MODELLED, pd.Series(True, index=genes.index)).to_numpy(dtype=bool)
         totals = self._all_cells.get(keys.OBS_TOTAL)
@@ -378,5 +393,5 @@ class Results(ResultsReader):
 
     @cached_property
     def _state_spaces(self) -> dict[tuple[str | None, str | None, int], StateSpace]:
-        """Coordinates of state that were made, so that tables after the first need not make them again."""
+        """The cache of state coordinates, shared by all tables of these results."""
         return {}

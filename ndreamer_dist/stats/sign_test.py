@@ -1,6 +1,6 @@
 """The sign test and Benjamini-Hochberg (METHOD section 7).
 
-Pure: arrays in, arrays out. The sign test takes cells as replicates, so it only describes; inference needs donors.
+Pure: arrays in, arrays out. The sign test treats cells as replicates, so it is descriptive; inference needs donors.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ def sign_test(positive: np.ndarray, zero: np.ndarray, n: np.ndarray | int) -> tu
     Parameters
     ----------
     positive, zero
-        (genes,) number of cells whose effect is above zero, and exactly zero.
+        (genes,) number of cells whose effect is positive, and exactly zero.
     n
-        Number of cells that have an effect, of all genes or of each.
+        Number of cells with a defined effect: one number, or one per gene.
 
     Returns
     -------
     z, p
-        (genes,) `(s - n/2) / sqrt(n/4)` with s the positive effects and half of the zero ones; two-sided normal p.
-        Both are NaN where there is no cell.
+        (genes,) `(s - n/2) / sqrt(n/4)`, where s is `positive + zero / 2`, and its two-sided normal p-value. Both are
+        NaN where n is 0.
     """
     n = np.asarray(n, dtype=np.float64)
     with np.errstate(invalid="ignore"):
@@ -32,7 +32,7 @@ def sign_test(positive: np.ndarray, zero: np.ndarray, n: np.ndarray | int) -> tu
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Return p adjusted for the false discovery rate: (genes,); NaN is not counted as a test and stays NaN."""
+    """Return Benjamini-Hochberg adjusted p-values, (genes,); NaN stays NaN and does not count as a test."""
     adjusted, tested = np.full(len(p), np.nan), ~np.isnan(p)
     if tested.any():
         adjusted[tested] = stats.false_discovery_control(p[tested])

@@ -1,10 +1,9 @@
-"""Coordinates of every cell inside its population, scaled by the variation between cells of a donor (METHOD section 10).
+"""State coordinates of every cell in its population: axes of the variation between a donor's cells (METHOD section 10).
 
-Input: the expression of the selected genes in a results.zarr, and a population and a piece (the cells of one donor in one
-group) per cell. Output: a few coordinates per cell, and nearest neighbours in them, inside populations. The first pass
-over the expression sums, which gives the axes and the position of every piece. The second projects every cell and two
-halves of its counts. The steps are those of the matching space `state`. Memory grows with populations, pieces and genes,
-and by a few numbers per cell.
+Input: the expression of the modelled genes, and a population and a piece (the cells of one donor in one group) per
+cell. Output: a few coordinates per cell. The steps are those of the matching space `state`. The first pass over the
+expression accumulates sums, which give the axes and the position of every piece. The second pass projects every cell
+and two halves of its counts. Memory grows with populations, pieces and genes, and by a few numbers per cell.
 """
 
 from __future__ import annotations
@@ -27,29 +26,30 @@ from ndreamer_dist.stats.populations import Replicates
 logger = logging.getLogger(__name__)
 
 LEAST_CONTROL_CELLS = 100
-"""Control cells without which a population has no axes."""
+"""Control cells that a population needs to have axes."""
 CANDIDATE_AXES = 12
-"""Axes among which those are chosen that a permutation confirms."""
+"""Axes computed per population; a permutation decides how many of them are used."""
 PASS_ROWS = 16384
-"""Rows of expression held at a time."""
+"""Rows of expression in memory at a time."""
 MATRIX_VALUES = 2**26
-"""Values of the populations' matrices of genes by genes that are held at a time."""
+"""Values of genes-by-genes matrices in memory at a time: one matrix per population."""
 CONVERGED, LANCZOS = 1e-4, 40
-"""Of the axes: the residual of an eigenvector in units of its eigenvalue, and the vectors that span it."""
+"""Tolerance of the eigenvectors, relative to the eigenvalue, and number of Lanczos vectors."""
 STATE_SEED = 0x57A7E
-"""Tells these draws from others of the same seed."""
+"""Distinguishes these random draws from others with the same seed."""
 
 
 @dataclass(frozen=True)
 class StateSource:
-    """What coordinates are made from.
+    """Input of the state coordinates.
 
     Attributes
     ----------
-    columns
-        Places of the modelled genes in the expression, which is log-normalised.
+    expression, columns
+        Log-normalised expression, and the columns of the modelled genes in it.
     totals
-        (cells,) counts that every cell was scaled by; none where the input was log-normalised, and nothing is shrunk.
+        (cells,) total counts that each cell was normalised by. None if the input was log-normalised: without counts
+        there is no reliability, and coordinates are not shrunk.
     """
 
     expression: Expression
@@ -61,36 +61,36 @@ class StateSource:
 def state_space(
     source: StateSource, populations: np.ndarray, number: int, replicates: Replicates, *, typed: bool
 ) -> StateSpace:
-    """Return the coordinates of every cell that is in a population.
+    """Return the state coordinates of every cell that is in a population.
 
     Parameters
     ----------
-    populations
-        (cells,) population of every packed row, -1 for none; there are `number` of them.
+    populations, number
+        (cells,) population of every packed row, -1 for none; and the number of populations.
     typed
-        Whether a population is one cell type, as far as is known; the number of its coordinates is then limited.
+        Whether populations are cell types (not all cells together); a type has fewer coordinates at most.
     """
     strata, control = _strata(replicates)
     codes = populations.astype(np.int64)
     control_cells = np.bincount(codes[(codes >= 0) & control[strata]], minlength=number)
     codes = np.where((codes >= 0) & (control_cells >= LEAST_CONTROL_CELLS)[codes], codes, -1)
-    made = _Making(source, codes, number, strata, control, typed)
+    builder = _StateBuilder(source, codes, number, strata, control, typed)
     with threadpool_limits(1):
-        made.make_axes()
-        made.make_coordinates()
-    return StateSpace(made.points, codes, made.dimensions, made.reliability)
+        builder.make_axes()
+        builder.make_coordinates()
+    return StateSpace(builder.points, codes, builder.dimensions, builder.reliability)
 
 
 def _strata(replicates: Replicates) -> tuple[np.ndarray, np.ndarray]:
-    """Return the piece of every packed row, and which pieces are of the control."""
+    """Return the piece of every packed row, (cells,), and whether each piece is of the control, (pieces,)."""
     strata = np.zeros(len(replicates.of_cell), dtype=np.int64)
     for number, piece in enumerate(replicates.pieces):
         strata[piece.rows] = number
     return strata, np.array([replicates.conditions[piece.replicate] == 0 for piece in replicates.pieces])
 
 
-class _Making:
-    """State coordinates under way: axes of every population, then what is made of them."""
+class _StateBuilder:
+    """Accumulator of the state coordinates: the axes of every population first, then the coordinates."""
 
     def __init__(
         self, source: StateSource, codes: np.ndarray, number: int, strata: np.ndarray, control: np.ndarray, typed: bool
@@ -108,7 +108,7 @@ class _Making:
         self.reliability = np.full(number, np.nan)
 
     def make_axes(self) -> None:
-        """Sum every population's expression, and its products inside the control pieces; a few populations at a time."""
+        """Compute means and axes of all populations, a few at a time; axes span the variation inside control pieces."""
         genes, count = len(self.source.columns), len(self.control)
         step, product = max(1, MATRIX_VALUES // genes**2), np.empty((genes, genes), dtype=np.float32)
         present = np.unique(self.codes[self.codes >= 0])
@@ -131,7 +131,7 @@ class _Making:
         self.axes[code] = _leading(covariance, self.keep)
 
     def make_coordinates(self) -> None:
-        """Project every cell, choose dimensions, and regress to where the cell's piece stands."""
+        """Project every cell, choose the number of dimensions, and shrink cells towards the position of their piece."""
         sums: dict[int, state.HalfSums] = {}
         for number, (rows, x) in enumerate(self._parts(self.codes >= 0)):
             generator = np.random.default_rng(np.random.SeedSequence((self.source.seed, STATE_SEED, number)))
@@ -144,15 +144,15 @@ class _Making:
                 part = state.half_sums(e - centre, (a - centre, b - centre), strata, len(self.control), inside)
                 sums[code] = sums[code].plus(part) if code in sums else part
                 self.points[rows[here]] = e - centre
-        for code, found in sums.items():
-            self._place(code, found)
+        for code, half_sums in sums.items():
+            self._place(code, half_sums)
 
-    def _place(self, code: int, found: state.HalfSums) -> None:
-        k = self.dimensions[code] = min(self._chosen(found), state.varying(found.covariance("spread")))
-        if not k:  # all its cells are alike
+    def _place(self, code: int, half_sums: state.HalfSums) -> None:
+        k = self.dimensions[code] = min(self._chosen(half_sums), state.varying(half_sums.covariance("spread")))
+        if not k:  # the population's cells do not vary
             self.codes[self.codes == code] = -1
             return
-        signal, spread = (found.covariance(name)[:k, :k] for name in ("signal", "spread"))
+        signal, spread = (half_sums.covariance(name)[:k, :k] for name in ("signal", "spread"))
         share = np.eye(k) if self.source.totals is None else state.reliability(signal, spread)
         self.reliability[code] = np.trace(share) / k
         there = self.group_cells[code] > 0
@@ -163,14 +163,14 @@ class _Making:
         for rows in _stretches(np.flatnonzero(self.codes == code)):
             strata = self.strata[rows]
             e = self.points[rows, :k].astype(np.float64)
-            self.points[rows, :k] = state.shrunk(e, found.group_means[strata, :k], positions[strata], share)
+            self.points[rows, :k] = state.shrunk(e, half_sums.group_means[strata, :k], positions[strata], share)
 
-    def _chosen(self, found: state.HalfSums) -> int:
-        """Return how many dimensions a population uses: those that the halves of the counts confirm, within a limit."""
+    def _chosen(self, half_sums: state.HalfSums) -> int:
+        """Return a population's number of dimensions: those that both halves of the counts confirm, up to a limit."""
         most = state.MOST_IN_A_TYPE if self.typed else self.keep
         if self.source.totals is None:
             return min(self.keep, most)
-        return min(state.beyond_noise(found.covariance("signal"), found.covariance("noise")), most)
+        return min(state.beyond_noise(half_sums.covariance("signal"), half_sums.covariance("noise")), most)
 
     def _parts(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         for rows in _stretches(np.flatnonzero(chosen)):
@@ -187,7 +187,7 @@ def _by_population(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _leading(covariance: np.ndarray, keep: int) -> np.ndarray:
-    """Return the leading eigenvectors of a covariance, (genes, keep), their largest loading positive."""
+    """Return the leading eigenvectors of a covariance, (genes, keep), each with its largest loading positive."""
     if not covariance.any():
         return np.zeros((len(covariance), keep))
     first, spanning = np.ones(len(covariance)) / np.sqrt(len(covariance)), min(LANCZOS, len(covariance))

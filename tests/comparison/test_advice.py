@@ -1,4 +1,4 @@
-"""The advice follows its written rule, and hides no column in which the advised space loses."""
+"""The advice follows its documented rule, and lists every measure in which the advised space is worse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTHING = dict.fromkeys(EVEN, np.nan)
 
 
 def advice(*, nested: bool = False, clustered: bool = False, **spaces: dict[str, Any]) -> Advice:
-    """Return the advice for spaces that are even but for what is named."""
+    """Return the advice for spaces with equal measures, except for the given values."""
     table = pd.DataFrame([{"space": name, **EVEN, **values} for name, values in spaces.items()])
     return advise(table, nested=nested, clustered=clustered)
 
@@ -30,27 +30,27 @@ def test_every_measure_has_an_even_value_here() -> None:
 def test_most_points_win_and_every_loss_is_named() -> None:
     found = advice(a={"agreement": 0.95, "state_held": 0.7, "mixing": 0.1}, b={"overlap": 0.95, "seconds": 50.0})
     assert found.space == "a"
-    assert "Take a" in found.why[0]
-    assert "5 of 6 criteria" in found.why[0]
-    assert "b 4" in found.why[0]
+    assert "Use a: it is the best, or tied with the best, in 5 of 6 criteria" in found.why[0]
+    assert found.why[0].endswith("points of the other spaces: b 4.")
     assert found.losses == (
-        "It loses in overlap: 0.900, b 0.950.",
-        "It loses in iLISI, which is no criterion here: 0.100, b 0.500.",
-        "It loses in seconds, which is no criterion here: 100, b 50.",
+        "It is worse in overlap: 0.900, against 0.950 for b.",
+        "It is worse in iLISI, which is no criterion here: 0.100, against 0.500 for b.",
+        "It is worse in seconds, which is no criterion here: 100, against 50 for b.",
     )
 
 
 @pytest.mark.parametrize(
     ("a", "b", "winner", "why"),
     [
-        pytest.param({"seconds": 100.0}, {"seconds": 50.0}, "b", "in less time", id="equal_but_for_time"),
-        pytest.param({"seconds": np.nan}, {"seconds": np.nan}, "a", "before it in the table", id="equal_in_all"),
+        pytest.param({"seconds": 100.0}, {"seconds": 50.0}, "b", "broken by run time", id="equal_but_for_time"),
+        pytest.param({}, {}, "a", "broken by the order of the table", id="equal_in_all"),
+        pytest.param({"seconds": np.nan}, {"seconds": np.nan}, "a", "by the order of the table", id="no_times"),
         pytest.param(
-            {"purity": 0.93}, {"split_half": 0.6, "seconds": 500.0}, "b", "halves of donors that agree better",
+            {"purity": 0.93}, {"split_half": 0.6, "seconds": 500.0}, "b", "by agreement between halves of the donors",
             id="halves_before_time",
         ),
-        pytest.param({"purity": 0.91}, {"seconds": 50.0}, "b", "in less time", id="a_difference_within_a_tie"),
-        pytest.param({"purity": 0.911}, {"seconds": 50.0}, "a", "it is the best", id="a_difference_beyond_a_tie"),
+        pytest.param({"purity": 0.91}, {"seconds": 50.0}, "b", "broken by run time", id="a_difference_within_a_tie"),
+        pytest.param({"purity": 0.911}, {"seconds": 50.0}, "a", "other spaces: b 5.", id="a_difference_beyond_a_tie"),
     ],
 )  # fmt: skip
 def test_ties(a: dict[str, float], b: dict[str, float], winner: str, why: str) -> None:
@@ -76,15 +76,15 @@ def test_a_space_that_is_far_behind_is_set_aside(
 ) -> None:
     better = {"overlap": 0.99, "split_half": 0.9}
     found = advice(nested=nested, clustered=clustered, good={}, far={**better, **values})
-    assert any(text.startswith("far is set aside") for text in found.aside) == aside
+    assert any(text.startswith("far is excluded: its ") for text in found.aside) == aside
     assert found.space == ("good" if aside else "far")
     if aside:  # where it is better is said all the same
-        assert "It loses in overlap: 0.900, far 0.990." in found.losses
+        assert "It is worse in overlap: 0.900, against 0.990 for far." in found.losses
 
 
 def test_where_all_would_be_set_aside_none_is() -> None:
     found = advice(a={"purity": 0.7}, b={"agreement": 0.7, "slope": 0.5})
-    assert "none is set aside" in found.aside[0]
+    assert "none is excluded" in found.aside[0]
     assert found.space == "a"
 
 
@@ -98,11 +98,11 @@ def test_columns_that_cannot_be_had_do_not_count() -> None:
     assert "4 of 4 criteria" not in found.why[0].replace("4 of 4 criteria (purity, overlap, r, slope)", "")
     assert found.space == "a"
     one = advice(a={"state_held": np.nan, "overlap": 0.95, "purity": 0.92}, b={})
-    assert "It has no state held, which others have (b 0.600)." in one.losses
+    assert "Its state held could not be measured, unlike that of other spaces (0.600 for b)." in one.losses
     none = advice(a=NOTHING, b=NOTHING)
     assert none.space == "a"
     assert "No criterion could be measured" in none.why[0]
 
 
 def test_one_space_alone_is_no_choice() -> None:
-    assert "one space alone" in advice(only={}).why[0]
+    assert "Only one space, only, was measured" in advice(only={}).why[0]

@@ -1,4 +1,4 @@
-"""`compare` measures the spaces of a run, says what to take, and keeps it where the report finds it."""
+"""`compare` measures the spaces of a run, advises one, and stores the comparison for the report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def results(run: Path) -> dict[str, Results]:
 
 
 def nearest(results: Results, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return the nearest target of every packed row by brute force, itself left out."""
+    """Return the nearest target of every packed row by brute force, the row itself excluded."""
     points = results.embedding(pca=True, order="packed").to_numpy().astype(float)
     distance = np.linalg.norm(points[rows][:, None] - points[targets][None], axis=2)
     distance[rows[:, None] == targets[None]] = np.inf
@@ -55,7 +55,7 @@ def nearest(results: Results, rows: np.ndarray, targets: np.ndarray) -> np.ndarr
 
 
 def measured(run: Path, by: str | pd.Series | None, donor_key: str | None = None) -> Comparison:
-    """Return what `compare` does, without a picture and files."""
+    """Return the comparison of `compare`, without its figure and files."""
     spaces = {space: nd.open_results(run, embedding=space) for space in SPACES}
     populations = chosen_populations(spaces, by, 4000)
     return compare_spaces(RunDirectory.at(run), spaces, populations, donor_key, None)
@@ -104,7 +104,7 @@ def test_purity_overlap_agreement_and_slope_are_those_of_brute_force(
 
 
 def test_effects_of_two_halves_of_donors_have_no_cell_in_common(results: dict[str, Results]) -> None:
-    """By brute force: own donors' cells, through own donors' groups alone."""
+    """The brute force uses the cells of the half's donors, through the groups of the same donors."""
     told = results["pca"]
     given, design = told._statistics_input(None, None), told.design
     _, codes = populations_of(told.packed_obs, "cell_type")
@@ -146,7 +146,7 @@ def test_split_half_is_the_mean_correlation_of_the_halves(found: Comparison, res
 
 
 def test_the_state_held_is_that_of_brute_force(tiny: Path, results: dict[str, Results]) -> None:
-    """Modelled genes stand for others here: few of this cohort's are not, and no state can be seen in them."""
+    """Modelled genes replace the others here: few genes of this cohort are not modelled, and they show no state."""
     told = results["pca"]
     populations = chosen_populations(results, "cell_type", 900)
     design, codes = told.design, populations.codes
@@ -196,7 +196,7 @@ def test_without_labels_the_low_clusters_of_the_run_stand_for_them(run: Path, fo
 def test_where_no_clusters_are_they_are_made_of_a_sample_and_carried_over(results: dict[str, Results]) -> None:
     made = chosen_populations({"pca": results["pca"]}, None, 300)
     assert made.clustered
-    assert "clusters of 302 cells, made for this table" in made.source
+    assert "clusters of 302 cells, computed for this table" in made.source
     kinds = pd.crosstab(results["pca"].packed_obs["cell_type"], made.codes)
     assert kinds.max().sum() / kinds.sum().sum() > 0.8  # a cluster is of one type, in its larger part
 
@@ -239,7 +239,7 @@ def test_what_was_compared_is_kept_for_these_results_alone(run: Path, results: d
     data = (run / keys.COMPARISON).read_bytes()
     place.write_json(keys.COMPARISON, {**kept.as_object(), "made_from": {"ndreamer": "a run before"}})
     assert kept_comparison(place, told) is None
-    (run / keys.COMPARISON).write_bytes(data.replace(b"nothing to choose", b"choose as you like"))
+    (run / keys.COMPARISON).write_bytes(data.replace(b"no choice to make", b"a choice to make"))
     assert kept_comparison(place, told) is None  # damaged
     (run / keys.COMPARISON).unlink()
     assert kept_comparison(place, told) is None
@@ -262,7 +262,7 @@ def test_what_will_not_do_is_refused(run: Path, tiny: Path, words: list[str], wh
 
 
 def obey_quietly(words: list[str]) -> None:
-    """Run a command line that ends well."""
+    """Run a command line that must succeed."""
     with pytest.raises(SystemExit) as ended:
         run_command(words)
     assert not ended.value.code

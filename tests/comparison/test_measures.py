@@ -1,4 +1,4 @@
-"""Measures of a matching space are what their definitions give by brute force."""
+"""Measures of a matching space agree with brute-force computations of their definitions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from ndreamer_dist.comparison.measures import agreement, scaled_lisi, silhouette, state_axes, state_held
 
 SCALE = 2.0
-"""Standard deviation of the state in the cells of the tests below; noise has one of 1."""
+"""Standard deviation of the state in the tests below; that of the noise is 1."""
 
 
 def points_and_labels(cells: int = 150) -> tuple[np.ndarray, np.ndarray]:
@@ -18,7 +18,7 @@ def points_and_labels(cells: int = 150) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_lisi_is_that_of_its_definition() -> None:
-    """The inverse Simpson index of Gaussian weights of the nearest 90 cells, whose entropy is that of 30 cells."""
+    """Return the inverse Simpson index, with Gaussian weights on the nearest 90 cells, of perplexity 30."""
     points, codes = points_and_labels()
     found = []
     for row in range(len(points)):
@@ -68,7 +68,7 @@ def test_agreement_leaves_out_what_is_not_known() -> None:
 
 
 def stateful(state: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return two sets of genes that follow a state, with noise of their own in every cell."""
+    """Return two sets of genes that follow a state, with independent noise in every cell."""
     rng = np.random.default_rng(seed)
     loadings = np.random.default_rng(99).normal(size=80) / 3
     values = np.outer(state, loadings) + rng.normal(size=(len(state), 80))

@@ -1,4 +1,4 @@
-"""A screen of many conditions: work and memory by condition, those that act alike side by side, one map and one table."""
+"""A screen of many conditions: linear work, bounded memory, similar conditions adjacent, one heat map and one table."""
 
 from __future__ import annotations
 

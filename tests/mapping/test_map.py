@@ -154,7 +154,7 @@ def test_what_is_mapped_is_told(mapped: Path, results: Results) -> None:
     assert results.mapped.unlike < 0.1
     assert "of the mapped cells" in describe(str(mapped))
     page = Path(nd.report(mapped, by="cell_type", cells=200)).read_text(encoding="utf-8")
-    assert f"{results.design.own_cells} mapped cells, beside {results.design.first_row:,} of the run" in page
+    assert f"{results.design.own_cells} cells, mapped onto a run of {results.design.first_row:,} cells" in page
     assert "Of the mapped cells" in page
     assert page.count("<img") > 5
     with pytest.raises(RunError, match="mapped onto a run"):

@@ -1,4 +1,4 @@
-"""Headless Chromium, driven over its DevTools socket: just what a test of a page needs."""
+"""Headless Chromium, driven over its DevTools socket: the few commands that tests of a page need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 PATIENCE = 60.0
-"""Seconds that the browser may take to start, to load a page or to answer."""
+"""Seconds until a start, a page load or an answer of the browser times out."""
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
     "--disable-extensions", "--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0",
@@ -27,14 +27,14 @@ FLAGS = (
 
 
 class Page:
-    """One tab: what it is told and what it tells."""
+    """One tab: sends commands and collects events."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._loop, self._socket, self._numbers, self._session = loop, socket, itertools.count(1), None
         self.events: list[dict[str, Any]] = []
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Give a command and return its answer; events that come meanwhile are kept."""
+        """Send a command and return its answer; events that arrive meanwhile are stored."""
         number = next(self._numbers)
         message = {
             "id": number,
@@ -66,13 +66,13 @@ class Page:
             self.call(f"{domain}.enable")
 
     def open(self, path: Path) -> None:
-        """Load a file and wait until it and its pictures are there."""
+        """Load a file and wait until it and its images are loaded."""
         self.call("Page.navigate", url=path.as_uri())
         if not self.told("Page.loadEventFired"):
             self._until(lambda told: told.get("method") == "Page.loadEventFired")
 
     def told(self, method: str) -> list[dict[str, Any]]:
-        """Return the events of a kind so far."""
+        """Return all events of a kind so far."""
         return [event["params"] for event in self.events if event["method"] == method]
 
     def evaluate(self, expression: str) -> Any:
@@ -82,7 +82,7 @@ class Page:
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """Press a key where the focus is."""
+        """Press a key in the focused element."""
         codes = {"Enter": (13, "\r"), "Tab": (9, "")}
         code, text = codes[key]
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, text=text)
@@ -91,7 +91,7 @@ class Page:
     def screenshot(
         self, path: Path, *, width: int = 1280, height: int = 900, whole: bool = False, dark: bool = False
     ) -> None:
-        """Save what is seen, or the whole page."""
+        """Save an image of the visible part, or of the whole page."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
@@ -101,7 +101,7 @@ class Page:
 
 @contextmanager
 def browsing(folder: Path) -> Iterator[Page]:
-    """Start a browser with a profile of its own in a folder, give a page of it, and end it."""
+    """Start a browser with a new profile in a folder, yield a page of it, and stop it."""
     assert CHROMIUM
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen(
@@ -130,7 +130,7 @@ def browsing(folder: Path) -> Iterator[Page]:
 
 
 def _address(folder: Path, process: subprocess.Popen[bytes]) -> str:
-    """Return port and path of the DevTools socket, once the browser has written them."""
+    """Wait until the browser has written port and path of the DevTools socket, and return them."""
     told = folder / "DevToolsActivePort"
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until and process.poll() is None:

@@ -1,4 +1,4 @@
-"""Finished runs to draw: one of named donors whose names are hostile, one where nothing says who the donors are."""
+"""Finished runs for figures and reports: one with hostile names, one without known donors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TREATED = '"><b>ill</b>'
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of eight donors nested in conditions; cell types, a gene and the condition have hostile names."""
+    """A run of eight donors nested in conditions; cell types, a gene and the condition have names with HTML or TeX."""
     folder = tmp_path_factory.mktemp("report")
     cohort = as_memory(tiny_cohort(folder, cells=1600, batches=8, design="nested"))
     cohort.obs["cell_type"] = cohort.obs["cell_type"].astype(str).replace(KINDS)
@@ -43,7 +43,7 @@ def results(finished: Path) -> Results:
 
 @pytest.fixture(scope="session")
 def without_donors(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Results of one batch, of three conditions, without a column that names kinds of cells, and without training."""
+    """Results of one batch and three conditions, without a column of cell types and without training."""
     sizes = {(None, 0): 90, (None, 1): 70, (None, 2): 40}
     made = fabricate(tmp_path_factory.mktemp("alone"), sizes, levels=())
     runtime = SerialRuntime(made.settings.run)

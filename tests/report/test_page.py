@@ -1,4 +1,4 @@
-"""The report is one file that needs nothing else, says what cannot be said, and runs no script that data brought."""
+"""The report is one self-contained file, names what it cannot show, and runs no script from the data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.report.conftest import GENE, KINDS, TREATED
 
 
 class Reader(HTMLParser):
-    """Gathers tags with their attributes, and the text by table of what stands in cells."""
+    """Collects tags with their attributes, the text of the page, and the text of table cells by row."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="session")
 def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of the hostile run, written where it goes by itself."""
+    """The report of the run with hostile names, written to its default place."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("page") / "run"))
     nd.compare(run, by="cell_type")
     assert nd.report(run, cells=300) == str(run / keys.REPORT)
@@ -95,7 +95,7 @@ def test_tables_show_the_donors_test_first_and_say_what_the_sign_test_is(read: R
 
 
 def test_what_was_compared_of_matching_spaces_is_told(read: Reader) -> None:
-    assert "There is one space alone, ndreamer" in read.text
+    assert "Only one space, ndreamer, was measured" in read.text
     assert any(row[:3] == ["space", "purity", "overlap"] for row in read.rows)
     assert "Bar charts of the measures of every matching space" in [
         a.get("alt") for tag, a in read.tags if tag == "img"
@@ -121,7 +121,7 @@ def test_a_damaged_line_of_the_log_costs_a_time_and_not_the_report(finished: Pat
 
 def test_the_page_says_what_was_given_when_and_how_to_cite(read: Reader) -> None:
     assert "Input: the AnnData." in read.text or "Input: AnnData" in read.text
-    assert f"Last worked on: {time.strftime('%Y-')}" in read.text
+    assert f"Last run: {time.strftime('%Y-')}" in read.text
     assert "bioRxiv 2025.03.05.641743" in read.text
 
 
@@ -153,7 +153,7 @@ def test_a_warning_of_impure_matches_names_the_remedy(results: Results) -> None:
     ("shares", "said"),
     [
         ([0.5, 0.5], r"^50 ?% of the cells have no near control match; .* unlike them\.$"),
-        ([0.5, None], r"^50 ?% of the cells .* unlike them\. Of 30 cells more it is unknown\.$"),
+        ([0.5, None], r"^50 ?% of the cells .* unlike them\. For 30 further cells it is unknown\.$"),
         ([None, None], "near control match is unknown"),
     ],
 )

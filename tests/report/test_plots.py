@@ -1,4 +1,4 @@
-"""Figures show what the results hold, in a style that stays inside them."""
+"""Figures show the values of the results, and do not change matplotlib's settings."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError, StoreError
 from ndreamer_dist.figures import plots, style
+from ndreamer_dist.report.tables import decomposition_table
 from ndreamer_dist.stats.results import Results
 from tests.report.conftest import GENE, KINDS, TREATED
 
@@ -131,7 +132,7 @@ def test_an_ma_plot_holds_every_expressed_gene(results: Results, table: pd.DataF
     drawn = np.asarray(ax.collections[0].get_offsets())
     np.testing.assert_allclose(np.sort(drawn[:, 0]), np.sort(np.log10(part["mean_counts"])))
     assert np.abs(drawn[:, 1]).max() <= 1.1 * plots.MOST_DOUBLINGS
-    with pytest.raises(QueryError, match="no gene that is expressed"):
+    with pytest.raises(QueryError, match="expresses no gene"):
         nd.pl.ma(results, "unheard of", "cell_type", table=table)
 
 
@@ -144,6 +145,10 @@ def test_a_heat_map_holds_the_effects(results: Results, table: pd.DataFrame) -> 
         part = table[table["population"] == kind].set_index("gene")["effect"]
         named = {style.shortened(str(name), 16): value for name, value in part.items()}
         np.testing.assert_allclose(image[row], [named[gene] for gene in genes], equal_nan=True)
+    with pytest.raises(
+        QueryError, match=f"there is no gene 'unheard of' among the {table['gene'].nunique()} of the table"
+    ):
+        nd.pl.heatmap(results, "cell_type", table=table, genes=["unheard of"])
 
 
 def test_the_overlap_is_that_of_the_cells_with_an_effect(results: Results) -> None:
@@ -304,6 +309,22 @@ def test_ensembl_names_are_shown_as_symbols() -> None:
     }  # fmt: skip
     assert style.gene_labels(var.set_axis(["a", "b", "c", "d"])) == {}
     assert style.gene_labels(var.drop(columns="gene_symbols")) == {}
+
+
+def test_symbols_name_the_genes_of_every_figure_and_table_of_a_population(
+    results: Results, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = table[(table["population"] == "plain") & (table["mean_counts"] > 0) & table["within_state"].notna()].head(30)
+    names = [f"ENSG{number:011d}" for number in range(len(part))]
+    symbols = [f"SYM{number}" for number in range(len(part))]
+    part = part.assign(gene=names, p_adjusted=0.01, reading="both")
+    monkeypatch.setattr(Results, "var", pd.DataFrame({"gene_symbols": symbols}, index=names))
+    for figure in (plots.volcano, plots.effect_sizes, plots.decomposition, plots.ma):
+        drawn = [text.get_text() for text in figure(results, "plain", table=part, condition=TREATED).texts]
+        assert any(text in symbols for text in drawn), figure.__name__
+        assert not any(text.startswith("ENSG") for text in drawn), figure.__name__
+    rows = decomposition_table(part, 5, style.gene_labels(results.var)).rows
+    assert {row[0].text for row in rows} <= set(symbols)
 
 
 def test_names_on_a_umap_never_cover_each_other(results: Results) -> None:

@@ -1,4 +1,4 @@
-"""A finished run of nested donors, made once a session; no test may change it."""
+"""Finished runs, made once per session; no test may change them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.tiny import SETTINGS, tiny_cohort
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """A finished run of eight donors nested in conditions, with kinds of cells that the embedding knows."""
+    """A finished run of eight donors nested in conditions, with cell types that the embedding separates."""
     folder = tmp_path_factory.mktemp("inference")
     cohort = tiny_cohort(folder, cells=1600, batches=8, design="nested", conditions=2)
     return nd.run(

@@ -1,4 +1,4 @@
-"""The benchmark of shifted states, in small: a shift of state looks like effects in plain means and not within states."""
+"""The benchmark of shifted states, in small: a state shift is an effect in plain means but not within states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CATE table says what the data say: planted effects are found, and every column follows from its definition."""
+"""The CATE table finds planted effects, and every column follows its definition."""
 
 from __future__ import annotations
 
@@ -148,6 +148,15 @@ def test_donors_and_covariates_that_are_not_known_are_refused_by_name(results: R
         covariate = donors.map(dict.fromkeys(donors, values[0]) | {"donor_03": values[1]}).rename("covariate")
         with pytest.raises(QueryError, match="'covariate' is not known of the donors 'donor_03'"):
             results.labelled(covariate)[0].cate(covariates=["covariate"])
+
+
+def test_labels_of_control_cells_alone_and_donors_of_too_few_cells_are_refused(results: Results) -> None:
+    cells = results.obs
+    labels = cells["cell_type"].astype(object).where(cells["condition"] == "control").rename("control_type")
+    with pytest.raises(QueryError, match="no cell of 'treated' is in a population"):
+        results.cate(labels)
+    with pytest.raises(QueryError, match="no donor has 100000 cells in a population"):
+        results.donor_means("cell_type", min_cells=100_000)
 
 
 def test_a_covariate_of_huge_numbers_is_the_same_as_one_of_small_ones(results: Results) -> None:

@@ -1,4 +1,4 @@
-"""Any two conditions can be compared: effects are those of the donors' means, and turn round with the contrast.
+"""Any two conditions can be compared: effects follow the donors' means, and change sign with the contrast's direction.
 
 The cohort has two factors, a drug and a genotype, whose combinations are the conditions.
 """
@@ -109,7 +109,7 @@ def test_pseudobulk_is_that_of_the_donors_means(results: Results, table: pd.Data
 
 
 def test_effects_on_cells_and_through_matches_are_brute_force(results: Results, table: pd.DataFrame) -> None:
-    """Searched one by one: every cell's nearest neighbour in each donor's cells of the other conditions."""
+    """The brute force searches every cell's nearest neighbour among each donor's cells of the other conditions."""
     obs, x = results.packed_obs, dense(results.expression(order="packed").X).astype(np.float64)
     points = results.embedding(order="packed", pca=True).to_numpy(dtype=np.float64)
     groups = {

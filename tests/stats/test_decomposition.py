@@ -1,4 +1,4 @@
-"""An effect is what changes within states and what comes of other states, and both are tested on donors."""
+"""An effect is a within-state effect plus a state shift, and both are tested with donors as replicates."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_paired_donors_are_compared_pair_by_pair(tmp_path) -> None:
 
 @pytest.mark.parametrize(("cells", "few"), [(10.0, True), (19.5, True), (20.0, False), (50.0, False), (100.0, False)])
 def test_parts_of_few_cells_a_donor_are_marked(cells: float, few: bool) -> None:
-    """At 10 cells a tenth of the genes without effect falls below 0.05; at 20, 50 and 100 no more than should."""
+    """With 10 cells per donor a tenth of the genes without effect has p < 0.05; from 20 cells on the level holds."""
     part = Part(untested(np.zeros(2)), np.zeros(2), np.zeros(2))
     columns = decomposition_columns(Decomposition(part, part, part, cells, 0.5), part, 2)
     assert columns["few_cells"] is few

@@ -1,4 +1,4 @@
-"""Diagnostics are what a brute force says of the stored results."""
+"""Diagnostics agree with brute-force computations on the stored results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist, pdist
 from ndreamer_dist import keys
 from ndreamer_dist.errors import QueryError
 from ndreamer_dist.stats import diagnostics as module
-from ndreamer_dist.stats.diagnostics import Diagnostics, principal_components, told_of_donors
+from ndreamer_dist.stats.diagnostics import Diagnostics, donor_layout, principal_components
 from ndreamer_dist.stats.results import Results, open_results
 from tests.results.brute_force import nearest_rows
 from tests.results.conftest import SIZES, finish
@@ -124,8 +124,11 @@ def test_donors_are_said_to_be_nested_or_crossed(results: Results, tmp_path_fact
     assert told.layout == "nested"
     assert told.donors == "Each of the 8 donors is in one condition only (nested): 4 control, 4 treated."
     labels = results.obs["donor"].astype(str).replace({"donor_02": "donor_01"}).rename("person")
-    said = told_of_donors(results.labelled(labels)[0]._statistics_input(None, None), "person")
+    said = donor_layout(results.labelled(labels)[0]._statistics_input(None, None), "person")
     assert said == ("partly crossed", "1 of the 7 donors is in both conditions (partly crossed): 4 control, 4 treated.")
+    one = pd.Series("me", index=results.obs.index, name="person")
+    said = donor_layout(results.labelled(one)[0]._statistics_input(None, None), "person")
+    assert said == ("crossed", "The only donor is in every condition (crossed).")
     layouts = {
         "crossed": ({(0, 0): 30, (0, 1): 25, (1, 0): 28, (1, 1): 30}, ("a", "b"), "in every condition (crossed)"),
         "partly crossed": (
@@ -133,7 +136,7 @@ def test_donors_are_said_to_be_nested_or_crossed(results: Results, tmp_path_fact
             ("a", "b+c"),
             "2 of the 2 donors are in several conditions (partly crossed): 2 ctrl,",
         ),
-        "no donors": ({(None, 0): 30, (None, 1): 30}, (), "Nothing says who the donors are"),
+        "no donors": ({(None, 0): 30, (None, 1): 30}, (), "The donors are unknown"),
     }
     for layout, (sizes, levels, words) in layouts.items():
         folder = tmp_path_factory.mktemp("layout")
@@ -178,7 +181,7 @@ def test_overlap_has_the_same_bits_however_the_work_is_cut(tmp_path: pytest.Temp
 
 
 def test_overlap_is_lost_where_cells_are_far_from_every_control(tmp_path: pytest.TempPathFactory) -> None:
-    """Brute force in `tests.results.brute_force`; here, cells put far away, and the setting that says what far is."""
+    """`tests.results.brute_force` tests the definition of overlap; here cells or the setting change."""
     from ndreamer_dist.storage.arrays import open_array
 
     made = fabricate(tmp_path, SIZES)

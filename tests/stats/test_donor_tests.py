@@ -1,4 +1,4 @@
-"""Donor-level tests are scipy's where scipy has them, count labellings as said, and hold their level."""
+"""Donor-level tests agree with scipy where it has them, count labellings as documented, and hold their level."""
 
 from __future__ import annotations
 

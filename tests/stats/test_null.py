@@ -1,4 +1,4 @@
-"""Where there is no effect the main p-value keeps its level, and the others' rates are what the tables say."""
+"""Without an effect the main p-value keeps its level, and the other tests have the rates that the tables report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JOB = Path(__file__).parents[2] / "jobs" / "benchmark_null.py"
 
 @pytest.fixture(scope="module")
 def job() -> ModuleType:
-    """The benchmark, whose simulations these tests run in small."""
+    """The benchmark job, whose simulations these tests run on a small scale."""
     spec = importlib.util.spec_from_file_location("benchmark_null", JOB)
     module = importlib.util.module_from_spec(spec)
     sys.modules["benchmark_null"] = module
@@ -209,7 +209,7 @@ def test_the_table_counts_p_values_below_each_level(results: Results) -> None:
 
 
 def test_without_donors_there_is_nothing_to_permute(results: Results) -> None:
-    with pytest.raises(QueryError, match="no population has 3 donors a condition with enough cells"):
+    with pytest.raises(QueryError, match="no population has 3 donors per condition with enough cells"):
         results.null("cell_type", min_cells=10_000)
 
 

@@ -1,4 +1,4 @@
-"""Donor means through the matches are what their definition says, by brute force."""
+"""Donor means through the matches agree with a brute-force computation of their definition."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InMemory:
 
 
 class Made:
-    """A cohort of six groups with coordinates, and what a brute force says of it."""
+    """A cohort of six groups with coordinates, and brute-force values for it."""
 
     def __init__(self, sizes: list[int], conditions: int = 2, seed: int = 0) -> None:
         generator = np.random.default_rng(seed)
@@ -47,7 +47,7 @@ class Made:
         return np.where(np.isinf(far[np.arange(len(queries)), best]), -1, targets[best])
 
     def asked(self, e: list[np.ndarray], d: list[np.ndarray], population: int) -> np.ndarray:
-        """A[e, d]: pieces of a replicate weigh the same."""
+        """Return A[e, d]; the pieces of a replicate have equal weights."""
         answers = []
         for target in d:
             parts = [piece[self.populations[piece] == population] for piece in e]

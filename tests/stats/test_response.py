@@ -1,7 +1,8 @@
-"""Cells that did not respond are told from those that did, and no cell makes its own yardstick."""
+"""Cells that responded are distinguished from those that did not, and no cell contributes to its own reference."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -11,15 +12,15 @@ import pytest
 from scipy import sparse, stats
 
 import ndreamer_dist as nd
-from ndreamer_dist.stats.response import Means
+from ndreamer_dist.stats.response import Means, control_differences
 from ndreamer_dist.stats.results import Results
 from tests.tiny import SETTINGS, as_memory, dense, tiny_cohort
 
 
 def with_escapes(folder: Path, share: float, donors: int = 4) -> anndata.AnnData:
-    """Return a cohort in which some of every donor's treated cells are control cells of the same donor, relabelled.
+    """Return a cohort in which a share of every donor's treated cells are relabelled control cells of the donor.
 
-    The others have 20 genes doubled beside their simulated effects.
+    The other treated cells have 20 doubled genes in addition to their simulated effects.
     """
     cohort = as_memory(tiny_cohort(folder, cells=2400, batches=donors, cell_types=2))
     rng, treated = np.random.default_rng(0), (cohort.obs["condition"] == "treated").to_numpy()
@@ -89,6 +90,19 @@ def test_the_yardstick_is_of_the_other_donors() -> None:
     mean, cells = means.others(1)
     np.testing.assert_allclose(mean, (2 * 1 + 2 * 5 + 2 * 2) / 6)
     assert cells == 6
+
+
+def test_a_control_group_without_others_is_its_own_placebo_beside_groups_with_others(results: Results) -> None:
+    """So it is where donors are mapped with controls onto a run with a single control group: here, the first of four."""
+    sample = results._statistics_input(None, None)
+    first, second = [group for group in sample.design.groups if group.condition == 0][:2]
+    rows = np.r_[first.start : first.start + 5, second.start : second.start + 5]
+    pair = first.code, first.code
+    near = sample.counterparts.edges(rows[:5], [pair], distances=False)[pair][0][:, 0]
+    x = dense(results.expression(order="packed").X).astype(np.float64)
+    found = control_differences(replace(sample, design=replace(sample.design, mappings=(2,))), rows)
+    np.testing.assert_allclose(found[:5], x[rows[:5]] - x[near], atol=1e-6)
+    assert np.isfinite(found).all()
 
 
 def test_one_donor_and_one_control_group_will_do(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Population effects are described as METHOD section 7 says."""
+"""The sign test and the adjusted p-values follow METHOD section 7."""
 
 from pathlib import Path
 

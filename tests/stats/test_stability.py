@@ -1,4 +1,4 @@
-"""The job that compares seeds says what a brute force says, and tells the same effects from others."""
+"""The job that compares seeds agrees with brute force, and separates stable effects from others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JOB = Path(__file__).parents[2] / "jobs" / "stability.py"
 
 
 def table(seed: int, genes: int = 120) -> pd.DataFrame:
-    """Return what the job reads of a CATE table: two populations, the effects of the second differing by seed."""
+    """Return the columns of a CATE table that the job reads; effects of the second population vary by seed."""
     shared, own = np.random.default_rng(0).normal(size=(3, genes)), np.random.default_rng(seed).normal(size=genes)
     names = [f"g{number}" for number in range(genes)]
     parts = {"same": shared[0], "other": own}

@@ -1,4 +1,4 @@
-"""State coordinates inside populations are what their definition says, by brute force (METHOD section 10)."""
+"""State coordinates inside populations agree with a brute-force computation (METHOD section 10)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GENES, SIZES = 25, [150, 130, 170, 120]
 
 
 class Made:
-    """Two populations and cells of none, in four donors, whose counts follow one state."""
+    """Two populations, and cells in neither, in four donors; the counts follow one state."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(3)
