@@ -7,9 +7,14 @@ A table of measures comes in, a row per space; advice goes out. The rule:
    more than .05 below the best; or, where they are nested, state held more than .15 below the best. If that would leave
    no space, none is set aside.
 2. Of the others, each gets a point for every criterion in which it is the best of these, or within a tie of the best. Criteria
-   are purity, overlap, reproducibility in halves of donors, and state held; where donors are not nested, also correlation and
-   slope with differences of means (nested, such a difference holds changes of state too, and to agree with it is no merit).
-3. Most points win. Of equals, the one whose halves of donors agree better, beyond a tie; then the faster; then the first in the table.
+   are purity, overlap and state held; where donors are not nested, also correlation and slope with differences of means,
+   and, where halves of the donors agree at all in some space, how well they do.
+3. Most points win. Of equals, where donors are nested, `state`; where they are not, the one whose halves of donors agree
+   better, beyond a tie; then the faster; then the first in the table.
+
+Where donors are nested, a change of state between conditions is in the differences of means, and in both halves of the donors:
+a space that takes it for an effect agrees better with either. So neither counts, and the space that was made for this
+wins of equals (METHOD section 10).
 
 Purity counts where populations are labels: clusters of the expression are themselves the view of one space, most like `pca`.
 Mixing is no criterion: effects were not better where it was (METHOD section 9). Separation and the silhouette rate how labels
@@ -25,6 +30,8 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+
+from ndreamer_dist import keys
 
 Better = Literal["high", "low", "one"]
 TIE_ROUNDING = 1e-12
@@ -42,6 +49,8 @@ class Measure:
         Difference up to which two spaces are equal; of `seconds` and `peak_gb` a share of the best.
     criterion
         Whether it counts: always, never, unless donors are nested in conditions, or unless populations are clusters.
+    least
+        It counts only where the best space has this much.
     """
 
     name: str
@@ -50,6 +59,7 @@ class Measure:
     better: Better = "high"
     tie: float = 0.02
     criterion: Literal["always", "unless nested", "unless clustered", "never"] = "never"
+    least: float = -math.inf
 
     def loss(self, values: np.ndarray) -> np.ndarray:
         """Return how far values are from what is best: 0 for the best, NaN stays."""
@@ -67,7 +77,7 @@ class Measure:
 
 MEASURES: tuple[Measure, ...] = (
     Measure("purity", "purity", "share of control matches of the cell's own population", tie=0.01, criterion="unless clustered"),
-    Measure("overlap", "overlap", "share of treated cells with a near control match", criterion="always"),
+    Measure("overlap", "overlap", "share of treated cells with a near control match", tie=0.05, criterion="always"),
     Measure("mixing", "iLISI", "how mixed batches and conditions are around a cell, 0 to 1"),
     Measure("separation", "cLISI", "how far populations are apart around a cell, 0 to 1"),
     Measure("silhouette", "silhouette", "silhouette of the populations, -1 to 1"),
@@ -80,7 +90,7 @@ MEASURES: tuple[Measure, ...] = (
     ),
     Measure(
         "split_half", "split-half r", "correlation of the effects of two disjoint halves of the donors",
-        criterion="always",
+        criterion="unless nested", least=0.1,
     ),
     Measure(
         "state_held", "state held", "share of a cell's state that its match has, corrected for noise", tie=0.05,
@@ -91,6 +101,10 @@ MEASURES: tuple[Measure, ...] = (
 )  # fmt: skip
 BEHIND = {"purity": 0.05, "agreement": 0.05, "state_held": 0.15}
 """How far behind the best space a space is set aside."""
+SHIFT_OR_EFFECT = (
+    "Where donors are nested, a higher r can be a change of state that is taken for an effect, a lower one an effect that is taken "
+    "for a change of state, and no column here says which; `cate` tests both parts, within_state and state_shift."
+)
 GUARDS, GUARDS_NESTED = ("purity", "agreement"), ("purity", "state_held")
 
 
@@ -132,15 +146,17 @@ def advise(table: pd.DataFrame, *, nested: bool, clustered: bool) -> Advice:
     if len(names) == 1:
         return Advice(names[0], (f"There is one space alone, {names[0]}: nothing to choose from.",))
     counts = {"always": True, "unless nested": not nested, "unless clustered": not clustered, "never": False}
-    criteria = [m for m in MEASURES if counts[m.criterion] and table[m.name].notna().any()]
+    criteria = [m for m in MEASURES if counts[m.criterion] and table[m.name].max() >= m.least]
     aside, note = _set_aside(table, [m for m in criteria if m.name in (GUARDS_NESTED if nested else GUARDS)])
     left = np.array([name not in aside for name in names])
     won = {m.name: _won(m, table[m.name].to_numpy(dtype=float), left) for m in criteria}
     points = np.sum([*won.values(), np.zeros(len(names))], axis=0)
     points[~left] = -1
-    first, how = _first(table, points)
+    first, how = _first(table, points, nested=nested)
     why = _why(names, points, first, how, [m.title for m in criteria if won[m.name][first]], len(criteria))
     losses = _losses(table, first, {m.name for m in criteria})
+    if nested and _shifted(table, first):
+        losses.append(SHIFT_OR_EFFECT)
     return Advice(names[first], (why,), tuple(losses), (*note, *aside.values()))
 
 
@@ -184,16 +200,27 @@ def _won(measure: Measure, values: np.ndarray, left: np.ndarray) -> np.ndarray:
     return np.isfinite(among) & ~measure.beaten(among)
 
 
-def _first(table: pd.DataFrame, points: np.ndarray) -> tuple[int, str]:
+def _shifted(table: pd.DataFrame, first: int) -> bool:
+    """Return whether another space's effects hold more of the differences of means, as a change of state's do."""
+    r = table["agreement"].to_numpy(dtype=float)
+    return bool(np.nanmax([*r, -math.inf]) - r[first] > BEHIND["agreement"])
+
+
+def _first(table: pd.DataFrame, points: np.ndarray, *, nested: bool) -> tuple[int, str]:
     """Return the place of the space with most points, and how it was told from its equals."""
     equal = np.flatnonzero(points == points.max())
     if len(equal) == 1:
         return int(equal[0]), ""
-    by_halves = next(m for m in MEASURES if m.name == "split_half")
-    kept = equal[_won(by_halves, table["split_half"].to_numpy(dtype=float)[equal], np.ones(len(equal), dtype=bool))]
-    if len(kept) == 1:
-        return int(kept[0]), "with as many points as another, and halves of donors that agree better, it is"
-    equal = kept if len(kept) else equal
+    made_for_it = equal[(table["space"].to_numpy()[equal] == keys.STATE) & nested]
+    if len(made_for_it):
+        return int(made_for_it[0]), "with as many points as another, and made for donors that are nested, it is"
+    halves = next(m for m in MEASURES if m.name == "split_half")
+    agreement = table["split_half"].to_numpy(dtype=float)[equal]
+    if not nested and np.nanmax([*agreement, -math.inf]) >= halves.least:
+        kept = equal[_won(halves, agreement, np.ones(len(equal), dtype=bool))]
+        if len(kept) == 1:
+            return int(kept[0]), "with as many points as another, and halves of donors that agree better, it is"
+        equal = kept
     seconds = table["seconds"].to_numpy(dtype=float)[equal]
     if np.isfinite(seconds).any():
         return int(equal[np.nanargmin(seconds)]), "with as many points as another, and in less time, it is"

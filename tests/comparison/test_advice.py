@@ -28,13 +28,13 @@ def test_every_measure_has_an_even_value_here() -> None:
 
 
 def test_most_points_win_and_every_loss_is_named() -> None:
-    found = advice(a={"agreement": 0.95, "state_held": 0.7, "mixing": 0.1}, b={"overlap": 0.95, "seconds": 50.0})
+    found = advice(a={"agreement": 0.95, "state_held": 0.7, "mixing": 0.1}, b={"overlap": 0.96, "seconds": 50.0})
     assert found.space == "a"
     assert "Take a" in found.why[0]
     assert "5 of 6 criteria" in found.why[0]
     assert "b 4" in found.why[0]
     assert found.losses == (
-        "It loses in overlap: 0.900, b 0.950.",
+        "It loses in overlap: 0.900, b 0.960.",
         "It loses in iLISI, which is no criterion here: 0.100, b 0.500.",
         "It loses in seconds, which is no criterion here: 100, b 50.",
     )
@@ -80,6 +80,27 @@ def test_a_space_that_is_far_behind_is_set_aside(
     assert found.space == ("good" if aside else "far")
     if aside:  # where it is better is said all the same
         assert "It loses in overlap: 0.900, far 0.990." in found.losses
+
+
+def test_where_donors_are_nested_a_shift_of_state_earns_no_points() -> None:
+    """As of a simulated shift without any effect: `harmony` takes it for one, and halves of the donors agree about it."""
+    harmony, state = (
+        {"overlap": 0.996, "agreement": 0.9, "split_half": 0.15},
+        {"overlap": 0.97, "agreement": 0.6, "split_half": -0.07},
+    )
+    found = advice(nested=True, harmony={**harmony, "seconds": 10.0}, state=state)
+    assert found.space == "state"
+    assert "made for donors that are nested" in found.why[0]
+    assert "It loses in split-half r, which is no criterion here: -0.070, harmony 0.150." in found.losses
+    assert "within_state and state_shift" in found.losses[-1]
+    assert advice(nested=False, harmony=harmony, state=state).space == "harmony"
+
+
+def test_halves_that_do_not_agree_say_nothing() -> None:
+    found = advice(a={"split_half": -0.1, "purity": 0.92}, b={"split_half": 0.09})
+    assert found.space == "a"
+    assert "It loses in split-half r, which is no criterion here: -0.100, b 0.090." in found.losses
+    assert "in less time" in advice(a={"split_half": 0.09}, b={"split_half": -0.1, "seconds": 50.0}).why[0]
 
 
 def test_where_all_would_be_set_aside_none_is() -> None:
