@@ -25,8 +25,9 @@ which the advised space is beaten by any other, set aside or not.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -158,6 +159,24 @@ def advise(table: pd.DataFrame, *, nested: bool, clustered: bool) -> Advice:
     if nested and _shifted(table, first):
         losses.append(SHIFT_OR_EFFECT)
     return Advice(names[first], (why,), tuple(losses), (*note, *aside.values()))
+
+
+def differing_settings(settings: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return a sentence for every setting that spaces were matched with otherwise: their rows then differ by it as well.
+
+    Parameters
+    ----------
+    settings
+        By space, the values by the names of the settings.
+    """
+    names = list(dict.fromkeys(name for values in settings.values() for name in values))
+    by_name = {name: {space: values.get(name) for space, values in settings.items()} for name in names}
+    return tuple(
+        f"The spaces differ in {name} as well ({', '.join(f'{space} {value}' for space, value in values.items())}), so the "
+        "table does not compare the spaces alone; `run --redo` matches one again."
+        for name, values in by_name.items()
+        if any(value != next(iter(values.values())) for value in values.values())
+    )
 
 
 def _why(names: list[str], points: np.ndarray, first: int, how: str, best_in: list[str], criteria: int) -> str:

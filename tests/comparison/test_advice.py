@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ndreamer_dist.comparison.advice import MEASURES, Advice, advise
+from ndreamer_dist.comparison.advice import MEASURES, Advice, advise, differing_settings
 
 EVEN = {
     "purity": 0.9, "overlap": 0.9, "mixing": 0.5, "separation": 0.9, "silhouette": 0.2, "agreement": 0.9, "slope": 0.9,
@@ -123,6 +123,13 @@ def test_columns_that_cannot_be_had_do_not_count() -> None:
     none = advice(a=NOTHING, b=NOTHING)
     assert none.space == "a"
     assert "No criterion could be measured" in none.why[0]
+
+
+def test_spaces_that_were_matched_otherwise_are_named() -> None:
+    one, three = {"match.neighbours": 1, "match.within": None}, {"match.neighbours": 3, "match.within": None}
+    assert not differing_settings({"pca": one, "state": one})
+    (said,) = differing_settings({"pca": one, "state": three})
+    assert "differ in match.neighbours as well (pca 1, state 3)" in said
 
 
 def test_one_space_alone_is_no_choice() -> None:
