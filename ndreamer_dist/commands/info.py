@@ -19,6 +19,7 @@ from ndreamer_dist.compute.events import duration
 from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.errors import DamagedError, StoreError, printable, shown
 from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.settings import bearing_settings
 from ndreamer_dist.stats.results import Results, open_results
 from ndreamer_dist.storage.checksums import unseal
 
@@ -193,7 +194,7 @@ def _summary(results: Results) -> str:
 
 def _settings_lines(told: Mapping[str, Any]) -> list[str]:
     """Return the settings that bear on the result, as YAML that --config takes."""
-    text = yaml.safe_dump({"seed": int(told["seed"]), **json.loads(told["settings"])}, sort_keys=False, width=120)
+    text = yaml.safe_dump({"seed": int(told["seed"]), **bearing_settings(told)}, sort_keys=False, width=120)
     return ["settings that bear on the result:", *(f"  {indented(line)}" for line in text.splitlines())]
 
 
