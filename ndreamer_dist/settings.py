@@ -691,3 +691,26 @@ def _validated(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
         found = "" if not first["loc"] else f" (found {reprlib.repr(first['input'])})"
         msg = f"setting '{name}': {first['msg'].removeprefix('Value error, ')}{found}"
         raise SettingsError(msg) from None
+
+
+TRAINING = ("model", "loss", "train")
+"""Parts of the settings that bear on trained spaces alone."""
+
+
+def bearing_settings(told: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings that bear on results, by part.
+
+    Settings of training and of clusters are left out where the matching space is made without them.
+
+    Parameters
+    ----------
+    told
+        `uns["ndreamer"]` of the results.
+    """
+    settings: dict[str, dict[str, Any]] = json.loads(told["settings"])
+    space = settings.get("embed", {}).get("method", keys.NDREAMER)
+    unused = set() if keys.is_trained(space) else set(TRAINING)
+    within = settings.get("match", {}).get("within")
+    if not keys.is_clustered(space, settings.get("state", {}).get("by")) and within != keys.OBS_LOW:
+        unused.add("clusters")
+    return {part: values for part, values in settings.items() if part not in unused}

@@ -18,6 +18,7 @@ from ndreamer_dist.compute.events import duration
 from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.errors import DamagedError, StoreError, printable, shown
 from ndreamer_dist.rundir.directory import RunDirectory
+from ndreamer_dist.settings import bearing_settings
 from ndreamer_dist.stats.results import Results, open_results
 from ndreamer_dist.storage.checksums import unseal
 
@@ -228,7 +229,7 @@ def _summary(results: Results) -> str:
 
 def _settings_lines(facts: Mapping[str, Any]) -> list[str]:
     """Return the settings that affect the results, as YAML for --config."""
-    text = yaml.safe_dump({"seed": int(facts["seed"]), **json.loads(facts["settings"])}, sort_keys=False, width=120)
+    text = yaml.safe_dump({"seed": int(facts["seed"]), **bearing_settings(facts)}, sort_keys=False, width=120)
     return ["settings that affect the results:", *(f"  {indented(line)}" for line in text.splitlines())]
 
 

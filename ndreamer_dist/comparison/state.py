@@ -107,7 +107,8 @@ class StateQuestion:
         expressing = expression.read(sample, unmodelled).getnnz(axis=0) if len(sample) else np.zeros(len(unmodelled))
         expressed = np.argsort(-expressing, kind="stable")[: min(MOST_GENES, int((expressing > 0).sum()))]
         if len(expressed) < LEAST_GENES:
-            return None, f"fewer than {LEAST_GENES} genes that cells express were not modelled"
+            few = f"it is read from genes that were not modelled, and cells express {len(expressed)} of these"
+            return None, f"{few}; hvg.num_hvg below the {len(names)} genes of the cohort leaves some out"
         depth = np.zeros(design.n_cells) if expression.totals is None else np.log(np.maximum(expression.totals, 1.0))
         bare = cls(expression, populations.codes, depth, sample, unmodelled[expressed], design)
         every = (bare._population(int(code)) for code in np.unique(populations.codes[sample]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from scipy import sparse
 
 from ndreamer_dist import keys
 from ndreamer_dist.cohort.sketch import sketch_spans
-from ndreamer_dist.comparison.advice import MEASURES, Advice, advise
+from ndreamer_dist.comparison.advice import MEASURES, Advice, advise, differing_settings
 from ndreamer_dist.comparison.halves import donor_halves, half_effects
 from ndreamer_dist.comparison.labels import CellPopulations
 from ndreamer_dist.comparison.measures import agreement, scaled_lisi, silhouette
@@ -146,7 +146,15 @@ def compare_spaces(
     made_from = {name: effects_keys[name] for name in spaces}
     kind, layout = donor_layout(first._statistics_input(None, None), donor_key)
     advice = advise(table, nested=kind == "nested", clustered=populations.clustered)
+    unlike = differing_settings({name: _match_settings(results) for name, results in spaces.items()})
+    advice = replace(advice, losses=(*advice.losses, *unlike))
     return Comparison(table, populations.source, layout, missing, advice, made_from)
+
+
+def _match_settings(results: Results) -> dict[str, Any]:
+    """Return how the cells were matched, beside the space: the settings of `match` but which edges are kept."""
+    values = json.loads(results.uns["settings"])["match"]
+    return {f"match.{name}": value for name, value in values.items() if name != "edges"}
 
 
 def kept_comparison(run: RunDirectory, results: Results) -> Comparison | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from ndreamer_dist.comparison.screen import Screen, strongest
 from ndreamer_dist.comparison.table import Comparison
 from ndreamer_dist.compute.monitors import stage_costs
 from ndreamer_dist.figures.plots import SIGNIFICANT, SMALLEST, effect_column, run_of
-from ndreamer_dist.settings import Settings
+from ndreamer_dist.settings import Settings, bearing_settings
 from ndreamer_dist.stats.diagnostics import Diagnostics
 from ndreamer_dist.stats.results import MIN_CELLS, Results
 
@@ -384,7 +383,7 @@ _PSEUDOBULK = (
 def settings_table(results: Results) -> Table:
     """Return the table of settings that affect the results; those that differ from the default are marked."""
     lines = [("seed", str(results.uns["seed"]), "", "seed of all random numbers")]
-    for stage, values in json.loads(results.uns["settings"]).items():
+    for stage, values in bearing_settings(results.uns).items():
         kind = Settings.model_fields[stage].annotation if stage in Settings.model_fields else None
         for name, value in values.items():
             field = getattr(kind, "model_fields", {}).get(name)

@@ -81,9 +81,9 @@ def null_table(source: StatisticsInput, question: CateQuestion, *, count: int, s
                     p_values[test] = tests_of_labellings(values, labels, pairs, source.seed).p
             p_values["sign"] = sign_p(sample.of(number, kept, replicates), labels, source.expression, source.columns)
             counts = counted_below(p_values)
-            test_of = {"population": name, "condition": source.design.conditions[code], "treated_donors": truth.sum()}
-            test_of = pd.DataFrame({**test_of, "control_donors": (~truth).sum()}, index=counts.index)
-            tables.append((number, test_of.join(counts)))
+            donors = {"treated_donors": truth.sum(), "control_donors": (~truth).sum()}
+            test = {"population": name, "condition": source.design.conditions[code], **donors}
+            tables.append((number, pd.DataFrame(test, index=counts.index).join(counts)))
     if not tables:
         msg = f"there is no test to calibrate: {TOO_FEW_DONORS}"
         raise QueryError(msg)

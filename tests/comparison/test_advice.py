@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ndreamer_dist.comparison.advice import MEASURES, Advice, advise
+from ndreamer_dist.comparison.advice import MEASURES, Advice, advise, differing_settings
 
 EVEN = {
     "purity": 0.9, "overlap": 0.9, "mixing": 0.5, "separation": 0.9, "silhouette": 0.2, "agreement": 0.9, "slope": 0.9,
@@ -28,12 +28,12 @@ def test_every_measure_has_an_even_value_here() -> None:
 
 
 def test_most_points_win_and_every_loss_is_named() -> None:
-    found = advice(a={"agreement": 0.95, "state_held": 0.7, "mixing": 0.1}, b={"overlap": 0.95, "seconds": 50.0})
+    found = advice(a={"agreement": 0.95, "state_held": 0.7, "mixing": 0.1}, b={"overlap": 0.96, "seconds": 50.0})
     assert found.space == "a"
     assert "Use a: it is the best, or tied with the best, in 5 of 6 criteria" in found.why[0]
     assert found.why[0].endswith("points of the other spaces: b 4.")
     assert found.losses == (
-        "It is worse in overlap: 0.900, against 0.950 for b.",
+        "It is worse in overlap: 0.900, against 0.960 for b.",
         "It is worse in iLISI, which is no criterion here: 0.100, against 0.500 for b.",
         "It is worse in seconds, which is no criterion here: 100, against 50 for b.",
     )
@@ -82,6 +82,27 @@ def test_a_space_that_is_far_behind_is_set_aside(
         assert "It is worse in overlap: 0.900, against 0.990 for far." in found.losses
 
 
+def test_where_donors_are_nested_a_shift_of_state_earns_no_points() -> None:
+    """As of a simulated shift without any effect: `harmony` takes it for one, and halves of the donors agree about it."""
+    harmony, state = (
+        {"overlap": 0.996, "agreement": 0.9, "split_half": 0.15},
+        {"overlap": 0.97, "agreement": 0.6, "split_half": -0.07},
+    )
+    found = advice(nested=True, harmony={**harmony, "seconds": 10.0}, state=state)
+    assert found.space == "state"
+    assert found.why[0].endswith("the design, since the space state is made for nested donors.")
+    assert "It is worse in split-half r, which is no criterion here: -0.070, against 0.150 for harmony." in found.losses
+    assert "within_state and state_shift" in found.losses[-1]
+    assert advice(nested=False, harmony=harmony, state=state).space == "harmony"
+
+
+def test_halves_that_do_not_agree_say_nothing() -> None:
+    found = advice(a={"split_half": -0.1, "purity": 0.92}, b={"split_half": 0.09})
+    assert found.space == "a"
+    assert "It is worse in split-half r, which is no criterion here: -0.100, against 0.090 for b." in found.losses
+    assert "run time" in advice(a={"split_half": 0.09}, b={"split_half": -0.1, "seconds": 50.0}).why[0]
+
+
 def test_where_all_would_be_set_aside_none_is() -> None:
     found = advice(a={"purity": 0.7}, b={"agreement": 0.7, "slope": 0.5})
     assert "none is excluded" in found.aside[0]
@@ -102,6 +123,13 @@ def test_columns_that_cannot_be_had_do_not_count() -> None:
     none = advice(a=NOTHING, b=NOTHING)
     assert none.space == "a"
     assert "No criterion could be measured" in none.why[0]
+
+
+def test_spaces_that_were_matched_otherwise_are_named() -> None:
+    one, three = {"match.neighbours": 1, "match.within": None}, {"match.neighbours": 3, "match.within": None}
+    assert not differing_settings({"pca": one, "state": one})
+    (said,) = differing_settings({"pca": one, "state": three})
+    assert "also differ in match.neighbours (pca 1, state 3)" in said
 
 
 def test_one_space_alone_is_no_choice() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import anndata
 import numpy as np
@@ -13,6 +14,7 @@ from ndreamer_dist.compute.executor import SerialRuntime
 from ndreamer_dist.errors import QueryError, StoreError
 from ndreamer_dist.matching.stage import add_edges
 from ndreamer_dist.matching.store import Matches
+from ndreamer_dist.settings import bearing_settings
 from ndreamer_dist.stats.results import open_results
 
 COLUMNS = ["cell", "batch", "condition", "group", "neighbour", "distance", "weight"]
@@ -118,3 +120,26 @@ def test_edges_added_later_are_named_too(copied, every_edge):
         columns = ["cell", "group", "neighbour", "distance"]
         pd.testing.assert_frame_equal(after.matches(cell)[columns], nearest[columns])
     assert json.loads(after.uns["settings"])["match"]["edges"] == "needed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "absent"),
+    [
+        pytest.param({"embed": {"method": "pca"}}, {"model", "loss", "train", "clusters"}, id="untrained"),
+        pytest.param(
+            {"embed": {"method": "pca"}, "match": {"within": keys.OBS_LOW}},
+            {"model", "loss", "train"},
+            id="in_clusters",
+        ),
+        pytest.param(
+            {"embed": {"method": "state"}, "state": {"by": keys.OBS_LOW}}, {"model", "loss", "train"}, id="by_clusters"
+        ),
+        pytest.param({"embed": {"method": "ndreamer"}}, set(), id="trained"),
+        pytest.param({}, set(), id="of_an_earlier_version"),
+    ],
+)
+def test_settings_that_a_space_has_no_use_for_do_not_bear_on_its_results(
+    settings: dict[str, dict[str, Any]], absent: set[str]
+) -> None:
+    told = {part: {"any": 1} for part in ("cohort", "model", "loss", "train", "clusters")} | settings
+    assert set(told) - set(bearing_settings({"settings": json.dumps(told)})) == absent
