@@ -54,6 +54,9 @@ from ndreamer_dist.stats.results import Results, open_results
 
 logger = logging.getLogger(__name__)
 
+FILE_SUFFIXES = (".h5ad", ".h5", ".csv", ".tsv", ".parquet", ".html")
+"""No run directory is named like these."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -386,17 +389,17 @@ def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> N
     """Refuse what this machine cannot hold; where tasks run on a cluster, the driver alone (see `executor.check_nodes`)."""
     if on_a_cluster(settings.run):
         needs = Needs(memory.driver_memory(size), memory.disk_bytes(size, settings))
-        check_resources(needs, memory=memory_allowance().amount, disk=run.free_disk(), where=run.url)
+        check_resources(needs, memory=memory_allowance(), disk=run.free_disk(), where=run.url)
         return
     alone = settings.run.serial  # one process trains and reads in turn, so no processor need be left to readers
     cpus = 2**20 if alone else settings.run.cpus or cpu_count()
     if keys.STAGE_TRAIN in stages_of(settings):
         check_layout(settings.train, cpus, gpus=lambda: 0 if alone else _gpu_count())
     needs = memory.needs(size, settings, **_machine(settings))
-    check_resources(needs, memory=_memory(settings).amount, disk=run.free_disk(), where=run.url)
+    check_resources(needs, memory=_memory(settings), disk=run.free_disk(), where=run.url)
     own, limit = _processors(settings), _memory(settings)
     logger.info(
-        "this machine: %d processor%s (%s), %.1f GB of memory (%s)",
+        "this run may use: %d processor%s (%s), %.1f GB of memory (%s)",
         own.amount, "" if own.amount == 1 else "s", own.source, limit.amount / 1e9, limit.source,
     )  # fmt: skip
 
@@ -416,7 +419,7 @@ def _machine(settings: Settings) -> dict[str, int]:
 def _processors(settings: Settings) -> Allowance:
     """Return how many tasks run at once on this machine, and why so many."""
     if settings.run.serial:
-        return Allowance(1, "run.serial")
+        return Allowance(1, "without Ray")
     return Allowance(settings.run.cpus, "run.cpus") if settings.run.cpus else cpu_allowance()
 
 
@@ -427,7 +430,10 @@ def _memory(settings: Settings) -> Allowance:
 
 
 def check_owner(run: RunDirectory, told: Mapping[str, Any], *, fresh: bool) -> None:
-    """Refuse a directory that holds something else: files that are not a run's, or a run of another input."""
+    """Refuse a directory that is named like a file, or holds something else: files that are no run's, or another input's run."""
+    if run.url.lower().endswith(FILE_SUFFIXES):
+        msg = f"{run.url} would be a run directory, but is named like a file; name a folder, as in --out my_run"
+        raise RunError(msg)
     if not run.storage.exists():
         return
     if not run.storage.exists(keys.RUN_JSON):
