@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -242,7 +243,8 @@ def run(
     )
     if finished.annotation:
         print(f"added from obs of {cohort}: {printable(str(finished.annotation))}")
-    print(f"done: {finished.url}\nlook at it with: ndreamer-dist info {finished.url}")
+    where = shlex.quote(finished.url)
+    print(f"done: {finished.url}\nlook at it with: ndreamer-dist info {where}, or ndreamer-dist report {where}")
 
 
 @app.command("map")

@@ -54,6 +54,9 @@ from ndreamer_dist.stats.results import Results, open_results
 
 logger = logging.getLogger(__name__)
 
+FILE_SUFFIXES = (".h5ad", ".h5", ".csv", ".tsv", ".parquet", ".html")
+"""No run directory is named like these."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -400,17 +403,17 @@ def _check_machine(run: RunDirectory, settings: Settings, size: CohortSize) -> N
     """
     if on_a_cluster(settings.run):
         needs = Needs(memory.driver_memory(size), memory.disk_bytes(size, settings))
-        check_resources(needs, memory=memory_allowance().amount, disk=run.free_disk(), where=run.url)
+        check_resources(needs, memory=memory_allowance(), disk=run.free_disk(), where=run.url)
         return
     if keys.STAGE_TRAIN in stages_of(settings):
         serial = settings.run.serial  # one process trains and reads in turn, so any number of processors suffices
         cpus = 2**20 if serial else settings.run.cpus or cpu_count()
         check_layout(settings.train, cpus, gpus=lambda: 0 if serial else _gpu_count())
     needs = memory.needs(size, settings, **_machine(settings))
-    check_resources(needs, memory=_memory(settings).amount, disk=run.free_disk(), where=run.url)
+    check_resources(needs, memory=_memory(settings), disk=run.free_disk(), where=run.url)
     own, limit = _processors(settings), _memory(settings)
     logger.info(
-        "this machine: %d processor%s (%s), %.1f GB of memory (%s)",
+        "this run may use: %d processor%s (%s), %.1f GB of memory (%s)",
         own.amount, "" if own.amount == 1 else "s", own.source, limit.amount / 1e9, limit.source,
     )  # fmt: skip
 
@@ -430,7 +433,7 @@ def _machine(settings: Settings) -> dict[str, int]:
 def _processors(settings: Settings) -> Allowance:
     """Return the number of tasks that run at once on this machine, and the source of this number."""
     if settings.run.serial:
-        return Allowance(1, "run.serial")
+        return Allowance(1, "without Ray")
     return Allowance(settings.run.cpus, "run.cpus") if settings.run.cpus else cpu_allowance()
 
 
@@ -441,7 +444,7 @@ def _memory(settings: Settings) -> Allowance:
 
 
 def check_owner(run: RunDirectory, identity: Mapping[str, Any], *, fresh: bool) -> None:
-    """Raise `RunError` if a directory holds files that are not a run's, or a run of another input.
+    """Raise `RunError` if a directory is named like a file, or holds files that are not a run's, or a run of another input.
 
     Parameters
     ----------
@@ -450,6 +453,9 @@ def check_owner(run: RunDirectory, identity: Mapping[str, Any], *, fresh: bool) 
     fresh
         Whether a run of another input is to be deleted, so that it may be there.
     """
+    if run.url.lower().endswith(FILE_SUFFIXES):
+        msg = f"{run.url} would be a run directory, but is named like a file; name a folder, as in --out my_run"
+        raise RunError(msg)
     if not run.storage.exists():
         return
     if not run.storage.exists(keys.RUN_JSON):

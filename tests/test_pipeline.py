@@ -16,6 +16,8 @@ import pytest
 import ndreamer_dist as nd
 from ndreamer_dist import keys
 from ndreamer_dist.errors import CohortError, ResourceError, RunError, SettingsError, StoreError
+from ndreamer_dist.pipeline import check_owner
+from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.storage.arrays import read_array
 from ndreamer_dist.storage.files import open_storage
 from tests.fuzz.helpers import command
@@ -241,6 +243,14 @@ def test_a_refused_cohort_leaves_the_directory_free_for_the_mended_one(cohort: P
     with pytest.raises(CohortError, match="holds NaN"):
         again(given, tmp_path / "run")
     again(cohort, tmp_path / "run", settings={"train.epochs": 1})
+
+
+def test_a_run_directory_is_not_named_like_a_file(tmp_path: Path) -> None:
+    directory = RunDirectory.at(tmp_path / "results.h5ad")
+    with pytest.raises(
+        RunError, match=r"results\.h5ad would be a run directory, but is named like a file; name a folder"
+    ):
+        check_owner(directory, {}, fresh=False)
 
 
 @pytest.mark.parametrize(

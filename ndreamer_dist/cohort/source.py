@@ -29,6 +29,7 @@ from ndreamer_dist.cohort.stored import (
     RAW_NAMES,
     Container,
     StoredMatrix,
+    holds_x,
     layer_names,
     no_layer,
     one_line,
@@ -38,7 +39,7 @@ from ndreamer_dist.cohort.stored import (
     refusing_damage,
     stored_matrix,
 )
-from ndreamer_dist.cohort.tables import check_names, in_memory, named_genes, read_frame
+from ndreamer_dist.cohort.tables import check_columns, check_names, in_memory, named_genes, read_frame
 from ndreamer_dist.compute.executor import Runtime
 from ndreamer_dist.errors import CohortError, NDreamerError, listing
 from ndreamer_dist.settings import CohortSettings
@@ -206,8 +207,9 @@ def open_source(
         return source
     in_hand = isinstance(source, ad.AnnData) or hasattr(source, "mod")
     opened = (_open_memory if in_hand else _open_stored)(source, layer, prefer_counts)
-    check_names(opened.name, opened.cells, opened.var)
+    check_columns(opened.cells.columns, opened.var.columns)
     var, note = named_genes(opened.var, gene_names)
+    check_names(opened.name, opened.cells, var)
     return replace(opened, var=var, notes=(*opened.notes, *([note] if note else [])))
 
 
@@ -351,7 +353,7 @@ def _open_stored(address: str | os.PathLike[str], layer: str | None, prefer_coun
     container = container_of(storage)
     group = open_group(storage, container)
     inside = f"mod/{MODALITY}/" if group.name.endswith(f"mod/{MODALITY}") else ""
-    present = {"has_x": MATRIX in group, "has_raw": raw_place(group) is not None}
+    present = {"has_x": holds_x(group), "has_raw": raw_place(group) is not None}
     read = partial(_read_stored, group, storage.url, container, inside)
     return _chosen(read, layer, prefer_counts=prefer_counts, **present)
 

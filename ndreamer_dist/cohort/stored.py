@@ -34,6 +34,8 @@ MOST_REPEATS = 8
 REMOTE_BLOCK, REMOTE_BLOCKS = 2**22, 32
 """Bytes of a block of a remote h5ad file, and blocks that a process caches, since HDF5 returns to earlier places."""
 MATRIX = "X"
+NULL = "null"
+"""Encoding of an element that is there and holds nothing."""
 RAW = "raw"
 RAW_PLACES = (("raw/X", "raw/var"), ("raw.X", "raw.var"))
 """Paths of the matrix and the gene table of `AnnData.raw`: now, and before anndata 0.7."""
@@ -154,6 +156,11 @@ def _remote_h5ad(url: str, version: str) -> h5py.File:  # noqa: ARG001 - part of
     return h5py.File(Storage(url).open_file(REMOTE_BLOCK, REMOTE_BLOCKS), "r")
 
 
+def holds_x(root: Any) -> bool:
+    """Return whether a store holds an `X`; an element of the encoding `null` stands for none."""
+    return MATRIX in root and text_of(root[MATRIX].attrs.get("encoding-type", "")) != NULL
+
+
 def layer_names(root: Any) -> list[str]:
     """Return the names of the layers of a store."""
     return list(root["layers"]) if "layers" in root and is_group(root["layers"]) else []
@@ -163,7 +170,7 @@ def place_of(root: Any, url: str, layer: str | None) -> str:
     """Return the path of the matrix to read: `X`, a layer, or that of `raw`; `CohortError` if it does not exist."""
     layers = layer_names(root)
     if layer is None:
-        if MATRIX in root:
+        if holds_x(root):
             return MATRIX
         instead = " --layer raw reads the counts in .raw;" if raw_place(root) else ""
         msg = f"{url} holds no X;{instead} name a layer to read instead (layers there: {listing(layers) or 'none'})"
@@ -172,7 +179,7 @@ def place_of(root: Any, url: str, layer: str | None) -> str:
         return f"layers/{layer}"
     if layer in RAW_NAMES and (place := raw_place(root)) is not None:
         return place[0]
-    if layer == MATRIX and MATRIX in root:
+    if layer == MATRIX and holds_x(root):
         return MATRIX
     raise CohortError(no_layer(url, layer, layers, raw=raw_place(root) is not None))
 

@@ -28,7 +28,7 @@ LONGEST_COLUMN = 200
 """Most bytes of a column name, which names a folder in a zarr store."""
 OBS_OR_VAR = "obs or var"
 INDEX_FIELDS = ("index", "_index")
-"""Fields of a structured table in which anndata stored the index."""
+"""Fields of a structured table in which anndata stored the index; in other tables it is the first field."""
 SYMBOL_COLUMNS = (
     "feature_name", "gene_name", "gene_names", "gene_symbol", "gene_symbols", "symbol", "symbols", "Symbol",
 )  # fmt: skip
@@ -57,7 +57,7 @@ def read_frame(root: Any, name: str, url: str) -> pd.DataFrame:
 def structured_table(values: np.ndarray, uns: Any) -> pd.DataFrame:
     """Convert a table from before anndata 0.7, a structured array whose categories are in `uns`, to a data frame."""
     columns: dict[str, Any] = {str(name): _plain(values[name]) for name in values.dtype.names or ()}
-    index = next((columns.pop(name) for name in INDEX_FIELDS if name in columns), np.arange(len(values)))
+    index = columns.pop(next((name for name in INDEX_FIELDS if name in columns), next(iter(columns))))
     for name in list(columns):
         stored = f"{name}_categories"
         if stored in uns and np.asarray(columns[name]).dtype.kind in "iu":
@@ -168,15 +168,15 @@ def check_names(name: str, obs: Any, var: pd.DataFrame) -> None:
         A check fails; the message lists the names.
     """
     _check_index("cell", "obs", obs.names, len(obs))
-    _check_index("gene", "var", lambda: iter([var.index.astype(str).to_numpy(dtype=object)]), len(var))
-    for table, columns in (("obs", obs.columns), ("var", var.columns)):
-        _check_columns(table, columns)
+    unique = [column for column in ID_COLUMNS if column in var and var[column].notna().all() and var[column].is_unique]
+    instead = f", or name genes by a column of var: --gene-names {unique[0]}" if unique else ""
+    _check_index("gene", "var", lambda: iter([var.index.astype(str).to_numpy(dtype=object)]), len(var), instead)
     if not len(obs) or not len(var):
         msg = f"{name} is empty: {len(obs)} cells x {len(var)} genes"
         raise CohortError(msg)
 
 
-def _check_index(what: str, table: str, names: Blocks, count: int) -> None:
+def _check_index(what: str, table: str, names: Blocks, count: int, instead: str = "") -> None:
     """Refuse names that repeat or are not Unicode text; holds one 8-byte hash per name, not the names."""
     odd = [name for block in names() if not all(map(str.isascii, block)) for name in block if not is_unicode(name)]
     if odd:
@@ -191,8 +191,14 @@ def _check_index(what: str, table: str, names: Blocks, count: int) -> None:
     if len(twice):  # one name twice, or two names with equal hashes: compare the names themselves
         alike = pd.Index(np.concatenate([b[np.isin(hash_array(b, categorize=False), twice)] for b in names()]))
         if len(repeated := alike[alike.duplicated()].unique()):
-            msg = f"{what} names are used more than once: {listing(repeated)}; adata.{table}_names_make_unique() helps"
+            msg = f"{what} names are used more than once: {listing(repeated)}; adata.{table}_names_make_unique() helps{instead}"
             raise CohortError(msg)
+
+
+def check_columns(obs: pd.Index, var: pd.Index) -> None:
+    """Refuse columns of the tables of cells and genes that are ours, have one name twice, or cannot be stored."""
+    for table, columns in (("obs", obs), ("var", var)):
+        _check_columns(table, columns)
 
 
 def _check_columns(table: str, columns: pd.Index) -> None:

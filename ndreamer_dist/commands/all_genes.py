@@ -26,7 +26,7 @@ from ndreamer_dist.cohort.packed import Packed, write_tables
 from ndreamer_dist.cohort.statistics import frame_of_cells
 from ndreamer_dist.compute.executor import Runtime, choose_runtime, runtime_choice
 from ndreamer_dist.compute.local_ray import object_store_bytes, on_a_cluster
-from ndreamer_dist.compute.machine import check_resources, cpu_count, memory_limit
+from ndreamer_dist.compute.machine import Allowance, check_resources, cpu_count, memory_allowance
 from ndreamer_dist.effects import tables
 from ndreamer_dist.effects.averages import Edges
 from ndreamer_dist.effects.cells import CellTable
@@ -197,7 +197,8 @@ def _check_machine(directory: RunDirectory, settings: Settings, expression: Give
         cpus=1 if run.serial else run.cpus or cpu_count(),
         object_store=0 if run.serial else object_store_bytes(run),
     )  # fmt: skip
-    allowed = int(run.memory_gb * 1e9) if run.memory_gb else memory_limit()
+    own = run.memory_gb
+    allowed = Allowance(int(own * 1e9), "run.memory_gb") if own else memory_allowance()
     check_resources(needs, memory=allowed, disk=directory.free_disk(), where=directory.url)
 
 

@@ -102,7 +102,8 @@ def _refuse_run_arguments(run: Any, how: dict[str, Any]) -> None:
     harmless = not isinstance(settings, Settings) and all(name.startswith("run.") for name in settings or ())
     unused = [name for name in how if name != "settings" or not harmless]
     if unused:
-        msg = f"{run} is a finished run, and {listing(unused)} would be for a cohort to run; leave it out"
+        table = "; --table FILE writes the table" if "out" in unused else ""
+        msg = f"{run} is a finished run, and {listing(unused)} would be for a cohort to run; leave it out{table}"
         raise SettingsError(msg)
 
 

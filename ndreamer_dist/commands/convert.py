@@ -26,6 +26,7 @@ from ndreamer_dist.cohort.stored import (
     COLUMN_ENTRIES,
     MATRIX,
     StoredMatrix,
+    holds_x,
     is_group,
     raw_place,
     stored_matrix,
@@ -92,7 +93,7 @@ def convert(
 
 def _matrices(group: Any) -> Iterator[tuple[str, str]]:
     """Yield the place of every matrix of an AnnData in the source and in the copy."""
-    if MATRIX in group:
+    if holds_x(group):
         yield MATRIX, MATRIX
     if "layers" in group and is_group(group["layers"]):
         yield from ((f"layers/{name}", f"layers/{name}") for name in group["layers"])

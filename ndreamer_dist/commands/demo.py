@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -56,13 +57,15 @@ def run_demo(
         settings={"seed": seed, "train.epochs": DEMO_EPOCHS, **settings}, fresh=fresh,
     )  # fmt: skip
     ended = time.perf_counter()
+    where = shlex.quote(str(directory))
     lines = [
         score(finished.results, load_truth(cohort)).table(),
         "",
         f"Simulated in {simulated - started:.0f} s, ran in {ended - simulated:.0f} s.",
         f"The cohort is {cohort}, the run {directory}. Look further:",
-        f"  ndreamer-dist info {directory}",
-        f"  ndreamer-dist get {directory} --layer ite --cells 'cell_type == \"type_1\"' --out type_1.h5ad",
+        f"  ndreamer-dist info {where}",
+        f"  ndreamer-dist report {where} --by cell_type",
+        f"  ndreamer-dist get {where} --layer ite --cells 'cell_type == \"type_1\"' --out type_1.h5ad",
     ]
     return "\n".join(lines)
 

@@ -527,7 +527,8 @@ def runtime_choice(settings: Settings, cells: int) -> RuntimeChoice:
     small = cells < least
     compared = "fewer than" if small else "at least"
     why = f"{cells:,} cells are {compared} the {least:,} from which a local Ray on {cpus} processors saves time"
-    return RuntimeChoice(small, f"{why} (--set run.serial={str(not small).lower()} for the other)")
+    other = "--set run.serial=false starts Ray" if small else "--set run.serial=true does without"
+    return RuntimeChoice(small, f"{why} ({other})")
 
 
 def choose_runtime(settings: RunSettings, task: TaskNeed | None = None) -> SerialRuntime | RayRuntime:

@@ -187,9 +187,10 @@ class Needs:
 
     memory: int
     disk: int
+    savings: tuple[str, ...] = ()  # what would take less memory
 
 
-def check_resources(needs: Needs, *, memory: int, disk: int, where: str) -> None:
+def check_resources(needs: Needs, *, memory: Allowance, disk: int, where: str) -> None:
     """Check that memory and disk are large enough for a plan.
 
     Raises
@@ -197,10 +198,10 @@ def check_resources(needs: Needs, *, memory: int, disk: int, where: str) -> None
     ResourceError
         They are not; the message says what is needed, what is available, and what to change.
     """
-    if needs.memory > memory:
+    if needs.memory > memory.amount:
         msg = (
-            f"the plan needs {needs.memory / 1e9:.1f} GB of memory and may use {memory / 1e9:.1f} GB; use fewer "
-            "processors (--set run.cpus=1), smaller blocks (--set pack.block_rows=1024), or a larger machine"
+            f"the plan needs {needs.memory / 1e9:.1f} GB of memory and may use {memory.amount / 1e9:.1f} GB "
+            f"({memory.source}); take {' or '.join([*needs.savings, 'more memory'])}"
         )
         raise ResourceError(msg)
     if needs.disk > disk:

@@ -19,6 +19,13 @@ DRIVER_BYTES = 700e6
 """Memory of the driver and of Ray's own processes."""
 DRIVER_BYTES_PER_CELL = 150
 """Memory of the driver per cell: one column of obs at a time with its encoding, and codes, totals and counts."""
+
+SMALL_BLOCK_ROWS = 1024
+FEWER = "fewer processors (--set run.cpus=1)"
+SMALLER_BLOCKS = f"smaller blocks (--set pack.block_rows={SMALL_BLOCK_ROWS})"
+SMALLER_MODEL = "a smaller model (--preset small)"
+WORTH_SAYING = 0.97
+"""A change is proposed if it needs less than this share of the memory."""
 IDLE_BYTES = 600e6
 """Memory of an idle worker. Ray keeps one per processor, and one that spills objects."""
 FRAME_BYTES_PER_CELL = 1500
@@ -95,9 +102,31 @@ def _coordinate_bytes(size: CohortSize, settings: Settings, genes: int) -> int:
 
 
 def needs(size: CohortSize, settings: Settings, *, cpus: int, object_store: int) -> Needs:
-    """Return the peak memory and the disk space of a run, in bytes."""
-    memory = max(stage_memory(size, settings, cpus=cpus, object_store=object_store).values())
-    return Needs(memory=memory, disk=disk_bytes(size, settings))
+    """Return the peak memory and the disk space of a run, in bytes, and the changes that would need less memory."""
+    memory = _peak(size, settings, cpus, object_store)
+    changes = {FEWER: (settings, 1), SMALLER_BLOCKS: (_blocks(settings), cpus), SMALLER_MODEL: (_model(settings), cpus)}
+    savings = [
+        how for how, (changed, workers) in changes.items()
+        if _peak(size, changed, workers, object_store) < WORTH_SAYING * memory
+    ]  # fmt: skip
+    return Needs(memory=memory, disk=disk_bytes(size, settings), savings=tuple(savings))
+
+
+def _peak(size: CohortSize, settings: Settings, cpus: int, object_store: int) -> int:
+    return max(stage_memory(size, settings, cpus=cpus, object_store=object_store).values())
+
+
+def _blocks(settings: Settings) -> Settings:
+    """Return settings with smaller blocks of rows."""
+    pack = settings.pack.model_copy(update={"block_rows": min(settings.pack.block_rows, SMALL_BLOCK_ROWS)})
+    return settings.model_copy(update={"pack": pack})
+
+
+def _model(settings: Settings) -> Settings:
+    """Return settings with the network and the batches of the preset for laptops."""
+    small = Settings.build(preset="small")
+    train = settings.train.model_copy(update={"batch_size": small.train.batch_size})
+    return settings.model_copy(update={"model": small.model, "train": train})
 
 
 def all_genes_needs(
@@ -114,7 +143,8 @@ def all_genes_needs(
     task = rows * (min(genes, SHARD_GENES) * 24 + values * 36) + settings.cohort.chunk_rows * values * 40
     driver = DRIVER_BYTES + FRAME_BYTES_PER_CELL * cells + object_store
     disk = len(settings.effects.store) * cells * genes * 4 + 2 * cells * values * 8
-    return Needs(memory=int(driver + cpus * (BASE_BYTES + task)), disk=int(disk))
+    savings = ((FEWER,) if cpus > 1 else ()) + ((SMALLER_BLOCKS,) if rows > SMALL_BLOCK_ROWS else ())
+    return Needs(memory=int(driver + cpus * (BASE_BYTES + task)), disk=int(disk), savings=savings)
 
 
 def largest_task(size: CohortSize, settings: Settings) -> TaskNeed:

@@ -159,7 +159,7 @@ class Plan:
             f"  largest  {_group(largest)}",
             *([f"  dropped  {self._dropped_names()}"] if self.dropped_groups else []),
             *map(printable, self.notes),
-            f"not known before the values are read: {self.unknown}",
+            f"not known until the run reads all values: {self.unknown}",
             f"matching   {self.edges:,} pairs of groups{self._place()}",
             *(
                 [f"  ~{duration(self.sampled)} with --set match.groups={speeds.SAMPLED_GROUPS}, a sample"]
@@ -277,7 +277,7 @@ def _unknown(cohort: CohortSettings) -> str:
     """Return what may also be dropped once the values are read."""
     genes = f" or fewer than {cohort.min_genes:,} genes" if cohort.min_genes else ""
     more = f", genes in fewer than {cohort.min_cells:,} cells" if cohort.min_cells else ""
-    return f"cells without counts{genes}{more}, and groups that become too small"
+    return f"cells without counts{genes}{more}, and groups that become too small without them"
 
 
 def _group(group: tuple[str, int]) -> str:

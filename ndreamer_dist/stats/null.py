@@ -82,8 +82,8 @@ def null_table(source: StatisticsInput, question: CateQuestion, *, count: int, s
             p_values["sign"] = sign_p(sample.of(number, kept, replicates), labels, source.expression, source.columns)
             counts = counted_below(p_values)
             donors = {"treated_donors": truth.sum(), "control_donors": (~truth).sum()}
-            test = {"population": name, "condition": source.design.conditions[code], **donors}
-            tables.append((number, pd.DataFrame(test, index=counts.index).join(counts)))
+            tested = {"population": name, "condition": source.design.conditions[code], **donors}
+            tables.append((number, pd.DataFrame(tested, index=counts.index).join(counts)))
     if not tables:
         msg = f"there is no test to calibrate: {TOO_FEW_DONORS}"
         raise QueryError(msg)

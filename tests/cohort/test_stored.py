@@ -52,8 +52,8 @@ def test_attributes_of_a_fixed_length_are_text(dense: bool, tmp_path: Path) -> N
     assert_reads(path, adata)
 
 
-@pytest.mark.parametrize("sparse_x", [True, False], ids=["sparse", "dense"])
-def test_tables_of_records_are_read_with_their_categories(sparse_x: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sparse_x", "field"), [(True, "index"), (False, "CellID")], ids=["sparse", "dense"])
+def test_tables_of_records_are_read_with_their_categories(sparse_x: bool, field: str, tmp_path: Path) -> None:
     adata, path = counts(60, 20), tmp_path / "old.h5ad"
     with h5py.File(path, "w") as file:
         if sparse_x:
@@ -63,14 +63,14 @@ def test_tables_of_records_are_read_with_their_categories(sparse_x: bool, tmp_pa
                 group[part] = getattr(adata.X, part)
         else:
             file["X"] = adata.X.toarray()
-        obs = np.zeros(60, [("index", "S16"), ("condition", "i1"), ("donor", "i1"), ("age", "i8")])
-        obs["index"] = adata.obs_names.to_numpy().astype("S")
+        obs = np.zeros(60, [(field, "S16"), ("condition", "i1"), ("donor", "i1"), ("age", "i8")])
+        obs[field] = adata.obs_names.to_numpy().astype("S")
         obs["age"] = adata.obs["age"]
         for name in ("condition", "donor"):
             codes, levels = pd.factorize(adata.obs[name].astype(str), sort=True)
             obs[name], file[f"uns/{name}_categories"] = codes, np.array(levels, dtype=h5py.string_dtype())
-        var = np.zeros(20, [("index", "S16")])
-        var["index"] = adata.var_names.to_numpy().astype("S")
+        var = np.zeros(20, [(field, "S16")])
+        var[field] = adata.var_names.to_numpy().astype("S")
         file["obs"], file["var"] = obs, var
     assert_reads(path, adata)
     assert list(open_source(path).obs["age"]) == list(adata.obs["age"])
@@ -90,6 +90,28 @@ def test_an_analysed_cohort_in_zarr_is_read_though_its_uns_is_not(tmp_path: Path
     with pytest.raises(ValueError, match="struct"):
         zarr.open_group(path, mode="r")
     assert_reads(str(path), adata)
+
+
+@pytest.mark.parametrize("layer", ["counts", "raw"])
+def test_an_x_that_holds_nothing_is_none(layer: str, tmp_path: Path) -> None:
+    adata = counts(60, 20)
+    adata.raw, adata.layers["counts"] = adata.copy(), adata.X.copy()
+    path = as_h5ad(adata, tmp_path)
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        file["X"] = h5py.Empty("f4")
+        file["X"].attrs.update({"encoding-type": "null", "encoding-version": "0.1.0"})
+    with pytest.raises(
+        CohortError, match=r"holds no X; --layer raw reads the counts in .raw; .* \(layers there: 'counts'\)$"
+    ):
+        open_source(path)
+    source = open_source(path, layer=layer)
+    np.testing.assert_array_equal(source.read_rows(0, 60).toarray(), adata.X.toarray())
+    assert (
+        open_source(path, prefer_counts=True)
+        .notes[0]
+        .startswith("there is no X: the counts of 20 genes in .raw are read")
+    )
 
 
 def split_values(adata: ad.AnnData) -> ad.AnnData:

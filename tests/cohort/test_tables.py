@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,7 @@ from ndreamer_dist.cohort.source import open_source
 from ndreamer_dist.cohort.tables import gene_places, named_genes
 from ndreamer_dist.errors import CohortError
 from ndreamer_dist.settings import HvgSettings
-from tests.cohort.inputs import counts
+from tests.cohort.inputs import as_h5ad, counts
 
 
 @pytest.fixture
@@ -59,3 +61,16 @@ def test_genes_to_keep_are_named_either_way(var: pd.DataFrame) -> None:
             check_genes(source, HvgSettings(keep=("MATR3",)))
         with pytest.raises(CohortError, match=r"hvg\.keep names 'nope'"):
             check_genes(source, HvgSettings(keep=("nope",)))
+
+
+def test_genes_whose_names_repeat_are_named_by_a_column_of_ids(tmp_path: Path) -> None:
+    adata = counts(40, 6)
+    ids = [f"ENSG{i:011d}" for i in range(6)]
+    adata.var = pd.DataFrame({"gene_ids": ids}, index=["A", "A", "B", "B", "C", "D"])
+    with pytest.raises(
+        CohortError, match=r"more than once: 'A', 'B'; .*_make_unique\(\) helps, or .* --gene-names gene_ids$"
+    ):
+        open_source(as_h5ad(adata, tmp_path))
+    source = open_source(tmp_path / "in.h5ad", gene_names="gene_ids")
+    assert list(source.gene_names) == ids
+    assert gene_places(source.var.index, source.var, ["A", "D"]) == {"A": [0, 1], "D": [5]}

@@ -100,9 +100,11 @@ def test_limits_are_those_of_the_slurm_job(
     assert memory_allowance() == Allowance(*(memory or (64 * 10**9 // 4096 * 4096, "machine")))
 
 
-@pytest.mark.parametrize(("memory", "disk", "message"), [(5, 100, "GB of memory"), (50, 10, "GB of disk")])
+@pytest.mark.parametrize(
+    ("memory", "disk", "message"), [(5, 100, r"GB of memory and may use 5.0 GB \(cgroup\)"), (50, 10, "GB of disk")]
+)
 def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(memory: int, disk: int, message: str) -> None:
-    needs = Needs(memory=10 * 10**9, disk=20 * 10**9)
-    check_resources(needs, memory=10 * 10**9, disk=20 * 10**9, where="here")
+    needs = Needs(memory=10 * 10**9, disk=20 * 10**9, savings=("less (--set less=1)",))
+    check_resources(needs, memory=Allowance(10 * 10**9, "cgroup"), disk=20 * 10**9, where="here")
     with pytest.raises(ResourceError, match=f"{message}.*--"):
-        check_resources(needs, memory=memory * 10**9, disk=disk * 10**9, where="here")
+        check_resources(needs, memory=Allowance(memory * 10**9, "cgroup"), disk=disk * 10**9, where="here")

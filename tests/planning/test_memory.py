@@ -15,6 +15,9 @@ from ndreamer_dist.effects.tables import MATCH_LIMIT
 from ndreamer_dist.planning.memory import (
     DRIVER_BYTES,
     DRIVER_BYTES_PER_CELL,
+    FEWER,
+    SMALLER_BLOCKS,
+    SMALLER_MODEL,
     all_genes_needs,
     disk_bytes,
     needs,
@@ -138,3 +141,26 @@ def test_all_genes_need_memory_by_span_and_disk_by_gene(small: Settings) -> None
     layers = len(small.effects.store) * 10**6 * 4 * 18_000
     assert many.disk - few.disk == layers + 2 * 10**6 * 1800 * 8
     assert few.memory < many.memory < 10 * few.memory  # only one span of genes of a dense shard is held at a time
+
+
+@pytest.mark.parametrize(
+    ("preset", "method", "cpus", "savings"),
+    [
+        ("paper", "ndreamer", 1, [SMALLER_MODEL]), ("small", "ndreamer", 1, []),
+        ("small", "ndreamer", 4, [FEWER]), ("paper", "pca", 1, [SMALLER_BLOCKS]),
+    ],
+)  # fmt: skip
+def test_what_is_proposed_takes_less_memory(preset: str, method: str, cpus: int, savings: list[str]) -> None:
+    settings = Settings.build(preset=preset, overrides={"embed.method": method})
+    size = dataclasses.replace(MILLION, cells=100_000, stored_values=80_000_000)
+    proposed = needs(size, settings, cpus=cpus, object_store=0)
+    assert list(proposed.savings) == savings
+    less = {
+        FEWER: needs(size, settings, cpus=1, object_store=0),
+        SMALLER_BLOCKS: needs(
+            size, Settings.build(preset=preset, overrides={"embed.method": method, "pack.block_rows": 1024}),
+            cpus=cpus, object_store=0,
+        ),
+        SMALLER_MODEL: needs(size, Settings.build(preset="small"), cpus=cpus, object_store=0),
+    }  # fmt: skip
+    assert all(less[how].memory < proposed.memory for how in proposed.savings)

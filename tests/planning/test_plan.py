@@ -142,7 +142,8 @@ def test_the_command_line_tells_everything_and_writes_nothing(
     smallest, largest = (pick(plan.groups, key=lambda group: group[1]) for pick in (min, max))
     assert (plan.cells, plan.dropped, len(plan.groups), len(plan.dropped_groups)) == (893, 7, 6, 4)
     unknown = (
-        "cells without counts or fewer than 5 genes, genes in fewer than 2 cells, and groups that become too small"
+        "cells without counts or fewer than 5 genes, genes in fewer than 2 cells, and groups that become too small "
+        "without them"
     )
     expected = [
         "cells      893 kept, 7 dropped",
@@ -152,7 +153,7 @@ def test_the_command_line_tells_everything_and_writes_nothing(
         f"  smallest {smallest[0]} ({smallest[1]} cells)",
         f"  largest  {largest[0]} ({largest[1]} cells)",
         "  dropped  rare0|treated (2 cells), rare1|treated (2 cells), rare2|treated (2 cells), ...",
-        f"not known before the values are read: {unknown}",
+        f"not known until the run reads all values: {unknown}",
         f"matching   {3 * 3 + 3 * 6} pairs of groups",
         f"training   {plan.steps:,} steps of 1,024 cells, in {plan.epochs} epochs",
         f"memory {plan.memory / 1e9:.1f} GB needed, 7.0 GB available (run.memory_gb)",
