@@ -280,7 +280,7 @@ def test_where_nothing_can_be_tested_the_answer_says_so(
 def test_a_table_goes_to_no_other_format(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, _, said = spoken(["cate", str(finished), "--by", "cell_type", "--out", str(tmp_path / "x.h5ad")], capsys)
     assert code == 2
-    assert "there are '.csv', '.parquet'" in said
+    assert "expected one of '.csv', '.parquet'" in said
 
 
 # --- what a first week showed ------------------------------------------------------------------------------------------

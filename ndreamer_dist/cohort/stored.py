@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -157,8 +157,12 @@ def _remote_h5ad(url: str, version: str) -> h5py.File:  # noqa: ARG001 - part of
 
 
 def holds_x(root: Any) -> bool:
-    """Return whether a store holds an `X`; an element of the encoding `null` stands for none."""
-    return MATRIX in root and text_of(root[MATRIX].attrs.get("encoding-type", "")) != NULL
+    """Return whether a store has an `X`, even a damaged one; an element of the encoding `null` stands for none."""
+    if MATRIX not in root:
+        return False
+    with suppress(KeyError, RuntimeError, OSError):  # reading a damaged one is refused with more to say
+        return bool(text_of(root[MATRIX].attrs.get("encoding-type", "")) != NULL)
+    return True
 
 
 def layer_names(root: Any) -> list[str]:

@@ -68,7 +68,7 @@ def _as_json(run: RunDirectory, results: Results | None) -> str:
     costs = stage_costs(run.storage).to_json(orient="records")  # NaN becomes null
     answer: dict[str, Any] = {"url": run.url, "state": "finished", "costs": json.loads(costs)}
     if results is None:
-        progress = Progress.of(run)
+        progress = RunProgress.of(run)
         state = "running" if progress.silent < SILENT_SECONDS else "stopped"
         answer |= {"state": state, "shards_done": progress.shards, "progress": progress.stage}
         answer |= {"damage": progress.damage} if progress.damage else {}
@@ -78,7 +78,7 @@ def _as_json(run: RunDirectory, results: Results | None) -> str:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """The progress of an unfinished run. Reading it takes few requests, whatever the number of shards.
 
     Attributes
@@ -99,7 +99,7 @@ class Progress:
     silent: float
 
     @classmethod
-    def of(cls, run: RunDirectory) -> Progress:
+    def of(cls, run: RunDirectory) -> RunProgress:
         """Read the progress of a run."""
         done = Counter(name.split("/")[1] for name in run.storage.list(keys.DONE))
         stage, damage = {}, ""
@@ -134,7 +134,7 @@ def _distances(cells: pd.DataFrame, design: Design, group: Group) -> pd.Series[f
 
 
 def _progress(run: RunDirectory) -> str:
-    progress = Progress.of(run)
+    progress = RunProgress.of(run)
     state = "under way" if progress.silent < SILENT_SECONDS else "not finished; the same `run` command goes on"
     lines = [f"{run.url}: {state}", "", f"{'stage':<12}{'shards done':>12}"]
     lines += [f"{stage:<12}{shards:>12}" for stage, shards in progress.shards.items()]

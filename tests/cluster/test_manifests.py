@@ -274,7 +274,7 @@ def test_the_entry_point_is_a_program_of_the_image_and_its_job_file_is_where_it_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program_of_jobs, asked = jobs_module(), list[Any]()
-    monkeypatch.setattr(program_of_jobs, "speak", lambda work: work())
+    monkeypatch.setattr(program_of_jobs, "run_program", lambda work: work())
     monkeypatch.setattr(program_of_jobs, "read_job", asked.append)  # which the image has, and this machine has not
     monkeypatch.setattr(program_of_jobs, "run_job", lambda job, stage: asked.append(stage))
     for name in JOBS:
