@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-import tracemalloc
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from ndreamer_dist.report.tables import likely_populations
 from ndreamer_dist.stats import cate_table
 from ndreamer_dist.stats.results import Results
 from tests.cohorts import design_of
+from tests.memory import peak_bytes
 
 CONDITIONS, PATHWAYS, CELLS = 21, 5, 3150
 NAMES = {"condition_key": "condition", "control": "control", "batch_key": "donor"}
@@ -128,12 +129,7 @@ def test_memory_of_the_table_does_not_grow_with_conditions(results: Results) -> 
     list(results.cate_parts())  # what is made once is made
 
     def peak(conditions: int) -> int:
-        tracemalloc.start()
-        for _, _ in zip(range(conditions), results.cate_parts(), strict=False):
-            pass
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return peak
+        return peak_bytes(lambda: deque(itertools.islice(results.cate_parts(), conditions), maxlen=0))
 
     assert peak(CONDITIONS) < 1.3 * peak(3)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tracemalloc
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +15,7 @@ from ndreamer_dist.effects.cells import CellTable
 from ndreamer_dist.planning.memory import DRIVER_BYTES_PER_CELL
 from ndreamer_dist.settings import Settings
 from ndreamer_dist.storage import texts
+from tests.memory import peak_bytes
 
 JOB = Path(__file__).parents[2] / "jobs" / "benchmark_driver.py"
 
@@ -37,14 +37,13 @@ def peak_of_tables(folder: Path, count: int) -> int:
     """Return the peak memory in bytes of opening and checking a cohort and writing its obs."""
     settings = Settings.build(preset="small", overrides=driver.SETTINGS)
     rows = np.random.default_rng(0).permutation(count)
-    tracemalloc.start()
-    try:
+
+    def work() -> None:
         source, _ = driver.opened(folder / f"{count}.zarr", settings)
         for _ in CellTable(source.cells, rows, {}).files():
             pass
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+
+    return peak_bytes(work)
 
 
 def test_a_cell_more_takes_less_of_the_driver_than_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
