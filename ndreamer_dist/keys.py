@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 from urllib.parse import quote
 
@@ -196,6 +197,11 @@ def is_trained(method: str) -> bool:
 def is_clustered(method: str, populations: str | None) -> bool:
     """Return whether a matching space needs the clusters, for training or as populations of the state space."""
     return is_trained(method) or (method == STATE and populations == OBS_LOW)
+
+
+def run_folder(folder: str) -> str:
+    """Return the folder of the run that a matching space's folder was added to; any other folder stays as it is."""
+    return re.sub(f"/{SPACES_DIR}/[^/]+$", "", folder)
 
 
 def space_folder(method: str) -> str:

@@ -731,7 +731,7 @@ def _trust_pictures(data: PageData) -> Iterator[Picture]:
 def _spaces(results: Results) -> dict[str, Any]:
     """Return the stored comparison of matching spaces, if there is one and the results have not changed since."""
     run = plots.run_of(results)
-    comparison = None if run is None else kept_comparison(RunDirectory(run), results)
+    comparison = None if run is None else kept_comparison(RunDirectory.at(keys.run_folder(run.url)), results)
     if comparison is None:
         return {"spaces": None}
     picture = _picture(

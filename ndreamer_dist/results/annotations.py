@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,7 @@ class Annotation:
 def beside(results: Storage) -> tuple[Storage, str]:
     """Return the folder of a results.zarr, and the name of the file of annotations in it."""
     folder, _, name = results.url.rpartition("/")
-    folder = re.sub(f"/{keys.SPACES_DIR}/[^/]+$", "", folder)  # all matching spaces of a run share the annotations
+    folder = keys.run_folder(folder)  # all matching spaces of a run share the annotations
     return Storage(folder or "."), f"{name.removesuffix('.zarr')}.{keys.ANNOTATIONS}"
 
 

@@ -19,6 +19,7 @@ from ndreamer_dist.comparison.labels import chosen_populations
 from ndreamer_dist.comparison.state import StateQuestion
 from ndreamer_dist.comparison.table import Comparison, compare_spaces, kept_comparison
 from ndreamer_dist.errors import NDreamerError
+from ndreamer_dist.report import page
 from ndreamer_dist.rundir.directory import RunDirectory
 from ndreamer_dist.stats.cate_table import populations_of, replicates_of
 from ndreamer_dist.stats.results import Results
@@ -230,6 +231,9 @@ def test_table_and_picture_are_written_beside_each_other_and_json_holds_table_an
     assert told["table"][0]["state_held"] is None
     assert told["advice"]["space"] == found.advice.space
     assert told["words"] == found.sentences()
+    added = nd.open_results(run, embedding="pca")
+    assert "/spaces/" in added.url
+    assert page._spaces(added)["spaces"][0][: len(found.sentences())] == found.sentences()  # as in the run's own report
 
 
 def test_what_was_compared_is_kept_for_these_results_alone(run: Path, results: dict[str, Results]) -> None:
