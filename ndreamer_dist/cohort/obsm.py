@@ -67,11 +67,6 @@ def coordinates_of(source: Source, key: str) -> np.ndarray:
     return coordinates
 
 
-def codes_of(source: Source, name: str, setting: str) -> np.ndarray:
-    """Return the codes of `column_labels`."""
-    return column_labels(source, name, setting).codes
-
-
 def column_labels(source: Source, name: str, setting: str) -> CellLabels:
     """Return a column of the input's `obs` as labels, in input order; names in order of appearance.
 

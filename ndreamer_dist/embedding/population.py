@@ -19,6 +19,7 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
+from ndreamer_dist.cohort.obsm import CellLabels
 from ndreamer_dist.cohort.packed import cell_totals
 from ndreamer_dist.compute.executor import Runtime, with_threads
 from ndreamer_dist.embedding import state
@@ -60,25 +61,25 @@ class Populations:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, codes: np.ndarray) -> Populations:
-        """Pool the small populations, and the cells of none (-1)."""
+    def of(cls, codes: np.ndarray, names: Sequence[str] = ()) -> Populations:
+        """Pool the small populations, and the cells of none (-1); without names, populations are named by their codes."""
         labels, counts = np.unique(codes, return_counts=True)
         large = labels[(counts >= LEAST_CELLS) & (labels >= 0)]
         place = np.full(int(labels[-1]) + 2, len(large), dtype=np.int32)  # the last entry is for code -1
         place[large] = np.arange(len(large))
         found = place[codes]
-        names = [str(label) for label in large]
-        return cls(found, (*names, "others") if (found == len(large)).any() else tuple(names))
+        kept = [names[label] if names else str(label) for label in large]
+        return cls(found, (*kept, "others") if (found == len(large)).any() else tuple(kept))
 
 
-def run_state(space: Space, settings: Settings, codes: Mapping[str, np.ndarray], runtime: Runtime) -> None:
+def run_state(space: Space, settings: Settings, columns: Mapping[str, CellLabels], runtime: Runtime) -> None:
     """Write the state coordinates; in the space `ndreamer+state`, after the trained ones."""
     first, own = space.axes_shard(DIRECTIONS, "directions"), space.axes_shard(OWN_AXES)
     blocks = space.block_shards(space.array)
     todo = space.todo([first, own, *blocks])
     if not todo:
         return
-    populations = _populations(space, settings, codes)
+    populations = _populations(space, settings, columns)
     if first in todo:
         _make_directions(space, settings, populations, runtime)
         space.stage.mark(first)
@@ -105,12 +106,13 @@ def _width(storage: Storage) -> int:
     return int(dimensions.max()) + (corner.shape[1] if len(corner) > 1 else 0)
 
 
-def _populations(space: Space, settings: Settings, codes: Mapping[str, np.ndarray]) -> Populations:
+def _populations(space: Space, settings: Settings, columns: Mapping[str, CellLabels]) -> Populations:
     by = settings.state.by
     if by is None:
         return Populations(np.zeros(space.packed.n_rows, dtype=np.int32), ("all cells",))
-    rows = space.packed.clusters(keys.PACKED_LOW) if by == keys.OBS_LOW else codes[by][space.packed.input_row]
-    return Populations.of(rows)
+    if by == keys.OBS_LOW:
+        return Populations.of(space.packed.clusters(keys.PACKED_LOW))
+    return Populations.of(columns[by].codes[space.packed.input_row], columns[by].names)
 
 
 # --- W ---------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ndreamer_dist import keys
-from ndreamer_dist.cohort.obsm import CellLabels, checksum, codes_of, column_labels, coordinates_of
+from ndreamer_dist.cohort.obsm import CellLabels, checksum, column_labels, coordinates_of
 from ndreamer_dist.cohort.packed import Packed, cell_totals
 from ndreamer_dist.cohort.source import Source
 from ndreamer_dist.compute.executor import Runtime, with_threads
@@ -58,14 +58,14 @@ class SpaceInput:
     ----------
     coordinates
         (cells, d) float32 for the space `obsm:KEY`, else None.
-    codes
-        (cells,) codes of columns of `obs`, by column name.
+    columns
+        Columns of `obs` that the space needs, by name.
     labels
         Labels for matching inside labels, if they are a column of `obs`, else None.
     """
 
     coordinates: np.ndarray | None = None
-    codes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    columns: Mapping[str, CellLabels] = field(default_factory=dict)
     labels: CellLabels | None = None
 
     @classmethod
@@ -81,18 +81,18 @@ class SpaceInput:
         labels = column_labels(source, within, keys.MATCH_WITHIN) if within not in (None, keys.OBS_LOW) else None
         if method.startswith(keys.OBSM_PREFIX):
             return cls(coordinates_of(source, method.removeprefix(keys.OBSM_PREFIX)), labels=labels)
-        codes = {}
+        columns = {}
         if method == keys.HARMONY:
-            codes = {n: codes_of(source, n, "embed.harmony_keys") for n in settings.embed.harmony_keys}
+            columns = {n: column_labels(source, n, "embed.harmony_keys") for n in settings.embed.harmony_keys}
         elif method in (keys.STATE, keys.NDREAMER_STATE) and by not in (None, keys.OBS_LOW):
-            codes = {by: codes_of(source, by, "state.by")}
-        return cls(codes=codes, labels=labels)
+            columns = {by: column_labels(source, by, "state.by")}
+        return cls(columns=columns, labels=labels)
 
     def checksums(self) -> dict[str, str]:
         """Return a checksum of each part, for the stage keys."""
         own = {} if self.coordinates is None else {"coordinates": checksum(self.coordinates)}
         own |= {} if self.labels is None else {keys.MATCH_WITHIN: checksum(self.labels.codes)}
-        return own | {f"obs {name}": checksum(codes) for name, codes in self.codes.items()}
+        return own | {f"obs {name}": checksum(column.codes) for name, column in self.columns.items()}
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def run_space(
     else:
         from ndreamer_dist.embedding.population import run_state
 
-        run_state(space, settings, from_input.codes, runtime)
+        run_state(space, settings, from_input.columns, runtime)
 
 
 # --- coordinates from the input --------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def _run_harmony(space: Space, settings: Settings, from_input: SpaceInput, runti
 def _harmonised(space: Space, settings: Settings, from_input: SpaceInput) -> Harmonised:
     """Return the corrected coordinates of all cells; the batches are `embed.harmony_keys`, or the groups."""
     design, rows = space.packed.design, space.packed.input_row
-    batches = {name: codes[rows] for name, codes in from_input.codes.items()}
+    batches = {name: column.codes[rows] for name, column in from_input.columns.items()}
     return harmonised(
         read_array(space.storage, keys.HARMONY_INPUT),
         batches or {"group": design.group_of(np.arange(design.n_cells))},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import re
 import shutil
 from typing import Any
 
@@ -127,8 +129,12 @@ def test_shrunk_state_keeps_the_groups_means_and_draws_cells_towards_them(cohort
     assert 0.2 * inside[1] < inside[0] < 0.99 * inside[1]
 
 
-def test_cells_are_matched_inside_their_population(cohort, tmp_path):
-    results = run(cohort, tmp_path / "run", keys.STATE, **{"state.by": "cell_type"}).results
+def test_cells_are_matched_inside_their_population_which_the_log_names(cohort, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        results = run(cohort, tmp_path / "run", keys.STATE, **{"state.by": "cell_type"}).results
+    logged = set(re.findall("state: population ([^,]+),", caplog.text))
+    assert logged
+    assert logged <= {*results.obs["cell_type"], "others"}
     stored = anndata.read_zarr(results.url)
     types = stored.obs["cell_type"].to_numpy()
     rows = stored.obsm[keys.OBSM_MATCH]
