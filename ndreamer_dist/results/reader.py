@@ -456,13 +456,15 @@ class ResultsReader:
 
         Returns
         -------
-        One row per counterpart, with the columns
+        table
+            One row per counterpart, with the columns
 
-        - `cell`, `batch`, `condition`, `group`: its name and origin;
-        - `neighbour`: 1 for the nearest in its group, 2 for the next, ...; 0 for the cell itself;
-        - `distance`: distance in the matching space;
-        - `weight`: weight in the mean of its group; in a sample of the groups, times the number of groups that its
-          group stands for. In its own group a cell is its own counterpart, and its nearest other cells have weight 0.
+            - `cell`, `batch`, `condition`, `group`: its name and origin;
+            - `neighbour`: 1 for the nearest in its group, 2 for the next, ...; 0 for the cell itself;
+            - `distance`: distance in the matching space;
+            - `weight`: weight in the mean of its group; in a sample of the groups, times the number of groups that its
+              group stands for. In its own group a cell is its own counterpart, and its nearest other cells have weight
+              0.
 
         Raises
         ------

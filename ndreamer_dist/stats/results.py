@@ -164,28 +164,29 @@ class Results(ResultsReader):
 
         Returns
         -------
-        A DataFrame with a row per population, condition and gene. Columns:
+        table
+            A row per population, condition and gene. Columns:
 
-        - Over cells, descriptive: `cells`, `mean_ite`, `sd_ite`, `sd_placebo` (spread of one half of the control donors
-          against the other), `log2_fold_change`, `mean_counts` (normalised, mean of both conditions), `expressing`,
-          `expressing_control` (shares of cells), and the sign test, `sign_z` and `sign_p`.
-        - Over donors: `effect`, `statistic`, `p`, `p_method`, `p_floor` (smallest possible p), `p_permutation`,
-          `p_parametric`, `few_donors`, `treated_donors`, `control_donors`, `donors_left_out`; the same test on plain
-          means, `pseudobulk_effect` and `pseudobulk_p`. `p_adjusted` is Benjamini-Hochberg over the genes of one
-          population and condition, `p_adjusted_all` over the whole table.
-        - The decomposition (METHOD section 10), whatever the matching space: `total` (of plain means) = `within_state`
-          (between cells of the same state) + `state_shift` (because cells are in other states). Each has `..._p`,
-          `..._p_adjusted` and its leave-one-donor-out range, `..._loo_low` to `..._loo_high`. `reading` names the parts
-          with adjusted p <= 0.05: `within`, `state`, `both` or `neither`. `cells_a_donor` is the median over tested
-          donors; `few_cells` marks values below 20, where p-values of the parts are too small. `state_reliability` is
-          the share of a cell's state coordinates that is signal. All but `total` are NaN where a population has fewer
-          than 100 control cells.
-        - Quality of the matches: `match_purity` (share inside the population; `impure` marks values below 0.7),
-          `effective_control_cells`, `without_overlap` (share of cells without a near control match) and
-          `mean_ite_overlap` (`mean_ite` of the cells with one).
+            - Over cells, descriptive: `cells`, `mean_ite`, `sd_ite`, `sd_placebo` (spread of one half of the control
+              donors against the other), `log2_fold_change`, `mean_counts` (normalised, mean of both conditions),
+              `expressing`, `expressing_control` (shares of cells), and the sign test, `sign_z` and `sign_p`.
+            - Over donors: `effect`, `statistic`, `p`, `p_method`, `p_floor` (smallest possible p), `p_permutation`,
+              `p_parametric`, `few_donors`, `treated_donors`, `control_donors`, `donors_left_out`; the same test on
+              plain means, `pseudobulk_effect` and `pseudobulk_p`. `p_adjusted` is Benjamini-Hochberg over the genes of
+              one population and condition, `p_adjusted_all` over the whole table.
+            - The decomposition (METHOD section 10), whatever the matching space: `total` (of plain means) =
+              `within_state` (between cells of the same state) + `state_shift` (because cells are in other states). Each
+              has `..._p`, `..._p_adjusted` and its leave-one-donor-out range, `..._loo_low` to `..._loo_high`.
+              `reading` names the parts with adjusted p <= 0.05: `within`, `state`, `both` or `neither`. `cells_a_donor`
+              is the median over tested donors; `few_cells` marks values below 20, where p-values of the parts are too
+              small. `state_reliability` is the share of a cell's state coordinates that is signal. All but `total` are
+              NaN where a population has fewer than 100 control cells.
+            - Quality of the matches: `match_purity` (share inside the population; `impure` marks values below 0.7),
+              `effective_control_cells`, `without_overlap` (share of cells without a near control match) and
+              `mean_ite_overlap` (`mean_ite` of the cells with one).
 
-        With a baseline other than the control, `control` in a column's name means the baseline, `mean_ite` and the sign
-        test compare the condition's cells with it, and `without_overlap` and `mean_ite_overlap` are NaN.
+            With a baseline other than the control, `control` in a column's name means the baseline, `mean_ite` and the
+            sign test compare the condition's cells with it, and `without_overlap` and `mean_ite_overlap` are NaN.
 
         Raises
         ------
@@ -338,23 +339,25 @@ class Results(ResultsReader):
 
         Returns
         -------
-        A `Diagnostics` with `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`), `donors` (the
-        layout as a sentence), and:
+        diagnostics
+            A `Diagnostics` with `layout` (`"nested"`, `"crossed"`, `"partly crossed"` or `"no donors"`), `donors` (the
+            layout as a sentence), and:
 
-        - `groups`, a row per batch and condition. Overlap: `overlap`, the share of cells with a near control match
-          (`obs["ndreamer_overlap"]`); the medians `match_distance`, to the control matches, and `own_distance`, to the
-          nearest other cell of the group. Reuse of its cells as matches: `times_matched_mean`, `times_matched_max`,
-          `never_matched` (share of cells), `effective_cells` ((sum w)^2 / sum w^2, w the times matched). For treated
-          groups `effective_controls`, the same number of the control cells that they are matched with. Distortion, on
-          `distortion_cells` cells (in a screen, only of some groups): `correlation` (mean over cells) and mean
-          `squared_difference` of denoised and measured expression.
-        - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.
-        - `mixing`, a row per condition: the share of a cell's 15 nearest neighbours within its condition and population
-          that come from other batches, in principal components of the `input` and in the `embedding`, with the share
-          `expected` for batches mixed at random; the numbers of `cells` and `batches` in the sample.
-        - `notes`: settings that average more neighbours than 4 % of a donor's cells in a population (METHOD section 9).
+            - `groups`, a row per batch and condition. Overlap: `overlap`, the share of cells with a near control match
+              (`obs["ndreamer_overlap"]`); the medians `match_distance`, to the control matches, and `own_distance`, to
+              the nearest other cell of the group. Reuse of its cells as matches: `times_matched_mean`,
+              `times_matched_max`, `never_matched` (share of cells), `effective_cells` ((sum w)^2 / sum w^2, w the times
+              matched). For treated groups `effective_controls`, the same number of the control cells that they are
+              matched with. Distortion, on `distortion_cells` cells (in a screen, only of some groups): `correlation`
+              (mean over cells) and mean `squared_difference` of denoised and measured expression.
+            - `populations`, a row per population and condition: `cells`, `overlap`, `match_distance`.
+            - `mixing`, a row per condition: the share of a cell's 15 nearest neighbours within its condition and
+              population that come from other batches, in principal components of the `input` and in the `embedding`,
+              with the share `expected` for batches mixed at random; the numbers of `cells` and `batches` in the sample.
+            - `notes`: settings that average more neighbours than 4 % of a donor's cells in a population (METHOD section
+              9).
 
-        Values are NaN where there is nothing to compare with: no other control group, or one batch.
+            Values are NaN where there is nothing to compare with: no other control group, or one batch.
 
         Raises
         ------

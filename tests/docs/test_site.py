@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -42,6 +43,18 @@ def test_what_the_site_shows_of_the_package_is_there() -> None:
         assert module.with_suffix(".py").exists() or re.search(
             rf"^(def|class) {parts[-1]}\b", module.parent.with_suffix(".py").read_text(), re.MULTILINE
         ), name
+
+
+def test_lists_in_sections_of_docstrings_are_indented_as_the_site_wants_them() -> None:
+    """The strict build refuses others; it is slow."""
+    section = re.compile(
+        r"^(?:Returns|Parameters|Raises|Attributes|Yields)\n-+\n(.*?)(?=^\w+\n-+\n|\Z)", re.MULTILINE | re.DOTALL
+    )
+    for path in (ROOT / "ndreamer_dist").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for text in section.findall(ast.get_docstring(node) or ""):
+                    assert not re.search(r"^- ", text, re.MULTILINE), f"{path}: {getattr(node, 'name', '')}"
 
 
 @pytest.mark.parametrize("page", sorted(TUTORIALS.glob("*.md")), ids=lambda page: page.stem)
