@@ -12,7 +12,7 @@ import itertools
 import logging
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -222,11 +222,12 @@ def write_shards(stage: StageRun, target: Target, runtime: Runtime, todo: Sequen
             blocks = _target_blocks(runtime, packed, [shard.task.block for shard in rows], layout, span)
             title = "effects" if span[1] - span[0] == layout.genes else f"effects: genes {span[0]} to {span[1]}"
             try:
-                stage.map(runtime, _write_part, [*rows, *others], target, SharedBlocks(blocks), title=title)
+                stage.map(runtime, _write_part, [*rows, *others], target, blocks, title=title)
             finally:
                 # With the serial runtime, this process holds the blocks and the buffer.
                 _fetched.cache_clear()
                 _sums.cache_clear()
+                del blocks  # the object store can drop this span before it takes the next
             others = []
 
 
@@ -315,22 +316,34 @@ def nearest_per_group(design: Design, edges: Edges, rows: np.ndarray, row_dtype:
 
 
 def load_block(packed: Packed, block: int, genes: tuple[int, int]) -> sparse.csr_matrix:
-    """Return a span of genes of one packed block; a task, so that the block does not pass through the driver."""
+    """Return a span of genes of one packed block."""
     values = packed.any_block(block)
     return values if genes == (0, packed.n_genes) else values[:, slice(*genes)]
 
 
+def _load_shared(packed: Packed, block: int, genes: tuple[int, int], name: str) -> sparse.csr_matrix:
+    """Load a shared block; a task. First, its process drops the blocks of the span before.
+
+    The arrays of fetched blocks lie in Ray's object store. As long as a process holds them, the store has to hold two
+    spans, and writes blocks to disk.
+    """
+    _fetched(name)
+    return load_block(packed, block, genes)
+
+
 def _target_blocks(
     runtime: Runtime, packed: Packed, blocks: Sequence[int], layout: Layout, genes: tuple[int, int]
-) -> dict[int, Any]:
-    """Start to load every packed block with counterparts of the cells of some row blocks; return handles by block."""
+) -> SharedBlocks:
+    """Start to load every packed block with counterparts of the cells of some row blocks."""
+    shared = SharedBlocks({})
     if not layout.layers:
-        return {}
+        return shared
     design = packed.design
     queries = {group.code for block in blocks for group, _ in segments(design, packed.rows_of(block))}
     groups = {target for query, target in design.needed_edges("needed") if query in queries}
     wanted = {block for code in groups for block in range(*_blocks_of(packed, design.groups[code]))}
-    return {block: runtime.submit(load_block, packed, block, genes)[0] for block in sorted(wanted)}
+    load = partial(runtime.submit, _load_shared)
+    return replace(shared, handles={block: load(packed, block, genes, shared.name)[0] for block in sorted(wanted)})
 
 
 def _blocks_of(packed: Packed, group: Group) -> tuple[int, int]:

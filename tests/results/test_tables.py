@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import zarr
 
 from ndreamer_dist import keys
-from ndreamer_dist.compute.executor import RayRuntime, SerialRuntime
+from ndreamer_dist.compute.executor import Deferred, RayRuntime, SerialRuntime
 from ndreamer_dist.effects import stage, tables
 from ndreamer_dist.effects.stage import run_effects
 from ndreamer_dist.errors import CohortError, StoreError
@@ -353,6 +354,17 @@ def test_a_task_sums_where_the_last_one_of_its_process_did(copied, monkeypatch):
     one, other = (stage.SharedBlocks({}).name for _ in range(2))  # two stores that two threads write concurrently
     assert not np.shares_memory(stage._sums(one, 1, 2, 3), stage._sums(other, 1, 2, 3))
     stage._sums.cache_clear()
+
+
+def test_a_process_drops_the_blocks_of_a_span_before_it_loads_those_of_the_next(copied):
+    packed, genes = copied.packed, (0, copied.packed.n_genes)
+    span = stage.SharedBlocks({0: Deferred(lambda: stage.load_block(packed, 0, genes))})
+    block = weakref.ref(span[0])
+    stage._load_shared(packed, 1, genes, span.name)
+    assert span[0] is block()
+    stage._load_shared(packed, 0, genes, "the next span")
+    assert block() is None
+    stage._fetched.cache_clear()
 
 
 def test_matches_are_left_out_where_they_would_be_too_many(copied, monkeypatch):
