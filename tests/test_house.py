@@ -120,6 +120,21 @@ def test_functions_are_short() -> None:
     assert {name: length for name, length in lengths.items() if length > MOST_FUNCTION_LINES} == {}
 
 
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def test_no_string_stands_alone_in_a_function() -> None:
+    """It would be the second half of a message that is cut off."""
+    for source in SOURCES:
+        for function in source.functions():
+            nodes = list(ast.walk(function))
+            docstrings = {node.body[0] for node in nodes if isinstance(node, Function)}
+            docstrings |= {text for node in nodes if isinstance(node, ast.ClassDef) for text in node.body}
+            alone = [node for node in nodes if is_text(node) and node not in docstrings]
+            assert not alone, f"{source.name}: {function.name}, line {alone[0].lineno}"
+
+
 def test_functions_take_few_parameters() -> None:
     """The command line and figures are excepted."""
     many = []

@@ -307,26 +307,23 @@ def genes_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> Tab
         number("sign_z", "sign z", lambda z: signed(z)[:-2], f"sign test {CELLS_ONLY}"),
         number("sign_p", "sign p", small, f"sign test {CELLS_ONLY}"),
     ]
-    top = order.head(most)
-    return table_of(top.assign(gene=[labels.get(gene, gene) for gene in top["gene"]]), caption, columns)
+    return table_of(_first_genes(order, most, labels), caption, columns)
+
+
+def _first_genes(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> pd.DataFrame:
+    """Return the first rows, with the genes by their symbols."""
+    top = part.head(most)
+    return top.assign(gene=[labels.get(gene, gene) for gene in top["gene"]])
 
 
 def decomposition_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]) -> Table:
-    """Return the table of decomposed effects of one population and condition: genes with a significant part come first.
-
-    Parameters
-    ----------
-    part
-        Rows of the CATE table.
-    most
-        Most genes in the table.
-    labels
-        Symbols of genes by name, where they differ.
-    """
+    """Return the table of decomposed effects, for the arguments of `genes_table`; genes with a significant part come first."""
     stands = part["reading"].isin(["within", "state", "both"])
     order = part.assign(_stands=~stands, _size=-part["total"].abs()).sort_values(["_stands", "_size"], kind="stable")
-    caption = f"Effects in two parts: the first {min(most, len(part))} of {len(part)} genes; those with a significant "
-    "part come first"
+    caption = (
+        f"Effects in two parts: the first {min(most, len(part))} of {len(part)} genes; those with a significant part "
+        "come first"
+    )
     parts = (
         ("total", "total", "difference of donors' plain means"),
         ("within_state", "within states", "difference between cells of the same state"),
@@ -342,8 +339,7 @@ def decomposition_table(part: pd.DataFrame, most: int, labels: Mapping[str, str]
         number("within_state_loo_low", "lowest", signed, "lowest effect within states when one donor is left out"),
         number("within_state_loo_high", "highest", signed, "highest effect within states when one donor is left out"),
     ]  # fmt: skip
-    top = order.head(most)
-    return table_of(top.assign(gene=[labels.get(gene, gene) for gene in top["gene"]]), caption, columns)
+    return table_of(_first_genes(order, most, labels), caption, columns)
 
 
 _DONORS = (

@@ -323,7 +323,9 @@ def test_symbols_name_the_genes_of_every_figure_and_table_of_a_population(
         drawn = [text.get_text() for text in figure(results, "plain", table=part, condition=TREATED).texts]
         assert any(text in symbols for text in drawn), figure.__name__
         assert not any(text.startswith("ENSG") for text in drawn), figure.__name__
-    rows = decomposition_table(part, 5, style.gene_labels(results.var)).rows
+    table = decomposition_table(part, 5, style.gene_labels(results.var))
+    assert table.caption.endswith("genes; those with a significant part come first")
+    rows = table.rows
     assert {row[0].text for row in rows} <= set(symbols)
 
 
